@@ -1,0 +1,56 @@
+"""Tiny random models shared by the tests; nothing here touches the network."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import tiny_model, tiny_processor
+from vlm_mech.model import VLM
+from vlm_mech.prompt import Prompt
+
+COMBINATIONS = [(decoder, tower) for decoder in ("llama", "mistral", "qwen2") for tower in ("clip", "siglip")]
+
+
+def picture(seed: int, width: int = 56, height: int = 56) -> Image.Image:
+    """A picture of random 8-pixel blocks."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm():
+    """Makes (and keeps) a `VLM` around a tiny random LLaVA."""
+    made: dict[tuple[str, str, str], VLM] = {}
+
+    def make(decoder: str = "llama", tower: str = "clip", attn: str = "sdpa") -> VLM:
+        key = (decoder, tower, attn)
+        if key not in made:
+            made[key] = VLM(tiny_model(decoder, tower, attn=attn), tiny_processor(tower))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vlm(tiny_vlm) -> VLM:
+    return tiny_vlm()
+
+
+@pytest.fixture
+def prompts() -> list[Prompt]:
+    """Three prompts of unequal length, on pictures of unequal shape."""
+    return [
+        Prompt("what colour is the circle?", picture(1)),
+        Prompt("is the red star left of the blue circle?", picture(2, 80, 56)),
+        Prompt("what is this?", picture(3, 56, 96), system="look at the picture"),
+    ]
+
+
+@pytest.fixture
+def donors() -> list[Prompt]:
+    """The same questions on other pictures."""
+    return [
+        Prompt("what colour is the circle?", picture(11)),
+        Prompt("is the red star left of the blue circle?", picture(12, 80, 56)),
+        Prompt("what is this?", picture(13, 56, 96), system="look at the picture"),
+    ]

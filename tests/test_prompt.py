@@ -1,0 +1,172 @@
+"""Prompts and spans, on pictures of every shape, and the way back from a patch to its pixels."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import picture
+from vlm_mech.errors import UsageError
+from vlm_mech.image import Box, load_image
+from vlm_mech.prompt import Prompt
+from vlm_mech.span import Each, Patches, Words
+
+
+def tokens(vlm, encoded, span, example):
+    row = encoded.rows[example]
+    return [row.tokens[position] for position in encoded.positions(span, example)]
+
+
+def test_spans_hold_the_right_tokens(vlm, prompts):
+    encoded = vlm.encode(prompts)
+    assert tokens(vlm, encoded, "question", 0) == ["what", "colour", "is", "the", "circle", "?"]
+    assert tokens(vlm, encoded, "question", 2) == ["what", "is", "<unk>", "?"]
+    assert tokens(vlm, encoded, "system", 0) == ["<s>", "user", ":"]
+    assert tokens(vlm, encoded, "system", 2)[:3] == ["<s>", "system", ":"]
+    assert tokens(vlm, encoded, "image", 1) == ["<image>"] * 16
+    assert tokens(vlm, encoded, "answer_prompt", 1) == ["assistant", ":"]
+    assert tokens(vlm, encoded, "last", 1) == [":"]
+    assert tokens(vlm, encoded, Words("blue circle"), 1) == ["blue", "circle"]
+    assert tokens(vlm, encoded, (Words("star"), "last"), 1) == ["star", ":"]
+
+
+def test_named_spans_partition_the_prompt_whatever_the_padding(vlm, prompts):
+    encoded = vlm.encode(prompts)
+    for example, row in enumerate(encoded.rows):
+        parts = [encoded.positions(span, example) for span in ("system", "image", "question", "answer_prompt")]
+        joined = sorted(position for part in parts for position in part)
+        assert joined == list(encoded.positions("all", example)) == list(range(row.first, encoded.n_pos))
+        assert (encoded.inputs["attention_mask"][example] == 0).sum() == row.first
+
+
+def test_encoding_is_what_the_processor_makes(vlm, prompts):
+    encoded = vlm.encode(prompts)
+    texts = [row.text for row in encoded.rows]
+    plain = vlm.processor(images=[prompt.image for prompt in prompts], text=texts, padding=True, return_tensors="pt")
+    assert (plain["input_ids"] == encoded.inputs["input_ids"]).all()
+    assert (plain["pixel_values"] == encoded.inputs["pixel_values"]).all()
+
+
+@pytest.mark.parametrize("span", [Words("the"), Words("banana"), Words("")])
+def test_ambiguous_and_missing_words_raise_and_print_the_tokens(vlm, span):
+    encoded = vlm.encode(Prompt("is the circle left of the star?", picture(1)))
+    with pytest.raises(UsageError, match=r"once is needed.*'<image>' x 16 'is' 'the' 'circle'"):
+        encoded.positions(span)
+
+
+def test_unknown_and_empty_spans_raise(vlm, prompts):
+    encoded = vlm.encode(prompts)
+    with pytest.raises(UsageError, match="named spans: all, system, image, question, answer_prompt, last"):
+        encoded.cells("picture")
+    with pytest.raises(UsageError, match="named spans: image"):
+        encoded.cells("last", stream="projector")
+    with pytest.raises(UsageError, match=r"patch \(4, 0\) is outside the grid of 4 rows x 4 columns"):
+        encoded.cells(Patches(((4, 0),)))
+    with pytest.raises(UsageError, match="Each gives 1 spans for a batch of 3"):
+        encoded.cells(Each(("last",)))
+    text_only = vlm.encode(Prompt("what colour is the circle?"))
+    with pytest.raises(UsageError, match=r"span 'image' is empty in example 0; its tokens: '<s>' 'user'"):
+        text_only.cells("image")
+
+
+def test_patches_in_decoder_and_tower(vlm, prompts):
+    encoded = vlm.encode(prompts)
+    first = encoded.positions("image", 1)[0]
+    assert encoded.positions(Patches(((1, 2),)), 1) == (first + 6,)
+    assert encoded.positions(Patches(((1, 2),)), 1, stream="vision") == (7,)
+    assert encoded.positions("class", 1, stream="vision") == (0,)
+    assert encoded.positions(Patches(((1, 2),)), 1, stream="projector") == (6,)
+
+
+def test_siglip_has_no_class_token(tiny_vlm, prompts):
+    encoded = tiny_vlm("llama", "siglip").encode(prompts)
+    assert encoded.positions(Patches(((1, 2),)), 1, stream="vision") == (6,)
+    with pytest.raises(UsageError, match="is empty"):
+        encoded.positions("class", 1, stream="vision")
+
+
+@pytest.mark.parametrize("size", [(56, 56), (112, 56), (56, 140), (300, 200), (31, 47)])
+def test_pixel_box_of_a_patch_is_what_the_patch_sees(vlm, size):
+    """A picture that is white only inside one patch's box lights up that patch of the processed image and no other."""
+    encoded = vlm.encode(Prompt("what is this?", Image.new("RGB", size)))
+    for number in (0, 5, 11, 15):
+        box = encoded.boxes()[number]
+        pixels = np.zeros((size[1], size[0], 3), np.uint8)
+        pixels[round(box.top) : round(box.bottom), round(box.left) : round(box.right)] = 255
+        seen = vlm.encode(Prompt("what is this?", Image.fromarray(pixels))).inputs["pixel_values"][0].mean(0)
+        patches = seen.reshape(4, 14, 4, 14).mean((1, 3)).flatten()
+        assert patches.argmax() == number
+        others = [value for index, value in enumerate(patches.tolist()) if index != number]
+        assert patches[number] - max(others) > 0.6 * (patches[number] - min(others)) > 0
+
+
+def test_boxes_overlap():
+    box = Box(0, 0, 10, 10)
+    assert box.overlaps(Box(9, 9, 20, 20)) and not box.overlaps(Box(10, 0, 20, 10))
+
+
+def test_raw_text(vlm):
+    text = "USER: <image> what colour is the circle? ASSISTANT: the"
+    encoded = vlm.encode(Prompt("what colour is the circle?", picture(1), text=text))
+    assert tokens(vlm, encoded, "answer_prompt", 0) == ["assistant", ":", "the"]
+    with pytest.raises(UsageError, match="occurs 2 times in the raw text"):
+        Prompt("circle", picture(1), text="<image> circle circle")
+    with pytest.raises(UsageError, match=r"1 image\(s\) for 0 image placeholder"):
+        vlm.encode(Prompt("circle", picture(1), text="USER: circle ASSISTANT:"))
+
+
+def test_images_from_paths_and_what_is_no_image(vlm, tmp_path):
+    picture(1).save(tmp_path / "one.png")
+    from_path = vlm.encode(Prompt("what is this?", tmp_path / "one.png"))
+    from_memory = vlm.encode(Prompt("what is this?", picture(1)))
+    assert (from_path.inputs["pixel_values"] == from_memory.inputs["pixel_values"]).all()
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_image(tmp_path / "text.png")
+    whole = (tmp_path / "one.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_image(tmp_path / "half.png")
+    with pytest.raises(UsageError, match="does not exist"):
+        load_image(tmp_path / "none.png")
+    with pytest.raises(UsageError, match="not ndarray"):
+        load_image(np.zeros((4, 4, 3)))
+
+
+def test_images_from_an_address(vlm, tmp_path):
+    import functools
+    import http.server
+    import threading
+
+    picture(1).save(tmp_path / "one.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert load_image(f"{address}/one.png").tobytes() == picture(1).tobytes()
+        with pytest.raises(UsageError, match="cannot be fetched"):
+            load_image(f"{address}/none.png")
+        server.shutdown()
+
+
+def test_wrong_prompts_raise(vlm, prompts):
+    with pytest.raises(UsageError, match="question is empty"):
+        Prompt("  ", picture(1))
+    with pytest.raises(UsageError, match="no prompts"):
+        vlm.encode([])
+    with pytest.raises(UsageError, match="cannot share a batch"):
+        vlm.encode([prompts[0], Prompt("what is this?")])
+
+
+def test_a_template_that_alters_the_question_raises(vlm):
+    template, vlm.processor.chat_template = (
+        vlm.processor.chat_template,
+        vlm.processor.chat_template.replace("part['text']", "part['text'] | upper"),
+    )
+    try:
+        with pytest.raises(UsageError, match="drops, repeats or alters the question"):
+            vlm.encode(Prompt("what is this?", picture(1)))
+        vlm.processor.chat_template = None
+        with pytest.raises(UsageError, match="has no chat template"):
+            vlm.encode(Prompt("what is this?", picture(1)))
+    finally:
+        vlm.processor.chat_template = template

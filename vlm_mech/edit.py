@@ -1,0 +1,256 @@
+"""Interventions made concrete for one batch: which cells of which tensor get which values, which edges are cut.
+
+Everything that can be wrong with an intervention is found here, before the model runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vlm_mech.errors import UsageError
+from vlm_mech.intervene import Ablate, Activations, Intervention, Knockout, Replace, StateEdit, Steer
+from vlm_mech.prompt import Encoded, Prompt
+from vlm_mech.site import Site
+from vlm_mech.span import Cells, Span
+
+if TYPE_CHECKING:
+    from vlm_mech.model import VLM
+
+GENERATED = "generated"
+ReadStates = Callable[[Encoded, tuple[Site, ...]], Activations]
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """An edit of one site: `change` maps the states at `cells` (cell x width) to new ones.
+
+    `cells` is None when only generated positions are edited; `generated` says whether those are edited too.
+    """
+
+    what: str
+    site: Site
+    cells: Cells | None
+    heads: tuple[int, ...] | None
+    n_heads: int
+    change: Callable[[Tensor], Tensor]
+    generated: bool
+
+    def apply(self, states: Float[Tensor, "rows pos width"], *, prompt: bool) -> Tensor:
+        """A new tensor with the edit made; the tensor given stays as it is."""
+        states = states.clone()
+        if prompt:
+            if self.cells is not None:
+                rows, positions = self.cells.rows.to(states.device), self.cells.positions.to(states.device)
+                states[rows, positions] = self._changed(states[rows, positions])
+        elif self.generated:
+            states[:, -1] = self._changed(states[:, -1])
+        return states
+
+    def _changed(self, states: Float[Tensor, "cell width"]) -> Tensor:
+        new = self.change(states).to(states.dtype)
+        if self.heads is None:
+            return new
+        split = rearrange(states, "cell (head d_head) -> cell head d_head", head=self.n_heads).clone()
+        new = rearrange(new, "cell (head d_head) -> cell head d_head", head=self.n_heads)
+        split[:, list(self.heads)] = new[:, list(self.heads)]
+        return rearrange(split, "cell head d_head -> cell (head d_head)")
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Attention edges to cut at one layer: positions of queries and keys for each row of the tower."""
+
+    what: str
+    stream: str
+    layer: int
+    queries: tuple[tuple[int, ...], ...]
+    keys: tuple[tuple[int, ...], ...]
+    heads: tuple[int, ...] | None
+    n_heads: int
+    keep_self: bool
+    generated: bool
+
+    def blocked(self, *, n_query: int, n_key: int, prompt: bool, device: torch.device) -> Bool[Tensor, "rows head query key"]:
+        """True where an edge is cut, in a forward of `n_query` positions over `n_key` keys."""
+        n_heads = 1 if self.heads is None else self.n_heads
+        blocked = torch.zeros(len(self.queries), n_heads, n_query, n_key, dtype=torch.bool, device=device)
+        heads = torch.arange(n_heads) if self.heads is None else torch.tensor(self.heads)
+        for row, (queries, keys) in enumerate(zip(self.queries, self.keys, strict=True)):
+            queries = queries if prompt else ((0,) if self.generated else ())
+            if queries:
+                index = torch.meshgrid(heads, torch.tensor(queries), torch.tensor(keys), indexing="ij")
+                blocked[row][index] = True
+        if self.keep_self and prompt:
+            blocked &= ~torch.eye(n_query, n_key, dtype=torch.bool, device=device)
+        return blocked
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All writes by site, in the order given, and all cuts by (stream, layer)."""
+
+    writes: dict[Site, list[Write]]
+    cuts: dict[tuple[str, int], list[Cut]]
+
+
+def plan(vlm: "VLM", encoded: Encoded, intervention: Intervention | None, read: ReadStates) -> Plan:
+    """The concrete edits of an intervention on this batch.
+
+    Args:
+        read: reads states of a batch, for sources and references given as prompts.
+
+    Raises:
+        UsageError: a layer or head out of range, an empty span, a source of another length or with NaN, an attention
+            back end that takes no mask.
+    """
+    made = Plan({}, {})
+    for part in () if intervention is None else intervention.flat():
+        if isinstance(part, Knockout):
+            for cut in _cuts(vlm, encoded, part):
+                made.cuts.setdefault((cut.stream, cut.layer), []).append(cut)
+        elif isinstance(part, StateEdit):
+            for write in _writes(vlm, encoded, part, read):
+                made.writes.setdefault(write.site, []).append(write)
+        else:
+            raise UsageError(f"{type(part).__name__} is not an intervention; Replace, Ablate, Steer, Knockout are")
+    return made
+
+
+def _split_generated(span: Span) -> tuple[Span | None, bool]:
+    if span == GENERATED:
+        return None, True
+    if isinstance(span, tuple) and GENERATED in span:
+        return tuple(part for part in span if part != GENERATED), True
+    return span, False
+
+
+def _writes(vlm: "VLM", encoded: Encoded, part: StateEdit, read: ReadStates) -> list[Write]:
+    span, generated = _split_generated(part.span)
+    if generated and (isinstance(part, Replace) or (isinstance(part, Ablate) and part.to == "resample")):
+        raise UsageError(f"{type(part).__name__} has no states to put at generated tokens; use Ablate or Steer there")
+    for site in part.sites:
+        vlm.check_site(site)
+        if generated and site.stream != "llm":
+            raise UsageError(f"generated tokens do not pass through {site}")
+        _check_heads(part.heads, vlm.n_heads(site.stream), str(site))
+    source = _source(part, encoded, read)
+    writes = []
+    for site in part.sites:
+        cells = None if span is None else encoded.cells(span, stream=site.stream)
+        change = _change(vlm, part, site, cells, encoded, source)
+        n_heads = vlm.n_heads(site.stream)
+        writes.append(Write(type(part).__name__, site, cells, part.heads, n_heads, change, generated))
+    return writes
+
+
+def _source(part: StateEdit, encoded: Encoded, read: ReadStates) -> Activations | None:
+    if isinstance(part, Replace):
+        source = part.source
+    elif isinstance(part, Ablate) and part.to != "zero":
+        source = encoded if part.reference is None else part.reference
+    else:
+        return None
+    if isinstance(source, Activations):
+        return source
+    if not isinstance(source, Encoded) and not all(isinstance(prompt, Prompt) for prompt in source):
+        raise UsageError(f"a source is Activations, Encoded or prompts, not {type(source).__name__}")
+    return read(source, part.sites)
+
+
+def _change(
+    vlm: "VLM", part: StateEdit, site: Site, cells: Cells | None, encoded: Encoded, source: Activations | None
+) -> Callable[[Tensor], Tensor]:
+    if isinstance(part, Steer):
+        return _steer(vlm, part, site)
+    if isinstance(part, Ablate) and part.to == "zero":
+        return torch.zeros_like
+    states, counts = _taken(part, site, source)
+    if isinstance(part, Ablate) and part.to == "mean":
+        mean = states.mean(0)
+        return lambda old: mean.to(old.device).expand_as(old)
+    if isinstance(part, Ablate):
+        states, counts = _resampled(states, counts, part.seed)
+    if cells is None or counts != cells.counts:
+        wanted = () if cells is None else cells.counts
+        example = next((i for i, pair in enumerate(zip(wanted, counts, strict=False)) if pair[0] != pair[1]), None)
+        if example is None:
+            raise UsageError(f"{type(part).__name__} at {site}: source has {len(counts)} examples, the batch {len(wanted)}")
+        raise UsageError(
+            f"{type(part).__name__} at {site}: span {part.span!r} of example {example} has {wanted[example]} tokens, "
+            f"its source has {counts[example]}; both must be equal"
+        )
+    return lambda old: states.to(old.device)
+
+
+def _taken(part: StateEdit, site: Site, source: Activations) -> tuple[Float[Tensor, "cell width"], tuple[int, ...]]:
+    span = part.source_span if isinstance(part, Replace) and part.source_span is not None else part.span
+    span, _ = _split_generated(span)
+    if span is None:
+        raise UsageError(f"{type(part).__name__}(to='mean') at generated tokens needs a span of the prompt to average over")
+    cells = source.encoded.cells(span, stream=site.stream)
+    held = source[site]
+    states = held[cells.rows.to(held.device), cells.positions.to(held.device)]
+    if states.isnan().any():
+        raise UsageError(f"the source of {type(part).__name__} at {site} holds NaN")
+    return states, cells.counts
+
+
+def _resampled(states: Tensor, counts: tuple[int, ...], seed: int) -> tuple[Tensor, tuple[int, ...]]:
+    n = len(counts)
+    if n < 2:
+        raise UsageError("resampling needs a reference of at least two examples")
+    # A random cyclic order is a permutation that leaves no example with its own states.
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    donor = torch.empty(n, dtype=torch.long)
+    donor[order] = order.roll(1)
+    pieces = states.split(counts)
+    return torch.cat([pieces[index] for index in donor.tolist()]), tuple(counts[index] for index in donor.tolist())
+
+
+def _steer(vlm: "VLM", part: Steer, site: Site) -> Callable[[Tensor], Tensor]:
+    width = vlm.width(site)
+    if part.vector.shape != (width,):
+        raise UsageError(f"a steering vector for {site} has shape ({width},), not {tuple(part.vector.shape)}")
+    if part.vector.isnan().any():
+        raise UsageError(f"the steering vector for {site} holds NaN")
+    return lambda old: old + part.scale * part.vector.to(old.device, old.dtype)
+
+
+def _cuts(vlm: "VLM", encoded: Encoded, part: Knockout) -> list[Cut]:
+    vlm.check_maskable(part.stream)
+    query, generated = _split_generated(part.query)
+    if generated and part.stream != "llm":
+        raise UsageError("generated tokens do not pass through the vision tower")
+    queries = _per_row(encoded, query, part.stream)
+    keys = _per_row(encoded, part.key, part.stream)
+    n_heads = vlm.n_heads(part.stream)
+    cuts = []
+    for layer in part.layers:
+        vlm.check_site(Site(f"{part.stream}.resid_pre", layer))
+        _check_heads(part.heads, n_heads, f"{part.stream} layer {layer}")
+        what = f"Knockout {_named(part.query)}<-{_named(part.key)}"
+        cuts.append(Cut(what, part.stream, layer, queries, keys, part.heads, n_heads, part.keep_self, generated))
+    return cuts
+
+
+def _named(span: Any) -> str:
+    return span if isinstance(span, str) else type(span).__name__
+
+
+def _per_row(encoded: Encoded, span: Span | None, stream: str) -> tuple[tuple[int, ...], ...]:
+    if span is None:
+        return ((),) * len(encoded)
+    if span == GENERATED or (isinstance(span, tuple) and GENERATED in span):
+        raise UsageError("generated tokens can be queries of a knockout, not keys")
+    return tuple(encoded.positions(span, example, stream=stream) for example in range(len(encoded)))
+
+
+def _check_heads(heads: tuple[int, ...] | None, n_heads: int, where: str) -> None:
+    for head in heads or ():
+        if not 0 <= head < n_heads:
+            raise UsageError(f"head {head} is out of range at {where}: heads are 0..{n_heads - 1}")

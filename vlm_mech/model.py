@@ -1,0 +1,326 @@
+"""`VLM`: a Hugging Face vision-language model inside nnsight, with standard names for its parts.
+
+The names are checked when the model is loaded (see `check.py`): a model whose names do not hold is refused.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.families import Blocks, Family, family_of
+from vlm_mech.image import ImageLike
+from vlm_mech.prompt import Encoded, Prompt, encode
+from vlm_mech.site import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class SiteHandle:
+    """A site inside an open trace: `output` reads the tensor, assigning to `output` replaces it."""
+
+    def __init__(self, envoy: Any, *, is_input: bool) -> None:
+        self._envoy = envoy
+        self._is_input = is_input
+
+    @property
+    def output(self) -> Any:
+        """The tensor at this site, batch x pos x width."""
+        value = self._envoy.input if self._is_input else self._envoy.output
+        return value[0] if isinstance(value, tuple) else value
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        if self._is_input:
+            self._envoy.input = value
+            return
+        current = self._envoy.output
+        self._envoy.output = (value, *current[1:]) if isinstance(current, tuple) else value
+
+
+class VLM:
+    """A vision-language model with its processor, its residual streams under standard names.
+
+    Use `VLM.load(name_or_folder)` or `VLM(model, processor)` around loaded objects. `model`, `processor` and
+    `tokenizer` are the Hugging Face objects, `nn` the nnsight model around them; nothing is copied.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", processor: "ProcessorMixin", *, name: str | None = None, check: bool = True
+    ) -> None:
+        from nnsight import TransformersModel
+
+        self.family: Family = family_of(getattr(model, "config", None))
+        self.model = model.eval()
+        self.processor = processor
+        self.config = model.config
+        self.name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
+        _check_processor(model, processor)
+        self.tokenizer = processor.tokenizer
+        self.nn = TransformersModel(model, task="image-text-to-text", processor=processor)
+        if check:
+            from vlm_mech.check import check_model
+
+            check_model(self)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attn: Literal["sdpa", "eager"] = "sdpa",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        check: bool = True,
+    ) -> "VLM":
+        """A model by embedded name (`organism`, `organism-grounded`), folder, or Hugging Face id.
+
+        Raises:
+            UsageError: no such model, a folder without processor, an unknown architecture, dtype or device.
+            WorkError: the names of its parts do not hold.
+        """
+        source, revision_used = _locate(name_or_folder), revision
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r} is not known; one of {', '.join(DTYPES)} is")
+        _check_device(device)
+        options = {"revision": revision_used, "trust_remote_code": trust_remote_code}
+        model = _load_model(source, DTYPES[dtype], attn, options)
+        processor = _load_processor(source, options)
+        return cls(model.to(device), processor, name=str(name_or_folder), check=check)
+
+    # Facts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the activations."""
+        return self.model.dtype
+
+    @property
+    def backend(self) -> str:
+        """Attention back end of the decoder: `sdpa`, `eager`, or one that takes no mask."""
+        return self.backend_of("llm")
+
+    def backend_of(self, stream: str) -> str:
+        """Attention back end of `vision` or `llm`."""
+        return getattr(self.config, self.blocks(stream).config)._attn_implementation
+
+    @property
+    def llm_layers(self) -> range:
+        """Layers of the decoder."""
+        return range(self.n_layers("llm"))
+
+    @property
+    def vision_layers(self) -> range:
+        """Layers of the vision tower, including those above the one that the projector reads."""
+        return range(self.n_layers("vision"))
+
+    @property
+    def vision_depth(self) -> int:
+        """Number of vision blocks whose output can matter; blocks from this one on are never read."""
+        return self.family.vision_depth(self.config)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels of the preprocessed image."""
+        return self.config.vision_config.patch_size
+
+    @property
+    def image_token_id(self) -> int:
+        """Token id that stands for one image token in the prompt."""
+        return self.config.image_token_id
+
+    @property
+    def n_class_tokens(self) -> int:
+        """Tokens before the first patch in the vision tower."""
+        return self.family.class_tokens(self.config)
+
+    def blocks(self, stream: str) -> Blocks:
+        """Where the transformer blocks of `vision` or `llm` live."""
+        return self.family.vision if stream == "vision" else self.family.llm
+
+    def n_layers(self, stream: str) -> int:
+        """Number of blocks of `vision` or `llm`."""
+        return len(self.model.get_submodule(self.blocks(stream).path))
+
+    def n_heads(self, stream: str) -> int:
+        """Attention heads per block (query heads where keys are grouped); 1 for the projector."""
+        if stream == "projector":
+            return 1
+        return getattr(self.config, self.blocks(stream).config).num_attention_heads
+
+    def width(self, site: Site) -> int:
+        """Size of the last dimension of the tensor at a site."""
+        text, vision = self.config.get_text_config(), self.config.vision_config
+        if site.stream == "projector":
+            return vision.hidden_size if site.point == "in" else text.hidden_size
+        if site.point == "head_out":
+            blocks = self.blocks(site.stream)
+            path = f"{blocks.path}.{site.layer}.{blocks.attention}.{blocks.out}"
+            return self.model.get_submodule(path).in_features
+        return (vision if site.stream == "vision" else text).hidden_size
+
+    def check_site(self, site: Site) -> None:
+        """Raise `UsageError` when the layer does not exist in this model."""
+        if site.layer is not None and not 0 <= site.layer < self.n_layers(site.stream):
+            last = self.n_layers(site.stream) - 1
+            raise UsageError(f"layer {site.layer} is out of range for {site.name}: layers are 0..{last}")
+
+    def check_maskable(self, stream: str) -> None:
+        """Raise `UsageError` when the attention back end of `vision` or `llm` cannot take a mask."""
+        backend = self.backend_of(stream)
+        if backend not in ("sdpa", "eager"):
+            raise UsageError(
+                f"attention back end {backend!r} takes no mask, so attention cannot be knocked out in {stream}; "
+                "load the model with attn='sdpa' or attn='eager'"
+            )
+
+    # Use
+
+    def prompt(self, question: str, image: ImageLike | None = None, *, system: str | None = None) -> Prompt:
+        """A question about an image, for the model's chat template."""
+        return Prompt(question, image, system)
+
+    def encode(self, prompts: Prompt | Sequence[Prompt]) -> Encoded:
+        """The prompts as model inputs with spans (see `prompt.encode`)."""
+        return encode(self, [prompts] if isinstance(prompts, Prompt) else prompts)
+
+    def envoy(self, path: str) -> Any:
+        """The nnsight envoy of a module path, to use inside a trace."""
+        found = self.nn
+        for part in path.split("."):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        return found
+
+    def site(self, name: str, layer: int | None = None) -> SiteHandle:
+        """A site to read or write inside an open trace, as in `vlm.site("llm.resid_post", 7).output.save()`."""
+        site = Site(name, layer)
+        self.check_site(site)
+        if site.stream == "projector":
+            return SiteHandle(self.envoy(self.family.projector), is_input=site.point == "in")
+        blocks = self.blocks(site.stream)
+        block = f"{blocks.path}.{layer}"
+        path, is_input = {
+            "resid_pre": (block, True),
+            "head_out": (f"{block}.{blocks.attention}.{blocks.out}", True),
+            "attn_out": (f"{block}.{blocks.attention}", False),
+            "mlp_out": (f"{block}.{blocks.mlp}", False),
+            "resid_post": (block, False),
+        }[site.point]
+        return SiteHandle(self.envoy(path), is_input=is_input)
+
+    def trace(self, prompts: "Prompt | Sequence[Prompt] | Encoded", **options: Any) -> Any:
+        """An nnsight trace of one forward pass over the prompts, to be used as a context manager."""
+        encoded = prompts if isinstance(prompts, Encoded) else self.encode(prompts)
+        return self.nn.trace(**encoded.inputs, **options)
+
+    def answer_ids(self, encoded: Encoded, answers: Sequence[str]) -> torch.Tensor:
+        """The first token of each answer as it would follow its prompt, shape batch.
+
+        Raises:
+            UsageError: another number of answers than prompts, or an answer that changes the prompt's own tokens.
+        """
+        if len(answers) != len(encoded):
+            raise UsageError(f"{len(answers)} answers for {len(encoded)} prompts")
+        ids = []
+        for row, answer in zip(encoded.rows, answers, strict=True):
+            before = self.tokenizer(row.text)["input_ids"]
+            after = self.tokenizer(f"{row.text} {answer.strip()}")["input_ids"]
+            if after[: len(before)] != before or len(after) == len(before):
+                raise UsageError(f"answer {answer!r} cannot follow the prompt {row.text!r} as tokens of its own")
+            if after[len(before)] == self.tokenizer.unk_token_id:
+                raise UsageError(f"answer {answer!r} is not in the model's vocabulary")
+            ids.append(after[len(before)])
+        return torch.tensor(ids, device=self.device)
+
+    def __repr__(self) -> str:
+        from vlm_mech.describe import describe
+
+        return describe(self)
+
+    def _repr_html_(self) -> str:
+        from vlm_mech.describe import describe_html
+
+        return describe_html(self)
+
+
+def _check_processor(model: Any, processor: Any) -> None:
+    for part in ("tokenizer", "image_processor", "apply_chat_template"):
+        if getattr(processor, part, None) is None:
+            raise UsageError(f"the processor ({type(processor).__name__}) has no {part}; AutoProcessor gives one that has")
+    if not processor.tokenizer.is_fast:
+        raise UsageError(f"spans need a fast tokenizer; {type(processor.tokenizer).__name__} gives no offsets")
+    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if token != model.config.image_token_id:
+        raise UsageError(
+            f"the processor does not belong to the model: its image token {processor.image_token!r} has id {token}, "
+            f"the model expects {model.config.image_token_id}"
+        )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} is not usable here: {str(error).splitlines()[0]}") from error
+
+
+def _locate(name_or_folder: str | Path) -> str:
+    """A path for embedded names and folders, a hub id otherwise."""
+    from vlm_mech.organism import NAMES, weights_folder
+
+    if str(name_or_folder) in NAMES:
+        return str(weights_folder(str(name_or_folder)))
+    path = Path(name_or_folder)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"folder {str(path)!r} holds no model: config.json is missing")
+        return str(path)
+    if path.is_absolute() or str(name_or_folder).startswith(".") or str(name_or_folder).count("/") != 1:
+        raise UsageError(
+            f"model {str(name_or_folder)!r} is neither an embedded model ({', '.join(NAMES)}), "
+            "nor a folder, nor a Hugging Face id (owner/name)"
+        )
+    return str(name_or_folder)
+
+
+def _load_model(source: str, dtype: torch.dtype, attn: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        family_of(config)
+        return AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn, use_safetensors=True, **options
+        )
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _load_processor(source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source, **options)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"no processor can be loaded from {source!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+__all__ = ["DTYPES", "VLM", "SiteHandle", "WorkError"]

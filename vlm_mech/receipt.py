@@ -1,0 +1,119 @@
+"""What each intervention proved. A violated receipt raises: an intervention that does nothing must not pass unseen."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+
+from vlm_mech.errors import WorkError
+
+
+class ReceiptError(WorkError):
+    """An intervention did not do what it said."""
+
+
+@dataclass(frozen=True)
+class WriteReceipt:
+    """Proof of an edit of states at one site.
+
+    `change` is the largest absolute difference between the states before and after the edit; `readback_error` the
+    largest one between what was written and what the next module downstream really received. `witness` names that
+    module, empty where none reads the site. `reaches` says whether, by the wiring of the model, the change can reach
+    the logits of the last position; `reason` says why not. `readout_change` is the largest absolute change of those
+    logits caused by the whole intervention.
+    """
+
+    intervention: str
+    site: str
+    n_cells: int
+    change: float
+    witness: str
+    readback_error: float
+    tolerance: float
+    reaches: bool
+    reason: str
+    readout_change: float
+
+
+@dataclass(frozen=True)
+class KnockoutReceipt:
+    """Proof of cut attention edges at one layer.
+
+    `natural_mass` is the mean attention that the query positions gave to the blocked keys under the mask the model
+    would have used; `blocked_mass` the largest single weight left on a blocked edge; `row_sum_error` how far any row
+    is from summing to one; `kernel_error` the largest difference between the attention output the model computed and
+    the one that follows from the mask.
+    """
+
+    intervention: str
+    site: str
+    n_edges: int
+    natural_mass: float
+    blocked_mass: float
+    row_sum_error: float
+    kernel_error: float
+    tolerance: float
+    reaches: bool
+    reason: str
+    readout_change: float
+
+
+Receipt = WriteReceipt | KnockoutReceipt
+
+
+def verify(receipts: Sequence[Receipt]) -> None:
+    """Raise `ReceiptError` for the first receipt that does not hold."""
+    for receipt in receipts:
+        fault = _write_fault(receipt) if isinstance(receipt, WriteReceipt) else _knockout_fault(receipt)
+        if fault:
+            raise ReceiptError(f"{receipt.intervention} at {receipt.site}: {fault}")
+    if receipts and not any(receipt.reaches for receipt in receipts):
+        for receipt in receipts:
+            # An explicit mask may choose another attention kernel: rounding, not an effect.
+            limit = 0.0 if isinstance(receipt, WriteReceipt) else receipt.tolerance
+            if receipt.readout_change > limit:
+                raise ReceiptError(
+                    f"{receipt.intervention} at {receipt.site}: the logits moved by {receipt.readout_change:.3g} "
+                    f"although they cannot ({receipt.reason})"
+                )
+
+
+def _write_fault(receipt: WriteReceipt) -> str:
+    if not receipt.change >= 0:
+        return "the states are NaN"
+    if receipt.witness and not receipt.readback_error <= receipt.tolerance:
+        return (
+            f"{receipt.witness} received states that differ from those written by {receipt.readback_error:.3g}; "
+            "the edit did not take effect"
+        )
+    return ""
+
+
+def _knockout_fault(receipt: KnockoutReceipt) -> str:
+    if receipt.blocked_mass != 0:
+        return f"blocked edges still carry attention of up to {receipt.blocked_mass:.3g}; it must be exactly 0"
+    if not receipt.row_sum_error <= receipt.tolerance:
+        return f"attention rows sum to one only within {receipt.row_sum_error:.3g}"
+    if not receipt.kernel_error <= receipt.tolerance:
+        return f"the attention output differs by {receipt.kernel_error:.3g} from what the mask demands"
+    return ""
+
+
+def receipts_table(receipts: Sequence[Receipt]) -> pd.DataFrame:
+    """One row per receipt; fields that a kind does not have are missing values."""
+    return pd.DataFrame([{"kind": type(receipt).__name__, **asdict(receipt)} for receipt in receipts])
+
+
+def summarise(receipts: Sequence[Receipt]) -> dict[str, float | int]:
+    """Counts and extremes over receipts that hold, for the provenance of a result."""
+    verify_all = [receipt for receipt in receipts if isinstance(receipt, WriteReceipt)]
+    cuts = [receipt for receipt in receipts if isinstance(receipt, KnockoutReceipt)]
+    return {
+        "receipts": len(receipts),
+        "writes": len(verify_all),
+        "writes_with_change": sum(receipt.change > 0 for receipt in verify_all),
+        "writes_that_cannot_reach": sum(not receipt.reaches for receipt in verify_all),
+        "largest_readback_error": max((receipt.readback_error for receipt in verify_all), default=0.0),
+        "knockouts": len(cuts),
+        "largest_blocked_mass": max((receipt.blocked_mass for receipt in cuts), default=0.0),
+    }

@@ -1,0 +1,62 @@
+"""Where a tensor lives in a vision-language model, and when it appears in the forward pass.
+
+A `Site` names one tensor: stream, point and layer. Layers count from 0; `resid_pre` of layer `l` is the input of block
+`l` and `resid_post` its output, so `resid_post` of `l` equals `resid_pre` of `l + 1`. Hidden states are never indexed
+bare, because Hugging Face's `hidden_states[i]` is the input of block `i` and its last entry is already normed.
+"""
+
+from dataclasses import dataclass
+
+from vlm_mech.errors import UsageError
+
+STREAMS = ("vision", "projector", "llm")
+BLOCK_POINTS = ("resid_pre", "head_out", "attn_out", "mlp_out", "resid_post")
+PROJECTOR_POINTS = ("in", "out")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor of the model, such as `Site("llm.resid_post", 7)` or `Site("projector.out")`.
+
+    Shapes: `resid_pre`, `attn_out`, `mlp_out`, `resid_post` are batch x pos x d_model; `head_out` is
+    batch x pos x (head d_head), the output of each attention head before the output projection (TransformerLens'
+    `hook_z`); `projector.in` and `projector.out` are image x patch x width.
+    """
+
+    name: str
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        stream, _, point = self.name.partition(".")
+        points = PROJECTOR_POINTS if stream == "projector" else BLOCK_POINTS
+        if stream not in STREAMS or point not in points:
+            names = [f"{s}.{p}" for s in ("vision", "llm") for p in BLOCK_POINTS] + ["projector.in", "projector.out"]
+            raise UsageError(f"site {self.name!r} is not known; sites: {', '.join(names)}")
+        if stream == "projector" and self.layer is not None:
+            raise UsageError(f"site {self.name!r} has no layers, but layer {self.layer} was given")
+        if stream != "projector" and self.layer is None:
+            raise UsageError(f"site {self.name!r} needs a layer, such as Site({self.name!r}, 0)")
+
+    @property
+    def stream(self) -> str:
+        """`vision`, `projector` or `llm`."""
+        return self.name.partition(".")[0]
+
+    @property
+    def point(self) -> str:
+        """Which tensor of the block (or of the projector)."""
+        return self.name.partition(".")[2]
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sorts sites by when they appear in one forward pass."""
+        points = PROJECTOR_POINTS if self.stream == "projector" else BLOCK_POINTS
+        return STREAMS.index(self.stream), self.layer or 0, points.index(self.point)
+
+    def __str__(self) -> str:
+        return self.name if self.layer is None else f"{self.name}[{self.layer}]"
+
+
+def sites(name: str, layers: "range | list[int] | tuple[int, ...]") -> tuple[Site, ...]:
+    """The sites of that name at each of the layers, in the order given."""
+    return tuple(Site(name, layer) for layer in layers)
