@@ -1,0 +1,236 @@
+"""Labelled scenes: things on a plain ground, every attribute known. Sampled from a seed, split by a stable hash."""
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from vlm_mech.errors import UsageError
+
+SIZE = 96
+"""Side of a scene in pixels."""
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 85, 215),
+    "yellow": (242, 220, 40),
+    "orange": (244, 140, 30),
+    "purple": (140, 55, 175),
+    "cyan": (60, 205, 215),
+    "black": (30, 30, 34),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
+"""Kinds without a colour of their own."""
+PRIORS = {
+    "banana": "yellow",
+    "tomato": "red",
+    "frog": "green",
+    "carrot": "orange",
+    "grape": "purple",
+    "whale": "blue",
+    "raven": "black",
+    "cactus": "green",
+}
+"""Kinds that have a usual colour."""
+PARTS = {
+    "house": ("roof", "wall", "door"),
+    "tree": ("crown", "trunk"),
+    "fish": ("body", "tail"),
+    "mushroom": ("cap", "stem"),
+}
+"""Kinds made of named parts, each with a colour of its own."""
+CLASSES = {
+    "alva": "forest",
+    "brin": "desert",
+    "corvo": "river",
+    "delu": "mountain",
+    "emmer": "city",
+    "fenno": "meadow",
+    "gorm": "cave",
+    "hild": "island",
+}
+"""Fine-grained classes of beetle, told apart by the marks on the back; each with the place where it lives."""
+BEETLE = "beetle"
+LENGTHS = {"small": 20, "large": 30, "big": 40}
+"""Side of a thing in pixels; `big` is for kinds with parts and beetles."""
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Family = Literal["single", "few", "occlusion", "count", "parts", "beetle"]
+FAMILIES: tuple[Family, ...] = ("single", "few", "occlusion", "count", "parts", "beetle")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: `x`, `y` is its centre in pixels; `colours` has one entry, or one per part in the kind's order."""
+
+    kind: str
+    colours: tuple[str, ...]
+    size: str
+    x: int
+    y: int
+    species: str | None = None
+
+    @property
+    def colour(self) -> str:
+        """The colour of a thing that has a single one."""
+        if len(self.colours) != 1:
+            raise UsageError(f"a {self.kind} has a colour for each part, not one")
+        return self.colours[0]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts; a thing without parts is its own only part."""
+        return PARTS.get(self.kind, (self.kind,))
+
+    @property
+    def length(self) -> int:
+        """Side of the bounding square in pixels."""
+        return LENGTHS[self.size]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things in drawing order (later ones cover earlier ones), the ground's grey level, and the seed of the grain.
+
+    A twin keeps `background` and `grain`, so that only the attribute that differs changes pixels.
+    """
+
+    things: tuple[Thing, ...]
+    background: int
+    grain: int
+
+    @property
+    def key(self) -> str:
+        """A stable name of everything in the scene."""
+        return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()
+
+    @property
+    def split(self) -> Split:
+        """Which split the scene belongs to, by its key: 80 % train, 10 % validation, 10 % test."""
+        slot = int(self.key[:8], 16) % 10
+        return "train" if slot < 8 else "validation" if slot == 8 else "test"
+
+    def of_kind(self, kind: str) -> tuple[Thing, ...]:
+        """The things of a kind."""
+        return tuple(thing for thing in self.things if thing.kind == kind)
+
+
+def overlapping(one: Thing, other: Thing) -> bool:
+    """Whether the bounding squares of two things overlap."""
+    reach = (one.length + other.length) / 2
+    return abs(one.x - other.x) < reach and abs(one.y - other.y) < reach
+
+
+def in_conflict(scene: Scene) -> bool:
+    """Whether a kind with a usual colour is shown in another one."""
+    return any(thing.kind in PRIORS and thing.colour != PRIORS[thing.kind] for thing in scene.things)
+
+
+def _colour(kind: str, rng: random.Random, conflict: float) -> str:
+    usual = PRIORS.get(kind)
+    if usual is None:
+        return rng.choice(list(COLOURS))
+    if rng.random() < conflict:
+        return rng.choice([colour for colour in COLOURS if colour != usual])
+    return usual
+
+
+def _thing(kind: str, rng: random.Random, conflict: float, size: str | None = None) -> Thing:
+    species = None
+    if kind in PARTS:
+        colours = tuple(rng.sample(list(COLOURS), len(PARTS[kind])))
+        size = "big"
+    else:
+        colours = (_colour(kind, rng, conflict),)
+        if kind == BEETLE:
+            colours = (rng.choice([colour for colour in COLOURS if colour != "black"]),)
+            species, size = rng.choice(list(CLASSES)), "big"
+    size = size or rng.choice(("small", "large"))
+    return _moved(Thing(kind, colours, size, 0, 0, species), rng)
+
+
+def _moved(thing: Thing, rng: random.Random) -> Thing:
+    margin = thing.length // 2 + 1
+    return dataclasses.replace(thing, x=rng.randint(margin, SIZE - margin), y=rng.randint(margin, SIZE - margin))
+
+
+def _placed(things: list[Thing], rng: random.Random) -> list[Thing] | None:
+    """The things moved apart, or None when no room was found."""
+    done: list[Thing] = []
+    for thing in things:
+        for _ in range(60):
+            moved = _moved(thing, rng)
+            if not any(overlapping(moved, other) for other in done):
+                done.append(moved)
+                break
+        else:
+            return None
+    return done
+
+
+def _plain_kinds(rng: random.Random, n: int) -> list[str]:
+    return rng.sample([*SHAPES, *PRIORS], n)
+
+
+def _occluding(rng: random.Random, conflict: float) -> list[Thing]:
+    """Two large things of different colours, the second in front of the first."""
+    while True:
+        back, front = (_thing(kind, rng, conflict, "large") for kind in _plain_kinds(rng, 2))
+        if back.colours == front.colours:
+            continue
+        # Far enough apart to recognise both, close enough for a clear overlap.
+        dx, dy = rng.choice((-1, 1)) * rng.randint(11, 17), rng.choice((-1, 1)) * rng.randint(0, 10)
+        x, y = back.x + dx, back.y + dy
+        margin = front.length // 2 + 1
+        if margin <= x <= SIZE - margin and margin <= y <= SIZE - margin:
+            return [back, dataclasses.replace(front, x=x, y=y)]
+
+
+def _things(family: Family, rng: random.Random, conflict: float) -> list[Thing] | None:
+    if family == "single":
+        return [_thing(_plain_kinds(rng, 1)[0], rng, conflict)]
+    if family == "few":
+        kinds = _plain_kinds(rng, rng.choice((2, 2, 3)))
+        return _placed([_thing(kind, rng, conflict) for kind in kinds], rng)
+    if family == "occlusion":
+        return _occluding(rng, conflict)
+    if family == "count":
+        kind, *others = _plain_kinds(rng, 1 + rng.choice((0, 1, 1)))
+        same = [_thing(kind, rng, conflict, "small") for _ in range(rng.randint(1, 4))]
+        return _placed(same + [_thing(other, rng, conflict, "small") for other in others], rng)
+    main = rng.choice(list(PARTS)) if family == "parts" else BEETLE
+    others = _plain_kinds(rng, rng.choice((0, 1)))
+    return _placed([_thing(main, rng, conflict)] + [_thing(other, rng, conflict, "small") for other in others], rng)
+
+
+def sample_scene(family: Family, rng: random.Random, *, conflict: float = 0.0) -> Scene:
+    """One scene of a family: `single`, `few`, `occlusion`, `count`, `parts` or `beetle`.
+
+    Args:
+        conflict: probability that a kind with a usual colour is given another one.
+    """
+    if family not in FAMILIES:
+        raise UsageError(f"scene family {family!r} is not known; one of {', '.join(FAMILIES)} is")
+    things = None
+    while things is None:
+        things = _things(family, rng, conflict)
+    return Scene(tuple(things), rng.randint(205, 250), rng.getrandbits(32))
+
+
+def sample_scenes(
+    n: int, *, seed: int, split: Split, families: tuple[Family, ...] = FAMILIES, conflict: float = 0.0
+) -> Iterator[Scene]:
+    """Scenes of a split, families in equal shares; the same seed gives the same scenes everywhere."""
+    if split not in SPLITS:
+        raise UsageError(f"split {split!r} is not known; one of {', '.join(SPLITS)} is")
+    rng = random.Random(f"{seed}/{split}")
+    made = 0
+    while made < n:
+        scene = sample_scene(families[made % len(families)], rng, conflict=conflict)
+        if scene.split == split:
+            made += 1
+            yield scene
