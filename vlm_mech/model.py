@@ -3,6 +3,7 @@
 The names are checked when the model is loaded (see `check.py`): a model whose names do not hold is refused.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -243,6 +244,15 @@ class VLM:
                 raise UsageError(f"answer {answer!r} is not in the model's vocabulary")
             ids.append(after[len(before)])
         return torch.tensor(ids, device=self.device)
+
+    def identity(self) -> dict[str, str | None]:
+        """Name, revision and a hash of the weights, for provenance."""
+        found = hashlib.sha256()
+        for name, parameter in sorted(self.model.state_dict().items()):
+            found.update(name.encode())
+            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        revision = getattr(self.config, "_commit_hash", None)
+        return {"name": self.name, "family": self.family.name, "revision": revision, "weights": found.hexdigest()[:16]}
 
     def __repr__(self) -> str:
         from vlm_mech.describe import describe

@@ -106,14 +106,22 @@ def receipts_table(receipts: Sequence[Receipt]) -> pd.DataFrame:
 
 def summarise(receipts: Sequence[Receipt]) -> dict[str, float | int]:
     """Counts and extremes over receipts that hold, for the provenance of a result."""
-    verify_all = [receipt for receipt in receipts if isinstance(receipt, WriteReceipt)]
+    writes = [receipt for receipt in receipts if isinstance(receipt, WriteReceipt)]
     cuts = [receipt for receipt in receipts if isinstance(receipt, KnockoutReceipt)]
     return {
         "receipts": len(receipts),
-        "writes": len(verify_all),
-        "writes_with_change": sum(receipt.change > 0 for receipt in verify_all),
-        "writes_that_cannot_reach": sum(not receipt.reaches for receipt in verify_all),
-        "largest_readback_error": max((receipt.readback_error for receipt in verify_all), default=0.0),
+        "writes": len(writes),
+        "writes_with_change": sum(receipt.change > 0 for receipt in writes),
+        "writes_that_cannot_reach": sum(not receipt.reaches for receipt in writes),
+        "largest_readback_error": max((receipt.readback_error for receipt in writes), default=0.0),
         "knockouts": len(cuts),
         "largest_blocked_mass": max((receipt.blocked_mass for receipt in cuts), default=0.0),
+    }
+
+
+def add_up(summaries: Sequence[dict[str, float | int]]) -> dict[str, float | int]:
+    """Summaries of several batches as one: counts add up, extremes stay extremes."""
+    return {
+        name: max(each[name] for each in summaries) if name.startswith("largest") else sum(each[name] for each in summaries)
+        for name in summaries[0]
     }

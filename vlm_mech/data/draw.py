@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from vlm_mech.data.scenes import BEETLE, CLASSES, COLOURS, SIZE, Scene, Thing
 
@@ -188,6 +188,17 @@ def masks(scene: Scene) -> dict[tuple[int, str], Bool[np.ndarray, "96 96"]]:
                 found[earlier] = found[earlier] & ~covered
             found[number, part] = covered
     return found
+
+
+def shared_pixels(one: Thing, other: Thing) -> float:
+    """Area in pixels that two things without parts would both cover."""
+    canvases = []
+    for thing in (one, other):
+        canvas = Image.new("1", (SIZE * SCALE, SIZE * SCALE))
+        canvas.paste(1, _offset(thing), _stencil(thing.kind, thing.kind, thing.length))
+        canvases.append(canvas)
+    both = ImageChops.logical_and(*canvases)
+    return sum(both.histogram()[1:]) / SCALE**2
 
 
 def blank(background: int = 228) -> Image.Image:

@@ -57,6 +57,9 @@ BEETLE = "beetle"
 LENGTHS = {"small": 20, "large": 30, "big": 40}
 """Side of a thing in pixels; `big` is for kinds with parts and beetles."""
 
+VISIBLE_OVERLAP = 40
+"""Pixels that two things must share for one to be in front of the other."""
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Family = Literal["single", "few", "occlusion", "count", "parts", "beetle"]
@@ -177,7 +180,9 @@ def _plain_kinds(rng: random.Random, n: int) -> list[str]:
 
 
 def _occluding(rng: random.Random, conflict: float) -> list[Thing]:
-    """Two large things of different colours, the second in front of the first."""
+    """Two large things of different colours, the second in front of the first and hiding a good piece of it."""
+    from vlm_mech.data.draw import shared_pixels
+
     while True:
         back, front = (_thing(kind, rng, conflict, "large") for kind in _plain_kinds(rng, 2))
         if back.colours == front.colours:
@@ -186,8 +191,10 @@ def _occluding(rng: random.Random, conflict: float) -> list[Thing]:
         dx, dy = rng.choice((-1, 1)) * rng.randint(11, 17), rng.choice((-1, 1)) * rng.randint(0, 10)
         x, y = back.x + dx, back.y + dy
         margin = front.length // 2 + 1
-        if margin <= x <= SIZE - margin and margin <= y <= SIZE - margin:
-            return [back, dataclasses.replace(front, x=x, y=y)]
+        front = dataclasses.replace(front, x=x, y=y)
+        inside = margin <= x <= SIZE - margin and margin <= y <= SIZE - margin
+        if inside and shared_pixels(back, front) >= VISIBLE_OVERLAP:
+            return [back, front]
 
 
 def _things(family: Family, rng: random.Random, conflict: float) -> list[Thing] | None:

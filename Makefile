@@ -1,0 +1,35 @@
+# `make demo` and `make test` are all a fresh machine needs: each makes its own virtual environment when there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint train clean
+
+help:
+	@echo "make demo   install, run the layer swap on the embedded model, say where the report is"
+	@echo "make test   install and run every test"
+	@echo "make lint   ruff and pyright"
+	@echo "make train  train the embedded models from nothing into runs/train (hours on two cores)"
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m experiments.layer_swap --out runs/layer_swap --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+train: $(STAMP)
+	$(BIN)/python -m vlm_mech.organism.train --out runs/train
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,110 @@
+"""At which layer, and through which tokens, does the answer come to depend on the image?
+
+Runs each question on an image with the hidden states of its counterfactual, layer by layer and span by span, in both
+directions, and measures how much of the way to the other answer that goes (counterfactual states, methods E.2).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlm_mech.runs import Outcome, RunConfig, Workspace, main
+
+if TYPE_CHECKING:
+    from vlm_mech.data.pairs import Pairs
+    from vlm_mech.result import Result
+
+QUESTION = (
+    "Each question is asked about an image and about its counterfactual, which differs in one attribute and so has "
+    "another answer. One run's hidden states replace the other's at one layer and one span of tokens; the recovered "
+    "fraction says how far the answer moves, 0 (its own) to 1 (the other image's)."
+)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Options of the layer swap."""
+
+    swap: Literal["state"] = "state"
+    """What is exchanged: hidden states of a run and its counterfactual."""
+    site: Literal["llm", "projector", "vision"] = "llm"
+    """Where: the decoder, the projector, or the vision tower."""
+    point: Literal["resid_post", "resid_pre", "attn_out", "mlp_out"] = "resid_post"
+    """Which tensor of each block."""
+    spans: tuple[str, ...] = ()
+    """Spans of tokens to swap; for llm: image question last all."""
+    direction: Literal["both", "noising", "denoising"] = "both"
+    """Noising puts the counterfactual's states into the image's run, denoising the reverse."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Split of the generated scenes."""
+    all: bool = False
+    """Keep pairs that the model answers wrongly on either image."""
+    batch: int = 32
+    """Pairs a forward pass."""
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, its heatmap and line figure, and example pictures."""
+    from vlm_mech import figures
+    from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.model import VLM
+    from vlm_mech.receipt import add_up, summarise
+    from vlm_mech.result import Result
+    from vlm_mech.swap import DIRECTIONS, METRICS, default_spans, swap_sites, swap_states, takeover, usable_share
+
+    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    vlm = VLM.load(
+        config.model, device=config.device, dtype=config.dtype, attn=config.attn, revision=config.revision
+    )
+    pairs = fitting(vlm, pairs)
+    spans = config.spans or default_spans(vlm, config.site)
+    directions = DIRECTIONS if config.direction == "both" else (config.direction,)
+    sites = swap_sites(vlm, config.site, config.point)
+    for start in work.progress(range(0, len(pairs), config.batch), "swaps"):
+        key = f"{start:08d}"
+        if key not in work:
+            batch = pairs[start : start + config.batch]
+            table, receipts = swap_states(
+                vlm, batch, sites, spans, directions=directions, only_correct=not config.all
+            )
+            work.keep(key, table, summarise(receipts))
+    table, receipts = work.collect()
+    depth = "point" if config.site == "projector" else "layer"
+    provenance = _provenance(vlm, pairs, add_up(receipts))
+    result = Result(f"layer swap ({config.site})", table, ("direction", "span", depth), METRICS, {}, provenance)
+    findings = (usable_share(result, pairs), *takeover(result, depth))
+    drawn = {
+        "recovered_heatmap": figures.heatmap(result, x=depth, y="span", metric="recovered", facet="direction"),
+        "recovered_lines": figures.lines(result, x=depth, colour="span", metric="recovered", facet="direction"),
+        "logit_diff_heatmap": figures.heatmap(result, x=depth, y="span", metric="logit_diff", facet="direction"),
+    }
+    return Outcome(_with(result, findings), drawn, _pictures(pairs))
+
+
+def _with(result: "Result", findings: tuple[str, ...]) -> "Result":
+    import dataclasses
+
+    return dataclasses.replace(result, findings=findings)
+
+
+def _provenance(vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "question": QUESTION,
+        "model": vlm.identity(),
+        "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest},
+        "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
+        "receipts": receipts,
+    }
+
+
+def _pictures(pairs: "Pairs") -> tuple[tuple[str, Any], ...]:
+    from vlm_mech.image import load_image
+
+    shown = []
+    for pair in list(pairs)[:4]:
+        for image, answer in ((pair.image, pair.answer), (pair.counterfactual_image, pair.counterfactual_answer)):
+            shown.append((f"{pair.question} {answer}", load_image(image)))
+    return tuple(shown)
+
+
+if __name__ == "__main__":
+    main(Config, run, name="layer_swap")

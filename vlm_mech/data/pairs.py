@@ -1,0 +1,220 @@
+"""Counterfactual pairs: two images, one question, two answers - generated scenes or a folder of the user's own.
+
+A folder holds `pairs.jsonl`, one object a line with `image`, `counterfactual_image` (paths from the folder),
+`question`, `answer` and `counterfactual_answer`, and optionally `id` and `group` (pairs of one group share a scene).
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm_mech.errors import UsageError
+from vlm_mech.image import ImageLike, load_image
+from vlm_mech.prompt import Prompt
+
+if TYPE_CHECKING:
+    from vlm_mech.model import VLM
+
+FIELDS = ("image", "counterfactual_image", "question", "answer", "counterfactual_answer")
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One question about an image and about its counterfactual, which has another answer."""
+
+    id: str
+    image: ImageLike
+    counterfactual_image: ImageLike
+    question: str
+    answer: str
+    counterfactual_answer: str
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.answer.strip() == self.counterfactual_answer.strip():
+            raise UsageError(f"pair {self.id}: both answers are {self.answer!r}; they must differ")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A pair that cannot be used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Counterfactual pairs of one data set; `refused` lists those that could not be used."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+    refused: tuple[Refused, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    def __getitem__(self, rows: slice) -> "Pairs":
+        return dataclasses.replace(self, pairs=self.pairs[rows])
+
+    @property
+    def base(self) -> list[Prompt]:
+        """The question about each image."""
+        return [Prompt(pair.question, pair.image) for pair in self.pairs]
+
+    @property
+    def counterfactual(self) -> list[Prompt]:
+        """The question about each counterfactual image."""
+        return [Prompt(pair.question, pair.counterfactual_image) for pair in self.pairs]
+
+    @property
+    def answer(self) -> list[str]:
+        """Right answers for the images."""
+        return [pair.answer for pair in self.pairs]
+
+    @property
+    def counterfactual_answer(self) -> list[str]:
+        """Right answers for the counterfactual images."""
+        return [pair.counterfactual_answer for pair in self.pairs]
+
+    @property
+    def digest(self) -> str:
+        """A hash of every pixel, question and answer."""
+        found = hashlib.sha256()
+        for pair in self.pairs:
+            for image in (pair.image, pair.counterfactual_image):
+                loaded = load_image(image)
+                found.update(repr(loaded.size).encode() + loaded.tobytes())
+            found.update(json.dumps([pair.id, pair.question, pair.answer, pair.counterfactual_answer]).encode())
+        return found.hexdigest()[:16]
+
+
+def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 0, split: str = "test") -> Pairs:
+    """Pairs by name (`scenes/colour`, ...) or from a folder with `pairs.jsonl`.
+
+    Args:
+        n: number of pairs: 64 scenes by default; from a folder the first n, or all of them.
+        seed: which scenes are drawn.
+        split: `train`, `validation` or `test` scenes; the embedded models were trained on `train` alone.
+
+    Raises:
+        UsageError: an unknown name, a folder without `pairs.jsonl`, or a line that is no pair.
+    """
+    if n is not None and n < 1:
+        raise UsageError(f"n is {n}; at least one pair is needed")
+    if str(name_or_folder).startswith("scenes/"):
+        return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split)
+    folder = Path(name_or_folder)
+    if not (folder / "pairs.jsonl").is_file():
+        from vlm_mech.data.twins import PAIR_SETS
+
+        names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
+        raise UsageError(f"data {str(name_or_folder)!r} is neither a folder with pairs.jsonl nor one of {names}")
+    return _folder_pairs(folder, n)
+
+
+def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
+    from vlm_mech.data.draw import render
+    from vlm_mech.data.twins import sample_pairs
+
+    pairs = []
+    for found in sample_pairs(name.removeprefix("scenes/"), n, seed=seed, split=split):
+        pairs.append(
+            Pair(
+                id=found.scene.key[:12],
+                image=render(found.scene),
+                counterfactual_image=render(found.twin),
+                question=found.question.text,
+                answer=found.question.answer,
+                counterfactual_answer=found.twin_answer,
+            )
+        )
+    return Pairs(name, tuple(pairs))
+
+
+def _folder_pairs(folder: Path, n: int | None) -> Pairs:
+    pairs: list[Pair] = []
+    refused: list[Refused] = []
+    for number, line in enumerate((folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip() and (n is None or len(pairs) < n):
+            pair = _parsed(folder, number, line)
+            try:
+                loaded = [load_image(image) for image in (pair.image, pair.counterfactual_image)]
+            except UsageError as error:
+                refused.append(Refused(pair.id, str(error)))
+                continue
+            pairs.append(dataclasses.replace(pair, image=loaded[0], counterfactual_image=loaded[1]))
+    if not pairs:
+        first = f"; the first was refused because {refused[0].reason}" if refused else ""
+        raise UsageError(f"{str(folder / 'pairs.jsonl')!r} holds no usable pair{first}")
+    ids = [pair.id for pair in pairs]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise UsageError(f"pair id {twice!r} occurs twice in {str(folder / 'pairs.jsonl')!r}")
+    return Pairs(str(folder), tuple(pairs), tuple(refused))
+
+
+def _parsed(folder: Path, number: int, line: str) -> Pair:
+    where = f"{str(folder / 'pairs.jsonl')!r} line {number}"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"{where} is not an object with {', '.join(FIELDS)}")
+    for field in FIELDS:
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise UsageError(f"{where}: {field} is {row.get(field)!r}; a non-empty text is needed")
+    return Pair(
+        id=str(row.get("id", number)),
+        image=folder / row["image"],
+        counterfactual_image=folder / row["counterfactual_image"],
+        question=row["question"],
+        answer=row["answer"],
+        counterfactual_answer=row["counterfactual_answer"],
+        group=None if row.get("group") is None else str(row["group"]),
+    )
+
+
+def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
+    """The pairs that this model can be asked: same tokens in both prompts, answers that start with different tokens.
+
+    The others move to `refused` with the reason.
+
+    Raises:
+        UsageError: none fits.
+    """
+    kept: list[Pair] = []
+    refused = list(pairs.refused)
+    for pair in pairs:
+        reason = _misfit(vlm, pair)
+        if reason:
+            refused.append(Refused(pair.id, reason))
+        else:
+            kept.append(pair)
+    if not kept:
+        raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} fits {vlm.name}: {refused[-1].reason}")
+    return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
+
+
+def _misfit(vlm: "VLM", pair: Pair) -> str:
+    try:
+        one, other = (
+            vlm.encode(Prompt(pair.question, image)) for image in (pair.image, pair.counterfactual_image)
+        )
+        ids = [vlm.answer_ids(one, [answer])[0].item() for answer in (pair.answer, pair.counterfactual_answer)]
+    except UsageError as error:
+        return str(error)
+    if one.rows[0].tokens != other.rows[0].tokens:
+        counts = [len(encoded.rows[0].tokens) for encoded in (one, other)]
+        return f"the prompts have {counts[0]} and {counts[1]} tokens; counterfactuals need the same tokens"
+    if ids[0] == ids[1]:
+        return f"answers {pair.answer!r} and {pair.counterfactual_answer!r} start with the same token"
+    return ""

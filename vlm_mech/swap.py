@@ -1,0 +1,164 @@
+"""Counterfactual states: run a question on one image with the hidden states of its counterfactual.
+
+An interchange of residual states between two images (activation patching with the image as the thing changed,
+methods E.2); not the exchange of blocks between checkpoints.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+import torch
+
+from vlm_mech import metrics
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.intervene import Activations, Replace
+from vlm_mech.receipt import Receipt
+from vlm_mech.result import Metric, Result
+from vlm_mech.site import PROJECTOR_POINTS, Site
+from vlm_mech.trace import Run, read, run
+
+if TYPE_CHECKING:
+    from vlm_mech.model import VLM
+
+Direction = Literal["noising", "denoising"]
+DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
+
+RECOVERED = Metric(
+    "recovered",
+    "fraction",
+    "normalised logit difference: 0 = the answer of the run that is patched, 1 = that of the run the states come from",
+)
+LOGIT_DIFF = Metric(
+    "logit_diff", "logits", "logit of the patched run's own answer less that of the other image's", signed=True
+)
+FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred")
+METRICS = (RECOVERED, LOGIT_DIFF, FLIP)
+
+WRONG = "not answered right on both images"
+NO_GAP = f"logit differences of the two images are less than {metrics.MIN_GAP} apart"
+
+
+def default_spans(vlm: "VLM", stream: str) -> tuple[str, ...]:
+    """The spans a swap compares at the sites of a stream."""
+    if stream == "llm":
+        return ("image", "question", "last", "all")
+    if stream == "projector":
+        return ("image",)
+    return ("image", "class", "all") if vlm.n_class_tokens else ("image",)
+
+
+def swap_sites(vlm: "VLM", stream: str, point: str) -> list[Site]:
+    """The sites that a swap visits: every layer of a tower at one point, or both ends of the projector."""
+    if stream == "projector":
+        return [Site(f"projector.{name}") for name in PROJECTOR_POINTS]
+    return [Site(f"{stream}.{point}", layer) for layer in range(vlm.n_layers(stream))]
+
+
+def swap_states(
+    vlm: "VLM",
+    pairs: Pairs,
+    sites: Sequence[Site],
+    spans: Sequence[str],
+    *,
+    directions: Sequence[Direction] = DIRECTIONS,
+    only_correct: bool = True,
+) -> tuple[pd.DataFrame, list[Receipt]]:
+    """Every site and span swapped in both directions for one batch of pairs.
+
+    `noising` runs the image with states of its counterfactual, `denoising` the counterfactual with states of the
+    image. Pairs that the model answers wrongly on either side are skipped unless `only_correct` is off; a recovered
+    fraction whose denominator is below `metrics.MIN_GAP` logits is skipped as well. Skipped values are NaN, with the
+    reason in `skipped`.
+
+    Returns:
+        The table with one row per pair, direction, site and span, and the receipts of all swaps.
+    """
+    runs = {"base": run(vlm, pairs.base), "counterfactual": run(vlm, pairs.counterfactual)}
+    states = {name: read(vlm, each.encoded, sites) for name, each in runs.items()}
+    ids = vlm.answer_ids(runs["base"].encoded, pairs.answer)
+    others = vlm.answer_ids(runs["counterfactual"].encoded, pairs.counterfactual_answer)
+    right = metrics.correct(runs["base"].last, ids) & metrics.correct(runs["counterfactual"].last, others)
+    usable = right if only_correct else torch.ones_like(right)
+    tables, receipts = [], []
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise UsageError(f"direction {direction!r} is not known; one of {', '.join(DIRECTIONS)} is")
+        forward = direction == "noising"
+        patched, donor = (runs["base"], runs["counterfactual"]) if forward else (runs["counterfactual"], runs["base"])
+        own, other = (ids, others) if forward else (others, ids)
+        source = states["counterfactual" if forward else "base"]
+        for site in sites:
+            for span in spans:
+                table, proof = _swap(vlm, patched, donor, source, site, span, own, other, usable)
+                tables.append(table.assign(example=[pair.id for pair in pairs], direction=direction))
+                receipts += proof
+    groups = {pair.id: pair.group or pair.id for pair in pairs}
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(group=table["example"].map(groups)), receipts
+
+
+def _swap(
+    vlm: "VLM",
+    patched: Run,
+    donor: Run,
+    source: Activations,
+    site: Site,
+    span: str,
+    own: torch.Tensor,
+    other: torch.Tensor,
+    usable: torch.Tensor,
+) -> tuple[pd.DataFrame, tuple[Receipt, ...]]:
+    edited = run(vlm, patched.encoded, Replace(site, span, source=source), baseline=patched)
+    before, target, after = (metrics.logit_diff(each.last, own, other) for each in (patched, donor, edited))
+    fraction = metrics.recovered(after, before, target)
+    skipped = [NO_GAP if missing else "" for missing in fraction.isnan().tolist()]
+    skipped = [reason if use else WRONG for reason, use in zip(skipped, usable.tolist(), strict=True)]
+    columns = {
+        "recovered": fraction,
+        "recovered_baseline": torch.zeros_like(fraction).where(~fraction.isnan(), float("nan")),
+        "logit_diff": after,
+        "logit_diff_baseline": before,
+        "flip": metrics.flip(edited.last, own, other).float(),
+        "flip_baseline": metrics.flip(patched.last, own, other).float(),
+    }
+    missing = torch.full_like(fraction, float("nan"))
+    table = pd.DataFrame({name: value.where(usable, missing).double().cpu().numpy() for name, value in columns.items()})
+    place = {"point": site.point} if site.layer is None else {"layer": site.layer}
+    return table.assign(span=span, skipped=skipped, **place), edited.receipts
+
+
+def usable_share(result: Result, pairs: Pairs) -> str:
+    """How many pairs count, in a sentence."""
+    first = result.table.drop_duplicates("example")
+    wrong = int((first["skipped"] == WRONG).sum())
+    n_examples = len(first)
+    text = f"{n_examples - wrong} of {n_examples} pairs of {pairs.name} are answered right on both images and are used"
+    return text + (f"; {len(pairs.refused)} more were refused." if pairs.refused else ".")
+
+
+def takeover(result: Result, depth: str) -> tuple[str, ...]:
+    """Where the image span stops mattering and the last token takes over, in sentences made from the numbers."""
+    if depth != "layer":
+        return ()
+    found = []
+    for direction in result.table["direction"].drop_duplicates():
+        for span, rising, says in (
+            ("image", False, "swapping the image tokens no longer turns the answer"),
+            ("last", True, "swapping the last token alone turns the answer"),
+        ):
+            if span not in set(result.table["span"]):
+                continue
+            where = {"direction": direction, "span": span}
+            at = result.crossing(where, depth, 0.5, rising=rising, metric="recovered")
+            if at["at"] is None:
+                found.append(f"{direction}: at no layer it holds that {says} (recovered fraction across 0.5).")
+            else:
+                interval = f"95 % interval {_layer(at['low'])} to {_layer(at['high'])}"
+                found.append(f"{direction}: from layer {at['at']} on {says} (recovered fraction across 0.5; {interval}).")
+    return tuple(found)
+
+
+def _layer(value: int | None) -> str:
+    return "beyond the last" if value is None else str(value)
