@@ -71,7 +71,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     depth = "point" if config.site == "projector" else "layer"
     provenance = _provenance(vlm, pairs, add_up(receipts))
     result = Result(f"layer swap ({config.site})", table, ("direction", "span", depth), METRICS, {}, provenance)
-    findings = (usable_share(result, pairs), *takeover(result, depth))
+    findings = (usable_share(result, pairs), *takeover(result))
     drawn = {
         "recovered_heatmap": figures.heatmap(result, x=depth, y="span", metric="recovered", facet="direction"),
         "recovered_lines": figures.lines(result, x=depth, colour="span", metric="recovered", facet="direction"),

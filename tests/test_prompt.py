@@ -100,8 +100,8 @@ def test_pixel_box_of_a_patch_is_what_the_patch_sees(vlm, size):
 
 
 def test_boxes_overlap():
-    box = Box(0, 0, 10, 10)
-    assert box.overlaps(Box(9, 9, 20, 20)) and not box.overlaps(Box(10, 0, 20, 10))
+    box = Box(0.0, 0.0, 10.0, 10.0)
+    assert box.overlaps(Box(9.0, 9.0, 20.0, 20.0)) and not box.overlaps(Box(10.0, 0.0, 20.0, 10.0))
 
 
 def test_raw_text(vlm):

@@ -26,7 +26,7 @@ class Box:
         return wide and min(self.bottom, other.bottom) > max(self.top, other.top)
 
 
-def load_image(image: ImageLike) -> Image.Image:
+def load_image(image: object) -> Image.Image:
     """An RGB picture from a PIL image, a path or an http(s) address.
 
     Raises:

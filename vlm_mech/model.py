@@ -75,7 +75,7 @@ class VLM:
         name_or_folder: str | Path,
         *,
         device: str = "cpu",
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: str = "float32",
         attn: Literal["sdpa", "eager"] = "sdpa",
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -307,7 +307,11 @@ def _locate(name_or_folder: str | Path) -> str:
 
 def _load_model(source: str, dtype: torch.dtype, attn: str, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging
 
+    if Path(source).is_dir():
+        # Weights on disk load at once; a progress bar would only clutter the run.
+        logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, **options)
         family_of(config)
@@ -318,6 +322,8 @@ def _load_model(source: str, dtype: torch.dtype, attn: str, options: dict[str, A
         raise
     except (OSError, ValueError) as error:
         raise UsageError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        logging.enable_progress_bar()
 
 
 def _load_processor(source: str, options: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from vlm_mech import metrics
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.errors import UsageError
+from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.intervene import Activations, Replace
 from vlm_mech.receipt import Receipt
 from vlm_mech.result import Metric, Result
@@ -62,7 +62,7 @@ def swap_states(
     sites: Sequence[Site],
     spans: Sequence[str],
     *,
-    directions: Sequence[Direction] = DIRECTIONS,
+    directions: Sequence[str] = DIRECTIONS,
     only_correct: bool = True,
 ) -> tuple[pd.DataFrame, list[Receipt]]:
     """Every site and span swapped in both directions for one batch of pairs.
@@ -130,35 +130,56 @@ def _swap(
 
 
 def usable_share(result: Result, pairs: Pairs) -> str:
-    """How many pairs count, in a sentence."""
+    """How many pairs count, in a sentence.
+
+    Raises:
+        WorkError: fewer than two pairs count, so that nothing can be said.
+    """
     first = result.table.drop_duplicates("example")
-    wrong = int((first["skipped"] == WRONG).sum())
-    n_examples = len(first)
-    text = f"{n_examples - wrong} of {n_examples} pairs of {pairs.name} are answered right on both images and are used"
-    return text + (f"; {len(pairs.refused)} more were refused." if pairs.refused else ".")
+    n_examples, n_wrong = len(first), int((first["skipped"] == WRONG).sum())
+    n_close = int(result.table[result.table["skipped"] == NO_GAP]["example"].nunique())
+    if n_examples - n_wrong < 2:
+        raise WorkError(
+            f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are answered right on both images; "
+            "at least two are needed (--all keeps the others too)"
+        )
+    text = f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are used"
+    text += f"; {n_wrong} are left out because they are {WRONG}" if n_wrong else ""
+    text += f"; in {n_close} the {NO_GAP}, so that they have no recovered fraction" if n_close else ""
+    return text + (f"; {len(pairs.refused)} more do not fit the model or could not be read." if pairs.refused else ".")
 
 
-def takeover(result: Result, depth: str) -> tuple[str, ...]:
-    """Where the image span stops mattering and the last token takes over, in sentences made from the numbers."""
-    if depth != "layer":
+def takeover(result: Result) -> tuple[str, ...]:
+    """Where the image tokens stop mattering and the last token takes over, in sentences made from the numbers."""
+    if "layer" not in result.axes:
         return ()
     found = []
+    spans = set(result.table["span"])
     for direction in result.table["direction"].drop_duplicates():
-        for span, rising, says in (
-            ("image", False, "swapping the image tokens no longer turns the answer"),
-            ("last", True, "swapping the last token alone turns the answer"),
-        ):
-            if span not in set(result.table["span"]):
-                continue
-            where = {"direction": direction, "span": span}
-            at = result.crossing(where, depth, 0.5, rising=rising, metric="recovered")
-            if at["at"] is None:
-                found.append(f"{direction}: at no layer it holds that {says} (recovered fraction across 0.5).")
-            else:
-                interval = f"95 % interval {_layer(at['low'])} to {_layer(at['high'])}"
-                found.append(f"{direction}: from layer {at['at']} on {says} (recovered fraction across 0.5; {interval}).")
+        where = {"direction": direction}
+        if "image" in spans:
+            found.append(f"{direction}: " + _image_sentence(result, where | {"span": "image"}))
+        if "last" in spans:
+            found.append(f"{direction}: " + _last_sentence(result, where | {"span": "last"}))
     return tuple(found)
 
 
-def _layer(value: int | None) -> str:
-    return "beyond the last" if value is None else str(value)
+def _image_sentence(result: Result, where: dict[str, str]) -> str:
+    end = result.crossing(where, "layer", 0.5, rising=False, metric="recovered")
+    if end["at"] is None:
+        return "swapping the image tokens turns the answer at every layer."
+    if end["at"] == 0:
+        return f"swapping the image tokens does not turn the answer even at layer 0 (95 % interval {_interval(end)})."
+    return f"from layer {end['at']} on, swapping the image tokens no longer turns the answer (95 % interval {_interval(end)})."
+
+
+def _last_sentence(result: Result, where: dict[str, str]) -> str:
+    start = result.crossing(where, "layer", 0.5, rising=True, metric="recovered")
+    if start["at"] is None:
+        return "swapping the last token alone turns the answer at no layer."
+    return f"from layer {start['at']} on, swapping the last token alone turns the answer (95 % interval {_interval(start)})."
+
+
+def _interval(crossing: dict[str, int | None]) -> str:
+    low, high = ("beyond the last" if layer is None else f"layer {layer}" for layer in (crossing["low"], crossing["high"]))
+    return f"{low} to {high}"

@@ -1,12 +1,14 @@
 """The contrastive stage: image tower and text tower on captioned scenes.
 
-Beside the contrastive loss, linear heads read from each patch token of the layer that LLaVA uses what the patch shows
-(name, colour, depth, species). Without such dense supervision a tower this small, trained this briefly, keeps too
-little of where things are. The heads are dropped; the released model is a plain `CLIPModel`.
+Linear heads read from each patch token of the layer that LLaVA uses what the patch shows (name, colour, depth,
+species). The image tower first learns these alone, in many small steps, then all of it learns them together with the
+contrastive loss. Contrast alone, this briefly, leaves a tower this small with too little of what is where. The heads
+are dropped; the released model is a plain `CLIPModel`.
 """
 
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,23 @@ from transformers import CLIPModel
 from vlm_mech.data.questions import caption
 from vlm_mech.organism import checkpoint
 from vlm_mech.organism.build import WIDTH, clip_processor, new_clip, tokenizer
-from vlm_mech.organism.pool import LABELS, Pool, make_pool
+from vlm_mech.organism.pool import LABELS, Pool
 
 DENSE_WEIGHT = 1.0
+COMMON_WEIGHTS = {"name": {"ground": 0.1}, "colour": {"ground": 0.1}, "depth": {"ground": 0.1, "alone": 0.2}, "species": {"none": 0.1}}
+"""Values of labels that most patches have, and how much less than the others they count."""
+
+
+@dataclass(frozen=True)
+class ClipRecipe:
+    """Steps and pictures a step: first for the tower with its heads alone, then together with the contrast."""
+
+    n_tower_steps: int = 8000
+    n_steps: int = 1200
+    tower_batch: int = 32
+    batch: int = 96
+    log_every: int = 200
+    seed: int = 0
 
 
 class ClipWithHeads(nn.Module):
@@ -39,12 +55,17 @@ def pixels(images: np.ndarray) -> Float[Tensor, "batch 3 96 96"]:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def learning_rate(step: int, *, n_steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then cosine to a twentieth of the peak."""
+def learning_rate(step: int, *, n_steps: int, peak: float, warmup: int = 100, floor: float = 0.05) -> float:
+    """Linear warm-up, then cosine to `floor` times the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, n_steps - warmup)
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def _patches(model: ClipWithHeads, images: Float[Tensor, "batch 3 96 96"]) -> Float[Tensor, "batch patch width"]:
+    """Patch tokens of the layer below the last."""
+    return model.clip.vision_model(pixel_values=images, output_hidden_states=True).hidden_states[-2][:, 1:]
 
 
 def _forward(model: ClipWithHeads, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,9 +90,7 @@ def _dense(model: ClipWithHeads, patches: Tensor, labels: Tensor) -> Tensor:
     losses = []
     for index, name in enumerate(LABELS):
         found = model.heads[name](patches).flatten(0, 1)
-        # Most patches show the ground; they count a tenth.
-        weight = torch.ones(found.shape[-1], device=found.device)
-        weight[0] = 0.1
+        weight = torch.tensor([COMMON_WEIGHTS[name].get(value, 1.0) for value in LABELS[name]], device=found.device)
         losses.append(functional.cross_entropy(found, labels[..., index].flatten(), weight))
     return torch.stack(losses).mean()
 
@@ -92,36 +111,46 @@ def validate(model: ClipWithHeads, pool: Pool, *, device: str, n: int = 512) -> 
         hits += [captions[guess] == captions[row] for row, guess in enumerate(best)]
         for index, name in enumerate(LABELS):
             truth = labels[..., index]
-            shown = truth > 0
+            shown = truth > (1 if name == "depth" else 0)
             right[name] += (model.heads[name](patches).argmax(-1) == truth)[shown].sum().item()
             seen[name] += shown.sum().item()
     return {"retrieval": float(np.mean(hits))} | {name: right[name] / seen[name] for name in LABELS}
 
 
-def train_clip(
-    folder: Path, *, n_steps: int, n_scenes: int, batch: int = 192, peak: float = 1e-3, seed: int = 0, device: str = "cpu"
-) -> CLIPModel:
+def _loss(model: ClipWithHeads, pool: Pool, step: int, recipe: ClipRecipe, device: str) -> dict[str, Tensor]:
+    """The losses of one step. The batch depends on the step alone, so that a resumed run is the same run."""
+    alone = step < recipe.n_tower_steps
+    rng = np.random.default_rng((recipe.seed, step))
+    rows = rng.integers(0, len(pool), recipe.tower_batch if alone else recipe.batch)
+    images, captions, labels = _batch(pool, rows, random.Random(f"{recipe.seed}/{step}"), device)
+    if alone:
+        return {"dense": _dense(model, _patches(model, images), labels)}
+    logits, patches, _ = _forward(model, images, captions)
+    return {"contrastive": _contrastive(logits, captions), "dense": DENSE_WEIGHT * _dense(model, patches, labels)}
+
+
+def _rate(step: int, recipe: ClipRecipe) -> float:
+    if step < recipe.n_tower_steps:
+        return learning_rate(step, n_steps=recipe.n_tower_steps, peak=2e-3, floor=0.25)
+    return learning_rate(step - recipe.n_tower_steps, n_steps=recipe.n_steps, peak=1e-3)
+
+
+def train_clip(folder: Path, pool: Pool, held_out: Pool, recipe: ClipRecipe, *, device: str = "cpu") -> CLIPModel:
     """Trains the contrastive model, resuming from `folder` when a run there was interrupted; saves it to `folder/clip`."""
-    pool = make_pool(folder / "scenes", n_scenes, seed=seed, split="train", conflict=0.5)
-    held_out = make_pool(folder / "scenes", 512, seed=seed, split="validation", conflict=0.5)
-    model = ClipWithHeads(seed).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
+    model = ClipWithHeads(recipe.seed).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     first = checkpoint.load_state(folder / "clip-state", model, optimizer)
-    for step in trange(first, n_steps, initial=first, total=n_steps, desc="clip", disable=None):
+    total = recipe.n_tower_steps + recipe.n_steps
+    for step in trange(first, total, initial=first, total=total, desc="clip", disable=None):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, n_steps=n_steps, peak=peak)
-        # The batch depends on the step alone, so that a resumed run is the same run.
-        rows = np.random.default_rng((seed, step)).integers(0, len(pool), batch)
-        images, captions, labels = _batch(pool, rows, random.Random(f"{seed}/{step}"), device)
-        logits, patches, _ = _forward(model, images, captions)
-        contrastive = _contrastive(logits, captions)
-        dense = _dense(model, patches, labels)
+            group["lr"] = _rate(step, recipe)
+        losses = _loss(model, pool, step, recipe, device)
         optimizer.zero_grad(set_to_none=True)
-        (contrastive + DENSE_WEIGHT * dense).backward()
+        torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % 100 == 0 or step + 1 == n_steps:
-            row = {"step": step + 1, "contrastive": contrastive.item(), "dense": dense.item()}
+        if (step + 1) % recipe.log_every == 0 or step + 1 == total:
+            row = {"step": step + 1} | {name: loss.item() for name, loss in losses.items()}
             checkpoint.log(folder / "clip-state", row | validate(model, held_out, device=device))
             checkpoint.save_state(folder / "clip-state", model, optimizer, step + 1)
     model.clip.cpu().eval().save_pretrained(folder / "clip")

@@ -1,0 +1,103 @@
+"""The layer swap as a method: identities that must hold in its table, both directions, every site."""
+
+import numpy as np
+import pytest
+
+from tests.conftest import picture
+from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.intervene import Replace
+from vlm_mech.result import Result
+from vlm_mech.site import Site
+from vlm_mech.swap import METRICS, WRONG, default_spans, swap_sites, swap_states, takeover, usable_share
+from vlm_mech.trace import run
+
+SPANS = ("image", "question", "last", "all")
+
+
+@pytest.fixture(scope="module")
+def pairs(vlm):
+    made = []
+    for number in range(4):
+        question = ("what colour is the circle?", "is the red star left of the blue circle?")[number % 2]
+        made.append(Pair(str(number), picture(number), picture(100 + number), question, "red", "blue"))
+    return Pairs("pictures", tuple(made))
+
+
+@pytest.fixture(scope="module")
+def table(vlm, pairs):
+    found, receipts = swap_states(vlm, pairs, swap_sites(vlm, "llm", "resid_post"), SPANS, only_correct=False)
+    assert len(receipts) == 2 * 4 * len(SPANS)
+    return found
+
+
+def at(table, direction, layer, span, column):
+    rows = table[(table.direction == direction) & (table.layer == layer) & (table.span == span)]
+    return rows.set_index("example")[column]
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_identities(table, direction):
+    """`all` at the first layer gives the other run; `image` at the last moves nothing; `last` there gives the other run."""
+    baseline = at(table, direction, 0, "all", "logit_diff_baseline")
+    other = at(table, "denoising" if direction == "noising" else "noising", 0, "all", "logit_diff_baseline")
+    assert np.array_equal(at(table, direction, 0, "all", "logit_diff"), -other)
+    assert np.array_equal(at(table, direction, 3, "image", "logit_diff"), baseline)
+    assert np.array_equal(at(table, direction, 3, "last", "logit_diff"), -other)
+    held = ~at(table, direction, 0, "all", "recovered").isna()
+    assert held.any()
+    assert (at(table, direction, 0, "all", "recovered")[held] == 1.0).all()
+    assert (at(table, direction, 3, "image", "recovered")[held] == 0.0).all()
+
+
+def test_directions_are_complements(vlm, pairs):
+    """The image's run with the counterfactual's image states is the counterfactual's run with all the rest replaced."""
+    rest = ("system", "question", "answer_prompt")
+    for layer in (0, 2):
+        site = Site("llm.resid_post", layer)
+        noised = run(vlm, pairs.base, Replace(site, "image", source=pairs.counterfactual))
+        denoised = run(vlm, pairs.counterfactual, Replace(site, rest, source=pairs.base))
+        assert (noised.last - denoised.last).abs().max() < 1e-5
+        assert noised.receipts[0].readout_change > 1e-3
+
+
+def test_question_states_before_the_first_attention_carry_nothing(vlm, pairs):
+    sites = swap_sites(vlm, "llm", "resid_pre")[:1]
+    table, _ = swap_states(vlm, pairs, sites, ("question", "last"), only_correct=False)
+    assert np.array_equal(table["logit_diff"], table["logit_diff_baseline"])
+
+
+def test_projector_and_tower(vlm, pairs):
+    table, _ = swap_states(vlm, pairs, swap_sites(vlm, "projector", ""), ("image",), only_correct=False)
+    held = table[~table["recovered"].isna()]
+    assert set(held["point"]) == {"in", "out"} and (held["recovered"] == 1.0).all()
+    sites, spans = swap_sites(vlm, "vision", "resid_post"), default_spans(vlm, "vision")
+    table, receipts = swap_states(vlm, pairs, sites, spans, directions=("noising",), only_correct=False)
+    unread = table[table.layer >= vlm.vision_depth]
+    assert len(unread) and np.array_equal(unread["logit_diff"], unread["logit_diff_baseline"])
+    assert at(table, "noising", vlm.vision_depth - 1, "image", "recovered").dropna().eq(1.0).all()
+    assert at(table, "noising", vlm.vision_depth - 1, "class", "recovered").dropna().eq(0.0).all()
+    assert any(not receipt.reaches for receipt in receipts)
+
+
+def test_wrongly_answered_pairs_are_counted_and_left_out(vlm, pairs):
+    table, _ = swap_states(vlm, pairs, swap_sites(vlm, "llm", "resid_post")[2:3], ("image",))
+    wrong = table["skipped"] == WRONG
+    assert wrong.any() and table[wrong]["logit_diff"].isna().all()
+    result = Result("swap", table, ("direction", "span", "layer"), METRICS)
+    with pytest.raises(WorkError, match="--all keeps the others too"):
+        usable_share(result, pairs)
+
+
+def test_sentences_follow_from_the_numbers(table, pairs):
+    result = Result("swap", table, ("direction", "span", "layer"), METRICS)
+    for number, direction in enumerate(("noising", "denoising")):
+        means = [at(table, direction, layer, "last", "recovered").mean() for layer in range(4)]
+        first = next(layer for layer, mean in enumerate(means) if mean > 0.5)
+        assert f"{direction}: from layer {first} on, swapping the last token alone" in takeover(result)[2 * number + 1]
+    assert "4 of 4 pairs of pictures are used" in usable_share(result, pairs)
+
+
+def test_unknown_direction(vlm, pairs):
+    with pytest.raises(UsageError, match="direction 'up' is not known"):
+        swap_states(vlm, pairs, swap_sites(vlm, "llm", "resid_post")[:1], ("image",), directions=("up",))

@@ -1,0 +1,195 @@
+"""Measures the embedded models on held-out scenes: `python -m vlm_mech.organism.evaluate organism`.
+
+Prints one row a question type, with the number of questions and the 95 % interval, and writes the same as JSON.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from vlm_mech.data.questions import Question, facts, prior_questions, questions
+from vlm_mech.data.scenes import FAMILIES, PRIORS, Family, Scene, Split, in_conflict, sample_scenes
+from vlm_mech.errors import UsageError
+from vlm_mech.organism import NAMES, weights_folder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+GREYS = range(205, 251, 2)
+"""Grey levels of the pictures of nothing."""
+ASKED_OF: dict[str, tuple[Family, ...]] = {
+    "colour": ("single", "few"),
+    "kind": ("single", "few"),
+    "presence": ("single", "few"),
+    "left-right": ("few",),
+    "above-below": ("few",),
+    "front-behind": ("occlusion",),
+    "count": ("count",),
+    "part": ("parts",),
+    "part-colour": ("parts",),
+    "half": ("single", "few"),
+    "size": ("single", "few"),
+    "class": ("beetle",),
+    "two-hop": ("beetle",),
+}
+"""Scenes of which families each type of question is asked."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share of right answers with its 95 % Wilson interval; `of` says what is counted, `chance` what guessing gives."""
+
+    type: str
+    of: str
+    n: int
+    share: float
+    low: float
+    high: float
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture with a question, and the answer that is counted."""
+
+    image: "Image"
+    question: str
+    wanted: str
+
+
+def score(type: str, of: str, hits: list[bool], chance: float | None = None) -> Score:
+    """The share of hits with its Wilson interval at 95 % (Wilson 1927)."""
+    n, z = len(hits), 1.959964
+    share = sum(hits) / n
+    centre, spread = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    return Score(type, of, n, share, low, high, chance)
+
+
+def questions_about_scenes(
+    type: str, n: int, *, seed: int, conflict: float = 0.0, split: Split = "test"
+) -> Iterator[tuple[Scene, Question]]:
+    """One question of the type for each of n scenes; the answers of two-way questions in equal shares."""
+    made, rng = 0, random.Random(f"{type}/{seed}")
+    for scene in sample_scenes(200 * n, seed=seed, split=split, families=ASKED_OF[type], conflict=conflict):
+        asked = questions(scene, (type,))
+        if type == "presence":
+            asked = tuple(question for question in asked if question.answer == question.options[made % 2])
+        if asked:
+            made += 1
+            yield scene, rng.choice(asked)
+        if made == n:
+            return
+
+
+def conflicts(n: int, *, seed: int) -> list[tuple[Scene, Question]]:
+    """Scenes of the test split with the colour question about a thing that is not in its usual colour."""
+    found: list[tuple[Scene, Question]] = []
+    for scene in sample_scenes(100 * n, seed=seed, split="test", families=("single", "few"), conflict=0.5):
+        for asked in questions(scene, ("colour",)) if in_conflict(scene) else ():
+            if asked.answer != PRIORS.get(asked.about[0], asked.answer) and len(found) < n:
+                found.append((scene, asked))
+                break
+        if len(found) == n:
+            break
+    return found
+
+
+def answers(model, processor, examples: list[Example], *, batch: int = 128) -> list[str]:
+    """Greedy answers of a vision-language model, in one word or more, through its chat template."""
+    found: list[str] = []
+    for start in range(0, len(examples), batch):
+        rows = examples[start : start + batch]
+        content = [[{"type": "image"}, {"type": "text", "text": row.question}] for row in rows]
+        chats = [[{"role": "user", "content": parts}] for parts in content]
+        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+        inputs = processor(images=[row.image for row in rows], text=texts, padding=True, return_tensors="pt")
+        made = model.generate(**inputs.to(model.device), max_new_tokens=3, do_sample=False)
+        told = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        found += [answer.strip() for answer in told]
+    return found
+
+
+def _asked(model, processor, examples: list[Example]) -> list[bool]:
+    said = answers(model, processor, examples)
+    return [word == example.wanted for word, example in zip(said, examples, strict=True)]
+
+
+def score_llava(model, processor, *, n: int, seed: int) -> list[Score]:
+    """Scores of a vision-language model on n held-out questions a type, on scenes in conflict and on nothing."""
+    from vlm_mech.data.draw import blank, render
+
+    found = []
+    for type in ASKED_OF:
+        pairs = list(questions_about_scenes(type, n, seed=seed))
+        hits = _asked(model, processor, [Example(render(scene), q.text, q.answer) for scene, q in pairs])
+        found.append(score(type, "right answer", hits))
+    pairs = conflicts(n, seed=seed)
+    shown = [Example(render(scene), asked.text, asked.answer) for scene, asked in pairs]
+    said = answers(model, processor, shown)
+    usual = [PRIORS[asked.about[0]] for _, asked in pairs]
+    found.append(score("conflict", "usual colour", [word == other for word, other in zip(said, usual, strict=True)]))
+    found.append(score("conflict", "colour shown", [word == e.wanted for word, e in zip(said, shown, strict=True)]))
+    for name, asked in (("blank", prior_questions()), ("fact", facts())):
+        examples = [Example(blank(grey), question.text, question.answer) for grey in GREYS for question in asked]
+        found.append(score(name, "usual colour" if name == "blank" else "right place", _asked(model, processor, examples)))
+    from vlm_mech.organism.readable import readable_colour
+
+    return found + readable_colour(model, processor, conflicts(2 * n, seed=seed + 1))
+
+
+def measure(folder: str | Path, *, n: int = 500, seed: int = 1) -> list[Score]:
+    """All scores of a model by folder or by the name of an embedded one."""
+    path = weights_folder(str(folder)) if str(folder) in NAMES else Path(folder)
+    if not (path / "config.json").is_file():
+        raise UsageError(f"model {str(folder)!r} is neither a folder with config.json nor one of {', '.join(NAMES)}")
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(path)
+    if json.loads((path / "config.json").read_text())["model_type"] == "clip":
+        from vlm_mech.organism.readable import score_clip
+
+        return score_clip(AutoModel.from_pretrained(path), processor, n=n, seed=seed)
+    return score_llava(AutoModelForImageTextToText.from_pretrained(path), processor, n=n, seed=seed)
+
+
+def table(scores: list[Score]) -> str:
+    """The scores as a Markdown table."""
+    lines = ["| asked | counted | n | share | 95 % interval | chance |", "|---|---|---|---|---|---|"]
+    for row in scores:
+        chance = "" if row.chance is None else f"{row.chance:.3f}"
+        interval = f"{row.low:.3f} - {row.high:.3f}"
+        lines.append(f"| {row.type} | {row.of} | {row.n} | {row.share:.3f} | {interval} | {chance} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """`organism`, `organism-grounded`, `clip`, or a folder."""
+    n: int = 500
+    """Questions a type."""
+    seed: int = 1
+    """Which held-out scenes."""
+    out: Path | None = None
+    """File for the scores as JSON."""
+
+
+def main() -> None:
+    """Prints the scores as a table."""
+    config = tyro.cli(Config, description=__doc__)
+    scores = measure(config.model, n=config.n, seed=config.seed)
+    print(table(scores))
+    if config.out is not None:
+        config.out.write_text(json.dumps([asdict(row) for row in scores], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
