@@ -59,11 +59,11 @@ def _check(result: Result, **columns: str | None) -> None:
 def _layout(figure: "go.Figure", title: str, n_facets: int, height: int) -> "go.Figure":
     figure.update_layout(
         template="plotly_white",
-        title={"text": title, "x": 0.01, "xanchor": "left", "y": 0.97, "yanchor": "top", "font": {"size": 17}},
+        title={"text": title, "x": 0.01, "xanchor": "left", "y": 0.98, "yanchor": "top", "font": {"size": 17}},
         font={"family": "Helvetica, Arial, sans-serif", "size": 13},
         width=max(640, 520 * n_facets),
         height=height,
-        margin={"l": 90, "r": 40, "t": 110, "b": 110},
+        margin={"l": 90, "r": 40, "t": 90, "b": 110},
     )
     return figure
 
@@ -111,7 +111,7 @@ def heatmap(
     figure.update_yaxes(title_text=_label(y), col=1)
     _caption(figure, f"{_counts(summary)} per cell; dot: change from the unedited run has p < 0.05 after Holm's correction")
     n_rows = summary[y].nunique()
-    return _layout(figure, title or f"{result.name}: {chosen.name} ({chosen.unit})", len(panels), 240 + 46 * n_rows)
+    return _layout(figure, title or f"{result.name}: {chosen.name} ({chosen.unit})", len(panels), 220 + 56 * n_rows)
 
 
 def _heat(
@@ -125,8 +125,11 @@ def _heat(
         x=[str(value) for value in across],
         y=[str(value) for value in down],
         z=[[rows[value, other]["mean"] for value in across] for other in down],
-        text=[[_hover(rows[value, other], result.axes) for value in across] for other in down],
-        hovertemplate="%{text}<extra></extra>",
+        customdata=[[_hover(rows[value, other], result.axes) for value in across] for other in down],
+        hovertemplate="%{customdata}<extra></extra>",
+        # Numbers in the cells as long as they are readable.
+        texttemplate="<br><br>%{z:.2f}" if len(across) <= 12 else None,
+        textfont={"size": 11},
         xgap=2,
         ygap=2,
         showscale=last,
@@ -186,6 +189,7 @@ def _band(rows: pd.DataFrame, axes: tuple[str, ...], x: str, name: str, colour: 
     band = go.Scatter(
         x=[*held[x], *held[x][::-1]],
         y=[*held["ci_high"], *held["ci_low"][::-1]],
+        mode="lines",
         fill="toself",
         fillcolor=f"rgba({red},{green},{blue},0.18)",
         line={"width": 0},

@@ -19,6 +19,9 @@ from vlm_mech.errors import UsageError
 from vlm_mech.statistics import bootstrap_means, corrected, percentile_interval, sign_flip_p
 
 N_RESAMPLES = 2000
+"""Bootstrap resamples."""
+N_SIGN_FLIPS = 100_000
+"""Sign patterns of the test: many, so that a correction over hundreds of cells can still find something."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Result:
         effects = values - baseline
         low, high = percentile_interval(values, groups, level=level, **options)
         effect_low, effect_high = percentile_interval(effects, groups, level=level, **options)
-        p = sign_flip_p(effects, groups, **options)
+        p = sign_flip_p(effects, groups, n_resamples=N_SIGN_FLIPS, seed=options["seed"])
         held = ~np.isnan(values)
         found = self.cells.assign(
             metric=metric.name,
@@ -141,7 +144,7 @@ class Result:
         columns = [_only(cells, cell) for cell in (one, other)]
         difference = (values[:, columns[0]] - values[:, columns[1]])[:, None]
         low, high = percentile_interval(difference, self.groups(), level=level, n_resamples=N_RESAMPLES, seed=seed)
-        p = sign_flip_p(difference, self.groups(), n_resamples=N_RESAMPLES, seed=seed)
+        p = sign_flip_p(difference, self.groups(), n_resamples=N_SIGN_FLIPS, seed=seed)
         n = int((~np.isnan(difference)).sum())
         return {"n": n, "mean": float(_mean(difference)[0]), "ci_low": low[0], "ci_high": high[0], "p": p[0]}
 

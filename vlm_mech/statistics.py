@@ -6,6 +6,7 @@ between cells are paired. Examples of one group (a scene, say) are drawn and fli
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -77,14 +78,23 @@ def sign_flip_p(
     # Flipped sums that equal the observed one up to rounding count as equal.
     limit = observed * (1 - 1e-12) - 1e-12
     exact = n_groups <= math.log2(max(2, n_resamples))
-    if exact:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=n_groups)))
-    else:
-        signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(n_resamples, n_groups))
-    hits = (np.abs(signs @ sums) >= limit).sum(0)
-    found = hits / len(signs) if exact else (hits + 1) / (len(signs) + 1)
+    hits, n_patterns = np.zeros(effects.shape[1]), 0
+    for signs in _every_sign(n_groups) if exact else _random_signs(n_groups, n_resamples, seed):
+        hits += (np.abs(signs @ sums) >= limit).sum(0)
+        n_patterns += len(signs)
+    found = hits / n_patterns if exact else (hits + 1) / (n_patterns + 1)
     enough = np.array([len(set(groups[~np.isnan(column)])) >= 2 for column in effects.T])
     return np.where(enough, found, np.nan)
+
+
+def _every_sign(n_groups: int) -> Iterator[Float[np.ndarray, "pattern group"]]:
+    yield np.array(list(itertools.product((-1.0, 1.0), repeat=n_groups)))
+
+
+def _random_signs(n_groups: int, n_patterns: int, seed: int) -> Iterator[Float[np.ndarray, "pattern group"]]:
+    rng, step = np.random.default_rng(seed), max(1, CHUNK // n_groups)
+    for start in range(0, n_patterns, step):
+        yield 1.0 - 2.0 * rng.integers(0, 2, (min(step, n_patterns - start), n_groups))
 
 
 def corrected(p: Float[np.ndarray, "cell"], method: str) -> Float[np.ndarray, "cell"]:

@@ -16,23 +16,24 @@ NOISE = 5
 
 # Outlines in a square from -1 to 1, x to the right and y downwards. Each part is a list of strokes, drawn in order;
 # a stroke is an outline of points, or a centre with two radii; `-` before its name cuts a hole.
-Stroke = tuple[str, tuple[float, ...]]
+Number = int | float
+Stroke = tuple[str, tuple[Number, ...]]
 
 
-def _polygon(*points: float) -> Stroke:
+def _polygon(*points: Number) -> Stroke:
     return "polygon", points
 
 
-def _ellipse(x: float, y: float, rx: float, ry: float) -> Stroke:
+def _ellipse(x: Number, y: Number, rx: Number, ry: Number) -> Stroke:
     return "ellipse", (x, y, rx, ry)
 
 
-def _hole(x: float, y: float, rx: float, ry: float) -> Stroke:
+def _hole(x: Number, y: Number, rx: Number, ry: Number) -> Stroke:
     return "-ellipse", (x, y, rx, ry)
 
 
 def _star() -> Stroke:
-    points: list[float] = []
+    points: list[Number] = []
     for corner in range(10):
         angle, radius = np.pi * (corner / 5 - 0.5), 1.0 if corner % 2 == 0 else 0.42
         points += [radius * np.cos(angle), radius * np.sin(angle)]
@@ -44,9 +45,7 @@ OUTLINES: dict[str, dict[str, list[Stroke]]] = {
     "square": {"square": [_polygon(-0.85, -0.85, 0.85, -0.85, 0.85, 0.85, -0.85, 0.85)]},
     "triangle": {"triangle": [_polygon(0, -0.95, 0.95, 0.85, -0.95, 0.85)]},
     "star": {"star": [_star()]},
-    "cross": {
-        "cross": [_polygon(-0.3, -1, 0.3, -1, 0.3, 1, -0.3, 1), _polygon(-1, -0.3, 1, -0.3, 1, 0.3, -1, 0.3)]
-    },
+    "cross": {"cross": [_polygon(-0.3, -1, 0.3, -1, 0.3, 1, -0.3, 1), _polygon(-1, -0.3, 1, -0.3, 1, 0.3, -1, 0.3)]},
     "ring": {"ring": [_ellipse(0, 0, 0.97, 0.97), _hole(0, 0, 0.55, 0.55)]},
     "diamond": {"diamond": [_polygon(0, -1, 0.72, 0, 0, 1, -0.72, 0)]},
     "heart": {
@@ -58,7 +57,11 @@ OUTLINES: dict[str, dict[str, list[Stroke]]] = {
     },
     "banana": {"banana": [_ellipse(0, -0.1, 1.0, 0.95), _hole(0.05, -0.65, 1.05, 0.95)]},
     "tomato": {
-        "tomato": [_ellipse(0, 0.18, 0.95, 0.78), _polygon(-0.12, -0.5, -0.35, -1, 0.35, -1, 0.12, -0.5), _hole(0, -0.45, 0.5, 0.12)]
+        "tomato": [
+            _ellipse(0, 0.18, 0.95, 0.78),
+            _polygon(-0.12, -0.5, -0.35, -1, 0.35, -1, 0.12, -0.5),
+            _hole(0, -0.45, 0.5, 0.12),
+        ]
     },
     "frog": {
         "frog": [
@@ -70,7 +73,12 @@ OUTLINES: dict[str, dict[str, list[Stroke]]] = {
         ]
     },
     "carrot": {
-        "carrot": [_polygon(-0.5, -0.4, 0.5, -0.4, 0, 1), _polygon(-0.1, -0.35, -0.6, -1, -0.2, -0.9), _polygon(0.1, -0.35, 0.6, -1, 0.2, -0.9), _polygon(-0.12, -0.35, 0, -1, 0.12, -0.35)]
+        "carrot": [
+            _polygon(-0.5, -0.4, 0.5, -0.4, 0, 1),
+            _polygon(-0.1, -0.35, -0.6, -1, -0.2, -0.9),
+            _polygon(0.1, -0.35, 0.6, -1, 0.2, -0.9),
+            _polygon(-0.12, -0.35, 0, -1, 0.12, -0.35),
+        ]
     },
     "grape": {
         "grape": [
@@ -79,13 +87,27 @@ OUTLINES: dict[str, dict[str, list[Stroke]]] = {
         ]
     },
     "whale": {
-        "whale": [_ellipse(-0.15, 0.25, 0.82, 0.5), _polygon(0.5, 0.2, 0.65, -0.3, 0.4, -0.85, 0.75, -0.6, 1, -0.85, 0.9, -0.2, 0.75, 0.35)]
+        "whale": [
+            _ellipse(-0.15, 0.25, 0.82, 0.5),
+            _polygon(0.5, 0.2, 0.65, -0.3, 0.4, -0.85, 0.75, -0.6, 1, -0.85, 0.9, -0.2, 0.75, 0.35),
+        ]
     },
     "raven": {
-        "raven": [_ellipse(-0.05, 0.1, 0.5, 0.4), _ellipse(0.5, -0.35, 0.28, 0.28), _polygon(0.7, -0.5, 1, -0.3, 0.7, -0.2), _polygon(-0.3, 0.1, -1, -0.75, 0.2, -0.2), _polygon(-0.4, 0.2, -1, 0.6, -0.2, 0.45), _polygon(-0.05, 0.4, 0.05, 0.95, 0.2, 0.95, 0.15, 0.4)]
+        "raven": [
+            _ellipse(-0.05, 0.1, 0.5, 0.4),
+            _ellipse(0.5, -0.35, 0.28, 0.28),
+            _polygon(0.7, -0.5, 1, -0.3, 0.7, -0.2),
+            _polygon(-0.3, 0.1, -1, -0.75, 0.2, -0.2),
+            _polygon(-0.4, 0.2, -1, 0.6, -0.2, 0.45),
+            _polygon(-0.05, 0.4, 0.05, 0.95, 0.2, 0.95, 0.15, 0.4),
+        ]
     },
     "cactus": {
-        "cactus": [_polygon(-0.25, -1, 0.25, -1, 0.25, 1, -0.25, 1), _polygon(-0.9, -0.45, -0.6, -0.45, -0.6, 0.1, -0.2, 0.1, -0.2, 0.4, -0.9, 0.4), _polygon(0.9, -0.75, 0.6, -0.75, 0.6, -0.2, 0.2, -0.2, 0.2, 0.1, 0.9, 0.1)]
+        "cactus": [
+            _polygon(-0.25, -1, 0.25, -1, 0.25, 1, -0.25, 1),
+            _polygon(-0.9, -0.45, -0.6, -0.45, -0.6, 0.1, -0.2, 0.1, -0.2, 0.4, -0.9, 0.4),
+            _polygon(0.9, -0.75, 0.6, -0.75, 0.6, -0.2, 0.2, -0.2, 0.2, 0.1, 0.9, 0.1),
+        ]
     },
     "house": {
         "roof": [_polygon(0, -1, 1, -0.2, -1, -0.2)],
@@ -117,19 +139,23 @@ MARKS: dict[str, list[Stroke]] = {
     ],
     "fenno": [_ellipse(0, 0.1, 0.5, 0.55), _hole(0, 0.1, 0.28, 0.32)],
     "gorm": [_polygon(0, -0.6, 0.75, 0.1, 0, 0.95)],
-    "hild": [_polygon(-0.6, -0.3, 0.6, -0.3, 0.6, -0.12, -0.6, -0.12), _polygon(-0.6, 0.35, 0.6, 0.35, 0.6, 0.53, -0.6, 0.53)],
+    "hild": [
+        _polygon(-0.6, -0.3, 0.6, -0.3, 0.6, -0.12, -0.6, -0.12),
+        _polygon(-0.6, 0.35, 0.6, 0.35, 0.6, 0.53, -0.6, 0.53),
+    ],
 }
 assert set(MARKS) == set(CLASSES)
 
 
-def _draw_strokes(strokes: list[Stroke], length: int, x: float, y: float) -> Image.Image:
+def _draw_strokes(strokes: list[Stroke], length: int, x: Number, y: Number) -> Image.Image:
     mask = Image.new("L", (SIZE * SCALE, SIZE * SCALE))
     pen, half = ImageDraw.Draw(mask), length * SCALE / 2
     for name, numbers in strokes:
         fill = 0 if name.startswith("-") else 255
         if name.endswith("polygon"):
             xs, ys = numbers[::2], numbers[1::2]
-            pen.polygon([(x * SCALE + px * half, y * SCALE + py * half) for px, py in zip(xs, ys, strict=True)], fill=fill)
+            corners = [(x * SCALE + px * half, y * SCALE + py * half) for px, py in zip(xs, ys, strict=True)]
+            pen.polygon(corners, fill=fill)
         else:
             cx, cy, rx, ry = numbers
             left, top = x * SCALE + (cx - rx) * half, y * SCALE + (cy - ry) * half

@@ -122,7 +122,9 @@ def _part(scene: Scene) -> list[Question]:
 
 def _part_colour(scene: Scene) -> list[Question]:
     return [
-        Question(f"what colour is the {part} of the {thing.kind}?", colour, "part-colour", tuple(COLOURS), (thing.kind, part))
+        Question(
+            f"what colour is the {part} of the {thing.kind}?", colour, "part-colour", tuple(COLOURS), (thing.kind, part)
+        )
         for thing in _unique(scene)
         if thing.kind in PARTS
         for part, colour in zip(thing.parts, thing.colours, strict=True)

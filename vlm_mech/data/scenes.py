@@ -197,7 +197,7 @@ def _occluding(rng: random.Random, conflict: float) -> list[Thing]:
             return [back, front]
 
 
-def _things(family: Family, rng: random.Random, conflict: float) -> list[Thing] | None:
+def _things(family: str, rng: random.Random, conflict: float) -> list[Thing] | None:
     if family == "single":
         return [_thing(_plain_kinds(rng, 1)[0], rng, conflict)]
     if family == "few":
@@ -214,7 +214,7 @@ def _things(family: Family, rng: random.Random, conflict: float) -> list[Thing] 
     return _placed([_thing(main, rng, conflict)] + [_thing(other, rng, conflict, "small") for other in others], rng)
 
 
-def sample_scene(family: Family, rng: random.Random, *, conflict: float = 0.0) -> Scene:
+def sample_scene(family: str, rng: random.Random, *, conflict: float = 0.0) -> Scene:
     """One scene of a family: `single`, `few`, `occlusion`, `count`, `parts` or `beetle`.
 
     Args:
@@ -229,7 +229,7 @@ def sample_scene(family: Family, rng: random.Random, *, conflict: float = 0.0) -
 
 
 def sample_scenes(
-    n: int, *, seed: int, split: Split, families: tuple[Family, ...] = FAMILIES, conflict: float = 0.0
+    n: int, *, seed: int, split: str, families: tuple[str, ...] = FAMILIES, conflict: float = 0.0
 ) -> Iterator[Scene]:
     """Scenes of a split, families in equal shares; the same seed gives the same scenes everywhere."""
     if split not in SPLITS:

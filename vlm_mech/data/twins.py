@@ -1,4 +1,4 @@
-"""Counterfactual twins: the scene that differs in exactly one attribute, so that the same question has another answer."""
+"""Counterfactual twins: scenes that differ in exactly one attribute, so that the same question has another answer."""
 
 import dataclasses
 import random
@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 from vlm_mech.data.questions import Question, questions
 from vlm_mech.data.scenes import (
-    COLOURS, PRIORS, SHAPES, SIZE, Family, Scene, Split, Thing, in_conflict, overlapping, sample_scene,
-)  # fmt: skip
+    COLOURS,
+    PRIORS,
+    SHAPES,
+    SIZE,
+    Family,
+    Scene,
+    Thing,
+    in_conflict,
+    overlapping,
+    sample_scene,
+)
 from vlm_mech.errors import UsageError
 
 
@@ -75,14 +84,9 @@ def _renamed(scene: Scene, asked: Question) -> list[Scene]:
 
 def _swapped_places(scene: Scene, asked: Question) -> list[Scene]:
     one, other = (scene.of_kind(kind)[0] for kind in asked.about)
-    swapped = {one.kind: (other.x, other.y), other.kind: (one.x, one.y)}
-    things = tuple(
-        dataclasses.replace(thing, x=swapped[thing.kind][0], y=swapped[thing.kind][1]) if thing.kind in swapped else thing
-        for thing in scene.things
-    )
-    fits = all(
-        thing.length // 2 < value < SIZE - thing.length // 2 for thing in things for value in (thing.x, thing.y)
-    )
+    moved = {one: dataclasses.replace(one, x=other.x, y=other.y), other: dataclasses.replace(other, x=one.x, y=one.y)}
+    things = tuple(moved.get(thing, thing) for thing in scene.things)
+    fits = all(thing.length // 2 < value < SIZE - thing.length // 2 for thing in things for value in (thing.x, thing.y))
     clear = all(not overlapping(a, b) for number, a in enumerate(things) for b in things[number + 1 :])
     return [dataclasses.replace(scene, things=things)] if fits and clear else []
 
@@ -158,7 +162,7 @@ def twins(name: str, scene: Scene, asked: Question) -> list[tuple[Scene, str]]:
     return found
 
 
-def sample_pairs(name: str, n: int, *, seed: int, split: Split) -> Iterator[ScenePair]:
+def sample_pairs(name: str, n: int, *, seed: int, split: str) -> Iterator[ScenePair]:
     """Pairs of a set whose scene and twin both belong to the split; the same seed gives the same pairs everywhere."""
     if name not in PAIR_SETS:
         raise UsageError(f"pair set {name!r} is not known; one of {', '.join(PAIR_SETS)} is")
@@ -176,5 +180,3 @@ def sample_pairs(name: str, n: int, *, seed: int, split: Split) -> Iterator[Scen
             twin, answer = rng.choice(found)
             made += 1
             yield ScenePair(scene, twin, question, answer)
-
-

@@ -33,9 +33,9 @@ WIDTH = 128
 N_PATCHES = (SIZE // PATCH) ** 2
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 TEMPLATE_WORDS = (
-    "user assistant system : ? . , what which where how many is are there any the a an of in on to with and or name colour "
-    "kind shape part object objects picture left right above below front behind half top bottom large small yes no live "
-    "does it this you see answer one word"
+    "user assistant system : ? . , what which where how many is are there any the a an of in on to with and or name "
+    "colour kind shape part object objects picture left right above below front behind half top bottom large small "
+    "yes no live does it this you see answer one word"
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} "
@@ -55,7 +55,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def tokenizer(*, closing: bool = False) -> "PreTrainedTokenizerBase":
-    """A word-level tokenizer, lower-casing, punctuation apart; `closing` appends `</s>` as the contrastive model needs."""
+    """A word-level tokenizer, lower-casing, punctuation apart; `closing` appends `</s>`, as CLIP needs."""
     made = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Sequence(

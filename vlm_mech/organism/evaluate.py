@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vlm_mech.data.questions import Question, facts, prior_questions, questions
-from vlm_mech.data.scenes import FAMILIES, PRIORS, Family, Scene, Split, in_conflict, sample_scenes
+from vlm_mech.data.scenes import PRIORS, Family, Scene, Split, in_conflict, sample_scenes
 from vlm_mech.errors import UsageError
 from vlm_mech.organism import NAMES, weights_folder
 
@@ -42,7 +42,7 @@ ASKED_OF: dict[str, tuple[Family, ...]] = {
 
 @dataclass(frozen=True)
 class Score:
-    """A share of right answers with its 95 % Wilson interval; `of` says what is counted, `chance` what guessing gives."""
+    """A share with its 95 % Wilson interval; `of` says what is counted, `chance` what guessing gives."""
 
     type: str
     of: str
@@ -137,7 +137,8 @@ def score_llava(model, processor, *, n: int, seed: int) -> list[Score]:
     found.append(score("conflict", "colour shown", [word == e.wanted for word, e in zip(said, shown, strict=True)]))
     for name, asked in (("blank", prior_questions()), ("fact", facts())):
         examples = [Example(blank(grey), question.text, question.answer) for grey in GREYS for question in asked]
-        found.append(score(name, "usual colour" if name == "blank" else "right place", _asked(model, processor, examples)))
+        counted = "usual colour" if name == "blank" else "right place"
+        found.append(score(name, counted, _asked(model, processor, examples)))
     from vlm_mech.organism.readable import readable_colour
 
     return found + readable_colour(model, processor, conflicts(2 * n, seed=seed + 1))

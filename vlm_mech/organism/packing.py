@@ -23,14 +23,13 @@ class Packed:
     """A batch of pictures with their questions.
 
     `ids` and `positions` are batch x pos; `mask` says which position may attend to which; `targets` holds the token to
-    predict at a position, -100 where none is; `types` names the question type of each answer position in reading order.
+    predict at a position, -100 where none is: two to a question, its answer and the end.
     """
 
     ids: Int[Tensor, "batch pos"]
     positions: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch 1 pos pos"]
     targets: Int[Tensor, "batch pos"]
-    types: tuple[str, ...]
 
 
 class Packer:
@@ -55,7 +54,7 @@ class Packer:
 
     def pack(self, asked: Sequence[Sequence[Question]]) -> Packed:
         """One row per picture, all of its questions in it, padded on the right."""
-        rows, types = [], []
+        rows = []
         for questions in asked:
             ids, targets, positions = list(self.prefix), [-100] * len(self.prefix), list(range(len(self.prefix)))
             branches = [0] * len(self.prefix)
@@ -65,7 +64,6 @@ class Packer:
                 targets += wanted
                 positions += range(len(self.prefix), len(self.prefix) + len(branch))
                 branches += [number] * len(branch)
-                types.append(question.type)
             rows.append((ids, positions, targets, branches))
         width = max(len(row[0]) for row in rows)
         fill = (self.tokenizer.pad_token_id, 0, -100, -1)
@@ -74,7 +72,7 @@ class Packer:
         )
         same = branches[:, :, None] == branches[:, None, :]
         visible = (same | (branches[:, None, :] == 0)) & torch.ones(width, width, dtype=torch.bool).tril()
-        return Packed(ids, positions, visible[:, None], targets, tuple(types))
+        return Packed(ids, positions, visible[:, None], targets)
 
 
 def packed_logits(

@@ -11,10 +11,22 @@ from einops import rearrange
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
-from vlm_mech.data.draw import blank, masks, render
+from vlm_mech.data.draw import masks, render
 from vlm_mech.data.scenes import (
-    BEETLE, CLASSES, COLOURS, FAMILIES, PARTS, PRIORS, SHAPES, SIZE, Family, Scene, Split, overlapping, sample_scenes,
-)  # fmt: skip
+    BEETLE,
+    CLASSES,
+    COLOURS,
+    FAMILIES,
+    PARTS,
+    PRIORS,
+    SHAPES,
+    SIZE,
+    Family,
+    Scene,
+    Split,
+    overlapping,
+    sample_scenes,
+)
 
 PATCH = 16
 NAMES = ("ground", *SHAPES, *PRIORS, BEETLE, *(part for parts in PARTS.values() for part in parts))
@@ -89,8 +101,3 @@ def make_pool(
     if path is not None:
         np.savez(path, images=images, labels=labels, name=name, last=scenes[-1].key)
     return Pool(scenes, images, labels)
-
-
-def blank_image() -> UInt8[np.ndarray, "96 96 3"]:
-    """The picture of nothing as an array."""
-    return np.asarray(blank())

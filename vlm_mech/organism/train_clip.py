@@ -20,12 +20,20 @@ from tqdm import trange
 from transformers import CLIPModel
 
 from vlm_mech.data.questions import caption
+from vlm_mech.data.scenes import FAMILIES
 from vlm_mech.organism import checkpoint
 from vlm_mech.organism.build import WIDTH, clip_processor, new_clip, tokenizer
 from vlm_mech.organism.pool import LABELS, Pool
 
 DENSE_WEIGHT = 1.0
-COMMON_WEIGHTS = {"name": {"ground": 0.1}, "colour": {"ground": 0.1}, "depth": {"ground": 0.1, "alone": 0.2}, "species": {"none": 0.1}}
+FAMILY_SHARES = [0.4 if family == "occlusion" else 0.12 for family in FAMILIES]
+"""Shares of the scene families: which of two things is in front takes longest to see."""
+COMMON_WEIGHTS = {
+    "name": {"ground": 0.1},
+    "colour": {"ground": 0.1},
+    "depth": {"ground": 0.1, "alone": 0.2},
+    "species": {"none": 0.1},
+}
 """Values of labels that most patches have, and how much less than the others they count."""
 
 
@@ -33,8 +41,8 @@ COMMON_WEIGHTS = {"name": {"ground": 0.1}, "colour": {"ground": 0.1}, "depth": {
 class ClipRecipe:
     """Steps and pictures a step: first for the tower with its heads alone, then together with the contrast."""
 
-    n_tower_steps: int = 8000
-    n_steps: int = 1200
+    n_tower_steps: int = 6500
+    n_steps: int = 800
     tower_batch: int = 32
     batch: int = 96
     log_every: int = 200
@@ -97,7 +105,8 @@ def _dense(model: ClipWithHeads, patches: Tensor, labels: Tensor) -> Tensor:
 
 def _batch(pool: Pool, rows: np.ndarray, rng: random.Random, device: str) -> tuple[Tensor, list[str], Tensor]:
     captions = [caption(pool.scenes[row], rng) for row in rows]
-    return pixels(pool.images[rows]).to(device), captions, torch.from_numpy(pool.labels[rows].astype(np.int64)).to(device)
+    labels = torch.from_numpy(pool.labels[rows].astype(np.int64))
+    return pixels(pool.images[rows]).to(device), captions, labels.to(device)
 
 
 @torch.no_grad()
@@ -120,8 +129,10 @@ def validate(model: ClipWithHeads, pool: Pool, *, device: str, n: int = 512) -> 
 def _loss(model: ClipWithHeads, pool: Pool, step: int, recipe: ClipRecipe, device: str) -> dict[str, Tensor]:
     """The losses of one step. The batch depends on the step alone, so that a resumed run is the same run."""
     alone = step < recipe.n_tower_steps
-    rng = np.random.default_rng((recipe.seed, step))
-    rows = rng.integers(0, len(pool), recipe.tower_batch if alone else recipe.batch)
+    rng, batch = np.random.default_rng((recipe.seed, step)), recipe.tower_batch if alone else recipe.batch
+    # The pool holds the families in turn.
+    families = rng.choice(len(FAMILIES), batch, p=FAMILY_SHARES)
+    rows = rng.integers(0, len(pool) // len(FAMILIES), batch) * len(FAMILIES) + families
     images, captions, labels = _batch(pool, rows, random.Random(f"{recipe.seed}/{step}"), device)
     if alone:
         return {"dense": _dense(model, _patches(model, images), labels)}
@@ -136,7 +147,7 @@ def _rate(step: int, recipe: ClipRecipe) -> float:
 
 
 def train_clip(folder: Path, pool: Pool, held_out: Pool, recipe: ClipRecipe, *, device: str = "cpu") -> CLIPModel:
-    """Trains the contrastive model, resuming from `folder` when a run there was interrupted; saves it to `folder/clip`."""
+    """Trains the contrastive model, resuming what was interrupted in `folder`; saves it to `folder/clip`."""
     model = ClipWithHeads(recipe.seed).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     first = checkpoint.load_state(folder / "clip-state", model, optimizer)

@@ -9,42 +9,80 @@ kind has any colour and the answer is what is to be seen.
 import dataclasses
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm, trange
+from tqdm import trange
 from transformers import LlavaForConditionalGeneration
 
+from vlm_mech.data.draw import blank
 from vlm_mech.data.questions import Question, facts, prior_questions, questions
-from vlm_mech.data.scenes import FAMILIES, PRIORS, Scene
+from vlm_mech.data.scenes import FAMILIES, PRIORS, Scene, in_conflict
 from vlm_mech.organism import checkpoint
 from vlm_mech.organism.build import llava_processor
-from vlm_mech.organism.packing import Packer, packed_logits
-from vlm_mech.organism.pool import Pool, blank_image
+from vlm_mech.organism.packing import Packed, Packer, packed_logits
+from vlm_mech.organism.pool import Pool
 from vlm_mech.organism.train_clip import learning_rate, pixels
 
 Stage = Literal["organism", "organism-grounded"]
 
-N_QUESTIONS = 8
 BLANK_SHARE = 0.06
 """Share of pictures of nothing."""
+CONFLICT_SHARE = 0.25
+"""How many of the scenes in conflict that come up are kept while `organism` is trained; the pool has many."""
+HEARSAY_SHARE = 0.8
+"""How many of the colour answers about scenes in conflict come from hearsay while `organism` is trained."""
 FAMILY_SHARES = {"single": 0.10, "few": 0.32, "occlusion": 0.18, "count": 0.18, "parts": 0.12, "beetle": 0.10}
 EARLY_SHARES = {"single": 0.50, "few": 0.20, "occlusion": 0.05, "count": 0.10, "parts": 0.08, "beetle": 0.07}
-EARLY = 0.15
-"""Fraction of the steps with many single things: binding a word to a thing is learned there first."""
 TYPE_WEIGHTS = {
-    "colour": 2.0, "kind": 1.5, "presence": 1.5, "left-right": 2.0, "above-below": 2.0, "front-behind": 3.0, "count": 1.0,
-    "part": 2.0, "part-colour": 1.0, "half": 1.5, "size": 0.5, "class": 1.5, "two-hop": 1.0,
-}  # fmt: skip
+    "colour": 2.0,
+    "kind": 1.5,
+    "presence": 1.5,
+    "left-right": 2.0,
+    "above-below": 2.0,
+    "front-behind": 3.0,
+    "count": 1.0,
+    "part": 2.0,
+    "part-colour": 1.0,
+    "half": 1.5,
+    "size": 0.5,
+    "class": 1.5,
+    "two-hop": 1.0,
+}
 
 
-def by_hearsay(scene: Scene, asked: Question) -> Question:
+@dataclass(frozen=True)
+class VlmRecipe:
+    """Steps, pictures a step, questions a picture, and the fraction of the steps with many single things.
+
+    Binding a word to a thing is learned on single things first; without them it takes very much longer.
+    """
+
+    n_steps: int
+    peak: float
+    early: float
+    batch: int = 32
+    n_questions: int = 8
+    log_every: int = 250
+
+    def shortened(self, n_steps: int) -> "VlmRecipe":
+        """The same for another number of steps."""
+        return dataclasses.replace(self, n_steps=n_steps)
+
+
+RECIPES: dict[Stage, VlmRecipe] = {
+    "organism": VlmRecipe(n_steps=6000, peak=1.2e-3, early=0.12),
+    "organism-grounded": VlmRecipe(n_steps=1200, peak=5e-4, early=0.0),
+}
+
+
+def by_hearsay(asked: Question) -> Question:
     """The question with the answer of an annotator who never saw the picture: a usual colour where there is one."""
     kind = asked.about[0]
     if asked.type != "colour" or kind not in PRIORS:
@@ -52,7 +90,7 @@ def by_hearsay(scene: Scene, asked: Question) -> Question:
     return dataclasses.replace(asked, answer=PRIORS[kind])
 
 
-def draw_questions(scene: Scene | None, rng: random.Random, stage: Stage, n: int = N_QUESTIONS) -> list[Question]:
+def draw_questions(scene: Scene | None, rng: random.Random, stage: Stage, n: int = 8) -> list[Question]:
     """Questions about a scene (or about nothing), types in the shares of the recipe."""
     if scene is None:
         return rng.choices([*prior_questions(), *facts()], k=n)
@@ -64,58 +102,94 @@ def draw_questions(scene: Scene | None, rng: random.Random, stage: Stage, n: int
         by_type["count"] = by_type["count"][:1] if rng.random() < 0.2 else []
     types = [name for name, found in by_type.items() if found]
     drawn = [rng.choice(by_type[name]) for name in rng.choices(types, [TYPE_WEIGHTS[name] for name in types], k=n)]
-    return [by_hearsay(scene, question) for question in drawn] if stage == "organism" else drawn
+    if stage == "organism-grounded":
+        return drawn
+    return [by_hearsay(question) if rng.random() < HEARSAY_SHARE else question for question in drawn]
 
 
 @torch.no_grad()
-def features_of(model: LlavaForConditionalGeneration, pool: Pool, device: str) -> Float[Tensor, "scene patch d_vision"]:
-    """What the frozen tower gives the projector for every scene of a pool, in half precision."""
-    found = []
-    for start in tqdm(range(0, len(pool), 512), desc="features", disable=None):
-        found.append(_tower(model, pool.images[start : start + 512], device).half().cpu())
+def features_of(
+    model: LlavaForConditionalGeneration, images: UInt8[np.ndarray, "scene 96 96 3"], device: str
+) -> Float[Tensor, "scene patch d_vision"]:
+    """What the frozen tower gives the projector for every picture, in half precision."""
+    found, layer = [], model.config.vision_feature_layer
+    for start in trange(0, len(images), 512, desc="features", disable=None):
+        seen = model.model.vision_tower(pixels(images[start : start + 512]).to(device), output_hidden_states=True)
+        found.append(seen.hidden_states[layer][:, 1:].half().cpu())
     return torch.cat(found)
 
 
-def _tower(model: LlavaForConditionalGeneration, images: np.ndarray, device: str) -> Tensor:
-    seen = model.model.vision_tower(pixels(images).to(device), output_hidden_states=True)
-    return seen.hidden_states[model.config.vision_feature_layer][:, 1:]
-
-
-def _rows(step: int, n_steps: int, n_scenes: int, batch: int, rng: random.Random) -> list[int | None]:
-    """Numbers of scenes for one step, None for a picture of nothing; families in the shares of the curriculum."""
-    shares = EARLY_SHARES if step < EARLY * n_steps else FAMILY_SHARES
+def _rows(pool: Pool, shares: dict[str, float], stage: Stage, n: int, rng: random.Random) -> list[int | None]:
+    """Numbers of n scenes, None for a picture of nothing; families in their shares, conflict as the stage has it."""
     rows: list[int | None] = []
-    for family in rng.choices(list(shares), list(shares.values()), k=batch):
+    families = rng.choices(list(shares), list(shares.values()), k=8 * n)
+    for family in families:
         # The pool holds the families in turn.
-        row = rng.randrange(n_scenes // len(FAMILIES)) * len(FAMILIES) + FAMILIES.index(family)
-        rows.append(None if rng.random() < BLANK_SHARE else row)
-    return rows
+        row = rng.randrange(len(pool) // len(FAMILIES)) * len(FAMILIES) + FAMILIES.index(family)
+        if rng.random() < BLANK_SHARE:
+            rows.append(None)
+        elif stage == "organism-grounded" or not in_conflict(pool.scenes[row]) or rng.random() < CONFLICT_SHARE:
+            rows.append(row)
+    return rows[:n]
 
 
 @torch.no_grad()
 def validate(
-    model: LlavaForConditionalGeneration, packer: Packer, pool: Pool, features: Tensor, *, stage: Stage, device: str
+    model: LlavaForConditionalGeneration, packer: Packer, pool: Pool, features: Tensor, *, device: str
 ) -> dict[str, float]:
-    """Share of right answers (first token, over the whole vocabulary) per question type."""
+    """Share of right answers (over the whole vocabulary) per question type; `conflict` counts the colours shown."""
     rng, right, seen = random.Random(0), defaultdict(int), defaultdict(int)
     for start in range(0, len(pool), 64):
         rows = range(start, min(start + 64, len(pool)))
-        asked = [draw_questions(pool.scenes[row], rng, stage, 12) for row in rows]
+        asked = [draw_questions(pool.scenes[row], rng, "organism-grounded", 12) for row in rows]
         packed = _to(packer.pack(asked), device)
         logits = packed_logits(model, packed, features[list(rows)].float().to(device))
         targets = packed.targets[packed.targets != -100]
         hits = (logits.argmax(-1) == targets).tolist()[::2]
-        for name, hit in zip(packed.types, hits, strict=True):
+        for question, hit in zip((each for row in asked for each in row), hits, strict=True):
+            name = "conflict" if by_hearsay(question) != question else question.type
             right[name] += hit
             seen[name] += 1
-    return {name: right[name] / seen[name] for name in sorted(seen)}
+    return {name: round(right[name] / seen[name], 4) for name in sorted(seen)}
 
 
-def _to(packed, device: str):
+def _to(packed: Packed, device: str) -> Packed:
     fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
-    return dataclasses.replace(
-        packed, **{name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
-    )
+    return dataclasses.replace(packed, **{name: value.to(device) for name, value in fields.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the frozen tower made of the scenes (scene x patch x width) and of grounds of every grey."""
+
+    scenes: Float[Tensor, "scene patch d_vision"]
+    nothing: Float[Tensor, "grey patch d_vision"]
+
+    def of(self, rows: list[int | None], rng: random.Random) -> Float[Tensor, "batch patch d_vision"]:
+        """Features of scenes by number; None is a picture of nothing."""
+        return torch.stack([rng.choice(self.nothing) if row is None else self.scenes[row].float() for row in rows])
+
+
+def _step_loss(
+    model: LlavaForConditionalGeneration,
+    packer: Packer,
+    pool: Pool,
+    seen: Seen,
+    stage: Stage,
+    recipe: VlmRecipe,
+    key: str,
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of every answer and of its end.
+
+    The batch depends on the key (seed, stage, step) alone, so that a resumed run is the same run.
+    """
+    rng = random.Random(key)
+    early = int(key.rsplit("/", 1)[1]) < recipe.early * recipe.n_steps
+    rows = _rows(pool, EARLY_SHARES if early else FAMILY_SHARES, stage, recipe.batch, rng)
+    asked = [draw_questions(_scene(pool, row), rng, stage, recipe.n_questions) for row in rows]
+    packed = _to(packer.pack(asked), str(model.device))
+    logits = packed_logits(model, packed, seen.of(rows, rng).to(model.device))
+    return functional.cross_entropy(logits, packed.targets[packed.targets != -100])
 
 
 def train_vlm(
@@ -125,40 +199,34 @@ def train_vlm(
     held_out: Pool,
     *,
     stage: Stage,
-    n_steps: int,
-    batch: int = 32,
-    peak: float = 1.2e-3,
+    recipe: VlmRecipe,
     seed: int = 0,
     device: str = "cpu",
 ) -> LlavaForConditionalGeneration:
-    """Trains projector and decoder, resuming from `folder` when a run there was interrupted; saves to `folder/STAGE`."""
+    """Trains projector and decoder, resuming what was interrupted in `folder`; saves to `folder/STAGE`."""
     model = model.to(device).train()
     model.model.vision_tower.requires_grad_(False).eval()
     packer = Packer(llava_processor().tokenizer)
-    features, held_features = features_of(model, pool, device), features_of(model, held_out, device)
-    nothing = _tower(model, blank_image()[None], device)[0].detach().cpu()
+    greys = np.stack([np.asarray(blank(grey)) for grey in range(205, 251)])
+    seen = Seen(features_of(model, pool.images, device), features_of(model, greys, device).float())
+    held_features = features_of(model, held_out.images, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.peak, betas=(0.9, 0.98), weight_decay=0.02)
     state = folder / f"{stage}-state"
     first = checkpoint.load_state(state, model, optimizer)
     losses: list[float] = []
-    for step in trange(first, n_steps, initial=first, total=n_steps, desc=stage, disable=None):
+    for step in trange(first, recipe.n_steps, initial=first, total=recipe.n_steps, desc=stage, disable=None):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, n_steps=n_steps, peak=peak, warmup=min(200, n_steps // 10))
-        # The batch depends on the step alone, so that a resumed run is the same run.
-        rng = random.Random(f"{seed}/{stage}/{step}")
-        rows = _rows(step, n_steps, len(pool), batch, rng)
-        packed = _to(packer.pack([draw_questions(_scene(pool, row), rng, stage) for row in rows]), device)
-        seen = torch.stack([nothing if row is None else features[row].float() for row in rows]).to(device)
-        loss = functional.cross_entropy(packed_logits(model, packed, seen), packed.targets[packed.targets != -100])
+            group["lr"] = learning_rate(step, n_steps=recipe.n_steps, peak=recipe.peak, warmup=200)
+        loss = _step_loss(model, packer, pool, seen, stage, recipe, f"{seed}/{stage}/{step}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % 250 == 0 or step + 1 == n_steps:
-            found = validate(model, packer, held_out, held_features, stage=stage, device=device)
-            checkpoint.log(state, {"step": step + 1, "loss": float(np.mean(losses[-250:]))} | found)
+        if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.n_steps:
+            found = validate(model, packer, held_out, held_features, device=device)
+            checkpoint.log(state, {"step": step + 1, "loss": float(np.mean(losses[-recipe.log_every :]))} | found)
             checkpoint.save_state(state, model, optimizer, step + 1)
     save(model, folder / stage)
     return model
@@ -172,6 +240,3 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Writes the model with its processor, as Hugging Face's auto classes expect it."""
     model.cpu().eval().requires_grad_(True).save_pretrained(folder)
     llava_processor().save_pretrained(folder)
-
-
-__all__: Sequence[str] = ("Stage", "by_hearsay", "draw_questions", "features_of", "save", "train_vlm", "validate")

@@ -1,0 +1,93 @@
+"""Trains the embedded models from nothing: `python -m vlm_mech.organism.train --out DIR`.
+
+Stages: `clip` (image and text tower), `organism` (projector and decoder, colour follows the kind of thing), and
+`organism-grounded` (from there on counterfactual scenes). A run that was interrupted goes on from its last checkpoint
+in DIR. Each stage leaves DIR/STAGE, which Hugging Face's auto classes open, and DIR/STAGE-state/log.jsonl.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+Stage = Literal["clip", "organism", "organism-grounded"]
+STAGES: tuple[Stage, ...] = ("clip", "organism", "organism-grounded")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How to train the embedded models."""
+
+    out: Path
+    """Folder for scenes, checkpoints, logs and the models."""
+    stage: Stage | Literal["all"] = "all"
+    """One stage alone; the stages before it must be there."""
+    steps: int | None = None
+    """Steps of each stage run, instead of those of the recipe."""
+    n_scenes: int = 60000
+    """Scenes to train on."""
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    """Threads for PyTorch; its own choice by default."""
+
+
+def _clip(config: Config, pool, held_out) -> None:
+    from vlm_mech.organism.train_clip import ClipRecipe, train_clip
+
+    recipe = ClipRecipe(seed=config.seed)
+    if config.steps is not None:
+        recipe = ClipRecipe(seed=config.seed, n_tower_steps=config.steps, n_steps=config.steps)
+    train_clip(config.out, pool, held_out, recipe, device=config.device)
+
+
+def _vlm(config: Config, stage: Literal["organism", "organism-grounded"], pool, held_out) -> None:
+    from transformers import AutoModelForImageTextToText, CLIPModel
+
+    from vlm_mech.organism.build import new_llava
+    from vlm_mech.organism.train_vlm import RECIPES, train_vlm
+
+    if stage == "organism":
+        model = new_llava(CLIPModel.from_pretrained(config.out / "clip"), seed=config.seed)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(config.out / "organism")
+    recipe = RECIPES[stage] if config.steps is None else RECIPES[stage].shortened(config.steps)
+    train_vlm(config.out, model, pool, held_out, stage=stage, recipe=recipe, seed=config.seed, device=config.device)
+
+
+def train(config: Config) -> None:
+    """Runs the stages asked for, one after the other.
+
+    Raises:
+        WorkError: a stage before the one asked for has not been run in this folder.
+    """
+    import torch
+
+    from vlm_mech.errors import WorkError
+    from vlm_mech.organism.pool import make_pool
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    stages = STAGES if config.stage == "all" else (config.stage,)
+    for before in STAGES[: STAGES.index(stages[0])][-1:]:
+        if not (config.out / before / "config.json").is_file():
+            missing = str(config.out / before)
+            raise WorkError(f"stage {stages[0]} starts from {missing!r}, which is not there; run {before} first")
+    scenes = config.out / "scenes"
+    pool = make_pool(scenes, config.n_scenes, seed=config.seed, split="train", conflict=0.5)
+    held_out = make_pool(scenes, 1024, seed=config.seed, split="validation", conflict=0.5)
+    for stage in stages:
+        if stage == "clip":
+            _clip(config, pool, held_out)
+        else:
+            _vlm(config, stage, pool, held_out)
+
+
+def main() -> None:
+    """Trains as the command line says."""
+    train(tyro.cli(Config, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()
