@@ -52,9 +52,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.swap import DIRECTIONS, METRICS, default_spans, swap_sites, swap_states, takeover, usable_share
 
     pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
-    vlm = VLM.load(
-        config.model, device=config.device, dtype=config.dtype, attn=config.attn, revision=config.revision
-    )
+    vlm = VLM.load(config.model, device=config.device, dtype=config.dtype, attn=config.attn, revision=config.revision)
     pairs = fitting(vlm, pairs)
     spans = config.spans or default_spans(vlm, config.site)
     directions = DIRECTIONS if config.direction == "both" else (config.direction,)
@@ -63,9 +61,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         key = f"{start:08d}"
         if key not in work:
             batch = pairs[start : start + config.batch]
-            table, receipts = swap_states(
-                vlm, batch, sites, spans, directions=directions, only_correct=not config.all
-            )
+            table, receipts = swap_states(vlm, batch, sites, spans, directions=directions, only_correct=not config.all)
             work.keep(key, table, summarise(receipts))
     table, receipts = work.collect()
     depth = "point" if config.site == "projector" else "layer"

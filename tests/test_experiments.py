@@ -1,4 +1,4 @@
-"""The run contract through the layer swap: files, repeating, resuming, refusing, one-line errors, pairs of the user's own."""
+"""The run contract through the layer swap: files, repeating, resuming, one-line errors, pairs of the user's own."""
 
 import json
 import re
@@ -215,7 +215,9 @@ def test_counterfactuals_with_other_tokens_are_refused_with_the_reason(vlm):
 
     vlm.encode = longer
     try:
-        with pytest.raises(UsageError, match=r"the prompts have 25 and 26 tokens; counterfactuals need the same tokens"):
+        with pytest.raises(
+            UsageError, match=r"the prompts have 25 and 26 tokens; counterfactuals need the same tokens"
+        ):
             fitting(vlm, pairs)
     finally:
         del vlm.encode

@@ -1,4 +1,4 @@
-"""Interventions are what they say: identities, independence that must hold, both back ends, single heads, generation."""
+"""Interventions are what they say: identities, independence, both back ends, single heads, generation."""
 
 import pytest
 import torch

@@ -65,7 +65,9 @@ def test_eager_and_sdpa_agree(tiny_vlm, prompts):
 
 
 def test_check_refuses_wrong_order(monkeypatch):
-    swapped = dataclasses.replace(LLAVA, llm=dataclasses.replace(LLAVA.llm, norm_1=LLAVA.llm.norm_2, norm_2=LLAVA.llm.norm_1))
+    swapped = dataclasses.replace(
+        LLAVA, llm=dataclasses.replace(LLAVA.llm, norm_1=LLAVA.llm.norm_2, norm_2=LLAVA.llm.norm_1)
+    )
     monkeypatch.setattr("vlm_mech.families.FAMILIES", (swapped,))
     with pytest.raises(WorkError, match="does not compute its parts in the order of their names"):
         VLM(tiny_model(), tiny_processor())
@@ -81,7 +83,9 @@ def test_check_refuses_a_dead_write():
 
 
 def test_check_refuses_a_misnamed_norm(monkeypatch):
-    wrong = dataclasses.replace(LLAVA, llm=dataclasses.replace(LLAVA.llm, after="model.language_model.layers.0.input_layernorm"))
+    wrong = dataclasses.replace(
+        LLAVA, llm=dataclasses.replace(LLAVA.llm, after="model.language_model.layers.0.input_layernorm")
+    )
     monkeypatch.setattr("vlm_mech.families.FAMILIES", (wrong,))
     model = tiny_model()
     with torch.no_grad():
@@ -92,7 +96,13 @@ def test_check_refuses_a_misnamed_norm(monkeypatch):
 
 def test_repr_shows_the_three_towers(vlm):
     text, page = repr(vlm), vlm._repr_html_()
-    for part in ("vision (clip)", "projector reads block 2; 1 later one(s) unread", "llm (llama)", "4 x 4 patches", "sdpa"):
+    for part in (
+        "vision (clip)",
+        "projector reads block 2; 1 later one(s) unread",
+        "llm (llama)",
+        "4 x 4 patches",
+        "sdpa",
+    ):
         assert part in text and part in page
     vlm.name, name = "<script>alert(1)</script>", vlm.name
     try:

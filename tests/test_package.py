@@ -22,10 +22,7 @@ def test_every_name_it_lists_exists():
 
 
 def test_nnsight_and_the_vision_stack_need_no_torchvision():
-    code = (
-        "import sys; sys.modules['torchvision'] = None\n"
-        "from vlm_mech import VLM\nprint(VLM.load('organism'))"
-    )
+    code = "import sys; sys.modules['torchvision'] = None\nfrom vlm_mech import VLM\nprint(VLM.load('organism'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "vision (clip)" in done.stdout and "Warning" not in done.stderr, done.stderr

@@ -65,7 +65,9 @@ def test_mask_edits_that_are_silent_elsewhere_take_effect_here(tiny_vlm, attn):
         edit.__name__: (hooked_logits(vlm, encoded, layer, edit_mask=edit) - base.last).abs().max().item()
         for edit in (edit_if_there_is_one, write_false)
     }
-    silent, works = ("edit_if_there_is_one", "write_false") if attn == "sdpa" else ("write_false", "edit_if_there_is_one")
+    silent, works = (
+        ("edit_if_there_is_one", "write_false") if attn == "sdpa" else ("write_false", "edit_if_there_is_one")
+    )
     assert moved[silent] == 0.0 and moved[works] > 0.01
     ours = run(vlm, encoded, Knockout("last", "image", 2), baseline=base).receipts[0]
     assert ours.readout_change == pytest.approx(moved[works], abs=1e-5) and ours.blocked_mass == 0.0
@@ -161,7 +163,11 @@ def test_a_change_where_none_can_be_raises(vlm, prompts, donors):
 
 def test_allowed_edges_of_every_form_of_mask():
     causal = torch.ones(3, 3, dtype=torch.bool).tril()
-    for mask in (None, causal[None, None], torch.zeros(1, 1, 3, 3).masked_fill(~causal, torch.finfo(torch.float32).min)):
+    for mask in (
+        None,
+        causal[None, None],
+        torch.zeros(1, 1, 3, 3).masked_fill(~causal, torch.finfo(torch.float32).min),
+    ):
         edges = attention.allowed_edges(mask, n_query=3, n_key=3, causal=True, device=torch.device("cpu"))
         assert torch.equal(edges[0, 0], causal)
     decoding = attention.allowed_edges(None, n_query=1, n_key=5, causal=True, device=torch.device("cpu"))

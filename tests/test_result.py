@@ -49,7 +49,9 @@ def test_order_of_rows_does_not_matter():
     result = made()
     shuffled = made(table=result.table.sample(frac=1, random_state=0))
     keys = ["direction", "span", "layer", "metric"]
-    one, other = (each.summary()[[*keys, "mean", "p"]].sort_values(keys, ignore_index=True) for each in (result, shuffled))
+    one, other = (
+        each.summary()[[*keys, "mean", "p"]].sort_values(keys, ignore_index=True) for each in (result, shuffled)
+    )
     pd.testing.assert_frame_equal(one, other, check_exact=False, atol=0.03)
 
 
@@ -126,7 +128,9 @@ def test_heatmap_shows_the_summary():
     assert np.allclose(panels[1].z[1], means)
     assert panels[0].zmin == min(0.0, result.summary("recovered")["mean"].min()) and panels[0].zmax >= 1.0
     assert "95 % interval" in panels[0].customdata[0][0] and "corrected p" in panels[0].customdata[0][0]
-    dots = {(x, y) for trace in figure.data[:2] if trace.type == "scatter" for x, y in zip(trace.x, trace.y, strict=True)}
+    dots = {
+        (x, y) for trace in figure.data[:2] if trace.type == "scatter" for x, y in zip(trace.x, trace.y, strict=True)
+    }
     marked = result.summary("recovered").query("direction == 'noising' and p_corrected < 0.05")
     assert dots == {(str(layer), span) for layer, span in zip(marked["layer"], marked["span"], strict=True)}
 
@@ -134,7 +138,11 @@ def test_heatmap_shows_the_summary():
 def test_signed_metrics_are_centred_at_zero():
     figure = figures.heatmap(made(), x="layer", y="span", metric="logit_diff", facet="direction")
     heat = figure.data[0]
-    assert heat.zmid == 0 and heat.zmin == -heat.zmax and heat.zmax == pytest.approx(np.abs(made().summary("logit_diff")["mean"]).max())
+    assert (
+        heat.zmid == 0
+        and heat.zmin == -heat.zmax
+        and heat.zmax == pytest.approx(np.abs(made().summary("logit_diff")["mean"]).max())
+    )
 
 
 def test_lines_have_bands_of_the_interval():

@@ -46,7 +46,9 @@ def scene_of(*things: Thing) -> Scene:
 
 
 def test_a_seed_gives_the_same_pixels_in_every_process():
-    runs = [subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True) for _ in range(2)]
+    runs = [
+        subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True) for _ in range(2)
+    ]
     here = hashlib.sha256()
     for scene in sample_scenes(24, seed=3, split="test", conflict=0.5):
         here.update(scene.key.encode() + render(scene).tobytes())
@@ -205,7 +207,9 @@ def test_captions_name_every_thing_and_seldom_sides():
         sides += " left of " in told or " right of " in told
         assert all(thing.kind in told for thing in scene.things)
         assert all(colour in told for thing in scene.things for colour in thing.colours)
-        assert (" in front of " in told or " behind " in told) == (len(scene.things) == 2 and overlapping(*scene.things))
+        assert (" in front of " in told or " behind " in told) == (
+            len(scene.things) == 2 and overlapping(*scene.things)
+        )
     assert 0 < sides / len(scenes) < 0.06
 
 

@@ -38,7 +38,7 @@ def at(table, direction, layer, span, column):
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_identities(table, direction):
-    """`all` at the first layer gives the other run; `image` at the last moves nothing; `last` there gives the other run."""
+    """`all` at the first layer and `last` at the last give the other run; `image` at the last moves nothing."""
     baseline = at(table, direction, 0, "all", "logit_diff_baseline")
     other = at(table, "denoising" if direction == "noising" else "noising", 0, "all", "logit_diff_baseline")
     assert np.array_equal(at(table, direction, 0, "all", "logit_diff"), -other)

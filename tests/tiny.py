@@ -1,4 +1,4 @@
-"""Tiny random-weight LLaVA models with real processors, built from the real configuration classes without any download."""
+"""Tiny random-weight LLaVA models with real processors, built from the real configuration classes."""
 
 import functools
 
@@ -20,9 +20,9 @@ from transformers import (
 IMAGE_SIZE, PATCH_SIZE = 56, 14
 N_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 WORDS = (
-    "user assistant system : . , ? what which where is are there the a an of in on to left right above below colour color "
-    "shape circle square star triangle red green blue yellow black white answer with one word you look at picture yes no "
-    "and or cat dog"
+    "user assistant system : . , ? what which where is are there the a an of in on to left right above below "
+    "colour color shape circle square star triangle red green blue yellow black white answer with one word "
+    "you look at picture yes no and or cat dog"
 ).split()
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 CHAT_TEMPLATE = (
@@ -68,18 +68,18 @@ def tiny_processor(tower: str = "clip") -> LlavaProcessor:
 
 
 def tiny_config(decoder: str = "llama", tower: str = "clip", n_layers: int = 4, vision_layers: int = 4) -> LlavaConfig:
-    text = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tiny_tokenizer()),
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tiny_tokenizer()),
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     decoders = {
         "llama": lambda: LlamaConfig(**text),
         "mistral": lambda: MistralConfig(**text, sliding_window=12),

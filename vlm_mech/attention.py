@@ -80,9 +80,7 @@ class AttentionCall:
         scores = self.query[row][:, queries].float() @ self.key[row].float().mT * self.scaling
         n_query, n_key = self.query.shape[-2], self.key.shape[-2]
         if self.mask is None or self.mask.dtype == torch.bool:
-            edges = allowed_edges(
-                self.mask, n_query=n_query, n_key=n_key, causal=self.causal, device=self.query.device
-            )
+            edges = allowed_edges(self.mask, n_query=n_query, n_key=n_key, causal=self.causal, device=self.query.device)
             edges = edges[row if edges.shape[0] > 1 else 0][:, queries]
             return scores.masked_fill(~edges, -torch.inf).softmax(-1)
         bias = self.mask[row if self.mask.shape[0] > 1 else 0][:, queries, :n_key]

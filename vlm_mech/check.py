@@ -83,11 +83,19 @@ def _residual_algebra(vlm: "VLM", encoded: Encoded, stream: str) -> list[Finding
         at = {point: states[Site(f"{stream}.{point}", layer)] for point in points}
         total = at["resid_pre"] + at["attn_out"] + at["mlp_out"]
         findings.append(_close(f"{stream}[{layer}]: resid_post is the sum", at["resid_post"], total))
-        findings.append(_close(f"{stream}[{layer}]: attn_out comes from head_out", at["attn_out"], _project(vlm, stream, layer, at["head_out"])))
+        findings.append(
+            _close(
+                f"{stream}[{layer}]: attn_out comes from head_out",
+                at["attn_out"],
+                _project(vlm, stream, layer, at["head_out"]),
+            )
+        )
         if layer + 1 < n_layers:
             following = states[Site(f"{stream}.resid_pre", layer + 1)]
             same = torch.equal(at["resid_post"], following)
-            findings.append(Finding(f"{stream}[{layer}]: resid_post is the next resid_pre", same, "exact equality asked"))
+            findings.append(
+                Finding(f"{stream}[{layer}]: resid_post is the next resid_pre", same, "exact equality asked")
+            )
     return findings
 
 
@@ -104,13 +112,17 @@ def _joints(vlm: "VLM", encoded: Encoded, baseline: Run) -> list[Finding]:
     states: Activations = read(vlm, encoded, (*names, Site("llm.resid_pre", 0), Site("llm.resid_post", last_layer)))
     tower, taken, given = (states[name] for name in names)
     tower = tower[:, tower.shape[1] - taken.shape[1] :]
-    in_prompt = states[Site("llm.resid_pre", 0)][0, [position for position in encoded.rows[0].image]]
+    in_prompt = states[Site("llm.resid_pre", 0)][0, list(encoded.rows[0].image)]
     with torch.no_grad():
         norm = vlm.model.get_submodule(vlm.family.llm.after)
         logits = vlm.model.get_submodule(vlm.family.head)(norm(states[Site("llm.resid_post", last_layer)]))
     return [
         Finding(f"projector.in is vision.resid_post[{read_layer}]", torch.equal(tower, taken), "exact equality asked"),
-        Finding("projector.out is the image span", torch.equal(given[0][-len(in_prompt) :], in_prompt), "exact equality asked"),
+        Finding(
+            "projector.out is the image span",
+            torch.equal(given[0][-len(in_prompt) :], in_prompt),
+            "exact equality asked",
+        ),
         _close("the head reads the normed last resid_post", logits, baseline.logits),
     ]
 

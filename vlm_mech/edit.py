@@ -75,7 +75,9 @@ class Cut:
     keep_self: bool
     generated: bool
 
-    def blocked(self, *, n_query: int, n_key: int, prompt: bool, device: torch.device) -> Bool[Tensor, "rows head query key"]:
+    def blocked(
+        self, *, n_query: int, n_key: int, prompt: bool, device: torch.device
+    ) -> Bool[Tensor, "rows head query key"]:
         """True where an edge is cut, in a forward of `n_query` positions over `n_key` keys."""
         n_heads = 1 if self.heads is None else self.n_heads
         blocked = torch.zeros(len(self.queries), n_heads, n_query, n_key, dtype=torch.bool, device=device)
@@ -179,7 +181,9 @@ def _change(
         wanted = () if cells is None else cells.counts
         example = next((i for i, pair in enumerate(zip(wanted, counts, strict=False)) if pair[0] != pair[1]), None)
         if example is None:
-            raise UsageError(f"{type(part).__name__} at {site}: source has {len(counts)} examples, the batch {len(wanted)}")
+            raise UsageError(
+                f"{type(part).__name__} at {site}: source has {len(counts)} examples, the batch {len(wanted)}"
+            )
         raise UsageError(
             f"{type(part).__name__} at {site}: span {part.span!r} of example {example} has {wanted[example]} tokens, "
             f"its source has {counts[example]}; both must be equal"
@@ -191,7 +195,9 @@ def _taken(part: StateEdit, site: Site, source: Activations) -> tuple[Float[Tens
     span = part.source_span if isinstance(part, Replace) and part.source_span is not None else part.span
     span, _ = _split_generated(span)
     if span is None:
-        raise UsageError(f"{type(part).__name__}(to='mean') at generated tokens needs a span of the prompt to average over")
+        raise UsageError(
+            f"{type(part).__name__}(to='mean') at generated tokens needs a span of the prompt to average over"
+        )
     cells = source.encoded.cells(span, stream=site.stream)
     held = source[site]
     states = held[cells.rows.to(held.device), cells.positions.to(held.device)]
@@ -230,7 +236,7 @@ def _cuts(vlm: "VLM", encoded: Encoded, part: Knockout) -> list[Cut]:
     keys = _per_row(encoded, part.key, part.stream)
     n_heads = vlm.n_heads(part.stream)
     cuts = []
-    for layer in part.layers:
+    for layer in part.each_layer:
         vlm.check_site(Site(f"{part.stream}.resid_pre", layer))
         _check_heads(part.heads, n_heads, f"{part.stream} layer {layer}")
         what = f"Knockout {_named(part.query)}<-{_named(part.key)}"

@@ -1,5 +1,6 @@
-"""Results as plotly figures. Nothing is computed here but the result's own summary; every function returns the figure."""
+"""Results as plotly figures. Nothing is computed here but the result's own summary; functions return the figure."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ SIGNIFICANCE = 0.05
 
 
 def _format(value: float) -> str:
-    return "-" if pd.isna(value) else f"{value:.3g}"
+    return "-" if math.isnan(value) else f"{value:.3g}"
 
 
 def _hover(row: pd.Series, axes: tuple[str, ...]) -> str:
@@ -34,16 +35,16 @@ def _hover(row: pd.Series, axes: tuple[str, ...]) -> str:
 def _scale(metric: Metric, values: pd.Series) -> dict[str, Any]:
     """Signed metrics diverge around 0; fractions and shares keep 0 and 1 on the scale."""
     if metric.signed:
-        reach = max(1e-9, values.abs().max())
+        reach = max(1e-9, float(values.abs().max()))
         return {"colorscale": "RdBu_r", "zmid": 0, "zmin": -reach, "zmax": reach}
-    low, high = min(0.0, values.min()), max(1.0, values.max())
+    low, high = min(0.0, float(values.min())), max(1.0, float(values.max()))
     return {"colorscale": "Viridis", "zmin": low, "zmax": high}
 
 
 def _facets(summary: pd.DataFrame, facet: str | None) -> list[tuple[str, pd.DataFrame]]:
     if facet is None:
         return [("", summary)]
-    return [(str(value), summary[summary[facet] == value]) for value in summary[facet].drop_duplicates()]
+    return [(str(value), panel) for value, panel in summary.groupby(facet, sort=False, observed=True)]
 
 
 def _check(result: Result, **columns: str | None) -> None:
@@ -51,7 +52,7 @@ def _check(result: Result, **columns: str | None) -> None:
         if column is not None and column not in result.axes:
             raise UsageError(f"{role}={column!r} is no axis of {result.name}; its axes: {', '.join(result.axes)}")
     free = set(result.axes) - {column for column in columns.values() if column is not None}
-    varied = sorted(axis for axis in free if result.table[axis].nunique() > 1)
+    varied = sorted(axis for axis in free if len(set(result.table[axis])) > 1)
     if varied:
         raise UsageError(f"the axes {', '.join(varied)} take several values; give each a role or select one")
 
@@ -109,7 +110,9 @@ def heatmap(
     figure.update_xaxes(title_text=_label(x), type="category")
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_yaxes(title_text=_label(y), col=1)
-    _caption(figure, f"{_counts(summary)} per cell; dot: change from the unedited run has p < 0.05 after Holm's correction")
+    _caption(
+        figure, f"{_counts(summary)} per cell; dot: change from the unedited run has p < 0.05 after Holm's correction"
+    )
     n_rows = summary[y].nunique()
     return _layout(figure, title or f"{result.name}: {chosen.name} ({chosen.unit})", len(panels), 220 + 56 * n_rows)
 
@@ -152,7 +155,13 @@ def _dots(marked: pd.DataFrame, x: str, y: str) -> "go.Scatter":
 
 
 def lines(
-    result: Result, *, x: str, colour: str, metric: str | None = None, facet: str | None = None, title: str | None = None
+    result: Result,
+    *,
+    x: str,
+    colour: str,
+    metric: str | None = None,
+    facet: str | None = None,
+    title: str | None = None,
 ) -> "go.Figure":
     """Cell means along `x` with 95 % bands, one line per value of `colour`, one panel per value of `facet`.
 

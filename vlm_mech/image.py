@@ -102,7 +102,9 @@ def _resized(image_processor: Any, width: int, height: int) -> tuple[int, int]:
         return int(edge * width / height), edge
     if size.get("height") and size.get("width"):
         return size["width"], size["height"]
-    raise UsageError(f"image size {size} of {type(image_processor).__name__} is not a shortest edge nor height and width")
+    raise UsageError(
+        f"image size {size} of {type(image_processor).__name__} is not a shortest edge nor height and width"
+    )
 
 
 def _crop_offset(image_processor: Any, width: int, height: int) -> tuple[int, int]:

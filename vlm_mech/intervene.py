@@ -135,12 +135,17 @@ class Knockout(Intervention):
     keep_self: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
-        if not layers:
+        # An iterator would be used up by the first look.
+        object.__setattr__(self, "layers", self.layers if isinstance(self.layers, int) else tuple(self.layers))
+        if not self.each_layer:
             raise UsageError("Knockout names no layer")
-        object.__setattr__(self, "layers", layers)
         if self.stream not in ("vision", "llm"):
             raise UsageError(f"Knockout(stream={self.stream!r}) is not known; vision or llm is")
+
+    @property
+    def each_layer(self) -> tuple[int, ...]:
+        """The layers as a tuple."""
+        return (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
 
 
 def window(center: int, size: int, *, n_layers: int) -> tuple[int, ...]:

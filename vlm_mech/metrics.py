@@ -34,7 +34,7 @@ def rank(logits: Float[Tensor, "batch vocab"], answer: Int[Tensor, "batch"]) -> 
 
 
 def kl(logits: Float[Tensor, "batch vocab"], reference: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
-    """Kullback-Leibler divergence of the logits' distribution from the reference's, `D(reference || logits)`, in nats."""
+    """Kullback-Leibler divergence `D(reference || logits)` of the two next-token distributions, in nats."""
     ours, theirs = log_softmax(logits.float(), -1), log_softmax(reference.float(), -1)
     return kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
 
@@ -55,7 +55,11 @@ MIN_GAP = 0.5
 
 
 def recovered(
-    patched: Float[Tensor, "batch"], base: Float[Tensor, "batch"], target: Float[Tensor, "batch"], *, min_gap: float = MIN_GAP
+    patched: Float[Tensor, "batch"],
+    base: Float[Tensor, "batch"],
+    target: Float[Tensor, "batch"],
+    *,
+    min_gap: float = MIN_GAP,
 ) -> Float[Tensor, "batch"]:
     """Normalised logit difference `(patched - base) / (target - base)` (Zhang & Nanda 2023).
 

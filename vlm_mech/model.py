@@ -101,7 +101,7 @@ class VLM:
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,7 +169,8 @@ class VLM:
         if site.point == "head_out":
             blocks = self.blocks(site.stream)
             path = f"{blocks.path}.{site.layer}.{blocks.attention}.{blocks.out}"
-            return self.model.get_submodule(path).in_features
+            weight: torch.Tensor = self.model.get_parameter(f"{path}.weight")
+            return weight.shape[-1]
         return (vision if site.stream == "vision" else text).hidden_size
 
     def check_site(self, site: Site) -> None:
@@ -268,7 +269,9 @@ class VLM:
 def _check_processor(model: Any, processor: Any) -> None:
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if getattr(processor, part, None) is None:
-            raise UsageError(f"the processor ({type(processor).__name__}) has no {part}; AutoProcessor gives one that has")
+            raise UsageError(
+                f"the processor ({type(processor).__name__}) has no {part}; AutoProcessor gives one that has"
+            )
     if not processor.tokenizer.is_fast:
         raise UsageError(f"spans need a fast tokenizer; {type(processor.tokenizer).__name__} gives no offsets")
     token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)

@@ -153,9 +153,7 @@ def _process(vlm: Any, texts: list[str], images: list[Any]) -> dict[str, "torch.
         if n_places != bool(images):
             raise UsageError(f"{int(bool(images))} image(s) for {n_places} image placeholder(s) in {text!r}")
     # BatchFeature of the processor, so that the inputs are what any Hugging Face user would pass.
-    batch = vlm.processor(
-        images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt"
-    )
+    batch = vlm.processor(images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt")
     return dict(batch)
 
 

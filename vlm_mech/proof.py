@@ -94,9 +94,7 @@ def _received(encoded: Encoded, site: Site, received: Tensor) -> Tensor:
 
 
 def _write_reaches(vlm: "VLM", encoded: Encoded, site: Site, writes: list[Write]) -> tuple[bool, str]:
-    positions = {
-        position for write in writes if write.cells is not None for position in write.cells.positions.tolist()
-    }
+    positions = {position for write in writes if write.cells is not None for position in write.cells.positions.tolist()}
     if not positions:
         return True, ""
     return _reaches(vlm, encoded, site.stream, site.layer, positions, mixes=site.point == "resid_pre")
@@ -108,7 +106,7 @@ def _reaches(
     """Whether states of a layer at these positions can matter; `mixes`: they still pass this layer's attention."""
     if stream == "vision":
         depth = vlm.vision_depth
-        if layer >= depth:
+        if layer is not None and layer >= depth:
             return False, f"the projector reads the output of vision block {depth - 1}; later blocks never matter"
         only_class = max(positions) < vlm.n_class_tokens
         if layer == depth - 1 and not mixes and only_class and vlm.family.drops_class_tokens(vlm.config):

@@ -122,6 +122,8 @@ def summarise(receipts: Sequence[Receipt]) -> dict[str, float | int]:
 def add_up(summaries: Sequence[dict[str, float | int]]) -> dict[str, float | int]:
     """Summaries of several batches as one: counts add up, extremes stay extremes."""
     return {
-        name: max(each[name] for each in summaries) if name.startswith("largest") else sum(each[name] for each in summaries)
+        name: max(each[name] for each in summaries)
+        if name.startswith("largest")
+        else sum(each[name] for each in summaries)
         for name in summaries[0]
     }

@@ -42,7 +42,8 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
         "<h2>Summary</h2>" + _table(_rounded(result.summary())),
         "<h2>Metrics</h2>" + _metrics(result),
         "<h2>Receipts</h2>" + _mapping(result.provenance.get("receipts", {})),
-        "<h2>Provenance</h2>" + _json({k: v for k, v in result.provenance.items() if k not in ("receipts", "question")}),
+        "<h2>Provenance</h2>"
+        + _json({k: v for k, v in result.provenance.items() if k not in ("receipts", "question")}),
         "<h2>Configuration</h2>" + _json(result.config),
         f"<h2>Repeat</h2><pre>{html.escape(command)}</pre>",
     ]

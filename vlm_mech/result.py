@@ -7,6 +7,7 @@ column of its own and one named `METRIC_baseline` with the example's value in th
 import dataclasses
 import html
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,14 @@ class Result:
         for metric in self.metrics:
             if name in (None, metric.name):
                 return metric
-        raise UsageError(f"metric {name!r} is not in {self.name}; it has {', '.join(each.name for each in self.metrics)}")
+        raise UsageError(
+            f"metric {name!r} is not in {self.name}; it has {', '.join(each.name for each in self.metrics)}"
+        )
 
     @property
     def cells(self) -> pd.DataFrame:
         """The distinct combinations of the axes, in the order of the table."""
-        return self.table[list(self.axes)].drop_duplicates().reset_index(drop=True)
+        return pd.DataFrame(self.table[list(self.axes)].drop_duplicates().reset_index(drop=True))
 
     def matrix(self, column: str) -> Float[np.ndarray, "example cell"]:
         """Values of a column, examples by cells (in the order of `cells`)."""
@@ -133,7 +136,13 @@ class Result:
         return found
 
     def contrast(
-        self, one: dict[str, Any], other: dict[str, Any], metric: str | None = None, *, level: float = 0.95, seed: int = 0
+        self,
+        one: dict[str, Any],
+        other: dict[str, Any],
+        metric: str | None = None,
+        *,
+        level: float = 0.95,
+        seed: int = 0,
     ) -> dict[str, float]:
         """Paired difference `one - other` between two cells: n, mean, ci_low, ci_high, p.
 
@@ -213,16 +222,16 @@ class Result:
 
 def _check_complete(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
     keys = table[["example", *axes]]
-    if keys.duplicated().any():
-        twice = keys[keys.duplicated()].iloc[0].to_dict()
+    repeated = keys[keys.duplicated().to_numpy()]
+    if len(repeated):
+        twice = repeated.iloc[0].to_dict()
         raise UsageError(f"the table has two rows for {twice}")
-    if table[["example", *axes]].isna().any().any():
+    if keys.isna().to_numpy().any():
         raise UsageError("the table has a row without example or axis value")
     n_cells = len(table[list(axes)].drop_duplicates())
-    counts = table.groupby("example", sort=False, observed=True).size()
-    if (counts != n_cells).any():
-        short = counts[counts != n_cells].index[0]
-        raise UsageError(f"example {short!r} has {counts[short]} of {n_cells} cells; every example needs every cell")
+    for example, count in Counter(table["example"]).items():
+        if count != n_cells:
+            raise UsageError(f"example {example!r} has {count} of {n_cells} cells; every example needs every cell")
 
 
 def _mean(values: Float[np.ndarray, "example cell"]) -> Float[np.ndarray, "cell"]:

@@ -150,7 +150,7 @@ def main(
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # the contract of every command: one line, never a traceback
         if debug:
             traceback.print_exc()
         kind = "" if isinstance(error, UsageError | WorkError) else f"{type(error).__name__}: "
@@ -221,7 +221,9 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
     outcome = run(config, work)
     seconds = time.time() - started
     result = dataclasses.replace(
-        outcome.result, config=as_json(config), provenance=_provenance(outcome.result, config, seconds, list(outcome.figures))
+        outcome.result,
+        config=as_json(config),
+        provenance=_provenance(outcome.result, config, seconds, list(outcome.figures)),
     )
     outcome = dataclasses.replace(outcome, result=result)
     from vlm_mech.figures import save_figure

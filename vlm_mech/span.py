@@ -42,7 +42,7 @@ class Each:
     spans: tuple["Span", ...]
 
 
-Span = Union[str, Words, Patches, Positions, Each, tuple["Span", ...]]
+Span = Union[str, Words, Patches, Positions, Each, tuple["Span", ...]]  # noqa: UP007 - refers to itself
 """A named span, `Words`, `Patches`, `Positions`, `Each`, or a tuple of spans meaning their union."""
 
 
@@ -95,10 +95,7 @@ def resolve(row: Row, span: Span, stream: str, example: int) -> tuple[int, ...]:
     if isinstance(span, tuple):
         parts = {position for part in span for position in resolve(row, part, stream, example)}
         return tuple(sorted(parts))
-    if stream == "llm":
-        positions = _in_prompt(row, span, example)
-    else:
-        positions = _in_tower(row, span, stream, example)
+    positions = _in_prompt(row, span, example) if stream == "llm" else _in_tower(row, span, stream, example)
     if not positions:
         raise UsageError(f"span {span!r} is empty in example {example}; its tokens: {_shown(row)}")
     return tuple(sorted(positions))

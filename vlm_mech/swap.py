@@ -170,16 +170,20 @@ def _image_sentence(result: Result, where: dict[str, str]) -> str:
         return "swapping the image tokens turns the answer at every layer."
     if end["at"] == 0:
         return f"swapping the image tokens does not turn the answer even at layer 0 (95 % interval {_interval(end)})."
-    return f"from layer {end['at']} on, swapping the image tokens no longer turns the answer (95 % interval {_interval(end)})."
+    turns = f"from layer {end['at']} on, swapping the image tokens no longer turns the answer"
+    return f"{turns} (95 % interval {_interval(end)})."
 
 
 def _last_sentence(result: Result, where: dict[str, str]) -> str:
     start = result.crossing(where, "layer", 0.5, rising=True, metric="recovered")
     if start["at"] is None:
         return "swapping the last token alone turns the answer at no layer."
-    return f"from layer {start['at']} on, swapping the last token alone turns the answer (95 % interval {_interval(start)})."
+    turns = f"from layer {start['at']} on, swapping the last token alone turns the answer"
+    return f"{turns} (95 % interval {_interval(start)})."
 
 
 def _interval(crossing: dict[str, int | None]) -> str:
-    low, high = ("beyond the last" if layer is None else f"layer {layer}" for layer in (crossing["low"], crossing["high"]))
+    low, high = (
+        "beyond the last" if layer is None else f"layer {layer}" for layer in (crossing["low"], crossing["high"])
+    )
     return f"{low} to {high}"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Prompts = Prompt | Sequence[Prompt] | Encoded
 
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One forward pass: logits batch x pos x vocab, the batch, and the receipts of what was done."""
@@ -84,9 +85,7 @@ def read(vlm: "VLM", prompts: Prompts, sites: Site | Sequence[Site]) -> Activati
     return Activations(values, encoded)
 
 
-def run(
-    vlm: "VLM", prompts: Prompts, intervention: Intervention | None = None, *, baseline: Run | None = None
-) -> Run:
+def run(vlm: "VLM", prompts: Prompts, intervention: Intervention | None = None, *, baseline: Run | None = None) -> Run:
     """One forward pass with the intervention, its logits and a verified receipt for every part of it.
 
     Args:
@@ -112,7 +111,9 @@ def run(
             execute()
     logits = out["logits"]
     if logits[:, -1].isnan().any():
-        raise WorkError(f"NaN logits{' after ' + str(intervention) if intervention else ''}: the activations are broken")
+        raise WorkError(
+            f"NaN logits{' after ' + str(intervention) if intervention else ''}: the activations are broken"
+        )
     if intervention is None:
         return Run(logits, encoded)
     baseline = baseline or run(vlm, encoded)

@@ -179,7 +179,8 @@ def _offset(thing: Thing) -> tuple[int, int]:
 
 
 def _shade(colour: str, rng: random.Random) -> tuple[int, int, int]:
-    return tuple(min(255, max(0, level + rng.randint(-12, 12))) for level in COLOURS[colour])
+    red, green, blue = (min(255, max(0, level + rng.randint(-12, 12))) for level in COLOURS[colour])
+    return red, green, blue
 
 
 def render(scene: Scene) -> Image.Image:

@@ -206,9 +206,7 @@ def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
 
 def _misfit(vlm: "VLM", pair: Pair) -> str:
     try:
-        one, other = (
-            vlm.encode(Prompt(pair.question, image)) for image in (pair.image, pair.counterfactual_image)
-        )
+        one, other = (vlm.encode(Prompt(pair.question, image)) for image in (pair.image, pair.counterfactual_image))
         ids = [vlm.answer_ids(one, [answer])[0].item() for answer in (pair.answer, pair.counterfactual_answer)]
     except UsageError as error:
         return str(error)
