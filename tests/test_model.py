@@ -9,6 +9,7 @@ from tests.conftest import COMBINATIONS
 from tests.tiny import tiny_model, tiny_processor
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.families import LLAVA
+from vlm_mech.intervene import Knockout, Replace
 from vlm_mech.model import VLM
 from vlm_mech.site import Site
 from vlm_mech.trace import read, run
@@ -23,6 +24,21 @@ def test_no_edit_equals_hugging_face_exactly(tiny_vlm, prompts, decoder, tower, 
         plain = vlm.model(**encoded.inputs).logits
     assert (encoded.inputs["attention_mask"] == 0).any(), "the batch must hold padding"
     assert (run(vlm, encoded).logits - plain).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_exact_and_its_receipts_hold(prompts, donors, dtype, attn):
+    vlm = VLM(tiny_model("qwen2", attn=attn).to(dtype), tiny_processor())
+    encoded = vlm.encode(prompts)
+    with torch.no_grad():
+        plain = vlm.model(**encoded.inputs).logits
+    assert (run(vlm, encoded).logits - plain).abs().max() == 0.0
+    swap = Replace(Site("llm.attn_out", 1), "image", source=donors) & Replace(
+        Site("vision.mlp_out", 1), "all", source=donors
+    )
+    done = run(vlm, encoded, swap & Knockout("last", "image", 2))
+    assert len(done.receipts) == 3 and done.receipts[0].readout_change > 0
 
 
 @pytest.mark.parametrize(("decoder", "tower"), COMBINATIONS)
