@@ -92,6 +92,15 @@ def test_knockout_is_equal_under_both_back_ends_and_equals_masked_attention_by_h
             assert sdpa.receipts[0].natural_mass == pytest.approx(eager.receipts[0].natural_mass, abs=1e-6)
 
 
+def test_knockout_counts_its_edges_and_spares_the_own_one_if_asked(vlm, prompts):
+    spared = run(vlm, prompts, Knockout("image", "image", 1, stream="vision", keep_self=True)).receipts[0]
+    assert spared.n_edges == 3 * 16 * 15
+    whole = run(vlm, prompts, Knockout("image", "image", 1, stream="vision")).receipts[0]
+    assert whole.n_edges == 3 * 16 * 16 and whole.natural_mass > spared.natural_mass
+    causal = run(vlm, prompts, Knockout("image", "image", 1)).receipts[0]
+    assert causal.n_edges == 3 * 16 * 17 // 2
+
+
 def test_knockout_of_all_heads_is_the_sum_of_none_left_out(vlm, prompts):
     every_head = run(vlm, prompts, Knockout("last", "image", 2, heads=(0, 1, 2, 3)))
     whole = run(vlm, prompts, Knockout("last", "image", 2))

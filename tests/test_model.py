@@ -98,6 +98,13 @@ def test_check_refuses_a_dead_write():
         VLM(model, tiny_processor())
 
 
+def test_check_refuses_a_model_that_answers_differently_inside_the_trace():
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output + torch.rand(1))
+    with pytest.raises(WorkError, match="logits equal the plain forward: largest difference"):
+        VLM(model, tiny_processor())
+
+
 def test_check_refuses_a_misnamed_norm(monkeypatch):
     wrong = dataclasses.replace(
         LLAVA, llm=dataclasses.replace(LLAVA.llm, after="model.language_model.layers.0.input_layernorm")

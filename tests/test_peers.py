@@ -1,4 +1,4 @@
-"""Where TransformerLens' bridge silently does nothing on a LLaVA, ours acts: measured side by side on the same weights."""
+"""Where TransformerLens' bridge silently does nothing on a LLaVA, ours acts: side by side on the same weights."""
 
 import pytest
 import torch

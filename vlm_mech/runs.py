@@ -1,35 +1,36 @@
-"""The run contract of every experiment: options, folder, resuming, what is written, and how errors end.
+"""The run contract of every experiment: options, what is written, and how errors end.
 
 Light to import: `--help` must not wait for torch.
 """
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import io
 import json
-import os
+import platform
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.workspace import Workspace, prepare
 
 if TYPE_CHECKING:
-    import pandas as pd
     from PIL import Image
 
     from vlm_mech.result import Result
 
 # Options that do not change the numbers of a run.
 HOW = ("out", "resume", "overwrite", "debug", "config")
-OWN_FILES = ("result.parquet", "result.json", "summary.csv", "config.json", "provenance.json", "report.html")
-PARTIAL = "partial"
 
 
 @dataclass(frozen=True)
@@ -86,54 +87,6 @@ def as_json(config: RunConfig) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class Workspace:
-    """A run's folder, with the tables of the batches already done, so that a killed run goes on where it was."""
-
-    folder: Path
-    config: RunConfig
-
-    @property
-    def _partial(self) -> Path:
-        return self.folder / PARTIAL
-
-    def __contains__(self, key: str) -> bool:
-        return (self._partial / f"{key}.parquet").is_file()
-
-    def keep(self, key: str, table: "pd.DataFrame", notes: dict[str, Any]) -> None:
-        """Stores the table of one batch, with its notes; afterwards `key in workspace`."""
-        self._partial.mkdir(parents=True, exist_ok=True)
-        _write(self._partial / f"{key}.json", json.dumps(notes).encode())
-        buffer = io.BytesIO()
-        table.to_parquet(buffer, index=False)
-        _write(self._partial / f"{key}.parquet", buffer.getvalue())
-
-    def collect(self) -> tuple["pd.DataFrame", list[dict[str, Any]]]:
-        """All stored tables one after the other in the order of their keys, and their notes."""
-        import pandas as pd
-
-        paths = sorted(self._partial.glob("*.parquet"))
-        notes = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
-        return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True), notes
-
-    def progress(self, steps: Sequence[Any], name: str) -> Iterator[Any]:
-        """The steps, with a progress bar on a terminal."""
-        from tqdm import tqdm
-
-        return iter(tqdm(steps, desc=name, disable=None))
-
-    def done(self) -> None:
-        """Removes the partial tables."""
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing: a kill leaves the file as it was."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_bytes(content)
-    os.replace(fresh, path)
-
-
 def main(
     config_class: type[ConfigT],
     run: Callable[[ConfigT, Workspace], Outcome],
@@ -148,7 +101,7 @@ def main(
         config = parse(config_class, arguments, name=name)
         execute(config, run, name=name)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        print("interrupted; the same command with --resume goes on from here (without --overwrite)", file=sys.stderr)
         sys.exit(130)
     except Exception as error:  # the contract of every command: one line, never a traceback
         if debug:
@@ -160,19 +113,22 @@ def main(
 
 
 def parse(config_class: type[ConfigT], arguments: Sequence[str], *, name: str) -> ConfigT:
-    """The options of a command line; `--config FILE` gives the defaults.
+    """The options of a command line; those of `--config FILE` come first, so that others take precedence.
 
     Raises:
         UsageError: an unknown option or value, in one line.
     """
+    return _parsed(config_class, [*_replayed(config_class, arguments), *arguments], name=name)
+
+
+def _parsed(config_class: type[ConfigT], arguments: Sequence[str], *, name: str) -> ConfigT:
     import tyro
 
-    default = _replayed(config_class, arguments)
     caught = io.StringIO()
     try:
         with contextlib.redirect_stderr(caught):
             return tyro.cli(
-                config_class, args=list(arguments), default=default, prog=f"python -m experiments.{name}",
+                config_class, args=list(arguments), prog=f"python -m experiments.{name}",
                 config=(tyro.conf.FlagCreatePairsOff,),
             )  # fmt: skip
     except SystemExit as stop:
@@ -189,7 +145,8 @@ def _plain(message: str) -> str:
     return " ".join(kept) or "the options cannot be understood"
 
 
-def _replayed(config_class: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
+def _replayed(config_class: type[ConfigT], arguments: Sequence[str]) -> list[str]:
+    """The options of the file that `--config` names, as arguments; the parser checks them like any others."""
     path = None
     for position, argument in enumerate(arguments):
         if argument == "--config" and position + 1 < len(arguments):
@@ -197,90 +154,78 @@ def _replayed(config_class: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
         elif argument.startswith("--config="):
             path = Path(argument.removeprefix("--config="))
     if path is None:
-        return config_class()
+        return []
     try:
         saved = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"config {str(path)!r} cannot be read: {error}") from error
-    known = {field.name for field in dataclasses.fields(config_class)}
-    unknown = sorted(set(saved) - known) if isinstance(saved, dict) else ["(no object)"]
+    known = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in HOW}
+    unknown = sorted(set(saved) - set(known)) if isinstance(saved, dict) else ["(no object)"]
     if unknown:
         raise UsageError(f"config {str(path)!r} has unknown option(s) {', '.join(unknown)}")
-    return config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+    found = [argument for name, value in saved.items() for argument in _argument(path, name, value, known[name])]
+    try:
+        _parsed(config_class, found, name="config")
+    except UsageError as error:
+        raise UsageError(f"config {str(path)!r}: {error}") from error
+    return found
 
 
-def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, name: str) -> Outcome:
+def _argument(path: Path, name: str, value: Any, default: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UsageError(f"config {str(path)!r}: {name} is {value!r}; true or false is needed")
+        return [] if value == default else [flag if value else f"--no-{flag.removeprefix('--')}"]
+    if isinstance(value, list):
+        return [flag, *(str(each) for each in value)]
+    return [] if value is None and default is None else [f"{flag}={value}"]
+
+
+def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, name: str) -> None:
     """Runs an experiment in its folder and writes everything a run leaves.
+
+    The finished files are made apart and then moved into place, so that a killed run leaves no half result. Resuming
+    a complete run only says again what it found.
 
     Raises:
         UsageError: the folder holds other files or another run.
     """
     folder = config.out if config.out is not None else Path("runs") / name
-    work = _prepared(folder, config)
+    work = prepare(folder, as_json(config), resume=config.resume, overwrite=config.overwrite)
+    if work.complete:
+        from vlm_mech.result import Result
+
+        result = Result.load(folder)
+        print("this run is complete already")
+        return _announce(result, folder, result.provenance["seconds"])
     started = time.time()
-    outcome = run(config, work)
+    try:
+        outcome = run(config, work)
+    except Exception:
+        work.withdraw()
+        raise
     seconds = time.time() - started
-    result = dataclasses.replace(
-        outcome.result,
-        config=as_json(config),
-        provenance=_provenance(outcome.result, config, seconds, list(outcome.figures)),
-    )
-    outcome = dataclasses.replace(outcome, result=result)
+    provenance = _provenance(outcome.result, config, seconds, list(outcome.figures))
+    result = dataclasses.replace(outcome.result, config=as_json(config), provenance=provenance)
+    _store(work, dataclasses.replace(outcome, result=result), name)
+    _announce(result, folder, seconds)
+
+
+def _store(work: Workspace, outcome: Outcome, name: str) -> None:
     from vlm_mech.figures import save_figure
     from vlm_mech.report import write_report
 
-    result.save(folder)
+    made = work.staging()
+    outcome.result.save(made)
     for title, figure in outcome.figures.items():
-        save_figure(figure, folder / "figures", title)
-    command = f"python -m experiments.{name} --config {folder / 'config.json'} --out OTHER_FOLDER"
-    write_report(folder / "report.html", outcome, command=command)
-    work.done()
-    _announce(result, folder, seconds)
-    return outcome
-
-
-def _prepared(folder: Path, config: RunConfig) -> Workspace:
-    marker = folder / PARTIAL / "config.json"
-    wanted = as_json(config)
-    if config.resume and config.overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{str(folder)!r} is a file; --out needs a folder")
-    if config.resume:
-        found = marker if marker.is_file() else folder / "config.json"
-        if not found.is_file():
-            raise UsageError(f"there is no run to resume in {str(folder)!r}")
-        saved = json.loads(found.read_text())
-        different = sorted(key for key in {*saved, *wanted} if saved.get(key) != wanted.get(key))
-        if different:
-            raise UsageError(f"the run in {str(folder)!r} had other options: {', '.join(different)}")
-    elif folder.exists() and any(folder.iterdir()):
-        if not config.overwrite:
-            raise UsageError(
-                f"folder {str(folder)!r} is not empty; --resume goes on with that very run, --overwrite replaces it"
-            )
-        _clear(folder)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    _write(marker, json.dumps(wanted).encode())
-    return Workspace(folder, config)
-
-
-def _clear(folder: Path) -> None:
-    """Removes what a run of ours left, and nothing else."""
-    record = folder / "provenance.json"
-    figures = json.loads(record.read_text()).get("figures", []) if record.is_file() else []
-    for name in OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in figures:
-        for ending in ("html", "json"):
-            (folder / "figures" / f"{name}.{ending}").unlink(missing_ok=True)
-    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        save_figure(figure, made / "figures", title)
+    again = shlex.join(["--config", str(work.folder / "config.json"), "--out", "OTHER_FOLDER"])
+    write_report(made / "report.html", outcome, command=f"python -m experiments.{name} {again}")
+    work.publish()
 
 
 def _provenance(result: "Result", config: RunConfig, seconds: float, figures: list[str]) -> dict[str, Any]:
-    import importlib.metadata
-    import platform
-
     packages = ("vlm_mech", "torch", "transformers", "nnsight", "numpy", "pandas", "plotly")
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -288,18 +233,38 @@ def _provenance(result: "Result", config: RunConfig, seconds: float, figures: li
             versions[package] = importlib.metadata.version(package)
     return result.provenance | {
         "versions": versions,
+        "commit": _commit(Path(__file__).parents[1]),
         "seed": config.seed,
         "device": config.device,
         "dtype": config.dtype,
         "attention": config.attn,
         "seconds": round(seconds, 2),
+        "resumed": config.resume,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "figures": figures,
     }
 
 
+def _commit(root: Path) -> str | None:
+    """The checked-out commit, marked when files differ from it; None for an installed package."""
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    done = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or None
+
+
 def _announce(result: "Result", folder: Path, seconds: float) -> None:
     for finding in result.findings:
         print(f"- {finding}")
-    print(f"\n{len(result.table)} rows in {seconds:.1f} s -> {folder}")
+    metric, *others = result.metrics
+    summary = result.summary(metric.name)
+    means = summary.set_index(list(result.axes))["mean"]
+    table = means.unstack(sort=False) if len(result.axes) > 1 else means.to_frame().T
+    print(f"\n{metric.name} ({metric.unit}), means of n = {summary['n'].min()} to {summary['n'].max()} examples:")
+    print(table.to_string(max_cols=14, max_rows=20, float_format=lambda value: f"{value:.2f}", na_rep="-"))
+    more = f"; {', '.join(each.name for each in others)} in summary.csv" if others else ""
+    print(f"\n{len(result.table)} rows in {seconds:.1f} s -> {folder}{more}")
     print(f"report: {(folder / 'report.html').resolve()}")

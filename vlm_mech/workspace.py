@@ -1,0 +1,168 @@
+"""The folder of a run: batches already done, taking up a killed run, and putting the finished files in place."""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_mech.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PARTIAL = "partial"
+"""Sub-folder with the batches of an unfinished run; it is gone when the run is complete."""
+OWN_FILES = ("report.html", "summary.csv", "config.json", "provenance.json", "result.json", "result.parquet")
+"""What a run leaves beside its figures, in the order in which it is put in place."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A run's folder, with the tables of the batches already done, so that a killed run goes on where it was."""
+
+    folder: Path
+
+    @property
+    def partial(self) -> Path:
+        """Where the batches are kept until the run is complete."""
+        return self.folder / PARTIAL
+
+    @property
+    def complete(self) -> bool:
+        """Whether the folder holds a finished run."""
+        return _holds_run(self.folder) and not self.partial.exists()
+
+    def __contains__(self, key: str) -> bool:
+        return (self.partial / f"{key}.parquet").is_file()
+
+    def keep(self, key: str, table: "pd.DataFrame", notes: dict[str, Any]) -> None:
+        """Stores the table of one batch, with its notes; afterwards `key in workspace`."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        _write(self.partial / f"{key}.json", json.dumps(notes).encode())
+        buffer = io.BytesIO()
+        table.to_parquet(buffer, index=False)
+        # The table comes last: a batch counts as done once it is there.
+        _write(self.partial / f"{key}.parquet", buffer.getvalue())
+
+    def collect(self) -> tuple["pd.DataFrame", list[dict[str, Any]]]:
+        """All stored tables one after the other in the order of their keys, and their notes."""
+        import pandas as pd
+
+        paths = sorted(self.partial.glob("*.parquet"))
+        if not paths:
+            raise UsageError(f"no batch is stored in {str(self.partial)!r}; keep() comes before collect()")
+        notes = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
+        return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True), notes
+
+    def progress(self, steps: Sequence[Any], name: str) -> Iterator[Any]:
+        """The steps, with a progress bar on a terminal."""
+        from tqdm import tqdm
+
+        return iter(tqdm(steps, desc=name, disable=None))
+
+    def staging(self) -> Path:
+        """An empty folder in which the finished files are made before `publish` puts them in place."""
+        folder = self.partial / "finished"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def publish(self) -> None:
+        """Moves the finished files into the folder, in place of an earlier run's, and removes the batches.
+
+        A kill in between can be resumed, because the batches go last.
+        """
+        made = self.partial / "finished"
+        _clear(self.folder)
+        for path in sorted((made / "figures").glob("*")):
+            (self.folder / "figures").mkdir(exist_ok=True)
+            os.replace(path, self.folder / "figures" / path.name)
+        for name in OWN_FILES:
+            os.replace(made / name, self.folder / name)
+        shutil.rmtree(self.partial)
+
+    def withdraw(self) -> None:
+        """Takes the folder back if nothing was done in it, so that a corrected command finds it as it was."""
+        if any(self.partial.glob("*.parquet")):
+            return
+        shutil.rmtree(self.partial)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool) -> Workspace:
+    """The folder of a run with the options `wanted`: new, taken up again, or that of a run to be replaced.
+
+    What an earlier run left stays until the new one is complete.
+
+    Raises:
+        UsageError: the folder holds something else, another run, or (with `resume`) none.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{str(folder)!r} is a file; --out needs a folder")
+    work = Workspace(folder)
+    if resume:
+        _check_same(folder, wanted)
+        return work
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise UsageError(
+                f"folder {str(folder)!r} is not empty; --resume goes on with that very run, --overwrite replaces it"
+            )
+        if not _holds_run(folder):
+            raise UsageError(f"folder {str(folder)!r} holds files but no run of ours; --overwrite replaces runs only")
+        shutil.rmtree(work.partial, ignore_errors=True)
+    work.partial.mkdir(parents=True, exist_ok=True)
+    _write(work.partial / "config.json", json.dumps(wanted).encode())
+    return work
+
+
+def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
+    places = (folder / PARTIAL / "config.json", folder / "config.json")
+    found = next((path for path in places if path.is_file()), None)
+    if found is None or not _holds_run(folder):
+        raise UsageError(f"there is no run to resume in {str(folder)!r}")
+    saved = json.loads(found.read_text())
+    different = sorted(key for key in {*saved, *wanted} if saved.get(key) != wanted.get(key))
+    if different:
+        raise UsageError(f"the run in {str(folder)!r} had other options: {', '.join(different)}")
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether a run of ours wrote here; a config.json alone is what any model folder has."""
+    return (folder / PARTIAL / "config.json").is_file() or bool(_record(folder))
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / "provenance.json"
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return {}
+    ours = isinstance(record, dict) and {"versions", "finished", "figures"} <= set(record)
+    return record if ours else {}
+
+
+def _clear(folder: Path) -> None:
+    """Removes the finished files of an earlier run, and nothing else."""
+    record = _record(folder)
+    for name in record.get("figures", []):
+        for ending in ("html", "json"):
+            (folder / "figures" / f"{Path(name).name}.{ending}").unlink(missing_ok=True)
+    for name in OWN_FILES if record else ():
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing: a kill leaves the file as it was."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_bytes(content)
+    os.replace(fresh, path)
