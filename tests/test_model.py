@@ -165,6 +165,8 @@ def test_wrong_models_are_refused_in_one_line(tmp_path, vlm):
     vlm.processor.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="dtype 'int8' is not known"):
         VLM.load(tmp_path, dtype="int8")
+    with pytest.raises(UsageError, match="cannot be loaded: .*[Ff]lash"):
+        VLM.load(tmp_path, attn="flash_attention_2")
     with pytest.raises(UsageError, match="device 'gpu' is not usable"):
         VLM.load(tmp_path, device="gpu")
 

@@ -1,8 +1,10 @@
 """Results as plotly figures. Nothing is computed here but the result's own summary; functions return the figure."""
 
+import html
+import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -15,6 +17,18 @@ if TYPE_CHECKING:
 # Okabe & Ito: distinguishable with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SIGNIFICANCE = 0.05
+# Metrics of these units run from 0 to 1, and their scales show both ends.
+FRACTIONS = ("fraction", "share", "probability")
+MOST_NUMBERS = 12
+MOST_TICKS = 16
+SAME = 1e-9
+
+Value = Literal["mean", "effect"]
+
+
+def _text(value: Any) -> str:
+    """Plotly reads a little HTML in its texts; names of spans or models must stay what they are."""
+    return html.escape(str(value), quote=False)
 
 
 def _format(value: float) -> str:
@@ -22,29 +36,45 @@ def _format(value: float) -> str:
 
 
 def _hover(row: pd.Series, axes: tuple[str, ...]) -> str:
-    where = ", ".join(f"{axis} {row[axis]}" for axis in axes)
+    where = ", ".join(f"{_text(axis)} {_text(row[axis])}" for axis in axes)
     return (
-        f"{where}<br>mean {_format(row['mean'])} {row['unit']}"
+        f"{where}<br>mean {_format(row['mean'])} {_text(row['unit'])}"
         f"<br>95 % interval {_format(row['ci_low'])} to {_format(row['ci_high'])}"
         f"<br>n {row['n']} (missing {row['n_missing']})"
         f"<br>unedited {_format(row['baseline'])}, change {_format(row['effect'])}"
+        f"<br>95 % interval of the change {_format(row['effect_low'])} to {_format(row['effect_high'])}"
         f"<br>corrected p {_format(row['p_corrected'])}"
     )
 
 
-def _scale(metric: Metric, values: pd.Series) -> dict[str, Any]:
-    """Signed metrics diverge around 0; fractions and shares keep 0 and 1 on the scale."""
-    if metric.signed:
-        reach = max(1e-9, float(values.abs().max()))
-        return {"colorscale": "RdBu_r", "zmid": 0, "zmin": -reach, "zmax": reach}
-    low, high = min(0.0, float(values.min())), max(1.0, float(values.max()))
+def _range(metric: Metric, value: Value, numbers: pd.Series) -> tuple[float, float]:
+    """Changes and signed metrics reach as far below 0 as above; fractions show at least 0 to 1, the rest at least 0."""
+    low, high = float(numbers.min()), float(numbers.max())
+    if metric.signed or value == "effect":
+        reach = max(1e-9, abs(low), abs(high))
+        return -reach, reach
+    top = 1.0 if metric.unit in FRACTIONS else 1e-9
+    return min(0.0, low), max(top, high)
+
+
+def _scale(metric: Metric, value: Value, numbers: pd.Series) -> dict[str, Any]:
+    low, high = _range(metric, value, numbers)
+    if low == -high:
+        return {"colorscale": "RdBu_r", "zmid": 0, "zmin": low, "zmax": high}
     return {"colorscale": "Viridis", "zmin": low, "zmax": high}
+
+
+def _values(table: pd.DataFrame, column: str) -> list[Any]:
+    """The values of an axis: numbers and ordered categories in their order, others as the table has them."""
+    distinct = table[column].drop_duplicates()
+    ordered = distinct.dtype.kind in "iuf" or getattr(distinct.dtype, "ordered", False)
+    return list(distinct.sort_values() if ordered else distinct)
 
 
 def _facets(summary: pd.DataFrame, facet: str | None) -> list[tuple[str, pd.DataFrame]]:
     if facet is None:
         return [("", summary)]
-    return [(str(value), panel) for value, panel in summary.groupby(facet, sort=False, observed=True)]
+    return [(_text(value), summary[summary[facet] == value]) for value in _values(summary, facet)]
 
 
 def _check(result: Result, **columns: str | None) -> None:
@@ -70,7 +100,15 @@ def _layout(figure: "go.Figure", title: str, n_facets: int, height: int) -> "go.
 
 
 def _label(axis: str) -> str:
-    return {"layer": "layer", "span": "tokens swapped"}.get(axis, axis)
+    return {"span": "span of tokens"}.get(axis, _text(axis))
+
+
+def _title(result: Result, metric: Metric, value: Value) -> str:
+    return _text(f"{result.name}: {_quantity(metric, value)}")
+
+
+def _quantity(metric: Metric, value: Value) -> str:
+    return f"{'change of ' if value == 'effect' else ''}{metric.name} ({metric.unit})"
 
 
 def _caption(figure: "go.Figure", text: str) -> None:
@@ -85,59 +123,70 @@ def _counts(summary: pd.DataFrame) -> str:
 
 
 def heatmap(
-    result: Result, *, x: str, y: str, metric: str | None = None, facet: str | None = None, title: str | None = None
+    result: Result,
+    *,
+    x: str,
+    y: str,
+    metric: str | None = None,
+    facet: str | None = None,
+    value: Value = "mean",
+    title: str | None = None,
 ) -> "go.Figure":
     """Cell means as colours, one panel per value of `facet`; hovering shows n, interval, baseline and corrected p.
 
-    A dot marks cells whose change against the unedited run is significant at 5 % after Holm's correction.
+    `value="effect"` shows the change against the unedited run instead. A dot marks cells in which that change is
+    significant at 5 % after Holm's correction.
 
     Raises:
         UsageError: an axis does not exist, or one with several values has no role.
     """
-    from plotly.subplots import make_subplots
-
     _check(result, x=x, y=y, facet=facet)
     chosen = result.metric(metric)
     summary = result.summary(chosen.name)
     panels = _facets(summary, facet)
-    figure = make_subplots(
-        cols=len(panels), shared_yaxes=True, subplot_titles=[name for name, _ in panels], horizontal_spacing=0.06
-    )
+    figure = _panels(panels)
     for column, (_, panel) in enumerate(panels, 1):
-        figure.add_trace(_heat(result, chosen, summary, panel, x, y, last=column == len(panels)), row=1, col=column)
-        marked = panel[panel["p_corrected"] < SIGNIFICANCE]
-        figure.add_trace(_dots(marked, x, y), row=1, col=column)
+        heat = _heat(result, panel, x, y, value)
+        heat.update(_scale(chosen, value, summary[value]), showscale=column == len(panels))
+        heat.colorbar = {"title": {"text": f"{_text(_quantity(chosen, value))}<br> "}, "thickness": 14}
+        figure.add_trace(heat, row=1, col=column)
+        figure.add_trace(_dots(panel[panel["p_corrected"] < SIGNIFICANCE], x, y), row=1, col=column)
     figure.update_xaxes(title_text=_label(x), type="category")
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_yaxes(title_text=_label(y), col=1)
-    _caption(
-        figure, f"{_counts(summary)} per cell; dot: change from the unedited run has p < 0.05 after Holm's correction"
-    )
-    n_rows = summary[y].nunique()
-    return _layout(figure, title or f"{result.name}: {chosen.name} ({chosen.unit})", len(panels), 220 + 56 * n_rows)
+    dots = "dot: change from the unedited run has p < 0.05 after Holm's correction"
+    _caption(figure, f"{_counts(summary)} per cell; {dots}")
+    recipe = {"x": x, "y": y, "metric": chosen.name, "facet": facet, "value": value, "title": title}
+    figure.update_layout(meta={"drawn_by": "heatmap", "options": recipe})
+    height = 220 + 56 * summary[y].nunique()
+    return _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), height)
 
 
-def _heat(
-    result: Result, metric: Metric, summary: pd.DataFrame, panel: pd.DataFrame, x: str, y: str, *, last: bool
-) -> "go.Heatmap":
+def _panels(panels: list[tuple[str, pd.DataFrame]]) -> "go.Figure":
+    from plotly.subplots import make_subplots
+
+    names = [name for name, _ in panels]
+    return make_subplots(cols=len(panels), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.06)
+
+
+def _heat(result: Result, panel: pd.DataFrame, x: str, y: str, value: Value) -> "go.Heatmap":
     import plotly.graph_objects as go
 
-    across, down = list(panel[x].drop_duplicates()), list(panel[y].drop_duplicates())
+    across, down = _values(panel, x), _values(panel, y)
     rows = {(row[x], row[y]): row for _, row in panel.iterrows()}
+    # Not every combination need have been measured: a hole stays a hole.
+    cells = [[rows.get((one, other)) for one in across] for other in down]
     return go.Heatmap(
-        x=[str(value) for value in across],
-        y=[str(value) for value in down],
-        z=[[rows[value, other]["mean"] for value in across] for other in down],
-        customdata=[[_hover(rows[value, other], result.axes) for value in across] for other in down],
+        x=[_text(one) for one in across],
+        y=[_text(other) for other in down],
+        z=[[None if cell is None else cell[value] for cell in line] for line in cells],
+        customdata=[["not measured" if cell is None else _hover(cell, result.axes) for cell in line] for line in cells],
         hovertemplate="%{customdata}<extra></extra>",
-        # Numbers in the cells as long as they are readable.
-        texttemplate="<br><br>%{z:.2f}" if len(across) <= 12 else None,
+        # Numbers in the cells as long as they are readable, below the dot.
+        texttemplate="<br><br>%{z:.2f}" if len(across) <= MOST_NUMBERS else None,
         textfont={"size": 11},
         xgap=2,
         ygap=2,
-        showscale=last,
-        colorbar={"title": {"text": f"{metric.name}<br>({metric.unit})"}, "thickness": 14},
-        **_scale(metric, summary["mean"]),
     )
 
 
@@ -145,8 +194,8 @@ def _dots(marked: pd.DataFrame, x: str, y: str) -> "go.Scatter":
     import plotly.graph_objects as go
 
     return go.Scatter(
-        x=marked[x].astype(str),
-        y=marked[y].astype(str),
+        x=[_text(one) for one in marked[x]],
+        y=[_text(other) for other in marked[y]],
         mode="markers",
         marker={"size": 6, "color": "white", "line": {"color": "black", "width": 1}},
         hoverinfo="skip",
@@ -161,77 +210,96 @@ def lines(
     colour: str,
     metric: str | None = None,
     facet: str | None = None,
+    value: Value = "mean",
     title: str | None = None,
 ) -> "go.Figure":
     """Cell means along `x` with 95 % bands, one line per value of `colour`, one panel per value of `facet`.
 
+    `value="effect"` shows the change against the unedited run instead. The unedited run is dotted, once where all
+    lines of a panel share it and in the line's colour where they do not.
+
     Raises:
         UsageError: an axis does not exist, or one with several values has no role.
     """
-    from plotly.subplots import make_subplots
-
     _check(result, x=x, colour=colour, facet=facet)
     chosen = result.metric(metric)
     summary = result.summary(chosen.name)
     panels = _facets(summary, facet)
-    figure = make_subplots(
-        cols=len(panels), shared_yaxes=True, subplot_titles=[name for name, _ in panels], horizontal_spacing=0.06
-    )
+    figure = _panels(panels)
+    colours = {one: COLOURS[number % len(COLOURS)] for number, one in enumerate(_values(summary, colour))}
+    seen: set[str | None] = {None}
     for column, (_, panel) in enumerate(panels, 1):
-        for number, value in enumerate(panel[colour].drop_duplicates()):
-            some = panel[panel[colour] == value]
-            for trace in _band(some, result.axes, x, str(value), COLOURS[number % len(COLOURS)], named=column == 1):
-                figure.add_trace(trace, row=1, col=column)
-        figure.add_trace(_unedited(panel, x, named=column == 1), row=1, col=column)
-    figure.update_xaxes(title_text=_label(x), dtick=1 if summary[x].dtype.kind in "iu" else None)
-    figure.update_yaxes(title_text=f"{chosen.name} ({chosen.unit})", col=1)
+        for trace in _traces(panel, result.axes, x, colour, colours, value):
+            trace.showlegend = trace.name not in seen
+            seen.add(trace.name)
+            figure.add_trace(trace, row=1, col=column)
+    whole = summary[x].dtype.kind in "iu"
+    figure.update_xaxes(title_text=_label(x), dtick=1 if whole and summary[x].nunique() <= MOST_TICKS else None)
+    figure.update_yaxes(title_text=_text(_quantity(chosen, value)), col=1)
+    if value == "mean" and chosen.unit in FRACTIONS:
+        low, high = _range(chosen, value, summary[["ci_low", "ci_high", "mean", "baseline"]].stack())
+        figure.update_yaxes(range=[low - 0.05 * (high - low), high + 0.05 * (high - low)])
     _caption(figure, f"{_counts(summary)} per point; bands: 95 % bootstrap interval of the mean over examples")
-    figure.update_layout(legend={"title": {"text": _label(colour)}})
-    return _layout(figure, title or f"{result.name}: {chosen.name} ({chosen.unit})", len(panels), 470)
+    recipe = {"x": x, "colour": colour, "metric": chosen.name, "facet": facet, "value": value, "title": title}
+    figure.update_layout(legend={"title": {"text": _label(colour)}}, meta={"drawn_by": "lines", "options": recipe})
+    return _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), 470)
 
 
-def _band(rows: pd.DataFrame, axes: tuple[str, ...], x: str, name: str, colour: str, *, named: bool) -> list[Any]:
+def _traces(
+    panel: pd.DataFrame, axes: tuple[str, ...], x: str, colour: str, colours: dict[Any, str], value: Value
+) -> list[Any]:
+    """The lines of a panel with their bands, and the unedited run."""
+    place = {one: number for number, one in enumerate(_values(panel, x))}
+    panel = panel.assign(unedited=panel["baseline"] if value == "mean" else 0.0)
+    by_line = {one: panel[panel[colour] == one].sort_values(x, key=lambda xs: xs.map(place)) for one in colours}
+    by_line = {one: rows for one, rows in by_line.items() if len(rows)}
+    traces = [trace for one, rows in by_line.items() for trace in _band(rows, axes, x, _text(one), colours[one], value)]
+    if (panel.groupby(x, observed=True)["unedited"].agg(lambda values: values.max() - values.min()) <= SAME).all():
+        longest = max(by_line.values(), key=len)
+        return [*traces, _unedited(longest, x, "#888888", "unedited")]
+    return traces + [_unedited(rows, x, colours[one], f"{_text(one)}, unedited") for one, rows in by_line.items()]
+
+
+def _band(rows: pd.DataFrame, axes: tuple[str, ...], x: str, name: str, colour: str, value: Value) -> list[Any]:
     import plotly.graph_objects as go
 
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
-    held = rows.dropna(subset=["ci_low", "ci_high"])
+    low, high = ("ci_low", "ci_high") if value == "mean" else ("effect_low", "effect_high")
+    held = rows.dropna(subset=[low, high])
     band = go.Scatter(
         x=[*held[x], *held[x][::-1]],
-        y=[*held["ci_high"], *held["ci_low"][::-1]],
+        y=[*held[high], *held[low][::-1]],
         mode="lines",
         fill="toself",
         fillcolor=f"rgba({red},{green},{blue},0.18)",
         line={"width": 0},
         hoverinfo="skip",
-        showlegend=False,
         legendgroup=name,
     )
     line = go.Scatter(
         x=rows[x],
-        y=rows["mean"],
+        y=rows[value],
         mode="lines+markers",
         name=name,
         line={"color": colour, "width": 2.5},
         text=[_hover(row, axes) for _, row in rows.iterrows()],
         hovertemplate="%{text}<extra></extra>",
         legendgroup=name,
-        showlegend=named,
     )
     return [band, line]
 
 
-def _unedited(panel: pd.DataFrame, x: str, *, named: bool) -> "go.Scatter":
+def _unedited(rows: pd.DataFrame, x: str, colour: str, name: str) -> "go.Scatter":
     import plotly.graph_objects as go
 
-    rows = panel.drop_duplicates(x)
     return go.Scatter(
         x=rows[x],
-        y=rows["baseline"],
+        y=rows["unedited"],
         mode="lines",
-        name="unedited",
-        line={"color": "#888888", "width": 1.5, "dash": "dot"},
+        name=name,
+        line={"color": colour, "width": 1.5, "dash": "dot"},
         hovertemplate="unedited run: %{y:.3g}<extra></extra>",
-        showlegend=named,
+        legendgroup=name,
     )
 
 
@@ -240,3 +308,20 @@ def save_figure(figure: "go.Figure", folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     figure.write_html(folder / f"{name}.html", include_plotlyjs=True)
     figure.write_json(folder / f"{name}.json")
+
+
+def redraw(folder: str | Path) -> "dict[str, go.Figure]":
+    """The figures of a finished run by name, drawn anew from the table it saved.
+
+    Raises:
+        UsageError: the folder holds no result, or a figure that neither `heatmap` nor `lines` drew.
+    """
+    result, drawn = Result.load(folder), {}
+    for name in result.provenance.get("figures", []):
+        saved = json.loads((Path(folder) / "figures" / f"{name}.json").read_text(encoding="utf-8"))
+        recipe = saved["layout"].get("meta", {})
+        draw = {"heatmap": heatmap, "lines": lines}.get(recipe.get("drawn_by"))
+        if draw is None:
+            raise UsageError(f"figure {name!r} was drawn by neither heatmap nor lines; open its json with plotly")
+        drawn[name] = draw(result, **recipe["options"])
+    return drawn

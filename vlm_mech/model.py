@@ -6,7 +6,7 @@ The names are checked when the model is loaded (see `check.py`): a model whose n
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -76,12 +76,17 @@ class VLM:
         *,
         device: str = "cpu",
         dtype: str = "float32",
-        attn: Literal["sdpa", "eager"] = "sdpa",
+        attn: str = "sdpa",
         revision: str | None = None,
         trust_remote_code: bool = False,
         check: bool = True,
     ) -> "VLM":
         """A model by embedded name (`organism`, `organism-grounded`), folder, or Hugging Face id.
+
+        Args:
+            dtype: `float32`, `bfloat16` or `float16`.
+            attn: attention back end; `sdpa` and `eager` take masks, so that attention can be knocked out.
+            revision: branch, tag or commit of a Hugging Face model.
 
         Raises:
             UsageError: no such model, a folder without processor, an unknown architecture, dtype or device.
@@ -247,13 +252,15 @@ class VLM:
         return torch.tensor(ids, device=self.device)
 
     def identity(self) -> dict[str, str | None]:
-        """Name, revision and a hash of the weights, for provenance."""
+        """Name and revision, or a hash of the weights where there is no revision, for provenance."""
+        about = {"name": self.name, "family": self.family.name, "revision": getattr(self.config, "_commit_hash", None)}
+        if about["revision"] is not None:
+            return about
         found = hashlib.sha256()
         for name, parameter in sorted(self.model.state_dict().items()):
             found.update(name.encode())
-            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        revision = getattr(self.config, "_commit_hash", None)
-        return {"name": self.name, "family": self.family.name, "revision": revision, "weights": found.hexdigest()[:16]}
+            found.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return about | {"weights": found.hexdigest()[:16]}
 
     def __repr__(self) -> str:
         from vlm_mech.describe import describe
@@ -323,7 +330,7 @@ def _load_model(source: str, dtype: torch.dtype, attn: str, options: dict[str, A
         )
     except UsageError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
     finally:
         logging.enable_progress_bar()

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,20 @@ if TYPE_CHECKING:
     from vlm_mech.runs import Outcome
 
 STYLE = """
+:root { color-scheme: light; }
 body { font: 15px/1.5 Helvetica, Arial, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1.5em;
   color: #1b1b1b; background: #fff; }
 h1 { font-size: 1.6em; margin-bottom: 0.2em; } h2 { font-size: 1.15em; margin-top: 2em; }
+p.asked { max-width: 48em; color: #444; } ul.findings { max-width: 52em; }
 table { border-collapse: collapse; font-size: 13px; } td, th { padding: 3px 10px; text-align: right; }
-th { border-bottom: 1px solid #888; } tr:nth-child(even) { background: #f5f5f5; }
+th { border-bottom: 1px solid #888; position: sticky; top: 0; background: #fff; }
+table.words td, table.words th { text-align: left; vertical-align: top; }
+tr:nth-child(even) { background: #f5f5f5; }
 .scroll { max-height: 420px; overflow: auto; } .gallery { display: flex; flex-wrap: wrap; gap: 14px; }
-figure { margin: 0; width: 216px; } figure img { image-rendering: pixelated; width: 216px; }
-figcaption { font-size: 12px; } pre { background: #f5f5f5; padding: 0.8em; overflow: auto; font-size: 12px; }
-.figure { overflow-x: auto; }
+.gallery figure { margin: 0; width: 216px; } .gallery img { image-rendering: pixelated; width: 216px; }
+figcaption { font-size: 12px; overflow-wrap: anywhere; }
+pre { background: #f5f5f5; padding: 0.8em; overflow: auto; max-height: 420px; font-size: 12px; }
+.figure { overflow-x: auto; margin: 1.2em 0; }
 """
 
 
@@ -35,8 +41,8 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
     figures = "".join(_figure(figure, first=number == 0) for number, figure in enumerate(outcome.figures.values()))
     parts = [
         f"<h1>{html.escape(result.name)}</h1>",
-        f"<p>{html.escape(str(result.provenance.get('question', '')))}</p>",
-        "<ul>" + "".join(f"<li>{html.escape(finding)}</li>" for finding in result.findings) + "</ul>",
+        f"<p class='asked'>{html.escape(str(result.provenance.get('question', '')))}</p>",
+        "<ul class='findings'>" + "".join(f"<li>{html.escape(finding)}</li>" for finding in result.findings) + "</ul>",
         figures,
         _gallery(outcome.pictures),
         "<h2>Summary</h2>" + _table(_rounded(result.summary())),
@@ -48,7 +54,8 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
         f"<h2>Repeat</h2><pre>{html.escape(command)}</pre>",
     ]
     head = f"<meta charset='utf-8'><title>{html.escape(result.name)}</title><style>{STYLE}</style>"
-    path.write_text(f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n")
+    page = f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    path.write_text(page, encoding="utf-8")
 
 
 def _figure(figure: Any, *, first: bool) -> str:
@@ -74,11 +81,19 @@ def _png(picture: "Image.Image") -> str:
 
 def _rounded(table: pd.DataFrame) -> pd.DataFrame:
     numbers = table.select_dtypes("float").columns
-    return table.assign(**{name: table[name].map(lambda value: f"{value:.4g}") for name in numbers})
+    return table.assign(**{name: table[name].map(_number) for name in numbers})
 
 
-def _table(table: pd.DataFrame) -> str:
-    return f"<div class='scroll'>{table.to_html(index=False, border=0, escape=True)}</div>"
+def _number(value: float) -> str:
+    """Three decimals, or three digits of what would vanish in them; a dash for a missing value."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def _table(table: pd.DataFrame, *, style: str = "numbers") -> str:
+    with pd.option_context("display.max_colwidth", None):
+        return f"<div class='scroll'>{table.to_html(index=False, border=0, escape=True, classes=style)}</div>"
 
 
 def _metrics(result: Result) -> str:
@@ -90,8 +105,11 @@ def _metrics(result: Result) -> str:
 
 
 def _mapping(values: dict[str, Any]) -> str:
-    return _table(pd.DataFrame({"what": list(values), "value": [str(value) for value in values.values()]}))
+    if not values:
+        return "<p>None.</p>"
+    words = [name.replace("_", " ") for name in values]
+    return _table(pd.DataFrame({"what": words, "value": [str(value) for value in values.values()]}), style="words")
 
 
 def _json(values: dict[str, Any]) -> str:
-    return f"<pre>{html.escape(json.dumps(values, indent=1))}</pre>"
+    return f"<pre>{html.escape(json.dumps(values, indent=1, ensure_ascii=False))}</pre>"

@@ -61,6 +61,11 @@ class Result:
         if self.table.empty:
             raise UsageError(f"the table of {self.name} is empty")
         _check_complete(self.table, self.axes)
+        for metric in self.metrics:
+            _check_numbers(self.table, metric.name)
+            _check_numbers(self.table, f"{metric.name}_baseline")
+        if "group" in self.table:
+            _check_groups(self.table)
 
     def metric(self, name: str | None = None) -> Metric:
         """The metric of that name, the first one by default."""
@@ -78,11 +83,10 @@ class Result:
 
     def matrix(self, column: str) -> Float[np.ndarray, "example cell"]:
         """Values of a column, examples by cells (in the order of `cells`)."""
-        n_cells = len(self.cells)
         examples = pd.factorize(self.table["example"])[0]
-        numbers = self.table[list(self.axes)].apply(tuple, axis=1)
-        columns = pd.factorize(numbers)[0]
-        values = np.full((examples.max() + 1, n_cells), np.nan)
+        # Numbered in the order of appearance, as `cells` lists them.
+        columns = self.table.groupby(list(self.axes), sort=False, observed=True).ngroup().to_numpy()
+        values = np.full((examples.max() + 1, columns.max() + 1), np.nan)
         values[examples, columns] = self.table[column].astype(float).to_numpy()
         return values
 
@@ -165,12 +169,15 @@ class Result:
         Returns `at` with a 95 % bootstrap interval `low` to `high`; None stands for beyond the last value.
 
         Raises:
-            UsageError: no cell is so named.
+            UsageError: no cell is so named, or several are for one value of the axis.
         """
         cells = self.cells
         rows = [index for index, row in cells.iterrows() if all(row[name] == value for name, value in where.items())]
         if not rows:
             raise UsageError(f"no cell of {self.name} has {where}")
+        if cells.loc[rows, axis].duplicated().any():
+            free = sorted(set(self.axes) - set(where) - {axis})
+            raise UsageError(f"{where} names several cells for one {axis}; say which {' and '.join(free)}")
         values = self.matrix(self.metric(metric).name)[:, rows]
         steps = [*cells.loc[rows, axis].tolist(), None]
         resampled = bootstrap_means(values, self.groups(), n_resamples=N_RESAMPLES, seed=0)
@@ -193,7 +200,9 @@ class Result:
         self.table.to_parquet(folder / "result.parquet", index=False)
         self.summary().to_csv(folder / "summary.csv", index=False)
         for name, content in (("result", about), ("config", self.config), ("provenance", self.provenance)):
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            (folder / f"{name}.json").write_text(
+                json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Result":
@@ -232,6 +241,21 @@ def _check_complete(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
     for example, count in Counter(table["example"]).items():
         if count != n_cells:
             raise UsageError(f"example {example!r} has {count} of {n_cells} cells; every example needs every cell")
+
+
+def _check_numbers(table: pd.DataFrame, column: str) -> None:
+    if table[column].dtype.kind not in "biuf":
+        raise UsageError(f"column {column} holds {table[column].dtype}; numbers are needed, NaN where one is missing")
+    endless = np.isinf(table[column].to_numpy(dtype=float))
+    if endless.any():
+        example = table["example"].to_numpy()[endless.argmax()]
+        raise UsageError(f"{column} of example {example!r} is infinite; a missing value is NaN")
+
+
+def _check_groups(table: pd.DataFrame) -> None:
+    split = table.groupby("example", sort=False, observed=True)["group"].nunique(dropna=False)
+    if (split > 1).any() or table["group"].isna().any():
+        raise UsageError(f"example {split.idxmax()!r} has {split.max()} groups, or none; every example needs one group")
 
 
 def _mean(values: Float[np.ndarray, "example cell"]) -> Float[np.ndarray, "cell"]:

@@ -257,6 +257,10 @@ def _commit(root: Path) -> str | None:
 
 
 def _announce(result: "Result", folder: Path, seconds: float) -> None:
+    metric, *rows, columns = result.metric().name, *result.axes
+    # The first metric only, its means by the last axis; the report has everything.
+    means = result.summary(metric).pivot_table(index=rows, columns=columns, values="mean", sort=False)
+    print(f"mean {metric} by {columns}\n{means.to_string(float_format='%.2f')}\n")
     for finding in result.findings:
         print(f"- {finding}")
     metric, *others = result.metrics
