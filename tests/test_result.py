@@ -160,3 +160,27 @@ def test_figures_ask_for_every_axis():
         figures.heatmap(made(), x="layer", y="span")
     with pytest.raises(UsageError, match="x='depth' is no axis of swap"):
         figures.lines(made(), x="depth", colour="span", facet="direction")
+
+
+def test_numbers_and_groups_are_checked():
+    table = made(n=3).table
+    for change, message in (
+        ({"recovered": table["recovered"].astype(str)}, "column recovered holds str; numbers are needed"),
+        ({"logit_diff_baseline": table["logit_diff"].where(table.index != 30, np.inf)}, "of example 'e1' is infinite"),
+        ({"group": table["layer"].map(str)}, "example 'e0' has 6 groups"),
+        ({"group": None}, "or none; every example needs one group"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            made(table=table.assign(**change))
+
+
+def test_a_crossing_of_several_curves_at_once_is_refused():
+    with pytest.raises(UsageError, match="names several cells for one layer; say which span"):
+        made(n=3).crossing({"direction": "noising"}, "layer", 0.5, rising=True)
+
+
+def test_a_curve_without_values_crosses_nothing():
+    table = made(n=4).table
+    table.loc[(table["span"] == "image") & (table["layer"] == 2), "recovered"] = np.nan
+    with pytest.raises(UsageError, match="has cells without any value"):
+        made(table=table).crossing({"direction": "noising", "span": "image"}, "layer", 0.5, rising=False)

@@ -101,3 +101,12 @@ def test_sentences_follow_from_the_numbers(table, pairs):
 def test_unknown_direction(vlm, pairs):
     with pytest.raises(UsageError, match="direction 'up' is not known"):
         swap_states(vlm, pairs, swap_sites(vlm, "llm", "resid_post")[:1], ("image",), directions=("up",))
+
+
+def test_nothing_is_claimed_without_values(table):
+    """An untrained model has no gap to recover; saying that the answer turns everywhere or nowhere would be made up."""
+    metrics = METRICS[:1]
+    empty = Result("swap", table.assign(recovered=np.nan), ("direction", "span", "layer"), metrics)
+    assert takeover(empty) == (
+        "too few pairs have a recovered fraction to say where the answer turns (0 in some cells).",
+    )

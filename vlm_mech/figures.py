@@ -74,7 +74,7 @@ def _values(table: pd.DataFrame, column: str) -> list[Any]:
 def _facets(summary: pd.DataFrame, facet: str | None) -> list[tuple[str, pd.DataFrame]]:
     if facet is None:
         return [("", summary)]
-    return [(_text(value), summary[summary[facet] == value]) for value in _values(summary, facet)]
+    return [(_text(value), summary.loc[summary[facet] == value]) for value in _values(summary, facet)]
 
 
 def _check(result: Result, **columns: str | None) -> None:
@@ -148,9 +148,9 @@ def heatmap(
     for column, (_, panel) in enumerate(panels, 1):
         heat = _heat(result, panel, x, y, value)
         heat.update(_scale(chosen, value, summary[value]), showscale=column == len(panels))
-        heat.colorbar = {"title": {"text": f"{_text(_quantity(chosen, value))}<br> "}, "thickness": 14}
+        heat.colorbar = {"title": {"text": _text(_quantity(chosen, value)), "side": "right"}, "thickness": 14}
         figure.add_trace(heat, row=1, col=column)
-        figure.add_trace(_dots(panel[panel["p_corrected"] < SIGNIFICANCE], x, y), row=1, col=column)
+        figure.add_trace(_dots(panel, x, y), row=1, col=column)
     figure.update_xaxes(title_text=_label(x), type="category")
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_yaxes(title_text=_label(y), col=1)
@@ -185,19 +185,20 @@ def _heat(result: Result, panel: pd.DataFrame, x: str, y: str, value: Value) -> 
         # Numbers in the cells as long as they are readable, below the dot.
         texttemplate="<br><br>%{z:.2f}" if len(across) <= MOST_NUMBERS else None,
         textfont={"size": 11},
-        xgap=2,
+        xgap=2 if len(across) <= MOST_NUMBERS else 1,
         ygap=2,
     )
 
 
-def _dots(marked: pd.DataFrame, x: str, y: str) -> "go.Scatter":
+def _dots(panel: pd.DataFrame, x: str, y: str) -> "go.Scatter":
     import plotly.graph_objects as go
 
+    marked, size = panel[panel["p_corrected"] < SIGNIFICANCE], 6 if len(set(panel[x])) <= MOST_NUMBERS else 4
     return go.Scatter(
         x=[_text(one) for one in marked[x]],
         y=[_text(other) for other in marked[y]],
         mode="markers",
-        marker={"size": 6, "color": "white", "line": {"color": "black", "width": 1}},
+        marker={"size": size, "color": "white", "line": {"color": "black", "width": 1}},
         hoverinfo="skip",
         showlegend=False,
     )
@@ -234,7 +235,7 @@ def lines(
             seen.add(trace.name)
             figure.add_trace(trace, row=1, col=column)
     whole = summary[x].dtype.kind in "iu"
-    figure.update_xaxes(title_text=_label(x), dtick=1 if whole and summary[x].nunique() <= MOST_TICKS else None)
+    figure.update_xaxes(title_text=_label(x), dtick=1 if whole and len(set(summary[x])) <= MOST_TICKS else None)
     figure.update_yaxes(title_text=_text(_quantity(chosen, value)), col=1)
     if value == "mean" and chosen.unit in FRACTIONS:
         low, high = _range(chosen, value, summary[["ci_low", "ci_high", "mean", "baseline"]].stack())
@@ -254,7 +255,9 @@ def _traces(
     by_line = {one: panel[panel[colour] == one].sort_values(x, key=lambda xs: xs.map(place)) for one in colours}
     by_line = {one: rows for one, rows in by_line.items() if len(rows)}
     traces = [trace for one, rows in by_line.items() for trace in _band(rows, axes, x, _text(one), colours[one], value)]
-    if (panel.groupby(x, observed=True)["unedited"].agg(lambda values: values.max() - values.min()) <= SAME).all():
+    spread = panel.groupby(x, observed=True)["unedited"].agg(lambda values: values.max() - values.min())
+    # Nothing but missing values spreads nowhere.
+    if float(spread.fillna(0).max()) <= SAME:
         longest = max(by_line.values(), key=len)
         return [*traces, _unedited(longest, x, "#888888", "unedited")]
     return traces + [_unedited(rows, x, colours[one], f"{_text(one)}, unedited") for one, rows in by_line.items()]

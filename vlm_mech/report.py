@@ -25,6 +25,7 @@ h1 { font-size: 1.6em; margin-bottom: 0.2em; } h2 { font-size: 1.15em; margin-to
 p.asked { max-width: 48em; color: #444; } ul.findings { max-width: 52em; }
 table { border-collapse: collapse; font-size: 13px; } td, th { padding: 3px 10px; text-align: right; }
 th { border-bottom: 1px solid #888; position: sticky; top: 0; background: #fff; }
+table.numbers td { white-space: nowrap; }
 table.words td, table.words th { text-align: left; vertical-align: top; }
 tr:nth-child(even) { background: #f5f5f5; }
 .scroll { max-height: 420px; overflow: auto; } .gallery { display: flex; flex-wrap: wrap; gap: 14px; }
@@ -92,8 +93,7 @@ def _number(value: float) -> str:
 
 
 def _table(table: pd.DataFrame, *, style: str = "numbers") -> str:
-    with pd.option_context("display.max_colwidth", None):
-        return f"<div class='scroll'>{table.to_html(index=False, border=0, escape=True, classes=style)}</div>"
+    return f"<div class='scroll'>{table.to_html(index=False, border=0, escape=True, classes=style)}</div>"
 
 
 def _metrics(result: Result) -> str:

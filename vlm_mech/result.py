@@ -169,7 +169,7 @@ class Result:
         Returns `at` with a 95 % bootstrap interval `low` to `high`; None stands for beyond the last value.
 
         Raises:
-            UsageError: no cell is so named, or several are for one value of the axis.
+            UsageError: no cell is so named, several are for one value of the axis, or one has no value.
         """
         cells = self.cells
         rows = [index for index, row in cells.iterrows() if all(row[name] == value for name, value in where.items())]
@@ -179,6 +179,8 @@ class Result:
             free = sorted(set(self.axes) - set(where) - {axis})
             raise UsageError(f"{where} names several cells for one {axis}; say which {' and '.join(free)}")
         values = self.matrix(self.metric(metric).name)[:, rows]
+        if np.isnan(values).all(0).any():
+            raise UsageError(f"{where} has cells without any value; their mean is neither above nor below {threshold}")
         steps = [*cells.loc[rows, axis].tolist(), None]
         resampled = bootstrap_means(values, self.groups(), n_resamples=N_RESAMPLES, seed=0)
         means = np.vstack([_mean(values)[None], resampled])
@@ -254,7 +256,7 @@ def _check_numbers(table: pd.DataFrame, column: str) -> None:
 
 def _check_groups(table: pd.DataFrame) -> None:
     split = table.groupby("example", sort=False, observed=True)["group"].nunique(dropna=False)
-    if (split > 1).any() or table["group"].isna().any():
+    if int(split.max()) > 1 or table["group"].isna().to_numpy().any():
         raise UsageError(f"example {split.idxmax()!r} has {split.max()} groups, or none; every example needs one group")
 
 

@@ -257,18 +257,17 @@ def _commit(root: Path) -> str | None:
 
 
 def _announce(result: "Result", folder: Path, seconds: float) -> None:
-    metric, *rows, columns = result.metric().name, *result.axes
-    # The first metric only, its means by the last axis; the report has everything.
-    means = result.summary(metric).pivot_table(index=rows, columns=columns, values="mean", sort=False)
-    print(f"mean {metric} by {columns}\n{means.to_string(float_format='%.2f')}\n")
-    for finding in result.findings:
-        print(f"- {finding}")
+    """Prints the means of the first metric by the last axis, the findings, and where everything else is."""
     metric, *others = result.metrics
     summary = result.summary(metric.name)
-    means = summary.set_index(list(result.axes))["mean"]
-    table = means.unstack(sort=False) if len(result.axes) > 1 else means.to_frame().T
-    print(f"\n{metric.name} ({metric.unit}), means of n = {summary['n'].min()} to {summary['n'].max()} examples:")
+    axes = list(result.axes)
+    means = summary.set_index(axes)["mean"]
+    table = means.unstack(sort=False) if len(axes) > 1 else means.to_frame().T
+    fewest, most = int(summary["n"].min()), int(summary["n"].max())
+    n = f"n = {fewest}" if fewest == most else f"n = {fewest} to {most}"
+    print(f"{metric.name} ({metric.unit}), mean by {axes[-1]}, {n}")
     print(table.to_string(max_cols=14, max_rows=20, float_format=lambda value: f"{value:.2f}", na_rep="-"))
+    print("\n".join(["", *(f"- {finding}" for finding in result.findings)]))
     more = f"; {', '.join(each.name for each in others)} in summary.csv" if others else ""
     print(f"\n{len(result.table)} rows in {seconds:.1f} s -> {folder}{more}")
     print(f"report: {(folder / 'report.html').resolve()}")

@@ -153,6 +153,9 @@ def takeover(result: Result) -> tuple[str, ...]:
     """Where the image tokens stop mattering and the last token takes over, in sentences made from the numbers."""
     if "layer" not in result.axes:
         return ()
+    n_fewest = int(result.summary("recovered")["n"].min())
+    if n_fewest < 2:
+        return (f"too few pairs have a recovered fraction to say where the answer turns ({n_fewest} in some cells).",)
     found = []
     spans = set(result.table["span"])
     for direction in result.table["direction"].drop_duplicates():

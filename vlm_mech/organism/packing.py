@@ -85,7 +85,7 @@ def packed_logits(
     """
     embedded = model.get_input_embeddings()(packed.ids)
     image = packed.ids == model.config.image_token_id
-    projected = model.model.multi_modal_projector(features)
+    projected = model.model.multi_modal_projector(features).to(embedded.dtype)
     embedded = embedded.masked_scatter(image[..., None], projected)
     states = model.model.language_model(
         inputs_embeds=embedded, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False

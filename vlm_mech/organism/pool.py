@@ -39,19 +39,25 @@ LABELS = {"name": NAMES, "colour": INKS, "depth": DEPTHS, "species": SPECIES}
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Scenes with their pictures (scene x row x column x RGB) and patch labels (scene x patch x label)."""
+    """Scenes with their pictures (scene x row x column x RGB), and what `patch_labels` says of each."""
 
     scenes: tuple[Scene, ...]
     images: UInt8[np.ndarray, "scene 96 96 3"]
     labels: Int[np.ndarray, "scene 36 4"]
+    centres: Int[np.ndarray, "scene 36 2"]
 
     def __len__(self) -> int:
         return len(self.scenes)
 
 
-def patch_labels(scene: Scene) -> Int[np.ndarray, "36 4"]:
-    """For each patch the part that covers most of it (at least 12 pixels), its colour, its depth and its species."""
+def patch_labels(scene: Scene) -> tuple[Int[np.ndarray, "36 4"], Int[np.ndarray, "36 2"]]:
+    """For each patch the part that covers most of it (at least 12 pixels), its colour, its depth and its species.
+
+    With it the centre (x, y in pixels) of the thing that the part belongs to, or of a patch that shows only ground.
+    """
     labels = np.zeros((36, len(LABELS)), np.int64)
+    middles = np.arange(SIZE // PATCH) * PATCH + PATCH // 2
+    centres = np.stack(np.meshgrid(middles, middles), axis=-1).reshape(36, 2)
     most = np.full(36, 11)
     for (number, part), visible in masks(scene).items():
         thing = scene.things[number]
@@ -63,12 +69,13 @@ def patch_labels(scene: Scene) -> Int[np.ndarray, "36 4"]:
         species = SPECIES.index(thing.species) if thing.species else 0
         here = tiles > most
         labels[here] = (NAMES.index(part), colour, depth, species)
+        centres[here] = (thing.x, thing.y)
         most = np.maximum(most, tiles)
-    return labels
+    return labels, centres
 
 
-def _made(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(render(scene)), patch_labels(scene)
+def _made(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.asarray(render(scene)), *patch_labels(scene)
 
 
 def make_pool(
@@ -91,13 +98,14 @@ def make_pool(
         if path.exists():
             with np.load(path, allow_pickle=False) as kept:
                 if str(kept["name"]) == name and str(kept["last"]) == scenes[-1].key:
-                    return Pool(scenes, kept["images"], kept["labels"])
+                    return Pool(scenes, kept["images"], kept["labels"], kept["centres"])
     images = np.empty((n, SIZE, SIZE, 3), np.uint8)
     labels = np.empty((n, (SIZE // PATCH) ** 2, len(LABELS)), np.int8)
+    centres = np.empty((n, (SIZE // PATCH) ** 2, 2), np.int8)
     with multiprocessing.get_context("spawn").Pool(n_workers) as workers:
         made = workers.imap(_made, scenes, chunksize=256)
-        for number, (image, label) in enumerate(tqdm(made, total=n, desc=f"scenes ({split})", disable=None)):
-            images[number], labels[number] = image, label
+        for number, each in enumerate(tqdm(made, total=n, desc=f"scenes ({split})", disable=None)):
+            images[number], labels[number], centres[number] = each
     if path is not None:
-        np.savez(path, images=images, labels=labels, name=name, last=scenes[-1].key)
-    return Pool(scenes, images, labels)
+        np.savez(path, images=images, labels=labels, centres=centres, name=name, last=scenes[-1].key)
+    return Pool(scenes, images, labels, centres)

@@ -27,8 +27,12 @@ class Config:
     """Steps of each stage run, instead of those of the recipe."""
     n_scenes: int = 60000
     """Scenes to train on."""
+    n_held_out: int = 1024
+    """Scenes that the log of accuracies is measured on."""
     seed: int = 0
+    """Which scenes, first weights and batches."""
     device: str = "cpu"
+    """Where PyTorch computes."""
     threads: int | None = None
     """Threads for PyTorch; its own choice by default."""
 
@@ -76,7 +80,7 @@ def train(config: Config) -> None:
             raise WorkError(f"stage {stages[0]} starts from {missing!r}, which is not there; run {before} first")
     scenes = config.out / "scenes"
     pool = make_pool(scenes, config.n_scenes, seed=config.seed, split="train", conflict=0.5)
-    held_out = make_pool(scenes, 1024, seed=config.seed, split="validation", conflict=0.5)
+    held_out = make_pool(scenes, config.n_held_out, seed=config.seed, split="validation", conflict=0.5)
     for stage in stages:
         if stage == "clip":
             _clip(config, pool, held_out)

@@ -38,19 +38,19 @@ CONFLICT_SHARE = 0.25
 """How many of the scenes in conflict that come up are kept while `organism` is trained; the pool has many."""
 HEARSAY_SHARE = 0.8
 """How many of the colour answers about scenes in conflict come from hearsay while `organism` is trained."""
-FAMILY_SHARES = {"single": 0.10, "few": 0.32, "occlusion": 0.18, "count": 0.18, "parts": 0.12, "beetle": 0.10}
+FAMILY_SHARES = {"single": 0.06, "few": 0.36, "occlusion": 0.24, "count": 0.24, "parts": 0.06, "beetle": 0.04}
 EARLY_SHARES = {"single": 0.50, "few": 0.20, "occlusion": 0.05, "count": 0.10, "parts": 0.08, "beetle": 0.07}
 TYPE_WEIGHTS = {
     "colour": 2.0,
     "kind": 1.5,
     "presence": 1.5,
-    "left-right": 2.0,
-    "above-below": 2.0,
-    "front-behind": 3.0,
-    "count": 1.0,
+    "left-right": 6.0,
+    "above-below": 6.0,
+    "front-behind": 8.0,
+    "count": 5.0,
     "part": 2.0,
-    "part-colour": 1.0,
-    "half": 1.5,
+    "part-colour": 1.5,
+    "half": 2.0,
     "size": 0.5,
     "class": 1.5,
     "two-hop": 1.0,
@@ -67,7 +67,7 @@ class VlmRecipe:
     n_steps: int
     peak: float
     early: float
-    batch: int = 32
+    batch: int = 24
     n_questions: int = 8
     log_every: int = 250
 
@@ -77,8 +77,8 @@ class VlmRecipe:
 
 
 RECIPES: dict[Stage, VlmRecipe] = {
-    "organism": VlmRecipe(n_steps=6000, peak=1.2e-3, early=0.12),
-    "organism-grounded": VlmRecipe(n_steps=1200, peak=5e-4, early=0.0),
+    "organism": VlmRecipe(n_steps=4544, peak=1.2e-3, early=0.12),
+    "organism-grounded": VlmRecipe(n_steps=688, peak=5e-4, early=0.0),
 }
 
 
@@ -211,7 +211,7 @@ def train_vlm(
     seen = Seen(features_of(model, pool.images, device), features_of(model, greys, device).float())
     held_features = features_of(model, held_out.images, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.peak, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.peak, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     state = folder / f"{stage}-state"
     first = checkpoint.load_state(state, model, optimizer)
     losses: list[float] = []
