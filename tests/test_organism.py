@@ -73,6 +73,15 @@ def agrees(hits: list[bool], share: float) -> bool:
     return low > 5e-5 and high > 5e-5
 
 
+@pytest.mark.parametrize("name", LLAVAS)
+def test_the_wrapper_answers_as_the_auto_classes_do(name, opened):
+    from vlm_mech import VLM, generate, load_pairs
+
+    pairs = load_pairs("scenes/colour", n=12, seed=3)
+    theirs = answers(*opened(name), [Example(pair.image, pair.question, pair.answer) for pair in pairs])
+    assert list(generate(VLM.load(name), pairs.base, max_new_tokens=3).texts) == theirs == pairs.answer
+
+
 def test_names_of_folders_and_the_refusal_of_others():
     assert all((weights_folder(name) / "config.json").is_file() for name in NAMES)
     with pytest.raises(ValueError, match="'gpt' does not exist; there are organism, organism-grounded, clip"):

@@ -5,6 +5,7 @@ Prints one row a question type, with the number of questions and the 95 % interv
 
 import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -186,7 +187,11 @@ class Config:
 def main() -> None:
     """Prints the scores as a table."""
     config = tyro.cli(Config, description=__doc__)
-    scores = measure(config.model, n=config.n, seed=config.seed)
+    try:
+        scores = measure(config.model, n=config.n, seed=config.seed)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
     print(table(scores))
     if config.out is not None:
         config.out.write_text(json.dumps([asdict(row) for row in scores], indent=1) + "\n")

@@ -5,11 +5,14 @@ Stages: `clip` (image and text tower), `organism` (projector and decoder, colour
 in DIR. Each stage leaves DIR/STAGE, which Hugging Face's auto classes open, and DIR/STAGE-state/log.jsonl.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
+
+from vlm_mech.errors import WorkError
 
 Stage = Literal["clip", "organism", "organism-grounded"]
 STAGES: tuple[Stage, ...] = ("clip", "organism", "organism-grounded")
@@ -68,7 +71,6 @@ def train(config: Config) -> None:
     """
     import torch
 
-    from vlm_mech.errors import WorkError
     from vlm_mech.organism.pool import make_pool
 
     if config.threads is not None:
@@ -90,7 +92,12 @@ def train(config: Config) -> None:
 
 def main() -> None:
     """Trains as the command line says."""
-    train(tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    try:
+        train(config)
+    except WorkError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
