@@ -10,7 +10,7 @@ help:
 	@echo "make demo   install, run the layer swap on the embedded model, say where the report is"
 	@echo "make test   install and run every test"
 	@echo "make lint   ruff and pyright"
-	@echo "make train  train the embedded models from nothing into runs/train (hours on two cores)"
+	@echo "make train  train the embedded models from nothing into runs/train (an hour or more on two idle cores)"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
