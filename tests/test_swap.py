@@ -38,10 +38,11 @@ def at(table, direction, layer, span, column):
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_identities(table, direction):
-    """`all` at the first layer and `last` at the last give the other run; `image` at the last moves nothing."""
+    """`all` anywhere and `last` at the last layer give the other run; `image` at the last moves nothing."""
     baseline = at(table, direction, 0, "all", "logit_diff_baseline")
     other = at(table, "denoising" if direction == "noising" else "noising", 0, "all", "logit_diff_baseline")
-    assert np.array_equal(at(table, direction, 0, "all", "logit_diff"), -other)
+    for layer in range(4):
+        assert np.array_equal(at(table, direction, layer, "all", "logit_diff"), -other)
     assert np.array_equal(at(table, direction, 3, "image", "logit_diff"), baseline)
     assert np.array_equal(at(table, direction, 3, "last", "logit_diff"), -other)
     held = ~at(table, direction, 0, "all", "recovered").isna()
