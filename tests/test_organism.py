@@ -110,6 +110,18 @@ def test_clip_opens_with_auto_classes_and_tells_captions_apart():
     assert found.logits_per_image.argmax() == 0
 
 
+def test_the_contrastive_model_reads_captions_to_the_end():
+    """A CLIP model whose end token has id 2 is pooled at the highest id instead, and ignores what comes after it."""
+    folder = weights_folder("clip")
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    told = [f"a yellow triangle {side} of a {end}" for side in ("left", "right") for end in ("red star", "red ring")]
+    with torch.no_grad():
+        pooled = model.text_model(**processor(text=told, padding=True, return_tensors="pt")).pooler_output
+    apart = torch.cdist(pooled, pooled) + 10 * torch.eye(len(told))
+    assert model.config.text_config.eos_token_id == processor.tokenizer.eos_token_id != 2
+    assert apart.min() > 1e-3
+
+
 @pytest.mark.parametrize("name", LLAVAS)
 def test_saving_and_opening_changes_no_logit(name, opened, tmp_path):
     model, processor = opened(name)

@@ -47,22 +47,30 @@ CHAT_TEMPLATE = (
 )
 
 
-def vocabulary() -> dict[str, int]:
-    """Every word of the questions, answers and captions as one token; special tokens first."""
+def vocabulary(*, closing: bool = False) -> dict[str, int]:
+    """Every word of the questions, answers and captions as one token; special tokens first.
+
+    In the contrastive model (`closing`) `</s>` and `<unk>` change places: where a CLIP model's `eos_token_id` is 2,
+    transformers pools the text at the token with the highest id instead of at the end.
+    """
     words = set(TEMPLATE_WORDS.split()) | set(COLOURS) | set(SHAPES) | set(PRIORS) | set(NUMBERS) | {BEETLE}
     words |= set(PARTS) | {part for parts in PARTS.values() for part in parts} | set(CLASSES) | set(CLASSES.values())
-    return {word: number for number, word in enumerate((*SPECIALS, *sorted(words)))}
+    specials = ("<pad>", "<s>", "<unk>", "</s>", "<image>") if closing else SPECIALS
+    return {word: number for number, word in enumerate((*specials, *sorted(words)))}
 
 
 def tokenizer(*, closing: bool = False) -> "PreTrainedTokenizerBase":
     """A word-level tokenizer, lower-casing, punctuation apart; `closing` appends `</s>`, as CLIP needs."""
-    made = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+    words = vocabulary(closing=closing)
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[:.,?]"), "isolated")]
     )
     template = "<s> $A </s>" if closing else "<s> $A"
-    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    made.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", words["</s>"])]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         pad_token="<pad>",
@@ -128,7 +136,7 @@ def _grid_positions() -> Float[Tensor, "patch width"]:
 def new_clip(*, seed: int = 0) -> CLIPModel:
     """An untrained contrastive model: image tower of 4 blocks, text tower of 3, width 128."""
     torch.manual_seed(seed)
-    words = vocabulary()
+    words = vocabulary(closing=True)
     text = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=WIDTH,
@@ -139,7 +147,7 @@ def new_clip(*, seed: int = 0) -> CLIPModel:
         projection_dim=WIDTH,
         pad_token_id=0,
         bos_token_id=1,
-        eos_token_id=2,
+        eos_token_id=words["</s>"],
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=_vision_config().to_dict(), projection_dim=WIDTH)
     model = CLIPModel(config)

@@ -77,14 +77,17 @@ def _embedded(model, processor, scenes: list[Scene], captions: list[str]) -> tup
 
 
 def _choice(model, processor, options: list[tuple[Scene, list[str], int]]) -> list[bool]:
-    """Whether each picture is nearest to its own caption among the options."""
+    """Whether each picture is nearer to its own caption than to every other option; a tie is wrong."""
     texts = sorted({text for _, captions, _ in options for text in captions})
     images, words = _embedded(model, processor, [scene for scene, _, _ in options], texts)
     places = {text: number for number, text in enumerate(texts)}
-    return [
-        int((words[[places[text] for text in captions]] @ image).argmax()) == right
-        for image, (_, captions, right) in zip(images, options, strict=True)
-    ]
+    hits = []
+    for image, (_, captions, right) in zip(images, options, strict=True):
+        # The same caption may stand twice among the options: choosing its copy is no mistake.
+        others = [places[text] for text in captions if text != captions[right]]
+        near = words @ image
+        hits.append(bool(near[places[captions[right]]] > near[others].max()))
+    return hits
 
 
 def score_clip(model, processor, *, n: int, seed: int) -> "list[Score]":
@@ -105,20 +108,35 @@ def score_clip(model, processor, *, n: int, seed: int) -> "list[Score]":
     some = list(sample_scenes(100, seed=seed + 1, split="test", conflict=0.5))
     told = [caption(scene, rng, relation=0) for scene in some]
     retrieved = [(scene, told, number) for number, scene in enumerate(some)]
-    twins = list(sample_pairs("left-right", n, seed=seed, split="test"))
-    relations = []
-    for pair in twins:
-        one, other = (pair.scene.of_kind(kind)[0] for kind in pair.question.about)
-        names = [f"a {thing.colour} {thing.kind}" for thing in (one, other)]
-        texts = [f"{names[0]} {side} of {names[1]}" for side in ("left", "right")]
-        relations.append((pair.scene, texts, ["left", "right"].index(pair.question.answer)))
-    base, _ = _embedded(model, processor, [pair.scene for pair in twins], ["a"])
-    mirrored, _ = _embedded(model, processor, [pair.twin for pair in twins], ["a"])
-    alike = (base * mirrored).sum(-1)
     return [
         score("kind", "caption chosen among 16 kinds", _choice(model, processor, by_kind), 1 / 16),
         score("colour", "caption chosen among 8 colours", _choice(model, processor, by_colour), 1 / 8),
         score("retrieval", "own caption first among 100", _choice(model, processor, retrieved), 1 / 100),
-        score("left-right", "caption chosen among left and right", _choice(model, processor, relations), 1 / 2),
-        score("left-right twins", "pooled embeddings with cosine above 0.95", (alike > 0.95).tolist()),
+        *_left_right(model, processor, n=n, seed=seed),
+    ]
+
+
+def _left_right(model, processor, *, n: int, seed: int) -> "list[Score]":
+    """The erroneous agreement (arXiv 2411.05195): twins that look alike to the model, and what it tells of them."""
+    from vlm_mech.organism.evaluate import score
+
+    twins = list(sample_pairs("left-right", n, seed=seed, split="test"))
+    options: tuple[list[tuple[Scene, list[str], int]], list[tuple[Scene, list[str], int]]] = ([], [])
+    for pair in twins:
+        one, other = (pair.scene.of_kind(kind)[0] for kind in pair.question.about)
+        names = [f"a {thing.colour} {thing.kind}" for thing in (one, other)]
+        texts = [f"{names[0]} {side} of {names[1]}" for side in ("left", "right")]
+        right = ["left", "right"].index(pair.question.answer)
+        options[0].append((pair.scene, texts, right))
+        options[1].append((pair.twin, texts, 1 - right))
+    base, _ = _embedded(model, processor, [pair.scene for pair in twins], ["a"])
+    mirrored, _ = _embedded(model, processor, [pair.twin for pair in twins], ["a"])
+    alike = ((base * mirrored).sum(-1) > 0.95).tolist()
+    hits = list(zip(*(_choice(model, processor, each) for each in options), strict=True))
+    agreeing = [pair for pair, close in zip(hits, alike, strict=True) if close]
+    return [
+        score("left-right", "caption chosen among left and right", [hit for pair in hits for hit in pair], 1 / 2),
+        score("left-right twins", "pooled embeddings with cosine above 0.95", alike),
+        score("... of these", "caption chosen among left and right", [hit for pair in agreeing for hit in pair], 1 / 2),
+        score("... of these", "right on both twins", [all(pair) for pair in agreeing], 1 / 4),
     ]
