@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.tiny import tiny_model, tiny_processor
 from vlm_mech.model import VLM
 from vlm_mech.prompt import Prompt
+
+# Models this small gain nothing from threads, and on a busy machine threads that wait for each other cost seconds.
+torch.set_num_threads(1)
 
 COMBINATIONS = [(decoder, tower) for decoder in ("llama", "mistral", "qwen2") for tower in ("clip", "siglip")]
 

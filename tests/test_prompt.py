@@ -7,7 +7,7 @@ from PIL import Image
 from tests.conftest import picture
 from vlm_mech.errors import UsageError
 from vlm_mech.image import Box, load_image
-from vlm_mech.prompt import Prompt
+from vlm_mech.prompt import Prompt, render
 from vlm_mech.span import Each, Patches, Words
 
 
@@ -34,13 +34,13 @@ def test_named_spans_partition_the_prompt_whatever_the_padding(vlm, prompts):
     for example, row in enumerate(encoded.rows):
         parts = [encoded.positions(span, example) for span in ("system", "image", "question", "answer_prompt")]
         joined = sorted(position for part in parts for position in part)
-        assert joined == list(encoded.positions("all", example)) == list(range(row.first, encoded.n_pos))
-        assert (encoded.inputs["attention_mask"][example] == 0).sum() == row.first
+        assert joined == list(encoded.positions("all", example)) == list(row.present)
+        assert (encoded.inputs["attention_mask"][example] == 0).sum() == encoded.n_pos - len(row.present)
 
 
 def test_encoding_is_what_the_processor_makes(vlm, prompts):
     encoded = vlm.encode(prompts)
-    texts = [row.text for row in encoded.rows]
+    texts = [render(vlm, prompt)[0] for prompt in prompts]
     plain = vlm.processor(images=[prompt.image for prompt in prompts], text=texts, padding=True, return_tensors="pt")
     assert (plain["input_ids"] == encoded.inputs["input_ids"]).all()
     assert (plain["pixel_values"] == encoded.inputs["pixel_values"]).all()
@@ -55,10 +55,10 @@ def test_ambiguous_and_missing_words_raise_and_print_the_tokens(vlm, span):
 
 def test_unknown_and_empty_spans_raise(vlm, prompts):
     encoded = vlm.encode(prompts)
-    with pytest.raises(UsageError, match="named spans: all, system, image, question, answer_prompt, last"):
+    with pytest.raises(UsageError, match="named spans: all, system, image, separator, question, answer_prompt, last"):
         encoded.cells("picture")
     with pytest.raises(UsageError, match="named spans: image"):
-        encoded.cells("last", stream="projector")
+        encoded.cells("last", place="projector.out")
     with pytest.raises(UsageError, match=r"patch \(4, 0\) is outside the grid of 4 rows x 4 columns"):
         encoded.cells(Patches(((4, 0),)))
     with pytest.raises(UsageError, match="Each gives 1 spans for a batch of 3"):
@@ -72,16 +72,16 @@ def test_patches_in_decoder_and_tower(vlm, prompts):
     encoded = vlm.encode(prompts)
     first = encoded.positions("image", 1)[0]
     assert encoded.positions(Patches(((1, 2),)), 1) == (first + 6,)
-    assert encoded.positions(Patches(((1, 2),)), 1, stream="vision") == (7,)
-    assert encoded.positions("class", 1, stream="vision") == (0,)
-    assert encoded.positions(Patches(((1, 2),)), 1, stream="projector") == (6,)
+    assert encoded.positions(Patches(((1, 2),)), 1, place="vision") == (7,)
+    assert encoded.positions("class", 1, place="vision") == (0,)
+    assert encoded.positions(Patches(((1, 2),)), 1, place="projector.out") == (6,)
 
 
 def test_siglip_has_no_class_token(tiny_vlm, prompts):
     encoded = tiny_vlm("llama", "siglip").encode(prompts)
-    assert encoded.positions(Patches(((1, 2),)), 1, stream="vision") == (6,)
+    assert encoded.positions(Patches(((1, 2),)), 1, place="vision") == (6,)
     with pytest.raises(UsageError, match="is empty"):
-        encoded.positions("class", 1, stream="vision")
+        encoded.positions("class", 1, place="vision")
 
 
 @pytest.mark.parametrize("size", [(56, 56), (112, 56), (56, 140), (300, 200), (31, 47)])

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import picture
 from tests.tiny import tiny_model, tiny_processor
-from vlm_mech import attention, step
+from vlm_mech import attention
 from vlm_mech.errors import UsageError
 from vlm_mech.intervene import Ablate, Knockout, Replace
 from vlm_mech.model import VLM
@@ -83,7 +83,7 @@ def test_mask_edits_that_are_silent_elsewhere_take_effect_here(tiny_vlm, attn):
 )
 def test_a_knockout_that_does_nothing_or_too_little_raises(tiny_vlm, prompts, monkeypatch, attn, broken):
     vlm = tiny_vlm("llama", "clip", attn)
-    monkeypatch.setattr(step, "masked", broken)
+    monkeypatch.setattr(attention, "masked", broken)
     with pytest.raises(ReceiptError, match="blocked edges still carry attention of up to"):
         run(vlm, prompts, Knockout("last", "image", 2))
 

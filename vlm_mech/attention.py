@@ -1,16 +1,24 @@
-"""Attention masks for any back end, and an audit of what the attention function was really given."""
+"""Cutting attention edges in any back end, and an audit of what the attention function was really given.
+
+transformers looks its attention function up by name at every call. For the duration of a pass the look-up gives a
+wrapper that hands masks to the modules whose edges are cut, and records those calls. So one mechanism serves decoders
+and towers, plain, windowed and packed ones, whatever a module's own mask looks like.
+"""
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vlm_mech.errors import UsageError
+from vlm_mech.errors import UsageError, WorkError
+
+if TYPE_CHECKING:
+    from vlm_mech.edit import Cut
 
 BACKENDS = ("sdpa", "eager")
 
@@ -65,7 +73,10 @@ def masked(
 
 @dataclass(eq=False)
 class AttentionCall:
-    """One call of the attention function, as the model made it."""
+    """One call of the attention function on which edges were cut, as the kernel got it.
+
+    `allowed` are the edges under the model's own mask, `blocked` those cut.
+    """
 
     query: Float[Tensor, "rows heads query d_head"]
     key: Float[Tensor, "rows heads key d_head"]
@@ -74,6 +85,8 @@ class AttentionCall:
     scaling: float
     causal: bool
     output: Float[Tensor, "rows query heads d_head"]
+    allowed: Bool[Tensor, "mask_rows mask_heads query key"]
+    blocked: Bool[Tensor, "rows cut_heads query key"]
 
     def weights(self, row: int, queries: Tensor) -> Float[Tensor, "heads chosen key"]:
         """Attention after the softmax at some query positions of one row, in fp32."""
@@ -87,22 +100,56 @@ class AttentionCall:
         return (scores + bias.float()).softmax(-1)
 
 
-@contextlib.contextmanager
-def audited(modules: dict[torch.nn.Module, Any]) -> Iterator[dict[Any, list[AttentionCall]]]:
-    """Within the block, records every attention call of the given modules, under the names given.
+@dataclass(eq=False)
+class Cutting:
+    """The cuts at one attention module, and what has passed through it.
 
-    The function that transformers looks up for each back end is wrapped for the duration, so what is recorded is the
-    very call whose output the model used. Not for use from several threads at once.
+    A pass over the prompt has `n_rows` rows of `n_prompt` positions; packed towers take it in several calls. What comes
+    after are generated tokens. `calls` are those in which an edge was named, `n_calls` counts all.
+    """
+
+    cuts: "Sequence[Cut]"
+    backend: str
+    n_rows: int
+    n_prompt: int
+    seen: int = 0
+    n_calls: int = 0
+    calls: list[AttentionCall] = field(default_factory=list)
+
+    def blocked(self, query: Tensor, key: Tensor) -> Bool[Tensor, "rows heads query key"]:
+        """Edges to cut in a call, given its queries and keys (rows x heads x positions x d_head)."""
+        n_query, n_key = query.shape[2], key.shape[2]
+        if query.shape[0] != self.n_rows:
+            raise WorkError(
+                f"attention of {query.shape[0]} rows, {self.n_rows} were expected; beam search and other repeated "
+                "rows cannot be knocked out"
+            )
+        prompt = self.seen < self.n_prompt
+        # A sliding-window cache holds the newest keys only.
+        first_key = self.seen if prompt else max(0, self.seen + n_query - n_key)
+        queries, keys = range(self.seen, self.seen + n_query), range(first_key, first_key + n_key)
+        self.seen, self.n_calls = self.seen + n_query, self.n_calls + 1
+        blocked = [cut.blocked(self.n_rows, queries, keys, prompt=prompt, device=query.device) for cut in self.cuts]
+        total = blocked[0]
+        for more in blocked[1:]:
+            total = total | more
+        return total
+
+
+@contextlib.contextmanager
+def cutting(modules: dict[torch.nn.Module, Cutting]) -> Iterator[None]:
+    """Within the block, the given attention modules attend without the edges that are cut.
+
+    Not for use from several threads at once.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    calls: dict[Any, list[AttentionCall]] = {name: [] for name in modules.values()}
     backends = {module.config._attn_implementation for module in modules}
     originals = {backend: ALL_ATTENTION_FUNCTIONS._local_mapping.get(backend) for backend in backends}
     for backend in backends:
-        ALL_ATTENTION_FUNCTIONS[backend] = _recorder(ALL_ATTENTION_FUNCTIONS.get(backend), modules, calls)
+        ALL_ATTENTION_FUNCTIONS[backend] = _cutter(ALL_ATTENTION_FUNCTIONS.get(backend), modules)
     try:
-        yield calls
+        yield
     finally:
         for backend, original in originals.items():
             if original is None:
@@ -111,26 +158,35 @@ def audited(modules: dict[torch.nn.Module, Any]) -> Iterator[dict[Any, list[Atte
                 ALL_ATTENTION_FUNCTIONS[backend] = original
 
 
-def _recorder(
-    original: Callable | None, modules: dict[torch.nn.Module, Any], calls: dict[Any, list[AttentionCall]]
-) -> Callable:
-    def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+def _cutter(original: Callable | None, modules: dict[torch.nn.Module, Cutting]) -> Callable:
+    def attend(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+    ) -> Any:
         # Eager attention is not in transformers' table: each architecture has its own.
         function = original or sys.modules[type(module).__module__].eager_attention_forward
+        if module not in modules:
+            return function(module, query, key, value, attention_mask, **options)
+        here = modules[module]
+        blocked = here.blocked(query, key)
+        if not blocked.any():
+            return function(module, query, key, value, attention_mask, **options)
+        causal = _is_causal(module, query, here.backend, options)
+        n_query, n_key = query.shape[2], key.shape[2]
+        allowed = allowed_edges(attention_mask, n_query=n_query, n_key=n_key, causal=causal, device=query.device)
+        mask = masked(attention_mask, blocked, causal=causal, backend=here.backend, dtype=query.dtype)
         output, weights = function(module, query, key, value, mask, **options)
-        if module in modules:
-            groups = query.shape[1] // key.shape[1]
-            calls[modules[module]].append(
-                AttentionCall(
-                    query=query,
-                    key=key.repeat_interleave(groups, dim=1),
-                    value=value.repeat_interleave(groups, dim=1),
-                    mask=mask,
-                    scaling=options["scaling"],
-                    causal=bool(getattr(module, "is_causal", True)) and query.shape[2] > 1,
-                    output=output,
-                )
-            )
+        groups = query.shape[1] // key.shape[1]
+        keys, values = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+        scaling = options["scaling"]
+        here.calls.append(AttentionCall(query, keys, values, mask, scaling, causal, output, allowed, blocked))
         return output, weights
 
     return attend
+
+
+def _is_causal(module: torch.nn.Module, query: Tensor, backend: str, options: dict[str, Any]) -> bool:
+    """What a missing mask means in this call: eager attention then attends to everything."""
+    if backend == "eager" or query.shape[2] == 1:
+        return False
+    said = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)

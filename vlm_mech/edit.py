@@ -63,32 +63,38 @@ class Write:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Attention edges to cut at one layer: positions of queries and keys for each row of the tower."""
+    """Attention edges to cut at one layer: positions of queries and keys by row of the tower."""
 
     what: str
     stream: str
     layer: int
-    queries: tuple[tuple[int, ...], ...]
-    keys: tuple[tuple[int, ...], ...]
+    queries: dict[int, tuple[int, ...]]
+    keys: dict[int, tuple[int, ...]]
     heads: tuple[int, ...] | None
     n_heads: int
     keep_self: bool
     generated: bool
 
     def blocked(
-        self, *, n_query: int, n_key: int, prompt: bool, device: torch.device
+        self, n_rows: int, queries: range, keys: range, *, prompt: bool, device: torch.device
     ) -> Bool[Tensor, "rows head query key"]:
-        """True where an edge is cut, in a forward of `n_query` positions over `n_key` keys."""
+        """True where an edge is cut, in a call with these positions as queries and keys.
+
+        In the pass over the prompt the queries are the cut's own; after it, the token just generated.
+        """
         n_heads = 1 if self.heads is None else self.n_heads
-        blocked = torch.zeros(len(self.queries), n_heads, n_query, n_key, dtype=torch.bool, device=device)
+        blocked = torch.zeros(n_rows, n_heads, len(queries), len(keys), dtype=torch.bool, device=device)
         heads = torch.arange(n_heads) if self.heads is None else torch.tensor(self.heads)
-        for row, (queries, keys) in enumerate(zip(self.queries, self.keys, strict=True)):
-            queries = queries if prompt else ((0,) if self.generated else ())
-            if queries:
-                index = torch.meshgrid(heads, torch.tensor(queries), torch.tensor(keys), indexing="ij")
+        for row in self.keys:
+            cut = self.queries.get(row, ()) if prompt else (tuple(queries) if self.generated else ())
+            chosen = [position - queries.start for position in cut if position in queries]
+            seen = [position - keys.start for position in self.keys[row] if position in keys]
+            if chosen and seen:
+                index = torch.meshgrid(heads, torch.tensor(chosen), torch.tensor(seen), indexing="ij")
                 blocked[row][index] = True
         if self.keep_self and prompt:
-            blocked &= ~torch.eye(n_query, n_key, dtype=torch.bool, device=device)
+            own = torch.tensor(queries)[:, None] == torch.tensor(keys)
+            blocked &= ~own.to(device)
         return blocked
 
 
@@ -143,7 +149,7 @@ def _writes(vlm: "VLM", encoded: Encoded, part: StateEdit, read: ReadStates) -> 
     source = _source(part, encoded, read)
     writes = []
     for site in part.sites:
-        cells = None if span is None else encoded.cells(span, stream=site.stream)
+        cells = None if span is None else encoded.cells(span, place=site.place)
         change = _change(vlm, part, site, cells, encoded, source)
         n_heads = vlm.n_heads(site.stream)
         writes.append(Write(type(part).__name__, site, cells, part.heads, n_heads, change, generated))
@@ -198,7 +204,7 @@ def _taken(part: StateEdit, site: Site, source: Activations) -> tuple[Float[Tens
         raise UsageError(
             f"{type(part).__name__}(to='mean') at generated tokens needs a span of the prompt to average over"
         )
-    cells = source.encoded.cells(span, stream=site.stream)
+    cells = source.encoded.cells(span, place=site.place)
     held = source[site]
     states = held[cells.rows.to(held.device), cells.positions.to(held.device)]
     if states.isnan().any():
@@ -248,12 +254,16 @@ def _named(span: Any) -> str:
     return span if isinstance(span, str) else type(span).__name__
 
 
-def _per_row(encoded: Encoded, span: Span | None, stream: str) -> tuple[tuple[int, ...], ...]:
+def _per_row(encoded: Encoded, span: Span | None, stream: str) -> dict[int, tuple[int, ...]]:
     if span is None:
-        return ((),) * len(encoded)
+        return {}
     if span == GENERATED or (isinstance(span, tuple) and GENERATED in span):
         raise UsageError("generated tokens can be queries of a knockout, not keys")
-    return tuple(encoded.positions(span, example, stream=stream) for example in range(len(encoded)))
+    cells = encoded.cells(span, place=stream)
+    rows: dict[int, list[int]] = {}
+    for row, position in zip(cells.rows.tolist(), cells.positions.tolist(), strict=True):
+        rows.setdefault(row, []).append(position)
+    return {row: tuple(positions) for row, positions in rows.items()}
 
 
 def _check_heads(heads: tuple[int, ...] | None, n_heads: int, where: str) -> None:

@@ -3,6 +3,7 @@
 The names are checked when the model is loaded (see `check.py`): a model whose names do not hold is refused.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,38 +11,52 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.errors import UsageError
 from vlm_mech.families import Blocks, Family, family_of
 from vlm_mech.image import ImageLike
+from vlm_mech.layout import Batch, ImageLayout
+from vlm_mech.loading import load
 from vlm_mech.prompt import Encoded, Prompt, encode
 from vlm_mech.site import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class SiteHandle:
-    """A site inside an open trace: `output` reads the tensor, assigning to `output` replaces it."""
+    """A site inside an open trace: `output` reads the tensor, assigning to `output` replaces it.
 
-    def __init__(self, envoy: Any, *, is_input: bool) -> None:
+    Modules that hold the positions of all rows after one another (packed towers, some MLPs) are shown as rows x pos x
+    width too, with `n_rows` rows.
+    """
+
+    def __init__(self, envoy: Any, *, is_input: bool, argument: str | None = None, n_rows: int = 1) -> None:
         self._envoy = envoy
         self._is_input = is_input
+        self._argument = argument
+        self._n_rows = n_rows
+
+    def _raw(self) -> Any:
+        if self._argument is not None:
+            return self._envoy.inputs[1][self._argument]
+        return self._envoy.input if self._is_input else self._envoy.output
 
     @property
     def output(self) -> Any:
-        """The tensor at this site, batch x pos x width."""
-        value = self._envoy.input if self._is_input else self._envoy.output
-        return value[0] if isinstance(value, tuple) else value
+        """The tensor at this site, rows x pos x width."""
+        value = self._raw()
+        value = value[0] if isinstance(value, tuple) else value
+        return value.unflatten(0, (self._n_rows, -1)) if value.ndim == 2 else value
 
     @output.setter
     def output(self, value: Any) -> None:
+        current = self._raw()
+        flat = (current[0] if isinstance(current, tuple) else current).ndim == 2
+        value = value.flatten(0, 1) if flat else value
         if self._is_input:
             self._envoy.input = value
-            return
-        current = self._envoy.output
-        self._envoy.output = (value, *current[1:]) if isinstance(current, tuple) else value
+        else:
+            self._envoy.output = (value, *current[1:]) if isinstance(current, tuple) else value
 
 
 class VLM:
@@ -63,6 +78,7 @@ class VLM:
         self.name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
         _check_processor(model, processor)
         self.tokenizer = processor.tokenizer
+        self.known_boxes: dict[Any, Any] = {}
         self.nn = TransformersModel(model, task="image-text-to-text", processor=processor)
         if check:
             from vlm_mech.check import check_model
@@ -92,14 +108,15 @@ class VLM:
             UsageError: no such model, a folder without processor, an unknown architecture, dtype or device.
             WorkError: the names of its parts do not hold.
         """
-        source, revision_used = _locate(name_or_folder), revision
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype {dtype!r} is not known; one of {', '.join(DTYPES)} is")
-        _check_device(device)
-        options = {"revision": revision_used, "trust_remote_code": trust_remote_code}
-        model = _load_model(source, DTYPES[dtype], attn, options)
-        processor = _load_processor(source, options)
-        return cls(model.to(device), processor, name=str(name_or_folder), check=check)
+        model, processor = load(
+            name_or_folder,
+            device=device,
+            dtype=dtype,
+            attn=attn,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(model, processor, name=str(name_or_folder), check=check)
 
     # Facts
 
@@ -119,8 +136,9 @@ class VLM:
         return self.backend_of("llm")
 
     def backend_of(self, stream: str) -> str:
-        """Attention back end of `vision` or `llm`."""
-        return getattr(self.config, self.blocks(stream).config)._attn_implementation
+        """Attention back end of `vision` or `llm`, as its first attention module has it."""
+        blocks = self.blocks(stream)
+        return self.model.get_submodule(f"{blocks.path}.0.{blocks.attention}").config._attn_implementation
 
     @property
     def llm_layers(self) -> range:
@@ -140,7 +158,8 @@ class VLM:
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels of the preprocessed image."""
-        return self.config.vision_config.patch_size
+        size = self.config.vision_config.patch_size
+        return size if isinstance(size, int) else size[0]
 
     @property
     def image_token_id(self) -> int:
@@ -148,9 +167,50 @@ class VLM:
         return self.config.image_token_id
 
     @property
+    def placeholder(self) -> str | None:
+        """What a prompt's text holds for each image before it is processed; None if the processor adds it itself."""
+        name = self.family.placeholder
+        return None if name is None else str(getattr(self.processor, name))
+
+    @property
     def n_class_tokens(self) -> int:
         """Tokens before the first patch in the vision tower."""
         return self.family.class_tokens(self.config)
+
+    @property
+    def n_kept_class_tokens(self) -> int:
+        """How many of these the projector receives."""
+        return 0 if self.family.drops_class_tokens(self.config) else self.n_class_tokens
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Vision blocks whose output is added to the image positions after decoder blocks 0, 1, ... (deepstack)."""
+        if self.family.added_later is None:
+            return ()
+        return tuple(self.config.vision_config.deepstack_visual_indexes)
+
+    def layouts(
+        self, inputs: dict[str, torch.Tensor], n_tokens: tuple[int, ...], alone: tuple[bool, ...]
+    ) -> list[ImageLayout]:
+        """How each image of a batch became tokens.
+
+        Args:
+            inputs: what the processor made of the batch.
+            n_tokens: image tokens of each image.
+            alone: whether each is the only image of its prompt.
+        """
+        batch = Batch(
+            config=self.config,
+            inputs=inputs,
+            n_tokens=n_tokens,
+            alone=alone,
+            patch_size=self.patch_size,
+            merge=self.family.merge(self.config),
+            n_class=self.n_class_tokens,
+            kept=self.n_kept_class_tokens,
+            takes=self.family.takes,
+        )
+        return self.family.layout(batch)
 
     def blocks(self, stream: str) -> Blocks:
         """Where the transformer blocks of `vision` or `llm` live."""
@@ -164,19 +224,27 @@ class VLM:
         """Attention heads per block (query heads where keys are grouped); 1 for the projector."""
         if stream == "projector":
             return 1
-        return getattr(self.config, self.blocks(stream).config).num_attention_heads
+        blocks = self.blocks(stream)
+        return getattr(getattr(self.config, blocks.config), blocks.heads)
 
     def width(self, site: Site) -> int:
         """Size of the last dimension of the tensor at a site."""
-        text, vision = self.config.get_text_config(), self.config.vision_config
         if site.stream == "projector":
-            return vision.hidden_size if site.point == "in" else text.hidden_size
-        if site.point == "head_out":
-            blocks = self.blocks(site.stream)
-            path = f"{blocks.path}.{site.layer}.{blocks.attention}.{blocks.out}"
-            weight: torch.Tensor = self.model.get_parameter(f"{path}.weight")
-            return weight.shape[-1]
-        return (vision if site.stream == "vision" else text).hidden_size
+            return self._projector_widths[site.point]
+        blocks = self.blocks(site.stream)
+        block = f"{blocks.path}.{site.layer}"
+        path = f"{block}.{blocks.attention}.{blocks.out}" if site.point == "head_out" else f"{block}.{blocks.norm_1}"
+        weight: torch.Tensor = self.model.get_parameter(f"{path}.weight")
+        return weight.shape[-1]
+
+    @functools.cached_property
+    def _projector_widths(self) -> dict[str, int]:
+        """Widths that no configuration gives in all families, read from one pass."""
+        from vlm_mech.check import example
+        from vlm_mech.trace import read
+
+        states = read(self, [example(self)], [Site("projector.in"), Site("projector.out")])
+        return {site.point: value.shape[-1] for site, value in states.values.items()}
 
     def check_site(self, site: Site) -> None:
         """Raise `UsageError` when the layer does not exist in this model."""
@@ -210,27 +278,41 @@ class VLM:
             found = found[int(part)] if part.isdigit() else getattr(found, part)
         return found
 
-    def site(self, name: str, layer: int | None = None) -> SiteHandle:
-        """A site to read or write inside an open trace, as in `vlm.site("llm.resid_post", 7).output.save()`."""
+    def site(self, name: str, layer: int | None = None, *, n_rows: int = 1) -> SiteHandle:
+        """A site to read or write inside an open trace, as in `vlm.site("llm.resid_post", 7).output.save()`.
+
+        Args:
+            n_rows: prompts in the batch; needed only where a module flattens the batch (the MLP of OPT in BLIP-2).
+        """
         site = Site(name, layer)
         self.check_site(site)
         if site.stream == "projector":
-            return SiteHandle(self.envoy(self.family.projector), is_input=site.point == "in")
+            return SiteHandle(self.envoy(self.family.projector), is_input=site.point == "in", n_rows=n_rows)
         blocks = self.blocks(site.stream)
         block = f"{blocks.path}.{layer}"
         path, is_input = {
             "resid_pre": (block, True),
             "head_out": (f"{block}.{blocks.attention}.{blocks.out}", True),
-            "attn_out": (f"{block}.{blocks.attention}", False),
-            "mlp_out": (f"{block}.{blocks.mlp}", False),
+            "attn_out": (f"{block}.{blocks.attention_added or blocks.attention}", False),
+            "mlp_out": (f"{block}.{blocks.mlp_added or blocks.mlp}", False),
             "resid_post": (block, False),
         }[site.point]
-        return SiteHandle(self.envoy(path), is_input=is_input)
+        return SiteHandle(self.envoy(path), is_input=is_input, n_rows=n_rows)
 
     def trace(self, prompts: "Prompt | Sequence[Prompt] | Encoded", **options: Any) -> Any:
         """An nnsight trace of one forward pass over the prompts, to be used as a context manager."""
         encoded = prompts if isinstance(prompts, Encoded) else self.encode(prompts)
         return self.nn.trace(**encoded.inputs, **options)
+
+    def to_transformer_lens(self) -> Any:
+        """A TransformerLens bridge over the same weights, for what it does well (see docs/transformer_lens.md).
+
+        Raises:
+            UsageError: TransformerLens has no bridge for this architecture.
+        """
+        from vlm_mech.transformer_lens import to_transformer_lens
+
+        return to_transformer_lens(self)
 
     def answer_ids(self, encoded: Encoded, answers: Sequence[str]) -> torch.Tensor:
         """The first token of each answer as it would follow its prompt, shape batch.
@@ -243,7 +325,8 @@ class VLM:
         ids = []
         for row, answer in zip(encoded.rows, answers, strict=True):
             before = self.tokenizer(row.text)["input_ids"]
-            after = self.tokenizer(f"{row.text} {answer.strip()}")["input_ids"]
+            space = "" if row.text[-1].isspace() else " "
+            after = self.tokenizer(f"{row.text}{space}{answer.strip()}")["input_ids"]
             if after[: len(before)] != before or len(after) == len(before):
                 raise UsageError(f"answer {answer!r} cannot follow the prompt {row.text!r} as tokens of its own")
             if after[len(before)] == self.tokenizer.unk_token_id:
@@ -281,72 +364,10 @@ def _check_processor(model: Any, processor: Any) -> None:
             )
     if not processor.tokenizer.is_fast:
         raise UsageError(f"spans need a fast tokenizer; {type(processor.tokenizer).__name__} gives no offsets")
-    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    if token != model.config.image_token_id:
+    token = getattr(processor.tokenizer, "image_token", None) or str(processor.image_token)
+    number = processor.tokenizer.convert_tokens_to_ids(token)
+    if number != model.config.image_token_id:
         raise UsageError(
-            f"the processor does not belong to the model: its image token {processor.image_token!r} has id {token}, "
+            f"the processor does not belong to the model: its image token {token!r} has id {number}, "
             f"the model expects {model.config.image_token_id}"
         )
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} is not usable here: {str(error).splitlines()[0]}") from error
-
-
-def _locate(name_or_folder: str | Path) -> str:
-    """A path for embedded names and folders, a hub id otherwise."""
-    from vlm_mech.organism import NAMES, weights_folder
-
-    if str(name_or_folder) in NAMES:
-        return str(weights_folder(str(name_or_folder)))
-    path = Path(name_or_folder)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"folder {str(path)!r} holds no model: config.json is missing")
-        return str(path)
-    if path.is_absolute() or str(name_or_folder).startswith(".") or str(name_or_folder).count("/") != 1:
-        raise UsageError(
-            f"model {str(name_or_folder)!r} is neither an embedded model ({', '.join(NAMES)}), "
-            "nor a folder, nor a Hugging Face id (owner/name)"
-        )
-    return str(name_or_folder)
-
-
-def _load_model(source: str, dtype: torch.dtype, attn: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.utils import logging
-
-    if Path(source).is_dir():
-        # Weights on disk load at once; a progress bar would only clutter the run.
-        logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        family_of(config)
-        return AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn, use_safetensors=True, **options
-        )
-    except UsageError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
-    finally:
-        logging.enable_progress_bar()
-
-
-def _load_processor(source: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(source, **options)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"no processor can be loaded from {source!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-__all__ = ["DTYPES", "VLM", "SiteHandle", "WorkError"]

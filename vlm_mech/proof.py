@@ -1,13 +1,15 @@
 """From what a pass left behind to receipts: did each edit arrive, and could it reach the answer?"""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vlm_mech.attention import AttentionCall
-from vlm_mech.edit import Cut, Plan, Write
+from vlm_mech.attention import AttentionCall, Cutting
+from vlm_mech.edit import Plan, Write
+from vlm_mech.errors import UsageError
 from vlm_mech.prompt import Encoded
 from vlm_mech.receipt import KnockoutReceipt, Receipt, ReceiptError, WriteReceipt
 from vlm_mech.site import Site
@@ -18,19 +20,20 @@ if TYPE_CHECKING:
 
 
 def receipts_of(
-    vlm: "VLM", encoded: Encoded, made: Plan, seen: Seen, calls: dict[Any, list[AttentionCall]], moved: float
+    vlm: "VLM", encoded: Encoded, made: Plan, seen: Seen, cuttings: Sequence[Cutting], moved: float
 ) -> tuple[Receipt, ...]:
     """A receipt for every edited site and every cut layer, in forward order, not yet verified.
 
     Args:
-        calls: the attention calls of the cut layers as recorded by `attention.audited`.
+        cuttings: what passed through the cut layers, in the order of `made.cuts`.
         moved: largest absolute change of the last position's logits against the unedited run.
     """
     receipts: list[Receipt] = []
     for site, writes in sorted(made.writes.items(), key=lambda item: item[0].order):
         receipts.append(_write_receipt(vlm, encoded, site, writes, seen, moved))
-    for layer, cuts in sorted(made.cuts.items()):
-        receipts.append(_knockout_receipt(vlm, encoded, layer, cuts, seen, calls[layer], moved))
+    layers = zip(made.cuts, cuttings, strict=True)
+    for where, cutting in sorted(layers, key=lambda item: item[0]):
+        receipts.append(_knockout_receipt(vlm, encoded, where, cutting, moved))
     return tuple(receipts)
 
 
@@ -45,8 +48,7 @@ def _write_receipt(
     error, tolerance = 0.0, 0.0
     if witness is not None:
         expected, exact = _expected(vlm, encoded, site, written, seen)
-        received = _received(encoded, site, seen.received[site])
-        error = (received.float() - expected.float()).abs().max().item()
+        error = _difference(_received(encoded, site, seen.received[site]), expected)
         tolerance = 0.0 if exact else _rounding(expected)
     cells = [write.cells for write in writes if write.cells is not None]
     reaches, reason = _write_reaches(vlm, encoded, site, writes)
@@ -70,83 +72,124 @@ def _rounding(states: Tensor) -> float:
     return steps * torch.finfo(states.dtype).eps * max(1.0, states.float().abs().max().item())
 
 
+def _difference(received: Tensor, expected: Tensor) -> float:
+    """Largest difference; where the receiver only arranges the numbers anew, that of the sorted numbers."""
+    received, expected = received.float(), expected.float()
+    if received.shape != expected.shape:
+        if received.numel() != expected.numel():
+            return float("inf")
+        received, expected = received.flatten().sort().values, expected.flatten().sort().values
+    return (received - expected).abs().max().item()
+
+
 def _expected(vlm: "VLM", encoded: Encoded, site: Site, written: Tensor, seen: Seen) -> tuple[Tensor, bool]:
     """What the witness must receive given what was written, and whether exactly."""
+    family, blocks = vlm.family, vlm.blocks(site.stream)
+    block = "" if site.layer is None else f"{blocks.path}.{site.layer}"
+    if site.name == "llm.resid_post" and site in seen.beside:
+        cells = encoded.cells("image")
+        total = written.clone()
+        total[cells.rows, cells.positions] += seen.beside[site].flatten(0, 1).to(written.device)
+        return total, True
     if site in seen.beside:
-        return seen.beside[site] + written, False
+        scale = 1.0
+        if blocks.scales is not None:
+            name = blocks.scales[site.point == "mlp_out"]
+            scale = vlm.model.get_parameter(f"{block}.{name}")
+        return seen.beside[site] + scale * written, False
     if site.point == "head_out":
-        blocks = vlm.blocks(site.stream)
-        out = vlm.model.get_submodule(f"{blocks.path}.{site.layer}.{blocks.attention}.{blocks.out}")
-        return out.forward(written), False
-    if site.point == "resid_post" and site.stream == "vision" and site.layer == vlm.vision_depth - 1:
-        dropped = vlm.n_class_tokens if vlm.family.drops_class_tokens(vlm.config) else 0
-        return written[:, dropped:], True
-    if site.name == "projector.out" and not vlm.family.drops_class_tokens(vlm.config):
-        return written[:, vlm.n_class_tokens :], True
+        return vlm.model.get_submodule(f"{block}.{blocks.attention}.{blocks.out}").forward(written), False
+    if site.name == "projector.in" and family.projector_first is None:
+        return vlm.model.get_submodule(family.projector).forward(written), False
+    if site.name == "vision.resid_post" and site.layer == vlm.vision_depth - 1 and blocks.after is None:
+        return written[:, vlm.n_class_tokens - vlm.n_kept_class_tokens :], True
+    if site.name == "projector.out":
+        cells, _ = _plain_tokens(encoded)
+        return written[cells[:, 0], cells[:, 1]], True
     return written, True
+
+
+def _plain_tokens(encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """Cells of projector.out that become one token each, unmixed, and the cells of the decoder where those stand."""
+    given, standing = [], []
+    for example, row in enumerate(encoded.rows):
+        for picture in row.images:
+            layout = picture.layout
+            if not layout.views:
+                given += layout.given.tolist()
+                standing += [(example, position) for position in picture.positions]
+            for view in layout.views:
+                plain = view.given[:, 0] >= 0
+                given += view.given[plain].tolist()
+                standing += [(example, picture.positions[slot]) for slot in view.slots[plain]]
+    return torch.tensor(given).reshape(-1, 2), torch.tensor(standing).reshape(-1, 2)
 
 
 def _received(encoded: Encoded, site: Site, received: Tensor) -> Tensor:
     if site.name != "projector.out":
         return received
-    # The decoder's input holds the projected patches at the image positions of each prompt.
-    return torch.stack([received[example, list(row.image)] for example, row in enumerate(encoded.rows)])
+    # The decoder's embeddings hold the projected patches at the image positions of each prompt.
+    _, cells = _plain_tokens(encoded)
+    return received[cells[:, 0], cells[:, 1]]
 
 
 def _write_reaches(vlm: "VLM", encoded: Encoded, site: Site, writes: list[Write]) -> tuple[bool, str]:
-    positions = {position for write in writes if write.cells is not None for position in write.cells.positions.tolist()}
-    if not positions:
+    cells = {
+        cell
+        for write in writes
+        if write.cells is not None
+        for cell in zip(write.cells.rows.tolist(), write.cells.positions.tolist(), strict=True)
+    }
+    if not cells:
         return True, ""
-    return _reaches(vlm, encoded, site.stream, site.layer, positions, mixes=site.point == "resid_pre")
+    return _reaches(vlm, encoded, site.stream, site.layer, cells, mixes=site.point == "resid_pre")
 
 
 def _reaches(
-    vlm: "VLM", encoded: Encoded, stream: str, layer: int | None, positions: set[int], *, mixes: bool
+    vlm: "VLM", encoded: Encoded, stream: str, layer: int | None, cells: set[tuple[int, int]], *, mixes: bool
 ) -> tuple[bool, str]:
-    """Whether states of a layer at these positions can matter; `mixes`: they still pass this layer's attention."""
+    """Whether states of a layer at these cells can matter; `mixes`: they still pass this layer's attention."""
     if stream == "vision":
         depth = vlm.vision_depth
         if layer is not None and layer >= depth:
             return False, f"the projector reads the output of vision block {depth - 1}; later blocks never matter"
-        only_class = max(positions) < vlm.n_class_tokens
-        if layer == depth - 1 and not mixes and only_class and vlm.family.drops_class_tokens(vlm.config):
-            return False, "the class token is dropped before the projector"
+        if layer == depth - 1 and not mixes and not cells & encoded.read_cells:
+            if all(position < vlm.n_class_tokens for _, position in cells):
+                return False, "the class token is dropped before the projector"
+            return False, "no image token is made from these positions of the tower"
     last_layer = stream == "llm" and layer == vlm.n_layers("llm") - 1
-    if last_layer and not mixes and encoded.n_pos - 1 not in positions:
+    if last_layer and not mixes and all(position != encoded.n_pos - 1 for _, position in cells):
         return False, "after the last attention nothing flows from these positions to the last one"
     return True, ""
 
 
 def _knockout_receipt(
-    vlm: "VLM",
-    encoded: Encoded,
-    where: tuple[str, int],
-    cuts: list[Cut],
-    seen: Seen,
-    calls: list[AttentionCall],
-    moved: float,
+    vlm: "VLM", encoded: Encoded, where: tuple[str, int], cutting: Cutting, moved: float
 ) -> KnockoutReceipt:
     stream, layer = where
-    what = " & ".join(cut.what for cut in cuts)
+    what = " & ".join(cut.what for cut in cutting.cuts)
     site = f"{stream}.attention[{layer}]"
-    edges = seen.edges.get(where, [])
-    if not edges or len(calls) < len(edges):
+    if not cutting.n_calls:
         raise ReceiptError(
-            f"{what} at {site}: {len(edges)} masks were set but {len(calls)} attention calls seen; "
-            "the model's attention does not pass through transformers' attention interface"
+            f"{what} at {site}: no attention call was seen; the model's attention does not pass through "
+            "transformers' attention interface"
         )
-    measures = [_measure(call, *edge) for call, edge in zip(calls, edges, strict=False)]
-    queries = {position for cut in cuts for row in cut.queries for position in row}
+    n_edges = sum(int((call.allowed & call.blocked).sum()) for call in cutting.calls)
+    queries = {(row, query) for cut in cutting.cuts for row, positions in cut.queries.items() for query in positions}
+    if not n_edges and queries:
+        name = cutting.cuts[0].what
+        raise UsageError(f"{name} at {stream} layer {layer} cuts no edge: attention allows none of them")
+    measures = [_measure(call) for call in cutting.calls] or [_Measure(0.0, 0.0, 0.0, 0.0)]
     reaches, reason = _reaches(vlm, encoded, stream, layer, queries, mixes=False) if queries else (True, "")
     return KnockoutReceipt(
         intervention=what,
         site=site,
-        n_edges=sum(int((allowed & blocked).sum()) for allowed, blocked in edges),
+        n_edges=n_edges,
         natural_mass=sum(measure.natural for measure in measures) / len(measures),
         blocked_mass=max(measure.blocked for measure in measures),
         row_sum_error=max(measure.row_sum_error for measure in measures),
         kernel_error=max(measure.kernel_error for measure in measures),
-        tolerance=_rounding(calls[0].output),
+        tolerance=_rounding(cutting.calls[0].output) if cutting.calls else 0.0,
         reaches=reaches,
         reason=reason,
         readout_change=moved,
@@ -161,8 +204,9 @@ class _Measure:
     kernel_error: float
 
 
-def _measure(call: AttentionCall, allowed: Tensor, blocked: Tensor) -> _Measure:
+def _measure(call: AttentionCall) -> _Measure:
     """Attention on the cut edges of one call: meant by the model, left over, and whether the kernel obeyed."""
+    allowed, blocked = call.allowed, call.blocked
     natural, left, row_sum, kernel = [], [0.0], [0.0], [0.0]
     meant = dataclasses.replace(call, mask=allowed)
     for row in range(blocked.shape[0]):

@@ -18,9 +18,12 @@ PROJECTOR_POINTS = ("in", "out")
 class Site:
     """One tensor of the model, such as `Site("llm.resid_post", 7)` or `Site("projector.out")`.
 
-    Shapes: `resid_pre`, `attn_out`, `mlp_out`, `resid_post` are batch x pos x d_model; `head_out` is
-    batch x pos x (head d_head), the output of each attention head before the output projection (TransformerLens'
-    `hook_z`); `projector.in` and `projector.out` are image x patch x width.
+    Shapes: `resid_pre`, `attn_out`, `mlp_out`, `resid_post` are row x pos x d_model; `head_out` is
+    row x pos x (head d_head), the output of each attention head before the output projection (TransformerLens'
+    `hook_z`); `projector.in` and `projector.out` are row x token x width. Rows are the batch in the decoder and tiles
+    in the tower; towers that pack all images into one sequence have one row. `attn_out` and `mlp_out` are what is added
+    to the residual stream: after the norm of architectures that norm it once more, before the learned scale of towers
+    with layer scale.
     """
 
     name: str
@@ -46,6 +49,11 @@ class Site:
     def point(self) -> str:
         """Which tensor of the block (or of the projector)."""
         return self.name.partition(".")[2]
+
+    @property
+    def place(self) -> str:
+        """Whose rows and positions the tensor has: `vision`, `projector.in`, `projector.out` or `llm`."""
+        return self.name if self.stream == "projector" else self.stream
 
     @property
     def order(self) -> tuple[int, int, int]:

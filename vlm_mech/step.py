@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vlm_mech.attention import allowed_edges, masked
-from vlm_mech.edit import Cut, Plan, Write
-from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.edit import Plan, Write
 from vlm_mech.site import STREAMS, Site
 
 if TYPE_CHECKING:
-    from vlm_mech.model import VLM, SiteHandle
+    from vlm_mech.model import VLM
+    from vlm_mech.prompt import Encoded
 
 BLOCK_SLOTS = (
-    "from_below", "resid_pre", "norm_1", "mask", "head_out", "out", "attn_out", "norm_2", "mlp_out", "sum", "resid_post"
+    "embeddings", "from_below", "resid_pre", "norm_1", "head_out", "out", "attn_out", "norm_2", "mlp_out", "sum",
+    "resid_post", "beside"
 )  # fmt: skip
 PROJECTOR_SLOTS = ("from_below", "in", "first", "out")
 
@@ -28,15 +28,14 @@ PROJECTOR_SLOTS = ("from_below", "in", "first", "out")
 class Seen:
     """What a pass leaves behind for its proof.
 
-    Per edited site the states before the edit, as written, as received downstream, and (where the receiver adds the
-    residual stream) that stream; per cut layer, for each pass, the edges the model meant to allow and those cut.
+    Per edited site the states before the edit, as written, as received downstream, and (where something is added to
+    them on the way) that.
     """
 
     before: dict[Site, Tensor] = field(default_factory=dict)
     written: dict[Site, Tensor] = field(default_factory=dict)
     received: dict[Site, Tensor] = field(default_factory=dict)
     beside: dict[Site, Tensor] = field(default_factory=dict)
-    edges: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +49,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Witness:
-    """Where the states of a site are received downstream: a module path, its input or output, and when."""
+    """Where the states of a site are received: a module path, its input, output or an argument by name, and when."""
 
-    name: str
     path: str
     is_input: bool
     key: tuple[int, int, int]
+    argument: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The path, and the argument if it is one."""
+        return self.path if self.argument is None else f"{self.path}({self.argument})"
 
 
 def _key(stream: str, layer: int, slot: str) -> tuple[int, int, int]:
@@ -65,11 +69,13 @@ def _key(stream: str, layer: int, slot: str) -> tuple[int, int, int]:
 
 def witness_of(vlm: "VLM", site: Site) -> Witness | None:
     """Where a site's states are received; None for a vision block whose output no module reads."""
-    if site.stream == "projector":
-        if site.point == "in":
-            path = f"{vlm.family.projector}.{vlm.family.projector_first}"
-            return Witness(path, path, True, _key("projector", 0, "first"))
-        return _block_input(vlm, "llm", 0)
+    family = vlm.family
+    if site.name == "projector.out":
+        return Witness(family.decoder, True, _key("llm", 0, "embeddings"), "inputs_embeds")
+    if site.name == "projector.in":
+        if family.projector_first is None:
+            return Witness(family.projector, False, _key("projector", 0, "out"))
+        return Witness(f"{family.projector}.{family.projector_first}", True, _key("projector", 0, "first"))
     blocks, layer = vlm.blocks(site.stream), site.layer
     block = f"{blocks.path}.{layer}"
     if site.point == "resid_post":
@@ -80,51 +86,46 @@ def witness_of(vlm: "VLM", site: Site) -> Witness | None:
         "attn_out": (f"{block}.{blocks.norm_2}", True, "norm_2"),
         "mlp_out": (block, False, "sum"),
     }[site.point]
-    return Witness(path, path, is_input, _key(site.stream, layer, slot))
-
-
-def _block_input(vlm: "VLM", stream: str, layer: int) -> Witness:
-    path = f"{vlm.blocks(stream).path}.{layer}"
-    return Witness(path, path, True, _key(stream, layer, "from_below"))
+    return Witness(path, is_input, _key(site.stream, layer, slot))
 
 
 def _above(vlm: "VLM", stream: str, layer: int) -> Witness | None:
+    blocks = vlm.blocks(stream)
     if stream == "vision" and layer == vlm.vision_depth - 1:
-        return Witness(vlm.family.projector, vlm.family.projector, True, _key("projector", 0, "from_below"))
+        return Witness(blocks.after or vlm.family.projector, True, _key("projector", 0, "from_below"))
     if layer + 1 < vlm.n_layers(stream):
-        return _block_input(vlm, stream, layer + 1)
-    if stream == "vision":
-        return None
-    path = vlm.family.llm.after
-    return Witness(path, path, True, _key("llm", layer + 1, "from_below"))
+        return Witness(f"{blocks.path}.{layer + 1}", True, _key(stream, layer + 1, "from_below"))
+    return None if stream == "vision" else Witness(blocks.after, True, _key("llm", layer + 1, "from_below"))
 
 
 def beside_of(vlm: "VLM", site: Site) -> Witness | None:
-    """Where the residual stream that is added to a site's states can be read; None where nothing is added."""
-    if site.point not in ("attn_out", "mlp_out"):
-        return None
+    """Where that which is added to a site's states on their way can be read; None where nothing is added."""
     blocks = vlm.blocks(site.stream)
-    norm, slot = (blocks.norm_1, "norm_1") if site.point == "attn_out" else (blocks.norm_2, "norm_2")
-    path = f"{blocks.path}.{site.layer}.{norm}"
-    return Witness(path, path, True, _key(site.stream, site.layer, slot))
+    if site.point in ("attn_out", "mlp_out"):
+        norm, slot = (blocks.norm_1, "norm_1") if site.point == "attn_out" else (blocks.norm_2, "norm_2")
+        return Witness(f"{blocks.path}.{site.layer}.{norm}", True, _key(site.stream, site.layer, slot))
+    if site.name == "llm.resid_post" and site.layer < len(vlm.taps):
+        path = f"{vlm.family.added_later}.{site.layer}"
+        return Witness(path, False, _key("vision", vlm.taps[site.layer], "beside"))
+    return None
 
 
-def steps_of(vlm: "VLM", made: Plan, seen: Seen) -> list[Step]:
-    """The edits of a plan and the reads that prove them, in forward order."""
+def steps_of(vlm: "VLM", encoded: "Encoded", made: Plan, seen: Seen) -> list[Step]:
+    """The state edits of a plan and the reads that prove them, in forward order."""
     steps = []
     for site, writes in made.writes.items():
         decoding = any(write.generated for write in writes)
-        steps.append(_write_step(vlm, site, writes, seen, decoding))
+        steps.append(_write_step(vlm, encoded, site, writes, seen, decoding))
         for kept, witness in ((seen.received, witness_of(vlm, site)), (seen.beside, beside_of(vlm, site))):
             if witness is not None:
-                steps.append(_read_step(vlm, site, witness, kept, writes, decoding))
-    for (stream, layer), cuts in made.cuts.items():
-        steps.append(_mask_step(vlm, stream, layer, cuts, seen))
+                # The images pass through tower and projector with the prompt only.
+                later = decoding and witness.key[0] == STREAMS.index("llm") and witness.argument is None
+                steps.append(_read_step(vlm, encoded, site, witness, kept, writes, later))
     return sorted(steps, key=lambda step: step.key)
 
 
-def _write_step(vlm: "VLM", site: Site, writes: list[Write], seen: Seen, decoding: bool) -> Step:
-    handle = vlm.site(site.name, site.layer)
+def _write_step(vlm: "VLM", encoded: "Encoded", site: Site, writes: list[Write], seen: Seen, decoding: bool) -> Step:
+    handle = vlm.site(site.name, site.layer, n_rows=rows_of(encoded, site.stream))
 
     def act(prompt: bool) -> None:
         active = _active(writes, prompt)
@@ -146,10 +147,29 @@ def _active(writes: list[Write], prompt: bool) -> list[Write]:
     return [write for write in writes if (write.cells is not None if prompt else write.generated)]
 
 
+def rows_of(encoded: "Encoded", stream: str) -> int:
+    """Rows that flat tensors (positions of all rows after one another) of a stream have."""
+    return len(encoded) if stream == "llm" else 1
+
+
 def _read_step(
-    vlm: "VLM", site: Site, witness: Witness, kept: dict[Site, Tensor], writes: list[Write], decoding: bool
+    vlm: "VLM",
+    encoded: "Encoded",
+    site: Site,
+    witness: Witness,
+    kept: dict[Site, Tensor],
+    writes: list[Write],
+    decoding: bool,
 ) -> Step:
-    handle = _handle(vlm, witness)
+    from vlm_mech.model import SiteHandle
+
+    stream = STREAMS[witness.key[0]]
+    handle = SiteHandle(
+        vlm.envoy(witness.path),
+        is_input=witness.is_input,
+        argument=witness.argument,
+        n_rows=rows_of(encoded, stream),
+    )
 
     def act(prompt: bool) -> None:
         # The proof is taken in the first pass in which the site is written.
@@ -159,39 +179,11 @@ def _read_step(
     return Step(witness.key, act, decoding)
 
 
-def _handle(vlm: "VLM", witness: Witness) -> "SiteHandle":
-    from vlm_mech.model import SiteHandle
-
-    return SiteHandle(vlm.envoy(witness.path), is_input=witness.is_input)
-
-
-def _mask_step(vlm: "VLM", stream: str, layer: int, cuts: list[Cut], seen: Seen) -> Step:
-    blocks = vlm.blocks(stream)
-    attention = vlm.envoy(f"{blocks.path}.{layer}.{blocks.attention}")
-    backend = vlm.backend_of(stream)
+def read_site_step(vlm: "VLM", encoded: "Encoded", site: Site, values: dict[Site, Tensor]) -> Step:
+    """Reads the states of a site into `values`."""
+    handle = vlm.site(site.name, site.layer, n_rows=rows_of(encoded, site.stream))
 
     def act(prompt: bool) -> None:
-        active = [cut for cut in cuts if prompt or cut.generated]
-        if not active:
-            return
-        positional, named = attention.inputs
-        if "attention_mask" not in named:
-            raise WorkError(f"{blocks.path}.{layer}.{blocks.attention} is not given its mask by name; it cannot be cut")
-        states = named["hidden_states"] if "hidden_states" in named else positional[0]
-        mask, cache = named["attention_mask"], named.get("past_key_values")
-        n_query = states.shape[1]
-        n_total = n_query + (cache.get_seq_length(layer) if cache is not None else 0)
-        n_key = n_total if mask is None else min(mask.shape[-1], n_total)
-        blocked = active[0].blocked(n_query=n_query, n_key=n_total, prompt=prompt, device=states.device)
-        for cut in active[1:]:
-            blocked = blocked | cut.blocked(n_query=n_query, n_key=n_total, prompt=prompt, device=states.device)
-        # A sliding-window cache holds the newest keys only.
-        blocked = blocked[..., n_total - n_key :]
-        edges = allowed_edges(mask, n_query=n_query, n_key=n_key, causal=blocks.causal, device=states.device)
-        if prompt and not (edges & blocked).any():
-            raise UsageError(f"{active[0].what} at {stream} layer {layer} cuts no edge: attention allows none of them")
-        new = masked(mask, blocked, causal=blocks.causal, backend=backend, dtype=states.dtype)
-        attention.inputs = (positional, {**named, "attention_mask": new})
-        seen.edges.setdefault((stream, layer), []).append((edges, blocked))
+        values[site] = handle.output.detach().clone()
 
-    return Step(_key(stream, layer, "mask"), act, any(cut.generated for cut in cuts))
+    return Step(_key(site.stream, site.layer or 0, site.point), act, False)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlm_mech.attention import audited
+from vlm_mech.attention import Cutting, cutting
 from vlm_mech.edit import Plan, plan
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.intervene import Activations, Intervention
@@ -22,7 +22,7 @@ from vlm_mech.prompt import Encoded, Prompt
 from vlm_mech.proof import receipts_of
 from vlm_mech.receipt import Receipt, verify
 from vlm_mech.site import Site
-from vlm_mech.step import Seen, Step, steps_of
+from vlm_mech.step import Seen, Step, read_site_step, steps_of
 
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
@@ -57,11 +57,17 @@ def _as_encoded(vlm: "VLM", prompts: Prompts) -> Encoded:
     return prompts if isinstance(prompts, Encoded) else vlm.encode(prompts)
 
 
-def read(vlm: "VLM", prompts: Prompts, sites: Site | Sequence[Site]) -> Activations:
-    """The states at the sites in one unedited forward pass, each batch x pos x width.
+def read(
+    vlm: "VLM", prompts: Prompts, sites: Site | Sequence[Site], intervention: Intervention | None = None
+) -> Activations:
+    """The states at the sites in one forward pass, each rows x pos x width.
+
+    Args:
+        intervention: what to do during the pass; states at an edited site are read after the edit.
 
     Raises:
         UsageError: a layer out of range, or a vision site for prompts without images.
+        ReceiptError: the intervention did not take effect.
         WorkError: a state is NaN.
     """
     encoded = _as_encoded(vlm, prompts)
@@ -71,18 +77,39 @@ def read(vlm: "VLM", prompts: Prompts, sites: Site | Sequence[Site]) -> Activati
         if site.stream != "llm" and "pixel_values" not in encoded.inputs:
             raise UsageError(f"{site} needs an image, but the prompts have none")
     values: dict[Site, Tensor] = {}
-
-    def collect() -> None:
-        for site in wanted:
-            values[site] = vlm.site(site.name, site.layer).output.detach().clone()
-
-    with torch.no_grad(), _in_order(vlm):
-        with vlm.nn.trace(**encoded.inputs):
-            collect()
+    reads = [read_site_step(vlm, encoded, site, values) for site in wanted]
+    if intervention is None:
+        _forward(vlm, encoded, reads, {}, stop=True)
+    else:
+        made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
+        seen, cuts = Seen(), _cuts(vlm, encoded, made)
+        _forward(vlm, encoded, steps_of(vlm, encoded, made, seen) + reads, cuts, stop=False)
+        _proved(vlm, encoded, made, seen, cuts, 0.0)
     for site, states in values.items():
         if states.isnan().any():
             raise WorkError(f"NaN activations at {site}")
     return Activations(values, encoded)
+
+
+def _forward(
+    vlm: "VLM", encoded: Encoded, steps: list[Step], cuts: dict[torch.nn.Module, Cutting], *, stop: bool
+) -> Tensor | None:
+    """The logits of one pass with the steps done in it; `stop`: nothing is computed after the last step."""
+    out: dict[str, Tensor] = {}
+    ordered = sorted(steps, key=lambda step: step.key)
+
+    def execute(tracer: Any) -> None:
+        for step in ordered:
+            step.act(True)
+        if stop:
+            tracer.stop()
+        else:
+            out["logits"] = vlm.nn.output.logits
+
+    with torch.no_grad(), _in_order(vlm), cutting(cuts):
+        with vlm.nn.trace(**encoded.inputs) as tracer:
+            execute(tracer)
+    return out.get("logits")
 
 
 def run(vlm: "VLM", prompts: Prompts, intervention: Intervention | None = None, *, baseline: Run | None = None) -> Run:
@@ -98,18 +125,8 @@ def run(vlm: "VLM", prompts: Prompts, intervention: Intervention | None = None, 
     """
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
-    seen, out = Seen(), {}
-    steps = steps_of(vlm, made, seen)
-
-    def execute() -> None:
-        for step in steps:
-            step.act(True)
-        out["logits"] = vlm.nn.output.logits
-
-    with torch.no_grad(), _in_order(vlm), audited(_audit(vlm, made)) as calls:
-        with vlm.nn.trace(**encoded.inputs):
-            execute()
-    logits = out["logits"]
+    seen, cuts = Seen(), _cuts(vlm, encoded, made)
+    logits = _forward(vlm, encoded, steps_of(vlm, encoded, made, seen), cuts, stop=False)
     if logits[:, -1].isnan().any():
         raise WorkError(
             f"NaN logits{' after ' + str(intervention) if intervention else ''}: the activations are broken"
@@ -118,7 +135,7 @@ def run(vlm: "VLM", prompts: Prompts, intervention: Intervention | None = None, 
         return Run(logits, encoded)
     baseline = baseline or run(vlm, encoded)
     moved = (logits[:, -1] - baseline.last).abs().max().item()
-    return Run(logits, encoded, _proved(vlm, encoded, made, seen, calls, moved))
+    return Run(logits, encoded, _proved(vlm, encoded, made, seen, cuts, moved))
 
 
 def generate(
@@ -135,16 +152,17 @@ def generate(
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
     seen = Seen()
-    steps = steps_of(vlm, made, seen)
+    steps = steps_of(vlm, encoded, made, seen)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
-    with audited(_audit(vlm, made)) as calls:
+    cuts = _cuts(vlm, encoded, made)
+    with cutting(cuts):
         ids, first = _generated(vlm, encoded, steps, options)
     texts = tuple(text.strip() for text in vlm.processor.batch_decode(ids, skip_special_tokens=True))
     if intervention is None:
         return Generation(texts, ids)
     _, unedited = _generated(vlm, encoded, [], options | {"max_new_tokens": 1})
     moved = (first - unedited).abs().max().item()
-    return Generation(texts, ids, _proved(vlm, encoded, made, seen, calls, moved))
+    return Generation(texts, ids, _proved(vlm, encoded, made, seen, cuts, moved))
 
 
 def _generated(
@@ -165,7 +183,7 @@ def _generated(
         # An answer may end before the limit; the open loop over passes then ends early, which nnsight remarks upon.
         warnings.filterwarnings("ignore", message="(?s).*was never reached")
         with vlm.nn.generate(**options) as tracer:
-            with tracer.invoke(**encoded.inputs):
+            with tracer.invoke(**encoded.generation_inputs):
                 for number in tracer.iter[passes]:
                     execute(number)
             with tracer.invoke():
@@ -183,18 +201,24 @@ def _in_order(vlm: "VLM") -> Iterator[None]:
         raise WorkError(f"{vlm.name} does not compute its parts in the order of their names: {error}") from error
 
 
-def _audit(vlm: "VLM", made: Plan) -> dict[torch.nn.Module, tuple[str, int]]:
+def _cuts(vlm: "VLM", encoded: Encoded, made: Plan) -> dict[torch.nn.Module, Cutting]:
     """The attention modules whose edges are cut."""
     modules = {}
-    for stream, layer in made.cuts:
+    for (stream, layer), cuts in made.cuts.items():
         blocks = vlm.blocks(stream)
-        modules[vlm.model.get_submodule(f"{blocks.path}.{layer}.{blocks.attention}")] = (stream, layer)
+        module = vlm.model.get_submodule(f"{blocks.path}.{layer}.{blocks.attention}")
+        modules[module] = Cutting(cuts, vlm.backend_of(stream), *encoded.shape(stream))
     return modules
 
 
 def _proved(
-    vlm: "VLM", encoded: Encoded, made: Plan, seen: Seen, calls: dict[Any, Any], moved: float
+    vlm: "VLM",
+    encoded: Encoded,
+    made: Plan,
+    seen: Seen,
+    cuts: dict[torch.nn.Module, Cutting],
+    moved: float,
 ) -> tuple[Receipt, ...]:
-    receipts = receipts_of(vlm, encoded, made, seen, calls, moved)
+    receipts = receipts_of(vlm, encoded, made, seen, list(cuts.values()), moved)
     verify(receipts)
     return receipts
