@@ -1,5 +1,7 @@
 """Every family through one wrapper, on tiny random-weight models of the real classes with their real processors."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,14 @@ from PIL import Image
 
 from tests.conftest import picture
 from tests.zoo import ONE_IMAGE, ZOO
+from vlm_mech.data.pairs import Pair, Pairs, fitting
 from vlm_mech.errors import UsageError
 from vlm_mech.intervene import Ablate, Knockout, Replace, Steer
 from vlm_mech.model import VLM
-from vlm_mech.prompt import Prompt
+from vlm_mech.prompt import Prompt, render
 from vlm_mech.site import BLOCK_POINTS, Site
 from vlm_mech.span import OneImage, Patches
+from vlm_mech.swap import default_spans, swap_sites, swap_states
 from vlm_mech.trace import generate, read, run
 
 SHAPES = {"square": (56, 56), "wide": (120, 64), "tall": (64, 120), "tiny": (24, 16)}
@@ -242,3 +246,103 @@ def test_the_whole_image_of_another_run_gives_its_answer(wrapped, family):
     swapped, donor = run(vlm, encoded, swap).last, run(vlm, donors).last
     assert (swapped - donor).abs().max() <= 1e-5 * max(1.0, donor.abs().max().item())
     assert (run(vlm, encoded).last - donor).abs().max() > 1e-3
+
+
+def pairs_of(n: int = 2) -> Pairs:
+    return Pairs(
+        "pictures",
+        tuple(
+            Pair(str(number), picture(number, *SHAPES["wide"]), picture(number + 20, *SHAPES["wide"]), QUESTIONS[0],
+                 "red", "blue")
+            for number in range(n)
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_the_state_swap_runs_on_every_family_unchanged(wrapped, family):
+    vlm = wrapped(family)
+    pairs = fitting(vlm, pairs_of())
+    for stream in ("vision", "projector", "llm"):
+        visited = swap_sites(vlm, stream, "resid_post")
+        table, receipts = swap_states(vlm, pairs, visited, default_spans(vlm, stream), only_correct=False)
+        assert len(table) == 2 * 2 * len(visited) * len(default_spans(vlm, stream))
+        assert len(receipts) == len(table) // 2
+        if stream == "llm":
+            last = table[(table["layer"] == vlm.n_layers("llm") - 1) & (table["span"] == "last")]
+            assert np.allclose(last["recovered"].dropna(), 1.0, atol=1e-3)
+            image = table[(table["layer"] == vlm.n_layers("llm") - 1) & (table["span"] == "image")]
+            assert np.allclose(image["recovered"].dropna(), 0.0, atol=1e-3)
+        else:
+            whole = "all" if stream == "vision" and vlm.n_class_tokens else "image"
+            reached = table[table["span"] == whole]
+            if stream == "vision":
+                # What an earlier block hands to the decoder directly is not swapped with a later one.
+                reached = reached[reached["layer"] < min(vlm.vision_depth, *(tap + 1 for tap in vlm.taps), 99)]
+            elif vlm.taps:
+                continue
+            assert np.allclose(reached["recovered"].dropna(), 1.0, atol=1e-3)
+
+
+def test_the_experiment_runs_on_a_folder_of_another_family(tmp_path):
+    from experiments import layer_swap
+    from vlm_mech import runs
+
+    model, processor = ZOO["qwen2_5_vl"]("sdpa", 0)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    rows = []
+    for pair in pairs_of(3):
+        names = {"image": f"{pair.id}a.png", "counterfactual_image": f"{pair.id}b.png"}
+        pair.image.save(tmp_path / names["image"])
+        pair.counterfactual_image.save(tmp_path / names["counterfactual_image"])
+        rows.append({**names, "question": pair.question, "answer": "red", "counterfactual_answer": "blue"})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["--model", tmp_path / "model", "--data", tmp_path, "--all", "--out", tmp_path / "out"]
+    runs.main(layer_swap.Config, layer_swap.run, name="layer_swap", argv=[str(each) for each in line])
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("family", [name for name in ZOO if name.startswith(("qwen", "glm", "mistral3", "llava_next"))])
+def test_images_cut_differently_cannot_be_exchanged(wrapped, family):
+    vlm = wrapped(family)
+    wide, tall = (Prompt(QUESTIONS[0], picture(1, *SHAPES[name])) for name in ("wide", "tall"))
+    with pytest.raises(UsageError, match="are cut into .* tokens, those of its source into|both must be equal"):
+        run(vlm, wide, Replace(Site("llm.resid_post", 1), "image", source=[tall]))
+    with pytest.raises(UsageError, match="are cut into grids|need the same"):
+        fitting(vlm, Pairs("unlike", (Pair("one", wide.image, tall.image, QUESTIONS[0], "red", "blue"),)))
+    run(vlm, wide, Replace(Site("llm.resid_post", 1), "last", source=[tall]))
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_another_number_of_images_than_placeholders_is_one_line(wrapped, family):
+    vlm = wrapped(family)
+    two = Prompt(QUESTIONS[0], [picture(1), picture(2)])
+    if family in ONE_IMAGE:
+        with pytest.raises(UsageError, match="takes one image a prompt"):
+            vlm.encode(two)
+        return
+    text = render(vlm, two)[0]
+    with pytest.raises(UsageError, match=r"1 image\(s\) for 2 image placeholder\(s\)"):
+        vlm.encode(Prompt(QUESTIONS[0], picture(1), text=text))
+    if family != "paligemma":
+        text_only = vlm.encode(Prompt(QUESTIONS[0]))
+        assert run(vlm, text_only).last.shape[0] == 1 and text_only.rows[0].image == ()
+        with pytest.raises(UsageError, match="needs an image"):
+            read(vlm, text_only, Site("vision.resid_post", 1))
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_a_foreign_processor_is_refused(family):
+    model = ZOO[family]("sdpa", 0)[0]
+    model.config.image_token_id += 1
+    with pytest.raises(UsageError, match="does not belong to the model|mismatch|does not fit"):
+        VLM(model, ZOO[family]("sdpa", 0)[1])
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_a_model_in_a_few_lines(wrapped, family):
+    vlm = wrapped(family)
+    text = repr(vlm)
+    assert f"VLM {family}: {vlm.family.name}" in text and "patches of" in text and len(text.splitlines()) == 5
+    assert vlm._repr_html_().count("<tr>") == 4

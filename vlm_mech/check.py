@@ -5,34 +5,28 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor
 
-from vlm_mech.errors import WorkError
+from vlm_mech.errors import WorkError, one_line_errors
+from vlm_mech.finding import Finding, findings_table
 from vlm_mech.intervene import Ablate, Intervention, Knockout, Replace, Steer
 from vlm_mech.prompt import Encoded, Prompt
 from vlm_mech.receipt import ReceiptError
 from vlm_mech.site import Site
 from vlm_mech.span import Patches
+from vlm_mech.structure import find_structure, load_config, skeleton
 from vlm_mech.trace import Run, read, run
 
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
 
 POINTS = ("resid_pre", "head_out", "attn_out", "mlp_out", "resid_post")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing asked of the model: whether it holds, and the number that shows it."""
-
-    name: str
-    holds: bool
-    detail: str
 
 
 def check_model(vlm: "VLM") -> tuple[Finding, ...]:
@@ -49,8 +43,12 @@ def check_model(vlm: "VLM") -> tuple[Finding, ...]:
 
 
 def find(vlm: "VLM") -> Iterator[Finding]:
-    """Parity with the plain forward, the residual algebra of both towers, the joints between the parts, the way from
-    pixels over patches to image tokens, and one write at every kind of site."""
+    """The structure, parity with the plain forward, the residual algebra of both towers, the joints between the parts,
+    the way from pixels over patches to image tokens, and one write at every kind of site."""
+    structure = tuple(find_structure(vlm.model))
+    yield from structure
+    if not all(finding.holds for finding in structure):
+        return
     encoded = vlm.encode([example(vlm)])
     baseline = run(vlm, encoded)
     yield _parity(vlm, encoded, baseline)
@@ -230,3 +228,52 @@ def _done(vlm: "VLM", encoded: Encoded, baseline: Run, name: str, edit: Interven
         return Finding(name, False, str(error))
     moved = receipt.readout_change
     return Finding(name, (moved > 0) == moves, f"the logits moved by {moved:.3g}")
+
+
+@dataclass(frozen=True)
+class Check:
+    """Asks a model whether every name of its family's record means what it says, and prints the answers."""
+
+    model: tyro.conf.Positional[str]
+    """Embedded model, folder, or Hugging Face id."""
+    structure: bool = False
+    """Only the part that needs no weights: nothing but the configuration is fetched."""
+    device: str = "cpu"
+    """Where the model runs."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of weights and activations."""
+    attn: Literal["sdpa", "eager"] = "sdpa"
+    """Attention back end."""
+    revision: str | None = None
+    """Revision of a Hugging Face model."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights."""
+
+
+def answers(config: Check) -> Iterator[Finding]:
+    """The findings about the model that the options name."""
+    from vlm_mech.model import VLM
+
+    hub = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.structure:
+        yield from find_structure(skeleton(load_config(config.model, **hub)))
+        return
+    vlm = VLM.load(config.model, device=config.device, dtype=config.dtype, attn=config.attn, check=False, **hub)
+    print(vlm)
+    yield from find(vlm)
+
+
+def main() -> None:
+    """Prints one line a finding; exit status 1 if any does not hold."""
+    config = tyro.cli(Check, prog="python -m vlm_mech.check", config=(tyro.conf.FlagCreatePairsOff,))
+    with one_line_errors():
+        findings = tuple(answers(config))
+        print(findings_table(findings))
+        failed = [finding for finding in findings if not finding.holds]
+        if failed:
+            raise WorkError(f"{len(failed)} of {len(findings)} findings do not hold; {config.model} would be refused")
+        print(f"all {len(findings)} findings hold")
+
+
+if __name__ == "__main__":
+    main()

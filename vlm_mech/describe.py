@@ -3,6 +3,9 @@
 import html
 from typing import TYPE_CHECKING
 
+from vlm_mech import layout
+from vlm_mech.site import Site
+
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
 
@@ -10,23 +13,46 @@ COLUMNS = ("part", "blocks", "width", "heads", "tokens", "attention", "note")
 
 
 def _rows(vlm: "VLM") -> list[tuple[str, ...]]:
-    vision, text = vlm.config.vision_config, vlm.config.get_text_config()
-    side = vision.image_size // vlm.patch_size
-    class_tokens = f" + {vlm.n_class_tokens} class" if vlm.n_class_tokens else ""
+    text = vlm.config.get_text_config()
     unread = vlm.n_layers("vision") - vlm.vision_depth
     note = f"projector reads block {vlm.vision_depth - 1}" + (f"; {unread} later one(s) unread" if unread else "")
-    tower = str(vision.model_type).removesuffix("_vision_model")
+    if vlm.taps:
+        note += f"; blocks {', '.join(map(str, vlm.taps))} are added after decoder blocks 0..{len(vlm.taps) - 1}"
+    tower = str(vlm.config.vision_config.model_type).removesuffix("_vision_model").removesuffix("_vision")
+    widths = [str(vlm.width(Site(f"{stream}.resid_pre", 0))) for stream in ("vision", "llm")]
+    merge = vlm.family.merge(vlm.config)
+    merged = f", {merge} x {merge} patches a token" if merge > 1 else ""
+    both_ways = {"": "", "image": "image tokens attend both ways", "prefix": "the prompt attends both ways"}
     return [
         (
-            f"vision ({tower})", str(vlm.n_layers("vision")), str(vision.hidden_size), str(vlm.n_heads("vision")),
-            f"{side} x {side} patches of {vlm.patch_size} px{class_tokens}", vlm.backend_of("vision"), note,
+            f"vision ({tower})", str(vlm.n_layers("vision")), widths[0], str(vlm.n_heads("vision")), _patches(vlm),
+            vlm.backend_of("vision"), note,
         ),
-        ("projector", "-", f"{vision.hidden_size} to {text.hidden_size}", "-", f"{side * side}", "-", ""),
+        ("projector", "-", f"{widths[0]} to {widths[1]}", "-", f"{LAYOUTS[vlm.family.layout]}{merged}", "-", ""),
         (
-            f"llm ({text.model_type})", str(vlm.n_layers("llm")), str(text.hidden_size), str(vlm.n_heads("llm")),
-            f"vocabulary of {text.vocab_size}", vlm.backend, "",
+            f"llm ({text.model_type})", str(vlm.n_layers("llm")), widths[1], str(vlm.n_heads("llm")),
+            f"vocabulary of {text.vocab_size}", vlm.backend, both_ways[vlm.family.both_ways],
         ),
     ]  # fmt: skip
+
+
+LAYOUTS = {
+    layout.tiles: "fixed pictures",
+    layout.mosaic: "whole picture and mosaic of tiles",
+    layout.packed: "any size, packed",
+    layout.packed_in_windows: "any size, packed, in windows",
+    layout.flattened: "any size, packed",
+    layout.queries: "learned queries",
+}
+
+
+def _patches(vlm: "VLM") -> str:
+    side = getattr(vlm.config.vision_config, "image_size", None)
+    side = side[0] if isinstance(side, list | tuple) else side
+    fixed = vlm.family.layout in (layout.tiles, layout.mosaic, layout.queries) and side is not None
+    grid = f"{side // vlm.patch_size} x {side // vlm.patch_size} " if fixed else ""
+    class_tokens = f" + {vlm.n_class_tokens} class" if vlm.n_class_tokens else ""
+    return f"{grid}patches of {vlm.patch_size} px{class_tokens}"
 
 
 def _title(vlm: "VLM") -> str:

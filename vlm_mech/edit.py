@@ -194,7 +194,26 @@ def _change(
             f"{type(part).__name__} at {site}: span {part.span!r} of example {example} has {wanted[example]} tokens, "
             f"its source has {counts[example]}; both must be equal"
         )
+    if isinstance(part, Replace) and part.source_span is None:
+        _check_grids(part, site, cells, encoded, source.encoded)
     return lambda old: states.to(old.device)
+
+
+def _check_grids(part: Replace, site: Site, cells: Cells, encoded: Encoded, source: Encoded) -> None:
+    """States of image tokens can only be exchanged between images cut into the same rows and columns."""
+    pairs = set(zip(cells.rows.tolist(), cells.positions.tolist(), strict=True))
+    for example, row in enumerate(encoded.rows):
+        own, other = encoded.grids(example), source.grids(example)
+        touched = site.stream != "llm" or any((example, position) in pairs for position in row.image)
+        if touched and own != other:
+            raise UsageError(
+                f"Replace at {site}: the images of example {example} are cut into {_shown(own)} tokens, those of its "
+                f"source into {_shown(other)}; give both the same size"
+            )
+
+
+def _shown(grids: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{rows} x {columns}" for rows, columns in grids)
 
 
 def _taken(part: StateEdit, site: Site, source: Activations) -> tuple[Float[Tensor, "cell width"], tuple[int, ...]]:

@@ -1,4 +1,9 @@
-"""The two ways in which a call can go wrong through no fault of this library."""
+"""The two ways in which a call can go wrong through no fault of this library, and how a command ends then."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
 
 
 class UsageError(ValueError):
@@ -7,3 +12,21 @@ class UsageError(ValueError):
 
 class WorkError(RuntimeError):
     """Work that failed although it was asked for rightly. Commands exit with status 1."""
+
+
+@contextlib.contextmanager
+def one_line_errors(*, debug: bool = False) -> Iterator[None]:
+    """Ends the process with one line on stderr for whatever goes wrong in the block: status 2 for wrong use, 1 else.
+
+    Args:
+        debug: print the whole traceback before that line.
+    """
+    try:
+        yield
+    except Exception as error:  # the contract of every command: one line, never a traceback
+        if debug:
+            traceback.print_exc()
+        kind = "" if isinstance(error, UsageError | WorkError) else f"{type(error).__name__}: "
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {kind}{message}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -211,7 +211,10 @@ def process(vlm: Any, texts: list[str], images: "list[list[Image.Image]]") -> Pr
         laid_out = vlm.processor.prepare_inputs_layout(images=nested, text=list(texts))[1]
     except (ValueError, TypeError, IndexError) as error:
         raise UsageError(f"{type(vlm.processor).__name__} refuses the prompts: {error}") from error
-    offsets = batch.pop("text_replacement_offsets")
+    offsets = batch.pop("text_replacement_offsets", None)
+    if offsets is None and nested is not None:
+        raise UsageError(f"{type(vlm.processor).__name__} does not say where it put the images")
+    offsets = offsets or [[] for _ in texts]
     batch.pop("labels", None)
     expanded, places = [], []
     for text, found in zip(laid_out, offsets, strict=True):

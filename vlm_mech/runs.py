@@ -15,13 +15,12 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.errors import UsageError, one_line_errors
 from vlm_mech.workspace import Workspace, prepare
 
 if TYPE_CHECKING:
@@ -98,18 +97,12 @@ def main(
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        config = parse(config_class, arguments, name=name)
-        execute(config, run, name=name)
+        with one_line_errors(debug=debug):
+            config = parse(config_class, arguments, name=name)
+            execute(config, run, name=name)
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from here (without --overwrite)", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:  # the contract of every command: one line, never a traceback
-        if debug:
-            traceback.print_exc()
-        kind = "" if isinstance(error, UsageError | WorkError) else f"{type(error).__name__}: "
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {kind}{message}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def parse(config_class: type[ConfigT], arguments: Sequence[str], *, name: str) -> ConfigT:

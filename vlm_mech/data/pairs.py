@@ -213,6 +213,8 @@ def _misfit(vlm: "VLM", pair: Pair) -> str:
     if one.rows[0].tokens != other.rows[0].tokens:
         counts = [len(encoded.rows[0].tokens) for encoded in (one, other)]
         return f"the prompts have {counts[0]} and {counts[1]} tokens; counterfactuals need the same tokens"
+    if one.grids() != other.grids():
+        return f"the images are cut into grids {one.grids()} and {other.grids()}; counterfactuals need the same"
     if ids[0] == ids[1]:
         return f"answers {pair.answer!r} and {pair.counterfactual_answer!r} start with the same token"
     return ""

@@ -5,7 +5,6 @@ Prints one row a question type, with the number of questions and the 95 % interv
 
 import json
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import tyro
 
 from vlm_mech.data.questions import Question, facts, prior_questions, questions
 from vlm_mech.data.scenes import PRIORS, Family, Scene, Split, in_conflict, sample_scenes
-from vlm_mech.errors import UsageError
+from vlm_mech.errors import UsageError, one_line_errors
 from vlm_mech.organism import NAMES, weights_folder
 
 if TYPE_CHECKING:
@@ -187,11 +186,8 @@ class Config:
 def main() -> None:
     """Prints the scores as a table."""
     config = tyro.cli(Config, description=__doc__)
-    try:
+    with one_line_errors():
         scores = measure(config.model, n=config.n, seed=config.seed)
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
     print(table(scores))
     if config.out is not None:
         config.out.write_text(json.dumps([asdict(row) for row in scores], indent=1) + "\n")

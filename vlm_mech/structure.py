@@ -1,0 +1,134 @@
+"""The part of the load-time check that needs no weights: do the named modules exist, and do their sizes fit together?
+
+It runs on the meta device too, so a 7B configuration is checked in a moment and without memory.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vlm_mech.errors import UsageError
+from vlm_mech.families import Blocks, Family, family_of
+from vlm_mech.finding import Finding
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def load_config(name_or_folder: str, **hub: Any) -> Any:
+    """The configuration of a model, without its weights.
+
+    Raises:
+        UsageError: there is none under that name.
+    """
+    from transformers import AutoConfig
+
+    from vlm_mech.loading import _locate
+
+    try:
+        return AutoConfig.from_pretrained(_locate(name_or_folder), **hub)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no configuration of {name_or_folder!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def skeleton(config: Any) -> "PreTrainedModel":
+    """The model of a configuration on the meta device: its modules without weights.
+
+    Raises:
+        UsageError: the configuration is of no image-text-to-text model.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    family_of(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+    except ValueError as error:
+        raise UsageError(f"no model can be made of this configuration: {str(error).splitlines()[0]}") from error
+
+
+def find_structure(model: "PreTrainedModel") -> Iterator[Finding]:
+    """Every name of the family's record in this model, block by block, and the sizes that must agree."""
+    family = family_of(model.config)
+    yield _depth(family, model.config)
+    for stream, blocks in (("vision", family.vision), ("llm", family.llm)):
+        yield from _stack(model, stream, blocks)
+    paths = {"projector": family.projector, "decoder": family.decoder, "head": family.head}
+    if family.projector_first is not None:
+        paths["projector_first"] = f"{family.projector}.{family.projector_first}"
+    if family.added_later is not None:
+        paths["added_later"] = family.added_later
+    for stream, blocks in (("vision", family.vision), ("llm", family.llm)):
+        if blocks.after is not None:
+            paths[f"{stream}.after"] = blocks.after
+    for name, path in paths.items():
+        yield _exists(model, name, path)
+    yield _head(model, family)
+
+
+def _depth(family: Family, config: Any) -> Finding:
+    try:
+        depth, merge, n_class = (fact(config) for fact in (family.vision_depth, family.merge, family.class_tokens))
+    except (UsageError, AttributeError) as error:
+        return Finding("facts of the configuration", False, str(error))
+    detail = f"{depth} vision blocks are read, {merge} x {merge} patches make a token, {n_class} class token(s)"
+    return Finding("facts of the configuration", depth > 0 and merge > 0, detail)
+
+
+def _exists(model: "nn.Module", name: str, path: str) -> Finding:
+    found = _module(model, path)
+    return Finding(f"{name} is there", found is not None, path if found is None else type(found).__name__)
+
+
+def _module(model: "nn.Module", path: str) -> "nn.Module | None":
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _stack(model: "PreTrainedModel", stream: str, blocks: Blocks) -> Iterator[Finding]:
+    stack = _module(model, blocks.path)
+    n_layers = 0 if stack is None else len(list(stack.children()))
+    yield Finding(f"{stream} blocks are there", n_layers > 0, f"{n_layers} at {blocks.path}")
+    named = (blocks.attention, f"{blocks.attention}.{blocks.out}", blocks.mlp, blocks.norm_1, blocks.norm_2)
+    named += tuple(path for path in (blocks.attention_added, blocks.mlp_added) if path is not None)
+    missing = [f"{layer}.{path}" for layer in range(n_layers) for path in named if _module(stack[layer], path) is None]
+    scales = blocks.scales or ()
+    missing += [f"{layer}.{name}" for layer in range(n_layers) for name in scales if not hasattr(stack[layer], name)]
+    detail = f"missing: {', '.join(missing[:4])}" if missing else f"{n_layers * len(named)} modules"
+    yield Finding(f"{stream} parts of every block", not missing and n_layers > 0, detail)
+    if missing or not n_layers:
+        return
+    yield _sizes(model, stream, blocks, stack)
+    yield _interface(stream, stack[0].get_submodule(blocks.attention))
+
+
+def _sizes(model: "PreTrainedModel", stream: str, blocks: Blocks, stack: "nn.Module") -> Finding:
+    n_heads = getattr(getattr(model.config, blocks.config), blocks.heads)
+    wrong = []
+    for layer, block in enumerate(stack.children()):
+        out = block.get_submodule(f"{blocks.attention}.{blocks.out}").weight
+        width = block.get_submodule(blocks.norm_1).weight.shape[-1]
+        if out.shape[0] != width or out.shape[1] % n_heads:
+            wrong.append(f"block {layer}: {tuple(out.shape)} for width {width} and {n_heads} heads")
+    detail = "; ".join(wrong[:2]) or f"width {width}, {n_heads} heads of {out.shape[1] // n_heads}"
+    return Finding(f"{stream} heads and widths fit", not wrong, detail)
+
+
+def _interface(stream: str, attention: "nn.Module") -> Finding:
+    """Knockouts go through transformers' attention interface, which every module file offers in the same way."""
+    config = getattr(attention, "config", None)
+    has_eager = hasattr(sys.modules[type(attention).__module__], "eager_attention_forward")
+    holds = config is not None and has_eager
+    return Finding(f"{stream} attention can be cut", holds, type(attention).__name__)
+
+
+def _head(model: "PreTrainedModel", family: Family) -> Finding:
+    head, norm = _module(model, family.head), _module(model, family.llm.after or "")
+    if head is None or norm is None or not hasattr(norm, "weight"):
+        return Finding("the head fits the last norm", False, f"{family.head}, {family.llm.after}")
+    sizes = head.weight.shape[-1], norm.weight.shape[-1]
+    return Finding("the head fits the last norm", sizes[0] == sizes[1], f"widths {sizes[0]} and {sizes[1]}")
