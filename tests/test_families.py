@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
+from tests import families_table
 from tests.conftest import picture
+from tests.tiny import tiny_config, tiny_processor
 from tests.zoo import ONE_IMAGE, ZOO
 from vlm_mech.data.pairs import Pair, Pairs, fitting
 from vlm_mech.errors import UsageError
+from vlm_mech.families import FAMILIES
 from vlm_mech.intervene import Ablate, Knockout, Replace, Steer
 from vlm_mech.model import VLM
 from vlm_mech.prompt import Prompt, render
@@ -277,8 +281,9 @@ def test_the_state_swap_runs_on_every_family_unchanged(wrapped, family):
             whole = "all" if stream == "vision" and vlm.n_class_tokens else "image"
             reached = table[table["span"] == whole]
             if stream == "vision":
-                # What an earlier block hands to the decoder directly is not swapped with a later one.
-                reached = reached[reached["layer"] < min(vlm.vision_depth, *(tap + 1 for tap in vlm.taps), 99)]
+                # What is read from an earlier block is not swapped with a later one.
+                first = min(*vlm.family.vision_reads(vlm.config), *(tap + 1 for tap in vlm.taps), 99)
+                reached = reached[reached["layer"] < first]
             elif vlm.taps:
                 continue
             assert np.allclose(reached["recovered"].dropna(), 1.0, atol=1e-3)
@@ -346,3 +351,22 @@ def test_a_model_in_a_few_lines(wrapped, family):
     text = repr(vlm)
     assert f"VLM {family}: {vlm.family.name}" in text and "patches of" in text and len(text.splitlines()) == 5
     assert vlm._repr_html_().count("<tr>") == 4
+
+
+def test_the_table_of_families_is_what_the_checks_give():
+    page = families_table.PAGE.read_text()
+    assert families_table.table() in page, "python -m tests.families_table writes it anew"
+    assert all(f"`{family.model_type}`" in page for family in FAMILIES)
+
+
+def test_several_vision_layers_read_side_by_side():
+    """Configurations may name a list of layers; each is written and read back at its place."""
+    config = tiny_config()
+    config.vision_feature_layer = [-3, -2]
+    torch.manual_seed(0)
+    vlm = VLM(LlavaForConditionalGeneration(config).eval(), tiny_processor())
+    assert vlm.vision_depth == 3
+    base = run(vlm, batch())
+    for layer, reaches in ((1, True), (2, True), (3, False)):
+        receipt = run(vlm, batch(), Ablate(Site("vision.resid_post", layer), "all"), baseline=base).receipts[0]
+        assert receipt.reaches == reaches == (receipt.readout_change > 0)

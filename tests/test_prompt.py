@@ -99,6 +99,20 @@ def test_pixel_box_of_a_patch_is_what_the_patch_sees(vlm, size):
         assert patches[number] - max(others) > 0.6 * (patches[number] - min(others)) > 0
 
 
+@pytest.mark.parametrize("size", [(56, 56), (112, 56), (56, 140), (300, 200), (31, 47), (1200, 777)])
+def test_measured_boxes_are_those_of_the_known_rule(vlm, size):
+    """This processor resizes the shorter edge and crops the centre, so its boxes are known without measuring."""
+    scale = min(size) / 56
+    left, top = ((edge - 56 * scale) / 2 for edge in size)
+    patch = 14 * scale
+    boxes = vlm.encode(Prompt("what is this?", Image.new("RGB", size))).boxes()
+    for number, box in enumerate(boxes):
+        row, column = divmod(number, 4)
+        edges = (left + column * patch, top + row * patch, left + (column + 1) * patch, top + (row + 1) * patch)
+        found = (box.left, box.top, box.right, box.bottom)
+        assert np.allclose(found, edges, atol=0.03 * patch)
+
+
 def test_boxes_overlap():
     box = Box(0.0, 0.0, 10.0, 10.0)
     assert box.overlaps(Box(9.0, 9.0, 20.0, 20.0)) and not box.overlaps(Box(10.0, 0.0, 20.0, 10.0))

@@ -11,6 +11,7 @@ from transformers import LlavaForConditionalGeneration
 from tests import zoo_grids, zoo_others
 from tests.conftest import COMBINATIONS, picture
 from tests.tiny import tiny_config, tiny_model, tiny_processor
+from tests.zoo import ZOO
 from vlm_mech.errors import UsageError
 from vlm_mech.intervene import Ablate, Knockout
 from vlm_mech.model import VLM
@@ -212,6 +213,10 @@ def bridged(name):
     return model, bridge_around(model, processor, name), dict(inputs)
 
 
+def ours(name):
+    return "llava_clip" if name == "llava" else name
+
+
 def llava(attn, seed):
     return tiny_model(attn=attn, seed=seed), tiny_processor()
 
@@ -297,6 +302,12 @@ def test_attention_edits_that_do_nothing(name, stem, point):
     assert fired == {hook} and torch.equal(edited, base)
     # An edit that does not go through the pattern does act.
     assert moved(name, (f"{stem}.attn.hook_z", torch.zeros_like))[0] > 0.01
+    # And so does the same cut here, in the same layer of the same weights.
+    vlm = VLM(*ZOO[ours(name)]("eager", 0), check=False)
+    stream = "vision" if stem.startswith("vision") else "llm"
+    cut = Knockout("all", "all", int(stem[-1]), stream=stream, keep_self=True)
+    receipt = run(vlm, Prompt("what colour is the circle?", picture(1, 80, 56)), cut).receipts[0]
+    assert receipt.readout_change > 0.01 and receipt.blocked_mass == 0.0
 
 
 def entered_again(name, layer, **given):

@@ -1,8 +1,25 @@
 """Every family, tiny: name -> function(attn, seed) -> (model, processor)."""
 
-from tests.tiny import tiny_model, tiny_processor
+from transformers import PreTrainedModel, VipLlavaConfig, VipLlavaForConditionalGeneration
+
+from tests.tiny import tiny_config, tiny_model, tiny_processor
 from tests.zoo_grids import FAMILIES as GRIDS
 from tests.zoo_others import FAMILIES as OTHERS
+from tests.zoo_others import build
+
+
+def vipllava(attn: str, seed: int) -> tuple[PreTrainedModel, object]:
+    """LLaVA whose projector reads several vision layers side by side."""
+    plain = tiny_config()
+    config = VipLlavaConfig(
+        vision_config=plain.vision_config,
+        text_config=plain.text_config,
+        image_token_index=plain.image_token_id,
+        image_seq_length=plain.image_seq_length,
+        vision_feature_layers=[-2, -4, 2],
+    )
+    return build(VipLlavaForConditionalGeneration, config, attn, seed), tiny_processor("clip")
+
 
 ZOO = {
     "llava_clip": lambda attn, seed: (tiny_model("llama", "clip", attn=attn, seed=seed), tiny_processor("clip")),
@@ -10,6 +27,7 @@ ZOO = {
         tiny_model("mistral", "siglip", attn=attn, seed=seed),
         tiny_processor("siglip"),
     ),
+    "vipllava": vipllava,
     **GRIDS,
     **OTHERS,
 }

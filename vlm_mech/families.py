@@ -54,8 +54,8 @@ class Family:
     decoder: str
     """Module that is called with `inputs_embeds`, text and image embeddings merged."""
     head: str
-    vision_depth: Callable[[Any], int]
-    """Configuration -> number of vision blocks the projector depends on (the others can never matter)."""
+    vision_reads: Callable[[Any], tuple[int, ...]]
+    """Configuration -> after how many vision blocks the stream is read; several are put side by side in this order."""
     layout: Kind = tiles
     """How images become tokens (`layout.py`)."""
     merge: Callable[[Any], int] = lambda config: 1
@@ -78,27 +78,26 @@ class Family:
     """Where the decoder attends both ways: nowhere, within each image, or over image and prompt."""
 
 
-def _depth(config: Any) -> int:
-    """Number of blocks up to the one that `vision_feature_layer` names, counted as Hugging Face counts them."""
-    layer = config.vision_feature_layer
-    if not isinstance(layer, int):
-        raise UsageError(f"vision_feature_layer is {layer!r}; one layer (an int) is supported")
+def _reads(config: Any) -> tuple[int, ...]:
+    """The blocks that `vision_feature_layer` names, one or several, counted as Hugging Face counts them."""
+    chosen = config.vision_feature_layer
+    layers = tuple(chosen) if isinstance(chosen, list | tuple) else (chosen,)
     n_layers = config.vision_config.num_hidden_layers
-    depth = layer if layer >= 0 else n_layers + 1 + layer
-    if not 0 < depth <= n_layers:
-        raise UsageError(f"vision_feature_layer is {layer}; the tower has blocks 0..{n_layers - 1}")
-    return depth
+    depths = tuple(layer if layer >= 0 else n_layers + 1 + layer for layer in layers)
+    if not depths or any(not 0 < depth <= n_layers for depth in depths):
+        raise UsageError(f"vision_feature_layer is {chosen}; the tower has blocks 0..{n_layers - 1}")
+    return depths
 
 
-def _all(name: str = "num_hidden_layers") -> Callable[[Any], int]:
-    return lambda config: getattr(config.vision_config, name)
+def _all(name: str = "num_hidden_layers") -> Callable[[Any], tuple[int, ...]]:
+    return lambda config: (getattr(config.vision_config, name),)
 
 
-def _all_by_choice(config: Any) -> int:
+def _all_by_choice(config: Any) -> tuple[int, ...]:
     """All blocks, and the tower's last norm, which is skipped if another layer is chosen."""
     if config.vision_feature_layer != -1:
         raise UsageError(f"vision_feature_layer is {config.vision_feature_layer!r}; only -1 is supported here")
-    return config.vision_config.num_hidden_layers
+    return (config.vision_config.num_hidden_layers,)
 
 
 def _class_tokens(config: Any) -> int:
@@ -143,9 +142,16 @@ LLAVA = Family(
     projector_first="linear_1",
     decoder="model.language_model",
     head="lm_head",
-    vision_depth=_depth,
+    vision_reads=_reads,
     class_tokens=_class_tokens,
     drops_class_tokens=_drops,
+)
+VIPLLAVA = replace(
+    LLAVA,
+    name="VipLLaVA",
+    model_type="vipllava",
+    projector_first="projector_layernorm",
+    drops_class_tokens=lambda config: True,
 )
 LLAVA_NEXT = replace(LLAVA, name="LLaVA-NeXT", model_type="llava_next", layout=mosaic)
 LLAVA_ONEVISION = replace(LLAVA, name="LLaVA-OneVision", model_type="llava_onevision", layout=mosaic)
@@ -169,7 +175,7 @@ QWEN2_VL = Family(
     projector_first="ln_q",
     decoder="model.language_model",
     head="lm_head",
-    vision_depth=_all("depth"),
+    vision_reads=_all("depth"),
     layout=packed,
     merge=lambda config: config.vision_config.spatial_merge_size,
 )
@@ -197,7 +203,7 @@ PALIGEMMA = replace(
     model_type="paligemma",
     vision=replace(CLIP_BLOCKS, after="model.vision_tower.post_layernorm"),
     projector_first="linear",
-    vision_depth=_all(),
+    vision_reads=_all(),
     drops_class_tokens=lambda config: True,
     plain_text="{images}{question}",
     both_ways="prefix",
@@ -230,7 +236,7 @@ IDEFICS3 = Family(
     projector_first="modality_projection",
     decoder="model.text_model",
     head="lm_head",
-    vision_depth=_all(),
+    vision_reads=_all(),
     merge=lambda config: config.scale_factor,
 )
 SMOLVLM = replace(IDEFICS3, name="SmolVLM", model_type="smolvlm")
@@ -251,7 +257,7 @@ INTERNVL = replace(
         scales=("lambda_1", "lambda_2"),
     ),
     projector_first="layer_norm",
-    vision_depth=_all_by_choice,
+    vision_reads=_all_by_choice,
     merge=lambda config: round(1 / config.downsample_ratio),
     class_tokens=lambda config: 1,
     takes="tokens",
@@ -291,7 +297,7 @@ INSTRUCTBLIP = Family(
     projector_first=None,
     decoder="language_model",
     head="language_model.lm_head",
-    vision_depth=_all(),
+    vision_reads=_all(),
     layout=queries,
     class_tokens=lambda config: 1,
     drops_class_tokens=lambda config: False,
@@ -318,8 +324,8 @@ BLIP2 = replace(
 )
 
 FAMILIES = (
-    LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, GLM4V, PALIGEMMA, GEMMA3, IDEFICS3, SMOLVLM,
-    INTERNVL, MISTRAL3, INSTRUCTBLIP, BLIP2,
+    LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, GLM4V, PALIGEMMA, GEMMA3, IDEFICS3,
+    SMOLVLM, INTERNVL, MISTRAL3, INSTRUCTBLIP, BLIP2,
 )  # fmt: skip
 
 

@@ -153,7 +153,7 @@ class VLM:
     @property
     def vision_depth(self) -> int:
         """Number of vision blocks whose output can matter; blocks from this one on are never read."""
-        return self.family.vision_depth(self.config)
+        return max(self.family.vision_reads(self.config))
 
     @property
     def patch_size(self) -> int:

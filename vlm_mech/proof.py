@@ -48,7 +48,7 @@ def _write_receipt(
     error, tolerance = 0.0, 0.0
     if witness is not None:
         expected, exact = _expected(vlm, encoded, site, written, seen)
-        error = _difference(_received(encoded, site, seen.received[site]), expected)
+        error = _difference(_received(vlm, encoded, site, seen.received[site]), expected)
         tolerance = 0.0 if exact else _rounding(expected)
     cells = [write.cells for write in writes if write.cells is not None]
     reaches, reason = _write_reaches(vlm, encoded, site, writes)
@@ -125,7 +125,11 @@ def _plain_tokens(encoded: Encoded) -> tuple[Tensor, Tensor]:
     return torch.tensor(given).reshape(-1, 2), torch.tensor(standing).reshape(-1, 2)
 
 
-def _received(encoded: Encoded, site: Site, received: Tensor) -> Tensor:
+def _received(vlm: "VLM", encoded: Encoded, site: Site, received: Tensor) -> Tensor:
+    reads = vlm.family.vision_reads(vlm.config)
+    if site.stream == "vision" and site.point == "resid_post" and site.layer == vlm.vision_depth - 1 and len(reads) > 1:
+        # The outputs of several blocks lie side by side.
+        return received.chunk(len(reads), dim=-1)[reads.index(vlm.vision_depth)]
     if site.name != "projector.out":
         return received
     # The decoder's embeddings hold the projected patches at the image positions of each prompt.

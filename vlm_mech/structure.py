@@ -52,7 +52,7 @@ def skeleton(config: Any) -> "PreTrainedModel":
 def find_structure(model: "PreTrainedModel") -> Iterator[Finding]:
     """Every name of the family's record in this model, block by block, and the sizes that must agree."""
     family = family_of(model.config)
-    yield _depth(family, model.config)
+    yield _facts(family, model.config)
     for stream, blocks in (("vision", family.vision), ("llm", family.llm)):
         yield from _stack(model, stream, blocks)
     paths = {"projector": family.projector, "decoder": family.decoder, "head": family.head}
@@ -68,13 +68,14 @@ def find_structure(model: "PreTrainedModel") -> Iterator[Finding]:
     yield _head(model, family)
 
 
-def _depth(family: Family, config: Any) -> Finding:
+def _facts(family: Family, config: Any) -> Finding:
     try:
-        depth, merge, n_class = (fact(config) for fact in (family.vision_depth, family.merge, family.class_tokens))
+        reads, merge, n_class = (fact(config) for fact in (family.vision_reads, family.merge, family.class_tokens))
     except (UsageError, AttributeError) as error:
         return Finding("facts of the configuration", False, str(error))
-    detail = f"{depth} vision blocks are read, {merge} x {merge} patches make a token, {n_class} class token(s)"
-    return Finding("facts of the configuration", depth > 0 and merge > 0, detail)
+    blocks = ", ".join(map(str, reads))
+    detail = f"read after {blocks} vision blocks, {merge} x {merge} patches make a token, {n_class} class token(s)"
+    return Finding("facts of the configuration", min(reads) > 0 and merge > 0, detail)
 
 
 def _exists(model: "nn.Module", name: str, path: str) -> Finding:
