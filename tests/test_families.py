@@ -199,6 +199,25 @@ def test_patches_become_exactly_their_tokens(wrapped, family):
                     assert moved >= expected if mixed else moved == expected
 
 
+def test_interpolated_tokens_are_mixed_from_exactly_their_patches(wrapped):
+    """Moving the patches of one token of a shrunk mosaic moves just those tokens that share one of them."""
+    vlm = wrapped("llava_onevision")
+    encoded = vlm.encode(Prompt(QUESTIONS[0], picture(3, *SHAPES["wide"])))
+    into, out = Site("vision.resid_post", vlm.vision_depth - 1), Site("llm.resid_pre", 0)
+    vector = torch.randn(vlm.width(into), generator=torch.Generator().manual_seed(0))
+    before = read(vlm, encoded, out)[out][0]
+    image = encoded.rows[0].images[0]
+    view = image.layout.views[1]
+    assert (view.given < 0).all()
+    sources = [{tuple(cell) for cell in token} for token in view.patches.tolist()]
+    for token, own in enumerate(sources):
+        span = Patches((divmod(token, view.grid[1]),), view=1)
+        after = read(vlm, encoded, out, Steer(into, span, vector=vector))[out][0]
+        moved = set(((after - before).norm(dim=-1) > 1e-5).nonzero().flatten().tolist())
+        sharing = [slot for slot, others in zip(view.slots, sources, strict=True) if own & others]
+        assert moved == {image.positions[slot] for slot in sharing}
+
+
 @pytest.mark.parametrize("family", [name for name in ZOO if name not in ONE_IMAGE])
 def test_pixels_of_a_token_are_what_its_patches_see(wrapped, family):
     """Patch -> pixel box -> patch: a picture changed inside a token's box alone moves that token's patches most."""
@@ -224,6 +243,32 @@ def test_pixels_of_a_token_are_what_its_patches_see(wrapped, family):
                     for sources in view.patches.tolist()
                 ]
                 assert int(np.argmax(of_tokens)) == token
+
+
+MERGED = [
+    name for name in ZOO if name.startswith(("qwen", "glm", "gemma3", "idefics3", "smolvlm", "internvl", "mistral3"))
+]
+
+
+@pytest.mark.parametrize("family", MERGED)
+def test_patches_of_a_token_stand_row_by_row(wrapped, family):
+    """Of the 2 x 2 patches that become a token, the one that sees a quarter of its box is the one named for it."""
+    vlm = wrapped(family)
+    site = Site("vision.resid_pre", 0)
+    dark = Image.new("RGB", SHAPES["wide"], (90, 90, 90))
+    encoded = vlm.encode(Prompt(QUESTIONS[0], dark))
+    before = read(vlm, encoded, site)[site]
+    view = encoded.rows[0].images[0].layout.views[-1]
+    token = (view.grid[0] // 2) * view.grid[1] + view.grid[1] // 2
+    box = encoded.boxes(view=-1)[token]
+    for quarter in range(4):
+        down, across = (box.bottom - box.top) / 2, (box.right - box.left) / 2
+        top, left = box.top + quarter // 2 * down, box.left + quarter % 2 * across
+        pixels = np.array(dark)
+        pixels[round(top) : round(top + down), round(left) : round(left + across)] = 255
+        after = read(vlm, vlm.encode(Prompt(QUESTIONS[0], Image.fromarray(pixels))), site)[site]
+        change = [(after - before)[row, position].norm().item() for row, position in view.patches[token].tolist()]
+        assert int(np.argmax(change)) == quarter
 
 
 @pytest.mark.parametrize("family", ZOO)

@@ -214,7 +214,8 @@ def process(vlm: Any, texts: list[str], images: "list[list[Image.Image]]") -> Pr
     offsets = batch.pop("text_replacement_offsets", None)
     if offsets is None and nested is not None:
         raise UsageError(f"{type(vlm.processor).__name__} does not say where it put the images")
-    offsets = offsets or [[] for _ in texts]
+    if nested is None:
+        offsets = [[] for _ in texts]
     batch.pop("labels", None)
     expanded, places = [], []
     for text, found in zip(laid_out, offsets, strict=True):
