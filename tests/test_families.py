@@ -245,6 +245,17 @@ def test_pixels_of_a_token_are_what_its_patches_see(wrapped, family):
                 assert int(np.argmax(of_tokens)) == token
 
 
+@pytest.mark.parametrize("family", [name for name in ZOO if name not in (*ONE_IMAGE, "llava_onevision")])
+def test_boxes_of_an_image_do_not_depend_on_the_others(wrapped, family):
+    vlm = wrapped(family)
+    wide, tall = picture(1, *SHAPES["wide"]), picture(2, *SHAPES["tall"])
+    both = vlm.encode(Prompt(QUESTIONS[0], [wide, tall]))
+    for image, alone in enumerate((wide, tall)):
+        single = vlm.encode(Prompt(QUESTIONS[0], alone))
+        for view in range(len(single.rows[0].images[0].layout.views)):
+            assert both.boxes(image=image, view=view) == single.boxes(view=view)
+
+
 MERGED = [
     name for name in ZOO if name.startswith(("qwen", "glm", "gemma3", "idefics3", "smolvlm", "internvl", "mistral3"))
 ]
