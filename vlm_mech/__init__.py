@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlm_mech import figures as figures
     from vlm_mech import metrics as metrics
+    from vlm_mech.contrastive import DualEncoder as DualEncoder
     from vlm_mech.data.pairs import Pairs as Pairs
     from vlm_mech.data.pairs import load_pairs as load_pairs
     from vlm_mech.errors import UsageError as UsageError
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "contrastive": ("DualEncoder",),
     "data.pairs": ("Pairs", "load_pairs"),
     "errors": ("UsageError", "WorkError"),
     "intervene": ("Ablate", "Knockout", "Replace", "Steer", "window"),

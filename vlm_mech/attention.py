@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_mech.errors import UsageError, WorkError
 
@@ -136,18 +136,18 @@ class Cutting:
         return total
 
 
-@contextlib.contextmanager
-def cutting(modules: dict[torch.nn.Module, Cutting]) -> Iterator[None]:
-    """Within the block, the given attention modules attend without the edges that are cut.
+Attend = Callable[..., tuple[Tensor, Any]]
 
-    Not for use from several threads at once.
-    """
+
+@contextlib.contextmanager
+def attending(modules: set[nn.Module], attend: Callable[[Attend], Attend]) -> Iterator[None]:
+    """Within the block, the attention function of these modules is the one that `attend` makes of the original."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     backends = {module.config._attn_implementation for module in modules}
     originals = {backend: ALL_ATTENTION_FUNCTIONS._local_mapping.get(backend) for backend in backends}
     for backend in backends:
-        ALL_ATTENTION_FUNCTIONS[backend] = _cutter(ALL_ATTENTION_FUNCTIONS.get(backend), modules)
+        ALL_ATTENTION_FUNCTIONS[backend] = _routed(ALL_ATTENTION_FUNCTIONS.get(backend), modules, attend)
     try:
         yield
     finally:
@@ -158,19 +158,37 @@ def cutting(modules: dict[torch.nn.Module, Cutting]) -> Iterator[None]:
                 ALL_ATTENTION_FUNCTIONS[backend] = original
 
 
-def _cutter(original: Callable | None, modules: dict[torch.nn.Module, Cutting]) -> Callable:
-    def attend(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
-    ) -> Any:
+def _routed(original: Attend | None, modules: set[nn.Module], attend: Callable[[Attend], Attend]) -> Attend:
+    def route(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+    ) -> tuple[Tensor, Any]:
         # Eager attention is not in transformers' table: each architecture has its own.
         function = original or sys.modules[type(module).__module__].eager_attention_forward
-        if module not in modules:
-            return function(module, query, key, value, attention_mask, **options)
+        chosen = attend(function) if module in modules else function
+        return chosen(module, query, key, value, attention_mask, **options)
+
+    return route
+
+
+@contextlib.contextmanager
+def cutting(modules: dict[nn.Module, Cutting]) -> Iterator[None]:
+    """Within the block, the given attention modules attend without the edges that are cut.
+
+    Not for use from several threads at once.
+    """
+    with attending(set(modules), lambda function: _cutter(function, modules)):
+        yield
+
+
+def _cutter(function: Attend, modules: dict[nn.Module, Cutting]) -> Attend:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, Any]:
         here = modules[module]
         blocked = here.blocked(query, key)
         if not blocked.any():
             return function(module, query, key, value, attention_mask, **options)
-        causal = _is_causal(module, query, here.backend, options)
+        causal = is_causal(module, query, here.backend, options)
         n_query, n_key = query.shape[2], key.shape[2]
         allowed = allowed_edges(attention_mask, n_query=n_query, n_key=n_key, causal=causal, device=query.device)
         mask = masked(attention_mask, blocked, causal=causal, backend=here.backend, dtype=query.dtype)
@@ -184,8 +202,8 @@ def _cutter(original: Callable | None, modules: dict[torch.nn.Module, Cutting]) 
     return attend
 
 
-def _is_causal(module: torch.nn.Module, query: Tensor, backend: str, options: dict[str, Any]) -> bool:
-    """What a missing mask means in this call: eager attention then attends to everything."""
+def is_causal(module: nn.Module, query: Tensor, backend: str, options: dict[str, Any]) -> bool:
+    """Whether a missing mask means causal attention in this call; eager attention then attends to everything."""
     if backend == "eager" or query.shape[2] == 1:
         return False
     said = options.get("is_causal")

@@ -4,9 +4,12 @@ import html
 from typing import TYPE_CHECKING
 
 from vlm_mech import layout
+from vlm_mech.dual_families import DualFamily
 from vlm_mech.site import Site
 
 if TYPE_CHECKING:
+    from vlm_mech.contrastive import DualEncoder
+    from vlm_mech.edit import Wrapper
     from vlm_mech.model import VLM
 
 COLUMNS = ("part", "blocks", "width", "heads", "tokens", "attention", "note")
@@ -36,6 +39,30 @@ def _rows(vlm: "VLM") -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
+def _dual_rows(encoder: "DualEncoder") -> list[tuple[str, ...]]:
+    text, side = encoder.config.text_config, getattr(encoder.config.vision_config, "image_size", None)
+    grid = f"{side // encoder.patch_size} x {side // encoder.patch_size} " if side else ""
+    shown = f"{grid}patches of {encoder.patch_size} px" + (" + 1 class" if encoder.n_class_tokens else "")
+    pooled = "the end of the text" if encoder.family.causal else "the last position"
+    tokens = f"vocabulary of {text.vocab_size}, at most {text.max_position_embeddings}"
+    notes = {
+        "vision": (shown, "the class token is pooled" if encoder.n_class_tokens else "attention pools all patches"),
+        "text": (tokens, f"{pooled} is pooled"),
+    }
+    embed = encoder.width(Site("vision.embed"))
+    return [
+        (
+            stream, str(encoder.n_layers(stream)), f"{encoder.width(Site(f'{stream}.resid_pre', 0))} to {embed}",
+            str(encoder.n_heads(stream)), notes[stream][0], encoder.backend_of(stream), notes[stream][1],
+        )
+        for stream in ("vision", "text")
+    ]  # fmt: skip
+
+
+def _parts(vlm: "Wrapper") -> list[tuple[str, ...]]:
+    return _dual_rows(vlm) if isinstance(vlm.family, DualFamily) else _rows(vlm)
+
+
 LAYOUTS = {
     layout.tiles: "fixed pictures",
     layout.mosaic: "whole picture and mosaic of tiles",
@@ -55,26 +82,27 @@ def _patches(vlm: "VLM") -> str:
     return f"{grid}patches of {vlm.patch_size} px{class_tokens}"
 
 
-def _title(vlm: "VLM") -> str:
+def _title(vlm: "Wrapper") -> str:
     n_parameters = sum(parameter.numel() for parameter in vlm.model.parameters())
     dtype = str(vlm.dtype).removeprefix("torch.")
     return f"{vlm.name}: {vlm.family.name}, {n_parameters / 1e6:,.1f} M parameters, {dtype} on {vlm.device}"
 
 
-def describe(vlm: "VLM") -> str:
-    """The model's three towers as aligned text."""
-    rows = [COLUMNS, *_rows(vlm)]
+def describe(vlm: "Wrapper") -> str:
+    """The model's parts as aligned text."""
+    rows = [COLUMNS, *_parts(vlm)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"VLM {_title(vlm)}", *lines])
+    return "\n".join([f"{type(vlm).__name__} {_title(vlm)}", *lines])
 
 
-def describe_html(vlm: "VLM") -> str:
-    """The model's three towers as an HTML table, all text escaped."""
+def describe_html(vlm: "Wrapper") -> str:
+    """The model's parts as an HTML table, all text escaped."""
     head = "".join(f"<th style='text-align:left'>{column}</th>" for column in COLUMNS)
     body = "".join(
         "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in _rows(vlm)
+        for row in _parts(vlm)
     )
     title = html.escape(_title(vlm))
-    return f"<div><b>VLM</b> {title}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    kind = type(vlm).__name__
+    return f"<div><b>{kind}</b> {title}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -5,13 +5,14 @@ Everything that can be wrong with an intervention is found here, before the mode
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vlm_mech.dual_batch import DualEncoded
 from vlm_mech.errors import UsageError
 from vlm_mech.intervene import Ablate, Activations, Intervention, Knockout, Replace, StateEdit, Steer
 from vlm_mech.prompt import Encoded, Prompt
@@ -19,10 +20,13 @@ from vlm_mech.site import Site
 from vlm_mech.span import Cells, Span
 
 if TYPE_CHECKING:
+    from vlm_mech.contrastive import DualEncoder
     from vlm_mech.model import VLM
 
+Wrapper = Union["VLM", "DualEncoder"]
+Batch = Encoded | DualEncoded
 GENERATED = "generated"
-ReadStates = Callable[[Encoded, tuple[Site, ...]], Activations]
+ReadStates = Callable[[Batch, tuple[Site, ...]], Activations]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +110,7 @@ class Plan:
     cuts: dict[tuple[str, int], list[Cut]]
 
 
-def plan(vlm: "VLM", encoded: Encoded, intervention: Intervention | None, read: ReadStates) -> Plan:
+def plan(vlm: Wrapper, encoded: Batch, intervention: Intervention | None, read: ReadStates) -> Plan:
     """The concrete edits of an intervention on this batch.
 
     Args:
@@ -129,6 +133,13 @@ def plan(vlm: "VLM", encoded: Encoded, intervention: Intervention | None, read: 
     return made
 
 
+def check_site(vlm: Wrapper, site: Site) -> None:
+    """Raise `UsageError` when this model has no such site, or no such layer."""
+    if site.name not in vlm.family.site_names:
+        raise UsageError(f"{vlm.name} has no site {site.name!r}; its sites: {', '.join(vlm.family.site_names)}")
+    vlm.check_site(site)
+
+
 def _split_generated(span: Span) -> tuple[Span | None, bool]:
     if span == GENERATED:
         return None, True
@@ -137,12 +148,12 @@ def _split_generated(span: Span) -> tuple[Span | None, bool]:
     return span, False
 
 
-def _writes(vlm: "VLM", encoded: Encoded, part: StateEdit, read: ReadStates) -> list[Write]:
+def _writes(vlm: Wrapper, encoded: Batch, part: StateEdit, read: ReadStates) -> list[Write]:
     span, generated = _split_generated(part.span)
     if generated and (isinstance(part, Replace) or (isinstance(part, Ablate) and part.to == "resample")):
         raise UsageError(f"{type(part).__name__} has no states to put at generated tokens; use Ablate or Steer there")
     for site in part.sites:
-        vlm.check_site(site)
+        check_site(vlm, site)
         if generated and site.stream != "llm":
             raise UsageError(f"generated tokens do not pass through {site}")
         _check_heads(part.heads, vlm.n_heads(site.stream), str(site))
@@ -156,7 +167,7 @@ def _writes(vlm: "VLM", encoded: Encoded, part: StateEdit, read: ReadStates) -> 
     return writes
 
 
-def _source(part: StateEdit, encoded: Encoded, read: ReadStates) -> Activations | None:
+def _source(part: StateEdit, encoded: Batch, read: ReadStates) -> Activations | None:
     if isinstance(part, Replace):
         source = part.source
     elif isinstance(part, Ablate) and part.to != "zero":
@@ -165,17 +176,19 @@ def _source(part: StateEdit, encoded: Encoded, read: ReadStates) -> Activations 
         return None
     if isinstance(source, Activations):
         return source
-    if not isinstance(source, Encoded) and not all(isinstance(prompt, Prompt) for prompt in source):
+    if not isinstance(source, Encoded | DualEncoded) and not all(isinstance(prompt, Prompt) for prompt in source):
         raise UsageError(f"a source is Activations, Encoded or prompts, not {type(source).__name__}")
     return read(source, part.sites)
 
 
 def _change(
-    vlm: "VLM", part: StateEdit, site: Site, cells: Cells | None, encoded: Encoded, source: Activations | None
+    vlm: Wrapper, part: StateEdit, site: Site, cells: Cells | None, encoded: Batch, source: Activations | None
 ) -> Callable[[Tensor], Tensor]:
     if isinstance(part, Steer):
         return _steer(vlm, part, site)
     if isinstance(part, Ablate) and part.to == "zero":
+        if site.point == "embed":
+            raise UsageError(f"{site} cannot be zero: a zero vector has no direction; use to='mean' or to='resample'")
         return torch.zeros_like
     states, counts = _taken(part, site, source)
     if isinstance(part, Ablate) and part.to == "mean":
@@ -199,8 +212,10 @@ def _change(
     return lambda old: states.to(old.device)
 
 
-def _check_grids(part: Replace, site: Site, cells: Cells, encoded: Encoded, source: Encoded) -> None:
+def _check_grids(part: Replace, site: Site, cells: Cells, encoded: Batch, source: Batch) -> None:
     """States of image tokens can only be exchanged between images cut into the same rows and columns."""
+    if site.stream == "text" or site.point == "embed":
+        return
     pairs = set(zip(cells.rows.tolist(), cells.positions.tolist(), strict=True))
     for example, row in enumerate(encoded.rows):
         own, other = encoded.grids(example), source.grids(example)
@@ -243,7 +258,7 @@ def _resampled(states: Tensor, counts: tuple[int, ...], seed: int) -> tuple[Tens
     return torch.cat([pieces[index] for index in donor.tolist()]), tuple(counts[index] for index in donor.tolist())
 
 
-def _steer(vlm: "VLM", part: Steer, site: Site) -> Callable[[Tensor], Tensor]:
+def _steer(vlm: Wrapper, part: Steer, site: Site) -> Callable[[Tensor], Tensor]:
     width = vlm.width(site)
     if part.vector.shape != (width,):
         raise UsageError(f"a steering vector for {site} has shape ({width},), not {tuple(part.vector.shape)}")
@@ -252,17 +267,18 @@ def _steer(vlm: "VLM", part: Steer, site: Site) -> Callable[[Tensor], Tensor]:
     return lambda old: old + part.scale * part.vector.to(old.device, old.dtype)
 
 
-def _cuts(vlm: "VLM", encoded: Encoded, part: Knockout) -> list[Cut]:
+def _cuts(vlm: Wrapper, encoded: Batch, part: Knockout) -> list[Cut]:
+    for layer in part.each_layer:
+        check_site(vlm, Site(f"{part.stream}.resid_pre", layer))
     vlm.check_maskable(part.stream)
     query, generated = _split_generated(part.query)
     if generated and part.stream != "llm":
-        raise UsageError("generated tokens do not pass through the vision tower")
+        raise UsageError(f"generated tokens do not pass through the {part.stream} tower")
     queries = _per_row(encoded, query, part.stream)
     keys = _per_row(encoded, part.key, part.stream)
     n_heads = vlm.n_heads(part.stream)
     cuts = []
     for layer in part.each_layer:
-        vlm.check_site(Site(f"{part.stream}.resid_pre", layer))
         _check_heads(part.heads, n_heads, f"{part.stream} layer {layer}")
         what = f"Knockout {_named(part.query)}<-{_named(part.key)}"
         cuts.append(Cut(what, part.stream, layer, queries, keys, part.heads, n_heads, part.keep_self, generated))
@@ -273,7 +289,7 @@ def _named(span: Any) -> str:
     return span if isinstance(span, str) else type(span).__name__
 
 
-def _per_row(encoded: Encoded, span: Span | None, stream: str) -> dict[int, tuple[int, ...]]:
+def _per_row(encoded: Batch, span: Span | None, stream: str) -> dict[int, tuple[int, ...]]:
     if span is None:
         return {}
     if span == GENERATED or (isinstance(span, tuple) and GENERATED in span):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vlm_mech.errors import UsageError
 from vlm_mech.layout import Kind, flattened, mosaic, packed, packed_in_windows, queries, tiles
+from vlm_mech.site import VLM_SITES
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Family:
     """Modules whose outputs are added at image positions after the first decoder blocks (deepstack)."""
     both_ways: Literal["", "image", "prefix"] = ""
     """Where the decoder attends both ways: nowhere, within each image, or over image and prompt."""
+    readout: str = "logits"
+    """What of the model's output interventions are judged by."""
+    site_names: tuple[str, ...] = VLM_SITES
+    """Names of the sites that such models have."""
 
 
 def _reads(config: Any) -> tuple[int, ...]:
@@ -329,6 +334,10 @@ FAMILIES = (
 )  # fmt: skip
 
 
+CONTRASTIVE_TYPES = ("clip", "siglip", "siglip2")
+"""Architectures with a record in `dual_families.py`."""
+
+
 def family_of(config: Any) -> Family:
     """The `Family` record of a Hugging Face configuration.
 
@@ -341,6 +350,8 @@ def family_of(config: Any) -> Family:
         if family.model_type == model_type:
             return family
     known = [family.model_type for family in FAMILIES]
+    if model_type in CONTRASTIVE_TYPES:
+        raise UsageError(f"architecture {model_type!r} is a contrastive model without a decoder; use DualEncoder")
     if config is not None and getattr(config, "vision_config", None) is None:
         raise UsageError(
             f"architecture {model_type!r} has no vision tower; vision-language models of these types are supported: "

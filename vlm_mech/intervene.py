@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from vlm_mech.dual_batch import DualEncoded
 from vlm_mech.errors import UsageError
 from vlm_mech.prompt import Encoded, Prompt
 from vlm_mech.site import Site
@@ -22,7 +23,7 @@ class Activations:
     """States read from a batch: for each site a tensor batch x pos x width, with the spans of that batch."""
 
     values: dict[Site, "torch.Tensor"]
-    encoded: Encoded
+    encoded: Encoded | DualEncoded
 
     def __getitem__(self, site: Site) -> "torch.Tensor":
         if site not in self.values:
@@ -31,7 +32,7 @@ class Activations:
         return self.values[site]
 
 
-Source = Activations | Encoded | Sequence[Prompt]
+Source = Activations | Encoded | DualEncoded | Sequence[Prompt]
 """Where foreign states come from: states already read, or prompts that are run when needed."""
 
 
@@ -131,7 +132,7 @@ class Knockout(Intervention):
     key: Span
     layers: int | Iterable[int]
     heads: tuple[int, ...] | None = field(default=None, kw_only=True)
-    stream: Literal["vision", "llm"] = field(default="llm", kw_only=True)
+    stream: Literal["vision", "text", "llm"] = field(default="llm", kw_only=True)
     keep_self: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -139,8 +140,8 @@ class Knockout(Intervention):
         object.__setattr__(self, "layers", self.layers if isinstance(self.layers, int) else tuple(self.layers))
         if not self.each_layer:
             raise UsageError("Knockout names no layer")
-        if self.stream not in ("vision", "llm"):
-            raise UsageError(f"Knockout(stream={self.stream!r}) is not known; vision or llm is")
+        if self.stream not in ("vision", "text", "llm"):
+            raise UsageError(f"Knockout(stream={self.stream!r}) is not known; vision, text or llm is")
 
     @property
     def each_layer(self) -> tuple[int, ...]:

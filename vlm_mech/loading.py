@@ -1,22 +1,30 @@
-"""Models and processors by embedded name, folder or Hugging Face id."""
+"""Models and processors by embedded name, folder or Hugging Face id, wherever their weights are to live."""
 
+import hashlib
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlm_mech.errors import UsageError
+from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.families import family_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+QUANTIZATIONS = ("8bit", "4bit")
+DeviceMap = str | Mapping[str, str | int | torch.device]
 
 
 def load(
     name_or_folder: str | Path,
     *,
     device: str,
+    device_map: DeviceMap | None,
     dtype: str,
     attn: str,
+    quantization: Any,
     revision: str | None,
     trust_remote_code: bool,
 ) -> tuple[Any, Any]:
@@ -24,13 +32,102 @@ def load(
     source = _locate(name_or_folder)
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; one of {', '.join(DTYPES)} is")
-    check_device(device)
+    device_map = _checked_map(device, device_map)
+    quantizer = _quantizer(quantization, DTYPES[dtype])
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = _load_model(source, DTYPES[dtype], attn, options)
-    return model.to(device), _load_processor(source, options)
+    if device == "meta":
+        model = _skeleton(source, DTYPES[dtype], attn, options)
+    else:
+        how = {"dtype": DTYPES[dtype], "attn_implementation": attn, "quantization_config": quantizer}
+        model = _load_model(source, device, device_map, how, options)
+    return _kept_in_place(model), _load_processor(source, options)
 
 
-def check_device(device: str) -> None:
+def _checked_map(device: str, device_map: DeviceMap | None) -> DeviceMap | None:
+    """The device map to load with; None puts the whole model on `device`."""
+    if device_map is not None and device != "cpu":
+        raise UsageError(f"device_map says where the parts of the model go; leave device={device!r} out")
+    if device == "auto":
+        device_map = "auto"
+    if device_map is None:
+        check_device(device)
+        return None
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise UsageError(f"device_map {device_map!r} is not known; {', '.join(DEVICE_MAPS)} or a dict of parts is")
+    _need("accelerate", "a device_map")
+    if not isinstance(device_map, str):
+        devices = {str(device) for device in device_map.values()} - {"disk"}
+        if not devices:
+            raise UsageError("the device_map puts every part on the disk; one part at least needs a device to run on")
+        for each in devices:
+            check_device(int(each) if each.isdigit() else each)
+    return device_map
+
+
+def _quantizer(quantization: Any, dtype: torch.dtype) -> Any:
+    """The Hugging Face quantisation config that is meant, or None."""
+    if quantization is None:
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if quantization in QUANTIZATIONS or isinstance(quantization, BitsAndBytesConfig):
+        _need("bitsandbytes", "8-bit and 4-bit quantization")
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "4bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if not isinstance(quantization, QuantizationConfigMixin):
+        raise UsageError(
+            f"quantization {quantization!r} is not known; {', '.join(QUANTIZATIONS)} or a Hugging Face quantization "
+            "config is"
+        )
+    return quantization
+
+
+def _need(package: str, purpose: str) -> None:
+    if find_spec(package) is None:
+        raise UsageError(f"{purpose} needs {package}, which is not installed: pip install {package}")
+
+
+def _kept_in_place(model: Any) -> Any:
+    """The model with a device map, because a pipeline (nnsight makes one) moves a model that has none to the first
+    accelerator. A pipeline takes the map's first device for its own, so parts on the disk come last."""
+    devices = getattr(model, "hf_device_map", None) or {"": str(model.device)}
+    model.hf_device_map = dict(sorted(devices.items(), key=lambda item: item[1] == "disk"))
+    return model
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its inputs: with its embeddings, or where accelerate brings those when they are offloaded.
+
+    A model without weights takes them on the CPU, from where they are sent to the machine that has the weights.
+    """
+    embeddings = model.get_input_embeddings()
+    device = next(embeddings.parameters()).device
+    if device.type != "meta":
+        return device
+    hook = getattr(embeddings, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    found = [each.execution_device for each in hooks if getattr(each, "execution_device", None) is not None]
+    return torch.device(found[0] if found else "cpu")
+
+
+def weights_hash(model: Any) -> str:
+    """A hash of all weights, read one at a time; where some are not in memory, a text that says how many."""
+    weights = sorted(model.state_dict().items())
+    away = sum(tensor.is_meta for _, tensor in weights)
+    if away:
+        return f"not hashed: {away} of {len(weights)} tensors are not in memory"
+    found = hashlib.sha256()
+    for name, tensor in weights:
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def check_device(device: str | int) -> None:
+    """Raise `UsageError` when no tensor can be made on a device."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -56,7 +153,9 @@ def _locate(name_or_folder: str | Path) -> str:
     return str(name_or_folder)
 
 
-def _load_model(source: str, dtype: torch.dtype, attn: str, options: dict[str, Any]) -> Any:
+def _load_model(
+    source: str, device: str, device_map: DeviceMap | None, how: dict[str, Any], options: dict[str, Any]
+) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging
 
@@ -66,8 +165,11 @@ def _load_model(source: str, dtype: torch.dtype, attn: str, options: dict[str, A
     try:
         config = AutoConfig.from_pretrained(source, **options)
         family_of(config)
-        return AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn, use_safetensors=True, **options
+        if device_map is None and (how["quantization_config"] or getattr(config, "quantization_config", None)):
+            # Quantised weights cannot be moved later: they are made where they stay.
+            device_map = {"": device}
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, device_map=device_map, use_safetensors=True, **how, **options
         )
     except UsageError:
         raise
@@ -75,6 +177,26 @@ def _load_model(source: str, dtype: torch.dtype, attn: str, options: dict[str, A
         raise UsageError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
     finally:
         logging.enable_progress_bar()
+    return model.to(device) if device_map is None else model
+
+
+def _skeleton(source: str, dtype: torch.dtype, attn: str, options: dict[str, Any]) -> Any:
+    """The model without weights, its structure checked; running it here is refused."""
+    from vlm_mech.structure import find_structure, load_config, skeleton
+
+    config = load_config(source, **options)
+    config._attn_implementation = attn
+    model = skeleton(config).to(dtype)
+    failed = [finding for finding in find_structure(model) if not finding.holds]
+    if failed:
+        raise WorkError(f"{source} is refused: " + "; ".join(f"{each.name}: {each.detail}" for each in failed))
+
+    def refuse(*arguments: Any, **named: Any) -> None:
+        raise UsageError(f"{source} was loaded without weights (device='meta'); only traces with remote=True can run")
+
+    model.register_forward_pre_hook(refuse)
+    model.generate = refuse
+    return model
 
 
 def _load_processor(source: str, options: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ The names are checked when the model is loaded (see `check.py`): a model whose n
 """
 
 import functools
-import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.families import Blocks, Family, family_of
 from vlm_mech.image import ImageLike
 from vlm_mech.layout import Batch, ImageLayout
-from vlm_mech.loading import load
+from vlm_mech.loading import DeviceMap, input_device, load, weights_hash
 from vlm_mech.prompt import Encoded, Prompt, encode
 from vlm_mech.site import Site
 
@@ -91,8 +91,10 @@ class VLM:
         name_or_folder: str | Path,
         *,
         device: str = "cpu",
+        device_map: DeviceMap | None = None,
         dtype: str = "float32",
         attn: str = "sdpa",
+        quantization: Any = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         check: bool = True,
@@ -100,30 +102,41 @@ class VLM:
         """A model by embedded name (`organism`, `organism-grounded`), folder, or Hugging Face id.
 
         Args:
+            device: where the whole model goes; `auto` is short for `device_map="auto"`, and `meta` gives a skeleton
+                without weights for traces with `remote=True` (see docs/big_models.md).
+            device_map: where the parts go, as accelerate has it: `auto`, `balanced`, or a dict from module to device.
             dtype: `float32`, `bfloat16` or `float16`.
             attn: attention back end; `sdpa` and `eager` take masks, so that attention can be knocked out.
+            quantization: `8bit` or `4bit` (bitsandbytes), or any Hugging Face quantisation config.
             revision: branch, tag or commit of a Hugging Face model.
 
         Raises:
-            UsageError: no such model, a folder without processor, an unknown architecture, dtype or device.
+            UsageError: no such model, a folder without processor, an unknown architecture, dtype, device, device map
+                or quantisation, or a package that one of these needs and that is not installed.
             WorkError: the names of its parts do not hold.
         """
         model, processor = load(
             name_or_folder,
             device=device,
+            device_map=device_map,
             dtype=dtype,
             attn=attn,
+            quantization=quantization,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        return cls(model, processor, name=str(name_or_folder), check=check)
+        # Without weights there is nothing to run: the structure was checked already.
+        vlm = cls(model, processor, name=str(name_or_folder), check=check and device != "meta")
+        # A remote server must take the same revision.
+        vlm.nn.revision = revision
+        return vlm
 
     # Facts
 
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
-        return next(self.model.get_input_embeddings().parameters()).device
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -337,13 +350,13 @@ class VLM:
     def identity(self) -> dict[str, str | None]:
         """Name and revision, or a hash of the weights where there is no revision, for provenance."""
         about = {"name": self.name, "family": self.family.name, "revision": getattr(self.config, "_commit_hash", None)}
+        quantizer = getattr(self.config, "quantization_config", None)
+        if quantizer is not None:
+            values = quantizer if isinstance(quantizer, dict) else quantizer.to_dict()
+            about["quantization"] = json.dumps(values, default=str, sort_keys=True)
         if about["revision"] is not None:
             return about
-        found = hashlib.sha256()
-        for name, parameter in sorted(self.model.state_dict().items()):
-            found.update(name.encode())
-            found.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        return about | {"weights": found.hexdigest()[:16]}
+        return about | {"weights": weights_hash(self.model)}
 
     def __repr__(self) -> str:
         from vlm_mech.describe import describe

@@ -2,44 +2,43 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vlm_mech.attention import AttentionCall, Cutting
-from vlm_mech.edit import Plan, Write
+from vlm_mech.dual_batch import DualEncoded
+from vlm_mech.dual_families import DualFamily
+from vlm_mech.edit import Batch, Plan, Wrapper, Write
 from vlm_mech.errors import UsageError
 from vlm_mech.prompt import Encoded
 from vlm_mech.receipt import KnockoutReceipt, Receipt, ReceiptError, WriteReceipt
 from vlm_mech.site import Site
 from vlm_mech.step import Seen, witness_of
 
-if TYPE_CHECKING:
-    from vlm_mech.model import VLM
-
 
 def receipts_of(
-    vlm: "VLM", encoded: Encoded, made: Plan, seen: Seen, cuttings: Sequence[Cutting], moved: float
+    vlm: Wrapper, encoded: Batch, made: Plan, seen: Seen, cuttings: Sequence[Cutting], moved: float
 ) -> tuple[Receipt, ...]:
     """A receipt for every edited site and every cut layer, in forward order, not yet verified.
 
     Args:
         cuttings: what passed through the cut layers, in the order of `made.cuts`.
-        moved: largest absolute change of the last position's logits against the unedited run.
+        moved: largest absolute change of the read-out (`Run.readout`) against the unedited run.
     """
     receipts: list[Receipt] = []
     for site, writes in sorted(made.writes.items(), key=lambda item: item[0].order):
-        receipts.append(_write_receipt(vlm, encoded, site, writes, seen, moved))
+        receipts.append(write_receipt(vlm, encoded, site, writes, seen, moved))
     layers = zip(made.cuts, cuttings, strict=True)
     for where, cutting in sorted(layers, key=lambda item: item[0]):
         receipts.append(_knockout_receipt(vlm, encoded, where, cutting, moved))
     return tuple(receipts)
 
 
-def _write_receipt(
-    vlm: "VLM", encoded: Encoded, site: Site, writes: list[Write], seen: Seen, moved: float
+def write_receipt(
+    vlm: Wrapper, encoded: Batch, site: Site, writes: list[Write], seen: Seen, moved: float
 ) -> WriteReceipt:
+    """The receipt of the writes at one site, not yet verified."""
     what = " & ".join(write.what for write in writes)
     if site not in seen.written:
         raise ReceiptError(f"{what} at {site}: the site was never reached")
@@ -82,8 +81,10 @@ def _difference(received: Tensor, expected: Tensor) -> float:
     return (received - expected).abs().max().item()
 
 
-def _expected(vlm: "VLM", encoded: Encoded, site: Site, written: Tensor, seen: Seen) -> tuple[Tensor, bool]:
+def _expected(vlm: Wrapper, encoded: Batch, site: Site, written: Tensor, seen: Seen) -> tuple[Tensor, bool]:
     """What the witness must receive given what was written, and whether exactly."""
+    if site.point == "embed":
+        return written / written.norm(dim=-1, keepdim=True), False
     family, blocks = vlm.family, vlm.blocks(site.stream)
     block = "" if site.layer is None else f"{blocks.path}.{site.layer}"
     if site.name == "llm.resid_post" and site in seen.beside:
@@ -101,6 +102,10 @@ def _expected(vlm: "VLM", encoded: Encoded, site: Site, written: Tensor, seen: S
         return vlm.model.get_submodule(f"{block}.{blocks.attention}.{blocks.out}").forward(written), False
     if site.name == "projector.in" and family.projector_first is None:
         return vlm.model.get_submodule(family.projector).forward(written), False
+    if isinstance(family, DualFamily):
+        # Of an image with a class token nothing else is pooled.
+        last = site.name == "vision.resid_post" and site.layer == vlm.n_layers("vision") - 1
+        return written[:, :1] if last and family.class_tokens else written, True
     if site.name == "vision.resid_post" and site.layer == vlm.vision_depth - 1 and blocks.after is None:
         return written[:, vlm.n_class_tokens - vlm.n_kept_class_tokens :], True
     if site.name == "projector.out":
@@ -125,7 +130,9 @@ def _plain_tokens(encoded: Encoded) -> tuple[Tensor, Tensor]:
     return torch.tensor(given).reshape(-1, 2), torch.tensor(standing).reshape(-1, 2)
 
 
-def _received(vlm: "VLM", encoded: Encoded, site: Site, received: Tensor) -> Tensor:
+def _received(vlm: Wrapper, encoded: Batch, site: Site, received: Tensor) -> Tensor:
+    if isinstance(vlm.family, DualFamily):
+        return received
     reads = vlm.family.vision_reads(vlm.config)
     if site.stream == "vision" and site.point == "resid_post" and site.layer == vlm.vision_depth - 1 and len(reads) > 1:
         # The outputs of several blocks lie side by side.
@@ -137,7 +144,7 @@ def _received(vlm: "VLM", encoded: Encoded, site: Site, received: Tensor) -> Ten
     return received[cells[:, 0], cells[:, 1]]
 
 
-def _write_reaches(vlm: "VLM", encoded: Encoded, site: Site, writes: list[Write]) -> tuple[bool, str]:
+def _write_reaches(vlm: Wrapper, encoded: Batch, site: Site, writes: list[Write]) -> tuple[bool, str]:
     cells = {
         cell
         for write in writes
@@ -150,9 +157,11 @@ def _write_reaches(vlm: "VLM", encoded: Encoded, site: Site, writes: list[Write]
 
 
 def _reaches(
-    vlm: "VLM", encoded: Encoded, stream: str, layer: int | None, cells: set[tuple[int, int]], *, mixes: bool
+    vlm: Wrapper, encoded: Batch, stream: str, layer: int | None, cells: set[tuple[int, int]], *, mixes: bool
 ) -> tuple[bool, str]:
     """Whether states of a layer at these cells can matter; `mixes`: they still pass this layer's attention."""
+    if isinstance(encoded, DualEncoded):
+        return _reaches_embedding(vlm, encoded, stream, layer, cells, mixes=mixes)
     if stream == "vision":
         depth = vlm.vision_depth
         if layer is not None and layer >= depth:
@@ -167,8 +176,21 @@ def _reaches(
     return True, ""
 
 
+def _reaches_embedding(
+    vlm: Wrapper, encoded: DualEncoded, stream: str, layer: int | None, cells: set[tuple[int, int]], *, mixes: bool
+) -> tuple[bool, str]:
+    pooled = encoded.pooled_cells(stream)
+    if layer == vlm.n_layers(stream) - 1 and not mixes and not cells & pooled:
+        return False, "after the last attention nothing flows from these positions to those that are pooled"
+    if layer is not None and stream == "text" and vlm.family.causal:
+        ends = dict(pooled)
+        if all(position > ends[row] for row, position in cells):
+            return False, "the tower is causal: the pooled position does not see what comes after it"
+    return True, ""
+
+
 def _knockout_receipt(
-    vlm: "VLM", encoded: Encoded, where: tuple[str, int], cutting: Cutting, moved: float
+    vlm: Wrapper, encoded: Batch, where: tuple[str, int], cutting: Cutting, moved: float
 ) -> KnockoutReceipt:
     stream, layer = where
     what = " & ".join(cut.what for cut in cutting.cuts)
@@ -184,7 +206,7 @@ def _knockout_receipt(
         name = cutting.cuts[0].what
         raise UsageError(f"{name} at {stream} layer {layer} cuts no edge: attention allows none of them")
     measures = [_measure(call) for call in cutting.calls] or [_Measure(0.0, 0.0, 0.0, 0.0)]
-    reaches, reason = _reaches(vlm, encoded, stream, layer, queries, mixes=False) if queries else (True, "")
+    reaches, reason = knockout_reaches(vlm, encoded, stream, layer, queries)
     return KnockoutReceipt(
         intervention=what,
         site=site,
@@ -198,6 +220,13 @@ def _knockout_receipt(
         reason=reason,
         readout_change=moved,
     )
+
+
+def knockout_reaches(
+    vlm: Wrapper, encoded: Batch, stream: str, layer: int, queries: set[tuple[int, int]]
+) -> tuple[bool, str]:
+    """Whether a cut at these (row, position) queries of a layer can matter, and why not."""
+    return _reaches(vlm, encoded, stream, layer, queries, mixes=False) if queries else (True, "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ class RunConfig:
     seed: int = 0
     """Draws the examples."""
     device: str = "cpu"
-    """Where the model runs, such as cpu or cuda."""
+    """Where the model runs, such as cpu or cuda; auto spreads it over what there is (needs accelerate)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of weights and activations."""
     attn: Literal["sdpa", "eager"] = "sdpa"

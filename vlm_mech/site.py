@@ -5,13 +5,26 @@ A `Site` names one tensor: stream, point and layer. Layers count from 0; `resid_
 bare, because Hugging Face's `hidden_states[i]` is the input of block `i` and its last entry is already normed.
 """
 
+import sys
 from dataclasses import dataclass
 
 from vlm_mech.errors import UsageError
 
-STREAMS = ("vision", "projector", "llm")
+STREAMS = ("vision", "projector", "text", "llm")
 BLOCK_POINTS = ("resid_pre", "head_out", "attn_out", "mlp_out", "resid_post")
 PROJECTOR_POINTS = ("in", "out")
+EMBED_POINTS = ("embed",)
+ABOVE_ALL = sys.maxsize
+"""Stands for the layer of what comes after all blocks."""
+
+
+def _of_blocks(*streams: str) -> tuple[str, ...]:
+    return tuple(f"{stream}.{point}" for stream in streams for point in BLOCK_POINTS)
+
+
+VLM_SITES = (*_of_blocks("vision", "llm"), "projector.in", "projector.out")
+DUAL_SITES = (*_of_blocks("vision", "text"), "vision.embed", "text.embed")
+NAMES = tuple(dict.fromkeys(VLM_SITES + DUAL_SITES))
 
 
 @dataclass(frozen=True)
@@ -24,42 +37,48 @@ class Site:
     in the tower; towers that pack all images into one sequence have one row. `attn_out` and `mlp_out` are what is added
     to the residual stream: after the norm of architectures that norm it once more, before the learned scale of towers
     with layer scale.
+
+    Contrastive models (`DualEncoder`) have `text` in place of `projector` and `llm`, and the layerless `vision.embed`
+    and `text.embed`, row x 1 x width: the projected embeddings before they are normalised.
     """
 
     name: str
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        stream, _, point = self.name.partition(".")
-        points = PROJECTOR_POINTS if stream == "projector" else BLOCK_POINTS
-        if stream not in STREAMS or point not in points:
-            names = [f"{s}.{p}" for s in ("vision", "llm") for p in BLOCK_POINTS] + ["projector.in", "projector.out"]
-            raise UsageError(f"site {self.name!r} is not known; sites: {', '.join(names)}")
-        if stream == "projector" and self.layer is not None:
+        point = self.name.partition(".")[2]
+        if self.name not in NAMES:
+            raise UsageError(f"site {self.name!r} is not known; sites: {', '.join(NAMES)}")
+        if point not in BLOCK_POINTS and self.layer is not None:
             raise UsageError(f"site {self.name!r} has no layers, but layer {self.layer} was given")
-        if stream != "projector" and self.layer is None:
+        if point in BLOCK_POINTS and self.layer is None:
             raise UsageError(f"site {self.name!r} needs a layer, such as Site({self.name!r}, 0)")
 
     @property
     def stream(self) -> str:
-        """`vision`, `projector` or `llm`."""
+        """`vision`, `projector`, `text` or `llm`."""
         return self.name.partition(".")[0]
 
     @property
     def point(self) -> str:
-        """Which tensor of the block (or of the projector)."""
+        """Which tensor of the block (or of the projector, or the embedding)."""
         return self.name.partition(".")[2]
 
     @property
     def place(self) -> str:
-        """Whose rows and positions the tensor has: `vision`, `projector.in`, `projector.out` or `llm`."""
-        return self.name if self.stream == "projector" else self.stream
+        """Whose rows and positions the tensor has: a stream with layers, or the site's own name where it has none."""
+        return self.stream if self.point in BLOCK_POINTS else self.name
+
+    @property
+    def depth(self) -> int:
+        """Sorts sites of one stream: the layer, and after all layers what is made from the last."""
+        return ABOVE_ALL if self.point in EMBED_POINTS else self.layer or 0
 
     @property
     def order(self) -> tuple[int, int, int]:
         """Sorts sites by when they appear in one forward pass."""
-        points = PROJECTOR_POINTS if self.stream == "projector" else BLOCK_POINTS
-        return STREAMS.index(self.stream), self.layer or 0, points.index(self.point)
+        points = BLOCK_POINTS + PROJECTOR_POINTS + EMBED_POINTS
+        return STREAMS.index(self.stream), self.depth, points.index(self.point)
 
     def __str__(self) -> str:
         return self.name if self.layer is None else f"{self.name}[{self.layer}]"

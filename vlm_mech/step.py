@@ -6,22 +6,22 @@ out on one time line first.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
-from vlm_mech.edit import Plan, Write
+from vlm_mech.dual_batch import DualEncoded
+from vlm_mech.dual_families import DualFamily
+from vlm_mech.edit import Batch, Plan, Wrapper, Write
 from vlm_mech.site import STREAMS, Site
-
-if TYPE_CHECKING:
-    from vlm_mech.model import VLM
-    from vlm_mech.prompt import Encoded
 
 BLOCK_SLOTS = (
     "embeddings", "from_below", "resid_pre", "norm_1", "head_out", "out", "attn_out", "norm_2", "mlp_out", "sum",
-    "resid_post", "beside"
+    "resid_post", "beside", "embed"
 )  # fmt: skip
 PROJECTOR_SLOTS = ("from_below", "in", "first", "out")
+AT_THE_END = (len(STREAMS), 0, 0)
+"""When the model's own output is there."""
 
 
 @dataclass(eq=False)
@@ -49,7 +49,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Witness:
-    """Where the states of a site are received: a module path, its input, output or an argument by name, and when."""
+    """Where the states of a site are received: a module path, its input, output or an argument by name, and when.
+
+    Without a path it is the model's own output of the name `argument`.
+    """
 
     path: str
     is_input: bool
@@ -59,7 +62,20 @@ class Witness:
     @property
     def name(self) -> str:
         """The path, and the argument if it is one."""
-        return self.path if self.argument is None else f"{self.path}({self.argument})"
+        return self.path if self.argument is None else f"{self.path}({self.argument})" if self.path else self.argument
+
+
+@dataclass(frozen=True, eq=False)
+class OutputHandle:
+    """An output of the whole model inside an open trace, row x width in the model, shown as row x 1 x width."""
+
+    nn: Any
+    name: str
+
+    @property
+    def output(self) -> Any:
+        """The tensor."""
+        return getattr(self.nn.output, self.name)[:, None]
 
 
 def _key(stream: str, layer: int, slot: str) -> tuple[int, int, int]:
@@ -67,29 +83,50 @@ def _key(stream: str, layer: int, slot: str) -> tuple[int, int, int]:
     return STREAMS.index(stream), layer, slots.index(slot)
 
 
-def witness_of(vlm: "VLM", site: Site) -> Witness | None:
+def decoder_inputs_key() -> tuple[int, int, int]:
+    """When the decoder is called."""
+    return _key("llm", 0, "embeddings")
+
+
+def witness_of(vlm: Wrapper, site: Site) -> Witness | None:
     """Where a site's states are received; None for a vision block whose output no module reads."""
     family = vlm.family
+    if isinstance(family, DualFamily):
+        return _dual_witness(vlm, site)
     if site.name == "projector.out":
         return Witness(family.decoder, True, _key("llm", 0, "embeddings"), "inputs_embeds")
     if site.name == "projector.in":
         if family.projector_first is None:
             return Witness(family.projector, False, _key("projector", 0, "out"))
         return Witness(f"{family.projector}.{family.projector_first}", True, _key("projector", 0, "first"))
-    blocks, layer = vlm.blocks(site.stream), site.layer
-    block = f"{blocks.path}.{layer}"
-    if site.point == "resid_post":
-        return _above(vlm, site.stream, layer)
+    return _above(vlm, site.stream, site.layer) if site.point == "resid_post" else _within(vlm, site)
+
+
+def _dual_witness(vlm: Wrapper, site: Site) -> Witness:
+    """Each tower ends in a norm that reads its last block; nothing but the model's output receives an embedding."""
+    if site.point == "embed":
+        return Witness("", False, AT_THE_END, "image_embeds" if site.stream == "vision" else "text_embeds")
+    if site.point != "resid_post":
+        return _within(vlm, site)
+    blocks, above = vlm.blocks(site.stream), site.depth + 1
+    path = f"{blocks.path}.{above}" if above < vlm.n_layers(site.stream) else str(blocks.after)
+    return Witness(path, True, _key(site.stream, above, "from_below"))
+
+
+def _within(vlm: Wrapper, site: Site) -> Witness:
+    """Where the block itself receives what one of its parts puts out."""
+    blocks = vlm.blocks(site.stream)
+    block = f"{blocks.path}.{site.layer}"
     path, is_input, slot = {
         "resid_pre": (f"{block}.{blocks.norm_1}", True, "norm_1"),
         "head_out": (f"{block}.{blocks.attention}.{blocks.out}", False, "out"),
         "attn_out": (f"{block}.{blocks.norm_2}", True, "norm_2"),
         "mlp_out": (block, False, "sum"),
     }[site.point]
-    return Witness(path, is_input, _key(site.stream, layer, slot))
+    return Witness(path, is_input, _key(site.stream, site.depth, slot))
 
 
-def _above(vlm: "VLM", stream: str, layer: int) -> Witness | None:
+def _above(vlm: Wrapper, stream: str, layer: int) -> Witness | None:
     blocks = vlm.blocks(stream)
     if stream == "vision" and layer == vlm.vision_depth - 1:
         return Witness(blocks.after or vlm.family.projector, True, _key("projector", 0, "from_below"))
@@ -98,7 +135,7 @@ def _above(vlm: "VLM", stream: str, layer: int) -> Witness | None:
     return None if stream == "vision" else Witness(blocks.after, True, _key("llm", layer + 1, "from_below"))
 
 
-def beside_of(vlm: "VLM", site: Site) -> Witness | None:
+def beside_of(vlm: Wrapper, site: Site) -> Witness | None:
     """Where that which is added to a site's states on their way can be read; None where nothing is added."""
     blocks = vlm.blocks(site.stream)
     if site.point in ("attn_out", "mlp_out"):
@@ -110,7 +147,7 @@ def beside_of(vlm: "VLM", site: Site) -> Witness | None:
     return None
 
 
-def steps_of(vlm: "VLM", encoded: "Encoded", made: Plan, seen: Seen) -> list[Step]:
+def steps_of(vlm: Wrapper, encoded: Batch, made: Plan, seen: Seen) -> list[Step]:
     """The state edits of a plan and the reads that prove them, in forward order."""
     steps = []
     for site, writes in made.writes.items():
@@ -124,7 +161,7 @@ def steps_of(vlm: "VLM", encoded: "Encoded", made: Plan, seen: Seen) -> list[Ste
     return sorted(steps, key=lambda step: step.key)
 
 
-def _write_step(vlm: "VLM", encoded: "Encoded", site: Site, writes: list[Write], seen: Seen, decoding: bool) -> Step:
+def _write_step(vlm: Wrapper, encoded: Batch, site: Site, writes: list[Write], seen: Seen, decoding: bool) -> Step:
     handle = vlm.site(site.name, site.layer, n_rows=rows_of(encoded, site.stream))
 
     def act(prompt: bool) -> None:
@@ -139,7 +176,7 @@ def _write_step(vlm: "VLM", encoded: "Encoded", site: Site, writes: list[Write],
         if site not in seen.written:
             seen.before[site], seen.written[site] = before.detach().clone(), states
 
-    return Step(_key(site.stream, site.layer or 0, site.point), act, decoding)
+    return Step(_key(site.stream, site.depth, site.point), act, decoding)
 
 
 def _active(writes: list[Write], prompt: bool) -> list[Write]:
@@ -147,14 +184,16 @@ def _active(writes: list[Write], prompt: bool) -> list[Write]:
     return [write for write in writes if (write.cells is not None if prompt else write.generated)]
 
 
-def rows_of(encoded: "Encoded", stream: str) -> int:
+def rows_of(encoded: Batch, stream: str) -> int:
     """Rows that flat tensors (positions of all rows after one another) of a stream have."""
+    if isinstance(encoded, DualEncoded):
+        return encoded.shape(stream)[0]
     return len(encoded) if stream == "llm" else 1
 
 
 def _read_step(
-    vlm: "VLM",
-    encoded: "Encoded",
+    vlm: Wrapper,
+    encoded: Batch,
     site: Site,
     witness: Witness,
     kept: dict[Site, Tensor],
@@ -163,13 +202,15 @@ def _read_step(
 ) -> Step:
     from vlm_mech.model import SiteHandle
 
-    stream = STREAMS[witness.key[0]]
-    handle = SiteHandle(
-        vlm.envoy(witness.path),
-        is_input=witness.is_input,
-        argument=witness.argument,
-        n_rows=rows_of(encoded, stream),
-    )
+    if witness.path:
+        handle = SiteHandle(
+            vlm.envoy(witness.path),
+            is_input=witness.is_input,
+            argument=witness.argument,
+            n_rows=rows_of(encoded, STREAMS[witness.key[0]]),
+        )
+    else:
+        handle = OutputHandle(vlm.nn, witness.name)
 
     def act(prompt: bool) -> None:
         # The proof is taken in the first pass in which the site is written.
@@ -179,11 +220,11 @@ def _read_step(
     return Step(witness.key, act, decoding)
 
 
-def read_site_step(vlm: "VLM", encoded: "Encoded", site: Site, values: dict[Site, Tensor]) -> Step:
+def read_site_step(vlm: Wrapper, encoded: Batch, site: Site, values: dict[Site, Tensor]) -> Step:
     """Reads the states of a site into `values`."""
     handle = vlm.site(site.name, site.layer, n_rows=rows_of(encoded, site.stream))
 
     def act(prompt: bool) -> None:
         values[site] = handle.output.detach().clone()
 
-    return Step(_key(site.stream, site.layer or 0, site.point), act, False)
+    return Step(_key(site.stream, site.depth, site.point), act, False)

@@ -8,40 +8,54 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlm_mech.attention import Cutting, cutting
-from vlm_mech.edit import Plan, plan
+from vlm_mech.dual_batch import DualEncoded
+from vlm_mech.dual_families import DualFamily
+from vlm_mech.edit import Batch, Plan, Wrapper, check_site, plan
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.intervene import Activations, Intervention
 from vlm_mech.prompt import Encoded, Prompt
 from vlm_mech.proof import receipts_of
 from vlm_mech.receipt import Receipt, verify
 from vlm_mech.site import Site
-from vlm_mech.step import Seen, Step, read_site_step, steps_of
+from vlm_mech.step import Seen, Step, decoder_inputs_key, read_site_step, steps_of
 
-if TYPE_CHECKING:
-    from vlm_mech.model import VLM
-
-Prompts = Prompt | Sequence[Prompt] | Encoded
+Prompts = Prompt | Sequence[Prompt] | Encoded | DualEncoded
+"""What a pass is over; a `DualEncoder` takes only what its `encode` made."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One forward pass: logits batch x pos x vocab, the batch, and the receipts of what was done."""
+    """One forward pass: its logits, the batch, and the receipts of what was done.
 
-    logits: Float[Tensor, "batch pos vocab"]
-    encoded: Encoded
+    Logits are batch x pos x vocab, those of a `DualEncoder` the similarities of images x texts.
+    """
+
+    logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "image text"]
+    encoded: Encoded | DualEncoded
     receipts: tuple[Receipt, ...] = ()
 
     @property
     def last(self) -> Float[Tensor, "batch vocab"]:
-        """Logits of the next token after the prompt."""
+        """Logits of the next token after the prompt.
+
+        Raises:
+            UsageError: the model is a contrastive one, which has none.
+        """
+        if self.logits.ndim == 2:
+            raise UsageError("similarities of images and texts have no last token; use run(...).logits")
         return self.logits[:, -1]
+
+    @property
+    def readout(self) -> Tensor:
+        """What interventions are judged by: the last position's logits, or all similarities."""
+        return self.logits if self.logits.ndim == 2 else self.last
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +67,18 @@ class Generation:
     receipts: tuple[Receipt, ...] = ()
 
 
-def _as_encoded(vlm: "VLM", prompts: Prompts) -> Encoded:
-    return prompts if isinstance(prompts, Encoded) else vlm.encode(prompts)
+def _as_encoded(vlm: Wrapper, prompts: Prompts) -> Batch:
+    dual = isinstance(vlm.family, DualFamily)
+    if isinstance(prompts, DualEncoded if dual else Encoded):
+        return prompts
+    if dual or isinstance(prompts, DualEncoded):
+        needed = "a batch made by encode(images, texts)" if dual else "prompts or a batch made of them"
+        raise UsageError(f"{vlm.name} takes {needed}, not {type(prompts).__name__}")
+    return vlm.encode(prompts)
 
 
 def read(
-    vlm: "VLM", prompts: Prompts, sites: Site | Sequence[Site], intervention: Intervention | None = None
+    vlm: Wrapper, prompts: Prompts, sites: Site | Sequence[Site], intervention: Intervention | None = None
 ) -> Activations:
     """The states at the sites in one forward pass, each rows x pos x width.
 
@@ -73,7 +93,7 @@ def read(
     encoded = _as_encoded(vlm, prompts)
     wanted = sorted({sites} if isinstance(sites, Site) else set(sites), key=lambda site: site.order)
     for site in wanted:
-        vlm.check_site(site)
+        check_site(vlm, site)
         if site.stream != "llm" and "pixel_values" not in encoded.inputs:
             raise UsageError(f"{site} needs an image, but the prompts have none")
     values: dict[Site, Tensor] = {}
@@ -92,7 +112,7 @@ def read(
 
 
 def _forward(
-    vlm: "VLM", encoded: Encoded, steps: list[Step], cuts: dict[torch.nn.Module, Cutting], *, stop: bool
+    vlm: Wrapper, encoded: Batch, steps: list[Step], cuts: dict[torch.nn.Module, Cutting], *, stop: bool
 ) -> Tensor | None:
     """The logits of one pass with the steps done in it; `stop`: nothing is computed after the last step."""
     out: dict[str, Tensor] = {}
@@ -104,7 +124,7 @@ def _forward(
         if stop:
             tracer.stop()
         else:
-            out["logits"] = vlm.nn.output.logits
+            out["logits"] = getattr(vlm.nn.output, vlm.family.readout)
 
     with torch.no_grad(), _in_order(vlm), cutting(cuts):
         with vlm.nn.trace(**encoded.inputs) as tracer:
@@ -112,7 +132,9 @@ def _forward(
     return out.get("logits")
 
 
-def run(vlm: "VLM", prompts: Prompts, intervention: Intervention | None = None, *, baseline: Run | None = None) -> Run:
+def run(
+    vlm: Wrapper, prompts: Prompts, intervention: Intervention | None = None, *, baseline: Run | None = None
+) -> Run:
     """One forward pass with the intervention, its logits and a verified receipt for every part of it.
 
     Args:
@@ -127,19 +149,25 @@ def run(vlm: "VLM", prompts: Prompts, intervention: Intervention | None = None, 
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
     seen, cuts = Seen(), _cuts(vlm, encoded, made)
     logits = _forward(vlm, encoded, steps_of(vlm, encoded, made, seen), cuts, stop=False)
-    if logits[:, -1].isnan().any():
+    made_run = Run(logits, encoded)
+    if made_run.readout.isnan().any():
         raise WorkError(
             f"NaN logits{' after ' + str(intervention) if intervention else ''}: the activations are broken"
         )
     if intervention is None:
-        return Run(logits, encoded)
+        return made_run
     baseline = baseline or run(vlm, encoded)
-    moved = (logits[:, -1] - baseline.last).abs().max().item()
+    moved = (made_run.readout - baseline.readout).abs().max().item()
     return Run(logits, encoded, _proved(vlm, encoded, made, seen, cuts, moved))
 
 
 def generate(
-    vlm: "VLM", prompts: Prompts, intervention: Intervention | None = None, *, max_new_tokens: int = 16, **options: Any
+    vlm: Wrapper,
+    prompts: Prompts,
+    intervention: Intervention | None = None,
+    *,
+    max_new_tokens: int = 16,
+    **options: Any,
 ) -> Generation:
     """Generated answers with the intervention in force, greedy unless `options` for `generate` say otherwise.
 
@@ -149,6 +177,8 @@ def generate(
         UsageError: as for `run`.
         ReceiptError: the intervention did not take effect.
     """
+    if isinstance(vlm.family, DualFamily):
+        raise UsageError(f"{vlm.name} is a contrastive model, which generates nothing")
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
     seen = Seen()
@@ -166,7 +196,7 @@ def generate(
 
 
 def _generated(
-    vlm: "VLM", encoded: Encoded, steps: list[Step], options: dict[str, Any]
+    vlm: Wrapper, encoded: Batch, steps: list[Step], options: dict[str, Any]
 ) -> tuple[Int[Tensor, "batch new"], Float[Tensor, "batch vocab"]]:
     """New token ids, and the logits of the first of them."""
     first: dict[str, Tensor] = {}
@@ -191,8 +221,30 @@ def _generated(
     return result[:, encoded.n_pos :], first["logits"]
 
 
+def edited_embeddings(
+    vlm: Wrapper, encoded: Batch, made: Plan
+) -> tuple[Float[Tensor, "batch pos d_model"], list[Tensor], tuple[Receipt, ...]]:
+    """What the first decoder block receives when tower or projector are edited; no block of the decoder is run.
+
+    Returns:
+        The states, the features that the model adds after the first blocks (deepstack), and the receipts, unverified.
+    """
+    site = Site("llm.resid_pre", 0)
+    seen, cuts, states, added = Seen(), _cuts(vlm, encoded, made), {}, []
+
+    def keep(prompt: bool) -> None:
+        added.extend(vlm.envoy(vlm.family.decoder).inputs[1]["deepstack_visual_embeds"])
+
+    steps = [*steps_of(vlm, encoded, made, seen), read_site_step(vlm, encoded, site, states)]
+    if vlm.taps:
+        steps.append(Step(decoder_inputs_key(), keep, False))
+    _forward(vlm, encoded, steps, cuts, stop=True)
+    receipts = receipts_of(vlm, encoded, made, seen, list(cuts.values()), 0.0)
+    return states[site], added, receipts
+
+
 @contextlib.contextmanager
-def _in_order(vlm: "VLM") -> Iterator[None]:
+def _in_order(vlm: Wrapper) -> Iterator[None]:
     from nnsight.intervention.interleaver import OutOfOrderError
 
     try:
@@ -201,7 +253,7 @@ def _in_order(vlm: "VLM") -> Iterator[None]:
         raise WorkError(f"{vlm.name} does not compute its parts in the order of their names: {error}") from error
 
 
-def _cuts(vlm: "VLM", encoded: Encoded, made: Plan) -> dict[torch.nn.Module, Cutting]:
+def _cuts(vlm: Wrapper, encoded: Batch, made: Plan) -> dict[torch.nn.Module, Cutting]:
     """The attention modules whose edges are cut."""
     modules = {}
     for (stream, layer), cuts in made.cuts.items():
@@ -212,8 +264,8 @@ def _cuts(vlm: "VLM", encoded: Encoded, made: Plan) -> dict[torch.nn.Module, Cut
 
 
 def _proved(
-    vlm: "VLM",
-    encoded: Encoded,
+    vlm: Wrapper,
+    encoded: Batch,
     made: Plan,
     seen: Seen,
     cuts: dict[torch.nn.Module, Cutting],

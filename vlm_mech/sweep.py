@@ -1,0 +1,240 @@
+"""One intervention over a grid of layers, spans, heads or anything else, on every example of a data set.
+
+By default the sweep computes only what can change (`engine.py`); `engine="trace"` runs every cell through `trace.run`,
+which is the reference. A sample of every fast sweep is run both ways and must agree.
+"""
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from vlm_mech import metrics
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.engine import Engine
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.intervene import Ablate, Activations, Intervention, Replace, Together
+from vlm_mech.prompt import Prompt
+from vlm_mech.receipt import Receipt, add_up, summarise
+from vlm_mech.result import Metric, Result
+from vlm_mech.span import Each
+from vlm_mech.trace import run
+
+if TYPE_CHECKING:
+    from vlm_mech.model import VLM
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell of a grid; its axes are attributes, as in `point.layer`."""
+
+    axes: tuple[tuple[str, Any], ...]
+
+    def __getattr__(self, name: str) -> Any:
+        for axis, value in object.__getattribute__(self, "axes"):
+            if axis == name:
+                return value
+        raise AttributeError(f"the grid has no axis {name!r}; it has {', '.join(axis for axis, _ in self.axes)}")
+
+
+def grid(**axes: Iterable[Any]) -> tuple[Point, ...]:
+    """Every combination of the values, the last axis changing fastest.
+
+    Raises:
+        UsageError: no axis, or one without values.
+    """
+    values = {name: tuple(each) for name, each in axes.items()}
+    empty = [name for name, each in values.items() if not each]
+    if not values or empty:
+        raise UsageError(f"a grid needs values on every axis; none on: {', '.join(empty) or 'any'}")
+    return tuple(Point(tuple(zip(values, each, strict=True))) for each in itertools.product(*values.values()))
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """A number per example: `of(logits, *ids)` of next-token logits batch x vocab and first tokens of answers."""
+
+    metric: Metric
+    of: Callable[..., Tensor]
+    answers: tuple[Sequence[str], ...] = ()
+
+
+def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
+    """Logit of each example's answer less that of another answer."""
+    metric = Metric("logit_diff", "logits", "logit of the answer less that of the other answer", signed=True)
+    return Measure(metric, metrics.logit_diff, (answer, other))
+
+
+def prob(answer: Sequence[str]) -> Measure:
+    """Probability of each example's answer."""
+    return Measure(Metric("prob", "probability", "probability of the answer's first token"), metrics.prob, (answer,))
+
+
+def sweep(
+    vlm: "VLM",
+    data: Pairs | Sequence[Prompt],
+    points: Sequence[Point],
+    intervention: Callable[[Point], Intervention],
+    measure: Measure | Sequence[Measure],
+    *,
+    engine: str = "fast",
+    batch: int = 8,
+    max_cells: int = 64,
+    check: int = 1,
+    seed: int = 0,
+) -> Result:
+    """Every point of a grid on every example, as one row each, with the value of the unedited run beside it.
+
+    Args:
+        data: prompts, or pairs (their base prompts are used; sources are given in the interventions).
+        intervention: what to do at a point. Sources given as one prompt for each example are taken in step with them;
+            `Ablate` without a reference averages or draws over all the data.
+        measure: one or several of `logit_diff`, `prob`, or a `Measure` of your own.
+        engine: `fast`, or `trace` for one whole forward pass a point.
+        batch: examples that run together.
+        max_cells: points that run together in the fast engine; results do not depend on it.
+        check: points of the first batch that are run through `trace` too.
+
+    Returns:
+        A `Result` with the grid's axes; its provenance holds the summary of all receipts and the largest difference
+        that the check found.
+
+    Raises:
+        UsageError: an intervention does not fit, or answers are missing.
+        ReceiptError: an intervention did not take effect.
+        WorkError: the two engines disagree.
+    """
+    prompts = list(data.base) if isinstance(data, Pairs) else list(data)
+    names = [pair.id for pair in data] if isinstance(data, Pairs) else [str(number) for number in range(len(prompts))]
+    measures = (measure,) if isinstance(measure, Measure) else tuple(measure)
+    _check(prompts, points, measures, engine)
+    planned = [intervention(point) for point in points]
+    tables, summaries, worst = [], [], 0.0
+    for first in range(0, len(prompts), batch):
+        rows = slice(first, first + batch)
+        own = _Rows(rows, prompts)
+        encoded = vlm.encode(prompts[rows])
+        edits = [own.of(each) for each in planned]
+        if engine == "fast":
+            clean, logits, receipts = _fast(vlm, encoded, edits, max_cells)
+            if first == 0:
+                chosen = random.Random(seed).sample(range(len(edits)), min(check, len(edits)))
+                worst = _agree(vlm, encoded, edits, logits, chosen)
+        else:
+            clean, logits, receipts = _traced(vlm, encoded, edits)
+        summaries += [summarise(each) for each in receipts if each]
+        tables.append(_table(vlm, encoded, points, measures, rows, names[rows], clean, logits))
+    axes = tuple(axis for axis, _ in points[0].axes)
+    provenance = {"model": vlm.identity(), "engine": engine, "receipts": add_up(summaries)}
+    if engine == "fast":
+        provenance["largest_disagreement"] = worst
+    table = pd.concat(tables, ignore_index=True)
+    if isinstance(data, Pairs):
+        groups = {pair.id: pair.group or pair.id for pair in data}
+        table = table.assign(group=table["example"].map(groups))
+    return Result("sweep", table, axes, tuple(each.metric for each in measures), provenance=provenance)
+
+
+def _check(prompts: list[Prompt], points: Sequence[Point], measures: tuple[Measure, ...], engine: str) -> None:
+    if not prompts or not points or not measures:
+        raise UsageError("a sweep needs prompts, points of a grid and a measure")
+    if engine not in ("fast", "trace"):
+        raise UsageError(f"engine {engine!r} is not known; fast or trace is")
+    for each in measures:
+        for answers in each.answers:
+            if len(answers) != len(prompts):
+                raise UsageError(f"{each.metric.name} has {len(answers)} answers for {len(prompts)} prompts")
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Interventions as they concern some rows of the data; the same source stays the same object."""
+
+    rows: slice
+    prompts: list[Prompt]
+    taken: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+
+    def of(self, intervention: Intervention) -> Intervention:
+        parts = tuple(self._part(part) for part in intervention.flat())
+        return parts[0] if len(parts) == 1 else Together(parts=parts)
+
+    def _part(self, part: Intervention) -> Intervention:
+        changes: dict[str, Any] = {
+            field.name: Each(getattr(part, field.name).spans[self.rows])
+            for field in dataclasses.fields(part)
+            if isinstance(getattr(part, field.name), Each)
+        }
+        if isinstance(part, Replace):
+            changes["source"] = self._source(part.source)
+        elif isinstance(part, Ablate) and part.to != "zero" and part.reference is None:
+            changes["reference"] = self.prompts
+        return dataclasses.replace(part, **changes) if changes else part
+
+    def _source(self, source: Any) -> Any:
+        if isinstance(source, Activations) or not isinstance(source, Sequence):
+            if len(self.prompts) > self.rows.stop - self.rows.start:
+                raise UsageError("in a sweep of several batches a source is given as prompts, one for each example")
+            return source
+        if len(source) != len(self.prompts):
+            raise UsageError(f"a source has {len(source)} prompts for {len(self.prompts)} examples")
+        if id(source) not in self.taken:
+            self.taken[id(source)] = (source, list(source[self.rows]))
+        return self.taken[id(source)][1]
+
+
+def _fast(
+    vlm: "VLM", encoded: Any, edits: list[Intervention], max_cells: int
+) -> tuple[Tensor, Tensor, list[tuple[Receipt, ...]]]:
+    engine = Engine(vlm, encoded)
+    logits, receipts = engine.answers(edits, max_cells=max_cells)
+    return engine.clean.logits, logits, receipts
+
+
+def _traced(vlm: "VLM", encoded: Any, edits: list[Intervention]) -> tuple[Tensor, Tensor, list[tuple[Receipt, ...]]]:
+    baseline = run(vlm, encoded)
+    done = [run(vlm, encoded, edit, baseline=baseline) for edit in edits]
+    return baseline.last, torch.stack([each.last for each in done]), [each.receipts for each in done]
+
+
+def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, chosen: list[int]) -> float:
+    """Largest difference between the fast engine and the reference at some points."""
+    worst = 0.0
+    for number in chosen:
+        reference = run(vlm, encoded, edits[number]).last.float()
+        difference = (reference - logits[number].float()).abs().max().item()
+        limit = 64 * torch.finfo(logits.dtype).eps * max(1.0, reference.abs().max().item())
+        if not difference <= limit:
+            raise WorkError(
+                f"the fast engine differs from the reference by {difference:.3g} at {edits[number]}; at most "
+                f"{limit:.3g} is rounding; engine='trace' gives the reference"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _table(
+    vlm: "VLM",
+    encoded: Any,
+    points: Sequence[Point],
+    measures: tuple[Measure, ...],
+    rows: slice,
+    names: list[str],
+    clean: Tensor,
+    logits: Tensor,
+) -> pd.DataFrame:
+    columns: list[pd.DataFrame] = []
+    ids = [[vlm.answer_ids(encoded, answers[rows]) for answers in each.answers] for each in measures]
+    base = [each.of(clean, *own).double().cpu().numpy() for each, own in zip(measures, ids, strict=True)]
+    for point, edited in zip(points, logits, strict=True):
+        values: dict[str, Any] = {"example": names, **dict(point.axes)}
+        for each, own, unedited in zip(measures, ids, base, strict=True):
+            values[each.metric.name] = each.of(edited, *own).double().cpu().numpy()
+            values[f"{each.metric.name}_baseline"] = unedited
+        columns.append(pd.DataFrame(values))
+    return pd.concat(columns, ignore_index=True)
