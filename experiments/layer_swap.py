@@ -40,6 +40,8 @@ class Config(RunConfig):
     """Keep pairs that the model answers wrongly on either image."""
     batch: int = 32
     """Pairs a forward pass."""
+    engine: Literal["fast", "trace"] = "fast"
+    """The fast one computes only what can change; trace runs a whole pass for every cell."""
 
 
 def run(config: Config, work: Workspace) -> Outcome:
@@ -61,7 +63,8 @@ def run(config: Config, work: Workspace) -> Outcome:
         key = f"{start:08d}"
         if key not in work:
             batch = pairs[start : start + config.batch]
-            table, receipts = swap_states(vlm, batch, sites, spans, directions=directions, only_correct=not config.all)
+            only = {"directions": directions, "only_correct": not config.all}
+            table, receipts = swap_states(vlm, batch, sites, spans, engine=config.engine, **only)
             work.keep(key, table, summarise(receipts))
     table, receipts = work.collect()
     depth = "point" if config.site == "projector" else "layer"

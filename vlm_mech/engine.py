@@ -15,12 +15,13 @@ from torch import Tensor
 
 from vlm_mech.clean import Clean, record
 from vlm_mech.edit import Cut, Plan, Write, plan
+from vlm_mech.errors import UsageError
 from vlm_mech.intervene import Activations, Intervention, Knockout, Replace, Source
 from vlm_mech.prompt import Encoded
 from vlm_mech.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.replay import Cell, Wave
 from vlm_mech.site import Site
-from vlm_mech.trace import edited_embeddings, read, run
+from vlm_mech.trace import Run, edited_embeddings, read, run
 
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
@@ -43,6 +44,15 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.clean = record(self.vlm, self.encoded)
+
+    @property
+    def baseline(self) -> Float[Tensor, "batch vocab"]:
+        """Next-token logits of the unedited run."""
+        return self.clean.logits
+
+    def lend(self, other: "Engine") -> None:
+        """Takes the clean pass of another batch, so that states from it need no pass of their own."""
+        self.known[id(other.encoded)] = (other.encoded, other.clean)
 
     def answers(
         self, interventions: Sequence[Intervention], *, max_cells: int = 64
@@ -90,9 +100,7 @@ class Engine:
             f"{self.vlm.name}: attention that is no plain softmax; knockouts run through the reference, one by one",
             stacklevel=3,
         )
-        baseline = run(self.vlm, self.encoded)
-        done = [run(self.vlm, self.encoded, each, baseline=baseline) for each in interventions]
-        return torch.stack([each.last for each in done]), [each.receipts for each in done]
+        return Reference(self.vlm, self.encoded).answers(interventions)
 
     # Sources
 
@@ -234,6 +242,47 @@ class Engine:
             numbers.sort(key=lambda number: cells[number].entry)
             waves += [numbers[at : at + max_cells] for at in range(0, len(numbers), max_cells)]
         return waves
+
+
+@dataclass(eq=False)
+class Reference:
+    """The same answers by one whole traced forward pass for each intervention."""
+
+    vlm: "VLM"
+    encoded: Encoded
+    unedited: Run = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unedited = run(self.vlm, self.encoded)
+
+    @property
+    def baseline(self) -> Float[Tensor, "batch vocab"]:
+        """Next-token logits of the unedited run."""
+        return self.unedited.last
+
+    def lend(self, other: "Reference") -> None:
+        """Nothing is shared."""
+
+    def answers(
+        self, interventions: Sequence[Intervention], *, max_cells: int = 1
+    ) -> tuple[Float[Tensor, "cell batch vocab"], list[tuple[Receipt, ...]]]:
+        """Next-token logits of the batch under each intervention, and the verified receipts of each."""
+        done = [run(self.vlm, self.encoded, each, baseline=self.unedited) for each in interventions]
+        return torch.stack([each.last for each in done]), [each.receipts for each in done]
+
+
+ENGINES = {"fast": Engine, "trace": Reference}
+
+
+def engine_of(vlm: "VLM", encoded: Encoded, name: str) -> Engine | Reference:
+    """The engine of that name around a batch.
+
+    Raises:
+        UsageError: there is no such engine.
+    """
+    if name not in ENGINES:
+        raise UsageError(f"engine {name!r} is not known; {' or '.join(ENGINES)} is")
+    return ENGINES[name](vlm, encoded)
 
 
 def _entry(site: Site, n_added: int) -> int:

@@ -12,12 +12,12 @@ import torch
 
 from vlm_mech import metrics
 from vlm_mech.data.pairs import Pairs
+from vlm_mech.engine import engine_of
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.intervene import Activations, Replace
+from vlm_mech.intervene import Replace
 from vlm_mech.receipt import Receipt
 from vlm_mech.result import Metric, Result
 from vlm_mech.site import PROJECTOR_POINTS, Site
-from vlm_mech.trace import Run, read, run
 
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
@@ -64,6 +64,7 @@ def swap_states(
     *,
     directions: Sequence[str] = DIRECTIONS,
     only_correct: bool = True,
+    engine: str = "fast",
 ) -> tuple[pd.DataFrame, list[Receipt]]:
     """Every site and span swapped in both directions for one batch of pairs.
 
@@ -72,46 +73,48 @@ def swap_states(
     fraction whose denominator is below `metrics.MIN_GAP` logits is skipped as well. Skipped values are NaN, with the
     reason in `skipped`.
 
+    Args:
+        engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
+
     Returns:
         The table with one row per pair, direction, site and span, and the receipts of all swaps.
     """
-    runs = {"base": run(vlm, pairs.base), "counterfactual": run(vlm, pairs.counterfactual)}
-    states = {name: read(vlm, each.encoded, sites) for name, each in runs.items()}
-    ids = vlm.answer_ids(runs["base"].encoded, pairs.answer)
-    others = vlm.answer_ids(runs["counterfactual"].encoded, pairs.counterfactual_answer)
-    right = metrics.correct(runs["base"].last, ids) & metrics.correct(runs["counterfactual"].last, others)
+    sides = [engine_of(vlm, vlm.encode(prompts), engine) for prompts in (pairs.base, pairs.counterfactual)]
+    ids = vlm.answer_ids(sides[0].encoded, pairs.answer)
+    others = vlm.answer_ids(sides[1].encoded, pairs.counterfactual_answer)
+    right = metrics.correct(sides[0].baseline, ids) & metrics.correct(sides[1].baseline, others)
     usable = right if only_correct else torch.ones_like(right)
     tables, receipts = [], []
     for direction in directions:
         if direction not in DIRECTIONS:
             raise UsageError(f"direction {direction!r} is not known; one of {', '.join(DIRECTIONS)} is")
         forward = direction == "noising"
-        patched, donor = (runs["base"], runs["counterfactual"]) if forward else (runs["counterfactual"], runs["base"])
+        patched, donor = sides if forward else sides[::-1]
         own, other = (ids, others) if forward else (others, ids)
-        source = states["counterfactual" if forward else "base"]
-        for site in sites:
-            for span in spans:
-                table, proof = _swap(vlm, patched, donor, source, site, span, own, other, usable)
-                tables.append(table.assign(example=[pair.id for pair in pairs], direction=direction))
-                receipts += proof
+        patched.lend(donor)
+        cells = [(site, span) for site in sites for span in spans]
+        edits = [Replace(site, span, source=donor.encoded) for site, span in cells]
+        logits, proofs = patched.answers(edits)
+        for (site, span), edited, proof in zip(cells, logits, proofs, strict=True):
+            table = _scored(patched.baseline, donor.baseline, edited, own, other, usable)
+            place = {"point": site.point} if site.layer is None else {"layer": site.layer}
+            tables.append(table.assign(span=span, **place, example=[pair.id for pair in pairs], direction=direction))
+            receipts += proof
     groups = {pair.id: pair.group or pair.id for pair in pairs}
     table = pd.concat(tables, ignore_index=True)
     return table.assign(group=table["example"].map(groups)), receipts
 
 
-def _swap(
-    vlm: "VLM",
-    patched: Run,
-    donor: Run,
-    source: Activations,
-    site: Site,
-    span: str,
+def _scored(
+    before_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    edited: torch.Tensor,
     own: torch.Tensor,
     other: torch.Tensor,
     usable: torch.Tensor,
-) -> tuple[pd.DataFrame, tuple[Receipt, ...]]:
-    edited = run(vlm, patched.encoded, Replace(site, span, source=source), baseline=patched)
-    before, target, after = (metrics.logit_diff(each.last, own, other) for each in (patched, donor, edited))
+) -> pd.DataFrame:
+    """The metrics of one swap, a row a pair."""
+    before, target, after = (metrics.logit_diff(each, own, other) for each in (before_logits, target_logits, edited))
     fraction = metrics.recovered(after, before, target)
     skipped = [NO_GAP if missing else "" for missing in fraction.isnan().tolist()]
     skipped = [reason if use else WRONG for reason, use in zip(skipped, usable.tolist(), strict=True)]
@@ -120,13 +123,12 @@ def _swap(
         "recovered_baseline": torch.zeros_like(fraction).where(~fraction.isnan(), float("nan")),
         "logit_diff": after,
         "logit_diff_baseline": before,
-        "flip": metrics.flip(edited.last, own, other).float(),
-        "flip_baseline": metrics.flip(patched.last, own, other).float(),
+        "flip": metrics.flip(edited, own, other).float(),
+        "flip_baseline": metrics.flip(before_logits, own, other).float(),
     }
     missing = torch.full_like(fraction, float("nan"))
     table = pd.DataFrame({name: value.where(usable, missing).double().cpu().numpy() for name, value in columns.items()})
-    place = {"point": site.point} if site.layer is None else {"layer": site.layer}
-    return table.assign(span=span, skipped=skipped, **place), edited.receipts
+    return table.assign(skipped=skipped)
 
 
 def usable_share(result: Result, pairs: Pairs) -> str:

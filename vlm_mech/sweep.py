@@ -17,11 +17,11 @@ from torch import Tensor
 
 from vlm_mech import metrics
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.engine import Engine
+from vlm_mech.engine import engine_of
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.intervene import Ablate, Activations, Intervention, Replace, Together
 from vlm_mech.prompt import Prompt
-from vlm_mech.receipt import Receipt, add_up, summarise
+from vlm_mech.receipt import add_up, summarise
 from vlm_mech.result import Metric, Result
 from vlm_mech.span import Each
 from vlm_mech.trace import run
@@ -113,7 +113,7 @@ def sweep(
     prompts = list(data.base) if isinstance(data, Pairs) else list(data)
     names = [pair.id for pair in data] if isinstance(data, Pairs) else [str(number) for number in range(len(prompts))]
     measures = (measure,) if isinstance(measure, Measure) else tuple(measure)
-    _check(prompts, points, measures, engine)
+    _check(prompts, points, measures)
     planned = [intervention(point) for point in points]
     tables, summaries, worst = [], [], 0.0
     for first in range(0, len(prompts), batch):
@@ -121,15 +121,13 @@ def sweep(
         own = _Rows(rows, prompts)
         encoded = vlm.encode(prompts[rows])
         edits = [own.of(each) for each in planned]
-        if engine == "fast":
-            clean, logits, receipts = _fast(vlm, encoded, edits, max_cells)
-            if first == 0:
-                chosen = random.Random(seed).sample(range(len(edits)), min(check, len(edits)))
-                worst = _agree(vlm, encoded, edits, logits, chosen)
-        else:
-            clean, logits, receipts = _traced(vlm, encoded, edits)
+        runner = engine_of(vlm, encoded, engine)
+        logits, receipts = runner.answers(edits, max_cells=max_cells)
+        if first == 0 and engine == "fast":
+            chosen = random.Random(seed).sample(range(len(edits)), min(check, len(edits)))
+            worst = _agree(vlm, encoded, edits, logits, chosen)
         summaries += [summarise(each) for each in receipts if each]
-        tables.append(_table(vlm, encoded, points, measures, rows, names[rows], clean, logits))
+        tables.append(_table(vlm, encoded, points, measures, rows, names[rows], runner.baseline, logits))
     axes = tuple(axis for axis, _ in points[0].axes)
     provenance = {"model": vlm.identity(), "engine": engine, "receipts": add_up(summaries)}
     if engine == "fast":
@@ -141,11 +139,9 @@ def sweep(
     return Result("sweep", table, axes, tuple(each.metric for each in measures), provenance=provenance)
 
 
-def _check(prompts: list[Prompt], points: Sequence[Point], measures: tuple[Measure, ...], engine: str) -> None:
+def _check(prompts: list[Prompt], points: Sequence[Point], measures: tuple[Measure, ...]) -> None:
     if not prompts or not points or not measures:
         raise UsageError("a sweep needs prompts, points of a grid and a measure")
-    if engine not in ("fast", "trace"):
-        raise UsageError(f"engine {engine!r} is not known; fast or trace is")
     for each in measures:
         for answers in each.answers:
             if len(answers) != len(prompts):
@@ -186,20 +182,6 @@ class _Rows:
         if id(source) not in self.taken:
             self.taken[id(source)] = (source, list(source[self.rows]))
         return self.taken[id(source)][1]
-
-
-def _fast(
-    vlm: "VLM", encoded: Any, edits: list[Intervention], max_cells: int
-) -> tuple[Tensor, Tensor, list[tuple[Receipt, ...]]]:
-    engine = Engine(vlm, encoded)
-    logits, receipts = engine.answers(edits, max_cells=max_cells)
-    return engine.clean.logits, logits, receipts
-
-
-def _traced(vlm: "VLM", encoded: Any, edits: list[Intervention]) -> tuple[Tensor, Tensor, list[tuple[Receipt, ...]]]:
-    baseline = run(vlm, encoded)
-    done = [run(vlm, encoded, edit, baseline=baseline) for edit in edits]
-    return baseline.last, torch.stack([each.last for each in done]), [each.receipts for each in done]
 
 
 def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, chosen: list[int]) -> float:
