@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vlm_mech.data.pairs import load_pairs as load_pairs
     from vlm_mech.errors import UsageError as UsageError
     from vlm_mech.errors import WorkError as WorkError
+    from vlm_mech.extracted import Extracted as Extracted
     from vlm_mech.intervene import Ablate as Ablate
     from vlm_mech.intervene import Knockout as Knockout
     from vlm_mech.intervene import Replace as Replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vlm_mech.site import Site as Site
     from vlm_mech.site import sites as sites
     from vlm_mech.span import Each as Each
+    from vlm_mech.span import OneImage as OneImage
     from vlm_mech.span import Patches as Patches
     from vlm_mech.span import Positions as Positions
     from vlm_mech.span import Words as Words
@@ -39,13 +41,14 @@ _HOMES = {
     "contrastive": ("DualEncoder",),
     "data.pairs": ("Pairs", "load_pairs"),
     "errors": ("UsageError", "WorkError"),
+    "extracted": ("Extracted",),
     "intervene": ("Ablate", "Knockout", "Replace", "Steer", "window"),
     "model": ("VLM",),
     "prompt": ("Prompt",),
     "receipt": ("ReceiptError",),
     "result": ("Result",),
     "site": ("Site", "sites"),
-    "span": ("Each", "Patches", "Positions", "Words"),
+    "span": ("Each", "OneImage", "Patches", "Positions", "Words"),
     "trace": ("generate", "read", "run"),
 }
 _MODULES = ("figures", "metrics")

@@ -169,8 +169,6 @@ class DualEncoder:
 
     def check_site(self, site: Site) -> None:
         """Raise `UsageError` when this model has no such site, or no such layer."""
-        if site.name not in self.family.site_names:
-            raise UsageError(f"{self.name} has no site {site.name!r}; its sites: {', '.join(self.family.site_names)}")
         VLM.check_site(_lent(self), site)
 
     def width(self, site: Site) -> int:
@@ -202,6 +200,10 @@ class DualEncoder:
             path = self.family.vision_embed if site.stream == "vision" else self.family.text_embed
             return EmbedHandle(self.envoy(path), is_input=False)
         return VLM.site(_lent(self), name, layer, n_rows=n_rows)
+
+    def module_of(self, site: Site) -> tuple[str, bool]:
+        """Path of the module at a site, and whether the site is its input (its output otherwise)."""
+        return VLM.module_of(_lent(self), site)
 
     def trace(self, encoded: DualEncoded, **options: Any) -> Any:
         """An nnsight trace of one forward pass over a batch, to be used as a context manager."""

@@ -260,7 +260,9 @@ class VLM:
         return {site.point: value.shape[-1] for site, value in states.values.items()}
 
     def check_site(self, site: Site) -> None:
-        """Raise `UsageError` when the layer does not exist in this model."""
+        """Raise `UsageError` when this model has no such site, or no such layer."""
+        if site.name not in self.family.site_names:
+            raise UsageError(f"{self.name} has no site {site.name!r}; its sites: {', '.join(self.family.site_names)}")
         if site.layer is not None and not 0 <= site.layer < self.n_layers(site.stream):
             last = self.n_layers(site.stream) - 1
             raise UsageError(f"layer {site.layer} is out of range for {site.name}: layers are 0..{last}")
@@ -299,18 +301,22 @@ class VLM:
         """
         site = Site(name, layer)
         self.check_site(site)
+        path, is_input = self.module_of(site)
+        return SiteHandle(self.envoy(path), is_input=is_input, n_rows=n_rows)
+
+    def module_of(self, site: Site) -> tuple[str, bool]:
+        """Path of the module at a site, and whether the site is its input (its output otherwise)."""
         if site.stream == "projector":
-            return SiteHandle(self.envoy(self.family.projector), is_input=site.point == "in", n_rows=n_rows)
+            return self.family.projector, site.point == "in"
         blocks = self.blocks(site.stream)
-        block = f"{blocks.path}.{layer}"
-        path, is_input = {
+        block = f"{blocks.path}.{site.layer}"
+        return {
             "resid_pre": (block, True),
             "head_out": (f"{block}.{blocks.attention}.{blocks.out}", True),
             "attn_out": (f"{block}.{blocks.attention_added or blocks.attention}", False),
             "mlp_out": (f"{block}.{blocks.mlp_added or blocks.mlp}", False),
             "resid_post": (block, False),
         }[site.point]
-        return SiteHandle(self.envoy(path), is_input=is_input, n_rows=n_rows)
 
     def trace(self, prompts: "Prompt | Sequence[Prompt] | Encoded", **options: Any) -> Any:
         """An nnsight trace of one forward pass over the prompts, to be used as a context manager."""
