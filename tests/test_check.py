@@ -101,6 +101,14 @@ def test_a_wrong_record_is_refused_by_its_structure(monkeypatch, change, message
         VLM(tiny_model(), tiny_processor())
 
 
+def test_heads_that_do_not_fit_the_widths_are_refused():
+    model = tiny_model()
+    model.config.text_config.num_attention_heads = 5
+    wrong = [finding for finding in find_structure(model) if not finding.holds]
+    assert [finding.name for finding in wrong] == ["llm heads and widths fit"]
+    assert "32 to 32 for width 32, 5 heads" in wrong[0].detail
+
+
 def failing(family: str, **change) -> list[str]:
     vlm = VLM(*ZOO[family]("sdpa", 0), check=False)
     vlm.family = dataclasses.replace(vlm.family, **change)

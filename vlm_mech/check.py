@@ -16,6 +16,7 @@ from torch import Tensor
 from vlm_mech.errors import WorkError, one_line_errors
 from vlm_mech.finding import Finding, findings_table
 from vlm_mech.intervene import Ablate, Intervention, Knockout, Replace, Steer
+from vlm_mech.loading import weight_of
 from vlm_mech.prompt import Encoded, Prompt
 from vlm_mech.receipt import ReceiptError
 from vlm_mech.site import Site
@@ -113,7 +114,7 @@ def _scales(vlm: "VLM", stream: str, layer: int) -> tuple[Tensor | float, Tensor
     blocks = vlm.blocks(stream)
     if blocks.scales is None:
         return 1.0, 1.0
-    first, second = (vlm.model.get_parameter(f"{blocks.path}.{layer}.{name}").detach() for name in blocks.scales)
+    first, second = (weight_of(vlm.model, f"{blocks.path}.{layer}.{name}") for name in blocks.scales)
     return first, second
 
 
@@ -162,7 +163,9 @@ def _patches_make_token(vlm: "VLM", encoded: Encoded, view: int, cell: tuple[int
     before = read(vlm, encoded, out)[out][0]
     after = read(vlm, encoded, out, Steer(into, span, vector=vector))[out][0]
     change = (after - before).float().norm(dim=-1)
-    moved = set((change > 1e-4 * change.max()).nonzero().flatten().tolist())
+    # 8-bit kernels choose their outlier columns over all tokens, so that the others move a little.
+    least = 0.2 if getattr(vlm.model, "is_quantized", False) else 1e-4
+    moved = set((change > least * change.max()).nonzero().flatten().tolist())
     patches = set(zip(*(each.tolist() for each in _indexes(encoded, span)), strict=True))
     expected = {
         picture.positions[slot]
@@ -227,7 +230,13 @@ def _done(vlm: "VLM", encoded: Encoded, baseline: Run, name: str, edit: Interven
     except ReceiptError as error:
         return Finding(name, False, str(error))
     moved = receipt.readout_change
-    return Finding(name, (moved > 0) == moves, f"the logits moved by {moved:.3g}")
+    detail = f"the logits moved by {moved:.3g}"
+    if moves:
+        return Finding(name, moved > 0, detail)
+    # The same states in another memory layout may take another kernel, which rounds otherwise.
+    last = baseline.last.float()
+    limit = 16 * torch.finfo(baseline.logits.dtype).eps * max(1.0, last.abs().max().item())
+    return Finding(name, moved <= limit, f"{detail}, allowed {limit:.3g}")
 
 
 @dataclass(frozen=True)

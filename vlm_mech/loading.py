@@ -109,8 +109,20 @@ def input_device(model: Any) -> torch.device:
         return device
     hook = getattr(embeddings, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
-    found = [each.execution_device for each in hooks if getattr(each, "execution_device", None) is not None]
-    return torch.device(found[0] if found else "cpu")
+    devices = [getattr(each, "execution_device", None) for each in hooks]
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
+
+
+def weight_of(model: Any, path: str) -> torch.Tensor:
+    """A weight by its path, fetched from where accelerate keeps it when it is offloaded."""
+    weight = model.get_parameter(path)
+    if not weight.is_meta:
+        return weight.detach()
+    module, _, name = path.rpartition(".")
+    hook = model.get_submodule(module)._hf_hook
+    hooks = getattr(hook, "hooks", (hook,))
+    held = next(each for each in hooks if getattr(each, "weights_map", None) is not None)
+    return held.weights_map[name].to(held.execution_device)
 
 
 def weights_hash(model: Any) -> str:
@@ -177,6 +189,12 @@ def _load_model(
         raise UsageError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
     finally:
         logging.enable_progress_bar()
+    if next(model.parameters()).is_meta:
+        first = next(name for name, _ in model.named_parameters())
+        raise UsageError(
+            f"the device_map offloads {first}, the model's first weight; nnsight sends the inputs to where that is, "
+            "so give the first part a device"
+        )
     return model.to(device) if device_map is None else model
 
 

@@ -246,8 +246,10 @@ class VLM:
             return self._projector_widths[site.point]
         blocks = self.blocks(site.stream)
         block = f"{blocks.path}.{site.layer}"
-        path = f"{block}.{blocks.attention}.{blocks.out}" if site.point == "head_out" else f"{block}.{blocks.norm_1}"
-        weight: torch.Tensor = self.model.get_parameter(f"{path}.weight")
+        if site.point == "head_out":
+            # Not the weight's shape: quantised weights are packed.
+            return int(self.model.get_submodule(f"{block}.{blocks.attention}.{blocks.out}").in_features)
+        weight: torch.Tensor = self.model.get_parameter(f"{block}.{blocks.norm_1}.weight")
         return weight.shape[-1]
 
     @functools.cached_property

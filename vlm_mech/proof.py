@@ -11,6 +11,7 @@ from vlm_mech.dual_batch import DualEncoded
 from vlm_mech.dual_families import DualFamily
 from vlm_mech.edit import Batch, Plan, Wrapper, Write
 from vlm_mech.errors import UsageError
+from vlm_mech.loading import weight_of
 from vlm_mech.prompt import Encoded
 from vlm_mech.receipt import KnockoutReceipt, Receipt, ReceiptError, WriteReceipt
 from vlm_mech.site import Site
@@ -96,7 +97,7 @@ def _expected(vlm: Wrapper, encoded: Batch, site: Site, written: Tensor, seen: S
         scale = 1.0
         if blocks.scales is not None:
             name = blocks.scales[site.point == "mlp_out"]
-            scale = vlm.model.get_parameter(f"{block}.{name}")
+            scale = weight_of(vlm.model, f"{block}.{name}")
         return seen.beside[site] + scale * written, False
     if site.point == "head_out":
         return vlm.model.get_submodule(f"{block}.{blocks.attention}.{blocks.out}").forward(written), False

@@ -111,11 +111,12 @@ def _sizes(model: "PreTrainedModel", stream: str, blocks: Blocks, stack: "nn.Mod
     n_heads = getattr(getattr(model.config, blocks.config), blocks.heads)
     wrong = []
     for layer, block in enumerate(stack.children()):
-        out = block.get_submodule(f"{blocks.attention}.{blocks.out}").weight
+        # Not the weight's shape: quantised weights are packed.
+        out = block.get_submodule(f"{blocks.attention}.{blocks.out}")
         width = block.get_submodule(blocks.norm_1).weight.shape[-1]
-        if out.shape[0] != width or out.shape[1] % n_heads:
-            wrong.append(f"block {layer}: {tuple(out.shape)} for width {width} and {n_heads} heads")
-    detail = "; ".join(wrong[:2]) or f"width {width}, {n_heads} heads of {out.shape[1] // n_heads}"
+        if out.out_features != width or out.in_features % n_heads:
+            wrong.append(f"block {layer}: {out.in_features} to {out.out_features} for width {width}, {n_heads} heads")
+    detail = "; ".join(wrong[:2]) or f"width {width}, {n_heads} heads of {out.in_features // n_heads}"
     return Finding(f"{stream} heads and widths fit", not wrong, detail)
 
 
@@ -131,5 +132,5 @@ def _head(model: "PreTrainedModel", family: Family) -> Finding:
     head, norm = _module(model, family.head), _module(model, family.llm.after or "")
     if head is None or norm is None or not hasattr(norm, "weight"):
         return Finding("the head fits the last norm", False, f"{family.head}, {family.llm.after}")
-    sizes = head.weight.shape[-1], norm.weight.shape[-1]
+    sizes = head.in_features, norm.weight.shape[-1]
     return Finding("the head fits the last norm", sizes[0] == sizes[1], f"widths {sizes[0]} and {sizes[1]}")
