@@ -31,8 +31,8 @@ class Block:
 
     hidden: Float[Tensor, "batch pos d_model"]
     arguments: dict[str, Any]
-    keys: Float[Tensor, "batch group pos d_head"] | None = None
-    values: Float[Tensor, "batch group pos d_head"] | None = None
+    keys: Float[Tensor, "batch group pos d_head"] = field(init=False)
+    values: Float[Tensor, "batch group pos d_head"] = field(init=False)
     mask: Bool[Tensor, "rows heads pos pos"] | None = None
     scaling: float = 1.0
     plain: bool = True
@@ -103,7 +103,7 @@ def record(vlm: "VLM", encoded: Encoded) -> Clean:
     finally:
         for hook in hooks:
             hook.remove()
-    if len(blocks) != len(stack) or any(block.keys is None for block in blocks.values()) or "final" not in seen:
+    if len(blocks) != len(stack) or not all(hasattr(block, "keys") for block in blocks.values()) or "final" not in seen:
         raise WorkError(f"{vlm.name}: the blocks of the decoder were not called as expected")
     added = [each.detach() for each in seen.get("deepstack_visual_embeds") or ()]
     ordered = [blocks[layer] for layer in range(len(stack))]

@@ -76,8 +76,9 @@ LAYOUTS = {
 def _patches(vlm: "VLM") -> str:
     side = getattr(vlm.config.vision_config, "image_size", None)
     side = side[0] if isinstance(side, list | tuple) else side
-    fixed = vlm.family.layout in (layout.tiles, layout.mosaic, layout.queries) and side is not None
-    grid = f"{side // vlm.patch_size} x {side // vlm.patch_size} " if fixed else ""
+    grid = ""
+    if side is not None and vlm.family.layout in (layout.tiles, layout.mosaic, layout.queries):
+        grid = f"{side // vlm.patch_size} x {side // vlm.patch_size} "
     class_tokens = f" + {vlm.n_class_tokens} class" if vlm.n_class_tokens else ""
     return f"{grid}patches of {vlm.patch_size} px{class_tokens}"
 

@@ -44,6 +44,12 @@ class Write:
     change: Callable[[Tensor], Tensor]
     generated: bool
 
+    @property
+    def placed(self) -> Cells:
+        """The cells in the prompt; none where only generated tokens are edited."""
+        nowhere = torch.empty(0, dtype=torch.long)
+        return Cells(nowhere, nowhere, ()) if self.cells is None else self.cells
+
     def apply(self, states: Float[Tensor, "rows pos width"], *, prompt: bool) -> Tensor:
         """A new tensor with the edit made; the tensor given stays as it is."""
         states = states.clone()
@@ -207,7 +213,7 @@ def _change(
             f"{type(part).__name__} at {site}: span {part.span!r} of example {example} has {wanted[example]} tokens, "
             f"its source has {counts[example]}; both must be equal"
         )
-    if isinstance(part, Replace) and part.source_span is None:
+    if isinstance(part, Replace) and part.source_span is None and source is not None:
         _check_grids(part, site, cells, encoded, source.encoded)
     return lambda old: states.to(old.device)
 

@@ -127,8 +127,8 @@ class Engine:
                 # One recorded pass gives all residual states, and keys and values besides.
                 clean = self._clean_of(source)
                 for site in missing:
-                    if site.name == "llm.resid_pre" or site.layer >= len(clean.added):
-                        layer = site.layer + (site.name == "llm.resid_post")
+                    if site.name == "llm.resid_pre" or site.depth >= len(clean.added):
+                        layer = site.depth + (site.name == "llm.resid_post")
                         self.states[key, site] = (source, clean.hidden(layer))
                 missing = [site for site in missing if (key, site) not in self.states]
             if missing:
@@ -179,7 +179,7 @@ class Engine:
         part, site = parts[0], parts[0].sites[0]
         if site.name not in ("llm.resid_pre", "llm.resid_post") or part.source_span is not None:
             return None
-        if site.layer < len(self.clean.added) or len(writes[site]) != 1 or _entry(site, 0) > min([99999, *cuts]):
+        if site.depth < len(self.clean.added) or len(writes[site]) != 1 or _entry(site, 0) > min([99999, *cuts]):
             return None
         others = [each for other, each in writes.items() if other != site]
         block = _block(writes[site][0], len(self.encoded))
@@ -198,8 +198,8 @@ class Engine:
 
     def _taken_over(self, site: Site, write: Write, other: Clean) -> WriteReceipt:
         """The receipt of a write that was made by taking the keys and values of the run the states come from."""
-        layer = site.layer + (site.name == "llm.resid_post")
-        cells = write.cells
+        layer = site.depth + (site.name == "llm.resid_post")
+        cells = write.placed
         difference = (
             other.hidden(layer)[cells.rows, cells.positions] - self.clean.hidden(layer)[cells.rows, cells.positions]
         )
@@ -290,12 +290,12 @@ def _entry(site: Site, n_added: int) -> int:
 
     What comes out of a block is written before the next; unless features are added in between.
     """
-    after = site.point == "resid_post" and site.layer >= n_added
-    return site.layer + 1 if after else site.layer
+    after = site.point == "resid_post" and site.depth >= n_added
+    return site.depth + 1 if after else site.depth
 
 
 def _first(writes: list[Write]) -> int:
-    return min(int(write.cells.positions.min()) for write in writes)
+    return min(int(write.placed.positions.min()) for write in writes)
 
 
 def _first_cut(cuts: list[Cut]) -> int:
@@ -304,6 +304,6 @@ def _first_cut(cuts: list[Cut]) -> int:
 
 def _block(write: Write, n_rows: int) -> tuple[int, int] | None:
     """First position and the one after the last, if the write covers the same unbroken range in every example."""
-    rows = [write.cells.positions[write.cells.rows == row].tolist() for row in range(n_rows)]
+    rows = [write.placed.positions[write.placed.rows == row].tolist() for row in range(n_rows)]
     begin, end = rows[0][0], rows[0][-1] + 1
     return (begin, end) if all(positions == list(range(begin, end)) for positions in rows) else None

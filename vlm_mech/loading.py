@@ -40,7 +40,7 @@ def load(
     else:
         how = {"dtype": DTYPES[dtype], "attn_implementation": attn, "quantization_config": quantizer}
         model = _load_model(source, device, device_map, how, options)
-    return _kept_in_place(model), _load_processor(source, options)
+    return kept_in_place(model), _load_processor(source, options)
 
 
 def _checked_map(device: str, device_map: DeviceMap | None) -> DeviceMap | None:
@@ -90,7 +90,7 @@ def _need(package: str, purpose: str) -> None:
         raise UsageError(f"{purpose} needs {package}, which is not installed: pip install {package}")
 
 
-def _kept_in_place(model: Any) -> Any:
+def kept_in_place(model: Any) -> Any:
     """The model with a device map, because a pipeline (nnsight makes one) moves a model that has none to the first
     accelerator. A pipeline takes the map's first device for its own, so parts on the disk come last."""
     devices = getattr(model, "hf_device_map", None) or {"": str(model.device)}

@@ -15,7 +15,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.families import Blocks, Family, family_of
 from vlm_mech.image import ImageLike
 from vlm_mech.layout import Batch, ImageLayout
-from vlm_mech.loading import DeviceMap, input_device, load, weights_hash
+from vlm_mech.loading import DeviceMap, input_device, kept_in_place, load, weights_hash
 from vlm_mech.prompt import Encoded, Prompt, encode
 from vlm_mech.site import Site
 
@@ -79,6 +79,7 @@ class VLM:
         _check_processor(model, processor)
         self.tokenizer = processor.tokenizer
         self.known_boxes: dict[Any, Any] = {}
+        kept_in_place(model)
         self.nn = TransformersModel(model, task="image-text-to-text", processor=processor)
         if check:
             from vlm_mech.check import check_model
@@ -151,7 +152,8 @@ class VLM:
     def backend_of(self, stream: str) -> str:
         """Attention back end of `vision` or `llm`, as its first attention module has it."""
         blocks = self.blocks(stream)
-        return self.model.get_submodule(f"{blocks.path}.0.{blocks.attention}").config._attn_implementation
+        config: Any = self.model.get_submodule(f"{blocks.path}.0.{blocks.attention}").config
+        return config._attn_implementation
 
     @property
     def llm_layers(self) -> range:

@@ -7,7 +7,7 @@ image, the ids of the batch are matched against the tokenizer's own offsets, and
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vlm_mech.errors import UsageError
 from vlm_mech.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
@@ -48,7 +48,9 @@ class Prompt:
         """The images in order, none for a text-only prompt."""
         if self.image is None:
             return ()
-        return tuple(self.image) if isinstance(self.image, list | tuple) else (self.image,)
+        if isinstance(self.image, list | tuple):
+            return tuple(self.image)
+        return (cast(ImageLike, self.image),)
 
 
 @dataclass(frozen=True, eq=False)

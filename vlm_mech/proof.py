@@ -74,7 +74,7 @@ def _rounding(states: Tensor) -> float:
 
 def _difference(received: Tensor, expected: Tensor) -> float:
     """Largest difference; where the receiver only arranges the numbers anew, that of the sorted numbers."""
-    received, expected = received.float(), expected.float()
+    received, expected = received.float(), expected.to(received.device).float()
     if received.shape != expected.shape:
         if received.numel() != expected.numel():
             return float("inf")

@@ -68,7 +68,7 @@ class Wave:
 
     def run(self) -> Float[Tensor, "cell batch vocab"]:
         """Next-token logits of every cell."""
-        stack = self.vlm.model.get_submodule(self.vlm.family.llm.path)
+        stack = list(self.vlm.model.get_submodule(self.vlm.family.llm.path).children())
         modules = {block.get_submodule(self.vlm.family.llm.attention) for block in stack}
         order = sorted(range(len(self.cells)), key=lambda number: self.cells[number].entry)
         queue = [self.cells[number] for number in order]
@@ -80,6 +80,7 @@ class Wave:
                 if block is not None and states is not None:
                     states = self._through(block, states)
             self._prove(Site("llm.resid_post", layer - 1), states)
+        assert states is not None, "every cell joins at some block"
         logits = read_out(self.vlm, states[:, :, -1].flatten(0, 1)[:, None])[:, 0].unflatten(0, (-1, self.batch))
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
@@ -383,5 +384,5 @@ class Wave:
 
 def shifted(write: Write, start: int) -> Write:
     """The same write in states that begin at position `start`."""
-    cells = write.cells
+    cells = write.placed
     return replace(write, cells=Cells(cells.rows, cells.positions - start, cells.counts))

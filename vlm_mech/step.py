@@ -141,9 +141,9 @@ def beside_of(vlm: Wrapper, site: Site) -> Witness | None:
     if site.point in ("attn_out", "mlp_out"):
         norm, slot = (blocks.norm_1, "norm_1") if site.point == "attn_out" else (blocks.norm_2, "norm_2")
         return Witness(f"{blocks.path}.{site.layer}.{norm}", True, _key(site.stream, site.layer, slot))
-    if site.name == "llm.resid_post" and site.layer < len(vlm.taps):
+    if site.name == "llm.resid_post" and site.depth < len(vlm.taps):
         path = f"{vlm.family.added_later}.{site.layer}"
-        return Witness(path, False, _key("vision", vlm.taps[site.layer], "beside"))
+        return Witness(path, False, _key("vision", vlm.taps[site.depth], "beside"))
     return None
 
 

@@ -70,7 +70,7 @@ def find_structure(model: "PreTrainedModel") -> Iterator[Finding]:
 
 def _facts(family: Family, config: Any) -> Finding:
     try:
-        reads, merge, n_class = (fact(config) for fact in (family.vision_reads, family.merge, family.class_tokens))
+        reads, merge, n_class = family.vision_reads(config), family.merge(config), family.class_tokens(config)
     except (UsageError, AttributeError) as error:
         return Finding("facts of the configuration", False, str(error))
     blocks = ", ".join(map(str, reads))
@@ -83,7 +83,7 @@ def _exists(model: "nn.Module", name: str, path: str) -> Finding:
     return Finding(f"{name} is there", found is not None, path if found is None else type(found).__name__)
 
 
-def _module(model: "nn.Module", path: str) -> "nn.Module | None":
+def _module(model: "nn.Module", path: str) -> Any:
     try:
         return model.get_submodule(path)
     except AttributeError:
@@ -91,8 +91,9 @@ def _module(model: "nn.Module", path: str) -> "nn.Module | None":
 
 
 def _stack(model: "PreTrainedModel", stream: str, blocks: Blocks) -> Iterator[Finding]:
-    stack = _module(model, blocks.path)
-    n_layers = 0 if stack is None else len(list(stack.children()))
+    found = _module(model, blocks.path)
+    stack = [] if found is None else list(found.children())
+    n_layers = len(stack)
     yield Finding(f"{stream} blocks are there", n_layers > 0, f"{n_layers} at {blocks.path}")
     named = (blocks.attention, f"{blocks.attention}.{blocks.out}", blocks.mlp, blocks.norm_1, blocks.norm_2)
     named += tuple(path for path in (blocks.attention_added, blocks.mlp_added) if path is not None)
@@ -107,13 +108,13 @@ def _stack(model: "PreTrainedModel", stream: str, blocks: Blocks) -> Iterator[Fi
     yield _interface(stream, stack[0].get_submodule(blocks.attention))
 
 
-def _sizes(model: "PreTrainedModel", stream: str, blocks: Blocks, stack: "nn.Module") -> Finding:
+def _sizes(model: "PreTrainedModel", stream: str, blocks: Blocks, stack: "list[nn.Module]") -> Finding:
     n_heads = getattr(getattr(model.config, blocks.config), blocks.heads)
     wrong = []
-    for layer, block in enumerate(stack.children()):
+    for layer, block in enumerate(stack):
         # Not the weight's shape: quantised weights are packed.
         out = block.get_submodule(f"{blocks.attention}.{blocks.out}")
-        width = block.get_submodule(blocks.norm_1).weight.shape[-1]
+        width = _module(block, blocks.norm_1).weight.shape[-1]
         if out.out_features != width or out.in_features % n_heads:
             wrong.append(f"block {layer}: {out.in_features} to {out.out_features} for width {width}, {n_heads} heads")
     detail = "; ".join(wrong[:2]) or f"width {width}, {n_heads} heads of {out.in_features // n_heads}"
