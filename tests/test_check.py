@@ -153,6 +153,8 @@ def test_the_command_prints_one_line_a_finding(tmp_path):
     whole = command("organism")
     assert whole.returncode == 0 and "logits equal the plain forward" in whole.stdout
     assert whole.stdout.count("\nholds ") >= 45 and "findings hold" in whole.stdout
+    contrastive = command("clip")
+    assert contrastive.returncode == 0 and "similarities equal the plain forward" in contrastive.stdout
     model = tiny_model()
     with torch.no_grad():
         model.model.language_model.layers[2].mlp.down_proj.weight.zero_()

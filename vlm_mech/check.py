@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm_mech.errors import WorkError, one_line_errors
+from vlm_mech.families import CONTRASTIVE_TYPES
 from vlm_mech.finding import Finding, findings_table
 from vlm_mech.intervene import Ablate, Intervention, Knockout, Replace, Steer
 from vlm_mech.loading import weight_of
@@ -261,13 +262,20 @@ class Check:
 
 def answers(config: Check) -> Iterator[Finding]:
     """The findings about the model that the options name."""
+    from vlm_mech.contrastive import DualEncoder, find_dual
     from vlm_mech.model import VLM
 
     hub = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if config.structure:
         yield from find_structure(skeleton(load_config(config.model, **hub)))
         return
-    vlm = VLM.load(config.model, device=config.device, dtype=config.dtype, attn=config.attn, check=False, **hub)
+    how = {"device": config.device, "dtype": config.dtype, "attn": config.attn, "check": False}
+    if load_config(config.model, **hub).model_type in CONTRASTIVE_TYPES:
+        encoder = DualEncoder.load(config.model, revision=config.revision, **how)
+        print(encoder)
+        yield from find_dual(encoder)
+        return
+    vlm = VLM.load(config.model, **how, **hub)
     print(vlm)
     yield from find(vlm)
 

@@ -26,8 +26,9 @@ def load_config(name_or_folder: str, **hub: Any) -> Any:
 
     from vlm_mech.loading import _locate
 
+    source = _locate(name_or_folder)
     try:
-        return AutoConfig.from_pretrained(_locate(name_or_folder), **hub)
+        return AutoConfig.from_pretrained(source, **hub)
     except (OSError, ValueError) as error:
         raise UsageError(f"no configuration of {name_or_folder!r}: {str(error).strip().splitlines()[0]}") from error
 
