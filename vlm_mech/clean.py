@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -156,12 +157,16 @@ def _recorder(modules: dict[nn.Module, int], blocks: dict[int, Block], backend: 
 
 def _is_plain(block: Block, query: Tensor, output: Tensor) -> bool:
     """Whether the last query's output is that of a softmax over scaled, masked scores."""
-    groups = query.shape[1] // block.keys.shape[1]
-    keys, values = (each.repeat_interleave(groups, dim=1).float() for each in (block.keys, block.values))
-    scores = query[:, :, -1:].float() @ keys.mT * block.scaling
     n_pos = query.shape[2]
-    weights = scores.masked_fill(~block.allowed(n_pos - 1, n_pos), -torch.inf).softmax(-1)
-    expected = (weights @ values)[:, :, 0]
+    of_group = rearrange(query[:, :, -1].float(), "b (g r) d -> b g r d", g=block.keys.shape[1])
+    scores = of_group @ block.keys.float().mT * block.scaling
+    allowed = block.allowed(n_pos - 1, n_pos)[:, :, 0]
+    if allowed.shape[1] > 1:
+        allowed = rearrange(allowed, "b (g r) p -> b g r p", g=block.keys.shape[1])
+    else:
+        allowed = allowed[:, :, None]
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    expected = rearrange(weights @ block.values.float(), "b g r d -> b (g r) d")
     limit = 64 * torch.finfo(output.dtype).eps * max(1.0, expected.abs().max().item())
     return bool((output[:, -1].float() - expected).abs().max() <= limit)
 

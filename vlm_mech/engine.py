@@ -74,17 +74,17 @@ class Engine:
         for numbers in self._waves(cells, max_cells):
             chosen = [cells[number] for number in numbers]
             wave = Wave(self.vlm, self.clean, chosen, chosen[0].start, chosen[0].before)
-            for number, logits in zip(numbers, wave.run(), strict=True):
-                found[number] = logits
+            for number, *answer in zip(numbers, *wave.run(), strict=True):
+                found[number] = answer
         receipts = []
-        for number, cell in enumerate(cells):
-            if cell.receipts and not any(receipt.reaches for receipt in cell.receipts):
+        for number, (logits, proofs) in enumerate(found):
+            if proofs and not any(receipt.reaches for receipt in proofs):
                 # What provably cannot reach the answer leaves it alone; other batch sizes would only round otherwise.
-                found[number] = self.clean.logits
-            moved = (found[number] - self.clean.logits).abs().max().item()
-            receipts.append(tuple(dataclasses.replace(receipt, readout_change=moved) for receipt in cell.receipts))
+                logits = found[number][0] = self.clean.logits
+            moved = (logits - self.clean.logits).abs().max().item()
+            receipts.append(tuple(dataclasses.replace(receipt, readout_change=moved) for receipt in proofs))
             verify(receipts[-1])
-        return torch.stack(found), receipts
+        return torch.stack([logits for logits, _ in found]), receipts
 
     def provable(self, interventions: Sequence[Intervention]) -> bool:
         """Whether cut edges can be proved here: not where attention is more than a softmax of scaled scores."""
@@ -160,9 +160,8 @@ class Engine:
         if donor is not None:
             before, start, site = donor
             kept = {other: each for other, each in writes.items() if other != site}
-            cell = Cell(kept, cuts, min(entries), start, before)
-            cell.receipts.append(self._taken_over(site, writes[site][0], before))
-            return cell
+            proof = self._taken_over(site, writes[site][0], before)
+            return Cell(kept, cuts, min(entries), start, before, receipts=(proof,))
         return Cell(writes, cuts, min(entries), self.clean.widened(first), self.clean)
 
     def _donor(
@@ -230,7 +229,7 @@ class Engine:
         first = [int(self.encoded.cells("image").positions.min())]
         first += [_first(each) for each in writes.values()] + [_first_cut(each) for each in cuts.values()]
         start = self.clean.widened(min(first))
-        return Cell(writes, cuts, 0, start, self.clean, hidden, added or None, list(receipts))
+        return Cell(writes, cuts, 0, start, self.clean, hidden, added or None, receipts)
 
     def _waves(self, cells: list[Cell], max_cells: int) -> list[list[int]]:
         """Numbers of the cells that run together."""

@@ -12,25 +12,24 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlm_mech.attention import Attend, attending
-from vlm_mech.clean import Block, Clean, read_out
+from vlm_mech.attention import attending
+from vlm_mech.clean import Clean, read_out
 from vlm_mech.edit import Cut, Write
-from vlm_mech.errors import UsageError
-from vlm_mech.proof import knockout_reaches, write_receipt
-from vlm_mech.receipt import KnockoutReceipt, Receipt
+from vlm_mech.proof import write_receipt
+from vlm_mech.receipt import Receipt
 from vlm_mech.site import Site
 from vlm_mech.span import Cells
 from vlm_mech.step import Seen
+from vlm_mech.suffix_attention import SuffixAttention
 
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One edited version: its writes by site and cuts by layer in the decoder, and where it leaves the clean pass.
 
@@ -45,8 +44,21 @@ class Cell:
     before: Clean
     hidden: Float[Tensor, "batch pos d_model"] | None = None
     added: list[Float[Tensor, "token d_model"]] | None = None
-    receipts: list[Receipt] = field(default_factory=list)
+    receipts: tuple[Receipt, ...] = ()
+
+
+@dataclass(eq=False)
+class Active:
+    """A cell on its way: what was seen of its writes, and what has been proved so far."""
+
+    cell: Cell
     seen: Seen = field(default_factory=Seen)
+    receipts: list[Receipt] = field(default_factory=list)
+
+    @property
+    def writes(self) -> dict[Site, list[Write]]:
+        """The cell's writes."""
+        return self.cell.writes
 
 
 @dataclass(eq=False)
@@ -58,7 +70,7 @@ class Wave:
     cells: list[Cell]
     start: int
     before: Clean
-    active: list[Cell] = field(default_factory=list)
+    active: list[Active] = field(default_factory=list)
     layer: int = 0
 
     @property
@@ -66,14 +78,13 @@ class Wave:
         """Examples a cell has."""
         return self.clean.logits.shape[0]
 
-    def run(self) -> Float[Tensor, "cell batch vocab"]:
-        """Next-token logits of every cell."""
+    def run(self) -> tuple[Float[Tensor, "cell batch vocab"], list[list[Receipt]]]:
+        """Next-token logits of every cell, and the receipts of each, not yet verified."""
         stack = list(self.vlm.model.get_submodule(self.vlm.family.llm.path).children())
-        modules = {block.get_submodule(self.vlm.family.llm.attention) for block in stack}
         order = sorted(range(len(self.cells)), key=lambda number: self.cells[number].entry)
         queue = [self.cells[number] for number in order]
         states = None
-        with torch.no_grad(), attending(modules, self._attend):
+        with torch.no_grad():
             for layer, block in enumerate([*stack, None]):
                 self.layer = layer
                 states, queue = self._join(states, queue, layer)
@@ -82,34 +93,33 @@ class Wave:
             self._prove(Site("llm.resid_post", layer - 1), states)
         assert states is not None, "every cell joins at some block"
         logits = read_out(self.vlm, states[:, :, -1].flatten(0, 1)[:, None])[:, 0].unflatten(0, (-1, self.batch))
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        return logits[back.to(logits.device)]
+        back = [order.index(number) for number in range(len(order))]
+        return logits[torch.tensor(back, device=logits.device)], [self.active[number].receipts for number in back]
 
     def _join(self, states: Tensor | None, queue: list[Cell], layer: int) -> tuple[Tensor | None, list[Cell]]:
         """Cells that leave the clean pass before this block join with the states they have there.
 
         States are cell x batch x suffix x d_model, for the active cells.
         """
-        new = [cell for cell in queue if cell.entry == layer]
+        new = [Active(cell, receipts=list(cell.receipts)) for cell in queue if cell.entry == layer]
         if not new:
             return states, queue
         clean = self.clean.hidden(layer)[:, self.start :]
         site = Site("llm.resid_post", layer - 1) if layer else None
-        entering = [clean if cell.hidden is None else cell.hidden[:, self.start :] for cell in new]
-        joined = torch.stack([self._written(cell, site, each) for cell, each in zip(new, entering, strict=True)])
+        entering = [clean if each.cell.hidden is None else each.cell.hidden[:, self.start :] for each in new]
+        joined = torch.stack([self._written(each, site, value) for each, value in zip(new, entering, strict=True)])
         self.active += new
         return joined if states is None else torch.cat([states, joined]), queue[len(new) :]
 
-    def _written(self, cell: Cell, site: Site | None, states: Float[Tensor, "batch pos width"]) -> Tensor:
+    def _written(self, active: Active, site: Site | None, states: Float[Tensor, "batch pos width"]) -> Tensor:
         """States of one cell after its writes at a site."""
-        writes = cell.writes.get(site, ()) if site is not None else ()
+        writes = active.writes.get(site, ()) if site is not None else ()
         if not writes:
             return states
         before = states
         for write in writes:
             states = shifted(write, self.start).apply(states, prompt=True)
-        cell.seen.before[site], cell.seen.written[site] = before, states
+        active.seen.before[site], active.seen.written[site] = before, states
         return states
 
     def _prove(self, site: Site, received: Tensor, beside: Tensor | None = None) -> None:
@@ -136,7 +146,10 @@ class Wave:
             "mlp_out": (blocks.mlp_added or blocks.mlp, False),
         }
         heard: dict[str, Tensor] = {}
+        cuts = [each.cell.cuts.get(layer, []) for each in self.active]
+        attention = SuffixAttention(self.vlm, self.clean, self.before, layer, self.start, cuts)
         with ExitStack() as hooks:
+            hooks.enter_context(attending({block.get_submodule(blocks.attention)}, attention.attend))
             for point, (path, is_input) in inner.items():
                 site = Site(f"llm.{point}", layer)
                 if any(site in cell.writes for cell in self.active):
@@ -147,6 +160,8 @@ class Wave:
             out = block(states.flatten(0, 1), attention_mask=None, past_key_values=None, use_cache=False, **arguments)
         out = out[0] if isinstance(out, tuple) else out
         out = out.unflatten(0, (-1, self.batch))
+        for number, receipt in attention.receipts.items():
+            self.active[number].receipts.append(receipt)
         if heard:
             self._prove(Site("llm.resid_pre", layer), heard["norm_1"])
             self._prove(Site("llm.head_out", layer), heard["out"])
@@ -211,7 +226,7 @@ class Wave:
         rows, positions = image.rows[kept], image.positions[kept] - self.start
         states = states.clone()
         for number, cell in enumerate(self.active):
-            features = (cell.added or self.clean.added)[self.layer]
+            features = (cell.cell.added or self.clean.added)[self.layer]
             states[number, rows, positions] += features[kept.to(features.device)].to(states.dtype)
             site = Site("llm.resid_post", self.layer)
             if site in cell.seen.written:
@@ -236,150 +251,6 @@ class Wave:
         if value.ndim > 1 and value.shape[axis] == batch and batch > 1:
             value = torch.cat([value] * len(self.active), dim=axis)
         return value
-
-    # Attention
-
-    def _attend(self, function: Attend) -> Attend:
-        def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
-        ) -> tuple[Tensor, Any]:
-            record, before = self.clean.blocks[self.layer], self.before.blocks[self.layer]
-            allowed = record.allowed(self.start, self.start + query.shape[2])
-            cuts = self._cuts(allowed)
-            edges = allowed[None] if not cuts else self._edges(allowed, cuts)
-            if record.plain:
-                return self._shared(query, key, value, before, record, allowed, cuts, edges), None
-            return self._joined(function, module, query, key, value, before, edges, options)
-
-        return attend
-
-    def _cuts(self, allowed: Bool[Tensor, "rows heads query pos"]) -> dict[int, Tensor]:
-        """Edges to cut at this layer (batch x heads or 1 x query x pos), by number of the active cell.
-
-        Raises:
-            UsageError: a query would be left with nothing to attend to, or no edge is cut.
-        """
-        queries, keys = range(self.start, self.start + allowed.shape[-2]), range(allowed.shape[-1])
-        found: dict[int, Tensor] = {}
-        for number, cell in enumerate(self.active):
-            for cut in cell.cuts.get(self.layer, ()):
-                more = cut.blocked(self.batch, queries, keys, prompt=True, device=allowed.device)
-                found[number] = more if number not in found else found[number] | more
-            if number not in found:
-                continue
-            what = cell.cuts[self.layer][0].what
-            left = allowed & ~found[number]
-            emptied = (allowed.any(-1) & ~left.any(-1)).nonzero()
-            if len(emptied):
-                row, query = int(emptied[0][0]), self.start + int(emptied[0][-1])
-                raise UsageError(
-                    f"the knockout leaves position {query} of example {row} nothing to attend to; narrow its keys"
-                )
-            if not (allowed & found[number]).any():
-                raise UsageError(f"{what} at llm layer {self.layer} cuts no edge: attention allows none of them")
-        return found
-
-    def _edges(
-        self, allowed: Bool[Tensor, "rows heads query pos"], cuts: dict[int, Tensor]
-    ) -> Bool[Tensor, "cell batch some_heads query pos"]:
-        """Allowed edges of each cell less those cut."""
-        rows = [allowed & ~cuts[number] if number in cuts else allowed for number in range(len(self.active))]
-        shape = torch.broadcast_shapes(*(row.shape for row in rows))
-        return torch.stack([row.expand(shape) for row in rows])
-
-    def _cut_receipt(
-        self,
-        number: int,
-        scores: Float[Tensor, "batch head query pos"],
-        weights: Float[Tensor, "batch head query pos"],
-        allowed: Tensor,
-        blocked: Tensor,
-    ) -> None:
-        """What attention there would have been on the cut edges of a cell, and what is left on them."""
-        cell = self.active[number]
-        cut = blocked.expand(weights.shape)
-        # Only queries that lose an edge are looked at; examples count alike.
-        chosen = cut.any(-1)
-        meant = scores[chosen].masked_fill(~allowed.expand(weights.shape)[chosen], -torch.inf)
-        taken = torch.zeros(weights.shape[:-1], device=weights.device)
-        taken[chosen] = (meant.float().softmax(-1).nan_to_num(0.0) * cut[chosen]).sum(-1)
-        per_example = chosen.flatten(1).sum(1)
-        natural = (taken.flatten(1).sum(1) / per_example.clamp(min=1))[per_example > 0].mean()
-        cuts = cell.cuts[self.layer]
-        queries = {(row, query) for each in cuts for row, positions in each.queries.items() for query in positions}
-        reaches, reason = knockout_reaches(self.vlm, self.clean.encoded, "llm", self.layer, queries)
-        cell.receipts.append(
-            KnockoutReceipt(
-                intervention=" & ".join(each.what for each in cuts),
-                site=f"llm.attention[{self.layer}]",
-                n_edges=int((allowed & blocked).sum()),
-                natural_mass=natural.item(),
-                blocked_mass=(weights[chosen] * cut[chosen]).max().item(),
-                row_sum_error=(weights[chosen].float().sum(-1) - 1).abs().max().item(),
-                kernel_error=0.0,
-                tolerance=64 * torch.finfo(weights.dtype).eps,
-                reaches=reaches,
-                reason=reason,
-                readout_change=0.0,
-            )
-        )
-
-    def _shared(
-        self,
-        query: Float[Tensor, "rows head query d_head"],
-        key: Float[Tensor, "rows group query d_head"],
-        value: Float[Tensor, "rows group query d_head"],
-        before: Block,
-        record: Block,
-        allowed: Bool[Tensor, "mask_rows mask_heads query pos"],
-        cuts: dict[int, Tensor],
-        edges: Bool[Tensor, "mask_cells edge_rows edge_heads query pos"],
-    ) -> Float[Tensor, "rows query head d_head"]:
-        """Softmax attention over the shared prefix, in one product for all rows, and over each row's own suffix."""
-        batch, start = self.batch, self.start
-        groups = key.shape[1]
-        of_batch = rearrange(query, "(c b) (g r) n d -> b g (c r n) d", b=batch, g=groups)
-        sizes = {"c": len(self.active), "r": query.shape[1] // groups, "n": query.shape[2]}
-        prefix = of_batch @ before.keys[:, :, :start].mT
-        prefix = rearrange(prefix, "b g (c r n) s -> c b (g r) n s", **sizes)
-        own = rearrange(query, "(c b) (g r) n d -> (c b) g (r n) d", b=batch, g=groups) @ key.mT
-        own = rearrange(own, "(c b) g (r n) m -> c b (g r) n m", b=batch, r=sizes["r"])
-        scores = torch.cat([prefix, own], dim=-1).mul_(record.scaling)
-        uncut = {number: scores[number].clone() for number in cuts}
-        scores = scores.masked_fill_(~edges, -torch.inf)
-        # A padding position may have nothing to attend to; what it holds is never used.
-        weights = scores.softmax(-1, dtype=torch.float32).nan_to_num_(0.0).to(query.dtype)
-        for number, blocked in cuts.items():
-            self._cut_receipt(number, uncut[number], weights[number], allowed, blocked)
-        to_prefix = rearrange(weights[..., :start], "c b (g r) n s -> b g (c r n) s", g=groups)
-        out = rearrange(to_prefix @ before.values[:, :, :start], "b g (c r n) d -> (c b) n (g r) d", **sizes)
-        to_own = rearrange(weights[..., start:], "c b (g r) n m -> (c b) g (r n) m", g=groups)
-        own = rearrange(to_own @ value, "(c b) g (r n) d -> (c b) n (g r) d", b=batch, r=sizes["r"])
-        return out + own
-
-    def _joined(
-        self,
-        function: Attend,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        before: Block,
-        edges: Tensor,
-        options: dict[str, Any],
-    ) -> tuple[Tensor, Any]:
-        """The model's own attention function, each row given a copy of the prefix."""
-        n_cells = len(self.active)
-        keys, values = (
-            torch.cat([repeat(shared[:, :, : self.start], "b g s d -> (c b) g s d", c=n_cells), own], dim=2)
-            for shared, own in ((before.keys, key), (before.values, value))
-        )
-        shape = (n_cells, self.batch, *edges.shape[2:])
-        mask = edges.expand(shape).flatten(0, 1)
-        if self.vlm.backend_of("llm") == "eager":
-            lowest = torch.finfo(query.dtype).min
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
-        return function(module, query, keys, values, mask, **options)
 
 
 def shifted(write: Write, start: int) -> Write:
