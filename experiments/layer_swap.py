@@ -7,7 +7,7 @@ directions, and measures how much of the way to the other answer that goes (coun
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, main
+from vlm_mech.runs import Outcome, SweepConfig, Workspace, main
 
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
@@ -21,7 +21,7 @@ QUESTION = (
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(SweepConfig):
     """Options of the layer swap."""
 
     swap: Literal["state"] = "state"
@@ -44,27 +44,40 @@ class Config(RunConfig):
     """The fast one computes only what can change; trace runs a whole pass for every cell."""
 
 
-def run(config: Config, work: Workspace) -> Outcome:
-    """The result, its heatmap and line figure, and example pictures."""
-    from vlm_mech import figures
+def _loaded(config: Config) -> tuple[Any, ...]:
+    """The model, the pairs, and what is swapped: sites, spans, directions."""
     from vlm_mech.data.pairs import fitting, load_pairs
     from vlm_mech.model import VLM
-    from vlm_mech.receipt import add_up, summarise
-    from vlm_mech.result import Result
-    from vlm_mech.swap import DIRECTIONS, METRICS, default_spans, swap_sites, swap_states, takeover, usable_share
+    from vlm_mech.swap import DIRECTIONS, default_spans, swap_sites
 
     pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, device=config.device, dtype=config.dtype, attn=config.attn, revision=config.revision)
-    pairs = fitting(vlm, pairs)
-    spans = config.spans or default_spans(vlm, config.site)
     directions = DIRECTIONS if config.direction == "both" else (config.direction,)
     sites = swap_sites(vlm, config.site, config.point)
+    return vlm, fitting(vlm, pairs), sites, config.spans or default_spans(vlm, config.site), directions
+
+
+def plan(config: Config) -> Any:
+    """What the run will need."""
+    from vlm_mech.swap import plan_swap
+
+    *what, directions = _loaded(config)
+    return plan_swap(*what, directions=directions, batch=config.batch, memory=config.memory)
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, its heatmap and line figure, and example pictures."""
+    from vlm_mech import figures
+    from vlm_mech.receipt import add_up, summarise
+    from vlm_mech.result import Result
+    from vlm_mech.swap import METRICS, swap_states, takeover, usable_share
+
+    vlm, pairs, sites, spans, directions = _loaded(config)
+    how = {"directions": directions, "only_correct": not config.all, "engine": config.engine, "memory": config.memory}
     for start in work.progress(range(0, len(pairs), config.batch), "swaps"):
         key = f"{start:08d}"
         if key not in work:
-            batch = pairs[start : start + config.batch]
-            only = {"directions": directions, "only_correct": not config.all}
-            table, receipts = swap_states(vlm, batch, sites, spans, engine=config.engine, **only)
+            table, receipts = swap_states(vlm, pairs[start : start + config.batch], sites, spans, **how)
             work.keep(key, table, summarise(receipts))
     table, receipts = work.collect()
     depth = "point" if config.site == "projector" else "layer"
@@ -106,4 +119,4 @@ def _pictures(pairs: "Pairs") -> tuple[tuple[str, Any], ...]:
 
 
 if __name__ == "__main__":
-    main(Config, run, name="layer_swap")
+    main(Config, run, name="layer_swap", plan=plan)

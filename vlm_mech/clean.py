@@ -60,6 +60,11 @@ class Clean:
     logits: Float[Tensor, "batch vocab"]
     added: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
 
+    @property
+    def n_added(self) -> int:
+        """Blocks after which the model adds image features."""
+        return len(self.added)
+
     def hidden(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """Input of a block; the output of the last one for the number of blocks."""
         return self.final if layer == len(self.blocks) else self.blocks[layer].hidden
@@ -100,7 +105,7 @@ def record(vlm: "VLM", encoded: Encoded) -> Clean:
     try:
         with torch.no_grad(), attending(set(modules), _recorder(modules, blocks, vlm.backend_of("llm"))):
             with contextlib.suppress(_EnoughError):
-                vlm.model(**encoded.inputs)
+                vlm.model(**encoded.inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -196,12 +196,14 @@ def _change(
         if site.point == "embed":
             raise UsageError(f"{site} cannot be zero: a zero vector has no direction; use to='mean' or to='resample'")
         return torch.zeros_like
-    states, counts = _taken(part, site, source)
+    taken = _taken(part, site, source)
+    counts = taken.cells.counts
     if isinstance(part, Ablate) and part.to == "mean":
-        mean = states.mean(0)
+        mean = taken.states().mean(0)
         return lambda old: mean.to(old.device).expand_as(old)
     if isinstance(part, Ablate):
-        states, counts = _resampled(states, counts, part.seed)
+        taken = _resampled(taken, part.seed)
+        counts = taken.cells.counts
     if cells is None or counts != cells.counts:
         wanted = () if cells is None else cells.counts
         example = next((i for i, pair in enumerate(zip(wanted, counts, strict=False)) if pair[0] != pair[1]), None)
@@ -215,7 +217,7 @@ def _change(
         )
     if isinstance(part, Replace) and part.source_span is None and source is not None:
         _check_grids(part, site, cells, encoded, source.encoded)
-    return lambda old: states.to(old.device)
+    return lambda old: taken.states().to(old.device)
 
 
 def _check_grids(part: Replace, site: Site, cells: Cells, encoded: Batch, source: Batch) -> None:
@@ -237,22 +239,34 @@ def _shown(grids: tuple[tuple[int, int], ...]) -> str:
     return ", ".join(f"{rows} x {columns}" for rows, columns in grids)
 
 
-def _taken(part: StateEdit, site: Site, source: Activations) -> tuple[Float[Tensor, "cell width"], tuple[int, ...]]:
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """States of another run that are to be written, gathered only when they are needed."""
+
+    held: Float[Tensor, "rows pos width"]
+    cells: Cells
+
+    def states(self) -> Float[Tensor, "cell width"]:
+        """One row for each cell."""
+        return self.held[self.cells.rows.to(self.held.device), self.cells.positions.to(self.held.device)]
+
+
+def _taken(part: StateEdit, site: Site, source: Activations) -> Taken:
     span = part.source_span if isinstance(part, Replace) and part.source_span is not None else part.span
     span, _ = _split_generated(span)
     if span is None:
         raise UsageError(
             f"{type(part).__name__}(to='mean') at generated tokens needs a span of the prompt to average over"
         )
-    cells = source.encoded.cells(span, place=site.place)
-    held = source[site]
-    states = held[cells.rows.to(held.device), cells.positions.to(held.device)]
-    if states.isnan().any():
+    taken = Taken(source[site], source.encoded.cells(span, place=site.place))
+    if taken.states().isnan().any():
         raise UsageError(f"the source of {type(part).__name__} at {site} holds NaN")
-    return states, cells.counts
+    return taken
 
 
-def _resampled(states: Tensor, counts: tuple[int, ...], seed: int) -> tuple[Tensor, tuple[int, ...]]:
+def _resampled(taken: Taken, seed: int) -> Taken:
+    """The same states, those of every example handed to another one."""
+    counts = taken.cells.counts
     n = len(counts)
     if n < 2:
         raise UsageError("resampling needs a reference of at least two examples")
@@ -260,8 +274,14 @@ def _resampled(states: Tensor, counts: tuple[int, ...], seed: int) -> tuple[Tens
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     donor = torch.empty(n, dtype=torch.long)
     donor[order] = order.roll(1)
-    pieces = states.split(counts)
-    return torch.cat([pieces[index] for index in donor.tolist()]), tuple(counts[index] for index in donor.tolist())
+    rows, positions = taken.cells.rows.split(counts), taken.cells.positions.split(counts)
+    chosen = donor.tolist()
+    cells = Cells(
+        torch.cat([rows[index] for index in chosen]),
+        torch.cat([positions[index] for index in chosen]),
+        tuple(counts[index] for index in chosen),
+    )
+    return Taken(taken.held, cells)
 
 
 def _steer(vlm: Wrapper, part: Steer, site: Site) -> Callable[[Tensor], Tensor]:

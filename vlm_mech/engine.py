@@ -7,19 +7,23 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlm_mech.cells import Place, place
 from vlm_mech.clean import Clean, record
-from vlm_mech.edit import Cut, Plan, Write, plan
-from vlm_mech.errors import UsageError
-from vlm_mech.intervene import Activations, Intervention, Knockout, Replace, Source
+from vlm_mech.cost import Sizes, answer_bytes, pass_bytes, sizes
+from vlm_mech.edit import Write, plan
+from vlm_mech.errors import TooLargeError, UsageError
+from vlm_mech.intervene import Activations, Intervention, Knockout, Source
+from vlm_mech.memory import default_budget, is_out_of_memory
 from vlm_mech.prompt import Encoded
 from vlm_mech.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.replay import Cell, Wave
+from vlm_mech.schedule import MAX_CELLS, check_pass, recorded, sources_of, waves
 from vlm_mech.site import Site
 from vlm_mech.trace import Run, edited_embeddings, read, run
 
@@ -27,23 +31,34 @@ if TYPE_CHECKING:
     from vlm_mech.model import VLM
 
 
-RESIDUAL = ("llm.resid_pre", "llm.resid_post")
 AFTER_THE_LAST = "after the last attention nothing flows from these positions to the last one"
 
 
 @dataclass(eq=False)
 class Engine:
-    """Clean passes and states read so far for one batch, shared by all its edited versions."""
+    """Clean passes and states read so far for one batch, shared by all its edited versions.
+
+    `budget` is how many bytes they may take at their peak, the model itself not counted.
+
+    Raises:
+        TooLargeError: not even the unedited pass fits.
+    """
 
     vlm: "VLM"
     encoded: Encoded
+    budget: int | None = None
+    size: Sizes = field(init=False)
     clean: Clean = field(init=False)
     known: dict[int, tuple[object, Clean]] = field(default_factory=dict)
     states: dict[tuple[int, Site], tuple[object, Tensor]] = field(default_factory=dict)
     encodings: dict[int, tuple[object, Encoded]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.budget = self.budget or default_budget(self.vlm.device)
+        self.size = sizes(self.vlm, self.encoded)
+        check_pass(self.size, self.budget)
         self.clean = record(self.vlm, self.encoded)
+        self.known[id(self.encoded)] = (self.encoded, self.clean)
 
     @property
     def baseline(self) -> Float[Tensor, "batch vocab"]:
@@ -55,7 +70,7 @@ class Engine:
         self.known[id(other.encoded)] = (other.encoded, other.clean)
 
     def answers(
-        self, interventions: Sequence[Intervention], *, max_cells: int = 64
+        self, interventions: Sequence[Intervention], *, max_cells: int = MAX_CELLS
     ) -> tuple[Float[Tensor, "cell batch vocab"], list[tuple[Receipt, ...]]]:
         """Next-token logits of the batch under each intervention, and the receipts of each, verified.
 
@@ -64,27 +79,65 @@ class Engine:
 
         Raises:
             UsageError: an intervention does not fit the model or the batch.
+            TooLargeError: one does not fit into the budget.
             ReceiptError: one did not take effect.
         """
         if not self.provable(interventions):
             return self._by_reference(interventions)
         self._read_ahead(interventions)
-        cells = [self.cell(plan(self.vlm, self.encoded, each, self._read), each) for each in interventions]
-        found: list[Any] = [None] * len(cells)
-        for numbers in self._waves(cells, max_cells):
-            chosen = [cells[number] for number in numbers]
-            wave = Wave(self.vlm, self.clean, chosen, chosen[0].start, chosen[0].before)
-            for number, *answer in zip(numbers, *wave.run(), strict=True):
-                found[number] = answer
-        receipts = []
-        for number, (logits, proofs) in enumerate(found):
-            if proofs and not any(receipt.reaches for receipt in proofs):
+        places = [place(self.clean, plan(self.vlm, self.encoded, each, self._read), each, self._encoded)
+                  for each in interventions]  # fmt: skip
+        own = sum(value.nbytes for key, (_, value) in self.states.items() if key[0] not in self.known)
+        held = len(self.known) * pass_bytes(self.size) + own + len(places) * answer_bytes(self.size)
+        limits = {"budget": self.budget or 0, "max_cells": max_cells}
+        made, _ = waves(self.size, places, held=held, **limits)
+        found = torch.empty(
+            len(places), *self.clean.logits.shape, dtype=self.clean.logits.dtype, device=self.vlm.device
+        )
+        proofs: list[tuple[Receipt, ...]] = [()] * len(places)
+        for numbers in made:
+            self._run(numbers, places, found, proofs)
+        return found, proofs
+
+    def _run(
+        self,
+        numbers: list[int],
+        places: list[Place],
+        found: Float[Tensor, "cell batch vocab"],
+        proofs: list[tuple[Receipt, ...]],
+    ) -> None:
+        """Runs some cells together, or in halves when memory does not suffice after all."""
+        try:
+            cells = [self._cell(places[number]) for number in numbers]
+            wave = Wave(self.vlm, self.clean, cells, cells[0].start, cells[0].before)
+            answers = list(zip(numbers, *wave.run(), strict=True))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._out_of_memory(numbers, error)
+            answers = []
+        if not answers:
+            middle = len(numbers) // 2
+            for half in (numbers[:middle], numbers[middle:]):
+                self._run(half, places, found, proofs)
+        for number, logits, receipts in answers:
+            if receipts and not any(receipt.reaches for receipt in receipts):
                 # What provably cannot reach the answer leaves it alone; other batch sizes would only round otherwise.
-                logits = found[number][0] = self.clean.logits
+                logits = self.clean.logits
             moved = (logits - self.clean.logits).abs().max().item()
-            receipts.append(tuple(dataclasses.replace(receipt, readout_change=moved) for receipt in proofs))
-            verify(receipts[-1])
-        return torch.stack([logits for logits, _ in found]), receipts
+            found[number] = logits
+            proofs[number] = tuple(dataclasses.replace(receipt, readout_change=moved) for receipt in receipts)
+            verify(proofs[number])
+
+    def _out_of_memory(self, numbers: list[int], error: Exception) -> None:
+        """Frees what can be freed; raises when a single cell did not fit."""
+        if self.vlm.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(numbers) == 1:
+            raise TooLargeError(
+                f"one edited version of {len(self.encoded)} example(s) of {self.encoded.n_pos} tokens does not fit "
+                "into memory; fewer examples at a time, a smaller budget (--memory) or a smaller data type may"
+            ) from error
 
     def provable(self, interventions: Sequence[Intervention]) -> bool:
         """Whether cut edges can be proved here: not where attention is more than a softmax of scaled scores."""
@@ -114,25 +167,16 @@ class Engine:
 
     def _read_ahead(self, interventions: Sequence[Intervention]) -> None:
         """Reads all states that the interventions take from other prompts, in one pass for each source."""
-        wanted: dict[int, tuple[Source, set[Site]]] = {}
-        for part in (part for each in interventions for part in each.flat()):
-            source = getattr(part, "source", None) if isinstance(part, Replace) else getattr(part, "reference", None)
-            if source is None and getattr(part, "to", "zero") != "zero":
-                source = self.encoded
-            if source is not None and not isinstance(source, Activations):
-                wanted.setdefault(id(source), (source, set()))[1].update(part.sites)
-        for key, (source, sites) in wanted.items():
-            missing = [site for site in sites if (key, site) not in self.states]
-            if missing and all(site.name in RESIDUAL for site in missing):
+        for key, (source, sites) in sources_of(interventions, self.encoded).items():
+            missing = {site for site in sites if (key, site) not in self.states}
+            if missing and recorded(missing, self.clean.n_added):
                 # One recorded pass gives all residual states, and keys and values besides.
                 clean = self._clean_of(source)
                 for site in missing:
-                    if site.name == "llm.resid_pre" or site.depth >= len(clean.added):
-                        layer = site.depth + (site.name == "llm.resid_post")
-                        self.states[key, site] = (source, clean.hidden(layer))
-                missing = [site for site in missing if (key, site) not in self.states]
-            if missing:
-                values = read(self.vlm, self._encoded(source), missing).values
+                    layer = site.depth + (site.name == "llm.resid_post")
+                    self.states[key, site] = (source, clean.hidden(layer))
+            elif missing:
+                values = read(self.vlm, self._encoded(source), sorted(missing, key=str)).values
                 self.states |= {(key, site): (source, value) for site, value in values.items()}
 
     def _read(self, source: Source, sites: tuple[Site, ...]) -> Activations:
@@ -146,54 +190,16 @@ class Engine:
 
     # Cells
 
-    def cell(self, made: Plan, intervention: Intervention) -> Cell:
-        """Where an edited version leaves the clean pass, and what is done to it from there on."""
-        writes = {site: each for site, each in made.writes.items() if site.stream == "llm"}
-        cuts = {layer: each for (stream, layer), each in made.cuts.items() if stream == "llm"}
-        n_added = len(self.clean.added)
-        image = self._with_edited_image(made, writes, cuts)
-        if image is not None:
-            return image
-        entries = [_entry(site, n_added) for site in writes] + list(cuts)
-        first = min([_first(each) for each in writes.values()] + [_first_cut(each) for each in cuts.values()])
-        donor = self._donor(writes, cuts, intervention)
-        if donor is not None:
-            before, start, site = donor
-            kept = {other: each for other, each in writes.items() if other != site}
-            proof = self._taken_over(site, writes[site][0], before)
-            return Cell(kept, cuts, min(entries), start, before, receipts=(proof,))
-        return Cell(writes, cuts, min(entries), self.clean.widened(first), self.clean)
-
-    def _donor(
-        self, writes: dict[Site, list[Write]], cuts: dict[int, list[Cut]], intervention: Intervention
-    ) -> tuple[Clean, int, Site] | None:
-        """A run whose keys and values this version has before some position, once its states are put there.
-
-        That is so when one `Replace` of the residual stream covers everything from where the two runs begin to
-        differ up to some position: from there on these positions are as in the run the states come from.
-        """
-        parts = [part for part in intervention.flat() if isinstance(part, Replace)]
-        if len(parts) != 1 or len(parts[0].sites) != 1 or isinstance(parts[0].source, Activations):
-            return None
-        part, site = parts[0], parts[0].sites[0]
-        if site.name not in ("llm.resid_pre", "llm.resid_post") or part.source_span is not None:
-            return None
-        if site.depth < len(self.clean.added) or len(writes[site]) != 1 or _entry(site, 0) > min([99999, *cuts]):
-            return None
-        others = [each for other, each in writes.items() if other != site]
-        block = _block(writes[site][0], len(self.encoded))
-        if block is None or any(_entry(other, 0) < _entry(site, 0) for other in writes):
-            return None
-        begin, end = block
-        if any(_first(each) < end for each in others) or any(_first_cut(each) < end for each in cuts.values()):
-            return None
-        other = self._clean_of(part.source)
-        same = other.final.shape == self.clean.final.shape and torch.equal(
-            other.hidden(0)[:, :begin], self.clean.hidden(0)[:, :begin]
-        )
-        if not same or self.clean.widened(end) != end or other.widened(end) != end or end >= self.encoded.n_pos:
-            return None
-        return other, end, site
+    def _cell(self, where: Place) -> Cell:
+        """The edited version, ready to run; if its image is edited, tower and projector run for it here."""
+        if where.tower is not None:
+            hidden, added, receipts = edited_embeddings(self.vlm, self.encoded, where.tower)
+            return Cell(where.writes, where.cuts, 0, where.start, self.clean, hidden, added or None, receipts)
+        if where.donor is None or where.taken is None:
+            return Cell(where.writes, where.cuts, where.entry, where.start, self.clean)
+        donor = self._clean_of(where.donor)
+        proof = self._taken_over(where.taken, where.writes[where.taken][0], donor)
+        return Cell(where.left, where.cuts, where.entry, where.start, donor, receipts=(proof,))
 
     def _taken_over(self, site: Site, write: Write, other: Clean) -> WriteReceipt:
         """The receipt of a write that was made by taking the keys and values of the run the states come from."""
@@ -215,33 +221,6 @@ class Engine:
             readout_change=0.0,
         )
 
-    def _with_edited_image(
-        self, made: Plan, writes: dict[Site, list[Write]], cuts: dict[int, list[Cut]]
-    ) -> Cell | None:
-        """A version whose image was edited before the decoder: tower and projector run once for it, by a trace."""
-        towers = Plan(
-            {site: each for site, each in made.writes.items() if site.stream != "llm"},
-            {where: each for where, each in made.cuts.items() if where[0] != "llm"},
-        )
-        if not towers.writes and not towers.cuts:
-            return None
-        hidden, added, receipts = edited_embeddings(self.vlm, self.encoded, towers)
-        first = [int(self.encoded.cells("image").positions.min())]
-        first += [_first(each) for each in writes.values()] + [_first_cut(each) for each in cuts.values()]
-        start = self.clean.widened(min(first))
-        return Cell(writes, cuts, 0, start, self.clean, hidden, added or None, receipts)
-
-    def _waves(self, cells: list[Cell], max_cells: int) -> list[list[int]]:
-        """Numbers of the cells that run together."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for number, cell in enumerate(cells):
-            groups.setdefault((id(cell.before), cell.start), []).append(number)
-        waves = []
-        for numbers in groups.values():
-            numbers.sort(key=lambda number: cells[number].entry)
-            waves += [numbers[at : at + max_cells] for at in range(0, len(numbers), max_cells)]
-        return waves
-
 
 @dataclass(eq=False)
 class Reference:
@@ -249,6 +228,7 @@ class Reference:
 
     vlm: "VLM"
     encoded: Encoded
+    budget: int | None = None
     unedited: Run = field(init=False)
 
     def __post_init__(self) -> None:
@@ -273,36 +253,13 @@ class Reference:
 ENGINES = {"fast": Engine, "trace": Reference}
 
 
-def engine_of(vlm: "VLM", encoded: Encoded, name: str) -> Engine | Reference:
-    """The engine of that name around a batch.
+def engine_of(vlm: "VLM", encoded: Encoded, name: str, *, budget: int | None = None) -> Engine | Reference:
+    """The engine of that name around a batch; the budget (in bytes) binds the fast one only.
 
     Raises:
         UsageError: there is no such engine.
+        TooLargeError: the unedited pass does not fit into the budget.
     """
     if name not in ENGINES:
         raise UsageError(f"engine {name!r} is not known; {' or '.join(ENGINES)} is")
-    return ENGINES[name](vlm, encoded)
-
-
-def _entry(site: Site, n_added: int) -> int:
-    """The block before which a version with a write at this site leaves the clean pass.
-
-    What comes out of a block is written before the next; unless features are added in between.
-    """
-    after = site.point == "resid_post" and site.depth >= n_added
-    return site.depth + 1 if after else site.depth
-
-
-def _first(writes: list[Write]) -> int:
-    return min(int(write.placed.positions.min()) for write in writes)
-
-
-def _first_cut(cuts: list[Cut]) -> int:
-    return min(min(positions) for cut in cuts for positions in cut.queries.values())
-
-
-def _block(write: Write, n_rows: int) -> tuple[int, int] | None:
-    """First position and the one after the last, if the write covers the same unbroken range in every example."""
-    rows = [write.placed.positions[write.placed.rows == row].tolist() for row in range(n_rows)]
-    begin, end = rows[0][0], rows[0][-1] + 1
-    return (begin, end) if all(positions == list(range(begin, end)) for positions in rows) else None
+    return ENGINES[name](vlm, encoded, budget)

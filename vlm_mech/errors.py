@@ -10,6 +10,10 @@ class UsageError(ValueError):
     """Wrong use: the message says what was given, and what would be right. Commands exit with status 2."""
 
 
+class TooLargeError(UsageError):
+    """Work that does not fit into the memory there is, or into the budget given; less at a time may."""
+
+
 class WorkError(RuntimeError):
     """Work that failed although it was asked for rightly. Commands exit with status 1."""
 

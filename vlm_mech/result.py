@@ -67,6 +67,11 @@ class Result:
         if "group" in self.table:
             _check_groups(self.table)
 
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """What the sweep was predicted to need (bytes, operations, plain forwards); None without a prediction."""
+        return self.provenance.get("plan")
+
     def metric(self, name: str | None = None) -> Metric:
         """The metric of that name, the first one by default."""
         for metric in self.metrics:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vlm_mech.result import Result
 
 # Options that do not change the numbers of a run.
-HOW = ("out", "resume", "overwrite", "debug", "config")
+HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,16 @@ class RunConfig:
     """Repeat the run of a config.json; options given beside it take precedence."""
 
 
+@dataclass(frozen=True)
+class SweepConfig(RunConfig):
+    """Options of experiments that sweep over many edited versions of a run."""
+
+    memory: str | None = None
+    """Memory that the sweep may take beyond the model, such as 2GiB; half of what there is by default."""
+    dry_run: bool = False
+    """Say what the sweep will need (work, memory) and stop."""
+
+
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
@@ -91,15 +101,23 @@ def main(
     run: Callable[[ConfigT, Workspace], Outcome],
     *,
     name: str,
+    plan: Callable[[ConfigT], object] | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Runs an experiment from the command line and exits: 0 done, 1 failed work, 2 wrong use, 130 interrupted."""
+    """Runs an experiment from the command line and exits: 0 done, 1 failed work, 2 wrong use, 130 interrupted.
+
+    Args:
+        plan: what `--dry-run` prints instead of running.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
         with one_line_errors(debug=debug):
             config = parse(config_class, arguments, name=name)
-            execute(config, run, name=name)
+            if plan is not None and getattr(config, "dry_run", False):
+                print(plan(config))
+            else:
+                execute(config, run, name=name)
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from here (without --overwrite)", file=sys.stderr)
         sys.exit(130)

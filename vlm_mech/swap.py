@@ -4,6 +4,7 @@ An interchange of residual states between two images (activation patching with t
 methods E.2); not the exchange of blocks between checkpoints.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -15,8 +16,10 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.engine import engine_of
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.intervene import Replace
+from vlm_mech.memory import budget_of
 from vlm_mech.receipt import Receipt
 from vlm_mech.result import Metric, Result
+from vlm_mech.schedule import SweepPlan, forecast, in_halves
 from vlm_mech.site import PROJECTOR_POINTS, Site
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ def swap_states(
     directions: Sequence[str] = DIRECTIONS,
     only_correct: bool = True,
     engine: str = "fast",
+    memory: int | str | None = None,
 ) -> tuple[pd.DataFrame, list[Receipt]]:
     """Every site and span swapped in both directions for one batch of pairs.
 
@@ -75,19 +79,82 @@ def swap_states(
 
     Args:
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
+        memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
 
     Returns:
         The table with one row per pair, direction, site and span, and the receipts of all swaps.
     """
-    sides = [engine_of(vlm, vlm.encode(prompts), engine) for prompts in (pairs.base, pairs.counterfactual)]
+    _check_directions(directions)
+    budget = budget_of(vlm.device, memory)
+
+    def swapped(rows: slice) -> tuple[pd.DataFrame, list[Receipt]]:
+        some = pairs[rows]
+        return _swapped(vlm, some, sites, spans, directions, only_correct=only_correct, engine=engine, budget=budget)
+
+    at_most = None
+    if memory is not None and engine == "fast":
+        plan = plan_swap(vlm, pairs, sites, spans, directions=directions, batch=len(pairs), memory=memory)
+        at_most = plan.batch
+    done = in_halves(slice(0, len(pairs)), swapped, at_most=at_most)
+    return pd.concat([table for table, _ in done], ignore_index=True), [each for _, proofs in done for each in proofs]
+
+
+def _check_directions(directions: Sequence[str]) -> None:
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise UsageError(f"direction {direction!r} is not known; one of {', '.join(DIRECTIONS)} is")
+
+
+def plan_swap(
+    vlm: "VLM",
+    pairs: Pairs,
+    sites: Sequence[Site],
+    spans: Sequence[str],
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    batch: int = 32,
+    memory: int | str | None = None,
+) -> SweepPlan:
+    """What `swap_states` over all pairs, `batch` at a time, will need; nothing is run.
+
+    Raises:
+        TooLargeError: a single swap of a single pair does not fit into the memory.
+    """
+    _check_directions(directions)
+    budget = budget_of(vlm.device, memory)
+
+    def of(rows: slice) -> SweepPlan:
+        patched, donor = (vlm.encode(prompts[rows]) for prompts in (pairs.base, pairs.counterfactual))
+        edits = [Replace(site, span, source=donor) for site in sites for span in spans]
+        one = forecast(vlm, patched, edits, budget=budget)
+        # Both directions share their two unedited passes.
+        passes = 2 / one.forwards * one.flops
+        flops = int(passes + len(directions) * (one.flops - passes))
+        forwards = one.forwards * flops / one.flops
+        return dataclasses.replace(one, n_cells=one.n_cells * len(directions), flops=flops, forwards=forwards)
+
+    return in_halves(slice(0, min(batch, len(pairs))), of)[0].over(len(pairs))
+
+
+def _swapped(
+    vlm: "VLM",
+    pairs: Pairs,
+    sites: Sequence[Site],
+    spans: Sequence[str],
+    directions: Sequence[str],
+    *,
+    only_correct: bool,
+    engine: str,
+    budget: int,
+) -> tuple[pd.DataFrame, list[Receipt]]:
+    both = (pairs.base, pairs.counterfactual)
+    sides = [engine_of(vlm, vlm.encode(prompts), engine, budget=budget) for prompts in both]
     ids = vlm.answer_ids(sides[0].encoded, pairs.answer)
     others = vlm.answer_ids(sides[1].encoded, pairs.counterfactual_answer)
     right = metrics.correct(sides[0].baseline, ids) & metrics.correct(sides[1].baseline, others)
     usable = right if only_correct else torch.ones_like(right)
     tables, receipts = [], []
     for direction in directions:
-        if direction not in DIRECTIONS:
-            raise UsageError(f"direction {direction!r} is not known; one of {', '.join(DIRECTIONS)} is")
         forward = direction == "noising"
         patched, donor = sides if forward else sides[::-1]
         own, other = (ids, others) if forward else (others, ids)

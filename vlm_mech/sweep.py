@@ -5,6 +5,7 @@ which is the reference. A sample of every fast sweep is run both ways and must a
 """
 
 import dataclasses
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -20,11 +21,14 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.engine import engine_of
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.intervene import Ablate, Activations, Intervention, Replace, Together
+from vlm_mech.memory import budget_of
 from vlm_mech.prompt import Prompt
 from vlm_mech.receipt import add_up, summarise
 from vlm_mech.result import Metric, Result
+from vlm_mech.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
 from vlm_mech.span import Each
 from vlm_mech.trace import run
+from vlm_mech.workspace import Workspace
 
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
@@ -85,9 +89,11 @@ def sweep(
     *,
     engine: str = "fast",
     batch: int = 8,
-    max_cells: int = 64,
+    memory: int | str | None = None,
+    max_cells: int = MAX_CELLS,
     check: int = 1,
     seed: int = 0,
+    work: Workspace | None = None,
 ) -> Result:
     """Every point of a grid on every example, as one row each, with the value of the unedited run beside it.
 
@@ -97,46 +103,134 @@ def sweep(
             `Ablate` without a reference averages or draws over all the data.
         measure: one or several of `logit_diff`, `prob`, or a `Measure` of your own.
         engine: `fast`, or `trace` for one whole forward pass a point.
-        batch: examples that run together.
-        max_cells: points that run together in the fast engine; results do not depend on it.
+        batch: examples that run together at most.
+        memory: bytes that the sweep may take beyond the model, as a number or such as "2GiB"; half of what there is by
+            default. Fewer points and examples run together to stay below it; results do not depend on it.
+        max_cells: points that run together at most in the fast engine.
         check: points of the first batch that are run through `trace` too.
+        work: where finished batches are kept, so that an interrupted sweep goes on (see `workspace.prepare`).
 
     Returns:
-        A `Result` with the grid's axes; its provenance holds the summary of all receipts and the largest difference
-        that the check found.
+        A `Result` with the grid's axes; its provenance holds the plan (`result.plan`), the summary of all receipts and
+        the largest difference that the check found.
 
     Raises:
         UsageError: an intervention does not fit, or answers are missing.
+        TooLargeError: a single point of a single example does not fit into the memory.
         ReceiptError: an intervention did not take effect.
         WorkError: the two engines disagree.
     """
-    prompts = list(data.base) if isinstance(data, Pairs) else list(data)
-    names = [pair.id for pair in data] if isinstance(data, Pairs) else [str(number) for number in range(len(prompts))]
     measures = (measure,) if isinstance(measure, Measure) else tuple(measure)
-    _check(prompts, points, measures)
-    planned = [intervention(point) for point in points]
-    tables, summaries, worst = [], [], 0.0
-    for first in range(0, len(prompts), batch):
-        rows = slice(first, first + batch)
-        own = _Rows(rows, prompts)
-        encoded = vlm.encode(prompts[rows])
-        edits = [own.of(each) for each in planned]
-        runner = engine_of(vlm, encoded, engine)
-        logits, receipts = runner.answers(edits, max_cells=max_cells)
-        if first == 0 and engine == "fast":
-            chosen = random.Random(seed).sample(range(len(edits)), min(check, len(edits)))
-            worst = _agree(vlm, encoded, edits, logits, chosen)
-        summaries += [summarise(each) for each in receipts if each]
-        tables.append(_table(vlm, encoded, points, measures, rows, names[rows], runner.baseline, logits))
+    job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm.device, memory))
+    _check(job.prompts, points, measures)
+    planned = job.plan(batch) if engine == "fast" else None
+    checked = random.Random(seed).sample(range(len(points)), min(check, len(points)))
+    parts: list[tuple[pd.DataFrame, dict[str, Any]]] = []
+    for first in range(0, len(job.prompts), batch):
+        rows, key = slice(first, min(first + batch, len(job.prompts))), f"{first:08d}"
+        if work is None or key not in work:
+            chosen = checked if first == 0 else []
+            done = in_halves(rows, lambda rows, chosen=chosen: job.run(rows, chosen), at_most=planned and planned.batch)
+            parts.append((pd.concat([table for table, _ in done], ignore_index=True), _together(done)))
+            if work is not None:
+                work.keep(key, *parts[-1])
+    table, notes = work.collect() if work is not None else _collected(parts)
     axes = tuple(axis for axis, _ in points[0].axes)
-    provenance = {"model": vlm.identity(), "engine": engine, "receipts": add_up(summaries)}
-    if engine == "fast":
-        provenance["largest_disagreement"] = worst
-    table = pd.concat(tables, ignore_index=True)
-    if isinstance(data, Pairs):
-        groups = {pair.id: pair.group or pair.id for pair in data}
-        table = table.assign(group=table["example"].map(groups))
+    provenance = {"model": vlm.identity(), "engine": engine, "receipts": add_up([each["receipts"] for each in notes])}
+    if planned is not None:
+        provenance["largest_disagreement"] = max(each["disagreement"] for each in notes)
+        provenance["plan"] = dataclasses.asdict(planned)
     return Result("sweep", table, axes, tuple(each.metric for each in measures), provenance=provenance)
+
+
+def plan_sweep(
+    vlm: "VLM",
+    data: Pairs | Sequence[Prompt],
+    points: Sequence[Point],
+    intervention: Callable[[Point], Intervention],
+    *,
+    batch: int = 8,
+    memory: int | str | None = None,
+    max_cells: int = MAX_CELLS,
+) -> SweepPlan:
+    """What `sweep` with these arguments will need, found without running anything.
+
+    Raises:
+        UsageError: an intervention does not fit.
+        TooLargeError: a single point of a single example does not fit into the memory.
+    """
+    job = _Job(vlm, data, points, intervention, (), "fast", max_cells, budget_of(vlm.device, memory))
+    if not job.prompts or not points:
+        raise UsageError("a sweep needs prompts and points of a grid")
+    return job.plan(batch)
+
+
+def _together(done: list[tuple[pd.DataFrame, dict[str, Any]]]) -> dict[str, Any]:
+    notes = [each for _, each in done]
+    worst = max(each["disagreement"] for each in notes)
+    return {"receipts": add_up([each["receipts"] for each in notes]), "disagreement": worst}
+
+
+def _collected(parts: list[tuple[pd.DataFrame, dict[str, Any]]]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    return pd.concat([table for table, _ in parts], ignore_index=True), [notes for _, notes in parts]
+
+
+@dataclass(eq=False)
+class _Job:
+    """A sweep's arguments, and what is done for some rows of its data."""
+
+    vlm: "VLM"
+    data: Pairs | Sequence[Prompt]
+    points: Sequence[Point]
+    intervention: Callable[[Point], Intervention]
+    measures: tuple[Measure, ...]
+    engine: str
+    max_cells: int
+    budget: int
+
+    @functools.cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts that are run."""
+        return list(self.data.base) if isinstance(self.data, Pairs) else list(self.data)
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Name of each example."""
+        if isinstance(self.data, Pairs):
+            return [pair.id for pair in self.data]
+        return [str(number) for number in range(len(self.prompts))]
+
+    @functools.cached_property
+    def planned(self) -> list[Intervention]:
+        """The intervention at each point, over all the data."""
+        return [self.intervention(point) for point in self.points]
+
+    def edits(self, rows: slice) -> list[Intervention]:
+        """The interventions as they concern some rows."""
+        own = _Rows(rows, self.prompts)
+        return [own.of(each) for each in self.planned]
+
+    def plan(self, batch: int) -> SweepPlan:
+        """The forecast for the first batch, as many examples as fit, carried over to all the data."""
+
+        def of(rows: slice) -> SweepPlan:
+            encoded = self.vlm.encode(self.prompts[rows])
+            return forecast(self.vlm, encoded, self.edits(rows), budget=self.budget, max_cells=self.max_cells)
+
+        return in_halves(slice(0, min(batch, len(self.prompts))), of)[0].over(len(self.prompts))
+
+    def run(self, rows: slice, checked: Sequence[int]) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """The table of some rows, the summary of its receipts, and how far the engines differ at the points checked."""
+        encoded, edits = self.vlm.encode(self.prompts[rows]), self.edits(rows)
+        runner = engine_of(self.vlm, encoded, self.engine, budget=self.budget)
+        logits, receipts = runner.answers(edits, max_cells=self.max_cells)
+        worst = _agree(self.vlm, encoded, edits, logits, checked) if self.engine == "fast" else 0.0
+        table = _table(self.vlm, encoded, self.points, self.measures, rows, self.names[rows], runner.baseline, logits)
+        if isinstance(self.data, Pairs):
+            groups = {pair.id: pair.group or pair.id for pair in self.data}
+            table = table.assign(group=table["example"].map(groups))
+        summaries = [summarise(each) for each in receipts if each]
+        return table, {"receipts": add_up(summaries), "disagreement": worst}
 
 
 def _check(prompts: list[Prompt], points: Sequence[Point], measures: tuple[Measure, ...]) -> None:
@@ -184,7 +278,7 @@ class _Rows:
         return self.taken[id(source)][1]
 
 
-def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, chosen: list[int]) -> float:
+def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, chosen: Sequence[int]) -> float:
     """Largest difference between the fast engine and the reference at some points."""
     worst = 0.0
     for number in chosen:

@@ -126,8 +126,10 @@ def _forward(
         else:
             out["logits"] = getattr(vlm.nn.output, vlm.family.readout)
 
+    # A single pass needs no cache of keys and values.
+    options = {} if isinstance(vlm.family, DualFamily) else {"use_cache": False}
     with torch.no_grad(), _in_order(vlm), cutting(cuts):
-        with vlm.nn.trace(**encoded.inputs) as tracer:
+        with vlm.nn.trace(**encoded.inputs, **options) as tracer:
             execute(tracer)
     return out.get("logits")
 
