@@ -95,6 +95,17 @@ def test_the_recorded_pass_is_the_unedited_run(family):
     assert close(record(vlm, encoded).logits, run(vlm, encoded).last)
 
 
+def test_a_soft_cap_on_the_logits_is_that_of_the_model():
+    model, processor = ZOO["paligemma"]("sdpa", 0)
+    model.config.get_text_config().final_logit_softcapping = 2.0
+    vlm = VLM(model, processor, name="capped", check=False)
+    encoded = vlm.encode(batch(1))
+    edit = Ablate(Site("llm.mlp_out", 2), "question")
+    engine = Engine(vlm, encoded)
+    assert close(engine.baseline, run(vlm, encoded).last) and engine.baseline.abs().max() < 2.0
+    assert close(engine.answers([edit])[0][0], run(vlm, encoded, edit).last)
+
+
 def spans():
     return st.sampled_from(["image", "question", "last", "all", ("question", "last")])
 

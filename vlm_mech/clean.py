@@ -113,14 +113,13 @@ def record(vlm: "VLM", encoded: Encoded) -> Clean:
         raise WorkError(f"{vlm.name}: the blocks of the decoder were not called as expected")
     added = [each.detach() for each in seen.get("deepstack_visual_embeds") or ()]
     ordered = [blocks[layer] for layer in range(len(stack))]
-    return Clean(encoded, ordered, seen["final"], read_out(vlm, seen["final"][:, -1:])[:, 0], added)
+    return Clean(encoded, ordered, seen["final"], read_out(vlm, seen["final"][:, -1]), added)
 
 
-def read_out(vlm: "VLM", hidden: Float[Tensor, "rows pos d_model"]) -> Float[Tensor, "rows pos vocab"]:
-    """Logits from the output of the last block, through the final norm and the head."""
+def read_out(vlm: "VLM", hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
+    """Logits from the output of the last block, as the model itself makes them, in its data type."""
     with torch.no_grad():
-        norm = vlm.model.get_submodule(vlm.family.llm.after)
-        return vlm.model.get_submodule(vlm.family.head)(norm(hidden))
+        return vlm.readout(hidden).to(vlm.dtype)
 
 
 def _keeper(blocks: dict[int, Block], layer: int) -> Callable:

@@ -22,6 +22,8 @@ from vlm_mech.site import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from vlm_mech.readout import Readout
+
 
 class SiteHandle:
     """A site inside an open trace: `output` reads the tensor, assigning to `output` replaces it.
@@ -262,6 +264,14 @@ class VLM:
 
         states = read(self, [example(self)], [Site("projector.in"), Site("projector.out")])
         return {site.point: value.shape[-1] for site, value in states.values.items()}
+
+    @functools.cached_property
+    def readout(self) -> "Readout":
+        """From the last block's output to logits, found by comparison with the model's own logits (one small pass)."""
+        from vlm_mech.check import example
+        from vlm_mech.readout import readout_of
+
+        return readout_of(self, example(self))
 
     def check_site(self, site: Site) -> None:
         """Raise `UsageError` when this model has no such site, or no such layer."""

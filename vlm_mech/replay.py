@@ -92,7 +92,7 @@ class Wave:
                     states = self._through(block, states)
             self._prove(Site("llm.resid_post", layer - 1), states)
         assert states is not None, "every cell joins at some block"
-        logits = read_out(self.vlm, states[:, :, -1].flatten(0, 1)[:, None])[:, 0].unflatten(0, (-1, self.batch))
+        logits = read_out(self.vlm, states[:, :, -1].flatten(0, 1)).unflatten(0, (-1, self.batch))
         back = [order.index(number) for number in range(len(order))]
         return logits[torch.tensor(back, device=logits.device)], [self.active[number].receipts for number in back]
 
