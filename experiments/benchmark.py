@@ -1,0 +1,117 @@
+"""What does a sweep cost, and what does the same cost by other means?
+
+Runs the sweep engine, loops with PyTorch hooks, with nnsight and with TransformerLens, and our own reference on the
+same model, inputs and cells in one process, and checks that they agree. Models have real shapes and random weights.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlm_mech.runs import Outcome, RunConfig, Workspace, main
+
+if TYPE_CHECKING:
+    from vlm_mech.model import VLM
+    from vlm_mech.prompt import Prompt
+
+QUESTION = (
+    "The same cells of the same model are computed by the sweep engine and by the ways in which they are usually "
+    "computed, in random order, several times. Time is counted in plain forward passes of the same repeat. A rival "
+    "whose logits differ from ours is not timed but named."
+)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Options of the benchmark."""
+
+    model: str = "llava15"
+    """Shape with random weights (llava15, next, qwen), or a model to load as in the other experiments."""
+    data: str = "noise"
+    """Pictures of random blocks; the time does not depend on what is in them."""
+    n: int | None = None
+    """Prompts of the extraction case, a multiple of 4; 8 by default."""
+    width: int | None = None
+    """Width of the decoder, a multiple of 128; each shape has a small one by default."""
+    full: bool = False
+    """The size of the published 7B model, for --device cuda."""
+    cases: tuple[str, ...] = ("knockout", "swap", "extraction")
+    """What is measured; there are also knockout-last, knockout-question, swap-last and tower."""
+    rivals: tuple[str, ...] = ("hooks", "nnsight", "transformer_lens", "trace")
+    """What ours is compared with."""
+    rival_cells: int = 3
+    """Cells that a rival runs, drawn with the seed; its time is scaled by count."""
+    repeats: int = 3
+    """How often everything is timed, in an order drawn anew."""
+    batch: int = 1
+    """Prompts that a sweep is over."""
+    threads: int = 1
+    """Threads of torch."""
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, its table and bars, and the pictures."""
+    import dataclasses
+
+    import torch
+
+    from vlm_mech.benchmark.compare import check, extraction_case, sweep_case
+    from vlm_mech.benchmark.overview import METRICS, as_figure, bars, findings, overview
+    from vlm_mech.benchmark.timing import machine
+    from vlm_mech.errors import UsageError
+    from vlm_mech.result import Result
+
+    check(config.cases, config.rivals)
+    if config.data != "noise":
+        raise UsageError(f"data {config.data!r} is not known; the benchmark takes noise only")
+    torch.set_num_threads(config.threads)
+    about: dict[str, Any] = {"question": QUESTION, "machine": machine()}
+    vlm, prompts, donors = _subject(config)
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("rival_cells", "repeats", "seed")}
+    for number, case in enumerate(work.progress(config.cases, "cases")):
+        key = f"{number:02d}-{case}"
+        if key in work:
+            continue
+        if case == "extraction":
+            table, notes = extraction_case(vlm, prompts, config.rivals, **options)
+        else:
+            chosen = slice(config.batch)
+            table, notes = sweep_case(vlm, case, prompts[chosen], donors[chosen], config.rivals, **options)
+        work.keep(key, table, notes)
+    table, notes = work.collect()
+    about |= {"model": _identity(config, vlm), "cases": notes}
+    name = f"benchmark on {vlm.name}"
+    result = Result(name, table, ("case", "contender"), METRICS, {}, about)
+    result = dataclasses.replace(result, findings=findings(result, notes))
+    print(overview(result).to_string(index=False))
+    pictures = tuple((prompt.question, prompt.images[0]) for prompt in prompts[:1])
+    return Outcome(result, {"bars": bars(result, title=name), "table": as_figure(result)}, pictures)
+
+
+def _subject(config: Config) -> "tuple[VLM, list[Prompt], list[Prompt]]":
+    """The model, prompts, and the same prompts on other pictures."""
+    from vlm_mech.benchmark.geometry import GEOMETRIES, build, geometry, prompts
+    from vlm_mech.errors import UsageError
+    from vlm_mech.model import VLM
+
+    how = {"device": config.device, "dtype": config.dtype, "attn": config.attn}
+    if config.full and config.device == "cpu":
+        raise UsageError("--full has 7 billion weights; give --device cuda --dtype bfloat16 with it")
+    shape = geometry(config.model if config.model in GEOMETRIES else "llava15", width=config.width, full=config.full)
+    if config.model in GEOMETRIES:
+        vlm = build(shape, seed=config.seed, **how)
+    else:
+        vlm = VLM.load(config.model, revision=config.revision, **how)
+    n = max(config.batch, 8 if config.n is None else config.n)
+    return vlm, prompts(shape, n, seed=config.seed), prompts(shape, n, seed=config.seed + n)
+
+
+def _identity(config: Config, vlm: "VLM") -> dict[str, Any]:
+    from vlm_mech.benchmark.geometry import GEOMETRIES
+
+    if config.model not in GEOMETRIES:
+        return dict(vlm.identity())
+    return {"name": vlm.name, "weights": "random", "parameters": sum(each.numel() for each in vlm.model.parameters())}
+
+
+if __name__ == "__main__":
+    main(Config, run, name="benchmark")
