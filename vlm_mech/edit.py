@@ -107,6 +107,11 @@ class Cut:
             blocked &= ~own.to(device)
         return blocked
 
+    @property
+    def edges(self) -> tuple[Any, ...]:
+        """The same for cuts of the same spans of a batch, whatever the layer."""
+        return id(self.queries), id(self.keys), self.heads, self.keep_self
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -320,11 +325,7 @@ def _per_row(encoded: Batch, span: Span | None, stream: str) -> dict[int, tuple[
         return {}
     if span == GENERATED or (isinstance(span, tuple) and GENERATED in span):
         raise UsageError("generated tokens can be queries of a knockout, not keys")
-    cells = encoded.cells(span, place=stream)
-    rows: dict[int, list[int]] = {}
-    for row, position in zip(cells.rows.tolist(), cells.positions.tolist(), strict=True):
-        rows.setdefault(row, []).append(position)
-    return {row: tuple(positions) for row, positions in rows.items()}
+    return encoded.cells(span, place=stream).by_row
 
 
 def _check_heads(heads: tuple[int, ...] | None, n_heads: int, where: str) -> None:

@@ -64,6 +64,8 @@ class Encoded:
     inputs: dict[str, "torch.Tensor"]
     rows: tuple[Row, ...]
     vlm: Any = field(repr=False)
+    known: dict[tuple[Span, str], Cells] = field(default_factory=dict, repr=False)
+    """Cells of the spans asked for so far."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,7 +86,9 @@ class Encoded:
         Raises:
             UsageError: the span is empty or ambiguous in an example; the message prints its tokens.
         """
-        return flatten(self.rows, span, place)
+        if (span, place) not in self.known:
+            self.known[span, place] = flatten(self.rows, span, place)
+        return self.known[span, place]
 
     def positions(self, span: Span, example: int = 0, *, place: str = "llm") -> tuple[int, ...]:
         """Positions of a span in one example (in the tower, within the rows of its tiles)."""

@@ -1,5 +1,6 @@
 """Spans: which positions of each example a name, a word or a set of patches stands for."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,6 +110,14 @@ class Cells:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @functools.cached_property
+    def by_row(self) -> dict[int, tuple[int, ...]]:
+        """Positions of each row that has any."""
+        found: dict[int, list[int]] = {}
+        for row, position in zip(self.rows.tolist(), self.positions.tolist(), strict=True):
+            found.setdefault(row, []).append(position)
+        return {row: tuple(positions) for row, positions in found.items()}
+
 
 Cell = tuple[int, int]
 
@@ -150,18 +159,22 @@ def _in_prompt(row: Row, span: Span, example: int) -> Sequence[int]:
     if isinstance(span, Words):
         return _words(row, span, example)
     question, image = set(_covering(row, row.question)), set(row.image)
+    named_already = question | image
     extent = {position for picture in row.images for position in picture.extent}
     first, last = min(extent | image | question), max(extent | image | question)
     named = {
         "all": row.present,
         "system": [position for position in row.present if position < first],
         "image": row.image,
-        "separator": [position for position in row.present if first <= position <= last] if row.images else [],
+        "separator": [
+            position
+            for position in (row.present if row.images else ())
+            if first <= position <= last and position not in named_already
+        ],
         "question": sorted(question),
         "answer_prompt": [position for position in row.present if position > last],
         "last": (len(row.tokens) - 1,),
     }
-    named["separator"] = [position for position in named["separator"] if position not in question | image]
     return _named(named, span)
 
 
@@ -220,7 +233,8 @@ def _numbered(row: Row, span: Positions, place: str, example: int) -> tuple[Cell
     if set(span.positions) - known or not span.positions:
         first, last = min(known), max(known)
         raise UsageError(f"{span!r} does not fit example {example}: its {place} positions are {first}..{last}")
-    return tuple(cell for cell in everything if cell[1] in span.positions)
+    wanted = set(span.positions)
+    return tuple(cell for cell in everything if cell[1] in wanted)
 
 
 def _named(named: dict[str, Any], span: Span) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -54,40 +54,43 @@ class SuffixAttention:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
         ) -> tuple[Tensor, Any]:
             allowed = self.record.allowed(self.start, self.start + query.shape[2])
-            blocked = self._blocked(allowed)
+            groups = self._groups(allowed)
             before = self.before.blocks[self.layer]
-            if blocked or (self.record.plain and shares_prefix(query.shape[1:], key.shape[1])):
-                return self._shared(query, key, value, before, allowed, blocked), None
+            if groups or (self.record.plain and shares_prefix(query.shape[1:], key.shape[1])):
+                return self._shared(query, key, value, before, allowed, groups), None
             return self._joined(function, module, query, key, value, before, allowed, options)
 
         return attend
 
-    def _blocked(self, allowed: Bool[Tensor, "rows heads query pos"]) -> dict[int, Tensor]:
-        """Edges to cut (batch x heads or 1 x query x pos), by number of the cell.
+    def _groups(self, allowed: Bool[Tensor, "rows heads query pos"]) -> "list[Group]":
+        """Cells with cuts here, those with the same edges together.
 
         Raises:
             UsageError: a query would be left with nothing to attend to, or no edge is cut.
         """
-        queries, keys = range(self.start, self.start + allowed.shape[-2]), range(allowed.shape[-1])
-        found: dict[int, Tensor] = {}
+        numbers: dict[tuple, list[int]] = {}
         for number, cuts in enumerate(self.cuts):
-            if not cuts:
-                continue
-            each = [cut.blocked(self.batch, queries, keys, prompt=True, device=allowed.device) for cut in cuts]
-            blocked = torch.stack(torch.broadcast_tensors(*each)).any(0)
-            left = allowed & ~blocked
-            emptied = (allowed.any(-1) & ~left.any(-1)).nonzero()
-            if len(emptied):
-                row, query = int(emptied[0][0]), self.start + int(emptied[0][-1])
-                raise UsageError(
-                    f"the knockout leaves position {query} of example {row} nothing to attend to; narrow its keys"
-                )
-            if not (allowed & blocked).any():
-                raise UsageError(
-                    f"{cuts[0].what} at llm layer {self.layer} cuts no edge: attention allows none of them"
-                )
-            found[number] = blocked
-        return found
+            if cuts:
+                numbers.setdefault(tuple(cut.edges for cut in cuts), []).append(number)
+        return [Group(each, self._blocked(self.cuts[each[0]], allowed)) for each in numbers.values()]
+
+    def _blocked(
+        self, cuts: list[Cut], allowed: Bool[Tensor, "rows heads query pos"]
+    ) -> Bool[Tensor, "batch cut_heads query pos"]:
+        """The edges that some cuts name; heads of size 1 where all lose the same."""
+        queries, keys = range(self.start, self.start + allowed.shape[-2]), range(allowed.shape[-1])
+        each = [cut.blocked(self.batch, queries, keys, prompt=True, device=allowed.device) for cut in cuts]
+        blocked = torch.stack(torch.broadcast_tensors(*each)).any(0)
+        left = allowed & ~blocked
+        emptied = (allowed.any(-1) & ~left.any(-1)).nonzero()
+        if len(emptied):
+            row, query = int(emptied[0][0]), self.start + int(emptied[0][-1])
+            raise UsageError(
+                f"the knockout leaves position {query} of example {row} nothing to attend to; narrow its keys"
+            )
+        if not (allowed & blocked).any():
+            raise UsageError(f"{cuts[0].what} at llm layer {self.layer} cuts no edge: attention allows none of them")
+        return blocked
 
     def _shared(
         self,
@@ -96,7 +99,7 @@ class SuffixAttention:
         value: Float[Tensor, "rows group query d_head"],
         before: Block,
         allowed: Bool[Tensor, "mask_rows mask_heads query pos"],
-        blocked: dict[int, Tensor],
+        cut: "list[Group]",
     ) -> Float[Tensor, "rows query head d_head"]:
         """Softmax attention over the shared prefix, in one product for all rows, and over each row's own suffix.
 
@@ -105,6 +108,7 @@ class SuffixAttention:
         """
         start, groups = self.start, key.shape[1]
         sizes = {"c": len(self.cuts), "b": self.batch, "g": groups, "n": query.shape[2]}
+        query = query * self.record.scaling
         prefix = rearrange(query, "(c b) (g r) n d -> b g (c r n) d", **sizes) @ before.keys[:, :, :start].mT
         own = rearrange(query, "(c b) (g r) n d -> (c b) g (r n) d", **sizes) @ key.mT
         parts = [
@@ -112,7 +116,7 @@ class SuffixAttention:
             rearrange(own, "(c b) g (r n) m -> b g c r n m", **sizes).float(),
         ]
         del prefix, own
-        total = self._weights(parts, grouped(allowed, groups), allowed, blocked)
+        total = self._weights(parts, grouped(allowed, groups), allowed, cut)
         prefix, own = (part.to(query.dtype) for part in parts)
         out = rearrange(prefix, "b g c r n s -> b g (c r n) s") @ before.values[:, :, :start]
         out = rearrange(out, "b g (c r n) d -> (c b) n (g r) d", **sizes)
@@ -125,18 +129,18 @@ class SuffixAttention:
         parts: list[Tensor],
         edges: Bool[Tensor, "mask_rows mask_groups 1 mask_shared query pos"],
         allowed: Bool[Tensor, "mask_rows mask_heads query pos"],
-        blocked: dict[int, Tensor],
+        cut: "list[Group]",
     ) -> Float[Tensor, "batch group cell shared query 1"]:
-        """Turns raw scores over prefix and suffix into unnormalised weights, in place, and returns their sums."""
+        """Turns scores over prefix and suffix into unnormalised weights, in place, and returns their sums."""
         sides = (slice(0, self.start), slice(self.start, None))
         for part, side in zip(parts, sides, strict=True):
-            part.mul_(self.record.scaling)
             if not edges[..., side].all():
                 part.masked_fill_(~edges[..., side], -torch.inf)
-        natural = {number: _natural(_of_cell(parts, number), cut) for number, cut in blocked.items()}
+        uncut = [_log_sum(parts, group) for group in cut]
         for part, side in zip(parts, sides, strict=True):
-            for number, cut in blocked.items():
-                part[:, :, number].masked_fill_(grouped(cut, part.shape[1])[:, :, 0, ..., side], -torch.inf)
+            for group in cut:
+                blocked = grouped(group.blocked, part.shape[1])[..., side]
+                part[:, :, group.cells] = part[:, :, group.cells].masked_fill_(blocked, -torch.inf)
         held = [part for part in parts if part.shape[-1]]
         top = torch.stack([part.amax(-1, keepdim=True) for part in held]).amax(0)
         # A padding position may have nothing to attend to; what it holds is never used.
@@ -145,38 +149,59 @@ class SuffixAttention:
         for part in held:
             total += part.sub_(top).exp_().sum(-1, keepdim=True)
         total = total.where(total > 0, 1.0)
-        for number, cut in blocked.items():
-            weights = _of_cell(parts, number).div_(rearrange(total[:, :, number], "b g r n o -> b (g r) n o"))
-            self.receipts[number] = self._receipt(number, natural[number], weights, int((allowed & cut).sum()), cut)
+        for group, before in zip(cut, uncut, strict=True):
+            left = (total.log() + top)[:, :, group.cells]
+            self._prove(group, parts, total[:, :, group.cells], natural=-torch.expm1(left - before), allowed=allowed)
         return total
 
-    def _receipt(
+    def _prove(
         self,
-        number: int,
-        natural: float,
-        weights: Float[Tensor, "batch head query pos"],
-        n_edges: int,
-        blocked: Bool[Tensor, "batch cut_heads query pos"],
-    ) -> KnockoutReceipt:
-        """What is left on the cut edges of a cell; `natural` is the attention there would have been."""
-        cuts = self.cuts[number]
-        cut = blocked.expand(weights.shape)
-        chosen = cut.any(-1)
+        group: "Group",
+        parts: list[Tensor],
+        total: Float[Tensor, "batch group cell shared query 1"],
+        *,
+        natural: Float[Tensor, "batch group cell shared query 1"],
+        allowed: Bool[Tensor, "mask_rows mask_heads query pos"],
+    ) -> None:
+        """Receipts of cells that lose the same edges.
+
+        Args:
+            natural: the attention that went over these edges before they were cut.
+        """
+        sides = (slice(0, self.start), slice(self.start, None))
+        blocked = grouped(group.blocked, total.shape[1])
+        each = "b g c r n p -> c"
+        left, sums = torch.zeros(len(group.numbers), device=total.device), torch.zeros_like(total)
+        for part, side in zip(parts, sides, strict=True):
+            if part.shape[-1]:
+                weights = part[:, :, group.cells] / total
+                sums += weights.sum(-1, keepdim=True)
+                left = torch.maximum(left, reduce(weights.mul_(blocked[..., side]), each, "max"))
+        losing = blocked.any(-1, keepdim=True).expand(total.shape)
+        off = reduce((sums - 1).abs() * losing, each, "max")
+        # Examples count alike, whatever the number of their queries that lose an edge.
+        per_example = reduce(losing.float(), "b g c r n p -> c b", "sum")
+        taken = reduce(natural.where(losing, 0.0), "b g c r n p -> c b", "sum") / per_example.clamp(min=1)
+        meant = taken.sum(1) / (per_example > 0).sum(1)
+        n_edges = int((allowed & group.blocked).sum())
+        rows = zip(group.numbers, meant.tolist(), left.tolist(), off.tolist(), strict=True)
+        cuts = self.cuts[group.numbers[0]]
         queries = {(row, query) for each in cuts for row, positions in each.queries.items() for query in positions}
         reaches, reason = knockout_reaches(self.vlm, self.clean.encoded, "llm", self.layer, queries)
-        return KnockoutReceipt(
-            intervention=" & ".join(each.what for each in cuts),
-            site=f"llm.attention[{self.layer}]",
-            n_edges=n_edges,
-            natural_mass=natural,
-            blocked_mass=(weights[chosen] * cut[chosen]).max().item(),
-            row_sum_error=(weights[chosen].sum(-1) - 1).abs().max().item(),
-            kernel_error=0.0,
-            tolerance=64 * torch.finfo(weights.dtype).eps,
-            reaches=reaches,
-            reason=reason,
-            readout_change=0.0,
-        )
+        for number, mass, most, error in rows:
+            self.receipts[number] = KnockoutReceipt(
+                intervention=" & ".join(each.what for each in self.cuts[number]),
+                site=f"llm.attention[{self.layer}]",
+                n_edges=n_edges,
+                natural_mass=mass,
+                blocked_mass=most,
+                row_sum_error=error,
+                kernel_error=0.0,
+                tolerance=64 * torch.finfo(total.dtype).eps,
+                reaches=reaches,
+                reason=reason,
+                readout_change=0.0,
+            )
 
     def _joined(
         self,
@@ -220,18 +245,21 @@ def grouped(
     return rearrange(edges, "b (g r) n p -> b g 1 r n p", g=n_groups)
 
 
-def _of_cell(parts: list[Tensor], number: int) -> Float[Tensor, "batch head query pos"]:
-    """Scores or weights of one cell over prefix and suffix together, as a copy."""
-    return torch.cat([rearrange(part[:, :, number], "b g r n p -> b (g r) n p") for part in parts], dim=-1)
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Numbers of cells that lose the same edges at a layer, in ascending order."""
+
+    numbers: list[int]
+    blocked: Bool[Tensor, "batch cut_heads query pos"]
+
+    @property
+    def cells(self) -> slice | list[int]:
+        """What selects these cells: a slice where they follow one another, so that nothing is copied."""
+        first, last = self.numbers[0], self.numbers[-1]
+        return slice(first, last + 1) if last - first == len(self.numbers) - 1 else self.numbers
 
 
-def _natural(
-    scores: Float[Tensor, "batch head query pos"], blocked: Bool[Tensor, "batch cut_heads query pos"]
-) -> float:
-    """Mean attention on the edges to be cut, over the queries that lose one; examples count alike."""
-    cut = blocked.expand(scores.shape)
-    chosen = cut.any(-1)
-    taken = torch.zeros(scores.shape[:-1], device=scores.device)
-    taken[chosen] = (scores[chosen].softmax(-1).nan_to_num(0.0) * cut[chosen]).sum(-1)
-    per_example = chosen.flatten(1).sum(1)
-    return (taken.flatten(1).sum(1) / per_example.clamp(min=1))[per_example > 0].mean().item()
+def _log_sum(parts: list[Tensor], group: Group) -> Float[Tensor, "batch group cell shared query 1"]:
+    """Logarithm of the sum of exponentials of a group's scores over prefix and suffix."""
+    sums = [part[:, :, group.cells].logsumexp(-1, keepdim=True) for part in parts if part.shape[-1]]
+    return torch.stack(sums).logsumexp(0)
