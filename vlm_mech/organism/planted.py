@@ -1,0 +1,321 @@
+"""Planted models: LLaVAs whose weights are set by hand, so that the mechanism is known and every method can be graded.
+
+    planted = plant(draw(3, "hard"))
+    pairs = planted.pairs(64, seed=1)
+    swap_states(planted.vlm, pairs, swap_sites(planted.vlm, "llm", "resid_pre"), ("image", "last"))
+    planted.truth.of("read")            # which heads there are to be found, and their weights
+
+They are ordinary Hugging Face models with a real processor, and pass the check made when any model is loaded.
+"""
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from vlm_mech import metrics
+from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.engine import engine_of
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.image import ImageLike, load_image
+from vlm_mech.intervene import Intervention
+from vlm_mech.model import VLM
+from vlm_mech.organism import planting
+from vlm_mech.organism.recipe import COLOURS, OBJECTS, Recipe, Truth, edges, says
+from vlm_mech.prompt import Encoded
+from vlm_mech.span import Each, Patches
+
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+WORDS = ("user", "assistant", ":", "?", ".", ",", "what", "colour", "is", "the", "in", "picture", *OBJECTS, *COLOURS)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} "
+    "{% elif message['role'] == 'user' %}USER: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% else %}ASSISTANT {{ message['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT{% endif %}"
+)
+SIZE = planting.SIDE * planting.PATCH
+N_CALIBRATION, N_ACCURACY = 512, 256
+LARGEST_GAIN, TOLERANCE = 0.6, 0.02
+_CALIBRATION_SEED, _ACCURACY_SEED = "calibration", "accuracy"
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A planted model, the recipe it was made from (calibrated where that was asked for), and what is to be found."""
+
+    vlm: VLM
+    recipe: Recipe
+    truth: Truth
+
+    def pairs(self, n: int, *, seed: int = 0, minimal: bool = True) -> Pairs:
+        """Pictures and their counterfactuals, which differ in the colour alone; the same seed gives the same pairs.
+
+        Neither colour is the object's prior one, so that a suppressed model's answer is a third.
+
+        Args:
+            minimal: off, the counterfactual has jitter and texture of its own, so that effects vary more.
+        """
+        return examples(self.recipe, n, seed=seed, minimal=minimal)
+
+    def priors(self, pairs: Pairs) -> list[str]:
+        """The answer that goes with each pair's object, whatever the picture shows."""
+        return [prior_of(self.recipe, pair.question) for pair in pairs]
+
+
+def coloured(pairs: Pairs) -> Each:
+    """The span of the patches that carry the colour, pair by pair; found in the pixels."""
+    return Each(tuple(Patches(coloured_cells(pair.image)) for pair in pairs))
+
+
+def coloured_cells(image: ImageLike) -> tuple[tuple[int, int], ...]:
+    """(row, column) of every patch whose mean is a colour and no grey."""
+    means = _patch_means(image)
+    strong = np.abs(means).max(axis=-1) > planting.SATURATION / 2
+    return tuple((int(row), int(column)) for row, column in np.argwhere(strong))
+
+
+def _patch_means(image: ImageLike) -> Float[np.ndarray, "row column channel"]:
+    pixels = np.asarray(load_image(image), dtype=float) / 127.5 - 1
+    side, patch = planting.SIDE, planting.PATCH
+    return pixels.reshape(side, patch, side, patch, 3).mean(axis=(1, 3))
+
+
+def prior_of(recipe: Recipe, question: str) -> str:
+    """The answer that the recipe plants for the object of a question."""
+    found = [number for number, word in enumerate(OBJECTS) if f" {word}?" in question]
+    if len(found) != 1:
+        raise UsageError(f"question {question!r} asks for none of {', '.join(OBJECTS)}")
+    return COLOURS[recipe.priors[found[0]]]
+
+
+def examples(recipe: Recipe, n: int, *, seed: int | str = 0, minimal: bool = True) -> Pairs:
+    """Pairs as `Planted.pairs` gives them, without the model."""
+    if n < 1:
+        raise UsageError(f"n is {n}; at least one pair is needed")
+    made = (_pair(recipe, number, f"{seed}/{number}", minimal) for number in range(n))
+    return Pairs(f"planted-{recipe.seed}", tuple(made))
+
+
+def _pair(recipe: Recipe, number: int, seed: str, minimal: bool) -> Pair:
+    rng = random.Random(seed)
+    about = rng.randrange(len(OBJECTS))
+    colours = rng.sample([each for each in range(len(COLOURS)) if each != recipe.priors[about]], 2)
+    cells = rng.sample(list(itertools.product(range(planting.SIDE), repeat=2)), recipe.n_cells)
+    grain, other_grain = rng.getrandbits(64), rng.getrandbits(64)
+    image = _picture(recipe, cells, colours[0], grain)
+    other = _picture(recipe, cells, colours[1], grain if minimal else other_grain)
+    question = f"what colour is the {OBJECTS[about]}?"
+    return Pair(str(number), image, other, question, COLOURS[colours[0]], COLOURS[colours[1]])
+
+
+def _picture(recipe: Recipe, cells: Sequence[tuple[int, int]], colour: int, seed: int) -> Image.Image:
+    """Mid-grey with coloured cells, each patch shifted by its jitter, its halves apart by the texture."""
+    grain = np.random.default_rng(seed)
+    means = recipe.jitter * grain.uniform(-1, 1, (planting.SIDE, planting.SIDE, 3))
+    texture = recipe.texture * grain.uniform(-1, 1, 3)
+    for row, column in cells:
+        means[row, column] += planting.SATURATION * planting.CORNERS[colour].numpy()
+    pixels = means.repeat(planting.PATCH, axis=0).repeat(planting.PATCH, axis=1)
+    left = np.arange(SIZE) % planting.PATCH < planting.PATCH // 2
+    pixels += np.where(left[None, :, None], texture, -texture)
+    return Image.fromarray(np.round(127.5 * (pixels + 1)).astype(np.uint8))
+
+
+def plant(recipe: Recipe, *, attn: str = "sdpa") -> Planted:
+    """The model of a recipe, checked like any other, and how well it answers.
+
+    With a `target` accuracy, the gain of the decoys is found by bisection on examples of their own, and the recipe that
+    comes back holds that gain.
+
+    Raises:
+        WorkError: no gain gives the accuracy aimed at.
+    """
+    processor = new_processor()
+    model = new_model(recipe, attn=attn)
+    if recipe.target is not None:
+        recipe = _calibrated(model, processor, recipe, recipe.target)
+    vlm = VLM(model, processor, name=f"planted-{recipe.seed}")
+    return Planted(vlm, recipe, Truth(edges(recipe), says(recipe), accuracy(vlm, recipe), N_ACCURACY))
+
+
+def accuracy(vlm: VLM, recipe: Recipe, *, n: int = N_ACCURACY, seed: int | str = _ACCURACY_SEED) -> float:
+    """Share of n fresh pictures answered as planted: with their colour, or where that is suppressed with the prior."""
+    return _share_right(vlm, *_exam(vlm, recipe, n, seed))
+
+
+def _exam(vlm: VLM, recipe: Recipe, n: int, seed: int | str) -> tuple[Encoded, Int[Tensor, "batch"]]:
+    """Prompts, and the tokens that answer them as planted."""
+    pairs = examples(recipe, n, seed=seed)
+    prior = [prior_of(recipe, pair.question) for pair in pairs]
+    encoded = vlm.encode(pairs.base)
+    return encoded, vlm.answer_ids(encoded, prior if says(recipe) == "prior" else pairs.answer)
+
+
+def _share_right(vlm: VLM, encoded: Encoded, ids: Int[Tensor, "batch"]) -> float:
+    with torch.no_grad():
+        logits = vlm.model(**encoded.inputs, logits_to_keep=1).logits[:, -1]
+    return metrics.correct(logits, ids).float().mean().item()
+
+
+def _calibrated(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, recipe: Recipe, target: float
+) -> Recipe:
+    """The recipe with the decoys' gain that brings the accuracy to its target; the model then has these weights."""
+    vlm = VLM(model, processor, check=False)
+    exam = _exam(vlm, recipe, N_CALIBRATION, _CALIBRATION_SEED)
+    low, high = 0.0, LARGEST_GAIN
+    for _ in range(12):
+        tried = dataclasses.replace(recipe, decoy_gain=(low + high) / 2, target=None)
+        set_weights(model, tried)
+        found = _share_right(vlm, *exam)
+        if abs(found - target) <= TOLERANCE:
+            return tried
+        low, high = (tried.decoy_gain, high) if found > target else (low, tried.decoy_gain)
+    raise WorkError(f"recipe {recipe.seed}: no noise of its decoys gives an accuracy of {target}")
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Mean change of the logit difference over n independent pairs, in logits, and its standard error."""
+
+    mean: float
+    standard_error: float
+    n: int
+
+
+def true_effect(
+    planted: Planted,
+    edit: Callable[[Pairs], Intervention],
+    *,
+    n: int = 2048,
+    seed: int | str = "truth",
+    minimal: bool = True,
+    batch: int = 128,
+) -> Effect:
+    """The effect of an intervention in the population of examples, from so many pairs that it can serve as truth.
+
+    Args:
+        edit: the intervention for some pairs, as in `lambda pairs: Replace(site, span, source=pairs.counterfactual)`.
+        seed, minimal: as for `Planted.pairs`; the seed must be none that the examples of the graded run come from.
+
+    Returns:
+        Mean over pairs of logit(answer) - logit(counterfactual answer), edited less unedited.
+    """
+    pairs, changes = examples(planted.recipe, n, seed=seed, minimal=minimal), []
+    for first in range(0, n, batch):
+        some = pairs[first : first + batch]
+        encoded = planted.vlm.encode(some.base)
+        runner = engine_of(planted.vlm, encoded, "fast")
+        logits, _ = runner.answers([edit(some)])
+        ids = [planted.vlm.answer_ids(encoded, each) for each in (some.answer, some.counterfactual_answer)]
+        changes.append(metrics.logit_diff(logits[0], *ids) - metrics.logit_diff(runner.baseline, *ids))
+    values = torch.cat(changes).double()
+    return Effect(values.mean().item(), (values.std() / n**0.5).item(), n)
+
+
+# The real classes
+
+
+def vocabulary() -> dict[str, int]:
+    """Every word as one token, special tokens first."""
+    return {word: number for number, word in enumerate((*SPECIALS, *WORDS))}
+
+
+def new_processor() -> LlavaProcessor:
+    """Pictures of 32 x 32 pixels as they are, values from -1 to 1; words as tokens, punctuation apart."""
+    made = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[:.,?]"), "isolated")]
+    )
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=planting.PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGeneration:
+    """The Hugging Face model of a recipe."""
+    vision = CLIPVisionConfig(
+        hidden_size=planting.TOWER_WIDTH,
+        intermediate_size=planting.FEED_FORWARD,
+        num_hidden_layers=planting.TOWER_LAYERS,
+        num_attention_heads=planting.TOWER_HEADS,
+        image_size=SIZE,
+        patch_size=planting.PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(vocabulary()),
+        hidden_size=recipe.d_model,
+        intermediate_size=planting.FEED_FORWARD,
+        num_hidden_layers=recipe.n_layers,
+        num_attention_heads=recipe.n_heads,
+        num_key_value_heads=recipe.n_heads,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": planting.ROPE_THETA},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=vocabulary()["<image>"],
+        image_seq_length=planting.SIDE**2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)
+    set_weights(model, recipe)
+    return model.eval()
+
+
+def set_weights(model: Any, recipe: Recipe) -> None:
+    """Gives a model the weights of a recipe; every parameter is set."""
+    own = model.state_dict()
+    made = planting.weights(recipe, vocabulary())
+    missing = [name for name in own if name not in made and "position_ids" not in name]
+    if missing:
+        raise WorkError(f"the recipe sets no weights for {', '.join(missing[:3])}")
+    model.load_state_dict(made, strict=False)
