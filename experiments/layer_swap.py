@@ -4,6 +4,7 @@ Runs each question on an image with the hidden states of its counterfactual, lay
 directions, and measures how much of the way to the other answer that goes (counterfactual states, methods E.2).
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,6 @@ from vlm_mech.runs import Outcome, SweepConfig, Workspace, main
 
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
-    from vlm_mech.result import Result
 
 QUESTION = (
     "Each question is asked about an image and about its counterfactual, which differs in one attribute and so has "
@@ -89,13 +89,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         "recovered_lines": figures.lines(result, x=depth, colour="span", metric="recovered", facet="direction"),
         "logit_diff_heatmap": figures.heatmap(result, x=depth, y="span", metric="logit_diff", facet="direction"),
     }
-    return Outcome(_with(result, findings), drawn, _pictures(pairs))
-
-
-def _with(result: "Result", findings: tuple[str, ...]) -> "Result":
-    import dataclasses
-
-    return dataclasses.replace(result, findings=findings)
+    return Outcome(dataclasses.replace(result, findings=findings), drawn, _pictures(pairs))
 
 
 def _provenance(vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlm_mech.span import OneImage as OneImage
     from vlm_mech.span import Patches as Patches
     from vlm_mech.span import Positions as Positions
+    from vlm_mech.span import Tokens as Tokens
     from vlm_mech.span import Words as Words
     from vlm_mech.trace import generate as generate
     from vlm_mech.trace import read as read
@@ -48,7 +49,7 @@ _HOMES = {
     "receipt": ("ReceiptError",),
     "result": ("Result",),
     "site": ("Site", "sites"),
-    "span": ("Each", "OneImage", "Patches", "Positions", "Words"),
+    "span": ("Each", "OneImage", "Patches", "Positions", "Tokens", "Words"),
     "trace": ("generate", "read", "run"),
 }
 _MODULES = ("figures", "metrics")

@@ -228,3 +228,21 @@ def _load_processor(source: str, options: dict[str, Any]) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_processor(model: Any, processor: Any) -> None:
+    """Raise `UsageError` when a processor lacks a part, or does not belong to the model."""
+    for part in ("tokenizer", "image_processor", "apply_chat_template"):
+        if getattr(processor, part, None) is None:
+            raise UsageError(
+                f"the processor ({type(processor).__name__}) has no {part}; AutoProcessor gives one that has"
+            )
+    if not processor.tokenizer.is_fast:
+        raise UsageError(f"spans need a fast tokenizer; {type(processor.tokenizer).__name__} gives no offsets")
+    token = getattr(processor.tokenizer, "image_token", None) or str(processor.image_token)
+    number = processor.tokenizer.convert_tokens_to_ids(token)
+    if number != model.config.image_token_id:
+        raise UsageError(
+            f"the processor does not belong to the model: its image token {token!r} has id {number}, "
+            f"the model expects {model.config.image_token_id}"
+        )

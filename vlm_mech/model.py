@@ -15,7 +15,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.families import Blocks, Family, family_of
 from vlm_mech.image import ImageLike
 from vlm_mech.layout import Batch, ImageLayout
-from vlm_mech.loading import DeviceMap, input_device, kept_in_place, load, weights_hash
+from vlm_mech.loading import DeviceMap, check_processor, input_device, kept_in_place, load, weights_hash
 from vlm_mech.prompt import Encoded, Prompt, encode
 from vlm_mech.site import Site
 
@@ -78,7 +78,7 @@ class VLM:
         self.processor = processor
         self.config = model.config
         self.name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
-        _check_processor(model, processor)
+        check_processor(model, processor)
         self.tokenizer = processor.tokenizer
         self.known_boxes: dict[Any, Any] = {}
         kept_in_place(model)
@@ -387,20 +387,3 @@ class VLM:
         from vlm_mech.describe import describe_html
 
         return describe_html(self)
-
-
-def _check_processor(model: Any, processor: Any) -> None:
-    for part in ("tokenizer", "image_processor", "apply_chat_template"):
-        if getattr(processor, part, None) is None:
-            raise UsageError(
-                f"the processor ({type(processor).__name__}) has no {part}; AutoProcessor gives one that has"
-            )
-    if not processor.tokenizer.is_fast:
-        raise UsageError(f"spans need a fast tokenizer; {type(processor.tokenizer).__name__} gives no offsets")
-    token = getattr(processor.tokenizer, "image_token", None) or str(processor.image_token)
-    number = processor.tokenizer.convert_tokens_to_ids(token)
-    if number != model.config.image_token_id:
-        raise UsageError(
-            f"the processor does not belong to the model: its image token {token!r} has id {number}, "
-            f"the model expects {model.config.image_token_id}"
-        )

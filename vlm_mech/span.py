@@ -55,14 +55,21 @@ class Positions:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Tokens of the prompt by number, padding not counted (another escape hatch, the same in every batch)."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Each:
     """A span of its own for every example of the batch."""
 
     spans: tuple["Span", ...]
 
 
-Span = Union[str, Words, Patches, OneImage, Positions, Each, tuple["Span", ...]]  # noqa: UP007 - refers to itself
-"""A named span, `Words`, `Patches`, `OneImage`, `Positions`, `Each`, or a tuple of spans meaning their union."""
+Span = Union[str, Words, Patches, OneImage, Positions, Tokens, Each, tuple["Span", ...]]  # noqa: UP007 - refers to itself
+"""A named span, `Words`, `Patches`, `OneImage`, `Positions`, `Tokens`, `Each`, or a tuple of spans: their union."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +165,8 @@ def _in_prompt(row: Row, span: Span, example: int) -> Sequence[int]:
         return [picture.positions[slot] for slot in slots]
     if isinstance(span, Words):
         return _words(row, span, example)
+    if isinstance(span, Tokens):
+        return _of_numbers(row, span, example)
     question, image = set(_covering(row, row.question)), set(row.image)
     named_already = question | image
     extent = {position for picture in row.images for position in picture.extent}
@@ -176,6 +185,13 @@ def _in_prompt(row: Row, span: Span, example: int) -> Sequence[int]:
         "last": (len(row.tokens) - 1,),
     }
     return _named(named, span)
+
+
+def _of_numbers(row: Row, span: Tokens, example: int) -> list[int]:
+    outside = [number for number in span.numbers if not 0 <= number < len(row.present)]
+    if outside:
+        raise UsageError(f"{span!r} does not fit example {example}: its tokens are 0..{len(row.present) - 1}")
+    return [row.present[number] for number in span.numbers]
 
 
 def _in_tower(row: Row, span: Span, place: str, example: int) -> Sequence[Cell]:

@@ -1,0 +1,111 @@
+"""Which tokens must attend to which, at which layers, for the answer to come out?
+
+Cuts attention edges such as last<-image, layer by layer or head by head, and measures what happens to the answer
+(attention knockout, methods E.1).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlm_mech.runs import Outcome, SweepConfig, Workspace, main
+
+if TYPE_CHECKING:
+    from vlm_mech.data.pairs import Pairs
+
+QUESTION = (
+    "Attention edges are cut: the query tokens cannot attend to the key tokens at some layers, and the rest of their "
+    "attention sums to one again. If the answer's probability falls, the model needed this way there (if it does not, "
+    "it may have others). As many edges between random tokens are the control."
+)
+
+
+@dataclass(frozen=True)
+class Config(SweepConfig):
+    """Options of the knockout."""
+
+    edges: tuple[str, ...] = ()
+    """Edges to cut as QUERY<-KEY, such as "last<-image" "question<-object" "last<-image+system"."""
+    layers: str = "each"
+    """each (a window around every layer), groups:K (K runs of layers that partition the model), or all."""
+    window: int | None = None
+    """Layers cut around each; by default 9, in models of fewer than 27 layers 1."""
+    heads: bool = False
+    """Cut one head at a time, at single layers, for one edge (last<-image), and show where the strongest look."""
+    generate: int = 0
+    """Number of examples whose answers are written out without each edge, cut at all layers."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Split of the generated scenes."""
+    all: bool = False
+    """Keep examples that the model answers wrongly."""
+    batch: int = 32
+    """Examples a forward pass."""
+    engine: Literal["fast", "trace"] = "fast"
+    """The fast one computes only what can change; trace runs a whole pass for every cell."""
+
+
+def _loaded(config: Config) -> tuple[Any, ...]:
+    """The model, the pairs, what is cut, and which pixels show what is asked about."""
+    from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.edges import object_masks
+    from vlm_mech.knockout import scan_of
+    from vlm_mech.model import VLM
+
+    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    masks = object_masks(pairs, seed=config.seed, split=config.split)
+    vlm = VLM.load(config.model, device=config.device, dtype=config.dtype, attn=config.attn, revision=config.revision)
+    pairs = fitting(vlm, pairs)
+    options = {"layers": config.layers, "size": config.window, "heads": config.heads}
+    return vlm, pairs, scan_of(vlm, pairs, masks, config.edges, **options), masks
+
+
+def plan(config: Config) -> Any:
+    """What the run will need."""
+    from vlm_mech.knockout import plan_knockout
+
+    *what, masks = _loaded(config)
+    return plan_knockout(*what, masks=masks, batch=config.batch, seed=config.seed, memory=config.memory)
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, its heatmaps and line figure, and pictures of examples or of what heads attend to."""
+    from vlm_mech import figures, knockout, knockout_findings
+    from vlm_mech.receipt import add_up
+    from vlm_mech.result import Result
+
+    vlm, pairs, scan, masks = _loaded(config)
+    how = {"only_correct": not config.all, "seed": config.seed, "engine": config.engine, "memory": config.memory}
+    for start in work.progress(range(0, len(pairs), config.batch), "knockouts"):
+        key = f"{start:08d}"
+        if key not in work:
+            batch = pairs[start : start + config.batch]
+            work.keep(key, *knockout.knock_out(vlm, batch, scan, masks=masks, **how))
+    table, receipts = work.collect()
+    result = Result("attention knockout", table, scan.axes, knockout.METRICS)
+    told = knockout_findings.told(vlm, result, pairs, scan, masks, n_generated=config.generate)
+    provenance = _provenance(vlm, pairs, add_up(receipts)) | {"generated": told.texts}
+    result = dataclasses.replace(result, provenance=provenance, findings=told.findings)
+    across, down = ("head", "layer") if config.heads else ("layer", "edge")
+    drawn = {
+        f"{metric}_heatmap": figures.heatmap(result, x=across, y=down, metric=metric, facet="cut")
+        for metric in ("relative_change", "logit_diff")
+    }
+    if not config.heads:
+        drawn["relative_change_lines"] = figures.lines(
+            result, x="layer", colour="edge", metric="relative_change", facet="cut"
+        )
+    return Outcome(result, drawn, told.pictures)
+
+
+def _provenance(vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "question": QUESTION,
+        "model": vlm.identity(),
+        "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest},
+        "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
+        "receipts": receipts,
+    }
+
+
+if __name__ == "__main__":
+    main(Config, run, name="knockout", plan=plan)
