@@ -14,13 +14,10 @@ from torch import nn
 
 from vlm_mech.cells import Place
 from vlm_mech.prompt import Encoded
-from vlm_mech.suffix_attention import shares_prefix
+from vlm_mech.suffix_attention import FAST_BYTES, FLOAT, shares_prefix
 
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
-
-FLOAT = 4
-"""Bytes of a score: they are kept in single precision whatever the model's own."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class Sizes:
     masked: bool
     tower: int
     tower_bytes: int
+    device: str
 
     @property
     def stream(self) -> int:
@@ -87,6 +85,7 @@ def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
         masked=eager or padded or slides or bool(vlm.family.both_ways),
         tower=tower,
         tower_bytes=tower_bytes,
+        device="cpu" if vlm.device.type == "cpu" else "cuda",
     )
 
 
@@ -167,7 +166,8 @@ def in_block(size: Sizes, n_cells: int, n_suffix: int, *, joined: bool, cut: boo
         scores = 2 * n_cells * size.batch * size.n_heads * n_suffix * size.n_pos * FLOAT if size.eager else 0
         attention = copies + scores + rows * heads * size.itemsize
     else:
-        attention = rows * size.n_heads * size.n_pos * FLOAT
+        per_cell = size.batch * n_suffix * size.n_heads * size.n_pos * FLOAT
+        attention = min(n_cells, max(1, FAST_BYTES[size.device] // per_cell)) * per_cell
         # A copy of the queries, or the two halves of the output.
         attention += 2 * rows * heads * size.itemsize
     if cut:

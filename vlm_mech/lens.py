@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlm_mech.edit import check_site
 from vlm_mech.errors import UsageError
+from vlm_mech.intervene import Activations
 from vlm_mech.prompt import Encoded, Prompt
 from vlm_mech.readout import Readout, readout_of
 from vlm_mech.site import Site
@@ -230,6 +231,23 @@ def lens(
     return _joined(vlm, prompts, sites, tokens, labels, parts)
 
 
+def lens_of(vlm: "VLM", states: Activations, span: Span, readout: Readout, labels: Sequence[Label] = ()) -> Lens:
+    """The logit lens on states that were read already, such as those of an edited run, at all their sites.
+
+    Args:
+        readout: from states to scores of the vocabulary (see `readout.readout_of`).
+        labels: the words whose numbers are kept (see `label_of`).
+    """
+    encoded, sites = states.encoded, tuple(states.values)
+    if not isinstance(encoded, Encoded):
+        raise UsageError("the lens reads states of prompts, not those of a contrastive model")
+    _check(vlm, encoded.prompts, sites, 1, 1)
+    tokens, places = _places(encoded, sites, span, 0)
+    found = _gathered(states, places)
+    parts = {site: list(_parts(readout, found[site], tuple(labels), 1, True, False)) for site in sites}
+    return _joined(vlm, encoded.prompts, sites, tokens, tuple(labels), parts)
+
+
 def _check(vlm: "VLM", prompts: tuple[Prompt, ...], sites: tuple[Site, ...], top: int, batch_size: int) -> None:
     if not prompts or not sites:
         raise UsageError(f"{len(prompts)} prompts and {len(sites)} sites were given; one of each is needed")
@@ -254,20 +272,27 @@ def states_of(
         raise UsageError(f"Each gives {len(span.spans)} spans for {len(prompts)} prompts")
     for start in range(0, len(prompts), batch_size):
         encoded = vlm.encode(prompts[start : start + batch_size])
-        cells = encoded.cells(_of_batch(span, start, len(encoded)))
-        where = list(zip(cells.rows.tolist(), cells.positions.tolist(), strict=True))
-        known = [_image_tokens(encoded, example) for example in range(len(encoded))]
-        tokens = [_token(encoded, known, start, *at) for at in where]
-        given = [known[row][position][1] if position in known[row] else None for row, position in where]
-        places = {site: given if site.name == "projector.out" else where for site in sites}
-        for site, found in places.items():
-            _check_given(site, found, span)
-        read_states = read(vlm, encoded, sites).values
-        states = {}
-        for site, found in places.items():
-            rows, positions = torch.tensor(found).T
-            states[site] = read_states[site][rows, positions]
-        yield tokens, states
+        tokens, places = _places(encoded, sites, _of_batch(span, start, len(encoded)), start)
+        yield tokens, _gathered(read(vlm, encoded, sites), places)
+
+
+_Places = dict[Site, list[tuple[int, int]]]
+"""For each site the (row, position) of every token in its tensor."""
+
+
+def _places(encoded: Encoded, sites: Sequence[Site], span: Span, first: int) -> tuple[list[Token], _Places]:
+    """The tokens of a span, examples counted from `first`, and where each site holds them."""
+    cells = encoded.cells(span)
+    where = list(zip(cells.rows.tolist(), cells.positions.tolist(), strict=True))
+    known = [_image_tokens(encoded, example) for example in range(len(encoded))]
+    tokens = [_token(encoded, known, first, *at) for at in where]
+    given = [known[row][position][1] if position in known[row] else None for row, position in where]
+    return tokens, {site: _given(site, given, span) if site.name == "projector.out" else where for site in sites}
+
+
+def _gathered(states: Activations, places: _Places) -> dict[Site, Tensor]:
+    chosen = {site: torch.tensor(found).T for site, found in places.items()}
+    return {site: states[site][rows, positions] for site, (rows, positions) in chosen.items()}
 
 
 def _of_batch(span: Span, start: int, length: int) -> Span:
@@ -276,13 +301,14 @@ def _of_batch(span: Span, start: int, length: int) -> Span:
     return tuple(_of_batch(part, start, length) for part in span) if isinstance(span, tuple) else span
 
 
-def _check_given(site: Site, found: Sequence[tuple[int, int] | None], span: Span) -> None:
-    lacking = sum(cell is None for cell in found)
-    if lacking:
+def _given(site: Site, found: Sequence[tuple[int, int] | None], span: Span) -> list[tuple[int, int]]:
+    held = [cell for cell in found if cell is not None]
+    if len(held) < len(found):
         raise UsageError(
-            f"span {span!r} has {lacking} token(s) that {site} does not hold one by one; it holds image tokens only: "
-            "read llm.resid_pre 0, which is what the decoder receives"
+            f"span {span!r} has {len(found) - len(held)} token(s) that {site} does not hold one by one; it holds image "
+            "tokens only: read llm.resid_pre 0, which is what the decoder receives"
         )
+    return held
 
 
 def _image_tokens(encoded: Encoded, example: int) -> dict[int, tuple[dict[str, int], tuple[int, int] | None]]:

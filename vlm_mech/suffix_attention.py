@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from vlm_mech.model import VLM
 
 
+FLOAT = 4
+"""Bytes of a score: they are kept in single precision whatever the model's own."""
+FAST_BYTES = {"cpu": 2**23, "cuda": 2**28}
+"""Scores that are worked on at once: little enough not to count, and enough to keep the machine busy."""
+
+
 @dataclass(eq=False)
 class SuffixAttention:
     """The attention of one decoder block; `cuts` are those of each cell, `receipts` what was proved, by cell.
@@ -101,13 +107,31 @@ class SuffixAttention:
         allowed: Bool[Tensor, "mask_rows mask_heads query pos"],
         cut: "list[Group]",
     ) -> Float[Tensor, "rows query head d_head"]:
+        """Softmax attention of all cells, as many at a time as have their scores in fast memory."""
+        per_cell = FLOAT * self.batch * query.shape[1] * query.shape[2] * (self.start + query.shape[2])
+        step, out = cells_at_once(per_cell, query.device), []
+        for first in range(0, len(self.cuts), step):
+            rows = slice(first * self.batch, (first + step) * self.batch)
+            some = [each for each in (group.within(first, first + step) for group in cut) if each.numbers]
+            out.append(self._chunk(query[rows], key[rows], value[rows], before, allowed, some))
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _chunk(
+        self,
+        query: Float[Tensor, "rows head query d_head"],
+        key: Float[Tensor, "rows group query d_head"],
+        value: Float[Tensor, "rows group query d_head"],
+        before: Block,
+        allowed: Bool[Tensor, "mask_rows mask_heads query pos"],
+        cut: "list[Group]",
+    ) -> Float[Tensor, "rows query head d_head"]:
         """Softmax attention over the shared prefix, in one product for all rows, and over each row's own suffix.
 
         The softmax runs over both parts at once, without putting them together: each is shifted by the common maximum
         and the sum of both divides the output.
         """
         start, groups = self.start, key.shape[1]
-        sizes = {"c": len(self.cuts), "b": self.batch, "g": groups, "n": query.shape[2]}
+        sizes = {"c": len(query) // self.batch, "b": self.batch, "g": groups, "n": query.shape[2]}
         query = query * self.record.scaling
         prefix = rearrange(query, "(c b) (g r) n d -> b g (c r n) d", **sizes) @ before.keys[:, :, :start].mT
         own = rearrange(query, "(c b) (g r) n d -> (c b) g (r n) d", **sizes) @ key.mT
@@ -140,7 +164,10 @@ class SuffixAttention:
         for part, side in zip(parts, sides, strict=True):
             for group in cut:
                 blocked = grouped(group.blocked, part.shape[1])[..., side]
-                part[:, :, group.cells] = part[:, :, group.cells].masked_fill_(blocked, -torch.inf)
+                if isinstance(group.cells, slice):
+                    part[:, :, group.cells].masked_fill_(blocked, -torch.inf)
+                else:
+                    part[:, :, group.cells] = part[:, :, group.cells].masked_fill_(blocked, -torch.inf)
         held = [part for part in parts if part.shape[-1]]
         top = torch.stack([part.amax(-1, keepdim=True) for part in held]).amax(0)
         # A padding position may have nothing to attend to; what it holds is never used.
@@ -174,9 +201,10 @@ class SuffixAttention:
         left, sums = torch.zeros(len(group.numbers), device=total.device), torch.zeros_like(total)
         for part, side in zip(parts, sides, strict=True):
             if part.shape[-1]:
-                weights = part[:, :, group.cells] / total
-                sums += weights.sum(-1, keepdim=True)
-                left = torch.maximum(left, reduce(weights.mul_(blocked[..., side]), each, "max"))
+                some = part[:, :, group.cells]
+                sums += some.sum(-1, keepdim=True) / total
+                most = (some * blocked[..., side]).amax(-1, keepdim=True) / total
+                left = torch.maximum(left, reduce(most, each, "max"))
         losing = blocked.any(-1, keepdim=True).expand(total.shape)
         off = reduce((sums - 1).abs() * losing, each, "max")
         # Examples count alike, whatever the number of their queries that lose an edge.
@@ -184,8 +212,8 @@ class SuffixAttention:
         taken = reduce(natural.where(losing, 0.0), "b g c r n p -> c b", "sum") / per_example.clamp(min=1)
         meant = taken.sum(1) / (per_example > 0).sum(1)
         n_edges = int((allowed & group.blocked).sum())
-        rows = zip(group.numbers, meant.tolist(), left.tolist(), off.tolist(), strict=True)
-        cuts = self.cuts[group.numbers[0]]
+        rows = zip(group.of_wave, meant.tolist(), left.tolist(), off.tolist(), strict=True)
+        cuts = self.cuts[group.of_wave[0]]
         queries = {(row, query) for each in cuts for row, positions in each.queries.items() for query in positions}
         reaches, reason = knockout_reaches(self.vlm, self.clean.encoded, "llm", self.layer, queries)
         for number, mass, most, error in rows:
@@ -227,6 +255,11 @@ class SuffixAttention:
         return function(module, query, keys, values, mask, **options)
 
 
+def cells_at_once(per_cell: int, device: torch.device) -> int:
+    """How many cells' scores (of so many bytes) are worked on at once."""
+    return max(1, FAST_BYTES.get(device.type, FAST_BYTES["cuda"]) // per_cell)
+
+
 def shares_prefix(query: tuple[int, ...], n_groups: int) -> bool:
     """Whether scores of a suffix (heads, positions, d_head) take less room than a copy of all keys and values a row.
 
@@ -247,10 +280,20 @@ def grouped(
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Numbers of cells that lose the same edges at a layer, in ascending order."""
+    """Numbers of cells that lose the same edges at a layer, in ascending order, counted from cell `first`."""
 
     numbers: list[int]
     blocked: Bool[Tensor, "batch cut_heads query pos"]
+    first: int = 0
+
+    @property
+    def of_wave(self) -> list[int]:
+        """The same numbers counted over all cells."""
+        return [self.first + number for number in self.numbers]
+
+    def within(self, first: int, stop: int) -> "Group":
+        """Those of the cells from `first` on and before `stop`."""
+        return Group([number - first for number in self.numbers if first <= number < stop], self.blocked, first)
 
     @property
     def cells(self) -> slice | list[int]:

@@ -75,8 +75,10 @@ def findings(result: Result, notes: list[dict[str, Any]]) -> tuple[str, ...]:
 def _circumstances(machine: dict[str, Any]) -> str:
     where = machine["accelerator"] or f"{machine['cores']} cores"
     text = f"timed on {where} with {machine['threads']} thread(s) of torch, load {machine['load']} before the start"
+    if machine["accelerator"] is None and machine["threads"] == 1:
+        text += "; seconds are those of this process alone"
     busy = machine["load"] > BUSY * machine["cores"]
-    return text + ("; others were using the machine, so that times are too long and ratios uncertain" if busy else "")
+    return text + ("; others were using the machine, so that times may be too long" if busy else "")
 
 
 def _spread(values: pd.Series, *, percent: bool = False) -> str:
