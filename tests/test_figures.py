@@ -172,7 +172,7 @@ def test_redraw_from_the_folder_alone(tmp_path):
     for name, figure in drawn.items():
         assert json.loads(again[name].to_json()) == json.loads(figure.to_json())
     figures.save_figure(go.Figure(), tmp_path / "figures", "heat")
-    with pytest.raises(UsageError, match="figure 'heat' was drawn by neither heatmap nor lines"):
+    with pytest.raises(UsageError, match="figure 'heat' does not say which function of vlm_mech drew it"):
         figures.redraw(tmp_path)
 
 

@@ -3,6 +3,8 @@
 import html
 import json
 import math
+import pkgutil
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -317,14 +319,20 @@ def redraw(folder: str | Path) -> "dict[str, go.Figure]":
     """The figures of a finished run by name, drawn anew from the table it saved.
 
     Raises:
-        UsageError: the folder holds no result, or a figure that neither `heatmap` nor `lines` drew.
+        UsageError: the folder holds no result, or a figure that does not say which function of this package drew it.
     """
     result, drawn = Result.load(folder), {}
     for name in result.provenance.get("figures", []):
         saved = json.loads((Path(folder) / "figures" / f"{name}.json").read_text(encoding="utf-8"))
         recipe = saved["layout"].get("meta", {})
-        draw = {"heatmap": heatmap, "lines": lines}.get(recipe.get("drawn_by"))
-        if draw is None:
-            raise UsageError(f"figure {name!r} was drawn by neither heatmap nor lines; open its json with plotly")
-        drawn[name] = draw(result, **recipe["options"])
+        drawn[name] = _drawer(recipe.get("drawn_by"), name)(result, **recipe["options"])
     return drawn
+
+
+def _drawer(said: str | None, name: str) -> "Callable[..., go.Figure]":
+    """The function that drew a figure: one of this file, or `package.module:function` of this package."""
+    if said in ("heatmap", "lines"):
+        return {"heatmap": heatmap, "lines": lines}[said]
+    if not said or not re.fullmatch(r"vlm_mech(\.\w+)+:\w+", said):
+        raise UsageError(f"figure {name!r} does not say which function of vlm_mech drew it; open its json with plotly")
+    return pkgutil.resolve_name(said)

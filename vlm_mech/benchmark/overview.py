@@ -109,7 +109,8 @@ def bars(result: Result, *, title: str) -> "go.Figure":
         )
     figure.add_hline(y=1, line_dash="dot", annotation_text="one plain forward")
     figure.update_yaxes(type="log", title_text="plain forwards (log scale)")
-    figure.update_layout(template="plotly_white", barmode="group", title=title, width=960, height=480)
+    meta = {"drawn_by": f"{__name__}:bars", "options": {"title": title}}
+    figure.update_layout(template="plotly_white", barmode="group", title=title, width=960, height=480, meta=meta)
     return figure
 
 
@@ -126,5 +127,6 @@ def as_figure(result: Result) -> "go.Figure":
             columnwidth=[1, 1.3, 1.6, 1.2, 1.2, 1.2, 0.6, 0.6],
         )
     )
-    figure.update_layout(title=result.name, width=1300, height=max(400, 34 * len(table) + 160))
+    meta = {"drawn_by": f"{__name__}:as_figure", "options": {}}
+    figure.update_layout(title=result.name, width=1300, height=max(400, 34 * len(table) + 160), meta=meta)
     return figure
