@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/python -m experiments.layer_swap --out runs/layer_swap --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -99,8 +99,8 @@ def place(clean: Pass, made: Plan, intervention: Intervention, encoded_of: Calla
     )
     first = [_first(each) for each in writes.values()] + [_first_cut(each) for each in cuts.values()]
     if tower.writes or tower.cuts:
-        first.append(int(clean.encoded.cells("image").positions.min()))
-        return Place(writes, cuts, 0, clean.widened(min(first)), tower)
+        # The few tokens before the image are computed too: whole rows go through the kernel for plainly causal attention.
+        return Place(writes, cuts, 0, 0, tower)
     entry = min([_entry(site, clean.n_added) for site in writes] + list(cuts))
     found = _donor(clean, writes, cuts, intervention, encoded_of)
     if found is not None:

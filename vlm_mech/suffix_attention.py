@@ -244,6 +244,8 @@ class SuffixAttention:
     ) -> tuple[Tensor, Any]:
         """The model's own attention function, each row given a copy of the prefix."""
         n_cells = len(self.cuts)
+        if self.start == 0 and self.record.mask is None:
+            return function(module, query, key, value, None, **options)
         keys, values = (
             torch.cat([repeat(shared[:, :, : self.start], "b g s d -> (c b) g s d", c=n_cells), own], dim=2)
             for shared, own in ((before.keys, key), (before.values, value))

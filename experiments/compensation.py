@@ -1,0 +1,119 @@
+"""Does the decoder make up for what the visual features lack when the tower's patches cannot see each other?
+
+Cuts self-attention of the patches that show a part of an object, in the vision tower, in the decoder, or in both, and
+measures whether the part is still named at its patches and whether questions about it are still answered (after
+Takishita et al., methods A).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlm_mech.errors import UsageError
+from vlm_mech.runs import Outcome, SweepConfig, Workspace, main
+
+if TYPE_CHECKING:
+    from vlm_mech.compensation import Cell
+    from vlm_mech.compensation_data import Examples
+
+QUESTION = (
+    "Patches that show a part of an object are kept from seeing anything outside the part (part), outside the object "
+    "(obj), but themselves (self), or the class token (cls): in the vision tower (V), in the decoder (L), or in both. "
+    "Is the part still named at its patches (logit lens), and the question about it answered? Where a cut in the tower "
+    "does less damage while the decoder is free than while it is blocked, the decoder made up for it."
+)
+SOME = 32
+"""Scenes by default."""
+
+
+@dataclass(frozen=True)
+class Config(SweepConfig):
+    """Options of the compensation experiment."""
+
+    data: str = "scenes/part"
+    """scenes/part (32 by default), or a folder with pairs.jsonl and masks of parts and objects."""
+    variants: tuple[str, ...] = ()
+    """What is cut, such as V-part L-part V+L-part; all that the model has by default."""
+    layers: tuple[str, ...] = ("all", "first", "middle", "last")
+    """Layers that are cut together: all of a tower, or its first, middle, last third."""
+    site: str | None = None
+    """Where parts are read for the findings, such as "llm.resid_post[3]"; chosen on validation scenes by default."""
+    min_share: float = 0.25
+    """Share of a patch's pixels that part or object must cover."""
+    split: Literal["test", "train"] = "test"
+    """Split of the generated scenes."""
+    batch: int = 16
+    """Examples a forward pass."""
+    engine: Literal["fast", "trace"] = "fast"
+    """Of the sweep behind the answers: the fast one computes only what can change."""
+
+
+def _loaded(config: Config) -> "tuple[Any, Examples, tuple[Cell, ...]]":
+    from vlm_mech import compensation, compensation_variants
+    from vlm_mech.model import VLM
+
+    vlm = VLM.load(config.model, device=config.device, dtype=config.dtype, attn=config.attn, revision=config.revision)
+    examples = _examples(config, vlm, config.split)
+    encoded = vlm.encode([examples.examples[0].prompt])
+    variants = compensation_variants.variants_of(vlm, encoded, config.variants)
+    return vlm, examples, compensation.cells_of(variants, compensation_variants.layer_ranges(vlm, config.layers))
+
+
+def _examples(config: Config, vlm: Any, split: str) -> "Examples":
+    from vlm_mech.compensation_data import examples_of, shown_parts
+    from vlm_mech.data.pairs import fitting, load_pairs
+
+    n = SOME if config.n is None and config.data.startswith("scenes/") else config.n
+    pairs = load_pairs(config.data, n=n, seed=config.seed, split=split)
+    shown = shown_parts(pairs, seed=config.seed, split=split)
+    return examples_of(vlm, fitting(vlm, pairs), shown, min_share=config.min_share, seed=config.seed)
+
+
+def plan(config: Config) -> Any:
+    """What the sweep behind the answers will need."""
+    from vlm_mech.compensation import plan_answers
+
+    vlm, examples, cells = _loaded(config)
+    return plan_answers(vlm, examples, cells, batch=config.batch, memory=config.memory)
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, its figures, and pictures of examples."""
+    from vlm_mech import compensation, compensation_figures, compensation_index
+    from vlm_mech.readout import readout_of
+    from vlm_mech.receipt import add_up
+    from vlm_mech.result import Result
+
+    vlm, examples, cells = _loaded(config)
+    readout = readout_of(vlm, examples.examples[0].prompt)
+    if config.site is None and not config.data.startswith("scenes/"):
+        raise UsageError("a folder has no validation part on which to choose a site; name one, as --site projector.out")
+    if config.site is None:
+        others = _examples(config, vlm, "validation")
+        site = compensation.best_site(vlm, others, readout, batch=config.batch, seed=config.seed)
+        chosen_on = f"the best site on {len(others.examples)} validation scenes"
+    else:
+        site, chosen_on = compensation.check_site(vlm, examples, config.site), "as asked for"
+    options = {"seed": config.seed, "engine": config.engine, "memory": config.memory}
+    for number, some in enumerate(work.progress(examples.batches(config.batch), "batches")):
+        if f"{number:08d}" not in work:
+            work.keep(f"{number:08d}", *compensation.measure(vlm, some, cells, readout, **options))
+    table, receipts = work.collect()
+    provenance = {
+        "question": QUESTION,
+        "model": vlm.identity(),
+        "data": {"name": examples.name, "n": len(examples.examples), "hash": examples.digest},
+        "refused": [dataclasses.asdict(each) for each in examples.refused],
+        "receipts": add_up(receipts),
+        "site": site,
+    }
+    result = Result("compensation", table, compensation.AXES, compensation.METRICS, provenance=provenance)
+    shares = compensation_index.every_compensation(result, site)
+    findings = compensation_index.told(result, examples, site, chosen_on, shares)
+    provenance["compensated"] = [dataclasses.asdict(each) for each in shares]
+    result = dataclasses.replace(result, provenance=provenance, findings=findings)
+    return Outcome(result, compensation_figures.drawn(result), compensation_figures.pictures(vlm, examples))
+
+
+if __name__ == "__main__":
+    main(Config, run, name="compensation", plan=plan)
