@@ -99,7 +99,7 @@ def place(clean: Pass, made: Plan, intervention: Intervention, encoded_of: Calla
     )
     first = [_first(each) for each in writes.values()] + [_first_cut(each) for each in cuts.values()]
     if tower.writes or tower.cuts:
-        # The few tokens before the image are computed too: whole rows go through the kernel for plainly causal attention.
+        # The few tokens before the image are computed too: whole rows go through the kernel for causal attention.
         return Place(writes, cuts, 0, 0, tower)
     entry = min([_entry(site, clean.n_added) for site in writes] + list(cuts))
     found = _donor(clean, writes, cuts, intervention, encoded_of)
