@@ -56,7 +56,7 @@ def patch_words(
     cells = [[places.get((row, column)) for column in range(n_columns)] for row in range(n_rows)]
     figure = go.Figure([_map(lens, number, cells, edges) for number in range(len(lens.sites))])
     _choose(figure, lens)
-    _lay_out(figure, load_image(prompt.images[image]), title or f"logit lens: {prompt.question}")
+    lay_out(figure, load_image(prompt.images[image]), title or f"logit lens: {prompt.question}")
     return figure
 
 
@@ -121,7 +121,8 @@ def _choose(figure: "go.Figure", lens: Lens) -> None:
     )
 
 
-def _lay_out(figure: "go.Figure", picture: "Image.Image", title: str) -> None:
+def lay_out(figure: "go.Figure", picture: "Image.Image", title: str) -> None:
+    """Puts the picture under the traces, its pixels as axes."""
     width, height = picture.size
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")

@@ -1,0 +1,119 @@
+"""What can be read off the hidden states at every depth, and is it what the image shows or what is usual?
+
+Linear and MLP probes on every block of tower, projector and language model, with controls (after methods C.2, D.4).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlm_mech.runs import Outcome, RunConfig, Workspace, main
+
+if TYPE_CHECKING:
+    from vlm_mech.result import Result
+
+QUESTION = (
+    "Probes are fitted on hidden states of some scenes and tested on others, with other things in them. Accuracy says "
+    "what could be read there, not what the model uses: compare it with the controls. In scenes that show an unusual "
+    "colour, the probabilities say whether a place holds what is shown or what is usual."
+)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Options of the probes."""
+
+    model: tuple[str, ...] = ("organism",)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """One model, or several side by side: organism organism-grounded, folders, or Hugging Face ids."""
+    n: int | None = None
+    """Pairs, two examples each; 128 scenes by default."""
+    conflict: str = "scenes/colour-conflict"
+    """Pairs whose counterfactual shows something unusual, for the trained probes to read; none leaves that out."""
+    n_conflict: int = 64
+    """Number of these."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Split of the generated scenes."""
+    spans: tuple[str, ...] = ("last", "image", "object")
+    """Also all, question, each (every image token apart), "patch 2,3", "position 5"."""
+    probes: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
+    """Which probes are fitted."""
+    controls: tuple[str, ...] = ("shuffled", "control task", "no image", "random weights")
+    """Which controls are run."""
+    hidden: tuple[int, ...] = (64, 32)
+    """Widths of the MLP's hidden layers; 512 128 for models thousands wide."""
+    grouping: Literal["both", "scene", "template"] = "both"
+    """What no split tears apart: scenes with their twins (always), and all examples with the same question."""
+    folds: int = 4
+    """Parts of the data: one is for testing, one for validation, the others for training, in turn."""
+    seeds: int = 5
+    """Partitions into folds, each with other initial weights."""
+    every: int = 1
+    """Probe every so-many-th block."""
+    mdl: bool = False
+    """Also the description length (online code) of real and shuffled labels; in provenance.json."""
+    batch: int = 32
+    """Prompts a forward pass."""
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, accuracy over depth, conflict, confusion, and the map of a picture's patches."""
+    import dataclasses
+
+    from vlm_mech.probe import METRICS
+    from vlm_mech.probe_findings import findings
+    from vlm_mech.probe_study import AXES, completed, study
+    from vlm_mech.result import Result
+
+    about: dict[str, Any] = {"question": QUESTION}
+    for number, name in enumerate(config.model):
+        vlm, examples, conflicts, design, known = _loaded(config, name)
+        about = about | known | {"model": [*about.get("model", []), vlm.identity()]}
+        for step in work.progress(design.steps, f"probes of {name}"):
+            key = f"{number:02d}-{design.steps.index(step):02d}"
+            if key not in work:
+                folder = work.partial / f"states-{number:02d}"
+                work.keep(key, *study(vlm, examples, conflicts, design, step, folder=folder))
+    table, notes = work.collect()
+    result = Result("probes", completed(table), AXES, METRICS, {}, about | {"steps": notes})
+    return Outcome(dataclasses.replace(result, findings=findings(result, notes)), _drawn(config, result, notes))
+
+
+def _loaded(config: Config, name: str) -> tuple[Any, ...]:
+    """A model, its examples, the scenes in conflict, what is done with them, and what is known of the data."""
+    from vlm_mech.data.pairs import load_pairs
+    from vlm_mech.model import VLM
+    from vlm_mech.probe_data import conflicts_of, examples_of, probe_sites, spots_of, spread
+    from vlm_mech.probe_descent import LINEAR, small_mlp
+    from vlm_mech.probe_study import Design
+
+    how = {"device": config.device, "dtype": config.dtype, "attn": config.attn, "revision": config.revision}
+    vlm, drawn = VLM.load(name, **how), {"seed": config.seed, "split": config.split}
+    n = 128 if config.n is None and config.data.startswith("scenes/") else config.n
+    data = [load_pairs(config.data, n=n, **drawn)]
+    data += [load_pairs(config.conflict, n=config.n_conflict, **drawn)] if config.conflict != "none" else []
+    examples, conflicts = examples_of(vlm, data[0]), conflicts_of(vlm, data[1]) if len(data) > 1 else None
+    spots = spots_of(probe_sites(vlm, every=config.every), spread(vlm, config.spans, examples))
+    recipes = tuple({"linear": LINEAR, "mlp": small_mlp(config.hidden)}[probe] for probe in config.probes)
+    options = {"grouping": config.grouping, "n_folds": config.folds, "n_seeds": config.seeds, "seed": config.seed}
+    options |= {"batch": config.batch, "mdl": config.mdl, "device": config.device}
+    known = {"data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data]}
+    return vlm, examples, conflicts, Design(spots, recipes, config.controls, **options), known
+
+
+def _drawn(config: Config, result: "Result", notes: list[dict[str, Any]]) -> dict[str, Any]:
+    from vlm_mech import probe_figures
+    from vlm_mech.probe_findings import best_spot
+
+    drawn = {f"depth_{probe}": probe_figures.depth_lines(result, probe=probe) for probe in config.probes}
+    if config.conflict != "none":
+        drawn |= {f"conflict_{probe}": probe_figures.conflict_lines(result, probe=probe) for probe in config.probes}
+    for number, step in enumerate(each for each in notes if each["step"] == "none"):
+        place, span = best_spot(step, config.probes[0])
+        cell = {"model": step["model"], "probe": config.probes[0], "place": place, "span": span}
+        drawn[f"confusion_{number}"] = probe_figures.confusion(result, **cell)
+        if step["map"] is not None:
+            drawn[f"patches_{number}"] = probe_figures.patch_picture(result, model=step["model"])
+    return drawn
+
+
+if __name__ == "__main__":
+    main(Config, run, name="probing")
