@@ -1,0 +1,85 @@
+"""Does each method find what was planted, and nothing where nothing was?
+
+Plants models at random, lets every method examine them, and grades what it finds: layers, heads and routes recovered,
+false alarms in models with nothing to find, and how often intervals hold the true effect.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlm_mech.runs import Outcome, RunConfig, Workspace, main
+
+if TYPE_CHECKING:
+    from vlm_mech.validate.job import Job
+
+QUESTION = (
+    "Models are planted at random: which heads read the picture, which way the answer goes and with which weights is "
+    "known. Every method examines each model on a few examples, and what it finds is compared with what was planted. "
+    "In the nulls no head gets anything from the picture."
+)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Options of the validation."""
+
+    model: str = "planted"
+    """Planted models only."""
+    data: str = "planted"
+    """Their own pictures only."""
+    n: int | None = None
+    """Models of each set; 20 by default."""
+    first_seed: int = 1000
+    """Seed of the first model; what is below 1000 served to develop the methods' rules."""
+    sets: tuple[str, ...] = ("plain", "matched null", "matched null, random answers", "hard", "backup")
+    """Kinds of models."""
+    methods: tuple[str, ...] = ()
+    """Methods to grade; all by default."""
+    examples: int = 32
+    """Examples of each model that a method sees."""
+    population: int = 512
+    """Fresh examples of each model from which its true effects are found."""
+    workers: int = 2
+    """Processes, of one thread each."""
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, with the table of grades, its figure and findings; `grades.csv` holds that table too."""
+    from vlm_mech.result import Result
+    from vlm_mech.validate import overview
+    from vlm_mech.validate.job import completed, examine_all
+
+    jobs = _jobs(config)
+    open_jobs = [job for job in jobs if job.key not in work]
+    done = examine_all(open_jobs, workers=config.workers)
+    for _ in work.progress(open_jobs, "models"):
+        job, table, notes = next(done)
+        work.keep(job.key, table, notes)
+    table, notes = work.collect()
+    about = {"question": QUESTION, "plantings": notes}
+    result = Result("planted models", completed(table), overview.AXES, (overview.METRIC,), provenance=about)
+    graded = overview.grades(result)
+    findings = overview.findings(graded, n_examples=config.examples)
+    result = Result(result.name, result.table, result.axes, result.metrics, {}, about, findings)
+    graded.to_csv(work.folder / "grades.csv", index=False)
+    print(graded.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    return Outcome(result, {"grades": overview.dots(result)})
+
+
+def _jobs(config: Config) -> "list[Job]":
+    from vlm_mech.errors import UsageError
+    from vlm_mech.validate.job import Job
+    from vlm_mech.validate.methods import METHODS
+
+    n = 20 if config.n is None else config.n
+    if config.model != "planted" or config.data != "planted" or config.device != "cpu":
+        raise UsageError("only planted models are examined, on cpu; leave out --model, --data and --device")
+    if n < 1 or len(set(config.sets)) < max(1, len(config.sets)):
+        raise UsageError(f"n is {n} and sets are {', '.join(config.sets) or 'none'}; at least one of each, none twice")
+    how = {"n_examples": config.examples, "n_population": config.population, "seed": config.seed}
+    methods = config.methods or tuple(METHODS)
+    return [Job(kind, config.first_seed + number, methods, **how) for number in range(n) for kind in config.sets]
+
+
+if __name__ == "__main__":
+    main(Config, run, name="validate")

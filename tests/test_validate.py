@@ -1,0 +1,366 @@
+"""Grades by hand on made-up findings; every adapter on real plantings; what is wrong on purpose is graded as wrong."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import validate
+from vlm_mech import figures, runs
+from vlm_mech.errors import UsageError
+from vlm_mech.intervene import Replace
+from vlm_mech.organism.planted import Planted, plant, true_effect
+from vlm_mech.organism.recipe import COLOURS, Edge, Head, Recipe, Truth, matched_null
+from vlm_mech.result import Result
+from vlm_mech.site import Site
+from vlm_mech.validate import found as finding
+from vlm_mech.validate import grading, overview
+from vlm_mech.validate.found import WHOLE, Found, counted, differences
+from vlm_mech.validate.grading import CARRYING, COVERAGE, HEADS, RANKS, READING, ROUTE, SUPPRESSING, TOP, WRITING, grade
+from vlm_mech.validate.job import Job, completed, examine, examine_all, random_answers, shown
+from vlm_mech.validate.methods import EDITS, METHODS
+from vlm_mech.validate.population import planted_points, population, true_cells
+
+TWO_HOP = Recipe(3, 6, reads=(Head(2, 1),), carries=(Head(4, 3),), decoys=(Head(1, 0, 0),), priors=(3, 1, 0, 5, 4, 2))
+PLANTINGS = {
+    "two-hop": TWO_HOP,
+    "suppressed": dataclasses.replace(TWO_HOP, reads=(Head(3, 1),), carries=(), suppressor=Head(5, 0, 2.5)),
+    "backup": dataclasses.replace(TWO_HOP, carries=(), backup=Head(4, 3)),
+    "null": matched_null(TWO_HOP),
+    "hard": Recipe(
+        4, 6, reads=(Head(1, 0, 0.5), Head(1, 2, 0.3), Head(3, 1, 0.2)), n_cells=3, superposed=True, jitter=0.1,
+        texture=0.3, decoys=(Head(2, 0, 0),), decoy_gain=0.2,
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def made(name: str) -> Planted:
+    return plant(PLANTINGS[name])
+
+
+@functools.cache
+def told(name: str, method: str) -> Found:
+    planted = made(name)
+    return METHODS[method](planted, planted.pairs(16, seed=1))
+
+
+def scores(name: str, found: Found, kind: str = "plain", true: pd.DataFrame | None = None) -> dict[str, float]:
+    graded = grade(found, made(name).truth, kind, n_layers=6, n_heads=4, true=true)
+    return {each: score.value for each, score in graded.items()}
+
+
+def cells(*rows: tuple) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(finding.COLUMNS))
+
+
+# Grading by hand
+
+NOTHING = cells(("last", 0, 0, 0.0, -0.1, 0.1, 1.0))
+READS = (
+    Edge("read", "question", "image", 1, 0, 0.6),
+    Edge("read", "question", "image", 2, 1, 0.3),
+    Edge("read", "question", "image", 2, 2, 0.1),
+)
+MADE_UP = Truth(
+    (*READS, Edge("carry", "last", "question", 4, 0, 1.0), Edge("decoy", "last", "image", 3, 3, 0.0)), "picture", 1, 9
+)
+
+
+def by_hand(found: Found, kind: str = "hard", true: pd.DataFrame | None = None) -> dict[str, grading.Score]:
+    return grade(found, MADE_UP, kind, n_layers=6, n_heads=4, true=true)
+
+
+def test_layers_are_right_only_when_all_of_them_and_no_others_are_named():
+    right = Found(NOTHING, (1, 2), (4,), (4,), (), "two-hop")
+    assert {name: score.value for name, score in by_hand(right).items()} == {
+        READING: 1, WRITING: 1, CARRYING: 1, ROUTE: 1, grading.UNSUPPRESSED: 0
+    }  # fmt: skip
+    wrong = Found(NOTHING, (1, 2, 3), (), (3, 4), (5,), "direct")
+    assert {name: score.value for name, score in by_hand(wrong).items()} == {
+        READING: 0, WRITING: 0, CARRYING: 0, ROUTE: 0, grading.UNSUPPRESSED: 1
+    }  # fmt: skip
+    assert by_hand(Found(NOTHING, (1,)))[READING].value == 0
+    assert by_hand(right)[READING].chance == pytest.approx(1 / math.comb(6, 2))
+    assert not by_hand(Found(NOTHING)), "what a method does not say is not graded"
+
+
+def test_a_planted_prior_has_a_layer_to_be_named():
+    truth = dataclasses.replace(MADE_UP, edges=(*MADE_UP.edges, Edge("suppress", "last", "question", 5, 1, 2.5)))
+    for said, value in (((5,), 1), ((4,), 0), ((), 0)):
+        graded = grade(Found(NOTHING, suppressing=said), truth, "hard", n_layers=6, n_heads=4)
+        assert {name: score.value for name, score in graded.items()} == {SUPPRESSING: value}
+
+
+def test_heads_are_graded_as_a_set_by_top_k_and_by_rank():
+    strengths = {(1, 0): 5.0, (2, 1): 4.0, (2, 2): 0.5, (4, 0): 9.0, (3, 3): 1.0}
+    graded = by_hand(Found(NOTHING, heads=((1, 0), (2, 1), (4, 0)), strengths=strengths))
+    assert graded[HEADS].value == 0
+    assert (graded[TOP].hits, graded[TOP].n, graded[TOP].chance) == (3, 4, 4 / 24), "the decoy (3, 3) is the fourth"
+    assert graded[RANKS].value == pytest.approx(1.0)
+    turned = by_hand(Found(NOTHING, heads=(), strengths=strengths | {(1, 0): 0.1, (2, 2): 6.0}))
+    assert turned[RANKS].value == pytest.approx(-1.0)
+    every = ((1, 0), (2, 1), (2, 2), (4, 0))
+    assert by_hand(Found(NOTHING, heads=every, strengths=strengths))[HEADS].value == 1
+
+
+def test_ties_count_against_the_method():
+    assert grading.strongest({(0, 0): 1.0, (0, 1): 1.0, (0, 2): 2.0}, 2) == ((0, 2),)
+    assert grading.strongest({(0, 0): 0.0, (0, 1): 0.0}, 2) == ((0, 0), (0, 1))
+    alike = dict.fromkeys(((1, 0), (2, 1), (2, 2), (4, 0), (3, 3)), 1.0)
+    graded = by_hand(Found(NOTHING, heads=(), strengths=alike))
+    assert (graded[TOP].value, graded[RANKS].value) == (0, 0)
+
+
+def test_coverage_counts_true_effects_within_their_intervals():
+    found = cells(("last", 1, 0, 0, -1.0, 1.0, 1), ("last", 2, 0, 0, 2.0, 3.0, 1), ("image", 2, 0, 0, -1.0, 1.0, 1))
+    true = pd.DataFrame(
+        [("last", 1, 0, 1.0), ("last", 2, 0, 1.9), ("image", 2, 0, 0.0)], columns=["place", "layer", "head", "true"]
+    )
+    score = grading.coverage(found, true)
+    assert (score.hits, score.n, score.chance) == (2, 3, 0.95)
+    gone = true.assign(layer=true["layer"] + 7)
+    assert grading.coverage(found, gone).hits == 0, "a cell that was not measured is not covered"
+
+
+def test_a_null_is_graded_by_false_alarms_alone():
+    tiny = cells(("last", 0, 0, 0.001, 0.0005, 0.002, 0.01))
+    graded = by_hand(Found(tiny, (), (), route="none", heads=()), "matched null")
+    assert {name: score.value for name, score in graded.items()} == {grading.SIGNIFICANT: 1, grading.CLAIMS: 0}
+    graded = by_hand(Found(NOTHING, (1,), (), route="direct", heads=()), "matched null, random answers")
+    assert {name: score.value for name, score in graded.items()} == {grading.SIGNIFICANT: 0, grading.CLAIMS: 1}
+
+
+def test_an_effect_is_significant_and_large_enough():
+    found = cells(
+        ("last", 0, 0, 0.2, 0, 1, 0.01), ("last", 1, 0, -0.6, 0, 1, 0.049), ("last", 2, 0, 5.0, 0, 1, 0.05),
+        ("last", 3, 0, 0.09, 0, 1, 0.0),
+    )  # fmt: skip
+    assert counted(found, 0.0)["layer"].tolist() == [0, 1]
+    assert counted(found, -10.0)["layer"].tolist() == [1], "5 % of 10 logits are 0.5"
+
+
+def test_differences_are_the_next_layer_less_this_one():
+    values = {("a", 0): 1.0, ("a", 1): 4.0, ("a", 2): 2.0, ("b", 0): 0.0, ("b", 1): 0.0, ("b", 2): 7.0}
+    rows = [
+        {"example": name, "place": "last", "layer": layer, "value": value} for (name, layer), value in values.items()
+    ]
+    steps = differences(pd.DataFrame(rows[::-1])).table.set_index(["example", "layer"])["step"]
+    assert steps.to_dict() == {("a", 0): 3.0, ("a", 1): -2.0, ("b", 0): 0.0, ("b", 1): 7.0}
+
+
+# Methods on plantings
+
+
+def test_two_hops_are_found():
+    swap, cut, lens = (told("two-hop", name) for name in ("layer swap", "knockout", "logit lens"))
+    assert (swap.reading, swap.carrying, swap.writing, swap.route) == ((2,), (4,), (4,), "two-hop")
+    assert (cut.reading, cut.carrying, cut.suppressing, cut.route) == ((2,), (4,), (), "two-hop")
+    assert (lens.writing, lens.suppressing) == ((4,), ())
+    for name in ("head knockout", "head interchange", "attribution", "zero ablation"):
+        assert told("two-hop", name).heads == ((2, 1), (4, 3))
+
+
+def test_a_suppressor_is_found_where_a_method_can_see_it():
+    assert (told("suppressed", "knockout").suppressing, told("suppressed", "logit lens").suppressing) == ((5,), (5,))
+    assert told("suppressed", "layer swap").suppressing is None
+    assert told("suppressed", "layer swap").reading == told("suppressed", "knockout").reading == (3,)
+    assert told("suppressed", "layer swap").route == "direct"
+
+
+def test_a_backup_hides_the_reading_head_from_cuts_and_ablations_only():
+    for name in ("head interchange", "attribution"):
+        assert told("backup", name).heads == ((2, 1),)
+    assert told("backup", "layer swap").reading == (2,)
+    assert (told("backup", "knockout").reading, told("backup", "knockout").route) == ((), "none")
+    assert told("backup", "head knockout").heads == told("backup", "zero ablation").heads == ()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_claims_an_effect_in_a_null(method):
+    found = told("null", method)
+    assert not found.claims and np.abs(found.cells["effect"].to_numpy()).max() < 0.1
+    assert scores("null", found, "matched null")[grading.CLAIMS] == 0
+    assert list(found.cells.columns) == list(finding.COLUMNS)
+
+
+@pytest.mark.parametrize("method", ["head knockout", "head interchange", "attribution", "zero ablation"])
+def test_heads_of_a_hard_model_are_ranked(method):
+    graded = scores("hard", told("hard", method), "hard")
+    assert graded[RANKS] == pytest.approx(1.0) and graded[TOP] == 1
+
+
+def test_wrong_methods_are_graded_as_failing():
+    """A swap that is off by one layer, and heads off by one."""
+    swap, heads = told("two-hop", "layer swap"), told("two-hop", "head interchange")
+    assert all(value == 1 for name, value in scores("two-hop", swap).items() if name != grading.UNSUPPRESSED)
+    shifted = [tuple(layer + 1 for layer in each or ()) for each in (swap.reading, swap.carrying, swap.writing)]
+    graded = scores("two-hop", Found(swap.cells, *shifted, route="direct"))
+    assert set(graded.values()) == {0.0} and set(graded) == {READING, CARRYING, WRITING, ROUTE}
+    moved = {(layer, head - 1): value for (layer, head), value in heads.strengths.items()}
+    graded = scores("two-hop", Found(heads.cells, heads=tuple(moved), strengths=moved))
+    assert (graded[HEADS], graded[TOP]) == (0, 0)
+
+
+# True effects
+
+
+def test_population_is_the_true_effect_of_every_planted_cell():
+    planted = made("two-hop")
+    points = {name: planted_points(planted.truth, name, 6) for name in METHODS}
+    assert points["logit lens"] == ()
+    assert [tuple(value for _, value in point.axes) for point in points["layer swap"]] == [
+        ("image", 2, WHOLE), ("question", 4, WHOLE), ("last", 5, WHOLE)
+    ]  # fmt: skip
+    wanted = [(EDITS["layer swap"], points["layer swap"][0]), (EDITS["knockout"], points["knockout"][1])]
+    found = population(planted, wanted, n=48, seed="some", batch=32)
+    site = Site("llm.resid_pre", 2)
+    swap = true_effect(planted, lambda pairs: Replace(site, "image", source=pairs.counterfactual), n=48, seed="some")
+    cut = true_effect(planted, lambda pairs: EDITS["knockout"](points["knockout"][1], ()), n=48, seed="some")
+    assert found == pytest.approx(np.array([swap.mean, cut.mean]), abs=1e-4)
+    assert found[0] < -25 and found[1] < -10
+
+
+def test_intervals_hold_effects_known_from_many_examples():
+    planted = made("two-hop")
+    true = true_cells(planted, ("layer swap", "head interchange", "attribution"), n=128)
+    assert true.groupby("method").size().to_dict() == {"attribution": 2, "head interchange": 2, "layer swap": 3}
+    for method in ("layer swap", "head interchange"):
+        own = true[true["method"] == method].drop(columns="method")
+        assert scores("two-hop", told("two-hop", method), true=own)[COVERAGE] > 0.4
+        assert scores("two-hop", told("two-hop", method), true=own.assign(true=-own["true"]))[COVERAGE] == 0
+
+
+def test_random_answers_have_nothing_to_do_with_the_pictures():
+    pairs = made("null").pairs(60)
+    drawn = random_answers(pairs, 0)
+    assert random_answers(pairs, 0).answer == drawn.answer != random_answers(pairs, 1).answer
+    assert all(pair.answer != pair.counterfactual_answer for pair in drawn)
+    assert set(drawn.answer) == set(COLOURS)
+    assert sum(one == other for one, other in zip(drawn.answer, pairs.answer, strict=True)) < 25
+    assert [pair.image for pair in drawn] == [pair.image for pair in pairs]
+
+
+# Tables, sentences, command line
+
+
+def test_every_planting_has_examples_of_its_own():
+    """Otherwise one unlucky draw would count as many."""
+    jobs = [
+        Job(kind, number, n_examples=8)
+        for kind in ("matched null", "matched null, random answers")
+        for number in (1, 2)
+    ]
+    pictures = [[pair.image.tobytes() for pair in shown(job, PLANTINGS["null"])] for job in jobs]
+    assert all(one != other for number, one in enumerate(pictures) for other in pictures[:number])
+    one, other = (shown(job, PLANTINGS["null"]) for job in jobs[2:])
+    assert one.answer != other.answer
+
+
+def test_the_table_counts_and_says_what_does_not_apply():
+    def row(example: str, method: str, grade: str, hits: int, n: int) -> dict:
+        about = {"example": example, "set": "plain", "grade": grade, "method": method}
+        return about | {"score": hits / n, "score_baseline": 0.5, "hits": hits, "of": n}
+
+    rows = [row("9", "knockout", TOP, 1, 2), row("10", "knockout", TOP, 2, 2), row("10", "knockout", CARRYING, 1, 1)]
+    table = completed(pd.DataFrame(rows))
+    assert table["example"].drop_duplicates().tolist() == ["9", "10"] and len(table) == 4
+    assert table[table["score"].isna()][["example", "grade", "skipped"]].to_numpy().tolist() == [
+        ["9", CARRYING, "does not apply"]
+    ]
+    graded = overview.grades(Result("grades", table, overview.AXES, (overview.METRIC,))).set_index("grade")
+    assert graded.loc[TOP, ["n", "rate"]].tolist() == [4, 0.75]
+    # Clopper and Pearson for 3 of 4: 0.1941 to 0.9937.
+    assert graded.loc[TOP, ["low", "high"]].tolist() == pytest.approx([0.1941, 0.9937], abs=1e-4)
+    assert graded.loc[CARRYING, ["n", "rate", "low", "high"]].tolist() == pytest.approx([1, 1, 0.025, 1])
+
+
+def test_sentences_name_what_breaks_its_promise():
+    rows = [
+        ("hard", COVERAGE, "knockout", 100, 0.9, 0.8, 0.95, 0.95),
+        ("hard", COVERAGE, "layer swap", 100, 0.95, 0.9, 1, 0.95),
+    ]
+    rows += [
+        ("matched null", grading.SIGNIFICANT, "knockout", 20, 0.1, 0, 0.3, 0.05),
+        ("matched null", grading.CLAIMS, "knockout", 20, 0.05, 0, 0.2, 0.05),
+    ]
+    table = pd.DataFrame(rows, columns=["set", "grade", "method", "n", "rate", "low", "high", "chance"])
+    *_, covered, alarmed, claimed = overview.findings(table, n_examples=8)
+    assert covered.endswith("cells: knockout 90.0 %.")
+    assert alarmed.endswith("of models: knockout (matched null) 10 %.") and claimed.endswith("of models: none.")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "easy"}, "set 'easy' is not known; one of plain, matched null"),
+        ({"methods": ("magic",)}, "method 'magic' is not known; one of layer swap"),
+        ({"n_examples": 2}, "2 examples, 512 for the true effects, first seed 0: 8, 2 and 0 are the least"),
+    ],
+)
+def test_wrong_jobs_are_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        Job(**{"kind": "plain", "recipe": 0} | change)
+    with pytest.raises(UsageError, match="workers is 0"):
+        next(examine_all([Job("plain", 0)], workers=0))
+
+
+def test_a_job_gives_the_same_scores_again():
+    job = Job("plain", 0, ("logit lens",), n_examples=8, n_population=8)
+    (one, about), (other, _) = examine(job), examine(job)
+    pd.testing.assert_frame_equal(one, other)
+    assert about["recipe"] == 0 and about["says"] == "prior"
+    assert set(one["grade"]) == {WRITING, SUPPRESSING}
+
+
+def command(*arguments: object) -> object:
+    try:
+        runs.main(validate.Config, validate.run, name="validate", argv=[str(each) for each in arguments])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_the_command_line_leaves_a_table_of_grades_and_resumes(tmp_path, capsys, monkeypatch):
+    options = (
+        "--n",
+        1,
+        "--first-seed",
+        0,
+        "--workers",
+        1,
+        "--examples",
+        8,
+        "--population",
+        16,
+        "--out",
+        tmp_path / "out",
+    )
+    options += ("--sets", "plain", "matched null", "--methods", "knockout", "logit lens")
+    assert command(*options) == 0
+    assert "reading layers" in capsys.readouterr().out
+    graded = pd.read_csv(tmp_path / "out" / "grades.csv")
+    assert list(graded.columns) == ["set", "grade", "method", "n", "rate", "low", "high", "chance"]
+    assert set(graded["method"]) == {"knockout", "logit lens"} and set(graded["set"]) == {"plain", "matched null"}
+    result = Result.load(tmp_path / "out")
+    assert [each["recipe"] for each in result.provenance["plantings"]] == [0, 0]
+    assert (tmp_path / "out" / "figures" / "grades.html").stat().st_size > 10_000
+    drawn = figures.redraw(tmp_path / "out")["grades"]
+    assert drawn.to_json() == (tmp_path / "out" / "figures" / "grades.json").read_text()
+    monkeypatch.setattr("vlm_mech.validate.job.examine", None)
+    assert command(*options, "--resume") == 0, "a finished run is not run again"
+
+
+def test_wrong_use_is_one_line(tmp_path, capsys):
+    for wrong, message in (
+        (("--n", 0), "n is 0 and sets are plain"),
+        (("--model", "organism"), "only planted models are examined"),
+        (("--sets", "easy"), "set 'easy' is not known"),
+        (("--first-seed", -1), "first seed -1"),
+    ):
+        assert command("--out", tmp_path / "out", *wrong) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error

@@ -1,0 +1,118 @@
+"""What a method found, compared with what was planted: one score for each grade, with what guessing would give."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import pandas as pd
+from scipy.stats import spearmanr
+
+from vlm_mech.organism.recipe import Truth
+from vlm_mech.validate.found import LEVEL, Found, Place
+
+NULLS = ("matched null", "matched null, random answers")
+"""Not called null alone, which tables read back from a file take for a missing value."""
+
+READING, CARRYING, WRITING = "reading layers", "carrying layers", "writing layers"
+SUPPRESSING, UNSUPPRESSED = "suppressing layer", "suppression where none is"
+ROUTE, HEADS, TOP, RANKS = "route", "heads", "heads in top k", "rank correlation"
+COVERAGE = "coverage"
+SIGNIFICANT, CLAIMS = "any cell significant", "any effect claimed"
+
+GRADES = {
+    READING: "the layers said to read the picture are those of the reading heads, all of them and no others",
+    CARRYING: "on the two-hop route, the layers said to take the answer on to the last position are the planted ones",
+    WRITING: "the layers said to write at the last position are those of the heads that do",
+    SUPPRESSING: "where a prior is planted, the layer said to bring it in is the planted one",
+    UNSUPPRESSED: "where no prior is planted, some layer is said to bring one in (a false alarm)",
+    ROUTE: "direct or two-hop, as planted",
+    HEADS: "the heads said to matter are those that read and carry, all of them and no others",
+    TOP: "share of the k heads that read and carry which are among the k strongest",
+    RANKS: "Spearman correlation of the reading heads' strengths with their planted weights",
+    COVERAGE: "share of planted cells whose 95 % interval holds the true effect",
+    SIGNIFICANT: "in a model with nothing to find, any cell is significant after correction, however small",
+    CLAIMS: "in a model with nothing to find, any layer or head is said to matter",
+}
+FALSE_ALARMS = (UNSUPPRESSED, SIGNIFICANT, CLAIMS)
+
+
+@dataclass(frozen=True)
+class Score:
+    """`hits` of `n`; `chance` is the share that guessing gives (of intervals and tests, the nominal share)."""
+
+    hits: float
+    n: int
+    chance: float
+
+    @property
+    def value(self) -> float:
+        """The share."""
+        return self.hits / self.n
+
+
+def grade(
+    found: Found, truth: Truth, kind: str, *, n_layers: int, n_heads: int, true: pd.DataFrame | None = None
+) -> dict[str, Score]:
+    """Every grade that applies to this method and model.
+
+    Args:
+        kind: the set that the model is of.
+        true: rows of true effects with `place`, `layer`, `head` and `true` (see `population.true_cells`).
+    """
+    if kind in NULLS:
+        return {SIGNIFICANT: _flag(found.significant, LEVEL), CLAIMS: _flag(found.claims, LEVEL)}
+    scores = _of_layers(found, truth, n_layers) | _of_heads(found, truth, n_layers * n_heads)
+    if found.route is not None:
+        scores[ROUTE] = _flag(found.route == truth.route, 0.5)
+    if true is not None and len(true):
+        scores[COVERAGE] = coverage(found.cells, true)
+    return scores
+
+
+def _of_layers(found: Found, truth: Truth, n_layers: int) -> dict[str, Score]:
+    reads, carries = ({edge.layer for edge in truth.of(role)} for role in ("read", "carry"))
+    prior = {edge.layer for edge in truth.of("suppress")}
+    asked = [(READING, found.reading, reads), (WRITING, found.writing, carries or reads)]
+    asked += [(CARRYING, found.carrying, carries)] if carries else []
+    asked += [(SUPPRESSING, found.suppressing, prior)] if prior else []
+    scores = {name: _same(said, planted, n_layers) for name, said, planted in asked if said is not None}
+    if not prior and found.suppressing is not None:
+        scores[UNSUPPRESSED] = _flag(bool(found.suppressing), LEVEL)
+    return scores
+
+
+def _of_heads(found: Found, truth: Truth, n_places: int) -> dict[str, Score]:
+    if found.heads is None:
+        return {}
+    planted = {(edge.layer, edge.head) for edge in truth.of("read", "carry")}
+    top = strongest(found.strengths, len(planted))
+    scores = {HEADS: _same(found.heads, planted, n_places)}
+    scores[TOP] = Score(len(planted & set(top)), len(planted), len(planted) / n_places)
+    reads = truth.of("read")
+    if len(reads) > 2:
+        given = [found.strengths.get((edge.layer, edge.head), 0.0) for edge in reads]
+        ranked = float(spearmanr(given, [edge.weight for edge in reads]).statistic) if len(set(given)) > 1 else 0.0
+        scores[RANKS] = Score(ranked, 1, 0.0)
+    return scores
+
+
+def strongest(strengths: dict[Place, float], k: int) -> tuple[Place, ...]:
+    """The k strongest heads; those as strong as the next one are left out, for they are not told from it."""
+    order = sorted(strengths, key=lambda place: -strengths[place])
+    limit = strengths[order[k]] if k < len(order) else -math.inf
+    return tuple(place for place in order[:k] if strengths[place] > limit)
+
+
+def coverage(cells: pd.DataFrame, true: pd.DataFrame) -> Score:
+    """How many of the true effects lie within their intervals, both ends included."""
+    both = true.merge(cells, on=["place", "layer", "head"], how="left", validate="one_to_one")
+    held = (both["low"] <= both["true"]) & (both["true"] <= both["high"])
+    return Score(int(held.sum()), len(both), 1 - LEVEL)
+
+
+def _same(said: Collection[object], planted: Collection[object], n_places: int) -> Score:
+    return _flag(set(said) == set(planted), 1 / math.comb(n_places, len(planted)))
+
+
+def _flag(value: bool, chance: float) -> Score:
+    return Score(float(value), 1, chance)

@@ -1,0 +1,123 @@
+"""One planting examined by every method; many of them in processes of their own."""
+
+import dataclasses
+import itertools
+import multiprocessing
+import random
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.organism.planted import examples, plant
+from vlm_mech.organism.recipe import COLOURS, Recipe, draw
+from vlm_mech.validate.grading import GRADES, NULLS, grade
+from vlm_mech.validate.methods import METHODS
+from vlm_mech.validate.population import true_cells
+
+SETS = ("plain", *NULLS, "hard", "backup")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planting, and how it is examined.
+
+    `kind` is one of `SETS`. In a matched null the mean of an effect is zero up to the noise in the weights; with random
+    answers, drawn for the comparison without regard to the pictures, it is exactly zero.
+    """
+
+    kind: str
+    recipe: int
+    methods: tuple[str, ...] = tuple(METHODS)
+    n_examples: int = 32
+    n_population: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, given, known in (("set", (self.kind,), SETS), ("method", self.methods, tuple(METHODS))):
+            for each in given:
+                if each not in known:
+                    raise UsageError(f"{name} {each!r} is not known; one of {', '.join(known)} is")
+        if self.n_examples < 8 or self.n_population < 2 or self.recipe < 0:
+            raise UsageError(
+                f"{self.n_examples} examples, {self.n_population} for the true effects, first seed {self.recipe}: "
+                "8, 2 and 0 are the least"
+            )
+
+    @property
+    def key(self) -> str:
+        """Its name among the batches of a run."""
+        return f"{SETS.index(self.kind)}-{self.recipe:06d}"
+
+
+def examine(job: Job) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The scores of every method on one planting, a row for each grade, and notes on the planting."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    planted = plant(draw(job.recipe, "null" if job.kind in NULLS else job.kind))
+    pairs = shown(job, planted.recipe)
+    true = None if job.kind in NULLS else true_cells(planted, job.methods, n=job.n_population)
+    sizes = {"n_layers": planted.vlm.n_layers("llm"), "n_heads": planted.vlm.n_heads("llm")}
+    rows = []
+    for method in job.methods:
+        known = None if true is None else true[true["method"] == method].drop(columns="method")
+        scores = grade(METHODS[method](planted, pairs), planted.truth, job.kind, true=known, **sizes)
+        for name, score in scores.items():
+            about = {"score": score.value, "score_baseline": score.chance, "hits": score.hits, "of": score.n}
+            rows.append({"example": str(job.recipe), "set": job.kind, "grade": name, "method": method} | about)
+    notes = {"set": job.kind, "recipe": job.recipe, "says": planted.truth.says, "accuracy": planted.truth.accuracy}
+    return pd.DataFrame(rows), notes | {"seconds": round(time.perf_counter() - began, 2)}
+
+
+def shown(job: Job, recipe: Recipe) -> Pairs:
+    """The examples that the methods see: other ones in every planting, so that plantings are independent."""
+    seed = f"{job.seed}/{job.key}"
+    pairs = examples(recipe, job.n_examples, seed=seed)
+    return random_answers(pairs, seed) if job.kind == NULLS[1] else pairs
+
+
+def random_answers(pairs: Pairs, seed: int | str) -> Pairs:
+    """The same pictures, with two answers drawn for each pair that have nothing to do with them."""
+    rng = random.Random(f"answers/{seed}")
+    drawn = []
+    for pair in pairs:
+        answer, other = rng.sample(COLOURS, 2)
+        drawn.append(dataclasses.replace(pair, answer=answer, counterfactual_answer=other))
+    return dataclasses.replace(pairs, pairs=tuple(drawn))
+
+
+def examine_all(jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[Job, pd.DataFrame, dict[str, Any]]]:
+    """What `examine` gives for each of some jobs, in the order in which they are done."""
+    if workers < 1:
+        raise UsageError(f"workers is {workers}; at least 1 is needed")
+    if workers == 1 or len(jobs) < 2:
+        yield from ((job, *examine(job)) for job in jobs)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"))
+    try:
+        waiting = {pool.submit(examine, job): job for job in jobs}
+        for done in as_completed(waiting):
+            yield waiting[done], *done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def completed(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a row for every planting and cell, those that do not apply without a score.
+
+    Cells that apply to no planting are not in it.
+    """
+    cells = table[["set", "grade", "method"]].drop_duplicates()
+    order = {name: number for number, name in enumerate((*SETS, *GRADES, *METHODS))}
+    cells = cells.sort_values(["set", "grade", "method"], key=lambda column: column.map(order))
+    examples = sorted(set(table["example"]), key=int)
+    whole = [(example, *cell) for example, cell in itertools.product(examples, cells.itertuples(index=False))]
+    frame = pd.DataFrame(whole, columns=["example", "set", "grade", "method"])
+    found = frame.merge(table, on=["example", "set", "grade", "method"], how="left", validate="one_to_one")
+    return found.assign(skipped=found["score"].isna().map({True: "does not apply", False: ""}))

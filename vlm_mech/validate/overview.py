@@ -1,0 +1,142 @@
+"""The grades of all methods: a table, a figure, and sentences made from the numbers."""
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from vlm_mech.figures import COLOURS
+from vlm_mech.result import Metric, Result
+from vlm_mech.validate.grading import CLAIMS, COVERAGE, FALSE_ALARMS, GRADES, RANKS, SIGNIFICANT
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+METRIC = Metric("score", "share", "share of what is asked that comes out as planted; of ranks, the correlation")
+AXES = ("set", "grade", "method")
+WELL_COVERED = (0.93, 0.97)
+"""Of 95 % intervals: shares of cells covered at which nothing is wrong."""
+N_COLUMNS = 3
+
+
+def grades(result: Result) -> pd.DataFrame:
+    """One row a grade: set, grade, method, n, rate, low, high, chance.
+
+    `n` counts plantings, heads in the grade of the top k, and cells in that of coverage. Intervals are exact binomial
+    ones (Clopper and Pearson) at 95 %; those of rank correlations are bootstrapped over plantings.
+    """
+    summary = result.summary().set_index(list(AXES))
+    rows = []
+    # Groups come in the order of the cells, whichever apply to the first planting.
+    for cell, group in result.table.groupby(list(AXES), sort=False):
+        part = group.dropna(subset=["score"])
+        about = dict(zip(AXES, cell, strict=True)) | {"chance": float(part["score_baseline"].mean())}
+        if about["grade"] == RANKS:
+            held = summary.loc[cell]
+            rates = {"n": len(part), "rate": held["mean"], "low": held["ci_low"], "high": held["ci_high"]}
+        else:
+            hits, n = int(part["hits"].sum()), int(part["of"].sum())
+            interval = binomtest(hits, n).proportion_ci(0.95, method="exact")
+            rates = {"n": n, "rate": hits / n, "low": interval.low, "high": interval.high}
+        rows.append(about | rates)
+    return pd.DataFrame(rows, columns=[*AXES, "n", "rate", "low", "high", "chance"])
+
+
+def findings(table: pd.DataFrame, *, n_examples: int) -> tuple[str, ...]:
+    """What the grades say, a sentence for each grade and set."""
+    told = [f"every method sees {n_examples} examples of each planted model; methods are named with their rates."]
+    for name in GRADES:
+        for kind, part in table[table["grade"] == name].groupby("set", sort=False):
+            said = "; ".join(_rate(row) for row in part.to_dict("records"))
+            told.append(f"{name}{_warning(name)} ({kind}): {said}.")
+    return (*told, *_verdicts(table))
+
+
+def _rate(row: dict) -> str:
+    if row["grade"] == RANKS:
+        return f"{row['method']} {row['rate']:.2f} ({row['low']:.2f} to {row['high']:.2f}, n = {row['n']})"
+    interval = f"{100 * row['low']:.0f} to {100 * row['high']:.0f} %"
+    return f"{row['method']} {100 * row['rate']:.0f} % ({interval}, n = {row['n']})"
+
+
+def _warning(name: str) -> str:
+    return ", a false alarm" if name in FALSE_ALARMS else ""
+
+
+def _verdicts(table: pd.DataFrame) -> list[str]:
+    """Which methods do not keep what their intervals and tests promise."""
+    low, high = WELL_COVERED
+    held = table[table["grade"] == COVERAGE]
+    covered = {
+        str(name): float((part["rate"] * part["n"]).sum() / part["n"].sum())
+        for name, part in held.groupby("method", sort=False)
+    }
+    off = [f"{name} {100 * share:.1f} %" for name, share in covered.items() if not low <= share <= high]
+    told = [f"95 % intervals that cover the true effect in less than 93 or more than 97 % of cells: {_all(off)}."]
+    for grade, words in ((SIGNIFICANT, "are significant"), (CLAIMS, "are told of as effects")):
+        alarmed = table[(table["grade"] == grade) & (table["rate"] > table["chance"])]
+        names = [f"{row['method']} ({row['set']}) {100 * row['rate']:.0f} %" for row in alarmed.to_dict("records")]
+        told.append(f"cells of models with nothing to find that {words} in more than 5 % of models: {_all(names)}.")
+    return told
+
+
+def _all(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def dots(result: Result) -> "go.Figure":
+    """Rates with their 95 % intervals: a panel for each grade, a line for each method, a colour for each set."""
+    from plotly.subplots import make_subplots
+
+    table = grades(result)
+    names = [name for name in GRADES if name in set(table["grade"])]
+    sets = list(table["set"].drop_duplicates())
+    n_rows = -(-len(names) // N_COLUMNS)
+    figure = make_subplots(
+        n_rows, N_COLUMNS, subplot_titles=names, horizontal_spacing=0.13, vertical_spacing=0.25 / n_rows
+    )
+    seen: set[str] = set()
+    for number, name in enumerate(names):
+        at = {"row": number // N_COLUMNS + 1, "col": number % N_COLUMNS + 1}
+        here = table[table["grade"] == name]
+        methods = list(here["method"].drop_duplicates())[::-1]
+        for rank, kind in enumerate(sets):
+            part = here[here["set"] == kind]
+            if len(part):
+                # Sets lie beside each other on a method's line.
+                shift = 0.14 * ((len(sets) - 1) / 2 - rank)
+                height = [methods.index(each) + shift for each in part["method"]]
+                trace = _trace(part, kind, height, COLOURS[rank % len(COLOURS)])
+                figure.add_trace(trace.update(showlegend=kind not in seen), **at)
+                seen.add(kind)
+        figure.update_yaxes(tickvals=list(range(len(methods))), ticktext=methods, **at)
+        figure.update_xaxes(range=[-1.05 if name == RANKS else -0.03, 1.03], **at)
+    title = "planted models: rates with 95 % intervals (false alarms: lower is better)"
+    figure.update_layout(
+        template="plotly_white", title={"text": title, "x": 0.01}, width=1180, height=90 + 300 * n_rows,
+        font={"family": "Helvetica, Arial, sans-serif", "size": 12}, margin={"l": 110, "r": 30, "t": 90, "b": 50},
+        legend={"orientation": "h", "y": -0.04}, meta={"drawn_by": f"{__name__}:dots", "options": {}},
+    )  # fmt: skip
+    return figure
+
+
+def _trace(part: pd.DataFrame, kind: str, height: list[float], colour: str) -> "go.Scatter":
+    import plotly.graph_objects as go
+
+    told = [
+        f"{row['method']}, {kind}: {row['rate']:.3f} ({row['low']:.3f} to {row['high']:.3f}), n {row['n']}, "
+        f"by chance {row['chance']:.3f}"
+        for row in part.to_dict("records")
+    ]
+    above, below = part["high"] - part["rate"], part["rate"] - part["low"]
+    return go.Scatter(
+        x=part["rate"],
+        y=height,
+        mode="markers",
+        name=kind,
+        legendgroup=kind,
+        marker={"color": colour, "size": 7},
+        error_x={"array": above, "arrayminus": below, "thickness": 1.2, "width": 2},
+        text=told,
+        hovertemplate="%{text}<extra></extra>",
+    )
