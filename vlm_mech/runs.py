@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vlm_mech.result import Result
 
 # Options that do not change the numbers of a run.
-HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run")
+HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run", "workers")
 
 
 @dataclass(frozen=True)
