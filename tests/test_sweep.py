@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.conftest import picture
 from tests.test_families import QUESTIONS, SHAPES, batch
 from tests.zoo import ZOO
+from vlm_mech import suffix_attention
 from vlm_mech.clean import record
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.engine import Engine
@@ -93,6 +94,52 @@ def test_the_recorded_pass_is_the_unedited_run(family):
     vlm = wrapped(family)
     encoded, _ = encodings(family)
     assert close(record(vlm, encoded).logits, run(vlm, encoded).last)
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 5])
+def test_scores_may_be_worked_on_in_pieces_of_any_size(monkeypatch, n_cells):
+    vlm = wrapped("llava_next_mistral")
+    encoded, donors = encodings("llava_next_mistral")
+    edits = []
+    for layer in vlm.llm_layers:
+        # Groups of cells that do not follow one another, and groups that a piece cuts through.
+        edits += [Knockout("question", "image", (layer, 3)), Knockout("question", "all", 3, keep_self=True)]
+        edits.append(Replace(Site("llm.resid_post", layer), "question", source=donors))
+    whole, proofs = Engine(vlm, encoded).answers(edits)
+    sizes = []
+    monkeypatch.setattr(suffix_attention, "cells_at_once", lambda per_cell, device: sizes.append(per_cell) or n_cells)
+    pieces, again = Engine(vlm, encoded).answers(edits)
+    assert sizes and close(pieces, whole)
+    baseline = run(vlm, encoded)
+    for number, edit in enumerate(edits):
+        reference = run(vlm, encoded, edit, baseline=baseline)
+        assert close(pieces[number], reference.last)
+        for ours, theirs in zip(again[number], proofs[number], strict=True):
+            assert (ours.site, ours.intervention) == (theirs.site, theirs.intervention)
+            if isinstance(ours, KnockoutReceipt):
+                assert ours.natural_mass == pytest.approx(theirs.natural_mass, abs=1e-6)
+        natural = {each.site: each.natural_mass for each in reference.receipts if isinstance(each, KnockoutReceipt)}
+        found = {each.site: each.natural_mass for each in again[number] if isinstance(each, KnockoutReceipt)}
+        assert found == pytest.approx(natural, abs=1e-4)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl", "paligemma"])
+def test_batches_without_padding_equal_the_reference_too(family, attn):
+    """Attention is then plainly causal, without a mask: whole rows go through the model's own kernel."""
+    vlm = wrapped(family, attn)
+    encoded, donors = (
+        vlm.encode([Prompt(QUESTIONS[0], picture(seed + number, *SHAPES["wide"])) for number in range(2)])
+        for seed in (1, 7)
+    )
+    assert (encoded.inputs["attention_mask"] == 1).all()
+    edits = [Ablate(Site("vision.mlp_out", layer), "image") for layer in vlm.vision_layers[:3]]
+    edits += [Ablate(Site("projector.out"), "image") & Knockout("last", "image", 2)]
+    edits += [Ablate(Site("llm.mlp_out", layer), "all") for layer in vlm.llm_layers]
+    edits += [Replace(Site("llm.resid_pre", layer), "image", source=donors) for layer in vlm.llm_layers]
+    logits, _ = Engine(vlm, encoded).answers(edits)
+    for found, edit in zip(logits, edits, strict=True):
+        assert close(found, run(vlm, encoded, edit).last), edit
 
 
 def test_a_soft_cap_on_the_logits_is_that_of_the_model():
