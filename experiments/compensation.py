@@ -52,7 +52,7 @@ def _loaded(config: Config) -> "tuple[Any, Examples, tuple[Cell, ...]]":
     from vlm_mech import compensation, compensation_variants
     from vlm_mech.model import VLM
 
-    vlm = VLM.load(config.model, device=config.device, dtype=config.dtype, attn=config.attn, revision=config.revision)
+    vlm = VLM.load(config.model, **config.loading)
     examples = _examples(config, vlm, config.split)
     encoded = vlm.encode([examples.examples[0].prompt])
     variants = compensation_variants.variants_of(vlm, encoded, config.variants)

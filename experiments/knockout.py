@@ -6,12 +6,9 @@ Cuts attention edges such as last<-image, layer by layer or head by head, and me
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from vlm_mech.runs import Outcome, SweepConfig, Workspace, main
-
-if TYPE_CHECKING:
-    from vlm_mech.data.pairs import Pairs
+from vlm_mech.runs import Outcome, SweepConfig, Workspace, about, main
 
 QUESTION = (
     "Attention edges are cut: the query tokens cannot attend to the key tokens at some layers, and the rest of their "
@@ -53,7 +50,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
 
     pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
     masks = object_masks(pairs, seed=config.seed, split=config.split)
-    vlm = VLM.load(config.model, device=config.device, dtype=config.dtype, attn=config.attn, revision=config.revision)
+    vlm = VLM.load(config.model, **config.loading)
     pairs = fitting(vlm, pairs)
     options = {"layers": config.layers, "size": config.window, "heads": config.heads}
     return vlm, pairs, scan_of(vlm, pairs, masks, config.edges, **options), masks
@@ -83,7 +80,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     table, receipts = work.collect()
     result = Result("attention knockout", table, scan.axes, knockout.METRICS)
     told = knockout_findings.told(vlm, result, pairs, scan, masks, n_generated=config.generate)
-    provenance = _provenance(vlm, pairs, add_up(receipts)) | {"generated": told.texts}
+    provenance = about(QUESTION, vlm, pairs, add_up(receipts)) | {"generated": told.texts}
     result = dataclasses.replace(result, provenance=provenance, findings=told.findings)
     across, down = ("head", "layer") if config.heads else ("layer", "edge")
     drawn = {
@@ -95,16 +92,6 @@ def run(config: Config, work: Workspace) -> Outcome:
             result, x="layer", colour="edge", metric="relative_change", facet="cut"
         )
     return Outcome(result, drawn, told.pictures)
-
-
-def _provenance(vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "question": QUESTION,
-        "model": vlm.identity(),
-        "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest},
-        "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
-        "receipts": receipts,
-    }
 
 
 if __name__ == "__main__":

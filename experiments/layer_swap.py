@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm_mech.runs import Outcome, SweepConfig, Workspace, main
+from vlm_mech.runs import Outcome, SweepConfig, Workspace, about, main
 
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
@@ -51,7 +51,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.swap import DIRECTIONS, default_spans, swap_sites
 
     pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
-    vlm = VLM.load(config.model, device=config.device, dtype=config.dtype, attn=config.attn, revision=config.revision)
+    vlm = VLM.load(config.model, **config.loading)
     directions = DIRECTIONS if config.direction == "both" else (config.direction,)
     sites = swap_sites(vlm, config.site, config.point)
     return vlm, fitting(vlm, pairs), sites, config.spans or default_spans(vlm, config.site), directions
@@ -81,7 +81,7 @@ def run(config: Config, work: Workspace) -> Outcome:
             work.keep(key, table, summarise(receipts))
     table, receipts = work.collect()
     depth = "point" if config.site == "projector" else "layer"
-    provenance = _provenance(vlm, pairs, add_up(receipts))
+    provenance = about(QUESTION, vlm, pairs, add_up(receipts))
     result = Result(f"layer swap ({config.site})", table, ("direction", "span", depth), METRICS, {}, provenance)
     findings = (usable_share(result, pairs), *takeover(result))
     drawn = {
@@ -90,16 +90,6 @@ def run(config: Config, work: Workspace) -> Outcome:
         "logit_diff_heatmap": figures.heatmap(result, x=depth, y="span", metric="logit_diff", facet="direction"),
     }
     return Outcome(dataclasses.replace(result, findings=findings), drawn, _pictures(pairs))
-
-
-def _provenance(vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "question": QUESTION,
-        "model": vlm.identity(),
-        "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest},
-        "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
-        "receipts": receipts,
-    }
 
 
 def _pictures(pairs: "Pairs") -> tuple[tuple[str, Any], ...]:

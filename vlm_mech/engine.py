@@ -38,7 +38,8 @@ AFTER_THE_LAST = "after the last attention nothing flows from these positions to
 class Engine:
     """Clean passes and states read so far for one batch, shared by all its edited versions.
 
-    `budget` is how many bytes they may take at their peak, the model itself not counted.
+    `budget` is how many bytes they may take at their peak, the model itself not counted; `limit` is that or the
+    default.
 
     Raises:
         TooLargeError: not even the unedited pass fits.
@@ -47,6 +48,7 @@ class Engine:
     vlm: "VLM"
     encoded: Encoded
     budget: int | None = None
+    limit: int = field(init=False)
     size: Sizes = field(init=False)
     clean: Clean = field(init=False)
     known: dict[int, tuple[object, Clean]] = field(default_factory=dict)
@@ -54,9 +56,9 @@ class Engine:
     encodings: dict[int, tuple[object, Encoded]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.budget = self.budget or default_budget(self.vlm.device)
+        self.limit = default_budget(self.vlm.device) if self.budget is None else self.budget
         self.size = sizes(self.vlm, self.encoded)
-        check_pass(self.size, self.budget)
+        check_pass(self.size, self.limit)
         self.clean = record(self.vlm, self.encoded)
         self.known[id(self.encoded)] = (self.encoded, self.clean)
 
@@ -89,8 +91,7 @@ class Engine:
                   for each in interventions]  # fmt: skip
         own = sum(value.nbytes for key, (_, value) in self.states.items() if key[0] not in self.known)
         held = len(self.known) * pass_bytes(self.size) + own + len(places) * answer_bytes(self.size)
-        limits = {"budget": self.budget or 0, "max_cells": max_cells}
-        made, _ = waves(self.size, places, held=held, **limits)
+        made, _ = waves(self.size, places, held=held, budget=self.limit, max_cells=max_cells)
         found = torch.empty(
             len(places), *self.clean.logits.shape, dtype=self.clean.logits.dtype, device=self.vlm.device
         )

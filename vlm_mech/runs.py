@@ -26,6 +26,7 @@ from vlm_mech.workspace import Workspace, prepare
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vlm_mech.data.pairs import Pairs
     from vlm_mech.result import Result
 
 # Options that do not change the numbers of a run.
@@ -63,6 +64,11 @@ class RunConfig:
     config: Path | None = None
     """Repeat the run of a config.json; options given beside it take precedence."""
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the model is loaded: options of `VLM.load`."""
+        return {name: getattr(self, name) for name in ("device", "dtype", "attn", "revision")}
+
 
 @dataclass(frozen=True)
 class SweepConfig(RunConfig):
@@ -84,6 +90,17 @@ class Outcome:
     result: "Result"
     figures: dict[str, Any]
     pictures: tuple[tuple[str, "Image.Image"], ...] = ()
+
+
+def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> dict[str, Any]:
+    """What the provenance of a run over pairs says: what is asked, of which model and data, and what was proved."""
+    return {
+        "question": question,
+        "model": vlm.identity(),
+        "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest},
+        "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
+        "receipts": receipts,
+    }
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:

@@ -60,8 +60,16 @@ def vocabulary(*, closing: bool = False) -> dict[str, int]:
 
 
 def tokenizer(*, closing: bool = False) -> "PreTrainedTokenizerBase":
-    """A word-level tokenizer, lower-casing, punctuation apart; `closing` appends `</s>`, as CLIP needs."""
-    words = vocabulary(closing=closing)
+    """The embedded models' tokenizer; `closing` appends `</s>`, as CLIP needs, and pads right."""
+    return word_tokenizer(vocabulary(closing=closing), closing=closing)
+
+
+def word_tokenizer(words: dict[str, int], *, closing: bool = False) -> "PreTrainedTokenizerBase":
+    """A word-level tokenizer, lower-casing, punctuation apart, over words that include the special ones.
+
+    Args:
+        closing: append `</s>` and pad right; otherwise left.
+    """
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -69,7 +77,7 @@ def tokenizer(*, closing: bool = False) -> "PreTrainedTokenizerBase":
     )
     template = "<s> $A </s>" if closing else "<s> $A"
     made.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("<s>", 1), ("</s>", words["</s>"])]
+        single=template, special_tokens=[(each, words[each]) for each in ("<s>", "</s>")]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
@@ -83,11 +91,11 @@ def tokenizer(*, closing: bool = False) -> "PreTrainedTokenizerBase":
     )
 
 
-def image_processor() -> CLIPImageProcessorPil:
-    """Shortest edge to 96 pixels, centre crop, values from -1 to 1."""
+def image_processor(size: int = SIZE) -> CLIPImageProcessorPil:
+    """Shortest edge to `size` pixels, centre crop, values from -1 to 1."""
     return CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )

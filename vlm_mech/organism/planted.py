@@ -19,16 +19,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
 from vlm_mech import metrics
@@ -39,6 +36,7 @@ from vlm_mech.image import ImageLike, load_image
 from vlm_mech.intervene import Intervention
 from vlm_mech.model import VLM
 from vlm_mech.organism import planting
+from vlm_mech.organism.build import image_processor, word_tokenizer
 from vlm_mech.organism.recipe import COLOURS, OBJECTS, Recipe, Truth, edges, says
 from vlm_mech.prompt import Encoded
 from vlm_mech.span import Each, Patches
@@ -242,30 +240,9 @@ def vocabulary() -> dict[str, int]:
 
 def new_processor() -> LlavaProcessor:
     """Pictures of 32 x 32 pixels as they are, values from -1 to 1; words as tokens, punctuation apart."""
-    made = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
-    made.normalizer = normalizers.Lowercase()
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[:.,?]"), "isolated")]
-    )
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-        padding_side="left",
-    )
-    pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
     return LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
+        image_processor=image_processor(SIZE),
+        tokenizer=word_tokenizer(vocabulary()),
         patch_size=planting.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
