@@ -1,5 +1,7 @@
 """Tiny random models shared by the tests; nothing here touches the network."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,15 @@ def tiny_vlm():
 @pytest.fixture(scope="session")
 def vlm(tiny_vlm) -> VLM:
     return tiny_vlm()
+
+
+@pytest.fixture(scope="session")
+def model_folder(vlm, tmp_path_factory) -> Path:
+    """The tiny model, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

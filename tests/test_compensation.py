@@ -10,8 +10,8 @@ import torch
 
 from experiments import compensation as experiment
 from tests.conftest import picture
+from tests.helpers import command, killed_at
 from vlm_mech import compensation as method
-from vlm_mech import runs
 from vlm_mech.compensation import ANSWER, METRICS, cells_of, identified, measure, read_sites
 from vlm_mech.compensation_data import Example, Examples, Shown, examples_of, places_of, shown_parts
 from vlm_mech.compensation_index import UP, _share, compensation, every_compensation, sentence
@@ -551,21 +551,10 @@ def organism():
         yield vlm
 
 
-def command(*arguments):
-    try:
-        runs.main(
-            experiment.Config, experiment.run, name="compensation", plan=experiment.plan,
-            argv=[str(each) for each in arguments],
-        )  # fmt: skip
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 def test_the_command_runs_on_the_embedded_model_and_can_be_resumed(organism, tmp_path, monkeypatch, capsys):
     options = ["--n", "6", "--batch", "4", "--layers", "all", "--variants", "V-self", "L-self", "V+L-self", "V-cls"]
     whole = tmp_path / "whole"
-    assert command(*options, "--out", whole) == 0
+    assert command(experiment, *options, "--out", whole) == 0
     said = capsys.readouterr().out
     assert "6 of 6 examples of scenes/part are used" in said and "compensated share" in said
     result = Result.load(whole)
@@ -576,19 +565,10 @@ def test_the_command_runs_on_the_embedded_model_and_can_be_resumed(organism, tmp
     for name in ("report.html", "figures/reciprocal_rank_tower.html", "figures/logit_diff_change.json"):
         assert (whole / name).is_file()
     # Killed after the first of two batches, then resumed: the same numbers.
-    measured, calls = method.measure, []
-
-    def killed(*arguments, **named):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measured(*arguments, **named)
-
-    monkeypatch.setattr(method, "measure", killed)
+    killed_at(monkeypatch, method, "measure", 2)
     broken = tmp_path / "broken"
-    assert command(*options, "--out", broken) == 130
-    monkeypatch.setattr(method, "measure", measured)
-    assert command(*options, "--out", broken, "--resume") == 0
+    assert command(experiment, *options, "--out", broken) == 130
+    assert command(experiment, *options, "--out", broken, "--resume") == 0
     pd.testing.assert_frame_equal(Result.load(broken).table, result.table)
     from vlm_mech.figures import redraw
 
@@ -596,7 +576,7 @@ def test_the_command_runs_on_the_embedded_model_and_can_be_resumed(organism, tmp
 
 
 def test_wrong_use_of_the_command_is_one_line(organism, tmp_path, capsys, folder):
-    assert command("--dry-run", "--n", "4", "--layers", "all", "--variants", "V-part", "L-part") == 0
+    assert command(experiment, "--dry-run", "--n", "4", "--layers", "all", "--variants", "V-part", "L-part") == 0
     assert "beside it, 3 whole passes of 4 read the parts" in capsys.readouterr().out
     for options, message in (
         (["--data", "scenes/colour"], "asks about no part"),
@@ -605,7 +585,7 @@ def test_wrong_use_of_the_command_is_one_line(organism, tmp_path, capsys, folder
         (["--site", "llm.resid_post[9]", "--n", "2"], "is not read"),
         (["--min-share", "1.5", "--n", "2"], "min_share is 1.5"),
     ):
-        assert command(*options, "--out", tmp_path / "none") == 2
+        assert command(experiment, *options, "--out", tmp_path / "none") == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "none").exists()

@@ -2,27 +2,17 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from experiments import layer_swap
 from tests.conftest import picture
-from vlm_mech import figures, runs, swap
+from tests.helpers import assert_help_is_light, command, killed_at, options
+from vlm_mech import figures, swap
 from vlm_mech.result import Result
 
 QUESTIONS = ("what colour is the circle?", "is the red star left of the blue circle?", "what is the <script>?")
-
-
-@pytest.fixture(scope="module")
-def model_folder(vlm, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +39,10 @@ def data_folder(tmp_path_factory):
     return folder
 
 
-def options(model_folder, data_folder, out, *more):
-    return ["--model", str(model_folder), "--data", str(data_folder), "--all", "--batch", "2", "--out", str(out), *more]
-
-
-def command(*arguments):
-    """Runs the experiment in this process as from the command line; the exit status."""
-    try:
-        runs.main(layer_swap.Config, layer_swap.run, name="layer_swap", argv=[str(each) for each in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 @pytest.fixture(scope="module")
 def finished(model_folder, data_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "first"
-    assert command(*options(model_folder, data_folder, out)) == 0
+    assert command(layer_swap, *options(model_folder, data_folder, out)) == 0
     return out
 
 
@@ -101,60 +78,51 @@ def test_the_report_is_self_contained_and_escaped(finished):
 
 
 def test_a_saved_config_repeats_the_numbers(finished, tmp_path):
-    assert command("--config", finished / "config.json", "--out", tmp_path / "again") == 0
+    assert command(layer_swap, "--config", finished / "config.json", "--out", tmp_path / "again") == 0
     assert (tmp_path / "again" / "result.parquet").read_bytes() == (finished / "result.parquet").read_bytes()
     assert (tmp_path / "again" / "summary.csv").read_bytes() == (finished / "summary.csv").read_bytes()
-    assert command("--config", finished / "config.json", "--n", "2", "--out", tmp_path / "two") == 0
+    assert command(layer_swap, "--config", finished / "config.json", "--n", "2", "--out", tmp_path / "two") == 0
     assert Result.load(tmp_path / "two").table["example"].nunique() == 2
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(model_folder, data_folder, finished, tmp_path, monkeypatch, capsys):
-    real, n_calls = swap.swap_states, 0
-
-    def killed(*arguments, **named):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == 3:
-            raise KeyboardInterrupt
-        return real(*arguments, **named)
-
-    monkeypatch.setattr(swap, "swap_states", killed)
-    assert command(*options(model_folder, data_folder, tmp_path / "out")) == 130
+    calls = killed_at(monkeypatch, swap, "swap_states", 3)
+    assert command(layer_swap, *options(model_folder, data_folder, tmp_path / "out")) == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert not (tmp_path / "out" / "result.parquet").exists()
-    assert command(*options(model_folder, data_folder, tmp_path / "out", "--resume", "--seed", "5")) == 2
+    assert command(layer_swap, *options(model_folder, data_folder, tmp_path / "out", "--resume", "--seed", "5")) == 2
     assert "had other options: seed" in capsys.readouterr().err
-    assert command(*options(model_folder, data_folder, tmp_path / "out", "--resume")) == 0
-    assert n_calls == 4, "the two finished batches are not run again"
+    assert command(layer_swap, *options(model_folder, data_folder, tmp_path / "out", "--resume")) == 0
+    assert len(calls) == 4, "the two finished batches are not run again"
     assert (tmp_path / "out" / "result.parquet").read_bytes() == (finished / "result.parquet").read_bytes()
     assert not (tmp_path / "out" / "partial").exists()
 
 
 def test_nothing_is_overwritten_unless_asked_and_then_only_our_own(model_folder, data_folder, tmp_path, capsys):
     out = tmp_path / "out"
-    assert command(*options(model_folder, data_folder, out, "--n", "2")) == 0
+    assert command(layer_swap, *options(model_folder, data_folder, out, "--n", "2")) == 0
     (out / "notes.txt").write_text("mine")
     (out / "figures" / "mine.html").write_text("mine")
     before = (out / "result.parquet").read_bytes()
-    assert command(*options(model_folder, data_folder, out, "--n", "4")) == 2
+    assert command(layer_swap, *options(model_folder, data_folder, out, "--n", "4")) == 2
     assert "is not empty" in capsys.readouterr().err
     assert (out / "result.parquet").read_bytes() == before
-    assert command(*options(model_folder, data_folder, out, "--n", "4", "--overwrite")) == 0
+    assert command(layer_swap, *options(model_folder, data_folder, out, "--n", "4", "--overwrite")) == 0
     assert Result.load(out).table["example"].nunique() == 4
     assert (out / "notes.txt").read_text() == (out / "figures" / "mine.html").read_text() == "mine"
-    assert command(*options(model_folder, data_folder, tmp_path / "none", "--resume")) == 2
+    assert command(layer_swap, *options(model_folder, data_folder, tmp_path / "none", "--resume")) == 2
     assert "there is no run to resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("site", ["projector", "vision"])
 def test_the_other_sites(model_folder, data_folder, tmp_path, site):
-    assert command(*options(model_folder, data_folder, tmp_path / site, "--site", site)) == 0
+    assert command(layer_swap, *options(model_folder, data_folder, tmp_path / site, "--site", site)) == 0
     result = Result.load(tmp_path / site)
     assert result.axes[-1] == ("point" if site == "projector" else "layer")
 
 
 def test_eager_and_sdpa_give_the_same_table(model_folder, data_folder, finished, tmp_path):
-    assert command(*options(model_folder, data_folder, tmp_path / "eager", "--attn", "eager")) == 0
+    assert command(layer_swap, *options(model_folder, data_folder, tmp_path / "eager", "--attn", "eager")) == 0
     sdpa, eager = Result.load(finished).table, Result.load(tmp_path / "eager").table
     assert (sdpa["logit_diff"] - eager["logit_diff"]).abs().max() < 1e-5
 
@@ -175,7 +143,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "status", "message"), WRONG)
 def test_wrong_use_is_one_clear_line(model_folder, data_folder, tmp_path, capsys, arguments, status, message):
-    assert command(*options(model_folder, data_folder, tmp_path / "out"), *arguments) == status
+    assert command(layer_swap, *options(model_folder, data_folder, tmp_path / "out"), *arguments) == status
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ") and message in error
     assert "Traceback" not in error
@@ -183,19 +151,21 @@ def test_wrong_use_is_one_clear_line(model_folder, data_folder, tmp_path, capsys
 
 def test_failed_work_is_one_clear_line_and_status_one(model_folder, data_folder, tmp_path, capsys):
     usual = [each for each in options(model_folder, data_folder, tmp_path / "out") if each != "--all"]
-    assert command(*usual) == 1
+    assert command(layer_swap, *usual) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "are answered right on both images; at least two are needed" in error
-    assert command(*usual, "--resume", "--debug") == 1
+    assert command(layer_swap, *usual, "--resume", "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_folders_of_pairs_that_are_none(tmp_path, model_folder, capsys):
     (tmp_path / "pairs.jsonl").write_text('{"image": "a.png"}\n')
-    assert command("--model", model_folder, "--data", tmp_path, "--out", tmp_path / "out") == 2
+    assert command(layer_swap, "--model", model_folder, "--data", tmp_path, "--out", tmp_path / "out") == 2
     assert "line 1: counterfactual_image is None; a non-empty text is needed" in capsys.readouterr().err
     (tmp_path / "pairs.jsonl").write_text("{not json}\n")
-    assert command("--model", model_folder, "--data", tmp_path, "--out", tmp_path / "out", "--overwrite") == 2
+    assert (
+        command(layer_swap, "--model", model_folder, "--data", tmp_path, "--out", tmp_path / "out", "--overwrite") == 2
+    )
     assert "line 1 is not JSON" in capsys.readouterr().err
 
 
@@ -224,11 +194,4 @@ def test_counterfactuals_with_other_tokens_are_refused_with_the_reason(vlm):
 
 
 def test_help_is_quick_and_imports_no_torch():
-    code = (
-        "import sys, time; start = time.time(); from experiments import layer_swap; from vlm_mech import runs\n"
-        "try:\n    runs.parse(layer_swap.Config, ['--help'], name='layer_swap')\nexcept SystemExit: pass\n"
-        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert "--model" in done.stdout and "--resume" in done.stdout
+    assert_help_is_light(layer_swap, ("--model", "--resume"))

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,8 +10,9 @@ import torch
 
 from experiments import knockout as experiment
 from tests.conftest import picture
+from tests.helpers import assert_help_is_light, command, killed_at, options
 from vlm_mech import edges as edges_module
-from vlm_mech import knockout, runs
+from vlm_mech import knockout
 from vlm_mech.attention_map import DARKEST, attention_from, laid_over
 from vlm_mech.clean import record
 from vlm_mech.data.pairs import Pair, Pairs, load_pairs
@@ -377,14 +375,6 @@ def test_patches_are_as_bright_as_their_weights():
 
 
 @pytest.fixture(scope="module")
-def model_folder(vlm, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def data_folder(tmp_path_factory, pairs):
     folder = tmp_path_factory.mktemp("data")
     lines = []
@@ -396,19 +386,6 @@ def data_folder(tmp_path_factory, pairs):
         lines.append(json.dumps(row | {"object": [[30, 16, 50, 25]]}) + "\n")
     (folder / "pairs.jsonl").write_text("".join(lines))
     return folder
-
-
-def command(*arguments):
-    """Runs the experiment in this process as from the command line; the exit status."""
-    try:
-        runs.main(experiment.Config, experiment.run, name="knockout", argv=[str(each) for each in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def options(model_folder, data_folder, out, *more):
-    return ["--model", model_folder, "--data", data_folder, "--all", "--batch", "2", "--out", out, *more]
 
 
 def test_boxes_of_a_folder_are_masks(data_folder, masks):
@@ -428,7 +405,7 @@ def test_boxes_that_are_none_are_refused(data_folder, tmp_path, box):
 
 def test_a_run_leaves_what_the_contract_says_and_resumes(model_folder, data_folder, tmp_path, monkeypatch):
     more = ["--generate", "1", "--edges", "last<-image", "after<-object", "--layers", "groups:2"]
-    assert command(*options(model_folder, data_folder, tmp_path / "one", *more)) == 0
+    assert command(experiment, *options(model_folder, data_folder, tmp_path / "one", *more)) == 0
     result = Result.load(tmp_path / "one")
     assert result.axes == ("edge", "cut", "layer") and set(result.table["layer"]) == {"0-1", "2-3"}
     assert len(result.table) == 4 * 2 * 2 * 2
@@ -436,25 +413,16 @@ def test_a_run_leaves_what_the_contract_says_and_resumes(model_folder, data_fold
     assert result.provenance["receipts"]["largest_blocked_mass"] == 0
     page = (tmp_path / "one" / "report.html").read_text()
     assert "in 2 groups, each layer in one of them" in page and "control of equal size" in page
-    real, n_calls = knockout.knock_out, 0
-
-    def killed(*arguments, **named):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == 2:
-            raise KeyboardInterrupt
-        return real(*arguments, **named)
-
-    monkeypatch.setattr(knockout, "knock_out", killed)
-    assert command(*options(model_folder, data_folder, tmp_path / "two", *more)) == 130
-    assert command(*options(model_folder, data_folder, tmp_path / "two", *more, "--resume")) == 0
-    assert n_calls == 3, "the finished batch is not run again"
+    calls = killed_at(monkeypatch, knockout, "knock_out", 2)
+    assert command(experiment, *options(model_folder, data_folder, tmp_path / "two", *more)) == 130
+    assert command(experiment, *options(model_folder, data_folder, tmp_path / "two", *more, "--resume")) == 0
+    assert len(calls) == 3, "the finished batch is not run again"
     for name in ("result.parquet", "summary.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_the_head_scan_shows_where_heads_look(model_folder, data_folder, tmp_path):
-    assert command(*options(model_folder, data_folder, tmp_path / "heads", "--heads")) == 0
+    assert command(experiment, *options(model_folder, data_folder, tmp_path / "heads", "--heads")) == 0
     result = Result.load(tmp_path / "heads")
     assert len(result.cells) == 2 * 4 * 4
     assert sum("of the attention of last is on the image" in finding for finding in result.findings) == 3
@@ -466,7 +434,7 @@ def test_the_embedded_model_reads_the_object(tmp_path):
     """Without the object's patches the colour is lost, without all others it is not; the scenes say which these are."""
     out = tmp_path / "colour"
     edges = ["after<-object", "after<-rest"]
-    assert command("--n", "12", "--layers", "all", "--generate", "2", "--edges", *edges, "--out", out) == 0
+    assert command(experiment, "--n", "12", "--layers", "all", "--generate", "2", "--edges", *edges, "--out", out) == 0
     result = Result.load(out)
     rows = result.summary("relative_change")
     effects = dict(zip(zip(rows["edge"], rows["cut"], strict=True), rows["effect"], strict=True))
@@ -489,17 +457,10 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "status", "message"), WRONG)
 def test_wrong_use_is_one_clear_line(model_folder, data_folder, tmp_path, capsys, arguments, status, message):
-    assert command(*options(model_folder, data_folder, tmp_path / "out"), *arguments) == status
+    assert command(experiment, *options(model_folder, data_folder, tmp_path / "out"), *arguments) == status
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ") and message in error
 
 
 def test_help_imports_no_torch():
-    code = (
-        "import sys; from experiments import knockout; from vlm_mech import runs\n"
-        "try:\n    runs.parse(knockout.Config, ['--help'], name='knockout')\nexcept SystemExit: pass\n"
-        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert "--edges" in done.stdout and "--generate" in done.stdout
+    assert_help_is_light(experiment, ("--edges", "--generate"))

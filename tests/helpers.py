@@ -1,0 +1,51 @@
+"""Running an experiment as a user does, and killing it on the way."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_mech import runs
+
+
+def command(experiment: Any, *arguments: object) -> Any:
+    """Runs an experiment's module in this process as from the command line; the exit status."""
+    name = experiment.__name__.rpartition(".")[2]
+    plan = {"plan": experiment.plan} if hasattr(experiment, "plan") else {}
+    try:
+        runs.main(experiment.Config, experiment.run, name=name, argv=[str(each) for each in arguments], **plan)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def options(model: object, data: object, out: object, *more: object) -> list[object]:
+    """Options of a small run over all pairs of a folder, two at a time."""
+    return ["--model", model, "--data", data, "--all", "--batch", "2", "--out", out, *more]
+
+
+def killed_at(monkeypatch: Any, module: Any, name: str, call: int) -> list[tuple]:
+    """Interrupts the given call of a function, as Ctrl-C does; the arguments of every call, that one too, as they come."""
+    real, calls = getattr(module, name), []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def assert_help_is_light(experiment: Any, shown: Sequence[str]) -> None:
+    """`--help` shows these words, and heavy libraries are not imported for it."""
+    code = (
+        "import runpy, sys\nsys.argv = ['it', '--help']\n"
+        f"try: runpy.run_module({experiment.__name__!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert [each for each in shown if each not in done.stdout] == []
