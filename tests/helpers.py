@@ -26,7 +26,7 @@ def options(model: object, data: object, out: object, *more: object) -> list[obj
 
 
 def killed_at(monkeypatch: Any, module: Any, name: str, call: int) -> list[tuple]:
-    """Interrupts the given call of a function, as Ctrl-C does; the arguments of every call, that one too, as they come."""
+    """Interrupts the given call of a function, as Ctrl-C does; the arguments of every call, as they come."""
     real, calls = getattr(module, name), []
 
     def counted(*arguments: Any, **named: Any) -> Any:

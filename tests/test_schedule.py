@@ -36,6 +36,8 @@ def middling(attn: str = "sdpa"):
     """576 image tokens and enough width for tensors to count, small enough to run; and two batches."""
     shape = dataclasses.replace(geometry("llava15", width=256), n_layers=5)
     vlm = build(shape, attn=attn)
+    # How logits are read out is found once, in a pass of its own.
+    assert vlm.readout.cap is None
     return vlm, vlm.encode(prompts(shape, 2)), vlm.encode(prompts(shape, 2, seed=9))
 
 

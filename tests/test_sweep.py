@@ -123,6 +123,57 @@ def test_scores_may_be_worked_on_in_pieces_of_any_size(monkeypatch, n_cells):
         assert found == pytest.approx(natural, abs=1e-4)
 
 
+def rows_seen(vlm, encoded, edits):
+    """Rows that went through each block, and the answers."""
+    engine, seen = Engine(vlm, encoded), [[] for _ in vlm.llm_layers]
+    stack = vlm.model.get_submodule(vlm.family.llm.path)
+    hooks = [
+        block.register_forward_pre_hook(lambda _, given, layer=layer: seen[layer].append(len(given[0])))
+        for layer, block in enumerate(stack)
+    ]
+    found = engine.answers(edits)
+    for hook in hooks:
+        hook.remove()
+    return [sum(each) // len(encoded) for each in seen], found
+
+
+def test_cells_that_lose_the_same_edges_are_one_row_until_they_part():
+    vlm = wrapped("llava_clip")
+    encoded, _ = encodings("llava_clip")
+    # Alike in block 0; the second and third part in block 1, and a write is never shared.
+    cuts = [Knockout("question", "image", layers) for layers in (0, (0, 1), (0, 1, 2), (0, 1, 2), (1, 2))]
+    edits = [*cuts, Ablate(Site("llm.mlp_out", 0), "question"), cuts[0] & Ablate(Site("llm.attn_out", 3), "last")]
+    rows, (logits, receipts) = rows_seen(vlm, encoded, edits)
+    assert rows == [3, 5, 6, 6]
+    for number, edit in enumerate(edits):
+        reference = run(vlm, encoded, edit)
+        assert close(logits[number], reference.last), edit
+        assert [each.intervention for each in receipts[number] if isinstance(each, KnockoutReceipt)] == [
+            each.intervention for each in reference.receipts if isinstance(each, KnockoutReceipt)
+        ]
+    assert torch.equal(logits[2], logits[3])
+
+
+@pytest.mark.parametrize("factor", [10.0, 1000.0])
+def test_edges_that_had_all_of_the_attention_can_be_cut(factor):
+    """Scores so far apart that what stays is nothing beside what goes, in single precision too."""
+    model, processor = ZOO["llava_clip"]("sdpa", 0)
+    vlm = VLM(model, processor, check=False)
+    with torch.no_grad():
+        for block in vlm.model.get_submodule(vlm.family.llm.path):
+            block.self_attn.q_proj.weight.mul_(factor)
+    encoded = vlm.encode(batch(1))
+    edits = [Knockout("question", key, layer, keep_self=True) for key in ("image", "all") for layer in vlm.llm_layers]
+    logits, receipts = Engine(vlm, encoded).answers(edits)
+    masses = []
+    for number, edit in enumerate(edits):
+        reference = run(vlm, encoded, edit)
+        assert (logits[number] - reference.last).abs().max() <= 1e-5, edit
+        assert receipts[number][0].natural_mass == pytest.approx(reference.receipts[0].natural_mass, abs=1e-5)
+        masses.append(receipts[number][0].natural_mass)
+    assert max(masses) > 0.8, "somewhere hardly anything stays"
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl", "paligemma"])
 def test_batches_without_padding_equal_the_reference_too(family, attn):

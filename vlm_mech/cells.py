@@ -3,9 +3,9 @@
 All of it follows from the prompts and the model's wiring, so a sweep can be planned before anything runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -35,6 +35,44 @@ class Outline:
             if positions.start < start < positions.stop:
                 start = positions.start
         return start
+
+
+@runtime_checkable
+class Edited(Protocol):
+    """An edited version as far as rows are concerned."""
+
+    entry: int
+
+    @property
+    def cuts(self) -> dict[int, list[Cut]]:
+        """Its cut edges by layer of the decoder."""
+        ...
+
+    @property
+    def only_cut(self) -> bool:
+        """Whether nothing but attention edges differs from the pass it leaves."""
+        ...
+
+
+def alike(cells: Sequence[Edited], numbers: Sequence[int], layer: int) -> list[list[int]]:
+    """The numbered cells in groups that one block treats alike: they lose the same edges there, and nothing else."""
+    groups: dict[object, list[int]] = {}
+    for number in numbers:
+        cell = cells[number]
+        key = tuple(cut.edges for cut in cell.cuts.get(layer, ())) if cell.only_cut else number
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def rows_of(cells: Sequence[Edited], n_layers: int) -> list[int]:
+    """How many rows go through each block: cells that were edited alike so far are one."""
+    rows: list[list[int]] = []
+    counts = []
+    for layer in range(n_layers):
+        rows = [part for row in rows for part in alike(cells, row, layer)]
+        rows += alike(cells, [number for number, cell in enumerate(cells) if cell.entry == layer], layer)
+        counts.append(len(rows))
+    return counts
 
 
 Pass = Clean | Outline
@@ -78,6 +116,11 @@ class Place:
     tower: Plan | None = None
     donor: Source | None = None
     taken: Site | None = None
+
+    @property
+    def only_cut(self) -> bool:
+        """Whether nothing but attention edges differs from the pass it leaves."""
+        return not self.left and self.tower is None
 
     @property
     def left(self) -> dict[Site, list[Write]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vlm_mech.cells import Place
+from vlm_mech.cells import Place, rows_of
 from vlm_mech.prompt import Encoded
 from vlm_mech.suffix_attention import FAST_BYTES, FLOAT, shares_prefix
 
@@ -197,10 +197,8 @@ def wave_bytes(size: Sizes, n_cells: int, n_suffix: int, *, cut: bool, written: 
 
 def wave_flops(size: Sizes, places: Sequence[Place]) -> int:
     """Operations of some cells that share a start, from their entry into the decoder to the next token's logits."""
-    total = 0
-    for place in places:
-        n_suffix = size.n_pos - place.start
-        block = 2 * size.weights * n_suffix + 4 * size.n_heads * size.d_head * n_suffix * size.n_pos
-        total += (size.n_layers - place.entry) * size.batch * block + 2 * size.batch * size.d_model * size.n_vocab
-        total += size.tower if place.tower is not None else 0
-    return total
+    n_suffix = size.n_pos - places[0].start
+    block = 2 * size.weights * n_suffix + 4 * size.n_heads * size.d_head * n_suffix * size.n_pos
+    head = 2 * size.batch * size.d_model * size.n_vocab
+    tower = sum(size.tower for place in places if place.tower is not None)
+    return sum(rows_of(places, size.n_layers)) * size.batch * block + len(places) * head + tower

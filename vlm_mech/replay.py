@@ -1,9 +1,9 @@
 """Runs many edited versions of one clean pass at once, computing only what can change.
 
 Cells (edited versions) whose edits begin at the same position walk through the decoder together, as rows of one batch:
-a cell joins at the first block it touches. What is before the first edited position is the same for all, so only its
-keys and values are needed, and they are shared by all rows. The blocks are the model's own, called with the arguments
-they were recorded with.
+a cell joins at the first block it touches, and cells that lose the same edges are one row until they part. What is
+before the first edited position is the same for all, so only its keys and values are needed, and they are shared by all
+rows. The blocks are the model's own, called with the arguments they were recorded with.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlm_mech.attention import attending
+from vlm_mech.cells import alike
 from vlm_mech.clean import Clean, read_out
 from vlm_mech.edit import Cut, Write
 from vlm_mech.proof import write_receipt
@@ -46,18 +47,23 @@ class Cell:
     added: list[Float[Tensor, "token d_model"]] | None = None
     receipts: tuple[Receipt, ...] = ()
 
+    @property
+    def only_cut(self) -> bool:
+        """Whether nothing but attention edges differs from the pass it leaves."""
+        return not self.writes and self.hidden is None
+
 
 @dataclass(eq=False)
 class Active:
-    """A cell on its way: what was seen of its writes, and what has been proved so far."""
+    """A row on its way: the numbers of the cells it stands for, all alike so far, and what was seen of their writes."""
 
     cell: Cell
+    numbers: list[int]
     seen: Seen = field(default_factory=Seen)
-    receipts: list[Receipt] = field(default_factory=list)
 
     @property
     def writes(self) -> dict[Site, list[Write]]:
-        """The cell's writes."""
+        """What is written; a cell with writes has a row of its own."""
         return self.cell.writes
 
 
@@ -71,6 +77,7 @@ class Wave:
     start: int
     before: Clean
     active: list[Active] = field(default_factory=list)
+    receipts: list[list[Receipt]] = field(default_factory=list)
     layer: int = 0
 
     @property
@@ -81,35 +88,48 @@ class Wave:
     def run(self) -> tuple[Float[Tensor, "cell batch vocab"], list[list[Receipt]]]:
         """Next-token logits of every cell, and the receipts of each, not yet verified."""
         stack = list(self.vlm.model.get_submodule(self.vlm.family.llm.path).children())
-        order = sorted(range(len(self.cells)), key=lambda number: self.cells[number].entry)
-        queue = [self.cells[number] for number in order]
+        self.receipts = [list(cell.receipts) for cell in self.cells]
         states = None
         with torch.no_grad():
             for layer, block in enumerate([*stack, None]):
                 self.layer = layer
-                states, queue = self._join(states, queue, layer)
+                states = self._joined(self._parted(states))
                 if block is not None and states is not None:
                     states = self._through(block, states)
             self._prove(Site("llm.resid_post", layer - 1), states)
         assert states is not None, "every cell joins at some block"
         logits = read_out(self.vlm, states[:, :, -1].flatten(0, 1)).unflatten(0, (-1, self.batch))
-        back = [order.index(number) for number in range(len(order))]
-        return logits[torch.tensor(back, device=logits.device)], [self.active[number].receipts for number in back]
+        row_of = {number: row for row, active in enumerate(self.active) for number in active.numbers}
+        rows = torch.tensor([row_of[number] for number in range(len(self.cells))], device=logits.device)
+        return logits[rows], self.receipts
 
-    def _join(self, states: Tensor | None, queue: list[Cell], layer: int) -> tuple[Tensor | None, list[Cell]]:
-        """Cells that leave the clean pass before this block join with the states they have there.
+    def _parted(self, states: Float[Tensor, "row batch pos d_model"] | None) -> Tensor | None:
+        """Rows divided where their cells lose different edges in the block that comes."""
+        parts = [(row, part) for row, each in enumerate(self.active) for part in self._alike(each.numbers)]
+        if states is None or len(parts) == len(self.active):
+            return states
+        whole = self.active
+        self.active = [
+            whole[row] if part == whole[row].numbers else Active(self.cells[part[0]], part) for row, part in parts
+        ]
+        return states[torch.tensor([row for row, _ in parts], device=states.device)]
 
-        States are cell x batch x suffix x d_model, for the active cells.
-        """
-        new = [Active(cell, receipts=list(cell.receipts)) for cell in queue if cell.entry == layer]
+    def _alike(self, numbers: list[int]) -> list[list[int]]:
+        return alike(self.cells, numbers, self.layer)
+
+    def _joined(self, states: Float[Tensor, "row batch pos d_model"] | None) -> Tensor | None:
+        """Cells that leave the clean pass before this block join with the states they have there."""
+        layer = self.layer
+        entering = self._alike([number for number, cell in enumerate(self.cells) if cell.entry == layer])
+        new = [Active(self.cells[part[0]], part) for part in entering]
         if not new:
-            return states, queue
+            return states
         clean = self.clean.hidden(layer)[:, self.start :]
         site = Site("llm.resid_post", layer - 1) if layer else None
-        entering = [clean if each.cell.hidden is None else each.cell.hidden[:, self.start :] for each in new]
-        joined = torch.stack([self._written(each, site, value) for each, value in zip(new, entering, strict=True)])
+        entered = [clean if each.cell.hidden is None else each.cell.hidden[:, self.start :] for each in new]
+        joined = torch.stack([self._written(each, site, value) for each, value in zip(new, entered, strict=True)])
         self.active += new
-        return joined if states is None else torch.cat([states, joined]), queue[len(new) :]
+        return joined if states is None else torch.cat([states, joined])
 
     def _written(self, active: Active, site: Site | None, states: Float[Tensor, "batch pos width"]) -> Tensor:
         """States of one cell after its writes at a site."""
@@ -130,7 +150,8 @@ class Wave:
             cell.seen.received[site] = received[number]
             if beside is not None:
                 cell.seen.beside[site] = beside[number]
-            cell.receipts.append(write_receipt(self.vlm, self.clean.encoded, site, cell.writes[site], cell.seen, 0.0))
+            receipt = write_receipt(self.vlm, self.clean.encoded, site, cell.writes[site], cell.seen, 0.0)
+            self.receipts[cell.numbers[0]].append(receipt)
             for kept in (cell.seen.before, cell.seen.written, cell.seen.received, cell.seen.beside):
                 kept.pop(site, None)
 
@@ -160,8 +181,10 @@ class Wave:
             out = block(states.flatten(0, 1), attention_mask=None, past_key_values=None, use_cache=False, **arguments)
         out = out[0] if isinstance(out, tuple) else out
         out = out.unflatten(0, (-1, self.batch))
-        for number, receipt in attention.receipts.items():
-            self.active[number].receipts.append(receipt)
+        for row, receipt in attention.receipts.items():
+            for number in self.active[row].numbers:
+                meant = " & ".join(cut.what for cut in self.cells[number].cuts[layer])
+                self.receipts[number].append(replace(receipt, intervention=meant))
         if heard:
             self._prove(Site("llm.resid_pre", layer), heard["norm_1"])
             self._prove(Site("llm.head_out", layer), heard["out"])

@@ -28,6 +28,10 @@ FAST_BYTES = {"cpu": 2**23, "cuda": 2**28}
 """Scores that are worked on at once: little enough not to count, and enough to keep the machine busy."""
 
 
+NEAR = 5.0
+"""Scores this far below the largest lose no precision to speak of when they are lowered by it."""
+
+
 @dataclass(eq=False)
 class SuffixAttention:
     """The attention of one decoder block; `cuts` are those of each cell, `receipts` what was proved, by cell.
@@ -160,31 +164,27 @@ class SuffixAttention:
         for part, side in zip(parts, sides, strict=True):
             if not edges[..., side].all():
                 part.masked_fill_(~edges[..., side], -torch.inf)
-        uncut = [_log_sum(parts, group) for group in cut]
-        for part, side in zip(parts, sides, strict=True):
-            for group in cut:
-                blocked = grouped(group.blocked, part.shape[1])[..., side]
-                if isinstance(group.cells, slice):
-                    part[:, :, group.cells].masked_fill_(blocked, -torch.inf)
-                else:
-                    part[:, :, group.cells] = part[:, :, group.cells].masked_fill_(blocked, -torch.inf)
-        held = [part for part in parts if part.shape[-1]]
-        top = torch.stack([part.amax(-1, keepdim=True) for part in held]).amax(0)
+        held = [(part, side) for part, side in zip(parts, sides, strict=True) if part.shape[-1]]
+        top = torch.stack([part.amax(-1, keepdim=True) for part, _ in held]).amax(0)
+        for group in cut:
+            top[:, :, group.cells] = _shift(held, group, top[:, :, group.cells])
         # A padding position may have nothing to attend to; what it holds is never used.
         top = top.where(top > -torch.inf, 0.0)
         total = torch.zeros_like(top)
-        for part in held:
+        for part, _ in held:
             total += part.sub_(top).exp_().sum(-1, keepdim=True)
         total = total.where(total > 0, 1.0)
-        for group, before in zip(cut, uncut, strict=True):
-            left = (total.log() + top)[:, :, group.cells]
-            self._prove(group, parts, total[:, :, group.cells], natural=-torch.expm1(left - before), allowed=allowed)
+        for group in cut:
+            left = _without(held, group)
+            natural = 1 - left / total[:, :, group.cells]
+            total[:, :, group.cells] = left
+            self._prove(group, held, left, natural=natural, allowed=allowed)
         return total
 
     def _prove(
         self,
         group: "Group",
-        parts: list[Tensor],
+        held: "list[tuple[Tensor, slice]]",
         total: Float[Tensor, "batch group cell shared query 1"],
         *,
         natural: Float[Tensor, "batch group cell shared query 1"],
@@ -195,35 +195,31 @@ class SuffixAttention:
         Args:
             natural: the attention that went over these edges before they were cut.
         """
-        sides = (slice(0, self.start), slice(self.start, None))
         blocked = grouped(group.blocked, total.shape[1])
         each = "b g c r n p -> c"
-        left, sums = torch.zeros(len(group.numbers), device=total.device), torch.zeros_like(total)
-        for part, side in zip(parts, sides, strict=True):
-            if part.shape[-1]:
-                some = part[:, :, group.cells]
-                sums += some.sum(-1, keepdim=True) / total
-                most = (some * blocked[..., side]).amax(-1, keepdim=True) / total
-                left = torch.maximum(left, reduce(most, each, "max"))
+        left = torch.zeros(len(group.numbers), device=total.device)
+        for part, side in held:
+            most = (part[:, :, group.cells] * blocked[..., side]).amax(-1, keepdim=True) / total
+            left = torch.maximum(left, reduce(most, each, "max"))
         losing = blocked.any(-1, keepdim=True).expand(total.shape)
-        off = reduce((sums - 1).abs() * losing, each, "max")
         # Examples count alike, whatever the number of their queries that lose an edge.
         per_example = reduce(losing.float(), "b g c r n p -> c b", "sum")
         taken = reduce(natural.where(losing, 0.0), "b g c r n p -> c b", "sum") / per_example.clamp(min=1)
         meant = taken.sum(1) / (per_example > 0).sum(1)
         n_edges = int((allowed & group.blocked).sum())
-        rows = zip(group.of_wave, meant.tolist(), left.tolist(), off.tolist(), strict=True)
+        rows = zip(group.of_wave, meant.tolist(), left.tolist(), strict=True)
         cuts = self.cuts[group.of_wave[0]]
         queries = {(row, query) for each in cuts for row, positions in each.queries.items() for query in positions}
         reaches, reason = knockout_reaches(self.vlm, self.clean.encoded, "llm", self.layer, queries)
-        for number, mass, most, error in rows:
+        for number, mass, most in rows:
             self.receipts[number] = KnockoutReceipt(
                 intervention=" & ".join(each.what for each in self.cuts[number]),
                 site=f"llm.attention[{self.layer}]",
                 n_edges=n_edges,
                 natural_mass=mass,
                 blocked_mass=most,
-                row_sum_error=error,
+                # Nothing is recomputed: these are the weights that are used, divided by their own sum.
+                row_sum_error=0.0,
                 kernel_error=0.0,
                 tolerance=64 * torch.finfo(total.dtype).eps,
                 reaches=reaches,
@@ -304,7 +300,30 @@ class Group:
         return slice(first, last + 1) if last - first == len(self.numbers) - 1 else self.numbers
 
 
-def _log_sum(parts: list[Tensor], group: Group) -> Float[Tensor, "batch group cell shared query 1"]:
-    """Logarithm of the sum of exponentials of a group's scores over prefix and suffix."""
-    sums = [part[:, :, group.cells].logsumexp(-1, keepdim=True) for part in parts if part.shape[-1]]
-    return torch.stack(sums).logsumexp(0)
+def _shift(
+    held: list[tuple[Tensor, slice]], group: Group, top: Float[Tensor, "batch group cell shared query 1"]
+) -> Float[Tensor, "batch group cell shared query 1"]:
+    """What a group's scores are lowered by: the largest of all, or of those that stay where these are far below it.
+
+    So one exponential serves for the weights before the cut and after it. Where it overflows for edges that are cut,
+    they had all of the attention, to the last bit.
+    """
+    stay = []
+    for part, side in held:
+        blocked = grouped(group.blocked, part.shape[1])[..., side]
+        stay.append(part[:, :, group.cells].masked_fill(blocked, -torch.inf).amax(-1, keepdim=True))
+    of_those = torch.stack(stay).amax(0)
+    return torch.where(top - of_those < NEAR, top, of_those)
+
+
+def _without(held: list[tuple[Tensor, slice]], group: Group) -> Float[Tensor, "batch group cell shared query 1"]:
+    """Takes a group's cut edges out of its weights, in place, and returns the sums of what is left."""
+    sums: Any = 0.0
+    for part, side in held:
+        blocked = grouped(group.blocked, part.shape[1])[..., side]
+        some = part[:, :, group.cells]
+        some.masked_fill_(blocked, 0.0)
+        if not isinstance(group.cells, slice):
+            part[:, :, group.cells] = some
+        sums = sums + some.sum(-1, keepdim=True)
+    return sums.where(sums > 0, 1.0)
