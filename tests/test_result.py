@@ -1,5 +1,6 @@
 """The result table: what it accepts, what its summary says, that saving loses nothing."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -30,6 +31,21 @@ def made(n=30, seed=0, **changes):
                     )  # fmt: skip
     options = {"name": "swap", "table": pd.DataFrame(rows), "axes": ("direction", "span", "layer"), "metrics": METRICS}
     return Result(**(options | changes))
+
+
+def test_a_summary_is_made_once_and_anew_when_the_table_changes(monkeypatch):
+    result, calls = made(), []
+    real = Result._summary
+    monkeypatch.setattr(Result, "_summary", lambda self, *given: calls.append(1) or real(self, *given))
+    first = result.summary("logit_diff")
+    again = dataclasses.replace(result, findings=("one",)).summary("logit_diff")
+    assert len(calls) == 1 and first.equals(again)
+    first["mean"] = 0.0
+    assert not result.summary("logit_diff")["mean"].eq(0).any(), "what was handed out is a copy"
+    result.summary("logit_diff", level=0.9)
+    assert len(calls) == 2
+    result.table["logit_diff"] += 1
+    assert np.allclose(result.summary("logit_diff")["mean"], again["mean"] + 1) and len(calls) == 3
 
 
 def test_summary_of_a_cell_is_what_numpy_says():

@@ -50,6 +50,8 @@ class Result:
     config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
+    known: dict[tuple[Any, ...], pd.DataFrame] = field(default_factory=dict, repr=False)
+    """Summaries made so far, by what they were made from."""
 
     def __post_init__(self) -> None:
         wanted = ["example", *self.axes]
@@ -111,14 +113,28 @@ class Result:
     ) -> pd.DataFrame:
         """One row per cell and metric: n, mean, interval, baseline, paired effect with interval, p and corrected p.
 
-        Intervals are percentile bootstrap over examples (paired: all cells see the same draws); p is from a two-sided
-        sign-flip test of the effect (value less baseline), corrected over the cells of a metric.
+        Intervals are expanded percentile bootstrap over examples (paired: all cells see the same draws; see
+        `statistics.percentile_interval`); p is from a two-sided sign-flip test of the effect (value less baseline),
+        corrected over the cells of a metric.
         """
         if not 0 < level < 1:
             raise UsageError(f"level is {level}; a number between 0 and 1 is needed, such as 0.95")
         chosen = self.metrics if metric is None else (self.metric(metric),)
         options = {"n_resamples": n_resamples, "seed": seed}
-        return pd.concat([self._summary(each, level, correction, options) for each in chosen], ignore_index=True)
+        tables = []
+        for each in chosen:
+            # Report, figures and files ask for the same; results made by `replace` share what is known of a table.
+            key = (self._fingerprint(each), each, level, correction, n_resamples, seed)
+            if key not in self.known:
+                self.known[key] = self._summary(each, level, correction, options)
+            tables.append(self.known[key])
+        return pd.concat(tables, ignore_index=True)
+
+    def _fingerprint(self, metric: Metric) -> tuple[tuple[str, ...], bytes]:
+        """Tells the rows that a summary of a metric is made from, should they be changed in place."""
+        names = ["example", *self.axes, *(["group"] if "group" in self.table else []), metric.name]
+        hashed = pd.util.hash_pandas_object(self.table[[*names, f"{metric.name}_baseline"]], index=False)
+        return self.axes, hashed.to_numpy().tobytes()
 
     def _summary(self, metric: Metric, level: float, correction: str, options: dict[str, int]) -> pd.DataFrame:
         values, baseline, groups = self.matrix(metric.name), self.matrix(f"{metric.name}_baseline"), self.groups()

@@ -290,7 +290,7 @@ def _announce(result: "Result", folder: Path, seconds: float) -> None:
     summary = result.summary(metric.name)
     axes = list(result.axes)
     means = summary.set_index(axes)["mean"]
-    table = means.unstack(sort=False) if len(axes) > 1 else means.to_frame().T
+    table = means.unstack(sort=False).dropna(how="all") if len(axes) > 1 else means.to_frame().T
     fewest, most = int(summary["n"].min()), int(summary["n"].max())
     n = f"n = {fewest}" if fewest == most else f"n = {fewest} to {most}"
     print(f"{metric.name} ({metric.unit}), mean by {axes[-1]}, {n}")

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import false_discovery_control
+from scipy.stats import false_discovery_control, norm, t
 
 from vlm_mech.errors import UsageError
 
 CORRECTIONS = ("holm", "benjamini-hochberg", "none")
-CHUNK = 2**22
-"""Numbers held at once while resampling."""
+CHUNK = 2**18
+"""Numbers held at once while resampling: few enough to stay in the processor's cache."""
 
 
 def _weights(groups: Int[np.ndarray, "example"], n_resamples: int, seed: int) -> Float[np.ndarray, "resample example"]:
@@ -43,6 +43,23 @@ def bootstrap_means(
     return means
 
 
+def expanded_tail(n_groups: int, level: float) -> float:
+    """Share of the bootstrap means to leave out at each end for an interval of that level, from that many groups.
+
+    Resampled means of n groups spread sqrt((n - 1) / n) times as much as they should, and by the quantiles of a normal
+    distribution where those of Student's are due. The tail is widened by both: Phi(-sqrt(n / (n - 1)) t) with t the
+    quantile of n - 1 degrees of freedom (Hesterberg 2015, What Teachers Should Know About the Bootstrap, the expanded
+    percentile interval). For n = 32 that is 1.9 % instead of 2.5 %.
+
+    Raises:
+        UsageError: fewer than two groups.
+    """
+    if n_groups < 2:
+        raise UsageError(f"an interval needs two groups; there is {n_groups}")
+    quantile = t.ppf((1 + level) / 2, n_groups - 1)
+    return float(norm.sf(quantile * math.sqrt(n_groups / (n_groups - 1))))
+
+
 def percentile_interval(
     values: Float[np.ndarray, "example cell"],
     groups: Int[np.ndarray, "example"],
@@ -51,15 +68,24 @@ def percentile_interval(
     n_resamples: int,
     seed: int,
 ) -> tuple[Float[np.ndarray, "cell"], Float[np.ndarray, "cell"]]:
-    """Percentile bootstrap interval of each cell's mean; NaN where fewer than two groups have a value."""
+    """Expanded percentile bootstrap interval of each cell's mean (see `expanded_tail`, with the groups that have a
+    value in the cell); NaN where fewer than two have."""
     means = bootstrap_means(values, groups, n_resamples=n_resamples, seed=seed)
-    with np.errstate(invalid="ignore"):
-        low, high = np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
-        enough = np.array([len(set(groups[~np.isnan(column)])) >= 2 for column in values.T])
-        if enough.any():
-            tail = 100 * (1 - level) / 2
-            low[enough], high[enough] = np.nanpercentile(means[:, enough], [tail, 100 - tail], axis=0)
+    low, high = np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
+    n_groups = _groups_with_values(values, groups)
+    for n in np.unique(n_groups[n_groups >= 2]):
+        cells, tail = n_groups == n, 100 * expanded_tail(int(n), level)
+        low[cells], high[cells] = np.nanpercentile(means[:, cells], [tail, 100 - tail], axis=0)
     return low, high
+
+
+def _groups_with_values(
+    values: Float[np.ndarray, "example cell"], groups: Int[np.ndarray, "example"]
+) -> Int[np.ndarray, "cell"]:
+    """How many groups have a value in each cell."""
+    held = np.zeros((int(groups.max()) + 1, values.shape[1]), bool)
+    np.logical_or.at(held, groups, ~np.isnan(values))
+    return held.sum(0)
 
 
 def sign_flip_p(
@@ -79,22 +105,22 @@ def sign_flip_p(
     limit = observed * (1 - 1e-12) - 1e-12
     exact = n_groups <= math.log2(max(2, n_resamples))
     hits, n_patterns = np.zeros(effects.shape[1]), 0
-    for signs in _every_sign(n_groups) if exact else _random_signs(n_groups, n_resamples, seed):
+    step = max(1, CHUNK // max(n_groups, effects.shape[1]))
+    for signs in _every_sign(n_groups) if exact else _random_signs(n_groups, n_resamples, step, seed):
         hits += (np.abs(signs @ sums) >= limit).sum(0)
         n_patterns += len(signs)
     found = hits / n_patterns if exact else (hits + 1) / (n_patterns + 1)
-    enough = np.array([len(set(groups[~np.isnan(column)])) >= 2 for column in effects.T])
-    return np.where(enough, found, np.nan)
+    return np.where(_groups_with_values(effects, groups) >= 2, found, np.nan)
 
 
 def _every_sign(n_groups: int) -> Iterator[Float[np.ndarray, "pattern group"]]:
     yield np.array(list(itertools.product((-1.0, 1.0), repeat=n_groups)))
 
 
-def _random_signs(n_groups: int, n_patterns: int, seed: int) -> Iterator[Float[np.ndarray, "pattern group"]]:
-    rng, step = np.random.default_rng(seed), max(1, CHUNK // n_groups)
+def _random_signs(n_groups: int, n_patterns: int, step: int, seed: int) -> Iterator[Float[np.ndarray, "pattern group"]]:
+    rng = np.random.default_rng(seed)
     for start in range(0, n_patterns, step):
-        yield 1.0 - 2.0 * rng.integers(0, 2, (min(step, n_patterns - start), n_groups))
+        yield 1.0 - 2.0 * rng.integers(0, 2, (min(step, n_patterns - start), n_groups), np.int8)
 
 
 def corrected(p: Float[np.ndarray, "cell"], method: str) -> Float[np.ndarray, "cell"]:

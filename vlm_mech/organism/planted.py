@@ -138,8 +138,8 @@ def _picture(recipe: Recipe, cells: Sequence[tuple[int, int]], colour: int, seed
     return Image.fromarray(np.round(127.5 * (pixels + 1)).astype(np.uint8))
 
 
-def plant(recipe: Recipe, *, attn: str = "sdpa") -> Planted:
-    """The model of a recipe, checked like any other, and how well it answers.
+def plant(recipe: Recipe, *, attn: str = "sdpa", check: bool = True, n: int = N_ACCURACY) -> Planted:
+    """The model of a recipe, checked like any other unless told not to, and how well it answers n prompts.
 
     With a `target` accuracy, the gain of the decoys is found by bisection on examples of their own, and the recipe that
     comes back holds that gain.
@@ -151,8 +151,8 @@ def plant(recipe: Recipe, *, attn: str = "sdpa") -> Planted:
     model = new_model(recipe, attn=attn)
     if recipe.target is not None:
         recipe = _calibrated(model, processor, recipe, recipe.target)
-    vlm = VLM(model, processor, name=f"planted-{recipe.seed}")
-    return Planted(vlm, recipe, Truth(edges(recipe), says(recipe), accuracy(vlm, recipe), N_ACCURACY))
+    vlm = VLM(model, processor, name=f"planted-{recipe.seed}", check=check)
+    return Planted(vlm, recipe, Truth(edges(recipe), says(recipe), accuracy(vlm, recipe, n=n), n))
 
 
 def accuracy(vlm: VLM, recipe: Recipe, *, n: int = N_ACCURACY, seed: int | str = _ACCURACY_SEED) -> float:
