@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vlm_mech.runs import Outcome, RunConfig, Workspace, main
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from vlm_mech.model import VLM
     from vlm_mech.prompt import Prompt
 
@@ -33,13 +35,13 @@ class Config(RunConfig):
     width: int | None = None
     """Width of the decoder, a multiple of 128; each shape has a small one by default."""
     full: bool = False
-    """The size of the published 7B model, for --device cuda."""
+    """The size of the published 7B model, for --device cuda; probes of 33 layers of 4,096, on the CPU."""
     cases: tuple[str, ...] = ("knockout", "swap", "extraction")
-    """What is measured; there are also knockout-last, knockout-question, swap-last and tower."""
+    """What is measured; there are also knockout-last, knockout-question, swap-last, tower, and probes (no model)."""
     rivals: tuple[str, ...] = ("hooks", "nnsight", "transformer_lens", "trace")
     """What ours is compared with."""
     rival_cells: int = 3
-    """Cells that a rival runs, drawn with the seed; its time is scaled by count."""
+    """Cells (probes) that a rival runs, drawn with the seed; its time is scaled by count."""
     repeats: int = 3
     """How often everything is timed, in an order drawn anew."""
     batch: int = 1
@@ -54,8 +56,9 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     import torch
 
-    from vlm_mech.benchmark.compare import check, extraction_case, sweep_case
-    from vlm_mech.benchmark.overview import METRICS, as_figure, bars, findings, overview
+    from vlm_mech.benchmark.cases import PROBES
+    from vlm_mech.benchmark.compare import check
+    from vlm_mech.benchmark.overview import as_figure, bars, findings, metrics, overview
     from vlm_mech.benchmark.timing import machine
     from vlm_mech.errors import UsageError
     from vlm_mech.result import Result
@@ -65,26 +68,35 @@ def run(config: Config, work: Workspace) -> Outcome:
         raise UsageError(f"data {config.data!r} is not known; the benchmark takes noise only")
     torch.set_num_threads(config.threads)
     about: dict[str, Any] = {"question": QUESTION, "machine": machine()}
-    vlm, prompts, donors = _subject(config)
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("rival_cells", "repeats", "seed")}
+    subject = None if set(config.cases) == {PROBES} else _subject(config)
     for number, case in enumerate(work.progress(config.cases, "cases")):
         key = f"{number:02d}-{case}"
-        if key in work:
-            continue
-        if case == "extraction":
-            table, notes = extraction_case(vlm, prompts, config.rivals, **options)
-        else:
-            chosen = slice(config.batch)
-            table, notes = sweep_case(vlm, case, prompts[chosen], donors[chosen], config.rivals, **options)
-        work.keep(key, table, notes)
+        if key not in work:
+            work.keep(key, *_measured(config, case, subject))
     table, notes = work.collect()
-    about |= {"model": _identity(config, vlm), "cases": notes}
-    name = f"benchmark on {vlm.name}"
-    result = Result(name, table, ("case", "contender"), METRICS, {}, about)
+    about |= {"model": _identity(config, subject[0]) if subject else None, "cases": notes}
+    name = f"benchmark on {subject[0].name}" if subject else "benchmark of probes"
+    result = Result(name, table, ("case", "contender"), metrics(config.cases), {}, about)
     result = dataclasses.replace(result, findings=findings(result, notes))
     print(overview(result).to_string(index=False))
-    pictures = tuple((prompt.question, prompt.images[0]) for prompt in prompts[:1])
+    pictures = tuple((prompt.question, prompt.images[0]) for prompt in (subject[1][:1] if subject else ()))
     return Outcome(result, {"bars": bars(result, title=name), "table": as_figure(result)}, pictures)
+
+
+def _measured(config: Config, case: str, subject: Any) -> "tuple[pd.DataFrame, dict[str, Any]]":
+    """The table and notes of one case."""
+    from vlm_mech.benchmark.cases import EXTRACTION, PROBES
+    from vlm_mech.benchmark.compare import extraction_case, sweep_case
+    from vlm_mech.benchmark.probes import FULL, SMALL, probes_case
+
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("rival_cells", "repeats", "seed")}
+    if case == PROBES:
+        return probes_case(FULL if config.full else SMALL, **options)
+    vlm, prompts, donors = subject
+    if case == EXTRACTION:
+        return extraction_case(vlm, prompts, config.rivals, **options)
+    chosen = slice(config.batch)
+    return sweep_case(vlm, case, prompts[chosen], donors[chosen], config.rivals, **options)
 
 
 def _subject(config: Config) -> "tuple[VLM, list[Prompt], list[Prompt]]":

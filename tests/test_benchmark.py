@@ -12,16 +12,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import benchmark
-from vlm_mech import runs
+from vlm_mech import figures, runs
+from vlm_mech.benchmark import probes as benchmark_probes
 from vlm_mech.benchmark import timing
 from vlm_mech.benchmark.cases import Sizes, cells, lower_bound, sizes
 from vlm_mech.benchmark.compare import OURS, PLAIN, extraction_case, sweep_case
 from vlm_mech.benchmark.extraction import EXTRACTORS, Extraction, OurExtraction, read_back
 from vlm_mech.benchmark.geometry import FULL, GEOMETRIES, QUESTION, Tower, build, geometry, noise, prompts
 from vlm_mech.benchmark.overview import METRICS, bars, findings, overview
+from vlm_mech.benchmark.probes import LOOP, Size, Together, make_task, probes_case
 from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, Plain, Task
 from vlm_mech.benchmark.timing import Entry, clock, difference, interleaved, subset
 from vlm_mech.errors import UsageError
+from vlm_mech.probe_descent import LINEAR
 from vlm_mech.prompt import Prompt
 from vlm_mech.result import Result
 
@@ -196,9 +199,9 @@ def test_bound_of_sweeps_by_hand(built):
     each, n_pos = sizes(vlm, encoded), encoded.n_pos
     linear, edge = 2 * each.block, 4 * each.heads
     one = linear + edge * n_pos
-    # Windows of nine around any of four layers begin at the first.
+    # Windows of nine around any of four layers are all of them: one run, read out four times.
     assert lower_bound(vlm, encoded, cells(vlm, "knockout-last", donor)) == pytest.approx(
-        1 + 4 * (each.head + 4 * one) / each.plain
+        1 + 4 * (each.head + one) / each.plain
     )
     # One position through 3, 2, 1 and no blocks, and the donor's pass.
     assert lower_bound(vlm, encoded, cells(vlm, "swap-last", donor)) == pytest.approx(
@@ -341,6 +344,44 @@ def test_difference_is_relative_to_the_largest_of_ours():
     assert difference(torch.tensor([2.0, -4.0]), torch.tensor([2.0, -3.0])) == 0.25
 
 
+# Probes
+
+
+TINY = Size(n_layers=2, width=320, n_examples=400, n_seeds=2)
+
+
+def test_the_states_of_the_probes_need_an_mlp_and_are_the_same_again():
+    task, again = make_task(TINY), make_task(TINY)
+    assert task.states.shape == (2, 400, 320) and torch.equal(task.states, again.states)
+    assert not torch.equal(task.states[0], task.states[1])
+    parts = [*task.split.train, *task.split.validation, *task.split.test]
+    assert sorted(parts) == list(range(400)) and set(task.labels) == set(range(8))
+    every, some = Together().answers(task, None, range(4)), Together().answers(task, None, [2])
+    assert every.shape == (4,) and some[0] == pytest.approx(every[2], abs=0.02)
+    linear = Together().answers(dataclasses.replace(task, recipe=LINEAR), None, range(4))
+    assert every.mean() > linear.mean() + 0.2 > 0.4
+    with pytest.raises(UsageError, match="so 8 it must be"):
+        make_task(dataclasses.replace(TINY, n_classes=4))
+
+
+def test_the_probes_case_says_how_well_both_read():
+    table, notes = probes_case(TINY, rival_cells=3, repeats=2)
+    assert notes["n_cells"] == 4 and notes["rival_cells"] == 3
+    assert len(table) == 4 and set(table["contender"]) == {OURS, LOOP}
+    ratios = table[table["contender"] == LOOP]
+    assert (ratios["seconds"] / ratios["ratio"]).tolist() == pytest.approx(
+        table[table["contender"] == OURS]["seconds"].tolist()
+    )
+    found = notes["accuracy"]
+    assert found["difference"] == pytest.approx(found[LOOP] - found[OURS])
+    # scikit-learn stops early with so few examples; ours must not read less.
+    assert found[OURS] > found[LOOP] - 0.005 and found[OURS] > found["ours, a linear probe"] + 0.2
+    assert found["interval"][0] < found["difference"] < found["interval"][1]
+    assert probes_case(TINY, rival_cells=1)[1]["accuracy"]["interval"] is None
+    with pytest.raises(UsageError, match="at least one repeat"):
+        probes_case(TINY, repeats=0)
+
+
 # The experiment
 
 
@@ -363,6 +404,20 @@ def test_the_experiment_on_an_embedded_model(tmp_path, capsys):
     assert about["machine"]["threads"] == 1 and about["machine"]["load"] >= 0
     assert [case["case"] for case in about["cases"]] == ["swap-last", "extraction"]
     assert {"bars.html", "table.html"} <= {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+
+
+def test_probes_need_no_model_and_no_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_probes, "FULL", TINY)
+    options = ["--cases", "probes", "--full", "--rival-cells", 2, "--repeats", 2]
+    assert command(*options, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "training 4 probes (2 layers x 2 seeds, 400 x 320 states) takes" in said and "theirs less ours" in said
+    result = Result.load(tmp_path / "run")
+    assert [metric.name for metric in result.metrics] == ["seconds", "ratio", "memory", "difference"]
+    assert result.provenance["model"] is None
+    drawn = figures.redraw(tmp_path / "run")
+    assert drawn["bars"].layout.yaxis.title.text == "times ours (log scale)"
+    assert drawn["bars"].data[0].y[0] == 1.0
 
 
 @pytest.mark.parametrize(

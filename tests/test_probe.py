@@ -1,5 +1,6 @@
 """The probes against what is known: Bayes accuracy, scikit-learn, chance, and leaks that must be caught."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -7,14 +8,16 @@ import pytest
 import torch
 from scipy import stats
 
+from vlm_mech import probe_descent, probe_train
 from vlm_mech.errors import UsageError
 from vlm_mech.probe import crossfit, is_first, over_seeds, reference
 from vlm_mech.probe_code import online_code
 from vlm_mech.probe_controls import control_task, shuffled
 from vlm_mech.probe_data import Examples, Spot
-from vlm_mech.probe_descent import LINEAR, Recipe, small_mlp
+from vlm_mech.probe_descent import LINEAR, MLP, Recipe, fast_mlp, small_mlp
+from vlm_mech.probe_span import broken_example
 from vlm_mech.probe_splits import check_leaks, components, grouped, make_splits, numbered
-from vlm_mech.probe_train import Split, probabilities, train
+from vlm_mech.probe_train import Split, own_probabilities, probabilities, train
 from vlm_mech.prompt import Prompt
 from vlm_mech.site import Site
 
@@ -167,11 +170,11 @@ def test_standardisation_sees_the_training_part_alone():
         for each in (states, moved)
     ]
     known = states[split.train].double()
-    assert torch.allclose(stacks[0].scaling.mean[0].double(), known.mean(0), atol=1e-4)
-    assert torch.allclose(stacks[0].scaling.deviation[0].double(), known.std(0, correction=0), atol=1e-4)
+    assert torch.allclose(stacks[0].scaling[0].mean.double(), known.mean(0), atol=1e-4)
+    assert torch.allclose(stacks[0].scaling[0].deviation.double(), known.std(0, correction=0), atol=1e-4)
     for one, other in zip(stacks[0].weights + stacks[0].biases, stacks[1].weights + stacks[1].biases, strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(stacks[0].scaling.mean, stacks[1].scaling.mean)
+    assert torch.equal(stacks[0].scaling[0].mean, stacks[1].scaling[0].mean)
 
 
 def test_early_stopping_keeps_the_validation_optimum():
@@ -227,7 +230,7 @@ def test_more_features_than_examples_give_the_same_linear_probe():
     split = one_split(160)
     recipe = replace(LINEAR, l2=(0.5,), max_epochs=400, patience=400)
     _, stack = next(train(states[None], torch.from_numpy(labels)[None], [split], recipe, n_classes=2))
-    assert stack.scaling.basis is not None and stack.scaling.basis.shape == (1, 200, 80)
+    assert stack.scaling[0].dual is not None and stack.weights[0].shape == (1, 80, 1, 2)
     ours = probabilities(stack, states[None][:, split.test])[0, 0, :, 1].numpy()
     estimator = reference(recipe, len(split.train)).fit(states[split.train].numpy(), labels[split.train])
     # A two-class softmax with a penalty on both rows is logistic regression with half of it.
@@ -236,6 +239,68 @@ def test_more_features_than_examples_give_the_same_linear_probe():
     )
     theirs = estimator.predict_proba(states[split.test].numpy())[:, 1]
     assert np.corrcoef(ours, theirs)[0, 1] > 0.97 and np.abs(ours - theirs).max() < 0.12
+
+
+def test_seeds_of_one_training_part_share_one_fit(monkeypatch):
+    made, real = [], probe_train.fit
+    monkeypatch.setattr(probe_train, "fit", lambda *each: made.append(1) or real(*each))
+    states, labels = clusters(3.0, n=80, width=100)
+    splits = [replace(one_split(80), seed=seed, repeat=seed) for seed in range(4)]
+    pair, target = torch.stack([states, states + 1]), torch.from_numpy(labels)[None]
+    found = {}
+    for memory in (2**30, 1):
+        made.clear()
+        for entries, stack in train(pair, target, splits, SMALL, n_classes=2, memory=memory):
+            rows = torch.arange(60, 80).expand(len(entries.splits), -1)
+            said = own_probabilities(stack, rows)
+            given = pair[list(entries.features)][:, 60:]
+            assert torch.allclose(said, probabilities(stack, given), atol=1e-4)
+            for number, key in enumerate(zip(entries.features, entries.splits, strict=True)):
+                found[memory, *key] = said[number]
+        assert len(made) == 2, memory
+    for feature, split in itertools.product(range(2), range(4)):
+        assert torch.allclose(found[2**30, feature, split], found[1, feature, split], atol=1e-3)
+    assert not torch.allclose(found[1, 0, 0], found[1, 0, 1], atol=1e-2)
+
+
+def test_the_rate_falls_in_a_straight_line(monkeypatch):
+    rates, real = [], probe_descent._step
+    monkeypatch.setattr(
+        probe_descent, "_step", lambda adam, *rest: rates.append(adam.param_groups[0]["lr"]) or real(adam, *rest)
+    )
+    states, labels = clusters(1.0, n=80, width=6)
+    recipe = Recipe(learning_rate=0.08, batch_size=20, max_epochs=2, patience=2, falling=True)
+    list(train(states[None], torch.from_numpy(labels)[None], [one_split(80)], recipe, n_classes=2))
+    assert rates == pytest.approx([0.08, 0.06, 0.04, 0.02])
+    assert fast_mlp(1200).max_epochs == 4 and fast_mlp(100).max_epochs == 48 and fast_mlp(10**6).max_epochs == 2
+
+
+def test_few_passes_read_as_well_as_many():
+    """An answer that is a product of two signs, in states wider than examples."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (800, 2), generator=generator) * 2 - 1
+    turn = torch.linalg.qr(torch.randn(500, 500, generator=generator))[0]
+    states = torch.randn(800, 500, generator=generator) * 0.3
+    states[:, :2] += 3.0 * signs
+    labels, split = (signs.prod(1) > 0).long(), Split(np.arange(400), np.arange(400, 600), np.arange(600, 800))
+    hits = []
+    for recipe in (fast_mlp(400), LINEAR):
+        _, stack = next(train((states @ turn)[None], labels[None], [split], recipe, n_classes=2))
+        said = own_probabilities(stack, torch.arange(600, 800)[None])[0, 0].argmax(-1)
+        hits.append(float((said == labels[600:]).float().mean()))
+    assert hits[0] > 0.97 and hits[1] < 0.65
+
+
+def test_training_keeps_to_its_memory():
+    states, labels = clusters(3.0, n=500, width=1500)
+    splits = [replace(one_split(500), seed=seed, repeat=seed) for seed in range(12)]
+    pair, target, recipe = torch.stack([states, states]), torch.from_numpy(labels)[None], replace(MLP, max_epochs=1)
+    shares = []
+    for budget in (2**25, 2**26):
+        sizes = [len(entries.splits) for entries, _ in train(pair, target, splits, recipe, n_classes=2, memory=budget)]
+        shares.append(max(sizes))
+        assert sum(sizes) == 24
+    assert 1 < shares[0] < shares[1] < 24
 
 
 def test_states_of_unlike_widths_are_probed_together():
@@ -309,6 +374,11 @@ def test_wrong_input_is_one_clear_line():
     broken[7, 3] = torch.nan
     with pytest.raises(UsageError, match=r"states of llm.resid_post\[0\] at last are not finite in example 7"):
         crossfit({spot(0): broken}, labels[None], split, LINEAR, groups=range(40))
+    both = torch.stack([states, broken])
+    with pytest.raises(UsageError, match="features of set 1 are not finite at example 7"):
+        next(train(both, torch.from_numpy(labels)[None], split, LINEAR, n_classes=2))
+    # A sum that overflows is no fault of any example.
+    assert broken_example(torch.full((4, 2), 3e38)) is None and broken_example(broken) == 7
     with pytest.raises(UsageError, match="there are 40 labels for 39 examples"):
         next(train(states[None, :39], torch.from_numpy(labels)[None], split, LINEAR, n_classes=2))
     with pytest.raises(UsageError, match="every example has the same label"):

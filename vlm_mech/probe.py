@@ -20,8 +20,9 @@ from torch import Tensor
 from vlm_mech.errors import UsageError
 from vlm_mech.probe_data import Features, Spot
 from vlm_mech.probe_descent import Recipe
+from vlm_mech.probe_span import broken_example
 from vlm_mech.probe_splits import check_leaks
-from vlm_mech.probe_train import Split, probabilities, train
+from vlm_mech.probe_train import Split, own_probabilities, probabilities, train
 from vlm_mech.result import Metric
 
 ACCURACY = Metric(
@@ -111,7 +112,7 @@ def crossfit(
         extra = None if elsewhere is None else stacked_states(elsewhere, spots, numbers, device)
         options = {"n_classes": n_classes, "memory": memory}
         for entries, stack in train(stacked, torch.from_numpy(labels).to(device), splits, recipe, **options):
-            for entry, found in said(entries, stack, stacked, splits):
+            for entry, found in said(entries, stack, splits):
                 split = splits[entries.splits[entry]]
                 tested[numbers[entries.features[entry]], :, split.repeat, split.test] = found.transpose(1, 0, 2)
             if extra is not None:
@@ -123,13 +124,11 @@ def crossfit(
     return Readings(spots, labels, tested, majority, read, pd.concat(fits, ignore_index=True))
 
 
-def said(entries: Any, stack: Any, stacked: Tensor, splits: Sequence[Split]) -> Iterator[tuple[int, np.ndarray]]:
+def said(entries: Any, stack: Any, splits: Sequence[Split]) -> Iterator[tuple[int, np.ndarray]]:
     """What the probes of each entry say of its split's test examples, label set x example x class."""
     most = max(len(splits[split].test) for split in entries.splits)
     padded = np.stack([np.resize(splits[split].test, most) for split in entries.splits])
-    rows = torch.as_tensor(padded, device=stacked.device)
-    given = probabilities(stack, stacked[torch.tensor(entries.features, device=stacked.device)[:, None], rows])
-    found = given.cpu().numpy()
+    found = own_probabilities(stack, torch.as_tensor(padded, device=stack.own[0].device)).cpu().numpy()
     for entry, split in enumerate(entries.splits):
         yield entry, found[entry, :, : len(splits[split].test)]
 
@@ -145,9 +144,8 @@ def by_width(features: Features) -> list[list[int]]:
 def stacked_states(features: Features, spots: Sequence[Spot], numbers: Sequence[int], device: str) -> Tensor:
     """The states of some spots in one tensor; raises `UsageError` where they are not finite."""
     for number in numbers:
-        states = features[spots[number]]
-        if not bool(torch.isfinite(states).all()):
-            example = int(torch.nonzero(~torch.isfinite(states).all(1))[0])
+        example = broken_example(features[spots[number]])
+        if example is not None:
             raise UsageError(f"states of {spots[number]} are not finite in example {example}; finite ones are needed")
     return torch.stack([features[spots[number]].float() for number in numbers]).to(device)
 

@@ -72,7 +72,7 @@ def online_code(
             for entries, stack in train(
                 stacked, torch.from_numpy(labels), [split], recipe, n_classes=n_classes, memory=memory
             ):
-                for entry, found in said(entries, stack, stacked, [split]):
+                for entry, found in said(entries, stack, [split]):
                     spot, classes = numbers[entries.features[entry]], labels[:, split.test]
                     own = np.take_along_axis(found, classes[..., None], -1)[..., 0]
                     bits[spot] -= np.log2(own.clip(1e-30)).sum(-1)

@@ -11,69 +11,84 @@ import pandas as pd
 from vlm_mech.errors import UsageError
 from vlm_mech.figures import COLOURS
 from vlm_mech.lens_figure import VEIL, lay_out
+from vlm_mech.probe_findings import summary_of
 from vlm_mech.result import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-DASHES = {"shuffled": "dot", "control task": "dash", "no image": "dashdot", "random weights": "longdash"}
-STREAMS = {"vision": "vision tower", "projector": "projector", "llm": "language model"}
+CONTROL_LINES = {
+    "shuffled": {"dash": "dot"},
+    "control task": {"dash": "dash"},
+    "no image": {"dash": "dashdot"},
+    "random weights": {"dash": "solid"},
+}
+GREY = "#666666"
+STREAMS = {"vision": "vision tower", "projector": "", "llm": "language model"}
 WIDTH_A_PLACE, MOST_TICKS = 34, 40
 
 
 def depth_lines(result: Result, *, probe: str, title: str | None = None) -> "go.Figure":
-    """Test accuracy over the whole depth of the model, one line a span with its band, controls dashed, a panel a model.
+    """Test accuracy over the whole depth of the model, one line a span with its band, controls thin, a panel a model.
 
-    Bands are the 95 % bootstrap interval over scenes, of the mean over seeds. The dotted grey line is the commonest
-    label. Click a control in the legend to hide or show it.
+    Bands are the 95 % bootstrap interval over scenes, of the mean over seeds. The grey line is the commonest label.
+    Click a control in the legend to hide or show it for all spans.
 
     Raises:
         UsageError: the result has no such probe.
     """
     summary = _of_probe(result, "accuracy", probe, "test")
-    figure, panels, places = _panels(result, summary)
+    models, places = list(summary["model"].drop_duplicates()), _order(result)
+    figure = _grid([[model] for model in models] if len(models) > 2 else [models])
     spans = list(summary["span"].drop_duplicates())
-    for column, (_, panel) in enumerate(panels, 1):
-        for (control, span), rows in panel.groupby(["control", "span"], sort=False):
-            colour = COLOURS[spans.index(span) % len(COLOURS)]
-            name = span if control == "none" else f"{span}, {control}"
-            style = {"color": colour, "width": 2.5 if control == "none" else 1, "dash": DASHES.get(control, "solid")}
-            _line(figure, column, rows, name, style, band=control == "none")
+    for number, model in enumerate(models):
+        where = _cell(number, 1 if len(models) > 2 else len(models))
+        panel = summary[summary["model"] == model]
         baseline = panel[panel["control"] == "none"].groupby("place", sort=False)["baseline"].mean()
-        _flat(figure, column, baseline, "commonest label")
-    figure.update_yaxes(title_text="accuracy (share of test examples)", range=[-0.03, 1.03], col=1)
-    n = int(summary["n"].min())
-    note = f"n = {n} examples; bands: 95 % bootstrap interval over scenes, of the mean over seeds"
+        _flat(figure, where, baseline, "commonest label")
+        for control, span in panel[["control", "span"]].drop_duplicates().itertuples(index=False):
+            rows = panel[(panel["control"] == control) & (panel["span"] == span)]
+            style = {"color": COLOURS[spans.index(span) % len(COLOURS)], "width": 2.5}
+            if control == "none":
+                _line(figure, where, rows, span, style, band=True)
+            else:
+                thin = style | {"width": 1.2} | CONTROL_LINES[control]
+                _line(figure, where, rows, f"{span}, {control}", thin, band=False, group=control)
+    for control in summary["control"].drop_duplicates():
+        if control != "none":
+            _legend_of(figure, control, CONTROL_LINES[control])
+    figure.update_yaxes(title_text="accuracy (share of test examples)", col=1)
+    note = f"n = {int(summary['n'].min())} examples; bands: 95 % bootstrap interval over scenes, of the mean over seeds"
     figure.update_layout(meta=_recipe("depth_lines", probe=probe, title=title))
-    return _finished(figure, result, places, title or f"what a {probe} probe reads at every depth", note, len(panels))
+    return _finished(figure, places, title or f"what a {probe} probe reads at every depth", note)
 
 
 def conflict_lines(result: Result, *, probe: str, title: str | None = None) -> "go.Figure":
     """In scenes that show what is unusual: the probe's probability of what is shown, of the usual, and of any other.
 
-    One panel for each model and span.
+    A row for each model, a column for each span.
 
     Raises:
         UsageError: nothing was read on scenes in conflict.
     """
     metrics = {"p_true": "what is shown", "p_prior": "what is usual", "p_other": "each other answer"}
     known = [metric for metric in metrics if any(each.name == metric for each in result.metrics)]
-    summaries = [_of_probe(result, metric, probe, "conflict").assign(metric=metric) for metric in known]
-    summary = pd.concat(summaries, ignore_index=True)
-    summary["panel"] = summary["model"] + ", " + summary["span"]
-    figure, panels, places = _panels(result, summary, by="panel")
-    for column, (_, panel) in enumerate(panels, 1):
-        for number, metric in enumerate(known):
+    summary = pd.concat([_of_probe(result, metric, probe, "conflict") for metric in known], ignore_index=True)
+    models, spans = (list(summary[name].drop_duplicates()) for name in ("model", "span"))
+    figure = _grid([[f"{model}, {span}" for span in spans] for model in models])
+    for number, (model, span) in enumerate((model, span) for model in models for span in spans):
+        where = _cell(number, len(spans))
+        panel = summary[(summary["model"] == model) & (summary["span"] == span)]
+        chance = panel[panel["metric"] == known[0]].groupby("place", sort=False)["baseline"].mean()
+        _flat(figure, where, chance, "chance")
+        for colour, metric in zip(COLOURS, known, strict=False):
             rows = panel[(panel["metric"] == metric) & panel["n"].gt(0)]
             if len(rows):
-                _line(figure, column, rows, metrics[metric], {"color": COLOURS[number], "width": 2.5}, band=True)
-        _flat(
-            figure, column, panel[panel["metric"] == known[0]].groupby("place", sort=False)["baseline"].mean(), "chance"
-        )
-    figure.update_yaxes(title_text="probability", range=[-0.03, 1.03], col=1)
+                _line(figure, where, rows, metrics[metric], {"color": colour, "width": 2.5}, band=True)
+    figure.update_yaxes(title_text="probability", col=1)
     note = f"n = {int(summary['n'].max())} scenes; bands: 95 % bootstrap interval over scenes"
     figure.update_layout(meta=_recipe("conflict_lines", probe=probe, title=title))
-    return _finished(figure, result, places, title or f"seen or usual? a {probe} probe in conflict", note, len(panels))
+    return _finished(figure, _order(result), title or f"seen or usual? a {probe} probe in conflict", note)
 
 
 def confusion(result: Result, *, model: str, probe: str, span: str, place: str, read_on: str = "test") -> "go.Figure":
@@ -98,9 +113,10 @@ def confusion(result: Result, *, model: str, probe: str, span: str, place: str, 
     figure = go.Figure(
         go.Heatmap(
             x=names, y=names, z=shares.to_numpy(), customdata=counts.to_numpy(), colorscale="Viridis", zmin=0, zmax=1,
-            texttemplate="%{z:.2f}" if len(classes) <= 12 else None, xgap=1, ygap=1,
+            text=[[f"{share:.2f}" if share else "" for share in row] for row in shares.to_numpy()],
+            texttemplate="%{text}" if len(classes) <= 12 else None, xgap=1, ygap=1,
             hovertemplate="%{y} read as %{x}: %{customdata} examples, %{z:.2f}<extra></extra>",
-            colorbar={"title": {"text": "share of the label's examples", "side": "right"}, "thickness": 14},
+            colorbar={"title": {"text": "<br>share of the label's examples", "side": "right"}, "thickness": 14},
         )
     )  # fmt: skip
     figure.update_xaxes(title_text="read by the probe", type="category")
@@ -144,7 +160,7 @@ def patch_picture(result: Result, *, model: str) -> "go.Figure":
                 texttemplate="%{text}", textfont={"color": "black"}, colorscale=VEIL, xgap=1, ygap=1,
                 hovertemplate="read as %{text}; probability of " + label + " %{z:.3f}<extra></extra>",
                 visible=number == 0,
-                colorbar={"title": {"text": f"probability of {label}", "side": "right"}, "thickness": 14},
+                colorbar={"title": {"text": f"<br>probability of {label}", "side": "right"}, "thickness": 14},
             )
         )  # fmt: skip
     figure = go.Figure(maps)
@@ -158,11 +174,11 @@ def patch_picture(result: Result, *, model: str) -> "go.Figure":
 
 def _slider(places: list[str]) -> dict[str, Any]:
     """Shows one place at a time."""
+    shown = [{"visible": [other == number for other in range(len(places))]} for number in range(len(places))]
     steps = [
-        {"method": "update", "label": place, "args": [{"visible": [other == number for other in range(len(places))]}]}
-        for number, place in enumerate(places)
+        {"method": "update", "label": _short(place), "args": [args]} for place, args in zip(places, shown, strict=True)
     ]
-    return {"active": 0, "steps": steps, "currentvalue": {"prefix": "place: "}, "pad": {"t": 24}}
+    return {"active": 0, "steps": steps, "currentvalue": {"prefix": "after block: "}, "pad": {"t": 24}}
 
 
 # Parts
@@ -174,11 +190,11 @@ def _recipe(name: str, **options: Any) -> dict[str, Any]:
 
 
 def _of_probe(result: Result, metric: str, probe: str, read_on: str) -> pd.DataFrame:
-    summary = result.summary(metric)
-    found = summary.loc[(summary["probe"] == probe) & (summary["read_on"] == read_on)]
-    if found.empty:
+    summary = summary_of(result)
+    chosen = (summary["metric"] == metric) & (summary["probe"] == probe) & (summary["read_on"] == read_on)
+    if not np.asarray(chosen).any():
         raise UsageError(f"{result.name} has no {probe} probe read on {read_on} examples")
-    return pd.DataFrame(found)
+    return pd.DataFrame(summary[chosen])
 
 
 def _order(result: Result) -> list[str]:
@@ -192,18 +208,32 @@ def _number(name: str) -> int:
     return int(inside) if inside else 0
 
 
-def _panels(result: Result, summary: pd.DataFrame, *, by: str = "model") -> tuple[Any, Any, list[str]]:
+def _short(place: str) -> str:
+    """`llm 3`, `projector`: a place as a slider has room for it."""
+    stream = place.split(".")[0]
+    return f"{stream} {_number(place)}" if "[" in place else stream
+
+
+def _grid(titles: list[list[str]]) -> "go.Figure":
+    """Panels in rows and columns under their titles."""
     from plotly.subplots import make_subplots
 
-    panels = list(summary.groupby(by, sort=False))
-    titles = [html.escape(str(name), quote=False) for name, _ in panels]
-    figure = make_subplots(cols=len(panels), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
-    return figure, panels, _order(result)
+    n_rows, n_columns = len(titles), len(titles[0])
+    return make_subplots(
+        rows=n_rows, cols=n_columns, shared_yaxes=True, horizontal_spacing=0.04, vertical_spacing=0.3 / n_rows,
+        subplot_titles=[html.escape(str(name), quote=False) for row in titles for name in row],
+    )  # fmt: skip
+
+
+def _cell(number: int, n_columns: int) -> dict[str, int]:
+    return {"row": number // n_columns + 1, "col": number % n_columns + 1}
 
 
 def _line(
-    figure: "go.Figure", column: int, rows: pd.DataFrame, name: str, style: dict[str, Any], *, band: bool
-) -> None:
+    figure: "go.Figure", where: dict[str, int], rows: pd.DataFrame, name: str, style: dict[str, Any], *, band: bool,
+    group: str | None = None,
+) -> None:  # fmt: skip
+    """A line through the means; lines of a group have one place in the legend (`_legend_of`)."""
     import plotly.graph_objects as go
 
     known = {trace.name for trace in figure.data}
@@ -215,58 +245,71 @@ def _line(
             fillcolor=f"rgba({red},{green},{blue},0.18)", line={"width": 0}, mode="lines", hoverinfo="skip",
             showlegend=False, legendgroup=name,
         )  # fmt: skip
-        figure.add_trace(edge, row=1, col=column)
+        figure.add_trace(edge, **where)
     hover = [
         f"{row.place}<br>{html.escape(name, quote=False)}: {row.mean:.3f} ({row.ci_low:.3f} to {row.ci_high:.3f})<br>"
-        f"n {row.n}, commonest label {row.baseline:.3f}"
+        f"n {row.n}, baseline {row.baseline:.3f}"
         for row in rows.itertuples()
     ]
     line = go.Scatter(
         x=rows["place"], y=rows["mean"], mode="lines+markers" if band else "lines", name=name, line=style, text=hover,
-        hovertemplate="%{text}<extra></extra>", legendgroup=name, showlegend=name not in known,
+        hovertemplate="%{text}<extra></extra>", legendgroup=group or name,
+        showlegend=group is None and name not in known,
     )  # fmt: skip
-    figure.add_trace(line, row=1, col=column)
+    figure.add_trace(line, **where)
 
 
-def _flat(figure: "go.Figure", column: int, values: pd.Series, name: str) -> None:
+def _legend_of(figure: "go.Figure", group: str, style: dict[str, Any]) -> None:
+    """One grey line in the legend for the lines of a group, in whatever colour."""
     import plotly.graph_objects as go
 
-    style = {"color": "#888888", "width": 1.5, "dash": "dot"}
+    style = {"color": GREY, "width": 1.2} | style
+    figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name=group, line=style, legendgroup=group))
+
+
+def _flat(figure: "go.Figure", where: dict[str, int], values: pd.Series, name: str) -> None:
+    import plotly.graph_objects as go
+
+    style = {"color": "#BBBBBB", "width": 3}
     trace = go.Scatter(
-        x=list(values.index), y=values.to_list(), mode="lines", name=name, line=style,
-        legendgroup=name, showlegend=column == 1, hovertemplate=f"{name}: %{{y:.3f}}<extra></extra>",
+        x=list(values.index), y=values.to_list(), mode="lines", name=name, line=style, legendgroup=name,
+        showlegend=where == {"row": 1, "col": 1}, hovertemplate=f"{name}: %{{y:.3f}}<extra></extra>",
     )  # fmt: skip
-    figure.add_trace(trace, row=1, col=column)
+    figure.add_trace(trace, **where)
 
 
-def _finished(
-    figure: "go.Figure", result: Result, places: list[str], title: str, note: str, n_panels: int
-) -> "go.Figure":
+def _finished(figure: "go.Figure", places: list[str], title: str, note: str) -> "go.Figure":
     """One axis for the whole depth, with the streams marked off."""
-    step = max(1, -(-len(places) // MOST_TICKS))
-    ticks = places[::step]
-    labels = [f"{_number(each)}" if "[" in each else each.split(".")[-1] for each in ticks]
+    rows, columns = figure._get_subplot_rows_columns()
+    ticks = places[:: max(1, -(-len(places) // MOST_TICKS))]
+    labels = [f"{_number(each)}" if "[" in each else "proj." for each in ticks]
     figure.update_xaxes(
         type="category", categoryorder="array", categoryarray=places, tickvals=ticks, ticktext=labels,
-        title_text="block, in the order of the forward pass",
+        range=[-0.5, len(places) - 0.5],
     )  # fmt: skip
-    for column in range(1, n_panels + 1):
-        for stream, name in STREAMS.items():
-            numbers = [number for number, place in enumerate(places) if place.startswith(stream)]
-            if not numbers:
-                continue
-            where = {"row": 1, "col": column}
-            if numbers[0]:
-                figure.add_vline(x=numbers[0] - 0.5, line={"color": "#666666", "width": 1}, **where)
-            middle = (numbers[0] + numbers[-1]) / 2
-            text = name if len(numbers) > 1 else ""
-            figure.add_annotation(
-                x=middle, y=-0.02, text=text, showarrow=False, font={"size": 11, "color": "#666666"}, **where
-            )
+    figure.update_xaxes(title_text="block, in the order of the forward pass", row=len(rows))
+    # Below zero is room for the names of the streams.
+    figure.update_yaxes(range=[-0.12, 1.03], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    for row in rows:
+        for column in columns:
+            _mark_streams(figure, places, {"row": row, "col": column})
     figure.add_annotation(
         text=note, xref="paper", yref="paper", x=0, y=0, yshift=-72, showarrow=False, xanchor="left", font={"size": 11}
     )
-    return _dressed(figure, title, max(760, n_panels * (140 + WIDTH_A_PLACE * min(len(places), 30))) + 200, 520)
+    width = max(560, len(columns) * (140 + WIDTH_A_PLACE * min(len(places), 30))) + 220
+    return _dressed(figure, title, width, 220 + 320 * len(rows))
+
+
+def _mark_streams(figure: "go.Figure", places: list[str], where: dict[str, int]) -> None:
+    for stream, name in STREAMS.items():
+        numbers = [number for number, place in enumerate(places) if place.startswith(stream)]
+        if not numbers:
+            continue
+        if numbers[0]:
+            figure.add_vline(x=numbers[0] - 0.5, line={"color": GREY, "width": 1}, **where)
+        middle = (numbers[0] + numbers[-1]) / 2
+        style = {"showarrow": False, "font": {"size": 11, "color": GREY}}
+        figure.add_annotation(x=middle, y=-0.07, text=name if len(numbers) > 1 else "", **style, **where)
 
 
 def _dressed(figure: "go.Figure", title: str, width: int, height: int) -> "go.Figure":

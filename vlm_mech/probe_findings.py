@@ -1,5 +1,7 @@
 """What the probes found, in sentences made from the numbers; places are chosen on validation losses."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -9,6 +11,12 @@ from vlm_mech.probe_study import CONFLICT, TEST
 from vlm_mech.result import Result
 
 Notes = dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1)
+def summary_of(result: Result) -> pd.DataFrame:
+    """The summary of all metrics, made once for the sentences and figures of one result."""
+    return result.summary()
 
 
 def best_spot(notes: Notes, probe: str) -> tuple[str, str]:
@@ -21,8 +29,9 @@ def best_spot(notes: Notes, probe: str) -> tuple[str, str]:
 def findings(result: Result, notes: list[Notes]) -> tuple[str, ...]:
     """Sentences for every model and probe: the best place, its controls, and what is read in conflict."""
     found = []
-    accuracy = result.summary("accuracy")
-    both = (result.summary("p_true"), result.summary("p_prior"))
+    summary = summary_of(result)
+    of_metric = [summary[summary["metric"] == metric] for metric in ("accuracy", "p_true", "p_prior")]
+    accuracy, *both = (each.reset_index(drop=True) for each in of_metric)
     for step in notes:
         for probe in accuracy["probe"].drop_duplicates() if step["step"] == NONE else ():
             found.append(_readable(result, accuracy, step, probe))
@@ -51,7 +60,7 @@ def _readable(result: Result, accuracy: pd.DataFrame, step: Notes, probe: str) -
     return text + "."
 
 
-def _in_conflict(both: tuple[pd.DataFrame, pd.DataFrame], model: str, probe: str) -> list[str]:
+def _in_conflict(both: Sequence[pd.DataFrame], model: str, probe: str) -> list[str]:
     """At the last place of each span: what is shown, against what is usual."""
     (shown, usual), found = both, []
     for span in shown["span"].drop_duplicates():

@@ -151,61 +151,65 @@ def _notes(readings: Readings) -> dict[str, Any]:
 
 def _test_rows(readings: Readings, examples: Examples, classes: Sequence[str], where: dict[str, str]) -> pd.DataFrame:
     numbers = readings.labels[0]
-    majority = (readings.majority[0] == numbers).mean(0)
-    tables = []
-    for place, spot in enumerate(readings.spots):
-        said = readings.tested[place, 0]
+    scored = []
+    for said in readings.tested[:, 0]:
         # Which probe to believe is not asked: each example's number is the mean over seeds.
-        scored = _scored(said.mean(0), numbers, classes) | {"accuracy": is_first(said, numbers).mean(0)}
-        tables.append(_rows(scored, examples, TEST, spot, where, majority, len(classes)))
-    return pd.concat(tables, ignore_index=True)
+        scored.append(_scored(said.mean(0), numbers, classes) | {"accuracy": is_first(said, numbers).mean(0)})
+    majority = (readings.majority[0] == numbers).mean(0)
+    return _rows(scored, readings.spots, examples, majority, where | {"read_on": TEST}, len(classes))
 
 
 def _conflict_rows(
     readings: Readings, read: np.ndarray, conflicts: Examples, classes: Sequence[str], where: dict[str, str]
 ) -> pd.DataFrame:
     true, prior = (np.array([classes.index(each) for each in some]) for some in (conflicts.labels, conflicts.priors))
-    shares = np.bincount(readings.labels[0], minlength=len(classes))
-    majority, tables = (true == shares.argmax()).astype(float), []
-    for place, spot in enumerate(readings.spots):
-        said = read[place, 0]
-        rows = np.arange(len(true))
+    rows, scored = np.arange(len(true)), []
+    for said in read[:, 0]:
         p_true, p_prior = said[rows, true], said[rows, prior]
-        scored = _scored(said, true, classes) | {"p_prior": p_prior}
+        found = _scored(said, true, classes) | {"p_prior": p_prior}
         if len(classes) > 2:
-            scored["p_other"] = (1 - p_true - p_prior) / (len(classes) - 2)
-        tables.append(_rows(scored, conflicts, CONFLICT, spot, where, majority, len(classes)))
-    return pd.concat(tables, ignore_index=True)
+            found["p_other"] = (1 - p_true - p_prior) / (len(classes) - 2)
+        scored.append(found)
+    shares = np.bincount(readings.labels[0], minlength=len(classes))
+    majority = (true == shares.argmax()).astype(float)
+    return _rows(scored, readings.spots, conflicts, majority, where | {"read_on": CONFLICT}, len(classes))
 
 
 def _scored(said: Float[np.ndarray, "example n_classes"], true: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    missing = np.full(len(true), np.nan)
     return {
         "accuracy": is_first(said, true).astype(float),
-        "p_true": said[np.arange(len(true)), true],
+        "p_true": said[np.arange(len(true)), true].astype(float),
+        "p_prior": missing,
+        "p_other": missing,
         "label": np.array(classes)[true],
         "predicted": np.array(classes)[said.argmax(-1)],
     }
 
 
 def _rows(
-    scored: dict[str, Any],
+    scored: Sequence[dict[str, Any]],
+    spots: Sequence[Spot],
     examples: Examples,
-    read_on: str,
-    spot: Spot,
-    where: dict[str, str],
     majority: Float[np.ndarray, "example"],
+    where: dict[str, str],
     n_classes: int,
 ) -> pd.DataFrame:
-    names = {
-        "example": [f"{read_on} {each}" for each in examples.ids],
-        "group": [f"{read_on} {each}" for each in examples.groups],
+    """A row for each spot and example, from what was scored at every spot."""
+    read_on, n_examples = where["read_on"], len(examples)
+    columns: dict[str, Any] = {
+        "example": np.tile([f"{read_on} {each}" for each in examples.ids], len(spots)),
+        "group": np.tile([f"{read_on} {each}" for each in examples.groups], len(spots)),
+        **where,
+        "span": np.repeat([spot.span for spot in spots], n_examples),
+        "place": np.repeat([str(spot.site) for spot in spots], n_examples),
     }
-    table = pd.DataFrame(names).assign(**where, read_on=read_on, span=spot.span, place=str(spot.site))
-    table = table.assign(p_prior=np.nan, p_other=np.nan).assign(**scored).assign(accuracy_baseline=majority, skipped="")
+    columns |= {name: np.concatenate([each[name] for each in scored]) for name in scored[0]}
+    columns |= {"accuracy_baseline": np.tile(majority, len(spots)), "skipped": ""}
     for metric in ("p_true", "p_prior", "p_other"):
-        table[f"{metric}_baseline"] = (1 / n_classes) * np.where(table[metric].isna(), np.nan, 1.0)
-        table[metric] = table[metric].astype(float)
-    return table
+        columns[f"{metric}_baseline"] = np.where(np.isnan(columns[metric].astype(float)), np.nan, 1 / n_classes)
+        columns[metric] = columns[metric].astype(float)
+    return pd.DataFrame(columns)
 
 
 def completed(table: pd.DataFrame) -> pd.DataFrame:

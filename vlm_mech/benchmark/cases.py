@@ -28,7 +28,12 @@ SWEEPS = {
     "tower": "resid_post of another image put in at every layer of the vision tower that is read",
 }
 EXTRACTION = "extraction"
-CASES = {**SWEEPS, EXTRACTION: "mean resid_post of every layer at `image`, `question` and `last`, over a data set"}
+PROBES = "probes"
+CASES = {
+    **SWEEPS,
+    EXTRACTION: "mean resid_post of every layer at `image`, `question` and `last`, over a data set",
+    PROBES: "MLP probes of made states of every layer, several seeds each; needs no model",
+}
 
 
 def cells(vlm: "VLM", case: str, donor: Encoded) -> list[Intervention]:
@@ -111,9 +116,9 @@ def lower_bound(vlm: "VLM", encoded: Encoded, interventions: Sequence[Interventi
     """The fewest plain forward passes' worth of products in which whole blocks can give all cells.
 
     One clean pass, one of the donor where states come from there, and for each cell the blocks above its entry at the
-    positions that can change. As the swapped image is all in which the two runs differ, these are the positions after
-    it: before them the cell is the donor's run. Computing parts of blocks only (no queries where nothing reads them)
-    could do with less.
+    positions that can change, once where cells have lost the same edges so far. As the swapped image is all in which
+    the two runs differ, these are the positions after it: before them the cell is the donor's run. Computing parts of
+    blocks only (no queries where nothing reads them) could do with less.
 
     Raises:
         UsageError: a cell is neither `Knockout` nor `Replace`.
@@ -123,7 +128,20 @@ def lower_bound(vlm: "VLM", encoded: Encoded, interventions: Sequence[Interventi
     total = each.plain * (2 if swaps else 1)
     for cell in interventions:
         total += _cost(each, encoded, cell)
+    total -= _again(each, encoded, [cell for cell in interventions if isinstance(cell, Knockout)])
     return total / each.plain
+
+
+def _again(each: Sizes, encoded: Encoded, cuts: Sequence[Knockout]) -> float:
+    """What is counted more than once: blocks of cells that have lost the same edges so far."""
+    total = 0.0
+    for query, key in {(cell.query, cell.key) for cell in cuts}:
+        layers = [set(cell.each_layer) for cell in cuts if (cell.query, cell.key) == (query, key)]
+        block = each.blocks(each.n_layers - 1, min(encoded.positions(query)))
+        for layer in range(each.n_layers):
+            pasts = [frozenset(range(layer + 1)) & one for one in layers if min(one) <= layer]
+            total += block * (len(pasts) - len(set(pasts)))
+    return total
 
 
 def _cost(each: Sizes, encoded: Encoded, cell: Intervention) -> float:

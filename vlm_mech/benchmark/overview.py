@@ -1,11 +1,13 @@
 """Timings as a table with medians and extremes, as sentences, and as a figure; everything from the result alone."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from vlm_mech.benchmark.cases import EXTRACTION, PROBES
 from vlm_mech.benchmark.compare import OURS, PLAIN
 from vlm_mech.figures import COLOURS
 from vlm_mech.result import Metric, Result
@@ -21,8 +23,18 @@ METRICS = (
     Metric("ratio", "times ours", "time in units of ours in the same repeat"),
     Metric("of_bound", "share", "least products needed, as plain forwards, over the plain forwards that ours takes"),
     Metric("memory", "MiB", "peak memory above what was held before"),
-    Metric("difference", "relative", "largest difference to ours, relative to the largest logit (state) of ours"),
+    Metric(
+        "difference",
+        "relative",
+        "largest difference to ours, relative to the largest logit (state) of ours; of probes, that of mean accuracies",
+    ),
 )
+OF_FORWARDS = ("forwards", "of_bound")
+
+
+def metrics(cases: Sequence[str]) -> tuple[Metric, ...]:
+    """What there is to say of these cases: probes are not counted in forward passes."""
+    return METRICS if set(cases) != {PROBES} else tuple(each for each in METRICS if each.name not in OF_FORWARDS)
 
 
 def overview(result: Result) -> pd.DataFrame:
@@ -52,24 +64,45 @@ def findings(result: Result, notes: list[dict[str, Any]]) -> tuple[str, ...]:
     for note in notes:
         rows = result.table[result.table["case"] == note["case"]]
         ours = rows[rows["contender"] == OURS]
-        n_repeats = len(ours)
-        unit = "batches" if note["case"] == "extraction" else "cells"
-        text = f"{note['case']} ({note['n_cells']} {unit}) costs {_spread(ours['forwards'])} plain forwards"
-        if note["case"] == "extraction":
-            text = f"extraction of {note['n_cells']} batches takes {_spread(ours['forwards'])} times the plain forwards"
-            text += f", {_spread(1 / ours['forwards'], percent=True)} of their throughput"
-        else:
-            text += f", {_spread(ours['of_bound'], percent=True)} of the bound of {note['bound']:.2f}"
-        compared = []
+        text = _cost(note, ours)
         for name in rows["contender"].unique():
             if name not in (OURS, PLAIN):
                 own = rows[rows["contender"] == name]
                 reason = own["skipped"].iloc[0]
-                compared.append(f"{name} {reason}" if reason else f"{name} takes {_spread(own['ratio'])} times as long")
+                text += f"; {name} {reason}" if reason else f"; {name} takes {_spread(own['ratio'])} times as long"
         scaled = f", rivals scaled from {note['rival_cells']}" if note["rival_cells"] < note["n_cells"] else ""
-        text += "".join(f"; {each}" for each in compared)
-        sentences.append(f"{text} (median, smallest to largest of {n_repeats} repeats{scaled})")
+        sentences.append(f"{text} (median, smallest to largest of {len(ours)} repeats{scaled})")
+        sentences += [_agreement(note)] if note["case"] == PROBES else []
     return tuple(sentences)
+
+
+def _cost(note: dict[str, Any], ours: pd.DataFrame) -> str:
+    """What a case costs us."""
+    if note["case"] == PROBES:
+        size = note["size"]
+        what = f"{size['n_layers']} layers x {size['n_seeds']} seeds, {size['n_examples']} x {size['width']} states"
+        memory = f"{_spread(ours['memory'])} MiB beyond the states, of a budget of {_text(note['budget_mib'])}"
+        return f"training {note['n_cells']} probes ({what}) takes {_spread(ours['seconds'])} s and {memory}"
+    costs = _spread(ours["forwards"])
+    if note["case"] == EXTRACTION:
+        share = _spread(1 / ours["forwards"], percent=True)
+        text = f"extraction of {note['n_cells']} batches takes {costs} times the plain forwards"
+        return f"{text}, {share} of their throughput"
+    bound = f"{_spread(ours['of_bound'], percent=True)} of the bound of {note['bound']:.2f}"
+    return f"{note['case']} ({note['n_cells']} cells) costs {costs} plain forwards, {bound}"
+
+
+def _agreement(note: dict[str, Any]) -> str:
+    """How well the probes read, beside scikit-learn's, a linear probe's, and the commonest label."""
+    found, between = note["accuracy"], ""
+    if found["interval"] is not None:
+        between = " ({:+.2f} to {:+.2f}, 95 % over probes)".format(*(100 * each for each in found["interval"]))
+    return (
+        f"test accuracy on the {note['rival_cells']} probes that both fitted, {found['n_test']} test examples each: "
+        f"ours {found[OURS]:.4f}, scikit-learn {found['scikit-learn loop']:.4f}, theirs less ours "
+        f"{100 * found['difference']:+.2f} points{between}; a linear probe {found['ours, a linear probe']:.3f}, the "
+        f"commonest label {found['commonest label']:.3f}"
+    )
 
 
 def _circumstances(machine: dict[str, Any]) -> str:
@@ -94,21 +127,27 @@ def _text(value: float) -> str:
 
 
 def bars(result: Result, *, title: str) -> "go.Figure":
-    """Plain forwards of every case, one bar a contender on a logarithmic axis, from smallest to largest repeat."""
+    """Plain forwards of every case, one bar a contender on a logarithmic axis, from smallest to largest repeat.
+
+    Cases that are not counted in forwards are in the table alone; if there are no others, bars are times of ours.
+    """
     import plotly.graph_objects as go
 
-    figure = go.Figure()
-    contenders = list(result.table["contender"].drop_duplicates())
-    for number, name in enumerate(each for each in contenders if each != PLAIN):
-        grouped = result.table[result.table["contender"] == name].groupby("case", sort=False)["forwards"]
+    figure, table = go.Figure(), result.table
+    metric, unit = (
+        ("forwards", "plain forwards") if np.asarray(table["forwards"].notna()).any() else ("ratio", "times ours")
+    )
+    table = table[(table["contender"] != PLAIN) & table.groupby("case")[metric].transform("count").gt(0)]
+    for number, name in enumerate(table["contender"].drop_duplicates()):
+        grouped = table[table["contender"] == name].groupby("case", sort=False)[metric]
         middle = grouped.median()
         spread = {"array": grouped.max() - middle, "arrayminus": middle - grouped.min(), "symmetric": False}
         colour = COLOURS[number % len(COLOURS)]
         figure.add_bar(
             x=list(middle.index), y=middle, name=name, marker_color=colour, error_y={"type": "data", **spread}
         )
-    figure.add_hline(y=1, line_dash="dot", annotation_text="one plain forward")
-    figure.update_yaxes(type="log", title_text="plain forwards (log scale)")
+    figure.add_hline(y=1, line_dash="dot", annotation_text="one plain forward" if metric == "forwards" else "ours")
+    figure.update_yaxes(type="log", title_text=f"{unit} (log scale)")
     meta = {"drawn_by": f"{__name__}:bars", "options": {"title": title}}
     figure.update_layout(template="plotly_white", barmode="group", title=title, width=960, height=480, meta=meta)
     return figure

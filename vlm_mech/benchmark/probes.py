@@ -5,8 +5,8 @@ directions falls as it does in hidden states, so that accuracy is below 1 and an
 """
 
 import os
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vlm_mech.benchmark.cases import PROBES
 from vlm_mech.benchmark.compare import OURS
-from vlm_mech.benchmark.timing import subset
+from vlm_mech.benchmark.timing import Entry, Timed, interleaved, subset
 from vlm_mech.errors import UsageError
-from vlm_mech.probe_descent import Recipe
-from vlm_mech.probe_train import Split, probabilities, train
+from vlm_mech.probe_descent import LINEAR, Recipe, fast_mlp
+from vlm_mech.probe_train import Split, own_probabilities, train
 
-PROBES = "probes"
 LOOP = "scikit-learn loop"
-HIDDEN = (512, 128)
-RECIPE = Recipe(hidden=HIDDEN, l2=(1e-4,), learning_rate=3e-3, batch_size=200, patience=2, tolerance=5e-3)
+MEMORY = 2**28
+"""Bytes that our training may take beyond the states."""
 NAN = float("nan")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is probed; `n_seeds` probes a layer differ in their initial weights."""
+    """How much is probed; the `n_seeds` probes of a layer differ in their initial weights and order of minibatches."""
 
     n_layers: int = 9
     width: int = 512
@@ -45,12 +45,18 @@ FULL = Size(n_layers=33, width=4096, n_examples=2000)
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """States of all layers, labels, and who is trained on, validated and tested."""
+    """States of all layers, labels, who is trained on, validated and tested, and our recipe; cells are probes."""
 
     states: Float[Tensor, "layer example width"]
     labels: Int[np.ndarray, "example"]
     split: Split
     size: Size
+    recipe: Recipe
+
+    @property
+    def n_cells(self) -> int:
+        """Probes in all: layers x seeds, seeds in the inner order."""
+        return self.size.n_layers * self.size.n_seeds
 
 
 def make_task(size: Size, *, seed: int = 0) -> Task:
@@ -60,56 +66,82 @@ def make_task(size: Size, *, seed: int = 0) -> Task:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, size.n_classes, size.n_examples)
     bits = ((labels[:, None] >> np.arange(3)) & 1) * 2 - 1
-    # As in hidden states, no coordinate is a direction of its own.
-    turn = torch.linalg.qr(torch.randn(size.width, size.width, generator=torch.Generator().manual_seed(seed)))[0]
-    layers = [_layer(size, bits, np.random.default_rng((seed, layer))) @ turn for layer in range(size.n_layers)]
+    signs = rng.choice(np.array([-1, 1], np.float32), (2, size.width))
+    states = torch.empty(size.n_layers, size.n_examples, size.width)
+    for layer in range(size.n_layers):
+        states[layer] = _layer(size, bits, signs, np.random.default_rng((seed, layer)))
     order = rng.permutation(size.n_examples)
-    ends = [round(0.6 * size.n_examples), round(0.8 * size.n_examples)]
-    train_part, validation, test = np.split(order, ends)
-    return Task(torch.stack(layers), labels, Split(train_part, validation, test, seed=seed), size)
+    parts = np.split(order, [round(0.6 * size.n_examples), round(0.8 * size.n_examples)])
+    return Task(states, labels, Split(*parts, seed=seed), size, fast_mlp(len(parts[0])))
 
 
-def _layer(size: Size, bits: Int[np.ndarray, "example three"], rng: np.random.Generator) -> Tensor:
-    latent = rng.normal(size=(size.n_examples, size.width)).astype(np.float32)
+def _layer(
+    size: Size, bits: Int[np.ndarray, "example three"], signs: Float[np.ndarray, "two width"], rng: np.random.Generator
+) -> Float[Tensor, "example width"]:
+    from scipy.fft import dct
+
+    latent = rng.standard_normal((size.n_examples, size.width), np.float32)
     sign = rng.choice([-1, 1], size.n_examples)
     latent[:, 10] += 2.2 * bits[:, 0]
     latent[:, 20] += 2.2 * bits[:, 1]
     latent[:, 6] = 0.5 * latent[:, 6] + 2 * sign
     latent[:, 7] = 0.5 * latent[:, 7] + 2 * sign * bits[:, 2]
     latent *= (np.arange(1, size.width + 1) ** -0.5).astype(np.float32)
+    # As in hidden states, no coordinate is a direction of its own: signs and cosines, twice, are a rotation.
+    for flips in signs:
+        latent = dct(latent * flips, norm="ortho", axis=1)
     return torch.from_numpy(latent)
 
 
-def ours(task: Task) -> Float[np.ndarray, "layer seed"]:
-    """Test accuracy of every layer's probes, one a seed, all trained together."""
-    size = task.size
-    splits = [
-        Split(task.split.train, task.split.validation, task.split.test, seed=seed, repeat=seed)
-        for seed in range(size.n_seeds)
-    ]
-    labels = torch.from_numpy(task.labels)[None]
-    test = torch.from_numpy(task.split.test)
-    found = np.zeros((size.n_layers, size.n_seeds))
-    for entries, stack in train(task.states, labels, splits, RECIPE, n_classes=size.n_classes):
-        said = probabilities(stack, task.states[list(entries.features)][:, test])[:, 0]
-        hits = (said.argmax(-1).numpy() == task.labels[task.split.test]).mean(1)
-        found[list(entries.features), list(entries.splits)] = hits
-    return found
+class Together:
+    """Probes of all layers and seeds in a few tensors."""
+
+    name = OURS
+
+    def begin(self, task: Task) -> None:
+        """Nothing is done once."""
+
+    def answers(self, task: Task, begun: None, numbers: Sequence[int]) -> Float[np.ndarray, "cell"]:
+        """Test accuracies of the cells; all seeds of a layer are trained, whichever are asked for."""
+        n_seeds, split = task.size.n_seeds, task.split
+        layers = sorted({number // n_seeds for number in numbers})
+        states = task.states if len(layers) == task.size.n_layers else task.states[layers]
+        splits = [replace(split, seed=split.seed + number, repeat=number) for number in range(n_seeds)]
+        found = np.zeros((len(states), n_seeds))
+        labels = torch.from_numpy(task.labels)[None]
+        for entries, stack in train(states, labels, splits, task.recipe, n_classes=task.size.n_classes, memory=MEMORY):
+            test = torch.from_numpy(split.test).expand(len(entries.splits), -1)
+            said = own_probabilities(stack, test)[:, 0].argmax(-1).numpy()
+            found[list(entries.features), list(entries.splits)] = (said == task.labels[split.test]).mean(1)
+        return np.array([found[layers.index(number // n_seeds), number % n_seeds] for number in numbers])
 
 
-def loop(task: Task, layer: int, seed: int) -> float:
-    """Test accuracy of one scikit-learn probe: same hidden layers, its own defaults with early stopping."""
-    from sklearn.neural_network import MLPClassifier
-    from sklearn.preprocessing import StandardScaler
+class Loop:
+    """One scikit-learn probe after the other: the same hidden layers, its own defaults with early stopping."""
 
-    split = task.split
-    states = task.states[layer].numpy()
-    scaler = StandardScaler().fit(states[split.train])
-    # It sets its own validation part aside, so it gets ours to draw it from.
-    known = np.concatenate([split.train, split.validation])
-    estimator = MLPClassifier(HIDDEN, early_stopping=True, random_state=seed)
-    estimator.fit(scaler.transform(states[known]), task.labels[known])
-    return float(estimator.score(scaler.transform(states[split.test]), task.labels[split.test]))
+    name = LOOP
+
+    def begin(self, task: Task) -> None:
+        """Nothing is done once."""
+
+    def answers(self, task: Task, begun: None, numbers: Sequence[int]) -> Float[np.ndarray, "cell"]:
+        """Test accuracies of the cells, with as many threads as torch has."""
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(torch.get_num_threads()):
+            return np.array([self._one(task, *divmod(number, task.size.n_seeds)) for number in numbers])
+
+    def _one(self, task: Task, layer: int, seed: int) -> float:
+        from sklearn.neural_network import MLPClassifier
+        from sklearn.preprocessing import StandardScaler
+
+        split, states = task.split, task.states[layer].numpy()
+        scaler = StandardScaler().fit(states[split.train])
+        # It sets its own validation part aside, so it gets ours to draw it from.
+        known = np.concatenate([split.train, split.validation])
+        estimator = MLPClassifier(task.recipe.hidden, early_stopping=True, random_state=split.seed + seed)
+        estimator.fit(scaler.transform(states[known]), task.labels[known])
+        return float(estimator.score(scaler.transform(states[split.test]), task.labels[split.test]))
 
 
 def probes_case(
@@ -121,42 +153,47 @@ def probes_case(
         rival_cells: how many probes scikit-learn fits, drawn with `seed`; its time is scaled by count.
 
     Returns:
-        The table as of the other cases (`difference` is that of mean test accuracy, on the probes that both fitted),
-        and notes with accuracies and the seconds of the processor.
+        The table as of the other cases (`difference` is theirs minus ours in mean test accuracy, on the probes that
+        both fitted), and notes with the accuracies, that of a linear probe, and what both were given.
     """
     load, task = os.getloadavg()[0], make_task(size, seed=seed)
-    n_cells = size.n_layers * size.n_seeds
-    chosen = subset(n_cells, rival_cells, seed)
-    if repeats < 1:
-        raise UsageError(f"at least one repeat is needed, not {repeats}")
-    rows, processor, accuracy = [], {OURS: [], LOOP: []}, {}
-    for repeat in range(repeats):
-        started, busy = time.perf_counter(), time.process_time()
-        found = ours(task)
-        seconds = {OURS: time.perf_counter() - started}
-        processor[OURS].append(time.process_time() - busy)
-        started, busy = time.perf_counter(), time.process_time()
-        theirs = [loop(task, *divmod(cell, size.n_seeds)) for cell in chosen]
-        scale = n_cells / len(chosen)
-        seconds[LOOP] = (time.perf_counter() - started) * scale
-        processor[LOOP].append((time.process_time() - busy) * scale)
-        same = [float(found[divmod(cell, size.n_seeds)]) for cell in chosen]
-        accuracy = {OURS: float(np.mean(same)), LOOP: float(np.mean(theirs)), "ours, all probes": float(found.mean())}
-        rows += [_row(name, repeat, seconds, accuracy[LOOP] - accuracy[OURS]) for name in (OURS, LOOP)]
-    notes = {"case": PROBES, "n_cells": n_cells, "rival_cells": len(chosen), "load_before": load, "bound": 1.0}
-    return pd.DataFrame(rows), notes | {"accuracy": accuracy, "processor_seconds": processor, "size": vars(size)}
+    chosen = subset(task.n_cells, rival_cells, seed)
+    entries = [Entry(Together(), tuple(range(task.n_cells)), task.n_cells), Entry(Loop(), chosen, task.n_cells)]
+    timed = interleaved(entries, task, repeats=repeats, seed=seed, device=torch.device("cpu"))
+    compared = _compared(task, timed[0], chosen)
+    rows = [_row(number, name, each, compared["difference"]) for number, each in enumerate(timed) for name in each]
+    notes = {"case": PROBES, "n_cells": task.n_cells, "rival_cells": len(chosen), "load_before": load, "bound": None}
+    notes |= {"size": asdict(size), "recipe": asdict(task.recipe), "budget_mib": MEMORY / 2**20, "accuracy": compared}
+    return pd.DataFrame(rows), notes
 
 
-def _row(name: str, repeat: int, seconds: dict[str, float], difference: float) -> dict[str, Any]:
-    row = {"example": f"repeat {repeat + 1}", "case": PROBES, "contender": name, "skipped": ""}
-    row |= {"seconds": seconds[name], "ratio": seconds[name] / seconds[OURS]}
-    row |= {"forwards": NAN, "of_bound": NAN, "memory": NAN, "difference": 0.0 if name == OURS else difference}
-    baselines = {
-        "seconds": seconds[OURS],
-        "ratio": 1.0,
-        "forwards": NAN,
-        "of_bound": NAN,
-        "memory": NAN,
-        "difference": 0.0,
+def _compared(task: Task, timed: dict[str, Timed], chosen: Sequence[int]) -> dict[str, Any]:
+    """Mean test accuracies, and theirs minus ours with a 95 % t interval over the probes that both fitted."""
+    from scipy import stats
+
+    every, theirs = timed[OURS].answer, timed[LOOP].answer
+    apart = theirs - every[list(chosen)]
+    between = stats.t.interval(0.95, len(apart) - 1, apart.mean(), stats.sem(apart)) if np.ptp(apart) else None
+    # What an MLP is needed for shows in a few probes.
+    linear = Together().answers(replace(task, recipe=LINEAR), None, chosen[:3])
+    commonest = np.bincount(task.labels[task.split.train]).argmax()
+    return {
+        OURS: float(every[list(chosen)].mean()),
+        LOOP: float(theirs.mean()),
+        "ours, all probes": float(every.mean()),
+        "ours, a linear probe": float(linear.mean()),
+        "commonest label": float((task.labels[task.split.test] == commonest).mean()),
+        "difference": float(apart.mean()),
+        "interval": None if between is None else [float(each) for each in between],
+        "n_test": len(task.split.test),
     }
-    return row | {f"{metric}_baseline": value for metric, value in baselines.items()}
+
+
+def _row(number: int, name: str, measured: dict[str, Timed], difference: float) -> dict[str, Any]:
+    own = measured[name]
+    values = {"seconds": own.seconds, "ratio": own.seconds / measured[OURS].seconds, "memory": own.memory}
+    values |= {"forwards": NAN, "of_bound": NAN, "difference": 0.0 if name == OURS else difference}
+    bases = {"seconds": measured[OURS].seconds, "ratio": 1.0, "memory": 0.0, "difference": 0.0}
+    bases |= {"forwards": NAN, "of_bound": NAN}
+    where = {"example": f"repeat {number + 1}", "case": PROBES, "contender": name, "skipped": ""}
+    return where | values | {f"{metric}_baseline": value for metric, value in bases.items()}
