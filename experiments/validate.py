@@ -44,7 +44,7 @@ class Config(RunConfig):
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, with the table of grades, its figure and findings; `grades.csv` holds that table too."""
+    """The result, with its figure and findings; `overview.grades` makes the table of grades from it."""
     from vlm_mech.result import Result
     from vlm_mech.validate import overview
     from vlm_mech.validate.job import completed, examine_all
@@ -61,8 +61,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     graded = overview.grades(result)
     findings = overview.findings(graded, n_examples=config.examples)
     result = Result(result.name, result.table, result.axes, result.metrics, {}, about, findings)
-    graded.to_csv(work.folder / "grades.csv", index=False)
-    print(graded.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(graded.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="-"))
     return Outcome(result, {"grades": overview.dots(result)})
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from experiments import validate
 from vlm_mech import figures, runs
@@ -14,15 +15,32 @@ from vlm_mech.errors import UsageError
 from vlm_mech.intervene import Replace
 from vlm_mech.organism.planted import Planted, plant, true_effect
 from vlm_mech.organism.recipe import COLOURS, Edge, Head, Recipe, Truth, matched_null
+from vlm_mech.probe_data import Spot
 from vlm_mech.result import Result
 from vlm_mech.site import Site
 from vlm_mech.validate import found as finding
-from vlm_mech.validate import grading, overview
+from vlm_mech.validate import grading, methods, overview
 from vlm_mech.validate.found import WHOLE, Found, counted, differences
-from vlm_mech.validate.grading import CARRYING, COVERAGE, HEADS, RANKS, READING, ROUTE, SUPPRESSING, TOP, WRITING, grade
+from vlm_mech.validate.grading import (
+    CARRYING,
+    COVERAGE,
+    HEADS,
+    MATCHED,
+    RANKS,
+    READ_IMAGE,
+    READ_LAST,
+    READING,
+    ROUTE,
+    SHARP,
+    SUPPRESSING,
+    TOP,
+    WRITING,
+    grade,
+)  # fmt: skip
 from vlm_mech.validate.job import Job, completed, examine, examine_all, random_answers, shown
 from vlm_mech.validate.methods import EDITS, METHODS
 from vlm_mech.validate.population import planted_points, population, true_cells
+from vlm_mech.validate.probes import blurred
 
 TWO_HOP = Recipe(3, 6, reads=(Head(2, 1),), carries=(Head(4, 3),), decoys=(Head(1, 0, 0),), priors=(3, 1, 0, 5, 4, 2))
 PLANTINGS = {
@@ -95,6 +113,31 @@ def test_a_planted_prior_has_a_layer_to_be_named():
         assert {name: score.value for name, score in graded.items()} == {SUPPRESSING: value}
 
 
+def test_what_can_be_read_is_graded_by_the_first_block_and_over_all_of_the_image():
+    every = tuple(range(7))
+    for last, image, wanted in (((5, 6), every, (1, 1)), ((4, 5), every[1:], (0, 0)), ((), (), (0, 0))):
+        graded = by_hand(Found(NOTHING, readable={"last": last, "image": image}))
+        assert (graded[READ_LAST].value, graded[READ_IMAGE].value) == wanted
+        assert graded[READ_LAST].chance == 1 / 8
+        null = by_hand(Found(NOTHING, readable={"last": last, "image": image}), MATCHED)
+        assert null[READ_LAST].value == (not last) and grading.CLAIMS not in null
+
+
+def test_an_effect_in_a_null_is_significant_large_or_claimed():
+    assert grading.LEAST == 0.75, "a twentieth of 15 logits"
+    for row, wanted in (
+        (("last", 0, 0, 0.9, 0.8, 1.0, 0.01), (1, 1)),
+        (("last", 0, 0, -0.9, -1.0, -0.8, 0.01), (1, 1)),
+        (("last", 0, 0, 0.9, 0.7, 1.1, 0.01), (1, 0)),
+        (("last", 0, 0, 0.9, 0.8, 1.0, 0.06), (0, 0)),
+    ):
+        for kind, name in ((SHARP, grading.FALSE), (MATCHED, grading.TRACE)):
+            graded = by_hand(Found(cells(row)), kind)
+            assert (graded[name].value, graded[grading.BEYOND].value) == wanted
+            assert set(graded) == {name, grading.BEYOND, grading.CLAIMS}
+            assert graded[grading.FALSE].chance == 0.05 if kind == SHARP else math.isnan(graded[name].chance)
+
+
 def test_heads_are_graded_as_a_set_by_top_k_and_by_rank():
     strengths = {(1, 0): 5.0, (2, 1): 4.0, (2, 2): 0.5, (4, 0): 9.0, (3, 3): 1.0}
     graded = by_hand(Found(NOTHING, heads=((1, 0), (2, 1), (4, 0)), strengths=strengths))
@@ -129,9 +172,13 @@ def test_coverage_counts_true_effects_within_their_intervals():
 def test_a_null_is_graded_by_false_alarms_alone():
     tiny = cells(("last", 0, 0, 0.001, 0.0005, 0.002, 0.01))
     graded = by_hand(Found(tiny, (), (), route="none", heads=()), "matched null")
-    assert {name: score.value for name, score in graded.items()} == {grading.SIGNIFICANT: 1, grading.CLAIMS: 0}
+    assert {name: score.value for name, score in graded.items()} == {
+        grading.TRACE: 1, grading.BEYOND: 0, grading.CLAIMS: 0
+    }  # fmt: skip
     graded = by_hand(Found(NOTHING, (1,), (), route="direct", heads=()), "matched null, random answers")
-    assert {name: score.value for name, score in graded.items()} == {grading.SIGNIFICANT: 0, grading.CLAIMS: 1}
+    assert {name: score.value for name, score in graded.items()} == {
+        grading.FALSE: 0, grading.BEYOND: 0, grading.CLAIMS: 1
+    }  # fmt: skip
 
 
 def test_an_effect_is_significant_and_large_enough():
@@ -182,15 +229,54 @@ def test_a_backup_hides_the_reading_head_from_cuts_and_ablations_only():
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_claims_an_effect_in_a_null(method):
     found = told("null", method)
-    assert not found.claims and np.abs(found.cells["effect"].to_numpy()).max() < 0.1
-    assert scores("null", found, "matched null")[grading.CLAIMS] == 0
-    assert list(found.cells.columns) == list(finding.COLUMNS)
+    assert not found.claims and list(found.cells.columns) == list(finding.COLUMNS)
+    if found.readable is None:
+        assert np.abs(found.cells["effect"].to_numpy()).max() < 0.1 and not found.beyond(0.1)
+        graded = scores("null", found, MATCHED)
+        assert (graded[grading.CLAIMS], graded[grading.BEYOND]) == (0, 0)
+
+
+@pytest.mark.parametrize("method", ["layer swap", "head interchange", "probe"])
+def test_nothing_is_significant_where_answers_have_nothing_to_do_with_pictures(method):
+    planted = made("null")
+    found = METHODS[method](planted, random_answers(planted.pairs(16, seed=1), 0))
+    graded = scores("null", found, SHARP)
+    assert set(graded.values()) == {0.0} and grading.FALSE in graded and grading.TRACE not in graded
+
+
+def test_probes_name_the_block_that_writes_the_answer_when_traces_are_blurred():
+    """The states themselves hold a trace of the colour from the first block on, which a probe reads as well."""
+    for name, first in (("two-hop", 5), ("suppressed", 4), ("backup", 3)):
+        found = told(name, "probe, 1 % noise")
+        assert found.readable["last"][0] == first and found.readable["image"] == tuple(range(7))
+        graded = scores(name, found)
+        assert (graded[READ_LAST], graded[READ_IMAGE]) == (1, 1) and set(graded) == {READ_LAST, READ_IMAGE}
+        assert told(name, "probe").readable["last"][0] < first
+        assert scores(name, told(name, "probe"))[READ_LAST] == 0
+    null = scores("null", told("null", "probe, 1 % noise"), MATCHED)
+    assert null == {READ_LAST: 1, READ_IMAGE: 1}, "the colour is in the image, whether it is used or not"
+    assert scores("null", told("null", "probe"), MATCHED)[READ_LAST] == 0
+
+
+def test_noise_is_relative_to_the_norm_of_each_state():
+    states = torch.ones(2000, 64) * torch.tensor([1.0, 100.0]).repeat(1000)[:, None]
+    features = {Spot(Site("llm.resid_pre", 0), "last"): states}
+    (seen,) = blurred(features, 0.01).values()
+    share = (seen - states).norm(dim=1) / states.norm(dim=1)
+    assert share.numpy() == pytest.approx(0.01, rel=0.5) and float(share.mean()) == pytest.approx(0.01, rel=0.01)
+    assert torch.equal(seen, *blurred(features, 0.01).values())
 
 
 @pytest.mark.parametrize("method", ["head knockout", "head interchange", "attribution", "zero ablation"])
 def test_heads_of_a_hard_model_are_ranked(method):
     graded = scores("hard", told("hard", method), "hard")
     assert graded[RANKS] == pytest.approx(1.0) and graded[TOP] == 1
+
+
+def test_a_head_that_writes_noise_is_not_among_the_strongest():
+    rows = (("last", 1, 0, -0.8, -0.9, -0.7, 0.01), ("last", 2, 0, -1.1, -3.0, 0.9, 1.0), ("last", 3, 0, 2, 1, 3, 0.01))
+    found = methods._of_heads(cells(*rows), 15.0)
+    assert found.strengths == {(1, 0): 0.7, (2, 0): 0.0, (3, 0): 0.0} and found.heads == ((1, 0),)
 
 
 def test_wrong_methods_are_graded_as_failing():
@@ -211,7 +297,7 @@ def test_wrong_methods_are_graded_as_failing():
 def test_population_is_the_true_effect_of_every_planted_cell():
     planted = made("two-hop")
     points = {name: planted_points(planted.truth, name, 6) for name in METHODS}
-    assert points["logit lens"] == ()
+    assert points["logit lens"] == points["probe"] == ()
     assert [tuple(value for _, value in point.axes) for point in points["layer swap"]] == [
         ("image", 2, WHOLE), ("question", 4, WHOLE), ("last", 5, WHOLE)
     ]  # fmt: skip
@@ -284,13 +370,16 @@ def test_sentences_name_what_breaks_its_promise():
         ("hard", COVERAGE, "layer swap", 100, 0.95, 0.9, 1, 0.95),
     ]
     rows += [
-        ("matched null", grading.SIGNIFICANT, "knockout", 20, 0.1, 0, 0.3, 0.05),
-        ("matched null", grading.CLAIMS, "knockout", 20, 0.05, 0, 0.2, 0.05),
+        (SHARP, grading.FALSE, "knockout", 20, 0.1, 0, 0.3, 0.05),
+        (MATCHED, grading.TRACE, "knockout", 20, 1.0, 0.8, 1.0, math.nan),
+        (MATCHED, grading.BEYOND, "lens", 20, 0.1, 0, 0.3, 0.05),
+        (MATCHED, grading.CLAIMS, "knockout", 20, 0.05, 0, 0.2, 0.05),
     ]
     table = pd.DataFrame(rows, columns=["set", "grade", "method", "n", "rate", "low", "high", "chance"])
-    *_, covered, alarmed, claimed = overview.findings(table, n_examples=8)
+    *_, covered, alarmed, large, claimed = overview.findings(table, n_examples=8)
     assert covered.endswith("cells: knockout 90.0 %.")
-    assert alarmed.endswith("of models: knockout (matched null) 10 %.") and claimed.endswith("of models: none.")
+    assert alarmed.endswith(f"find: {SHARP}, knockout 10 % (0 to 30 %, n = 20).")
+    assert large.endswith(f"find: {MATCHED}, lens 10 % (0 to 30 %, n = 20).") and claimed.endswith("find: none.")
 
 
 @pytest.mark.parametrize(
@@ -342,10 +431,10 @@ def test_the_command_line_leaves_a_table_of_grades_and_resumes(tmp_path, capsys,
     options += ("--sets", "plain", "matched null", "--methods", "knockout", "logit lens")
     assert command(*options) == 0
     assert "reading layers" in capsys.readouterr().out
-    graded = pd.read_csv(tmp_path / "out" / "grades.csv")
+    result = Result.load(tmp_path / "out")
+    graded = overview.grades(result)
     assert list(graded.columns) == ["set", "grade", "method", "n", "rate", "low", "high", "chance"]
     assert set(graded["method"]) == {"knockout", "logit lens"} and set(graded["set"]) == {"plain", "matched null"}
-    result = Result.load(tmp_path / "out")
     assert [each["recipe"] for each in result.provenance["plantings"]] == [0, 0]
     assert (tmp_path / "out" / "figures" / "grades.html").stat().st_size > 10_000
     drawn = figures.redraw(tmp_path / "out")["grades"]

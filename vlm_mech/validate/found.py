@@ -28,6 +28,8 @@ class Found:
     `cells` has a row for every cell that the method measured: `place` (a span, or an edge), `layer`, `head` (`WHOLE`
     where all heads are meant), `effect` (mean change in logits) with its 95 % interval `low` to `high`, and `p`,
     corrected over all cells. `strengths` ranks heads: how strong each one is, whichever place it was measured at.
+    `readable` has, for each span, the numbers of blocks after which the answer can be read there. That says nothing
+    of its being used, so it is no claim.
     """
 
     cells: pd.DataFrame
@@ -38,11 +40,17 @@ class Found:
     route: Literal["direct", "two-hop", "none"] | None = None
     heads: tuple[Place, ...] | None = None
     strengths: dict[Place, float] = field(default_factory=dict)
+    readable: dict[str, tuple[int, ...]] | None = None
 
     @property
     def significant(self) -> bool:
         """Whether any cell is, however small its effect."""
         return bool((self.cells["p"] < LEVEL).any())
+
+    def beyond(self, least: float) -> bool:
+        """Whether any cell is significantly larger than `least` logits: its whole interval lies above or below."""
+        far = (self.cells["low"] > least) | (self.cells["high"] < -least)
+        return bool((far & (self.cells["p"] < LEVEL)).any())
 
     @property
     def claims(self) -> bool:

@@ -7,17 +7,24 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy.stats import spearmanr
 
+from vlm_mech.organism.planting import ANSWER, UNEMBEDDING
 from vlm_mech.organism.recipe import Truth
-from vlm_mech.validate.found import LEVEL, Found, Place
+from vlm_mech.validate.found import LEVEL, SHARE, Found, Place
 
-NULLS = ("matched null", "matched null, random answers")
+MATCHED, SHARP = "matched null", "matched null, random answers"
+NULLS = (MATCHED, SHARP)
 """Not called null alone, which tables read back from a file take for a missing value."""
+LEAST = SHARE * UNEMBEDDING * ANSWER
+"""Logits. What an effect in a null must exceed to be one of a size that was planted: a twentieth of the logit
+difference that the reading heads of its twin write."""
 
 READING, CARRYING, WRITING = "reading layers", "carrying layers", "writing layers"
 SUPPRESSING, UNSUPPRESSED = "suppressing layer", "suppression where none is"
 ROUTE, HEADS, TOP, RANKS = "route", "heads", "heads in top k", "rank correlation"
+READ_LAST, READ_IMAGE = "readable at last from", "readable in the image"
 COVERAGE = "coverage"
-SIGNIFICANT, CLAIMS = "any cell significant", "any effect claimed"
+FALSE, TRACE = "significant without cause", "trace significant"
+BEYOND, CLAIMS = "effect beyond a twentieth", "any effect claimed"
 
 GRADES = {
     READING: "the layers said to read the picture are those of the reading heads, all of them and no others",
@@ -29,11 +36,15 @@ GRADES = {
     HEADS: "the heads said to matter are those that read and carry, all of them and no others",
     TOP: "share of the k heads that read and carry which are among the k strongest",
     RANKS: "Spearman correlation of the reading heads' strengths with their planted weights",
+    READ_LAST: "the first block after which the answer can be read at the last position is the first that writes there",
+    READ_IMAGE: "the answer can be read in the image before and after every block",
     COVERAGE: "share of planted cells whose 95 % interval holds the true effect",
-    SIGNIFICANT: "in a model with nothing to find, any cell is significant after correction, however small",
+    FALSE: "any cell is significant after correction, though the answers have nothing to do with the pictures",
+    TRACE: "any cell is significant in a null with true answers: there are true effects of the size of the noise",
+    BEYOND: "in a model with nothing to find, an effect is significantly larger than a twentieth of a planted one",
     CLAIMS: "in a model with nothing to find, any layer or head is said to matter",
 }
-FALSE_ALARMS = (UNSUPPRESSED, SIGNIFICANT, CLAIMS)
+FALSE_ALARMS = (UNSUPPRESSED, FALSE, BEYOND, CLAIMS)
 
 
 @dataclass(frozen=True)
@@ -59,14 +70,39 @@ def grade(
         kind: the set that the model is of.
         true: rows of true effects with `place`, `layer`, `head` and `true` (see `population.true_cells`).
     """
+    scores = {} if kind == SHARP else _of_readable(found, truth, kind, n_layers)
     if kind in NULLS:
-        return {SIGNIFICANT: _flag(found.significant, LEVEL), CLAIMS: _flag(found.claims, LEVEL)}
-    scores = _of_layers(found, truth, n_layers) | _of_heads(found, truth, n_layers * n_heads)
+        return scores | _in_null(found, kind)
+    scores |= _of_layers(found, truth, n_layers) | _of_heads(found, truth, n_layers * n_heads)
     if found.route is not None:
         scores[ROUTE] = _flag(found.route == truth.route, 0.5)
     if true is not None and len(true):
         scores[COVERAGE] = coverage(found.cells, true)
     return scores
+
+
+def _in_null(found: Found, kind: str) -> dict[str, Score]:
+    """What is said of a model with nothing to find.
+
+    The null of a test is true only where the answers are random: with true ones the noise in the weights passes on a
+    trace of the picture, which is an effect. What can be read is one with true answers too, so that it has no null.
+    """
+    if found.readable is not None:
+        return {FALSE: _flag(found.significant, LEVEL)} if kind == SHARP else {}
+    first = {FALSE: _flag(found.significant, LEVEL)} if kind == SHARP else {TRACE: _flag(found.significant, math.nan)}
+    return first | {BEYOND: _flag(found.beyond(LEAST), LEVEL), CLAIMS: _flag(found.claims, LEVEL)}
+
+
+def _of_readable(found: Found, truth: Truth, kind: str, n_layers: int) -> dict[str, Score]:
+    """Whether it is read where it is: after the first block with a head that writes it there; nowhere in a null."""
+    if found.readable is None:
+        return {}
+    first = min(edge.layer for edge in truth.of("carry") or truth.of("read")) + 1
+    told, wanted = found.readable["last"][:1], () if kind in NULLS else (first,)
+    every = found.readable["image"] == tuple(range(n_layers + 1))
+    # By chance: any of the states, or none.
+    chance = 1 / (n_layers + 2)
+    return {READ_LAST: _flag(told == wanted, chance), READ_IMAGE: _flag(every, chance)}
 
 
 def _of_layers(found: Found, truth: Truth, n_layers: int) -> dict[str, Score]:

@@ -17,10 +17,12 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.organism.planted import examples, plant
 from vlm_mech.organism.recipe import COLOURS, Recipe, draw
-from vlm_mech.validate.grading import GRADES, NULLS, grade
+from vlm_mech.validate.grading import GRADES, NULLS, SHARP, grade
 from vlm_mech.validate.methods import METHODS
 from vlm_mech.validate.population import true_cells
 
+N_ACCURACY = 64
+"""Prompts from which the accuracy noted beside a planting comes."""
 SETS = ("plain", *NULLS, "hard", "backup")
 
 
@@ -28,8 +30,9 @@ SETS = ("plain", *NULLS, "hard", "backup")
 class Job:
     """A planting, and how it is examined.
 
-    `kind` is one of `SETS`. In a matched null the mean of an effect is zero up to the noise in the weights; with random
-    answers, drawn for the comparison without regard to the pictures, it is exactly zero.
+    `kind` is one of `SETS`. In a matched null the mean of an effect is zero up to the noise in the weights. With random
+    answers, both drawn without regard to the pictures, it is exactly zero, and exchanging the two turns an effect's
+    sign: the null of the sign-flip test is true.
     """
 
     kind: str
@@ -60,7 +63,8 @@ def examine(job: Job) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The scores of every method on one planting, a row for each grade, and notes on the planting."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    planted = plant(draw(job.recipe, "null" if job.kind in NULLS else job.kind))
+    # They are all of one architecture, which the check of any one of them is about.
+    planted = plant(draw(job.recipe, "null" if job.kind in NULLS else job.kind), check=False, n=N_ACCURACY)
     pairs = shown(job, planted.recipe)
     true = None if job.kind in NULLS else true_cells(planted, job.methods, n=job.n_population)
     sizes = {"n_layers": planted.vlm.n_layers("llm"), "n_heads": planted.vlm.n_heads("llm")}
@@ -79,7 +83,7 @@ def shown(job: Job, recipe: Recipe) -> Pairs:
     """The examples that the methods see: other ones in every planting, so that plantings are independent."""
     seed = f"{job.seed}/{job.key}"
     pairs = examples(recipe, job.n_examples, seed=seed)
-    return random_answers(pairs, seed) if job.kind == NULLS[1] else pairs
+    return random_answers(pairs, seed) if job.kind == SHARP else pairs
 
 
 def random_answers(pairs: Pairs, seed: int | str) -> Pairs:

@@ -20,7 +20,9 @@ from vlm_mech.site import Site
 from vlm_mech.swap import LOGIT_DIFF, swap_sites, swap_states
 from vlm_mech.sweep import Measure, Point, grid, logit_diff, sweep
 from vlm_mech.trace import read, run
+from vlm_mech.validate.flow import flow_map
 from vlm_mech.validate.found import Found, cells_of, counted, differences, layers, places, strengths
+from vlm_mech.validate.probes import noisy_probes, probes
 
 SPANS = ("image", "question", "last")
 EDGES = ("last<-image", "question<-image", "last<-question")
@@ -42,8 +44,11 @@ def layer_swap(planted: Planted, pairs: Pairs) -> Found:
     last position gains; the question carries the answer where a swap of it turns the answer.
     """
     n_layers = planted.vlm.n_layers("llm")
-    table = _swapped(planted, pairs, swap_sites(planted.vlm, "llm", "resid_pre"))
-    end = _swapped(planted, pairs, [Site("llm.resid_post", n_layers - 1)]).assign(layer=n_layers)
+    sites = [*swap_sites(planted.vlm, "llm", "resid_pre"), Site("llm.resid_post", n_layers - 1)]
+    whole = _swapped(planted, pairs, sites)
+    # Rows come site by site.
+    n_last = len(SPANS) * len(pairs)
+    table, end = whole[:-n_last], whole[-n_last:].assign(layer=n_layers)
     cells = cells_of(Result("layer swap", table, ("place", "layer"), (LOGIT_DIFF,)))
     whole = pd.concat([table, end], ignore_index=True)
     steps = differences(whole.assign(value=whole["logit_diff"] - whole["logit_diff_baseline"]))
@@ -160,7 +165,7 @@ def attribution(planted: Planted, pairs: Pairs) -> Found:
     vlm, measure = planted.vlm, logit_diff(pairs.answer, pairs.counterfactual_answer)
     found = attribute(
         vlm, pairs, _head_sites(planted), WRITERS, measure, heads=True, directions=("noising",),
-        top_k=1, n_random=1, batch=len(pairs),
+        top_k=1, n_random=1, engine="trace", batch=len(pairs),
     )  # fmt: skip
     encoded = vlm.encode(pairs.base)
     ids = [vlm.answer_ids(encoded, each) for each in measure.answers]
@@ -176,6 +181,9 @@ METHODS: dict[str, Method] = {
     "attribution": attribution,
     "zero ablation": zero_ablation,
     "logit lens": logit_lens,
+    "probe": probes,
+    "probe, 1 % noise": noisy_probes,
+    "visual flow": flow_map,
 }
 EDITS: dict[str, Edit] = {
     "layer swap": state_swap,
@@ -185,7 +193,7 @@ EDITS: dict[str, Edit] = {
     "attribution": head_swap,
     "zero ablation": head_zero,
 }
-"""What a cell of a method does (attribution: what it estimates). The lens does nothing to the model."""
+"""What a cell of a method does (attribution: what it estimates). Lens and probes do nothing to the model."""
 
 
 def _baseline(result: Result) -> float:
@@ -206,9 +214,12 @@ def _lowered(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_heads(cells: pd.DataFrame, before: float) -> Found:
-    """Every head that lowers the answer when it is changed; strong is what lowers it much."""
+    """Every head that lowers the answer when it is changed; strong is what surely lowers it much.
+
+    Sure is the end of the interval that is nearer to zero: heads that write noise have large means now and then.
+    """
     found = _lowered(counted(cells, before))
-    return Found(cells, heads=places(found), strengths=strengths(cells.assign(effect=cells["effect"].clip(upper=0.0))))
+    return Found(cells, heads=places(found), strengths=strengths(cells.assign(effect=cells["high"].clip(upper=0.0))))
 
 
 def _sweep(planted: Planted, pairs: Pairs, points: Sequence[Point], edit: Edit) -> Result:

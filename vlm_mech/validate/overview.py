@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 
 from vlm_mech.figures import COLOURS
 from vlm_mech.result import Metric, Result
-from vlm_mech.validate.grading import CLAIMS, COVERAGE, FALSE_ALARMS, GRADES, RANKS, SIGNIFICANT
+from vlm_mech.validate.grading import BEYOND, CLAIMS, COVERAGE, FALSE, FALSE_ALARMS, GRADES, RANKS
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -17,6 +17,11 @@ AXES = ("set", "grade", "method")
 WELL_COVERED = (0.93, 0.97)
 """Of 95 % intervals: shares of cells covered at which nothing is wrong."""
 N_COLUMNS = 3
+ALARMS = {
+    FALSE: "a cell is significant after correction where answers are random",
+    BEYOND: "an effect is significantly larger than a twentieth of a planted one",
+    CLAIMS: "a layer or head is said to matter",
+}
 
 
 def grades(result: Result) -> pd.DataFrame:
@@ -73,15 +78,15 @@ def _verdicts(table: pd.DataFrame) -> list[str]:
     }
     off = [f"{name} {100 * share:.1f} %" for name, share in covered.items() if not low <= share <= high]
     told = [f"95 % intervals that cover the true effect in less than 93 or more than 97 % of cells: {_all(off)}."]
-    for grade, words in ((SIGNIFICANT, "are significant"), (CLAIMS, "are told of as effects")):
+    for grade, words in ALARMS.items():
         alarmed = table[(table["grade"] == grade) & (table["rate"] > table["chance"])]
-        names = [f"{row['method']} ({row['set']}) {100 * row['rate']:.0f} %" for row in alarmed.to_dict("records")]
-        told.append(f"cells of models with nothing to find that {words} in more than 5 % of models: {_all(names)}.")
+        names = [f"{row['set']}, {_rate(row)}" for row in alarmed.to_dict("records")]
+        told.append(f"methods by which {words} in more than 5 % of models with nothing to find: {_all(names)}.")
     return told
 
 
 def _all(names: list[str]) -> str:
-    return ", ".join(names) or "none"
+    return "; ".join(names) or "none"
 
 
 def dots(result: Result) -> "go.Figure":
@@ -109,7 +114,8 @@ def dots(result: Result) -> "go.Figure":
                 trace = _trace(part, kind, height, COLOURS[rank % len(COLOURS)])
                 figure.add_trace(trace.update(showlegend=kind not in seen), **at)
                 seen.add(kind)
-        figure.update_yaxes(tickvals=list(range(len(methods))), ticktext=methods, **at)
+        ticks = {"tickvals": list(range(len(methods))), "ticktext": methods, "range": [-0.6, len(methods) - 0.4]}
+        figure.update_yaxes(ticks, **at)
         figure.update_xaxes(range=[-1.05 if name == RANKS else -0.03, 1.03], **at)
     title = "planted models: rates with 95 % intervals (false alarms: lower is better)"
     figure.update_layout(

@@ -1,0 +1,116 @@
+"""Where is the answer readable, where is it used, where must it flow, and what does the model prefer on the way?
+
+One call, the same examples and spans: probes, swaps, knockouts and the lens over one axis of layers, with the layers
+that read what is shown and those that suppress it. Afterwards single examples, patch by patch.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlm_mech.runs import Outcome, SweepConfig, Workspace, about, main
+
+QUESTION = (
+    "The same examples, asked four ways at every layer. Decodable: could a probe read the answer there? Used: do the "
+    "states there decide the answer, when those of another image are put in their place? Must flow: is it lost when "
+    "attention is cut there? Preferred: does the residual stream favour the answer or its rival? What is decodable "
+    "need not be used, and what is used need not be needed."
+)
+CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
+PROBES = "probes"
+
+
+@dataclass(frozen=True)
+class Config(SweepConfig):
+    """Options of the map."""
+
+    data: str = CONFLICT
+    """Pairs; of scenes in conflict the unusual one is asked about, and its rival is the usual answer."""
+    probe: bool = True
+    """Fit probes (--no-probe leaves them out)."""
+    probe_data: str | None = None
+    """Pairs to fit probes on; scenes/colour for scenes/colour-conflict, otherwise other folds of the data itself."""
+    n_probe: int | None = None
+    """Number of these; 96 scenes by default, all of a folder."""
+    every: int = 1
+    """Probe every so-many-th block."""
+    window: int | None = None
+    """Layers cut around each; by default 9, in models of fewer than 27 layers 1."""
+    pages: int = 8
+    """Examples to look at patch by patch."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Split of the generated scenes."""
+    batch: int = 32
+    """Examples a forward pass."""
+    engine: Literal["fast", "trace"] = "fast"
+    """The fast one computes only what can change; trace runs a whole pass for every cell."""
+
+
+def _loaded(config: Config) -> tuple[Any, ...]:
+    """The model, the examples and what is cut."""
+    from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.errors import UsageError
+    from vlm_mech.model import VLM
+    from vlm_mech.visual_flow import cases_of, flow_scan
+
+    if config.pages < 0 or config.every < 1:
+        raise UsageError(f"pages is {config.pages} and every is {config.every}; 0 and 1 are the least")
+    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    vlm = VLM.load(config.model, **config.loading)
+    cases = cases_of(fitting(vlm, pairs))
+    return vlm, cases, flow_scan(vlm, cases.pairs, window=config.window)
+
+
+def plan(config: Config) -> Any:
+    """What swaps and knockouts of the run will need."""
+    from vlm_mech.visual_flow import plan_flow
+
+    return plan_flow(*_loaded(config), batch=config.batch, seed=config.seed, memory=config.memory)
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, the map, the page of single examples, and findings made from the numbers."""
+    from vlm_mech import visual_flow as made
+    from vlm_mech.receipt import add_up
+    from vlm_mech.result import Result
+    from vlm_mech.visual_flow_figures import flow_map
+    from vlm_mech.visual_flow_findings import findings
+    from vlm_mech.visual_flow_layers import claims
+    from vlm_mech.visual_flow_pages import example_pages, pages
+
+    vlm, cases, scan = _loaded(config)
+    how = {"seed": config.seed, "engine": config.engine, "memory": config.memory}
+    for start in work.progress(range(0, len(cases), config.batch), "swaps, knockouts, lens"):
+        key = f"{start:08d}"
+        if key not in work:
+            work.keep(key, *made.flow(vlm, cases[start : start + config.batch], scan, **how))
+    fitted = _probed(config, work, vlm, cases) if config.probe else None
+    table, notes = work.collect()
+    told = about(QUESTION, vlm, cases.pairs, add_up([each for each in notes if "own" not in each]))
+    told |= {"rival": cases.rival, "probes": [each for each in notes if "own" in each], "edges": scan.about}
+    result = Result("visual flow", table, made.AXES, made.METRICS, {}, told)
+    said = claims(result)
+    told |= {"claims": dataclasses.asdict(said)}
+    told |= {"pages": pages(vlm, cases, said, fitted, n=config.pages, folder=work.partial) if config.pages else []}
+    result = dataclasses.replace(result, provenance=told, findings=findings(result, cases, said))
+    drawn = {"flow_map": flow_map(result)} | ({"examples": example_pages(result)} if config.pages else {})
+    return Outcome(result, drawn)
+
+
+def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:
+    """What probes are fitted on; their rows are kept among the batches."""
+    from vlm_mech.data.pairs import load_pairs
+    from vlm_mech.visual_flow_probe import fitting, probe_rows
+
+    name = config.probe_data or (COLOURS if config.data == CONFLICT else None)
+    n = 96 if config.n_probe is None and str(name).startswith("scenes/") else config.n_probe
+    others = None if name is None else load_pairs(name, n=n, seed=config.seed, split=config.split)
+    options = {"folder": work.partial, "batch": config.batch}
+    fitted = fitting(vlm, cases, others, every=config.every, seed=config.seed, **options)
+    if PROBES not in work:
+        work.keep(PROBES, *probe_rows(vlm, cases, fitted, **options))
+    return fitted
+
+
+if __name__ == "__main__":
+    main(Config, run, name="visual_flow", plan=plan)

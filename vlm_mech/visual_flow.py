@@ -1,0 +1,224 @@
+"""How what is seen gets to the answer: swaps, knockouts and the lens on the same examples, as the rows of one `Result`.
+
+Every method asks something else of a layer: whether states there decide the answer (swap), whether attention there is
+needed for it (knockout), which answer the residual stream prefers (lens). The probes that say what could be read there
+are in `visual_flow_probe.py`, what follows from all of them in `visual_flow_layers.py`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vlm_mech import metrics
+from vlm_mech.clean import record
+from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.edges import parse_edge, visible_edges
+from vlm_mech.errors import UsageError
+from vlm_mech.knockout import EDGE, Scan, knock_out, plan_knockout, scan_of
+from vlm_mech.receipt import add_up, summarise
+from vlm_mech.result import Metric
+from vlm_mech.schedule import SweepPlan
+from vlm_mech.site import Site
+from vlm_mech.swap import plan_swap, swap_states
+
+if TYPE_CHECKING:
+    from vlm_mech.model import VLM
+
+AXES = ("method", "span", "stream", "layer")
+PROBE, SHUFFLED = "probe", "probe of shuffled labels"
+SWAP, KNOCKOUT, CONTROL, LENS = "swap", "knockout", "knockout of as many random edges", "lens"
+SPANS = ("image", "question", "last")
+EDGES = ("last<-image", "question<-image", "last<-question")
+INPUT = -1
+"""Layer that stands for what the decoder receives; other layers of swap, probe and lens are outputs of blocks."""
+CONFLICT = "-conflict"
+"""Ending of generated sets whose counterfactual shows something unusual."""
+
+RECOVERED = Metric(
+    "recovered",
+    "fraction",
+    "swap: how far the logit difference goes to that of the other image; 0 = own run, 1 = the run the states come from",
+)
+LOGIT_DIFF = Metric(
+    "logit_diff",
+    "logits",
+    "swap and knockout: logit of the answer less that of the other image's, after the edit; baseline: without it",
+    signed=True,
+)
+LEAD = Metric(
+    "lead",
+    "logits",
+    "lens at the last token: logit of the answer less that of its rival; baseline: in the decoder's input",
+    signed=True,
+)
+ACCURACY = Metric(
+    "accuracy",
+    "share",
+    "probe: share of examples whose answer it finds most probable; a tie is wrong; baseline: 1 / classes",
+)
+P_TRUE = Metric("p_true", "probability", "the probe's probability of the answer; baseline: 1 / classes")
+P_RIVAL = Metric("p_rival", "probability", "the probe's probability of the rival; baseline: 1 / classes")
+METRICS = (RECOVERED, LOGIT_DIFF, LEAD, ACCURACY, P_TRUE, P_RIVAL)
+
+
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """The examples of a map: pairs, and for each the rival of its answer, which `rival` names in words."""
+
+    pairs: Pairs
+    rivals: tuple[str, ...]
+    rival: str
+
+    def __post_init__(self) -> None:
+        if len(self.rivals) != len(self.pairs):
+            raise UsageError(f"{len(self.rivals)} rivals are given for {len(self.pairs)} pairs; one for each is needed")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, rows: slice) -> "Cases":
+        return Cases(self.pairs[rows], self.rivals[rows], self.rival)
+
+
+def cases_of(pairs: Pairs) -> Cases:
+    """The pairs with the other image's answer as the rival.
+
+    Generated sets of scenes in conflict are turned round: the unusual scene is asked about, its twin in the usual
+    colour is the other image, and the rival is the usual answer.
+    """
+    if not (pairs.name.startswith("scenes/") and pairs.name.endswith(CONFLICT)):
+        return Cases(pairs, tuple(pairs.counterfactual_answer), "the other image's answer")
+    turned = dataclasses.replace(pairs, pairs=tuple(_turned(pair) for pair in pairs))
+    return Cases(turned, tuple(turned.counterfactual_answer), "the usual answer")
+
+
+def _turned(pair: Pair) -> Pair:
+    return dataclasses.replace(
+        pair,
+        image=pair.counterfactual_image,
+        counterfactual_image=pair.image,
+        answer=pair.counterfactual_answer,
+        counterfactual_answer=pair.answer,
+    )
+
+
+def flow_edges(vlm: "VLM", pairs: Pairs) -> tuple[str, ...]:
+    """Those of `EDGES` that the prompts have: both ends apart, and the keys within reach of the queries.
+
+    Raises:
+        UsageError: there is none.
+    """
+    clean = record(vlm, vlm.encode(pairs[:1].base))
+    visible, found = visible_edges(clean, 0), []
+    number = {position: index for index, position in enumerate(clean.encoded.rows[0].present)}
+    for name in EDGES:
+        edge = parse_edge(name)
+        query, key = ({number[at] for at in clean.encoded.positions(end)} for end in (edge.query, edge.key))
+        if not query & key and visible[np.ix_(sorted(query), sorted(key))].any():
+            found.append(name)
+    if not found:
+        raise UsageError(f"{vlm.name}: none of {', '.join(EDGES)} exists in its prompts")
+    return tuple(found)
+
+
+def flow_scan(vlm: "VLM", pairs: Pairs, *, window: int | None = None) -> Scan:
+    """What is cut: the edges of a map at every layer (see `knockout.layer_sets` for windows)."""
+    return scan_of(vlm, pairs, {}, flow_edges(vlm, pairs), layers="each", size=window)
+
+
+def swapped_sites(vlm: "VLM") -> list[Site]:
+    """The decoder's input, and the output of each of its blocks."""
+    return [Site("llm.resid_pre", 0), *(Site("llm.resid_post", layer) for layer in vlm.llm_layers)]
+
+
+def flow(
+    vlm: "VLM",
+    cases: Cases,
+    scan: Scan,
+    *,
+    seed: int = 0,
+    engine: str = "fast",
+    memory: int | str | None = None,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Swap, knockout and lens on one batch of examples, those answered wrongly included.
+
+    States of the other image are swapped into the run on the image, from one place on (noising).
+
+    Args:
+        scan: see `flow_scan`.
+        seed: draws the controls of the knockouts.
+        engine: `fast`, or `trace` for the reference.
+        memory: bytes it may take beyond the model, such as "2GiB".
+
+    Returns:
+        The table with one row for each example and cell of `AXES`, and the summary of all receipts.
+    """
+    how = {"only_correct": False, "engine": engine, "memory": memory}
+    swapped, receipts = swap_states(vlm, cases.pairs, swapped_sites(vlm), SPANS, directions=("noising",), **how)
+    cut, cut_receipts = knock_out(vlm, cases.pairs, scan, seed=seed, **how)
+    table = pd.concat([_of_swap(swapped), _of_knockout(cut), _of_lens(vlm, cases)], ignore_index=True)
+    groups = {pair.id: pair.group or pair.id for pair in cases.pairs}
+    table = table.assign(group=table["example"].map(groups), skipped=table["skipped"].fillna(""))
+    return as_rows(table), add_up([summarise(receipts), cut_receipts])
+
+
+def as_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a map's result in order; what a method does not measure is missing."""
+    names = [name for metric in METRICS for name in (metric.name, f"{metric.name}_baseline")]
+    missing = {name: np.nan for name in names if name not in table}
+    return pd.DataFrame(table.assign(**missing)[["example", "group", *AXES, *names, "skipped"]])
+
+
+def _of_swap(table: pd.DataFrame) -> pd.DataFrame:
+    # The decoder's input comes before the output of block 0, and both are said to be of layer 0.
+    first = table.groupby(["example", "span", "layer"]).cumcount() == 0
+    layer = table["layer"].where(~(first & (table["layer"] == 0)), INPUT)
+    return table.assign(method=SWAP, stream="llm", layer=layer).drop(columns=["direction", "flip", "flip_baseline"])
+
+
+def _of_knockout(table: pd.DataFrame) -> pd.DataFrame:
+    method = np.where(table["cut"] == EDGE, KNOCKOUT, CONTROL)
+    kept = table[["example", "edge", "layer", "logit_diff", "logit_diff_baseline", "skipped"]]
+    found = kept.assign(method=method, stream="llm").rename(columns={"edge": "span"})
+    # Whether a share of the answer's probability can be given does not matter to a difference of logits.
+    return found.assign(skipped=found["skipped"].where(found["logit_diff"].isna(), ""))
+
+
+def _of_lens(vlm: "VLM", cases: Cases) -> pd.DataFrame:
+    """The lead of the answer at the last token, read from one clean pass."""
+    clean = record(vlm, vlm.encode(cases.pairs.base))
+    ids = [vlm.answer_ids(clean.encoded, each) for each in (cases.pairs.answer, list(cases.rivals))]
+    with torch.no_grad():
+        leads = [
+            metrics.logit_diff(vlm.readout(clean.hidden(depth)[:, -1]), *ids).double().cpu().numpy()
+            for depth in range(len(clean.blocks) + 1)
+        ]
+    names = [pair.id for pair in cases.pairs]
+    tables = [
+        pd.DataFrame({"example": names, "layer": INPUT + depth, "lead": lead, "lead_baseline": leads[0]})
+        for depth, lead in enumerate(leads)
+    ]
+    return pd.concat(tables, ignore_index=True).assign(method=LENS, span="last", stream="llm", skipped="")
+
+
+def plan_flow(
+    vlm: "VLM", cases: Cases, scan: Scan, *, batch: int = 32, seed: int = 0, memory: int | str | None = None
+) -> SweepPlan:
+    """What swaps and knockouts over all examples will need; probes and lens are small beside them.
+
+    Raises:
+        TooLargeError: a single edited version of a single example does not fit into the memory.
+    """
+    how: dict[str, Any] = {"batch": batch, "memory": memory}
+    swaps = plan_swap(vlm, cases.pairs, swapped_sites(vlm), SPANS, directions=("noising",), **how)
+    cuts = plan_knockout(vlm, cases.pairs, scan, seed=seed, **how)
+    return dataclasses.replace(
+        max(swaps, cuts, key=lambda plan: plan.peak_bytes),
+        n_cells=swaps.n_cells + cuts.n_cells,
+        flops=swaps.flops + cuts.flops,
+        forwards=swaps.forwards + cuts.forwards,
+    )
