@@ -1,0 +1,98 @@
+"""Why is the model bad at naming what is in an image: because it does not see it, or because it does not say it?
+
+Classification by generation (open and closed world) and by log-probabilities of class names, against a contrastive
+model and probes, with frequency, two-hop questions and fine-tuning (after Zhang et al. 2024, methods D).
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlm_mech.runs import Outcome, RunConfig, Workspace, main
+
+if TYPE_CHECKING:
+    from vlm_mech.classify.study import Design
+
+QUESTION = (
+    "What is in the picture? The model is asked in the open and among candidates; its probabilities of the class names "
+    "are read too, and a contrastive model and linear probes say what could be told of the same pictures. Where probes "
+    "name the class and answers do not, it is seen and not said."
+)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Options of the classification."""
+
+    data: str = "scenes/things"
+    """scenes/things (128 classes), scenes/kinds, scenes/beetles, a folder of a folder a class, or hf:owner/name."""
+    n: int | None = None
+    """Test pictures; two scenes a class by default, all of a folder."""
+    n_train: int | None = None
+    """Pictures that probes are fitted and models tuned on; eight scenes a class by default."""
+    n_validation: int | None = None
+    """Pictures that calibrations and probes are chosen on; one scene a class by default."""
+    names: Path | None = None
+    """csv of folder,name for folders that are not called by the name of their class."""
+    wording: Literal["plain", "paper"] = "plain"
+    """plain keeps to the embedded models' vocabulary; paper is that of Zhang et al."""
+    questions: tuple[str, ...] = ()
+    """Open questions in place of the wording's; methods are compared on the first, and averaged over all."""
+    stem: str | None = None
+    """Begins the answer when names are scored, such as "The photo features a"."""
+    k: tuple[str, ...] = ()
+    """Numbers of candidates; by default 2 5 20 100 all, as far as there are classes and the model has positions."""
+    orders: tuple[Literal["random", "fixed"], ...] = ("random", "fixed")
+    """Of candidates in the closed world: anew for each picture, or that of the data set."""
+    contrastive: str | None = None
+    """Contrastive model (folder or id) to compare with; clip for the generated scenes; none leaves it out."""
+    probes: bool = True
+    """Fit linear probes of tower, last token and mean of tokens."""
+    positions: int = 8
+    """Positions of the prompt that are probed besides; 0 for none."""
+    counts: Path | None = None
+    """csv of class,count in the training text; the embedded models' own is counted for the generated scenes."""
+    rule: Literal["together", "contiguous"] = "together"
+    """How the embedded models' text is counted; contiguous is the paper's rule."""
+    qa: Path | None = None
+    """jsonl of questions about the class (image, class, question, options, answer); beetles for the scenes."""
+    n_qa: int = 64
+    """Number of two-hop questions, and of other questions of each type around tuning."""
+    tune: Literal["none", "projector", "lora"] = "none"
+    """Fine-tune on the training pictures, and ask everything again; lora trains the projector too (needs peft)."""
+    tune_steps: int = 200
+    """Steps of tuning."""
+    tune_rate: float = 1e-3
+    """Peak learning rate of tuning; 2e-5 for models of 7B."""
+    new_tokens: int = 16
+    """Tokens generated at most; 64 in the paper."""
+    batch: int = 32
+    """Prompts a forward pass."""
+
+
+def _loaded(config: Config) -> "tuple[Any, Design]":
+    from vlm_mech.classify.answers import WORDINGS
+    from vlm_mech.classify.study import design_of
+    from vlm_mech.data.classes import load_classes
+    from vlm_mech.model import VLM
+
+    sizes = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
+    data = load_classes(config.data, **sizes, seed=config.seed, names=config.names)
+    vlm, wording = VLM.load(config.model, **config.loading), WORDINGS[config.wording]
+    wording = replace(wording, questions=config.questions or wording.questions)
+    wording = replace(wording, stem=wording.stem if config.stem is None else config.stem)
+    how = {"ks": config.k, "orders": config.orders, "n_new": config.new_tokens, "seed": config.seed}
+    return vlm, design_of(vlm, data, wording, **how, batch=config.batch)
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, its figures, and some pictures with their answers."""
+    from vlm_mech.classify import job
+
+    options = job.options_of(config, QUESTION)
+    vlm, design = _loaded(config)
+    return job.run_all(vlm, design, options, work)
+
+
+if __name__ == "__main__":
+    main(Config, run, name="classify")
