@@ -1,13 +1,15 @@
 """At which layer, and through which tokens, does the answer come to depend on the image?
 
 Runs each question on an image with the hidden states of its counterfactual, layer by layer and span by span, in both
-directions, and measures how much of the way to the other answer that goes (counterfactual states, methods E.2).
+directions, and measures how much of the way to the other answer that goes (counterfactual states, methods E.2). With
+`--swap weights` decoder blocks are exchanged with those of a tuned twin instead (counterfactual blocks, methods C.1).
 """
 
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from experiments.weight_swap import run_weights
 from vlm_mech.runs import Outcome, SweepConfig, Workspace, about, main
 
 if TYPE_CHECKING:
@@ -24,8 +26,10 @@ QUESTION = (
 class Config(SweepConfig):
     """Options of the layer swap."""
 
-    swap: Literal["state"] = "state"
-    """What is exchanged: hidden states of a run and its counterfactual."""
+    data: str = ""
+    """Generated pairs or a folder with pairs.jsonl; by default scenes/colour, for weights scenes/colour-conflict."""
+    swap: Literal["state", "weights"] = "state"
+    """What is exchanged: hidden states of a run and its counterfactual, or decoder blocks of a model and its tune."""
     site: Literal["llm", "projector", "vision"] = "llm"
     """Where: the decoder, the projector, or the vision tower."""
     point: Literal["resid_post", "resid_pre", "attn_out", "mlp_out"] = "resid_post"
@@ -40,6 +44,16 @@ class Config(SweepConfig):
     """Keep pairs that the model answers wrongly on either image."""
     batch: int = 32
     """Pairs a forward pass."""
+    tuned: str = "organism-grounded"
+    """Weights: the tune of the model, or a folder with its adapter (needs peft)."""
+    second: str | None = None
+    """Weights: another tune, as a further control."""
+    part: Literal["block", "attention", "mlp"] = "block"
+    """Weights: whole blocks, or their attention or MLP only (each with the norm before it)."""
+    schedules: tuple[Literal["suffix", "prefix", "single", "window"], ...] = ("suffix", "prefix", "single", "window")
+    """Weights: layers from each on, up to each, each alone, or a window around it."""
+    window: int = 3
+    """Weights: layers of a window."""
     engine: Literal["fast", "trace"] = "fast"
     """The fast one computes only what can change; trace runs a whole pass for every cell."""
 
@@ -50,7 +64,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.model import VLM
     from vlm_mech.swap import DIRECTIONS, default_spans, swap_sites
 
-    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    pairs = load_pairs(config.data or "scenes/colour", n=config.n, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
     directions = DIRECTIONS if config.direction == "both" else (config.direction,)
     sites = swap_sites(vlm, config.site, config.point)
@@ -59,7 +73,11 @@ def _loaded(config: Config) -> tuple[Any, ...]:
 
 def plan(config: Config) -> Any:
     """What the run will need."""
+    from vlm_mech.errors import UsageError
     from vlm_mech.swap import plan_swap
+
+    if config.swap == "weights":
+        raise UsageError("--dry-run foresees swaps of states only; an exchange of weights keeps one pass a hybrid")
 
     *what, directions = _loaded(config)
     return plan_swap(*what, directions=directions, batch=config.batch, memory=config.memory)
@@ -67,6 +85,8 @@ def plan(config: Config) -> Any:
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its heatmap and line figure, and example pictures."""
+    if config.swap == "weights":
+        return run_weights(config, work)
     from vlm_mech import figures
     from vlm_mech.receipt import add_up, summarise
     from vlm_mech.result import Result

@@ -1,5 +1,6 @@
 """Figures: what they draw is the result's summary, labels are texts, and the saved folder is enough to draw again."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -174,6 +175,23 @@ def test_redraw_from_the_folder_alone(tmp_path):
     figures.save_figure(go.Figure(), tmp_path / "figures", "heat")
     with pytest.raises(UsageError, match="figure 'heat' does not say which function of vlm_mech drew it"):
         figures.redraw(tmp_path)
+
+
+def test_some_of_the_cells_can_be_drawn_and_redrawn(tmp_path):
+    result = swap_result(8)
+    where = {"direction": "denoising", "span": ["image", "last"]}
+    figure = figures.lines(result, x="layer", colour="span", where=where)
+    assert [trace.name for trace in figure.data if trace.mode == "lines+markers"] == ["image", "last"]
+    summary = result.summary("recovered").query("direction == 'denoising' and span == 'last'")
+    assert np.allclose([trace for trace in figure.data if trace.name == "last"][-1].y, summary["mean"])
+    saved = dataclasses.replace(result, provenance={"figures": ["some"]})
+    saved.save(tmp_path)
+    figures.save_figure(figure, tmp_path / "figures", "some")
+    assert figures.redraw(tmp_path)["some"].to_json() == figure.to_json()
+    with pytest.raises(UsageError, match="'place' is no axis of"):
+        heat(result, where={"place": 1})
+    with pytest.raises(UsageError, match="no cell of .* has span 'answer'"):
+        heat(result, where={"span": "answer"})
 
 
 def test_colours_can_be_told_apart():

@@ -13,7 +13,6 @@ from PIL import Image
 
 from experiments import probing
 from vlm_mech import figures, runs
-from vlm_mech.benchmark.probes import Size, make_task, probes_case
 from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.probe_controls import random_twin, read_without_image
@@ -199,6 +198,16 @@ def test_figures_come_from_the_saved_file_alone(finished):
     assert [place.split(".")[0] for place in places] == sorted(
         (place.split(".")[0] for place in places), key=["vision", "projector", "llm"].index
     )
+    legend = [trace.name for trace in drawn["depth_linear"].data if trace.showlegend is not False]
+    controls = ["shuffled", "control task", "no image", "random weights"]
+    assert sorted(legend) == sorted(["commonest label", "image", "object", "last", *controls])
+    hidden = [trace for trace in drawn["depth_linear"].data if trace.name == "object, shuffled"]
+    assert [trace.legendgroup for trace in hidden] == ["shuffled"]
+    panels = [each for each in drawn["conflict_linear"].layout if each.startswith("xaxis")]
+    assert len(panels) == 3
+    assert {drawn["conflict_linear"].layout[each].range for each in panels} == {(-0.5, len(places) - 0.5)}
+    slider = drawn["patches_0"].layout.sliders[0]
+    assert [step.label for step in slider.steps][:1] == ["vision 2"] and "projector" in [s.label for s in slider.steps]
     assert len(drawn["patches_0"].data) == len(places)
     square = drawn["confusion_0"].data[0]
     assert np.allclose(np.array(square.z).sum(1), 1) and np.array(square.customdata).sum() == 36
@@ -236,6 +245,7 @@ WRONG = [
     (["--folds", "2"], "at least 3 folds"),
     (["--folds", "7"], "fewer than 7 folds"),
     (["--every", "0"], "every is 0"),
+    (["--n", "1"], "fewer than 3 folds"),
     (["--conflict", "scenes/colour-conflict"], "which the probes were not trained on; they know blue, red"),
     (["--probes", "forest"], "--probes"),
 ]
@@ -272,17 +282,6 @@ def test_help_is_quick_and_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert "--conflict" in done.stdout
-
-
-def test_the_benchmark_trains_the_same_probes_as_the_loop():
-    size = Size(n_layers=2, width=64, n_examples=400, n_seeds=2)
-    table, notes = probes_case(size, rival_cells=2)
-    assert notes["n_cells"] == 4 and notes["rival_cells"] == 2
-    assert set(table["contender"]) == {"ours", "scikit-learn loop"}
-    assert notes["accuracy"]["ours"] > notes["accuracy"]["scikit-learn loop"] - 0.05
-    assert make_task(size).states.shape == (2, 400, 64)
-    with pytest.raises(UsageError, match="at least one repeat"):
-        probes_case(size, repeats=0)
 
 
 def test_pairs_of_one_image_are_refused(vlm):

@@ -1,6 +1,5 @@
 """Figures of a compensation run, and pictures of which patches show what."""
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,14 +27,15 @@ def drawn(result: Result) -> dict[str, Any]:
         f"{metric}_change": figures.heatmap(result, y="variant", metric=metric, value="effect", **axes)
         for metric in ("reciprocal_rank", "logit_diff")
     }
-    first = result.table["layers"].iloc[0]
-    for name, prefixes in {"tower": ("V-",), "decoder": ("L-",), "both": ("V+L-",)}.items():
-        variants = result.table["variant"]
-        chosen = variants.str.startswith(prefixes) & ~variants.str.endswith(BACKGROUND)
-        table = result.table[chosen & (result.table["layers"] == first)]
-        if len(table):
-            part = dataclasses.replace(result, table=table, name=f"compensation, cuts in {name}")
-            found[f"reciprocal_rank_{name}"] = figures.lines(part, colour="variant", metric="reciprocal_rank", **axes)
+    first, chosen = result.table["layers"].iloc[0], result.metric("reciprocal_rank")
+    here = list(dict.fromkeys(result.table[result.table["layers"] == first]["variant"]))
+    for name, prefix in {"tower": "V-", "decoder": "L-", "both": "V+L-"}.items():
+        variants = [each for each in here if each.startswith(prefix) and not each.endswith(BACKGROUND)]
+        if variants:
+            found[f"reciprocal_rank_{name}"] = figures.lines(
+                result, colour="variant", metric=chosen.name, where={"variant": variants, "layers": first}, **axes,
+                title=f"compensation, cuts in {name}: {chosen.name} ({chosen.unit})",
+            )  # fmt: skip
     return found
 
 

@@ -1,5 +1,6 @@
 """Results as plotly figures. Nothing is computed here but the result's own summary; functions return the figure."""
 
+import dataclasses
 import html
 import json
 import math
@@ -89,6 +90,21 @@ def _check(result: Result, **columns: str | None) -> None:
         raise UsageError(f"the axes {', '.join(varied)} take several values; give each a role or select one")
 
 
+def _selected(result: Result, where: dict[str, Any] | None) -> Result:
+    """The result with the rows alone that have the value (or one of a list of values) of each named axis.
+
+    What is corrected over cells is corrected over these.
+    """
+    rows = result.table
+    for axis, wanted in (where or {}).items():
+        if axis not in result.axes:
+            raise UsageError(f"{axis!r} is no axis of {result.name}; its axes: {', '.join(result.axes)}")
+        rows = rows[rows[axis].isin(wanted if isinstance(wanted, list) else [wanted])]
+        if rows.empty:
+            raise UsageError(f"no cell of {result.name} has {axis} {wanted!r}")
+    return result if where is None else dataclasses.replace(result, table=rows)
+
+
 def _layout(figure: "go.Figure", title: str, n_facets: int, height: int) -> "go.Figure":
     figure.update_layout(
         template="plotly_white",
@@ -113,10 +129,11 @@ def _quantity(metric: Metric, value: Value) -> str:
     return f"{'change of ' if value == 'effect' else ''}{metric.name} ({metric.unit})"
 
 
-def _caption(figure: "go.Figure", text: str) -> None:
+def _caption(figure: "go.Figure", text: str, *, below: int = 78) -> None:
     figure.add_annotation(
-        text=text, xref="paper", yref="paper", x=0, y=0, yshift=-78, showarrow=False, xanchor="left", font={"size": 11}
-    )
+        text=text, xref="paper", yref="paper", x=0, y=0, yshift=-below, showarrow=False, xanchor="left",
+        font={"size": 11},
+    )  # fmt: skip
 
 
 def _counts(summary: pd.DataFrame) -> str:
@@ -132,6 +149,7 @@ def heatmap(
     metric: str | None = None,
     facet: str | None = None,
     value: Value = "mean",
+    where: dict[str, Any] | None = None,
     title: str | None = None,
 ) -> "go.Figure":
     """Cell means as colours, one panel per value of `facet`; hovering shows n, interval, baseline and corrected p.
@@ -139,9 +157,13 @@ def heatmap(
     `value="effect"` shows the change against the unedited run instead. A dot marks cells in which that change is
     significant at 5 % after Holm's correction.
 
+    Args:
+        where: draws the cells alone that have this value, or one of a list of values, of each axis named.
+
     Raises:
         UsageError: an axis does not exist, or one with several values has no role.
     """
+    result = _selected(result, where)
     _check(result, x=x, y=y, facet=facet)
     chosen = result.metric(metric)
     summary = result.summary(chosen.name)
@@ -158,7 +180,8 @@ def heatmap(
     figure.update_yaxes(title_text=_label(y), col=1)
     dots = "dot: change from the unedited run has p < 0.05 after Holm's correction"
     _caption(figure, f"{_counts(summary)} per cell; {dots}")
-    recipe = {"x": x, "y": y, "metric": chosen.name, "facet": facet, "value": value, "title": title}
+    recipe = {"x": x, "y": y, "metric": chosen.name, "facet": facet, "value": value}
+    recipe |= {"where": where, "title": title}
     figure.update_layout(meta={"drawn_by": "heatmap", "options": recipe})
     height = 220 + 56 * summary[y].nunique()
     return _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), height)
@@ -214,6 +237,7 @@ def lines(
     metric: str | None = None,
     facet: str | None = None,
     value: Value = "mean",
+    where: dict[str, Any] | None = None,
     title: str | None = None,
 ) -> "go.Figure":
     """Cell means along `x` with 95 % bands, one line per value of `colour`, one panel per value of `facet`.
@@ -221,9 +245,13 @@ def lines(
     `value="effect"` shows the change against the unedited run instead. The unedited run is dotted, once where all
     lines of a panel share it and in the line's colour where they do not.
 
+    Args:
+        where: draws the cells alone that have this value, or one of a list of values, of each axis named.
+
     Raises:
         UsageError: an axis does not exist, or one with several values has no role.
     """
+    result = _selected(result, where)
     _check(result, x=x, colour=colour, facet=facet)
     chosen = result.metric(metric)
     summary = result.summary(chosen.name)
@@ -242,10 +270,14 @@ def lines(
     if value == "mean" and chosen.unit in FRACTIONS:
         low, high = _range(chosen, value, summary[["ci_low", "ci_high", "mean", "baseline"]].stack())
         figure.update_yaxes(range=[low - 0.05 * (high - low), high + 0.05 * (high - low)])
-    _caption(figure, f"{_counts(summary)} per point; bands: 95 % bootstrap interval of the mean over examples")
-    recipe = {"x": x, "colour": colour, "metric": chosen.name, "facet": facet, "value": value, "title": title}
+    # Labels that are words may be turned, and then need room.
+    caption = f"{_counts(summary)} per point; bands: 95 % bootstrap interval of the mean over examples"
+    _caption(figure, caption, below=78 if whole else 108)
+    recipe = {"x": x, "colour": colour, "metric": chosen.name, "facet": facet, "value": value}
+    recipe |= {"where": where, "title": title}
     figure.update_layout(legend={"title": {"text": _label(colour)}}, meta={"drawn_by": "lines", "options": recipe})
-    return _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), 470)
+    made = _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), 470 if whole else 500)
+    return made if whole else made.update_layout(margin={"b": 140})
 
 
 def _traces(

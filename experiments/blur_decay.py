@@ -1,0 +1,77 @@
+"""How much of what a model answers survives when its picture is blurred until nothing is left?
+
+Asks every question on a ladder of pictures, counts the answers that never change, holds them against pictures of
+something else, and looks at which layers the answer is read meanwhile (after paper C, methods C.4).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+
+QUESTION = (
+    "Each question is asked about a picture that is blurred more and more, then about its mean colour, then about no "
+    "picture. Answers that never change may not have come from the picture; how many would not change if it had been "
+    "another picture all along is the floor."
+)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Options of the decay."""
+
+    data: str = "scenes/colour-conflict"
+    """Pairs; the first picture of each is asked about: in this set, a thing in its usual colour."""
+    kernels: tuple[int, ...] = (1, 5, 11, 19, 29, 39, 49, 61)
+    """Sizes of the Gaussian kernels in pixels, on pictures whose long side is 448."""
+    mechanism: tuple[str, ...] = ("1", "11", "29", "61")
+    """Levels at which states are swapped between the two pictures of each pair; none leaves that out."""
+    letters: bool = False
+    """Answers are letters of options."""
+    max_new_tokens: int = 8
+    """Tokens of an answer at most."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Split of the generated scenes."""
+    batch: int = 32
+    """Examples a forward pass."""
+    memory: str | None = None
+    """Memory that the swaps may take beyond the model, such as 2GiB."""
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, curves by level and by layer, and the ladder of pictures."""
+    from vlm_mech.behaviour import decay_study
+    from vlm_mech.behaviour.decay import levels_of
+    from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.errors import UsageError
+    from vlm_mech.model import VLM
+    from vlm_mech.result import Result
+
+    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    vlm = VLM.load(config.model, **config.loading)
+    levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs)
+    mechanism = () if config.mechanism == ("none",) else config.mechanism
+    unknown = [each for each in mechanism if each not in map(str, config.kernels)]
+    if unknown or len(pairs) < 2:
+        raise UsageError(
+            f"level {unknown[0]!r} is none of the kernels {' '.join(map(str, config.kernels))}"
+            if unknown
+            else f"{pairs.name} gives {len(pairs)} example; at least two are needed"
+        )
+    others = decay_study.partners(pairs, seed=config.seed)
+    options: dict[str, Any] = {"mechanism": mechanism, "memory": config.memory}
+    options |= {"letters": config.letters, "max_new_tokens": config.max_new_tokens}
+    for start in work.progress(range(0, len(pairs), config.batch), "decay"):
+        key, rows = f"{start:08d}", slice(start, start + config.batch)
+        if key not in work:
+            work.keep(key, decay_study.decay(vlm, pairs[rows], others[rows], levels, **options), {})
+    table, _ = work.collect()
+    told = about(QUESTION, vlm, pairs, {}) | {"levels": levels}
+    result = Result("visual decay", table, decay_study.AXES, decay_study.METRICS, {}, told)
+    result = dataclasses.replace(result, findings=decay_study.findings(result, pairs, levels))
+    return Outcome(result, decay_study.drawn(result), decay_study.ladder(pairs, levels))
+
+
+if __name__ == "__main__":
+    main(Config, run, name="blur_decay")

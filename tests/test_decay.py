@@ -1,0 +1,159 @@
+"""Progressive decay: the kernels, what answers say, E and C by hand, and the experiment."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import blur_decay
+from tests.conftest import picture
+from tests.helpers import assert_help_is_light, command, killed_at
+from vlm_mech import figures
+from vlm_mech.behaviour import decay, decay_study
+from vlm_mech.behaviour.decay import MEAN, NONE, Said, blurred, compared, decayed, kernel, levels_of, resized, said
+from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.result import Result
+
+
+def by_hand(image, size, weights):
+    """Plain sums over a mirrored picture."""
+    half = size // 2
+    padded = np.pad(np.asarray(image, float), ((half, half), (half, half), (0, 0)), mode="reflect")
+    square = np.outer(weights, weights)
+    height, width = image.size[1], image.size[0]
+    found = np.zeros((height, width, 3))
+    for row in range(height):
+        for column in range(width):
+            found[row, column] = np.einsum("ij,ijc->c", square, padded[row : row + size, column : column + size])
+    return found
+
+
+def test_kernel_1_is_the_picture_itself():
+    image = picture(1)
+    assert np.array_equal(np.asarray(blurred(image, 1)), np.asarray(image)) and kernel(1).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("size", [3, 5, 11])
+def test_a_blur_is_a_sum_over_neighbours(size):
+    image = picture(2, 24, 16)
+    sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8
+    weights = np.array([np.exp(-((i - (size - 1) / 2) ** 2) / (2 * sigma**2)) for i in range(size)])
+    weights = decay.SMALL[size] if size in decay.SMALL else weights / weights.sum()
+    difference = np.abs(by_hand(image, size, weights) - np.asarray(blurred(image, size), float))
+    assert difference.max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("size", decay.KERNELS)
+def test_kernels_are_those_of_opencv_to_a_grey_level(size):
+    cv2 = pytest.importorskip("cv2")
+    image = picture(3, 120, 80)
+    theirs = cv2.GaussianBlur(np.asarray(image), (size, size), 0, borderType=cv2.BORDER_REFLECT_101)
+    assert np.abs(theirs.astype(int) - np.asarray(blurred(image, size)).astype(int)).max() <= 1
+
+
+def test_kernels_sum_to_one_and_widen():
+    spreads = []
+    for size in decay.KERNELS:
+        weights = kernel(size)
+        assert weights.sum() == pytest.approx(1, abs=1e-12) and len(weights) == size
+        spreads.append((weights * (np.arange(size) - size // 2) ** 2).sum())
+    assert spreads == sorted(spreads) and kernel(61)[30] / kernel(61)[29] == pytest.approx(np.exp(0.5 / 9.5**2))
+    for wrong in (0, 4, -3):
+        with pytest.raises(UsageError, match="an odd number from 1 on"):
+            kernel(wrong)
+
+
+def test_size_is_normalised_before_the_blur():
+    assert resized(Image.new("RGB", (1000, 500))).size == (448, 224)
+    assert resized(Image.new("RGB", (30, 60))).size == (224, 448)
+    image = resized(picture(4))
+    mean = decayed(image, MEAN)
+    assert mean.size == image.size and len(set(mean.getdata())) == 1
+    assert np.allclose(np.asarray(mean)[0, 0], np.asarray(image, float).mean((0, 1)), atol=0.5)
+
+
+def test_levels(vlm):
+    assert levels_of(vlm, (1, 5)) == ("1", "5", MEAN, NONE)
+    for wrong in ((5, 11), (1, 11, 5), (1, 5, 5), ()):
+        with pytest.raises(UsageError, match="they must grow from 1"):
+            levels_of(vlm, wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "letters", "expected"),
+    [
+        ("(b) red", True, Said("letter", "B")),
+        ("B.", True, Said("letter", "B")),
+        ("a red apple", False, Said("text", "red apple")),
+        ("Yes, it is.", False, Said("yes/no", "yes")),
+        ("nothing", False, Said("text", "nothing")),
+        ("3", False, Said("number", "3.0")),
+        ("3.0 apples", False, Said("number", "3.0")),
+        ("The  Red Apple.", False, Said("text", "red apple")),
+        ("  ...", False, Said("none", "")),
+        ("", True, Said("none", "")),
+    ],
+)
+def test_what_answers_say(text, letters, expected):
+    assert said(text, letters=letters) == expected
+
+
+def test_e_and_c_by_hand():
+    answers = {
+        "1": ["red", "blue", "", "2"],
+        "5": ["Red.", "green", "", "two"],
+        "11": ["the red", "blue", "", "2"],
+    }
+    table = compared(answers, answers["1"], ["red", "green", "red", "2"], letters=False)
+    values = {name: table[name].to_numpy().reshape(3, 4) for name in ("same", "unchanged", "correct")}
+    assert values["same"].tolist() == [[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 0, 1]]
+    assert values["unchanged"].tolist() == [[1, 1, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0]]
+    assert values["correct"].tolist() == [[1, 0, 0, 1], [1, 1, 0, 0], [1, 0, 0, 1]]
+    kept = table["correct_unchanged"].to_numpy().reshape(3, 4)
+    assert np.array_equal(np.isnan(kept), values["unchanged"] == 0) and kept[2, 0] == 1
+    assert table["unread"].to_numpy().reshape(3, 4)[:, 2].all() and table["clean_right"].tolist()[:4] == [1, 0, 0, 1]
+    c = values["unchanged"].mean(1)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(c))
+
+
+def test_every_picture_goes_to_another_question():
+    pairs = Pairs("some", tuple(Pair(f"p{n}", picture(n), picture(n), "what?", "red", "blue") for n in range(7)))
+    for seed in range(5):
+        found = [each.id for each in decay_study.partners(pairs, seed=seed)]
+        assert sorted(found) == [pair.id for pair in pairs]
+        assert all(one != pair.id for one, pair in zip(found, pairs, strict=True))
+
+
+def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
+    given = ["--n", "8", "--batch", "4", "--kernels", "1", "11", "61", "--mechanism", "1", "61"]
+    assert command(blur_decay, *given, "--out", tmp_path / "one") == 0
+    assert "unchanged at every level to the last (no image)" in capsys.readouterr().out
+    result = Result.load(tmp_path / "one")
+    means = result.summary("unchanged").query("view == 'answers' and n > 0")["mean"].tolist()
+    assert len(means) == 5 and means[0] == 1.0
+    assert all(later <= earlier for earlier, later in itertools.pairwise(means)), "C never rises"
+    swaps = result.summary("recovered").query("view == 'swap of last' and n > 0")
+    assert set(swaps["level"]) == {"1", "61"} and len(swaps) == 2 * 6
+    assert set(figures.redraw(tmp_path / "one")) == {"unchanged", "same", "correct", "correct_unchanged", "read_layers"}
+    killed_at(monkeypatch, decay_study, "decay", 2)
+    assert command(blur_decay, *given, "--out", tmp_path / "two") == 130
+    assert command(blur_decay, *given, "--out", tmp_path / "two", "--resume") == 0
+    for name in ("result.parquet", "summary.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_wrong_use_is_one_line(model_folder, tmp_path, capsys):
+    for given, message in (
+        (["--mechanism", "9"], "level '9' is none of the kernels"),
+        (["--kernels", "1", "4"], "kernel size 4 is not known"),
+        (["--n", "1"], "at least two are needed"),
+    ):
+        assert command(blur_decay, *given, "--out", tmp_path / "none") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_help_is_light():
+    assert_help_is_light(blur_decay, ("--kernels", "--mechanism"))
