@@ -58,6 +58,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     from vlm_mech.benchmark.cases import PROBES
     from vlm_mech.benchmark.compare import check
+    from vlm_mech.benchmark.geometry import identity
     from vlm_mech.benchmark.overview import as_figure, bars, findings, metrics, overview
     from vlm_mech.benchmark.timing import machine
     from vlm_mech.errors import UsageError
@@ -74,7 +75,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         if key not in work:
             work.keep(key, *_measured(config, case, subject))
     table, notes = work.collect()
-    about |= {"model": _identity(config, subject[0]) if subject else None, "cases": notes}
+    about |= {"model": identity(subject[0], config.model) if subject else None, "cases": notes}
     name = f"benchmark on {subject[0].name}" if subject else "benchmark of probes"
     result = Result(name, table, ("case", "contender"), metrics(config.cases), {}, about)
     result = dataclasses.replace(result, findings=findings(result, notes))
@@ -115,14 +116,6 @@ def _subject(config: Config) -> "tuple[VLM, list[Prompt], list[Prompt]]":
         vlm = VLM.load(config.model, revision=config.revision, **how)
     n = max(config.batch, 8 if config.n is None else config.n)
     return vlm, prompts(shape, n, seed=config.seed), prompts(shape, n, seed=config.seed + n)
-
-
-def _identity(config: Config, vlm: "VLM") -> dict[str, Any]:
-    from vlm_mech.benchmark.geometry import GEOMETRIES
-
-    if config.model not in GEOMETRIES:
-        return dict(vlm.identity())
-    return {"name": vlm.name, "weights": "random", "parameters": sum(each.numel() for each in vlm.model.parameters())}
 
 
 if __name__ == "__main__":

@@ -7,13 +7,10 @@ directions, and measures how much of the way to the other answer that goes (coun
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from experiments.weight_swap import run_weights
+from experiments._weights import run_weights
 from vlm_mech.runs import Outcome, SweepConfig, Workspace, about, main
-
-if TYPE_CHECKING:
-    from vlm_mech.data.pairs import Pairs
 
 QUESTION = (
     "Each question is asked about an image and about its counterfactual, which differs in one attribute and so has "
@@ -90,7 +87,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech import figures
     from vlm_mech.receipt import add_up, summarise
     from vlm_mech.result import Result
-    from vlm_mech.swap import METRICS, swap_states, takeover, usable_share
+    from vlm_mech.swap import METRICS, pictures, swap_states, takeover, usable_share
 
     vlm, pairs, sites, spans, directions = _loaded(config)
     how = {"directions": directions, "only_correct": not config.all, "engine": config.engine, "memory": config.memory}
@@ -109,17 +106,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         "recovered_lines": figures.lines(result, x=depth, colour="span", metric="recovered", facet="direction"),
         "logit_diff_heatmap": figures.heatmap(result, x=depth, y="span", metric="logit_diff", facet="direction"),
     }
-    return Outcome(dataclasses.replace(result, findings=findings), drawn, _pictures(pairs))
-
-
-def _pictures(pairs: "Pairs") -> tuple[tuple[str, Any], ...]:
-    from vlm_mech.image import load_image
-
-    shown = []
-    for pair in list(pairs)[:4]:
-        for image, answer in ((pair.image, pair.answer), (pair.counterfactual_image, pair.counterfactual_answer)):
-            shown.append((f"{pair.question} {answer}", load_image(image)))
-    return tuple(shown)
+    return Outcome(dataclasses.replace(result, findings=findings), drawn, pictures(pairs))
 
 
 if __name__ == "__main__":

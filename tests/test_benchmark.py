@@ -22,7 +22,7 @@ from vlm_mech.benchmark.geometry import FULL, GEOMETRIES, QUESTION, Tower, build
 from vlm_mech.benchmark.overview import METRICS, bars, findings, overview
 from vlm_mech.benchmark.probes import LOOP, Size, Together, make_task, probes_case
 from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, Plain, Task
-from vlm_mech.benchmark.timing import Entry, clock, difference, interleaved, subset
+from vlm_mech.benchmark.timing import Entry, clock, difference, interleaved, subset, weigh
 from vlm_mech.errors import UsageError
 from vlm_mech.probe_descent import LINEAR
 from vlm_mech.prompt import Prompt
@@ -264,7 +264,7 @@ def test_peak_memory_is_what_a_contender_holds_at_most():
         def answers(self, task, begun, numbers):
             return float(torch.ones(64 * 2**18).sum())
 
-    peaks = [clock(Entry(Holding([0.0]), (0,), 1), [], CPU).memory for _ in range(3)]
+    peaks = [weigh(Entry(Holding([0.0]), (0,), 1), [], CPU) for _ in range(3)]
     assert all(60 <= peak <= 80 for peak in peaks)
 
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
+from PIL import Image
 
 from vlm_mech import metrics
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.engine import engine_of
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.image import load_image
 from vlm_mech.intervene import Replace
 from vlm_mech.memory import budget_of
 from vlm_mech.receipt import Receipt
@@ -259,3 +261,12 @@ def _interval(crossing: dict[str, int | None]) -> str:
         "beyond the last" if layer is None else f"layer {layer}" for layer in (crossing["low"], crossing["high"])
     )
     return f"{low} to {high}"
+
+
+def pictures(pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]:
+    """Both images of some pairs, with question and answer."""
+    shown = []
+    for pair in list(pairs)[:n]:
+        for image, answer in ((pair.image, pair.answer), (pair.counterfactual_image, pair.counterfactual_answer)):
+            shown.append((f"{pair.question} {answer}", load_image(image)))
+    return tuple(shown)

@@ -245,3 +245,10 @@ def _config(shape: Geometry, processor: "ProcessorMixin") -> tuple[Any, Any]:
         return hf.LlavaForConditionalGeneration, hf.LlavaConfig(**parts)
     points = _pinpoints(shape.tile)
     return hf.LlavaNextForConditionalGeneration, hf.LlavaNextConfig(**parts, image_grid_pinpoints=points)
+
+
+def identity(vlm: VLM, model: str) -> dict[str, Any]:
+    """What was timed: a shape with random weights, or a model by its own name."""
+    if model not in GEOMETRIES:
+        return dict(vlm.identity())
+    return {"name": vlm.name, "weights": "random", "parameters": sum(each.numel() for each in vlm.model.parameters())}

@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,12 +66,11 @@ def subset(n_cells: int, size: int, seed: int) -> tuple[int, ...]:
 
 
 def clock(entry: Entry, task: Any, device: torch.device) -> Timed:
-    """One measurement; the time of a part of the cells is scaled by their count, that of `begin` is not.
+    """One measurement of time; that of a part of the cells is scaled by their count, that of `begin` is not.
 
     With a single thread on a CPU the process's own time counts, so that waiting for other processes does not.
     """
     gc.collect()
-    before = _reset(device)
     _wait(device)
     now = time.perf_counter if device.type == "cuda" or torch.get_num_threads() > 1 else time.process_time
     started = now()
@@ -82,21 +81,33 @@ def clock(entry: Entry, task: Any, device: torch.device) -> Timed:
     _wait(device)
     ended = now()
     seconds = (ready - started) + (ended - ready) * entry.n_cells / len(entry.numbers)
-    return Timed(seconds, (_peak(device) - before) / MIB, answer)
+    return Timed(seconds, float("nan"), answer)
+
+
+def weigh(entry: Entry, task: Any, device: torch.device) -> float:
+    """Peak memory of one run above what was held before, in MiB.
+
+    It takes a run of its own: giving freed memory back first, so that the peak can be seen, makes every page of it new,
+    and that would cost time.
+    """
+    gc.collect()
+    before = _reset(device)
+    entry.contender.answers(task, entry.contender.begin(task), entry.numbers)
+    _wait(device)
+    return (_peak(device) - before) / MIB
 
 
 def interleaved(
     entries: Sequence[Entry], task: Any, *, repeats: int, seed: int, device: torch.device
 ) -> list[dict[str, Timed]]:
-    """Every contender once in each repeat, in an order drawn anew, after an untimed cell each.
+    """Every contender once in each repeat, in an order drawn anew, after an untimed run each that is weighed.
 
     Raises:
         UsageError: there is no repeat.
     """
     if repeats < 1:
         raise UsageError(f"at least one repeat is needed, not {repeats}")
-    for entry in entries:
-        entry.contender.answers(task, entry.contender.begin(task), entry.numbers[:1])
+    peaks = [weigh(entry, task, device) for entry in entries]
     generator, done = random.Random(seed), []
     gc.collect()
     # What is there already needs no looking through while the clock runs.
@@ -104,7 +115,7 @@ def interleaved(
     try:
         for _ in range(repeats):
             order = generator.sample(range(len(entries)), len(entries))
-            measured = {number: clock(entries[number], task, device) for number in order}
+            measured = {number: replace(clock(entries[number], task, device), memory=peaks[number]) for number in order}
             done.append({entry.contender.name: measured[number] for number, entry in enumerate(entries)})
     finally:
         gc.unfreeze()
