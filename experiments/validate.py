@@ -31,8 +31,8 @@ class Config(RunConfig):
     """Models of each set; 20 by default."""
     first_seed: int = 1000
     """Seed of the first model; what is below 1000 served to develop the methods' rules."""
-    sets: tuple[str, ...] = ("plain", "matched null", "matched null, random answers", "hard", "backup")
-    """Kinds of models."""
+    sets: tuple[str, ...] = ("plain", "matched null, random answers", "hard")
+    """Kinds of models; there are also matched null (true answers) and backup."""
     methods: tuple[str, ...] = ()
     """Methods to grade; all by default."""
     examples: int = 32

@@ -129,11 +129,20 @@ def _quantity(metric: Metric, value: Value) -> str:
     return f"{'change of ' if value == 'effect' else ''}{metric.name} ({metric.unit})"
 
 
-def _caption(figure: "go.Figure", text: str, *, below: int = 78) -> None:
+def _caption(figure: "go.Figure", text: str) -> None:
     figure.add_annotation(
-        text=text, xref="paper", yref="paper", x=0, y=0, yshift=-below, showarrow=False, xanchor="left",
-        font={"size": 11},
+        text=text, xref="paper", yref="paper", x=0, y=0, yshift=-78, showarrow=False, xanchor="left", font={"size": 11},
+        name="caption",
     )  # fmt: skip
+
+
+def _with_room(figure: "go.Figure", labels: pd.Series) -> "go.Figure":
+    """Room below for labels that are words, which may be turned; the caption comes after them."""
+    if labels.dtype.kind in "iu":
+        return figure
+    more = round(2.4 * labels.astype(str).str.len().max())
+    figure.update_annotations(selector={"name": "caption"}, yshift=-78 - more)
+    return figure.update_layout(height=figure.layout.height + more, margin={"b": 110 + more})
 
 
 def _counts(summary: pd.DataFrame) -> str:
@@ -184,7 +193,8 @@ def heatmap(
     recipe |= {"where": where, "title": title}
     figure.update_layout(meta={"drawn_by": "heatmap", "options": recipe})
     height = 220 + 56 * summary[y].nunique()
-    return _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), height)
+    made = _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), height)
+    return _with_room(made, summary[x])
 
 
 def _panels(panels: list[tuple[str, pd.DataFrame]]) -> "go.Figure":
@@ -270,14 +280,12 @@ def lines(
     if value == "mean" and chosen.unit in FRACTIONS:
         low, high = _range(chosen, value, summary[["ci_low", "ci_high", "mean", "baseline"]].stack())
         figure.update_yaxes(range=[low - 0.05 * (high - low), high + 0.05 * (high - low)])
-    # Labels that are words may be turned, and then need room.
-    caption = f"{_counts(summary)} per point; bands: 95 % bootstrap interval of the mean over examples"
-    _caption(figure, caption, below=78 if whole else 108)
+    _caption(figure, f"{_counts(summary)} per point; bands: 95 % bootstrap interval of the mean over examples")
     recipe = {"x": x, "colour": colour, "metric": chosen.name, "facet": facet, "value": value}
     recipe |= {"where": where, "title": title}
     figure.update_layout(legend={"title": {"text": _label(colour)}}, meta={"drawn_by": "lines", "options": recipe})
-    made = _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), 470 if whole else 500)
-    return made if whole else made.update_layout(margin={"b": 140})
+    made = _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), 470)
+    return _with_room(made, summary[x])
 
 
 def _traces(
