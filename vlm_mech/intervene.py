@@ -31,6 +31,9 @@ class Activations:
             raise UsageError(f"{site} was not read; these activations hold: {held}")
         return self.values[site]
 
+    def __repr__(self) -> str:
+        return f"Activations({', '.join(map(str, self.values))}; {len(self.encoded)} examples)"
+
 
 Source = Activations | Encoded | DualEncoded | Sequence[Prompt]
 """Where foreign states come from: states already read, or prompts that are run when needed."""

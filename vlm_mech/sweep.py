@@ -278,13 +278,17 @@ class _Rows:
         return self.taken[id(source)][1]
 
 
+ROUNDING = 256
+"""Multiples of the data type's precision by which the two ways may differ, relative to the largest logit above 1."""
+
+
 def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, chosen: Sequence[int]) -> float:
     """Largest difference between the fast engine and the reference at some points."""
     worst = 0.0
     for number in chosen:
         reference = run(vlm, encoded, edits[number]).last.float()
         difference = (reference - logits[number].float()).abs().max().item()
-        limit = 64 * torch.finfo(logits.dtype).eps * max(1.0, reference.abs().max().item())
+        limit = ROUNDING * torch.finfo(logits.dtype).eps * max(1.0, reference.abs().max().item())
         if not difference <= limit:
             raise WorkError(
                 f"the fast engine differs from the reference by {difference:.3g} at {edits[number]}; at most "
