@@ -33,7 +33,7 @@ from vlm_mech.validate.grading import (
 )  # fmt: skip
 from vlm_mech.validate.job import random_answers
 from vlm_mech.validate.methods import METHODS
-from vlm_mech.validate.probes import blurred
+from vlm_mech.validate.probes import blurred, dealt
 
 TWO_HOP = Recipe(3, 6, reads=(Head(2, 1),), carries=(Head(4, 3),), decoys=(Head(1, 0, 0),), priors=(3, 1, 0, 5, 4, 2))
 PLANTINGS = {
@@ -249,6 +249,18 @@ def test_probes_name_the_block_that_writes_the_answer_when_traces_are_blurred():
     null = scores("null", told("null", "probe, 1 % noise"), MATCHED)
     assert null == {READ_LAST: 1, READ_IMAGE: 1}, "the colour is in the image, whether it is used or not"
     assert scores("null", told("null", "probe"), MATCHED)[READ_LAST] == 0
+
+
+def test_folds_that_lack_a_label_are_drawn_again_and_rare_labels_left_out():
+    base = made("two-hop").pairs(32)
+    names = sorted({*base.answer, *base.counterfactual_answer})
+    # One label on a single pair: whatever the folds, the one that tests it does not train on it.
+    others = [pair for pair in base if names[0] not in (pair.answer, pair.counterfactual_answer)]
+    lone = next(pair for pair in base if pair.answer == names[0])
+    kept, numbers, groups, splits = dealt(dataclasses.replace(base, pairs=(*others, lone)))
+    assert len(kept) <= len(others) and lone not in list(kept) and len(groups) == len(numbers) == 2 * len(kept)
+    assert all(len(set(numbers[split.train])) == len(set(numbers)) for split in splits)
+    assert dealt(base)[0] is base, "nothing is left out without need"
 
 
 def test_noise_is_relative_to_the_norm_of_each_state():

@@ -5,12 +5,13 @@ A probe standardises its features, so that it reads a trace of a thousandth as w
 can be read therefore depends on how closely one looks: states are probed as they are, and seen through noise.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlm_mech.data.pairs import Pairs
@@ -19,6 +20,7 @@ from vlm_mech.probe import crossfit
 from vlm_mech.probe_data import Features, Spot
 from vlm_mech.probe_descent import Recipe
 from vlm_mech.probe_splits import make_splits, numbered
+from vlm_mech.probe_train import Split
 from vlm_mech.result import Metric, Result
 from vlm_mech.site import Site
 from vlm_mech.trace import read
@@ -28,6 +30,8 @@ SPANS = ("last", "image")
 RECIPE = Recipe(l2=(1e-2,), learning_rate=3e-2, max_epochs=20)
 """A linear probe, cheap: one penalty, large steps."""
 N_FOLDS = 5
+DRAWS = 20
+"""Divisions into folds that are tried."""
 NOISE = 0.01
 """Noise through which states are seen, relative to their norm."""
 HALF = 0.5
@@ -44,12 +48,10 @@ def probes(planted: Planted, pairs: Pairs, *, noise: float = 0.0) -> Found:
     Args:
         noise: standard deviation of what is added to the states, relative to their norm.
     """
-    prompts, labels = [*pairs.base, *pairs.counterfactual], [*pairs.answer, *pairs.counterfactual_answer]
-    features = mean_states(planted, prompts)
+    pairs, numbers, groups, splits = dealt(pairs)
+    features = mean_states(planted, [*pairs.base, *pairs.counterfactual])
     if noise:
         features = blurred(features, noise)
-    numbers, groups = numbered(labels)[1], np.tile(np.arange(len(pairs)), 2)
-    splits = make_splits(numbers, groups, n_folds=N_FOLDS, n_seeds=1)
     readings = crossfit(features, numbers[None], splits, RECIPE, groups=groups.tolist())
     told = readings.hits[:, 0, 0].astype(float)
     baseline = (readings.majority[0, 0] == numbers).astype(float)
@@ -62,6 +64,26 @@ def probes(planted: Planted, pairs: Pairs, *, noise: float = 0.0) -> Found:
         tables.append(pd.DataFrame(about | values))
     cells = cells_of(Result("probes", pd.concat(tables, ignore_index=True), ("place", "layer"), (ACCURACY,)))
     return Found(cells, readable=_readable(cells, baseline.mean()))
+
+
+def dealt(
+    pairs: Pairs,
+) -> tuple[Pairs, Int[np.ndarray, "example"], Int[np.ndarray, "example"], list[Split]]:
+    """The pairs, with the label and the group of each of their pictures, in folds that all train on every label.
+
+    Few examples may leave a fold without a label: then others are drawn, and if none will do, the pairs with the
+    rarest label are left out.
+    """
+    while True:
+        labels = [*pairs.answer, *pairs.counterfactual_answer]
+        numbers, groups = numbered(labels)[1], np.tile(np.arange(len(pairs)), 2)
+        for seed in range(DRAWS):
+            splits = make_splits(numbers, groups, n_folds=N_FOLDS, n_seeds=1, seed=seed)
+            if all(len(set(numbers[split.train])) == len(set(labels)) for split in splits):
+                return pairs, numbers, groups, splits
+        rarest = min(sorted(set(labels)), key=labels.count)
+        kept = tuple(pair for pair in pairs if rarest not in (pair.answer, pair.counterfactual_answer))
+        pairs = replace(pairs, pairs=kept)
 
 
 def _readable(cells: pd.DataFrame, baseline: float) -> dict[str, tuple[int, ...]]:
