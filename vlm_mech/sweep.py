@@ -278,8 +278,9 @@ class _Rows:
         return self.taken[id(source)][1]
 
 
-ROUNDING = 256
-"""Multiples of the data type's precision by which the two ways may differ, relative to the largest logit above 1."""
+ROUNDING = 1e-5 / torch.finfo(torch.float32).eps
+"""Multiples of the data type's precision by which the two ways may differ, relative to the largest logit above 1: in
+single precision 1e-5, as the tests ask."""
 
 
 def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, chosen: Sequence[int]) -> float:
