@@ -90,7 +90,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     told |= {"rival": cases.rival, "probes": [each for each in notes if "own" in each], "edges": scan.about}
     result = Result("visual flow", table, made.AXES, made.METRICS, {}, told)
     said = claims(result)
-    told |= {"claims": dataclasses.asdict(said)}
+    told |= {"claims": dataclasses.asdict(said) | {"cells": said.cells.to_dict("records")}}
     told |= {"pages": pages(vlm, cases, said, fitted, n=config.pages, folder=work.partial) if config.pages else []}
     result = dataclasses.replace(result, provenance=told, findings=findings(result, cases, said))
     drawn = {"flow_map": flow_map(result)} | ({"examples": example_pages(result)} if config.pages else {})

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
@@ -92,20 +93,19 @@ class Cut:
 
         In the pass over the prompt the queries are the cut's own; after it, the token just generated.
         """
-        n_heads = 1 if self.heads is None else self.n_heads
-        blocked = torch.zeros(n_rows, n_heads, len(queries), len(keys), dtype=torch.bool, device=device)
-        heads = torch.arange(n_heads) if self.heads is None else torch.tensor(self.heads)
+        cut, seen = np.zeros((n_rows, len(queries)), bool), np.zeros((n_rows, len(keys)), bool)
         for row in self.keys:
-            cut = self.queries.get(row, ()) if prompt else (tuple(queries) if self.generated else ())
-            chosen = [position - queries.start for position in cut if position in queries]
-            seen = [position - keys.start for position in self.keys[row] if position in keys]
-            if chosen and seen:
-                index = torch.meshgrid(heads, torch.tensor(chosen), torch.tensor(seen), indexing="ij")
-                blocked[row][index] = True
+            seen[row, [position - keys.start for position in self.keys[row] if position in keys]] = True
+            if prompt:
+                chosen = self.queries.get(row, ())
+                cut[row, [position - queries.start for position in chosen if position in queries]] = True
+            else:
+                cut[row] = self.generated
+        blocked = cut[:, :, None] & seen[:, None, :]
         if self.keep_self and prompt:
-            own = torch.tensor(queries)[:, None] == torch.tensor(keys)
-            blocked &= ~own.to(device)
-        return blocked
+            blocked &= np.array(queries)[:, None] != np.array(keys)
+        heads = np.isin(np.arange(self.n_heads), self.heads) if self.heads is not None else np.ones(1, bool)
+        return torch.from_numpy(blocked[:, None] & heads[:, None, None]).to(device)
 
     @property
     def edges(self) -> tuple[Any, ...]:

@@ -108,11 +108,15 @@ def _groups(n_layers: int, count: int) -> Layers:
 
 @dataclass(frozen=True)
 class Scan:
-    """What is cut: every edge and its control at every set of layers, and every head of `heads` apart if given."""
+    """What is cut: every edge and its control at every set of layers, and every head of `heads` apart if given.
+
+    `cuts` are `EDGE`, `CONTROL`, or both.
+    """
 
     edges: tuple[Edge, ...]
     layers: Layers
     heads: tuple[int, ...] | None = None
+    cuts: tuple[str, ...] = CUTS
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -126,7 +130,7 @@ class Scan:
 
     def points(self) -> tuple[Point, ...]:
         """Every cell."""
-        values = {"edge": [str(edge) for edge in self.edges], "cut": CUTS, "layer": tuple(self.layers.sets)}
+        values = {"edge": [str(edge) for edge in self.edges], "cut": self.cuts, "layer": tuple(self.layers.sets)}
         return grid(**values) if self.heads is None else grid(**values, head=self.heads)
 
 
@@ -201,7 +205,7 @@ def knock_out(
         UsageError: an edge does not fit (see `edges.ends_of`), or a head is out of range.
     """
     points, sets = scan.points(), scan.layers.sets
-    ends = _all_ends(vlm, pairs, scan.edges, masks or {}, only_correct, seed)
+    ends = _all_ends(vlm, pairs, scan, masks or {}, only_correct, seed)
     tables, notes = [], [summarise(())]
     for chosen, some, cut in _sweeps(pairs, points, ends, sets):
         how = {"engine": engine, "batch": len(chosen), "memory": memory}
@@ -229,7 +233,7 @@ def plan_knockout(
         TooLargeError: a single knockout of a single example does not fit into the memory.
     """
     first = pairs[:batch]
-    ends = _all_ends(vlm, first, scan.edges, masks or {}, False, seed)
+    ends = _all_ends(vlm, first, scan, masks or {}, False, seed)
     plans = [
         plan_sweep(vlm, chosen, points, cut, batch=len(chosen), memory=memory)
         for chosen, points, cut in _sweeps(first, scan.points(), ends, scan.layers.sets)
@@ -266,27 +270,26 @@ def _sweeps(
 
 
 def _all_ends(
-    vlm: "VLM",
-    pairs: Pairs,
-    edges: Sequence[Edge],
-    masks: Masks,
-    only_correct: bool,
-    seed: int,
+    vlm: "VLM", pairs: Pairs, scan: Scan, masks: Masks, only_correct: bool, seed: int
 ) -> dict[Kind, list[tuple[Ends, ...] | Reason]]:
-    """For every edge and its control the tokens of each example, or why it is left out."""
+    """For every edge and its control, as far as they are cut, the tokens of each example, or why it is left out."""
     clean = record(vlm, vlm.encode(pairs.base))
     right = metrics.correct(clean.logits, vlm.answer_ids(clean.encoded, pairs.answer)).tolist()
-    found: dict[Kind, list[tuple[Ends, ...] | Reason]] = {(str(edge), cut): [] for edge in edges for cut in CUTS}
+    found: dict[Kind, list[tuple[Ends, ...] | Reason]] = {
+        (str(edge), cut): [] for edge in scan.edges for cut in scan.cuts
+    }
     for number, pair in enumerate(pairs):
         visible = visible_edges(clean, number)
-        for edge in edges:
+        for edge in scan.edges:
             ends = ends_of(clean.encoded, number, edge, visible, masks.get(pair.id))
-            drawn = np.random.default_rng([seed, zlib.crc32(f"{pair.id} {edge}".encode())])
             if only_correct and not right[number]:
                 ends = WRONG
-            control = ends if isinstance(ends, str) else control_of(ends, visible, drawn)
-            found[str(edge), EDGE].append(ends if isinstance(ends, str) else (ends,))
-            found[str(edge), CONTROL].append(control)
+            for cut in scan.cuts:
+                here: tuple[Ends, ...] | Reason = ends if isinstance(ends, str) else (ends,)
+                if cut == CONTROL and not isinstance(ends, str):
+                    drawn = np.random.default_rng([seed, zlib.crc32(f"{pair.id} {edge}".encode())])
+                    here = control_of(ends, visible, drawn)
+                found[str(edge), cut].append(here)
     return found
 
 

@@ -355,17 +355,19 @@ class VLM:
         """
         if len(answers) != len(encoded):
             raise UsageError(f"{len(answers)} answers for {len(encoded)} prompts")
-        ids = []
-        for row, answer in zip(encoded.rows, answers, strict=True):
-            before = self.tokenizer(row.text)["input_ids"]
-            space = "" if row.text[-1].isspace() else " "
-            after = self.tokenizer(f"{row.text}{space}{answer.strip()}")["input_ids"]
-            if after[: len(before)] != before or len(after) == len(before):
-                raise UsageError(f"answer {answer!r} cannot follow the prompt {row.text!r} as tokens of its own")
-            if after[len(before)] == self.tokenizer.unk_token_id:
-                raise UsageError(f"answer {answer!r} is not in the model's vocabulary")
-            ids.append(after[len(before)])
-        return torch.tensor(ids, device=self.device)
+        asked = [(row.text, answer) for row, answer in zip(encoded.rows, answers, strict=True)]
+        ids = {each: self._answer_id(*each) for each in dict.fromkeys(asked)}
+        return torch.tensor([ids[each] for each in asked], device=self.device)
+
+    def _answer_id(self, text: str, answer: str) -> int:
+        before = self.tokenizer(text)["input_ids"]
+        space = "" if text[-1].isspace() else " "
+        after = self.tokenizer(f"{text}{space}{answer.strip()}")["input_ids"]
+        if after[: len(before)] != before or len(after) == len(before):
+            raise UsageError(f"answer {answer!r} cannot follow the prompt {text!r} as tokens of its own")
+        if after[len(before)] == self.tokenizer.unk_token_id:
+            raise UsageError(f"answer {answer!r} is not in the model's vocabulary")
+        return after[len(before)]
 
     def identity(self) -> dict[str, str | None]:
         """Name and revision, or a hash of the weights where there is no revision, for provenance."""

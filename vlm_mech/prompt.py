@@ -179,7 +179,7 @@ def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
         raise UsageError("no prompts were given")
     if len({bool(prompt.images) for prompt in prompts}) == 2:
         raise UsageError("prompts with and without an image cannot share a batch; encode them apart")
-    rendered = [render(vlm, prompt) for prompt in prompts]
+    rendered = _rendered(vlm, prompts)
     images = [[load_image(image) for image in prompt.images] for prompt in prompts]
     processed = process(vlm, [text for text, _ in rendered], images)
     rows = _rows(vlm, processed, rendered, [[image.size for image in each] for each in images])
@@ -187,6 +187,14 @@ def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
     return Encoded(prompts, inputs, rows, vlm)
+
+
+def _rendered(vlm: Any, prompts: Sequence[Prompt]) -> list[tuple[str, tuple[int, int]]]:
+    """What `render` makes of each prompt; those that differ in their pictures alone are rendered once."""
+    keys = [(prompt.question, len(prompt.images), prompt.system, prompt.text) for prompt in prompts]
+    first = dict(zip(reversed(keys), reversed(prompts), strict=True))
+    made = {key: render(vlm, prompt) for key, prompt in first.items()}
+    return [made[key] for key in keys]
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +275,7 @@ def _rows(
     rendered: Sequence[tuple[str, tuple[int, int]]],
     sizes: Sequence[Sequence[tuple[int, int]]],
 ) -> tuple[Row, ...]:
-    drafts = [_draft(vlm, processed, example, *rendered[example]) for example in range(len(rendered))]
+    drafts = _drafts(vlm, processed, rendered)
     layouts = iter(_layouts(vlm, processed, [pictures for _, pictures in drafts]))
     rows = []
     for (row, pictures), each in zip(drafts, sizes, strict=True):
@@ -280,6 +288,21 @@ def _rows(
 
 
 Positions = tuple[int, ...]
+Draft = tuple[Row, list[tuple[Positions, Positions]]]
+
+
+def _drafts(vlm: Any, processed: Processed, rendered: Sequence[tuple[str, tuple[int, int]]]) -> list[Draft]:
+    """The rows without their images; those that differ in their pictures alone are made once."""
+    tokens = [processed.inputs[name].tolist() for name in ("input_ids", "attention_mask")]
+    keys = [
+        (*given, text, places, tuple(ids), tuple(mask))
+        for given, text, places, ids, mask in zip(rendered, processed.texts, processed.places, *tokens, strict=True)
+    ]
+    made: dict[Any, Draft] = {}
+    for example, key in enumerate(keys):
+        if key not in made:
+            made[key] = _draft(vlm, processed, example, *rendered[example])
+    return [made[key] for key in keys]
 
 
 def _layouts(vlm: Any, processed: Processed, pictures: list[list[tuple[Positions, Positions]]]) -> list[ImageLayout]:
@@ -289,9 +312,7 @@ def _layouts(vlm: Any, processed: Processed, pictures: list[list[tuple[Positions
     return vlm.layouts(processed.inputs, counts, alone) if counts else []
 
 
-def _draft(
-    vlm: Any, processed: Processed, example: int, text: str, question: tuple[int, int]
-) -> tuple[Row, list[tuple[Positions, Positions]]]:
+def _draft(vlm: Any, processed: Processed, example: int, text: str, question: tuple[int, int]) -> Draft:
     """The row without its images, and per image the positions of its tokens and of all that stands for it."""
     ids = processed.inputs["input_ids"][example].tolist()
     present = [position for position, kept in enumerate(processed.inputs["attention_mask"][example].tolist()) if kept]
@@ -307,13 +328,13 @@ def _draft(
         question=_question(vlm, processed, example, text, question),
         images=(),
     )
-    pictures = []
+    pictures, image_token = [], vlm.image_token_id
     for first, last in processed.places[example]:
         inside = [position for position in present if first <= characters[position][0] < last]
-        tokens = tuple(position for position in inside if ids[position] == vlm.image_token_id)
+        tokens = tuple(position for position in inside if ids[position] == image_token)
         pictures.append((tokens, tuple(inside)))
     found = sum(len(tokens) for tokens, _ in pictures)
-    n_image_tokens = sum(ids[position] == vlm.image_token_id for position in present)
+    n_image_tokens = sum(ids[position] == image_token for position in present)
     if found != n_image_tokens:
         raise UsageError(f"example {example}: {n_image_tokens} image tokens, of which {found} belong to an image")
     return row, pictures

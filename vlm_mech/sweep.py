@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from vlm_mech.engine import engine_of
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.intervene import Ablate, Activations, Intervention, Replace, Together
 from vlm_mech.memory import budget_of
-from vlm_mech.prompt import Prompt
+from vlm_mech.prompt import Encoded, Prompt
 from vlm_mech.receipt import add_up, summarise
 from vlm_mech.result import Metric, Result
 from vlm_mech.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
@@ -187,6 +188,7 @@ class _Job:
     engine: str
     max_cells: int
     budget: int
+    last: tuple[slice, Encoded] | None = None
 
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
@@ -210,18 +212,25 @@ class _Job:
         own = _Rows(rows, self.prompts)
         return [own.of(each) for each in self.planned]
 
+    def encoded(self, rows: slice) -> Encoded:
+        """The prompts of some rows; the last ones are kept, since a plan and the run after it ask for the same."""
+        if self.last is None or self.last[0] != rows:
+            self.last = rows, self.vlm.encode(self.prompts[rows])
+        return self.last[1]
+
     def plan(self, batch: int) -> SweepPlan:
         """The forecast for the first batch, as many examples as fit, carried over to all the data."""
 
         def of(rows: slice) -> SweepPlan:
-            encoded = self.vlm.encode(self.prompts[rows])
-            return forecast(self.vlm, encoded, self.edits(rows), budget=self.budget, max_cells=self.max_cells)
+            return forecast(
+                self.vlm, self.encoded(rows), self.edits(rows), budget=self.budget, max_cells=self.max_cells
+            )
 
         return in_halves(slice(0, min(batch, len(self.prompts))), of)[0].over(len(self.prompts))
 
     def run(self, rows: slice, checked: Sequence[int]) -> tuple[pd.DataFrame, dict[str, Any]]:
         """The table of some rows, the summary of its receipts, and how far the engines differ at the points checked."""
-        encoded, edits = self.vlm.encode(self.prompts[rows]), self.edits(rows)
+        encoded, edits = self.encoded(rows), self.edits(rows)
         runner = engine_of(self.vlm, encoded, self.engine, budget=self.budget)
         logits, receipts = runner.answers(edits, max_cells=self.max_cells)
         worst = _agree(self.vlm, encoded, edits, logits, checked) if self.engine == "fast" else 0.0
@@ -309,13 +318,12 @@ def _table(
     clean: Tensor,
     logits: Tensor,
 ) -> pd.DataFrame:
-    columns: list[pd.DataFrame] = []
     ids = [[vlm.answer_ids(encoded, answers[rows]) for answers in each.answers] for each in measures]
-    base = [each.of(clean, *own).double().cpu().numpy() for each, own in zip(measures, ids, strict=True)]
-    for point, edited in zip(points, logits, strict=True):
-        values: dict[str, Any] = {"example": names, **dict(point.axes)}
-        for each, own, unedited in zip(measures, ids, base, strict=True):
-            values[each.metric.name] = each.of(edited, *own).double().cpu().numpy()
-            values[f"{each.metric.name}_baseline"] = unedited
-        columns.append(pd.DataFrame(values))
-    return pd.concat(columns, ignore_index=True)
+    places = pd.DataFrame([dict(point.axes) for point in points])
+    columns = places.loc[places.index.repeat(len(names))].reset_index(drop=True)
+    columns.insert(0, "example", names * len(points))
+    for each, own in zip(measures, ids, strict=True):
+        edited = torch.cat([each.of(logits_of_one, *own) for logits_of_one in logits])
+        columns[each.metric.name] = edited.double().cpu().numpy()
+        columns[f"{each.metric.name}_baseline"] = np.tile(each.of(clean, *own).double().cpu().numpy(), len(points))
+    return columns

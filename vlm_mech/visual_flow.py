@@ -125,9 +125,10 @@ def flow_edges(vlm: "VLM", pairs: Pairs) -> tuple[str, ...]:
     return tuple(found)
 
 
-def flow_scan(vlm: "VLM", pairs: Pairs, *, window: int | None = None) -> Scan:
-    """What is cut: the edges of a map at every layer (see `knockout.layer_sets` for windows)."""
-    return scan_of(vlm, pairs, {}, flow_edges(vlm, pairs), layers="each", size=window)
+def flow_scan(vlm: "VLM", pairs: Pairs, *, window: int | None = None, controls: bool = True) -> Scan:
+    """What is cut: the edges of a map at every layer (see `knockout.layer_sets` for windows), with their controls."""
+    scan = scan_of(vlm, pairs, {}, flow_edges(vlm, pairs), layers="each", size=window)
+    return scan if controls else dataclasses.replace(scan, cuts=(EDGE,))
 
 
 def swapped_sites(vlm: "VLM") -> list[Site]:

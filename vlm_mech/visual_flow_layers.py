@@ -111,7 +111,11 @@ def changes_of(result: Result, method: str, span: str) -> tuple[Float[np.ndarray
     return after - before, layers
 
 
-def columns_of(result: Result) -> dict[tuple[str, str], tuple[Float[np.ndarray, "example layer"], list[int]]]:
+Columns = dict[tuple[str, str], tuple[Float[np.ndarray, "example layer"], list[int]]]
+"""Values by example and layer, and the layers, for every kind and span."""
+
+
+def columns_of(result: Result) -> Columns:
     """Everything that is tested: for each kind and span, values by example and layer.
 
     A block reads what a swap of the image loses across it, and writes what a swap of the last token gains; both are
@@ -139,7 +143,10 @@ def columns_of(result: Result) -> dict[tuple[str, str], tuple[Float[np.ndarray, 
 
 def all_cells(result: Result, *, seed: int = 0) -> pd.DataFrame:
     """One row a cell: kind, span, layer, n, effect (logits, of probes probabilities), 95 % interval, corrected p."""
-    columns, groups = columns_of(result), result.groups()
+    return _tested(columns_of(result), result.groups(), seed)
+
+
+def _tested(columns: Columns, groups: Int[np.ndarray, "example"], seed: int) -> pd.DataFrame:
     values = np.hstack([each for each, _ in columns.values()])
     low, high = percentile_interval(values, groups, level=0.95, n_resamples=N_RESAMPLES, seed=seed)
     p = sign_flip_p(values, groups, n_resamples=N_SIGN_FLIPS, seed=seed)
@@ -177,6 +184,7 @@ class Claims:
     that take it from the question. `pushes` lower the lead of the answer, `suppresses` those of them that do so after
     it had risen. `reading` and `suppressing` are the strongest of these, `overtaking` the first block after which the
     rival leads for good. `decoded` are the places where probes find the answer likelier than its rival, by span.
+    `cells` is everything that was tested, as `all_cells` gives it.
     """
 
     reads: tuple[Claim, ...]
@@ -189,6 +197,7 @@ class Claims:
     overtaking: Where | None
     end: Claim
     decoded: dict[str, tuple[Claim, ...]]
+    cells: pd.DataFrame
 
     @property
     def route(self) -> str:
@@ -204,7 +213,8 @@ def claims(result: Result, *, seed: int = 0) -> Claims:
     An effect counts when it is significant after correction and neither below `SMALLEST` logits nor below `SHARE` of
     the whole: half of what a swap of the image does in the decoder's input, or the largest rise or fall of the lead.
     """
-    columns, groups, cells = columns_of(result), result.groups(), all_cells(result, seed=seed)
+    columns, groups = columns_of(result), result.groups()
+    cells = _tested(columns, groups, seed)
     whole, _ = changes_of(result, SWAP, "image")
     found = _counted(cells, abs(float(whole[:, 0].mean())) / 2)
     cut = {edge: set(_of(found, CUT, edge, falling=True)["layer"]) for edge in EDGES}
@@ -228,6 +238,7 @@ def claims(result: Result, *, seed: int = 0) -> Claims:
         overtaking=_overtaking(result, end, seed),
         end=end,
         decoded={str(span): _claims(rows, set()) for span, rows in probed.groupby("span", sort=False)},
+        cells=cells,
     )
 
 

@@ -7,7 +7,7 @@ from vlm_mech.organism.planted import Planted
 from vlm_mech.result import Result
 from vlm_mech.validate.found import Found
 from vlm_mech.visual_flow import AXES, METRICS, Cases, flow, flow_scan
-from vlm_mech.visual_flow_layers import CUT, HOLDS, READS, WRITES, all_cells, claims, layers_of
+from vlm_mech.visual_flow_layers import CUT, HOLDS, READS, WRITES, claims, layers_of
 
 EFFECTS = (READS, WRITES, HOLDS, CUT)
 """Kinds of cells that measure what an edit does to the answer."""
@@ -16,13 +16,15 @@ EFFECTS = (READS, WRITES, HOLDS, CUT)
 def flow_map(planted: Planted, pairs: Pairs) -> Found:
     """The layers that the map names as reading, carrying, writing and suppressing.
 
-    The rival of an answer is the prior one of its object. Probes are left out: no claim rests on them.
+    The rival of an answer is the prior one of its object. Probes and controls of knockouts are left out: no claim rests
+    on them.
     """
     cases = Cases(pairs, tuple(planted.priors(pairs)), "the prior answer")
-    table, _ = flow(planted.vlm, cases, flow_scan(planted.vlm, pairs))
+    table, _ = flow(planted.vlm, cases, flow_scan(planted.vlm, pairs, controls=False))
     result = Result("visual flow", table, AXES, METRICS)
-    said, cells = claims(result), all_cells(result)
-    measured = cells[cells["kind"].isin(EFFECTS)].assign(place=cells["kind"] + ", " + cells["span"], head=-1)
+    said = claims(result)
+    measured = said.cells[said.cells["kind"].isin(EFFECTS)]
+    measured = measured.assign(place=measured["kind"] + ", " + measured["span"], head=-1)
     columns = ["place", "layer", "head", "effect", "low", "high", "p"]
     return Found(
         pd.DataFrame(measured[columns]),

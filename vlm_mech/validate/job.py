@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from vlm_mech.validate.population import true_cells
 
 N_ACCURACY = 64
 """Prompts from which the accuracy noted beside a planting comes."""
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
+"""Environment of the workers: the C library keeps freed memory for the next array, which saves a tenth of the time."""
 SETS = ("plain", *NULLS, "hard", "backup")
 
 
@@ -103,6 +106,8 @@ def examine_all(jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[Job, pd.
     if workers == 1 or len(jobs) < 2:
         yield from ((job, *examine(job)) for job in jobs)
         return
+    for name, value in KEPT.items():
+        os.environ.setdefault(name, value)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"))
     try:
         waiting = {pool.submit(examine, job): job for job in jobs}
