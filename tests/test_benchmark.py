@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
 import sys
 
 import pandas as pd
@@ -12,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import benchmark
-from vlm_mech import figures, runs
+from tests.helpers import assert_help_is_light, command
+from vlm_mech import figures
 from vlm_mech.benchmark import probes as benchmark_probes
 from vlm_mech.benchmark import timing
 from vlm_mech.benchmark.cases import Sizes, cells, lower_bound, sizes
@@ -385,17 +385,9 @@ def test_the_probes_case_says_how_well_both_read():
 # The experiment
 
 
-def command(*arguments):
-    try:
-        runs.main(benchmark.Config, benchmark.run, name="benchmark", argv=[str(each) for each in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 def test_the_experiment_on_an_embedded_model(tmp_path, capsys):
     options = ["--model", "organism", "--cases", "swap-last", "extraction", "--rivals", "hooks", "--n", 4]
-    assert command(*options, "--repeats", 2, "--rival-cells", 2, "--out", tmp_path / "run") == 0
+    assert command(benchmark, *options, "--repeats", 2, "--rival-cells", 2, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out
     assert "PyTorch hooks takes" in said and "times ours" in said
     result = Result.load(tmp_path / "run")
@@ -409,7 +401,7 @@ def test_the_experiment_on_an_embedded_model(tmp_path, capsys):
 def test_probes_need_no_model_and_no_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark_probes, "FULL", TINY)
     options = ["--cases", "probes", "--full", "--rival-cells", 2, "--repeats", 2]
-    assert command(*options, "--out", tmp_path / "run") == 0
+    assert command(benchmark, *options, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out
     assert "training 4 probes (2 layers x 2 seeds, 400 x 320 states) takes" in said and "theirs less ours" in said
     result = Result.load(tmp_path / "run")
@@ -431,17 +423,11 @@ def test_probes_need_no_model_and_no_gpu(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_wrong_use_is_one_line(tmp_path, capsys, options, said):
-    assert command(*options, "--out", tmp_path / "run") == 2
+    assert command(benchmark, *options, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error
     assert not (tmp_path / "run").exists()
 
 
-def test_help_does_not_import_torch():
-    code = (
-        "import runpy, sys\nsys.argv = ['benchmark', '--help']\n"
-        "try: runpy.run_module('experiments.benchmark', run_name='__main__')\n"
-        "except SystemExit: print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--rival-cells" in done.stdout and done.stdout.rstrip().endswith("False")
+def test_help_is_light():
+    assert_help_is_light(benchmark, ("--rival-cells",))

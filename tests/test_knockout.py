@@ -11,6 +11,7 @@ import torch
 from experiments import knockout as experiment
 from tests.conftest import picture
 from tests.helpers import assert_help_is_light, command, killed_at, options
+from tests.zoo import ZOO
 from vlm_mech import edges as edges_module
 from vlm_mech import knockout
 from vlm_mech.attention_map import DARKEST, attention_from, laid_over
@@ -20,8 +21,10 @@ from vlm_mech.edges import FUTURE, NO_CONTROL, NO_OBJECT, Edge, Ends, control_of
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.image import Box
 from vlm_mech.intervene import Knockout
-from vlm_mech.knockout import CONTROL, EDGE, METRICS, Scan, knock_out, layer_sets, scan_of
-from vlm_mech.knockout_findings import by_edge, top_heads, used
+from vlm_mech.knockout import METRICS, OUT_OF_SIGHT, knock_out, scan_of
+from vlm_mech.knockout_cells import CONTROL, CUTS, EDGE, WRONG, Scan, layer_sets
+from vlm_mech.knockout_findings import by_edge, missing, top_heads, used
+from vlm_mech.model import VLM
 from vlm_mech.result import Result
 from vlm_mech.trace import run
 
@@ -226,7 +229,30 @@ def test_every_cell_is_that_of_the_reference(vlm, pairs, made):
             assert np.allclose(relative, 100 * (probability - before) / before, atol=1e-3)
     assert notes["largest_blocked_mass"] == 0 and notes["knockouts"] > 0
     assert set(table["n_layers_cut"][table["layer"] == 0]) == {1} and set(table["n_layers_cut"]) == {1, 2}
-    assert knockout.WRONG not in set(table["skipped"])
+    assert WRONG not in set(table["skipped"])
+
+
+def test_layers_that_do_not_see_an_edge_are_left_out_with_the_reason(pairs):
+    """Every other layer of this model sees the last twelve tokens only, and the image is before them."""
+    vlm = VLM(*ZOO["gemma3"]("sdpa", 0), name="gemma3", check=False)
+    table, _ = knock_out(vlm, pairs, scan("last<-image", "last<-question"), only_correct=False)
+    image = table[(table["edge"] == "last<-image") & (table["cut"] == EDGE)]
+    blind = image["layer"].isin([0, 2])
+    assert set(image[blind]["skipped"]) == {OUT_OF_SIGHT} and image[blind]["logit_diff"].isna().all()
+    assert set(image[~blind]["skipped"]) == {""} and set(image[~blind]["n_layers_cut"]) == {1}
+    assert image[~blind]["logit_diff"].notna().all()
+    near = table[(table["edge"] == "last<-question") & (table["cut"] == EDGE)]
+    assert set(near["skipped"]) == {""}
+    wide, _ = knock_out(vlm, pairs, scan("last<-image", layers="all"), only_correct=False)
+    encoded = vlm.encode(pairs.base)
+    ids = vlm.answer_ids(encoded, pairs.answer)
+    logits = run(vlm, encoded, Knockout("last", "image", (1, 3))).last.gather(1, ids[:, None])[:, 0]
+    assert np.allclose(cell(wide, "logit", cut=EDGE), logits.numpy(), atol=2e-5)
+    assert set(wide[wide["cut"] == EDGE]["n_layers_cut"]) == {2}
+    kept = Result("knockout", table, ("edge", "cut", "layer"), METRICS)
+    assert f"last<-image is missing at layer 0, 2 in 4 example(s): {OUT_OF_SIGHT}." in missing(kept)
+    means = kept.summary("logit_diff").set_index(["edge", "cut", "layer"])["mean"]
+    assert means["last<-image", EDGE].isna().tolist() == [True, False, True, False]
 
 
 def test_the_table_depends_neither_on_engine_nor_on_batching(vlm, pairs, masks):
@@ -284,11 +310,11 @@ def test_a_query_left_with_nothing_is_refused(vlm, pairs):
 
 def test_what_is_left_out_is_said(vlm, pairs, monkeypatch):
     table, notes = knock_out(vlm, pairs, scan("last<-image"))
-    wrong = (table["skipped"] == knockout.WRONG).to_numpy()
+    wrong = (table["skipped"] == WRONG).to_numpy()
     assert wrong.any() and np.array_equal(np.isnan(table["prob"].to_numpy()), wrong)
     assert notes["knockouts"] == (~wrong).any() * notes["receipts"]
     with pytest.raises(WorkError, match="are answered right; at least two are needed"):
-        used(Result("knockout", table.assign(skipped=knockout.WRONG), ("edge", "cut", "layer"), METRICS), pairs)
+        used(Result("knockout", table.assign(skipped=WRONG), ("edge", "cut", "layer"), METRICS), pairs)
     monkeypatch.setattr(knockout, "MIN_PROB", 2.0)
     table, _ = knock_out(vlm, pairs, scan("last<-image"), only_correct=False)
     assert set(table["skipped"]) == {knockout.NO_PROB}
@@ -303,7 +329,7 @@ def synthetic(effect, *, heads=False):
     """A result with `effect(example, cut, layer, head)` as relative change, of 20 examples."""
     rows = []
     for example in range(20):
-        for cut in knockout.CUTS:
+        for cut in CUTS:
             for layer in range(3):
                 for head in range(2 if heads else 1):
                     place = {"example": str(example), "edge": "last<-image", "cut": cut, "layer": layer, "head": head}
@@ -445,7 +471,7 @@ def test_the_embedded_model_reads_the_object(tmp_path):
     assert changed["after<-rest"] == [False, False] and any(changed["after<-object"])
 
 
-WRONG = [
+WRONG_USE = [
     (["--edges", "last"], 2, "is not of the form QUERY<-KEY"),
     (["--edges", "image<-last"], 2, "is last<-image meant"),
     (["--layers", "groups:9"], 2, "4 layers cannot be parted into 9 groups"),
@@ -455,7 +481,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "status", "message"), WRONG)
+@pytest.mark.parametrize(("arguments", "status", "message"), WRONG_USE)
 def test_wrong_use_is_one_clear_line(model_folder, data_folder, tmp_path, capsys, arguments, status, message):
     assert command(experiment, *options(model_folder, data_folder, tmp_path / "out"), *arguments) == status
     error = capsys.readouterr().err

@@ -1,9 +1,6 @@
 """The probing experiment: what is read where, its controls, and the run contract."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +9,8 @@ import torch
 from PIL import Image
 
 from experiments import probing
-from vlm_mech import figures, runs
+from tests.helpers import assert_help_is_light, command
+from vlm_mech import figures
 from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.probe_controls import random_twin, read_without_image
@@ -75,18 +73,10 @@ def options(model_folder, data_folder, out, *more):
     return [*where, "--out", str(out), *small, *more]
 
 
-def command(*arguments):
-    try:
-        runs.main(probing.Config, probing.run, name="probing", argv=[str(each) for each in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 @pytest.fixture(scope="module")
 def finished(model_folder, data_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "first"
-    assert command(*options(model_folder, data_folder, out, *LINEAR)) == 0
+    assert command(probing, *options(model_folder, data_folder, out, *LINEAR)) == 0
     return out
 
 
@@ -230,8 +220,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(model_folder, data_folder, finis
 
     monkeypatch.setattr(probe_study, "study", killed)
     arguments = options(model_folder, data_folder, tmp_path / "out", *LINEAR)
-    assert command(*arguments) == 130
-    assert command(*arguments, "--resume") == 0
+    assert command(probing, *arguments) == 130
+    assert command(probing, *arguments, "--resume") == 0
     assert calls == ["none", "shuffled", "control task", "control task", "no image", "random weights"]
     assert (tmp_path / "out" / "result.parquet").read_bytes() == (finished / "result.parquet").read_bytes()
     assert not (tmp_path / "out" / "partial").exists()
@@ -257,7 +247,7 @@ def test_wrong_use_is_one_clear_line(model_folder, data_folder, tmp_path, capsys
     fast = [each for pair in zip(fast[::2], fast[1::2], strict=True) if pair[0] != arguments[0] for each in pair]
     base = options(model_folder, data_folder, tmp_path / "out")
     base = [each for pair in zip(base[::2], base[1::2], strict=True) if pair[0] != arguments[0] for each in pair]
-    assert command(*base, *fast, *arguments) == 2
+    assert command(probing, *base, *fast, *arguments) == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: ") and message in error and "Traceback" not in error
 
@@ -266,22 +256,15 @@ def test_two_models_stand_side_by_side(model_folder, data_folder, tmp_path):
     base = options(model_folder, data_folder, tmp_path / "out")
     base.insert(2, str(model_folder) + "/")
     small = ["--probes", "mlp", "--spans", "object", "--controls", "shuffled"]
-    assert command(*base, *small) == 0
+    assert command(probing, *base, *small) == 0
     result = Result.load(tmp_path / "out")
     assert result.table["model"].nunique() == 2 and len(result.provenance["model"]) == 2
     both = result.summary("accuracy").set_index("model")["mean"]
     assert both[str(model_folder)].tolist() == both[str(model_folder) + "/"].tolist()
 
 
-def test_help_is_quick_and_imports_no_torch():
-    code = (
-        "import sys; from experiments import probing; from vlm_mech import runs\n"
-        "try:\n    runs.parse(probing.Config, ['--help'], name='probing')\nexcept SystemExit: pass\n"
-        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert "--conflict" in done.stdout
+def test_help_is_light():
+    assert_help_is_light(probing, ("--conflict",))
 
 
 def test_pairs_of_one_image_are_refused(vlm):

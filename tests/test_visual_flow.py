@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 
 from experiments import visual_flow as experiment
-from tests.helpers import assert_help_is_light, command
-from vlm_mech import figures, metrics
+from tests.helpers import assert_help_is_light, command, killed_at
+from tests.zoo import ZOO
+from vlm_mech import figures, metrics, visual_flow
 from vlm_mech.clean import record
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.model import VLM
 from vlm_mech.organism.planted import Planted, coloured_cells, plant
 from vlm_mech.organism.recipe import Head, Recipe, matched_null
 from vlm_mech.result import Result
@@ -249,6 +251,21 @@ def test_edges_that_prompts_lack_are_left_out(vlm, tiny_vlm):
         Cases(pairs, ("red", "blue"), "two")
 
 
+def test_a_layer_that_does_not_see_the_image_has_no_cut():
+    """Every other layer of this model sees the last twelve tokens only, and the image is before them."""
+    from tests.test_swap import Pair, Pairs, picture
+
+    vlm = VLM(*ZOO["gemma3"]("sdpa", 0), name="gemma3", check=False)
+    question = "is the red star left of the blue circle?"
+    shown = [Pair(str(n), picture(n), picture(9 + n), question, "red", "blue") for n in range(4)]
+    cases = cases_of(Pairs("pictures", tuple(shown)))
+    table, _ = flow(vlm, cases, flow_scan(vlm, cases.pairs))
+    result = Result("visual flow", table, AXES, METRICS)
+    cells = claims(result).cells.set_index(["kind", "span", "layer"])
+    assert cells.loc[("edge cut", "last<-image"), "n"].tolist() == [0, 4, 0, 4]
+    assert cells.loc[("edge cut", "last<-image"), "effect"].isna().tolist() == [True, False] * 2
+
+
 def test_scenes_in_conflict_are_turned_round():
     pairs = load_pairs("scenes/colour-conflict", n=3)
     cases = cases_of(pairs)
@@ -351,6 +368,15 @@ def test_the_page_shows_one_example_at_a_time_and_knows_the_reading_head(finishe
     assert not any(one and other for one, other in zip(*(b.args[0]["visible"] for b in buttons), strict=True))
     restyled, targets = steps[3].args
     assert np.allclose(np.ravel(restyled["z"][0]), pages[0]["probed"][3]) and list(targets) == [0, 1, 8, 9]
+
+
+def test_a_run_killed_on_the_way_resumes_to_the_same_bytes(folders, finished, monkeypatch):
+    given = ["--model", folders / "model", "--data", folders / "data", "--pages", "2", "--batch", "16"]
+    killed_at(monkeypatch, visual_flow, "flow", 2)
+    assert command(experiment, *given, "--out", folders / "killed") == 130
+    assert command(experiment, *given, "--out", folders / "killed", "--resume") == 0
+    for name in ("result.parquet", "summary.csv"):
+        assert (folders / "killed" / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_without_probes_and_pages(folders, capsys):

@@ -88,6 +88,22 @@ def visible_edges(clean: Clean, example: int) -> Bool[np.ndarray, "token token"]
     return total[np.ix_(present, present)]
 
 
+def layers_with(clean: Clean, example: int, parts: Sequence[Ends]) -> frozenset[int]:
+    """The layers whose attention allows an edge of some part; those with a sliding window see near tokens only."""
+    everywhere = frozenset(range(len(clean.blocks)))
+    if len({id(block.mask) for block in clean.blocks}) == 1:
+        return everywhere
+    present, seeing = np.array(clean.encoded.rows[example].present), {}
+    for block in clean.blocks:
+        if id(block.mask) not in seeing:
+            allowed = block.allowed(0, clean.encoded.n_pos)
+            visible = allowed[example if allowed.shape[0] > 1 else 0].any(0).cpu().numpy()
+            seeing[id(block.mask)] = any(
+                visible[np.ix_(present[list(part.query)], present[list(part.key)])].any() for part in parts
+            )
+    return frozenset(layer for layer in everywhere if seeing[id(clean.blocks[layer].mask)])
+
+
 def ends_of(
     encoded: Encoded,
     example: int,

@@ -5,38 +5,31 @@ docs/methods.md.
 """
 
 import dataclasses
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool
 
 from vlm_mech import metrics
 from vlm_mech.clean import record
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.edges import Edge, Ends, control_of, ends_of, parse_edge, visible_edges
+from vlm_mech.edges import Edge, ends_of, parse_edge, visible_edges
 from vlm_mech.errors import UsageError
-from vlm_mech.intervene import Intervention, Knockout, Together, window
+from vlm_mech.intervene import Knockout
+from vlm_mech.knockout_cells import FoundBy, Masks, Scan, found_edges, layer_sets, sweeps
 from vlm_mech.receipt import add_up, summarise
 from vlm_mech.result import Metric
 from vlm_mech.schedule import SweepPlan
-from vlm_mech.span import Each, Tokens
-from vlm_mech.sweep import Measure, Point, grid, logit_diff, plan_sweep, prob, sweep
+from vlm_mech.span import Tokens
+from vlm_mech.sweep import Measure, Point, logit_diff, plan_sweep, prob, sweep
 
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
 
-EDGE, CONTROL = "edge", "control of equal size"
-CUTS = (EDGE, CONTROL)
 EDGES = ("after<-image", "question<-image", "last<-image", "last<-question", "last<-last")
 OBJECT_EDGES = ("after<-object", "after<-rest")
 HEAD_EDGE = "last<-image"
-PAPER_WINDOW = 9
-MANY_LAYERS = 27
-"""From this many layers on the paper's window is at most a third of the model."""
 MIN_PROB = 1e-3
 
 RELATIVE = Metric(
@@ -48,90 +41,8 @@ LOST = Metric("lost", "share", "share of examples in which the answer is not the
 MEASURED = ("logit", "prob", "logit_diff", "flip", "lost")
 METRICS = (RELATIVE, logit_diff((), ()).metric, prob(()).metric, LOGIT, FLIP, LOST)
 
-Masks = dict[str, Bool[np.ndarray, "height width"]]
-"""Pixels of what a question is about, by pair."""
-
-WRONG = "not answered right"
+OUT_OF_SIGHT = "attention at these layers allows none of the edges"
 NO_PROB = f"the answer's probability is below {MIN_PROB} without any knockout"
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Which layers are cut together: for each value of the axis `layer` its layers; `about` says it in words."""
-
-    sets: dict[int | str, tuple[int, ...]]
-    about: str
-    where: str
-
-
-def layer_sets(n_layers: int, layers: str, size: int | None = None) -> Layers:
-    """The layers that are cut together.
-
-    Args:
-        layers: `each` for a window around every layer, `groups:K` for K runs of layers that partition the model (their
-            sizes differ by one at most), `all` for all at once.
-        size: of the windows of `each`. By default 9, as in Zhang et al., in a model of 27 layers or more, otherwise 1:
-            nine layers of six are the whole model. Windows are clipped at the borders.
-
-    Raises:
-        UsageError: another word, more groups than layers, or a size for what has no windows.
-    """
-    kind, _, count = layers.partition(":")
-    if kind != "each" and size is not None:
-        raise UsageError(f"layers {layers!r} have no windows; a window's size goes with layers 'each'")
-    if layers == "all":
-        return Layers({f"0-{n_layers - 1}": tuple(range(n_layers))}, f"all {n_layers} layers are cut at once.", "in")
-    if kind == "groups" and count.isdigit():
-        return _groups(n_layers, int(count))
-    if layers != "each":
-        raise UsageError(f"layers {layers!r} is not known; each, all or groups:K is")
-    chosen = size or (PAPER_WINDOW if n_layers >= MANY_LAYERS else 1)
-    if size is not None and size < 1:
-        raise UsageError(f"a window of {size} layers is none; 1 or more is needed")
-    sets: dict[int | str, tuple[int, ...]] = {
-        layer: window(layer, chosen, n_layers=n_layers) for layer in range(n_layers)
-    }
-    if chosen == 1:
-        return Layers(sets, "layers are cut one at a time.", "at")
-    n_clipped = sum(len(each) < chosen for each in sets.values())
-    about = f"{chosen} layers around each are cut; at the borders {n_clipped} of {n_layers} windows are clipped."
-    return Layers(sets, about, "around")
-
-
-def _groups(n_layers: int, count: int) -> Layers:
-    if not 1 <= count <= n_layers:
-        raise UsageError(f"{n_layers} layers cannot be parted into {count} groups; 1 to {n_layers} are possible")
-    parts = [tuple(part.tolist()) for part in np.array_split(np.arange(n_layers), count)]
-    sets: dict[int | str, tuple[int, ...]] = {f"{part[0]}-{part[-1]}": part for part in parts}
-    return Layers(sets, f"the {n_layers} layers are cut in {count} groups, each layer in one of them.", "in")
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What is cut: every edge and its control at every set of layers, and every head of `heads` apart if given.
-
-    `cuts` are `EDGE`, `CONTROL`, or both.
-    """
-
-    edges: tuple[Edge, ...]
-    layers: Layers
-    heads: tuple[int, ...] | None = None
-    cuts: tuple[str, ...] = CUTS
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """Axes of the result."""
-        return ("edge", "cut", "layer") if self.heads is None else ("edge", "cut", "layer", "head")
-
-    @property
-    def about(self) -> str:
-        """What is cut together, in words."""
-        return self.layers.about if self.heads is None else "heads are cut one at a time, at single layers."
-
-    def points(self) -> tuple[Point, ...]:
-        """Every cell."""
-        values = {"edge": [str(edge) for edge in self.edges], "cut": self.cuts, "layer": tuple(self.layers.sets)}
-        return grid(**values) if self.heads is None else grid(**values, head=self.heads)
 
 
 def scan_of(
@@ -198,21 +109,21 @@ def knock_out(
 
     Returns:
         The table with one row per pair, edge, `cut` (the edge or its control), layer and head; values left out are NaN
-        with the reason in `skipped`, and `n_layers_cut` says how many layers a window has. And the summary of all
-        receipts.
+        with the reason in `skipped`; `n_layers_cut` says in how many layers of a window there was something to cut. And
+        the summary of all receipts.
 
     Raises:
         UsageError: an edge does not fit (see `edges.ends_of`), or a head is out of range.
     """
     points, sets = scan.points(), scan.layers.sets
-    ends = _all_ends(vlm, pairs, scan, masks or {}, only_correct, seed)
+    found = found_edges(vlm, pairs, scan, masks or {}, only_correct, seed)
     tables, notes = [], [summarise(())]
-    for chosen, some, cut in _sweeps(pairs, points, ends, sets):
+    for chosen, some, cut in sweeps(pairs, points, found, sets):
         how = {"engine": engine, "batch": len(chosen), "memory": memory}
         result = sweep(vlm, chosen, some, cut, _measures(chosen), **how)
         tables.append(result.table)
         notes.append(result.provenance["receipts"])
-    return _assembled(pairs, points, ends, tables, sets), add_up(notes)
+    return _assembled(pairs, points, found, tables, sets), add_up(notes)
 
 
 def plan_knockout(
@@ -233,10 +144,10 @@ def plan_knockout(
         TooLargeError: a single knockout of a single example does not fit into the memory.
     """
     first = pairs[:batch]
-    ends = _all_ends(vlm, first, scan, masks or {}, False, seed)
+    found = found_edges(vlm, first, scan, masks or {}, False, seed)
     plans = [
         plan_sweep(vlm, chosen, points, cut, batch=len(chosen), memory=memory)
-        for chosen, points, cut in _sweeps(first, scan.points(), ends, scan.layers.sets)
+        for chosen, points, cut in sweeps(first, scan.points(), found, scan.layers.sets)
     ]
     if not plans:
         raise UsageError("no example has any of the edges")
@@ -248,75 +159,6 @@ def plan_knockout(
         flops=sum(each.flops for each in plans),
         forwards=forwards,
     ).over(len(pairs))
-
-
-Reason = str
-Kind = tuple[str, str]
-
-
-def _sweeps(
-    pairs: Pairs, points: Sequence[Point], ends: dict[Kind, list[Any]], sets: dict[int | str, tuple[int, ...]]
-) -> list[tuple[Pairs, list[Point], Callable[[Point], Intervention]]]:
-    """Examples that have the same edges, the cells that they have, and what is cut at each."""
-    made = []
-    for numbers, kinds in _alike(ends).items():
-        chosen = dataclasses.replace(pairs, pairs=tuple(pairs.pairs[number] for number in numbers))
-        cuts = {kind: _parts([ends[kind][number] for number in numbers], kind) for kind in kinds}
-        some = [point for point in points if (point.edge, point.cut) in kinds]
-        made.append(
-            (chosen, some, lambda point, cuts=cuts: _cut(cuts[point.edge, point.cut], sets[point.layer], point))
-        )
-    return made
-
-
-def _all_ends(
-    vlm: "VLM", pairs: Pairs, scan: Scan, masks: Masks, only_correct: bool, seed: int
-) -> dict[Kind, list[tuple[Ends, ...] | Reason]]:
-    """For every edge and its control, as far as they are cut, the tokens of each example, or why it is left out."""
-    clean = record(vlm, vlm.encode(pairs.base))
-    right = metrics.correct(clean.logits, vlm.answer_ids(clean.encoded, pairs.answer)).tolist()
-    found: dict[Kind, list[tuple[Ends, ...] | Reason]] = {
-        (str(edge), cut): [] for edge in scan.edges for cut in scan.cuts
-    }
-    for number, pair in enumerate(pairs):
-        visible = visible_edges(clean, number)
-        for edge in scan.edges:
-            ends = ends_of(clean.encoded, number, edge, visible, masks.get(pair.id))
-            if only_correct and not right[number]:
-                ends = WRONG
-            for cut in scan.cuts:
-                here: tuple[Ends, ...] | Reason = ends if isinstance(ends, str) else (ends,)
-                if cut == CONTROL and not isinstance(ends, str):
-                    drawn = np.random.default_rng([seed, zlib.crc32(f"{pair.id} {edge}".encode())])
-                    here = control_of(ends, visible, drawn)
-                found[str(edge), cut].append(here)
-    return found
-
-
-def _alike(ends: dict[Kind, list[tuple[Ends, ...] | Reason]]) -> dict[tuple[int, ...], list[Kind]]:
-    """The edges that exist in the same examples, by the numbers of these."""
-    found: dict[tuple[int, ...], list[Kind]] = {}
-    for kind, each in ends.items():
-        numbers = tuple(number for number, here in enumerate(each) if not isinstance(here, str))
-        if numbers:
-            found.setdefault(numbers, []).append(kind)
-    return found
-
-
-def _parts(ends: Sequence[Any], kind: Kind) -> list[Knockout]:
-    """Knockouts of no layer in particular; an example with fewer parts than others has its first one again."""
-    made = []
-    for part in range(max(len(each) for each in ends)):
-        chosen = [each[part] if part < len(each) else each[0] for each in ends]
-        query, key = (Each(tuple(Tokens(getattr(each, end)) for each in chosen)) for end in ("query", "key"))
-        made.append(Knockout(query, key, 0, keep_self=kind[1] == CONTROL))
-    return made
-
-
-def _cut(parts: Sequence[Knockout], layers: tuple[int, ...], point: Point) -> Intervention:
-    heads = (point.head,) if "head" in dict(point.axes) else None
-    cut = tuple(dataclasses.replace(part, layers=layers, heads=heads) for part in parts)
-    return cut[0] if len(cut) == 1 else Together(parts=cut)
 
 
 def _measures(pairs: Pairs) -> tuple[Measure, ...]:
@@ -333,7 +175,7 @@ def _measures(pairs: Pairs) -> tuple[Measure, ...]:
 def _assembled(
     pairs: Pairs,
     points: Sequence[Point],
-    ends: dict[Kind, list[tuple[Ends, ...] | Reason]],
+    found: FoundBy,
     tables: Sequence[pd.DataFrame],
     sets: dict[int | str, tuple[int, ...]],
 ) -> pd.DataFrame:
@@ -341,10 +183,11 @@ def _assembled(
     rows = []
     for point in points:
         for number, pair in enumerate(pairs):
-            here = ends[point.edge, point.cut][number]
+            here = found[point.edge, point.cut][number]
             place = dict(point.axes) | {"example": pair.id, "group": pair.group or pair.id}
-            n_layers_cut = len(sets[point.layer])
-            rows.append(place | {"n_layers_cut": n_layers_cut, "skipped": here if isinstance(here, str) else ""})
+            seen = sets[point.layer] if isinstance(here, str) else here.layers.intersection(sets[point.layer])
+            why = here if isinstance(here, str) else "" if seen else OUT_OF_SIGHT
+            rows.append(place | {"n_layers_cut": len(seen), "skipped": why})
     table = pd.DataFrame(rows)
     columns = [f"{name}{ending}" for name in MEASURED for ending in ("", "_baseline")]
     axes = [axis for axis, _ in points[0].axes]

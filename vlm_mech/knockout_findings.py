@@ -15,7 +15,8 @@ from vlm_mech.clean import record
 from vlm_mech.edges import Edge, Ends, ends_of, object_positions, visible_edges
 from vlm_mech.errors import WorkError
 from vlm_mech.image import load_image
-from vlm_mech.knockout import CONTROL, EDGE, NO_PROB, RELATIVE, WRONG, Layers, Masks, Scan, texts_without
+from vlm_mech.knockout import NO_PROB, OUT_OF_SIGHT, RELATIVE, texts_without
+from vlm_mech.knockout_cells import CONTROL, EDGE, WRONG, Layers, Masks, Scan
 from vlm_mech.prompt import Encoded
 from vlm_mech.result import Result
 
@@ -93,7 +94,9 @@ def missing(result: Result) -> tuple[str, ...]:
     for edge, cut, reason in table[columns].drop_duplicates().to_numpy().tolist():
         rows = table[(table["edge"] == edge) & (table["cut"] == cut) & (table["skipped"] == reason)]
         what = edge if cut == EDGE else f"the control of {edge}"
-        found.append(f"{what} is missing in {rows['example'].nunique()} example(s): {reason}.")
+        layers = ", ".join(str(each) for each in rows["layer"].drop_duplicates()) if reason == OUT_OF_SIGHT else ""
+        where = f" at layer {layers}" if layers else ""
+        found.append(f"{what} is missing{where} in {rows['example'].nunique()} example(s): {reason}.")
     return tuple(found)
 
 

@@ -18,7 +18,8 @@ from vlm_mech.clean import record
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.edges import parse_edge, visible_edges
 from vlm_mech.errors import UsageError
-from vlm_mech.knockout import EDGE, Scan, knock_out, plan_knockout, scan_of
+from vlm_mech.knockout import knock_out, plan_knockout, scan_of
+from vlm_mech.knockout_cells import EDGE, Scan
 from vlm_mech.receipt import add_up, summarise
 from vlm_mech.result import Metric
 from vlm_mech.schedule import SweepPlan
@@ -126,7 +127,7 @@ def flow_edges(vlm: "VLM", pairs: Pairs) -> tuple[str, ...]:
 
 
 def flow_scan(vlm: "VLM", pairs: Pairs, *, window: int | None = None, controls: bool = True) -> Scan:
-    """What is cut: the edges of a map at every layer (see `knockout.layer_sets` for windows), with their controls."""
+    """What is cut: the edges of a map at every layer (windows as in `knockout_cells.layer_sets`), with controls."""
     scan = scan_of(vlm, pairs, {}, flow_edges(vlm, pairs), layers="each", size=window)
     return scan if controls else dataclasses.replace(scan, cuts=(EDGE,))
 
