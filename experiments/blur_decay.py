@@ -17,16 +17,24 @@ QUESTION = (
 )
 
 
+CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
+PROBES = "probes"
+
+
 @dataclass(frozen=True)
 class Config(RunConfig):
     """Options of the decay."""
 
-    data: str = "scenes/colour-conflict"
+    data: str = CONFLICT
     """Pairs; the first picture of each is asked about: in this set, a thing in its usual colour."""
     kernels: tuple[int, ...] = (1, 5, 11, 19, 29, 39, 49, 61)
     """Sizes of the Gaussian kernels in pixels, on pictures whose long side is 448."""
     mechanism: tuple[str, ...] = ("1", "11", "29", "61")
-    """Levels at which states are swapped between the two pictures of each pair; none leaves that out."""
+    """Levels at which states are swapped between the two pictures of each pair and probes read them; none of this."""
+    probe_data: str | None = None
+    """Clear pairs to fit probes on; scenes/colour for scenes/colour-conflict, otherwise none."""
+    n_probe: int = 96
+    """Number of these."""
     letters: bool = False
     """Answers are letters of options."""
     max_new_tokens: int = 8
@@ -66,11 +74,25 @@ def run(config: Config, work: Workspace) -> Outcome:
         key, rows = f"{start:08d}", slice(start, start + config.batch)
         if key not in work:
             work.keep(key, decay_study.decay(vlm, pairs[rows], others[rows], levels, **options), {})
+    _probed(config, work, vlm, pairs, mechanism)
     table, _ = work.collect()
     told = about(QUESTION, vlm, pairs, {}) | {"levels": levels}
     result = Result("visual decay", table, decay_study.AXES, decay_study.METRICS, {}, told)
     result = dataclasses.replace(result, findings=decay_study.findings(result, pairs, levels))
     return Outcome(result, decay_study.drawn(result), decay_study.ladder(pairs, levels))
+
+
+def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tuple[str, ...]) -> None:
+    """Rows of probes, kept among the batches."""
+    from vlm_mech.behaviour.decay_probes import probed
+    from vlm_mech.data.pairs import load_pairs
+
+    name = config.probe_data or (COLOURS if config.data == CONFLICT else None)
+    if name is None or not mechanism or PROBES in work:
+        return
+    others = load_pairs(name, n=config.n_probe, seed=config.seed, split=config.split)
+    options: dict[str, Any] = {"folder": work.partial, "seed": config.seed, "batch": config.batch}
+    work.keep(PROBES, probed(vlm, pairs, others, mechanism, **options), {})
 
 
 if __name__ == "__main__":

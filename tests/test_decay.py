@@ -136,7 +136,11 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     assert all(later <= earlier for earlier, later in itertools.pairwise(means)), "C never rises"
     swaps = result.summary("recovered").query("view == 'swap of last' and n > 0")
     assert set(swaps["level"]) == {"1", "61"} and len(swaps) == 2 * 6
-    assert set(figures.redraw(tmp_path / "one")) == {"unchanged", "same", "correct", "correct_unchanged", "read_layers"}
+    drawn = {"unchanged", "same", "correct", "correct_unchanged", "read_layers", "decoded"}
+    assert set(figures.redraw(tmp_path / "one")) == drawn
+    decoded = result.summary("decoded").query("n > 0").set_index(["view", "level", "layer"])["mean"].sort_index()
+    assert len(decoded) == 4 * 2 * 6
+    assert decoded["probe of object", "1"].mean() > 0.9 and decoded["shuffled labels, object", "1"].mean() < 0.4
     killed_at(monkeypatch, decay_study, "decay", 2)
     assert command(blur_decay, *given, "--out", tmp_path / "two") == 130
     assert command(blur_decay, *given, "--out", tmp_path / "two", "--resume") == 0

@@ -38,16 +38,20 @@ def _format(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3g}"
 
 
-def _hover(row: pd.Series, axes: tuple[str, ...]) -> str:
+def _hover(row: pd.Series, axes: tuple[str, ...], against: str) -> str:
     where = ", ".join(f"{_text(axis)} {_text(row[axis])}" for axis in axes)
     return (
         f"{where}<br>mean {_format(row['mean'])} {_text(row['unit'])}"
         f"<br>95 % interval {_format(row['ci_low'])} to {_format(row['ci_high'])}"
         f"<br>n {row['n']} (missing {row['n_missing']})"
-        f"<br>unedited {_format(row['baseline'])}, change {_format(row['effect'])}"
+        f"<br>{against} {_format(row['baseline'])}, change {_format(row['effect'])}"
         f"<br>95 % interval of the change {_format(row['effect_low'])} to {_format(row['effect_high'])}"
         f"<br>corrected p {_format(row['p_corrected'])}"
     )
+
+
+def _held_against(metric: Metric) -> str:
+    return "the unedited run" if metric.against == "unedited" else metric.against
 
 
 def _range(metric: Metric, value: Value, numbers: pd.Series) -> tuple[float, float]:
@@ -187,7 +191,7 @@ def heatmap(
     figure.update_xaxes(title_text=_label(x), type="category")
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_yaxes(title_text=_label(y), col=1)
-    dots = "dot: change from the unedited run has p < 0.05 after Holm's correction"
+    dots = f"dot: difference from {_held_against(chosen)} has p < 0.05 after Holm's correction"
     _caption(figure, f"{_counts(summary)} per cell; {dots}")
     recipe = {"x": x, "y": y, "metric": chosen.name, "facet": facet, "value": value}
     recipe |= {"where": where, "title": title}
@@ -211,11 +215,15 @@ def _heat(result: Result, panel: pd.DataFrame, x: str, y: str, value: Value) -> 
     rows = {(row[x], row[y]): row for _, row in panel.iterrows()}
     # Not every combination need have been measured: a hole stays a hole.
     cells = [[rows.get((one, other)) for one in across] for other in down]
+    against = result.metric(str(panel["metric"].iloc[0])).against
+    hovers = [
+        ["not measured" if each is None else _hover(each, result.axes, against) for each in line] for line in cells
+    ]
     return go.Heatmap(
         x=[_text(one) for one in across],
         y=[_text(other) for other in down],
         z=[[None if cell is None else cell[value] for cell in line] for line in cells],
-        customdata=[["not measured" if cell is None else _hover(cell, result.axes) for cell in line] for line in cells],
+        customdata=hovers,
         hovertemplate="%{customdata}<extra></extra>",
         # Numbers in the cells as long as they are readable, below the dot.
         texttemplate="<br><br>%{z:.2f}" if len(across) <= MOST_NUMBERS else None,
@@ -270,7 +278,7 @@ def lines(
     colours = {one: COLOURS[number % len(COLOURS)] for number, one in enumerate(_values(summary, colour))}
     seen: set[str | None] = {None}
     for column, (_, panel) in enumerate(panels, 1):
-        for trace in _traces(panel, result.axes, x, colour, colours, value):
+        for trace in _traces(panel, result.axes, x, colour, colours, value, chosen.against):
             trace.showlegend = trace.name not in seen
             seen.add(trace.name)
             figure.add_trace(trace, row=1, col=column)
@@ -289,23 +297,32 @@ def lines(
 
 
 def _traces(
-    panel: pd.DataFrame, axes: tuple[str, ...], x: str, colour: str, colours: dict[Any, str], value: Value
+    panel: pd.DataFrame,
+    axes: tuple[str, ...],
+    x: str,
+    colour: str,
+    colours: dict[Any, str],
+    value: Value,
+    against: str,
 ) -> list[Any]:
-    """The lines of a panel with their bands, and the unedited run."""
+    """The lines of a panel with their bands, and what they are held against."""
     place = {one: number for number, one in enumerate(_values(panel, x))}
-    panel = panel.assign(unedited=panel["baseline"] if value == "mean" else 0.0)
+    panel = panel.assign(against=panel["baseline"] if value == "mean" else 0.0)
     by_line = {one: panel[panel[colour] == one].sort_values(x, key=lambda xs: xs.map(place)) for one in colours}
     by_line = {one: rows for one, rows in by_line.items() if len(rows)}
-    traces = [trace for one, rows in by_line.items() for trace in _band(rows, axes, x, _text(one), colours[one], value)]
-    spread = panel.groupby(x, observed=True)["unedited"].agg(lambda values: values.max() - values.min())
+    bands = [_band(rows, axes, x, _text(one), colours[one], value, against) for one, rows in by_line.items()]
+    traces = [trace for band in bands for trace in band]
+    spread = panel.groupby(x, observed=True)["against"].agg(lambda values: values.max() - values.min())
     # Nothing but missing values spreads nowhere.
     if float(spread.fillna(0).max()) <= SAME:
         longest = max(by_line.values(), key=len)
-        return [*traces, _unedited(longest, x, "#888888", "unedited")]
-    return traces + [_unedited(rows, x, colours[one], f"{_text(one)}, unedited") for one, rows in by_line.items()]
+        return [*traces, _dotted(longest, x, "#888888", against)]
+    return traces + [_dotted(rows, x, colours[one], f"{_text(one)}, {against}") for one, rows in by_line.items()]
 
 
-def _band(rows: pd.DataFrame, axes: tuple[str, ...], x: str, name: str, colour: str, value: Value) -> list[Any]:
+def _band(
+    rows: pd.DataFrame, axes: tuple[str, ...], x: str, name: str, colour: str, value: Value, against: str
+) -> list[Any]:
     import plotly.graph_objects as go
 
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
@@ -327,23 +344,23 @@ def _band(rows: pd.DataFrame, axes: tuple[str, ...], x: str, name: str, colour: 
         mode="lines+markers",
         name=name,
         line={"color": colour, "width": 2.5},
-        text=[_hover(row, axes) for _, row in rows.iterrows()],
+        text=[_hover(row, axes, against) for _, row in rows.iterrows()],
         hovertemplate="%{text}<extra></extra>",
         legendgroup=name,
     )
     return [band, line]
 
 
-def _unedited(rows: pd.DataFrame, x: str, colour: str, name: str) -> "go.Scatter":
+def _dotted(rows: pd.DataFrame, x: str, colour: str, name: str) -> "go.Scatter":
     import plotly.graph_objects as go
 
     return go.Scatter(
         x=rows[x],
-        y=rows["unedited"],
+        y=rows["against"],
         mode="lines",
         name=name,
         line={"color": colour, "width": 1.5, "dash": "dot"},
-        hovertemplate="unedited run: %{y:.3g}<extra></extra>",
+        hovertemplate=f"{name}: %{{y:.3g}}<extra></extra>",
         legendgroup=name,
     )
 

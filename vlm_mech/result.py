@@ -27,12 +27,16 @@ N_SIGN_FLIPS = 100_000
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of numbers: its name, unit and meaning. `signed` metrics are drawn around zero."""
+    """A column of numbers: its name, unit and meaning. `signed` metrics are drawn around zero.
+
+    `against` names in a word what its baseline is, as figures call it.
+    """
 
     name: str
     unit: str
     description: str
     signed: bool = False
+    against: str = "unedited"
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,7 +114,7 @@ def probe_rows(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """What probes, and probes of shuffled labels, say of the images of a map: its rows, and notes on the fits."""
     splits = make_splits(fitted.labels, fitted.groups, n_folds=N_FOLDS, n_seeds=N_SEEDS, seed=fitted.seed)
-    labels = np.stack([fitted.labels, _control_labels(fitted, splits)])
+    labels = np.stack([fitted.labels, control_labels(fitted, splits)])
     elsewhere: Features | None = None
     if not fitted.own:
         objects = tuple(changed_patches(vlm, pair) for pair in cases.pairs)
@@ -135,7 +135,7 @@ def probe_rows(
     return as_rows(table.assign(group=table["example"].map(groups), skipped="")), notes
 
 
-def _control_labels(fitted: Fitting, splits: Sequence[Split]) -> Int[np.ndarray, "example"]:
+def control_labels(fitted: Fitting, splits: Sequence[Split]) -> Int[np.ndarray, "example"]:
     """Shuffled labels, drawn until every class is in every training part: folds are stratified by the real ones."""
     for draw in range(DRAWS):
         labels = shuffled(fitted.labels, seed=fitted.seed + draw)

@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 
 from vlm_mech import figures
 from vlm_mech.behaviour.decay import NONE, answers_at, compared, decayed, resized, strangers, with_images
+from vlm_mech.behaviour.decay_probes import CONTROLS, DECODED, PROBES
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.image import load_image
 from vlm_mech.result import Metric, Result
@@ -27,12 +28,19 @@ SWAPS = {"image": "swap of image", "last": "swap of last"}
 WHOLE = -1
 """Layer of what is asked of the whole model."""
 SAME = Metric(
-    "same", "share", "E: share of answers that are the answer to the picture as it is; no answer is never the same"
+    "same",
+    "share",
+    "E: share of answers that are the answer to the picture as it is; no answer is never the same",
+    against="clear picture",
 )
-UNCHANGED = Metric("unchanged", "share", "C: share of answers that were that answer at every level so far")
-CORRECT = Metric("correct", "share", "share of right answers")
-CORRECT_UNCHANGED = Metric("correct_unchanged", "share", "share of right answers among those unchanged so far")
-METRICS = (UNCHANGED, SAME, CORRECT, CORRECT_UNCHANGED, RECOVERED)
+UNCHANGED = Metric(
+    "unchanged", "share", "C: share of answers that were that answer at every level so far", against="clear picture"
+)
+CORRECT = Metric("correct", "share", "share of right answers", against="clear picture")
+CORRECT_UNCHANGED = Metric(
+    "correct_unchanged", "share", "share of right answers among those unchanged so far", against="clear picture"
+)
+METRICS = (UNCHANGED, SAME, CORRECT, CORRECT_UNCHANGED, RECOVERED, DECODED)
 
 
 def decay(
@@ -112,7 +120,7 @@ def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, 
     unread = result.table[(result.table["view"] == OWN) & (result.table["unread"] == True)]  # noqa: E712
     if len(unread):
         found.append(f"{len(unread)} answers say nothing and count as changed.")
-    return (*found, *_reading(result))
+    return (*found, *_reading(result), *_decoded(result))
 
 
 def _reading(result: Result) -> tuple[str, ...]:
@@ -135,6 +143,25 @@ def _reading(result: Result) -> tuple[str, ...]:
         found.append(
             f"at {_level(level)} (n = {n}): a swap of the image no longer turns the answer from layer {ends[0]} on, "
             f"one of the last token does from layer {ends[1]} on."
+        )
+    return tuple(found)
+
+
+def _decoded(result: Result) -> tuple[str, ...]:
+    """What probes fitted on clear pictures find after the first and the last block, at each level."""
+    summary = result.summary(DECODED.name)
+    held = summary[summary["n"] > 0]
+    found = []
+    for level in held["level"].drop_duplicates():
+        rows = held[held["level"] == level]
+        ends = {view: rows[rows["view"] == view].sort_values("layer").iloc[[0, -1]] for view in PROBES.values()}
+        told = "; ".join(
+            f"{view} after block {row['layer']} {_told(row)}" for view, two in ends.items() for _, row in two.iterrows()
+        )
+        worst = rows[rows["view"].isin(list(CONTROLS.values()))]["mean"].max()
+        found.append(
+            f"at {_level(level)}, share of answers found by probes of clear pictures: {told}; with shuffled labels at "
+            f"most {worst:.3f}, chance {rows['baseline'].iloc[0]:.3f}."
         )
     return tuple(found)
 
@@ -176,6 +203,12 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
         found["read_layers"] = figures.lines(
             result, x="layer", colour="level", metric="recovered", facet="view", where={"view": list(SWAPS.values())},
             title="where the answer is read as the pictures decay: recovered fraction",
+        )  # fmt: skip
+    if set(PROBES.values()) & set(result.table["view"]):
+        views = [*PROBES.values(), *CONTROLS.values()]
+        found["decoded"] = figures.lines(
+            result, x="layer", colour="level", metric=DECODED.name, facet="view", where={"view": views},
+            title="what probes of clear pictures read as the pictures decay: share of answers",
         )  # fmt: skip
     return found
 
