@@ -4,6 +4,7 @@ Runs the sweep engine, loops with PyTorch hooks, with nnsight and with Transform
 same model, inputs and cells in one process, and checks that they agree. Models have real shapes and random weights.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,6 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its table and bars, and the pictures."""
-    import dataclasses
-
     import torch
 
     from vlm_mech.benchmark.cases import PROBES
@@ -109,11 +108,9 @@ def _subject(config: Config) -> "tuple[VLM, list[Prompt], list[Prompt]]":
     how = {"device": config.device, "dtype": config.dtype, "attn": config.attn}
     if config.full and config.device == "cpu":
         raise UsageError("--full has 7 billion weights; give --device cuda --dtype bfloat16 with it")
-    shape = geometry(config.model if config.model in GEOMETRIES else "llava15", width=config.width, full=config.full)
-    if config.model in GEOMETRIES:
-        vlm = build(shape, seed=config.seed, **how)
-    else:
-        vlm = VLM.load(config.model, revision=config.revision, **how)
+    made = config.model in GEOMETRIES
+    shape = geometry(config.model if made else "llava15", width=config.width, full=config.full)
+    vlm = build(shape, seed=config.seed, **how) if made else VLM.load(config.model, revision=config.revision, **how)
     n = max(config.batch, 8 if config.n is None else config.n)
     return vlm, prompts(shape, n, seed=config.seed), prompts(shape, n, seed=config.seed + n)
 

@@ -394,6 +394,11 @@ def test_wrong_use_is_told_in_one_line(wrapped, vlm):
         _ = Run(torch.zeros(2, 3), encoded).last
     with pytest.raises(UsageError, match="no direction"):
         run(dual, encoded, Ablate(Site("text.embed"), "all"))
+
+
+def test_wrong_spans_and_inputs_are_told_in_one_line(wrapped):
+    dual = wrapped("clip")
+    encoded = batch(dual)
     for span, place, told in (
         ("last", "vision.embed", "only span is 'all'"), ("question", "text", "is not known in a text"),
         (Positions((39,)), "text", "does not fit text 0"), (Words("dog"), "text", "occurs 0 times"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import COMBINATIONS, picture
+from vlm_mech.edit import plan
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.intervene import Ablate, Knockout, Replace, Steer, window
 from vlm_mech.prompt import Prompt
@@ -281,3 +282,15 @@ def test_backends_without_masks_are_refused(vlm, prompts):
             run(vlm, prompts, Knockout("last", "image", 1))
     finally:
         config._attn_implementation_internal = kept
+
+
+@pytest.mark.parametrize("spans", ["last", ("last", "generated")])
+def test_generated_tokens_lose_edges_only_where_they_are_named(vlm, prompts, spans):
+    encoded = vlm.encode(prompts)
+    (cut,) = plan(vlm, encoded, Knockout(spans, "image", 0, heads=(1,)), lambda *_: None).cuts["llm", 0]
+    new, seen = range(encoded.n_pos, encoded.n_pos + 1), range(encoded.n_pos + 1)
+    blocked = cut.blocked(len(encoded), new, seen, prompt=False, device=torch.device("cpu"))
+    assert blocked.shape == (len(encoded), vlm.n_heads("llm"), 1, len(seen)) and not blocked[:, [0, 2, 3]].any()
+    for row in range(len(encoded)):
+        found = blocked[row, 1, 0].nonzero()[:, 0].tolist()
+        assert found == ([] if spans == "last" else sorted(encoded.positions("image", row)))

@@ -5,8 +5,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import picture
+from tests.zoo import ZOO
 from vlm_mech.errors import UsageError
 from vlm_mech.image import Box, load_image
+from vlm_mech.model import VLM
 from vlm_mech.prompt import Prompt, render
 from vlm_mech.span import Each, Patches, Words
 
@@ -184,3 +186,20 @@ def test_a_template_that_alters_the_question_raises(vlm):
             vlm.encode(Prompt("what is this?", picture(1)))
     finally:
         vlm.processor.chat_template = template
+
+
+def test_prompts_of_one_question_are_still_told_apart():
+    """What differs but in the picture is made once a batch; pictures of other sizes and system messages differ more."""
+    vlm = VLM(*ZOO["qwen2_vl"]("sdpa", 0), name="qwen2_vl", check=False)
+    question = "what is this?"
+    some = [Prompt(question, picture(1)), Prompt(question, picture(2, 112, 56)), Prompt(question, picture(3))]
+    some.append(Prompt(question, picture(4), system="what colour is the circle?"))
+    together = vlm.encode(some)
+    for number, prompt in enumerate(some):
+        alone, row = vlm.encode([prompt]).rows[0], together.rows[number]
+        assert row.text == alone.text and row.question == alone.question
+        assert [row.tokens[at] for at in row.present] == list(alone.tokens)
+        assert row.images[0].layout.views[0].grid == alone.images[0].layout.views[0].grid
+        shift = row.present[0]
+        assert [at - shift for at in row.images[0].positions] == list(alone.images[0].positions)
+    assert len({row.text for row in together.rows}) == 3 and together.rows[0].present == together.rows[2].present

@@ -154,6 +154,7 @@ def sweeps(
 
 
 def found_edges(vlm: "VLM", pairs: Pairs, scan: Scan, masks: Masks, only_correct: bool, seed: int) -> FoundBy:
+    """What a scan can cut in each example."""
     clean = record(vlm, vlm.encode(pairs.base))
     right = metrics.correct(clean.logits, vlm.answer_ids(clean.encoded, pairs.answer)).tolist()
     found: FoundBy = {(str(edge), cut): [] for edge in scan.edges for cut in scan.cuts}

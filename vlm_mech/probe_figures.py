@@ -60,7 +60,7 @@ def depth_lines(result: Result, *, probe: str, title: str | None = None) -> "go.
     figure.update_yaxes(title_text="accuracy (share of test examples)", col=1)
     note = f"n = {int(summary['n'].min())} examples; bands: 95 % bootstrap interval over scenes, of the mean over seeds"
     figure.update_layout(meta=_recipe("depth_lines", probe=probe, title=title))
-    return _finished(figure, places, title or f"what a {probe} probe reads at every depth", note)
+    return _finished(figure, places, title or f"what probes ({probe}) read at every depth", note)
 
 
 def conflict_lines(result: Result, *, probe: str, title: str | None = None) -> "go.Figure":
@@ -88,7 +88,7 @@ def conflict_lines(result: Result, *, probe: str, title: str | None = None) -> "
     figure.update_yaxes(title_text="probability", col=1)
     note = f"n = {int(summary['n'].max())} scenes; bands: 95 % bootstrap interval over scenes"
     figure.update_layout(meta=_recipe("conflict_lines", probe=probe, title=title))
-    return _finished(figure, _order(result), title or f"seen or usual? a {probe} probe in conflict", note)
+    return _finished(figure, _order(result), title or f"seen or usual? probes ({probe}) in conflict", note)
 
 
 def confusion(result: Result, *, model: str, probe: str, span: str, place: str, read_on: str = "test") -> "go.Figure":
