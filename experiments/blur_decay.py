@@ -1,7 +1,7 @@
 """How much of what a model answers survives when its picture is blurred until nothing is left?
 
 Asks every question on a ladder of pictures, counts the answers that never change, holds them against pictures of
-something else, and looks at which layers the answer is read meanwhile (after paper C, methods C.4).
+something else, and looks at which layers the answer is read meanwhile (after arXiv 2606.06890).
 """
 
 import dataclasses

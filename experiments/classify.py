@@ -1,7 +1,7 @@
 """Why is the model bad at naming what is in an image: because it does not see it, or because it does not say it?
 
 Classification by generation (open and closed world) and by log-probabilities of class names, against a contrastive
-model and probes, with frequency, two-hop questions and fine-tuning (after Zhang et al. 2024, methods D).
+model and probes, with frequency, two-hop questions and fine-tuning (after Zhang et al. 2024).
 """
 
 from dataclasses import dataclass, replace

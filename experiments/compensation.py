@@ -2,7 +2,7 @@
 
 Cuts self-attention of the patches that show a part of an object, in the vision tower, in the decoder, or in both, and
 measures whether the part is still named at its patches and whether questions about it are still answered (after
-Takishita et al., methods A).
+Takishita et al.).
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Which tokens must attend to which, at which layers, for the answer to come out?
 
 Cuts attention edges such as last<-image, layer by layer or head by head, and measures what happens to the answer
-(attention knockout, methods E.1).
+(attention knockout).
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
 """At which layer, and through which tokens, does the answer come to depend on the image?
 
 Runs each question on an image with the hidden states of its counterfactual, layer by layer and span by span, in both
-directions, and measures how much of the way to the other answer that goes (counterfactual states, methods E.2). With
-`--swap weights` decoder blocks are exchanged with those of a tuned twin instead (counterfactual blocks, methods C.1).
+directions, and measures how much of the way to the other answer that goes (counterfactual states). With
+`--swap weights` decoder blocks are exchanged with those of a tuned twin instead (counterfactual blocks, after arXiv
+2606.06890).
 """
 
 import dataclasses

@@ -9,11 +9,13 @@ from PIL import Image
 from experiments import blur_decay
 from tests.conftest import picture
 from tests.helpers import assert_help_is_light, command, killed_at
+from tests.zoo import ZOO
 from vlm_mech import figures
 from vlm_mech.behaviour import decay, decay_study
 from vlm_mech.behaviour.decay import MEAN, NONE, Said, blurred, compared, decayed, kernel, levels_of, resized, said
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.model import VLM
 from vlm_mech.result import Result
 
 
@@ -79,6 +81,12 @@ def test_levels(vlm):
     for wrong in ((5, 11), (1, 11, 5), (1, 5, 5), ()):
         with pytest.raises(UsageError, match="they must grow from 1"):
             levels_of(vlm, wrong)
+
+
+@pytest.mark.parametrize("family", ["blip2", "instructblip", "paligemma"])
+def test_models_that_need_a_picture_are_not_asked_without_one(family):
+    vlm = VLM(*ZOO[family]("sdpa", 0), name=family, check=False)
+    assert levels_of(vlm, (1, 61)) == ("1", "61", MEAN)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Which decoder blocks carry what a tuning changed: blocks exchanged between a checkpoint and its tune.
 
-After the layer replacement of paper C, as far as it is known (methods C.1): the metric, the direction and the schedules
+After the layer replacement of arXiv 2606.06890, as far as it is known: the metric, the direction and the schedules
 are ours. A hybrid is foreign to both its parents, so every exchange has a control of equal size in a random direction.
 """
 

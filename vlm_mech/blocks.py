@@ -1,6 +1,6 @@
 """Counterfactual blocks: a model some of whose decoder blocks are those of another checkpoint of the same architecture.
 
-An exchange of weights, after the layer replacement of paper C (methods C.1) whose details are not known; not the
+An exchange of weights, after the layer replacement of arXiv 2606.06890 whose details are not known; not the
 interchange of hidden states between two images (`swap.py`). Nothing is copied: each block is called where it is.
 """
 

@@ -1,8 +1,8 @@
 """Layer-wise probes: what can be read off the hidden states at every layer, and what that is worth.
 
-After methods C.2 (three-layer MLP a layer) and D.4 (linear layer on the last token or a mean), with what these lack:
-standardisation and early stopping that see no test example, splits by scene and question, several seeds, controls.
-Everything is trained by `probe_train`; scikit-learn is the reference for a single probe.
+After arXiv 2606.06890 (three-layer MLP a layer) and 2405.18415 (linear layer on the last token or a mean), with what
+these lack: standardisation and early stopping that see no test example, splits by scene and question, several seeds,
+controls. Everything is trained by `probe_train`; scikit-learn is the reference for a single probe.
 """
 
 import math

@@ -44,7 +44,7 @@ class Recipe:
 
 LINEAR = Recipe()
 MLP = Recipe(hidden=(512, 128), l2=(1e-4,), learning_rate=2e-3)
-"""Three weight layers, as the paper behind methods C.2 is said to have; the widths are ours."""
+"""Three weight layers, as arXiv 2606.06890 is said to have; the widths are ours."""
 
 
 def fast_mlp(n_train: int) -> Recipe:

@@ -1,6 +1,6 @@
 """Progressive visual decay: the same question on an image that is blurred more and more, until there is none.
 
-After paper C (methods C.4), which names eight Gaussian kernels from 1 x 1 to 61 x 61; the sizes between, the size of
+After arXiv 2606.06890, which names eight Gaussian kernels from 1 x 1 to 61 x 61; the sizes between, the size of
 the image before the blur, and how answers are compared were not found and are ours.
 """
 
@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 from PIL import Image
 
+from vlm_mech.behaviour.decoding import without_images
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.image import load_image
@@ -88,7 +89,7 @@ def levels_of(vlm: "VLM", kernels: Sequence[int] = KERNELS) -> tuple[str, ...]:
     for size in kernels:
         kernel(size)
     try:
-        vlm.encode(Prompt("what is this?"))
+        without_images(vlm, vlm.encode(Prompt("what is this?", Image.new("RGB", (LONG_SIDE, LONG_SIDE)))))
     except UsageError:
         return (*map(str, kernels), MEAN)
     return (*map(str, kernels), MEAN, NONE)

@@ -1,7 +1,7 @@
 """Log-probabilities of every class name after a prompt, from one pass over the prompt.
 
 The prompt's keys and values are kept and repeated over rows; each row continues them with the beginning of a name.
-Afterwards exactly what was added is cropped away, so that no name is ever scored after another one (methods F.7).
+Afterwards exactly what was added is cropped away, so that no name is ever scored after another one.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Fine-tuning on class names: the projector alone, or with LoRA on the decoder (methods D.6).
+"""Fine-tuning on class names: the projector alone, or with LoRA on the decoder (after arXiv 2405.18415).
 
 LoRA is peft's; afterwards it is merged into the weights, so that the model is an ordinary one again. The model is
 changed in place.

@@ -1,0 +1,110 @@
+"""Does contrastive decoding bring a model back to its picture where a prior competes with it?
+
+Compares greedy, M3ID and VCD, greedy and sampled, on questions about unusual pictures; doses are chosen on validation
+(after M3ID, arXiv 2403.14003, and VCD).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+
+QUESTION = (
+    "The picture shows one thing, what is usual is another. M3ID weighs each token by what the picture adds to the "
+    "text alone, VCD by what a clear picture adds to a diffused one. Do answers follow the picture more often than "
+    "greedy ones, and not just another picture's?"
+)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Options of contrastive decoding."""
+
+    data: str = "scenes/colour-conflict"
+    """Pairs; the second picture of each is asked about: in this set, a thing in an unusual colour."""
+    methods: tuple[Literal["M3ID", "VCD"], ...] = ("M3ID", "VCD")
+    """Methods; M3ID and the dependency along the answer need a model that can run without a picture."""
+    alphas: tuple[float, ...] = (0.6, 1.0)
+    """M3ID corrects tokens whose best probability is below alpha; one of these is chosen on validation."""
+    rates: tuple[float, ...] = (0.0, 0.15, 0.5, 1.0, 2.0)
+    """Lambda of M3ID, chosen likewise; 0 changes nothing and is never chosen."""
+    start: int = 1
+    """t of the first token in M3ID's weight exp(lambda t) - 1."""
+    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
+    """a of VCD, chosen likewise."""
+    cutoff: float = 0.1
+    """b of VCD: tokens with less than that share of the best one's probability are ruled out."""
+    noise_step: int = 500
+    """Step of VCD's diffusion, 0 to 999."""
+    letters: bool = False
+    """Answers are letters of options."""
+    max_new_tokens: int = 8
+    """Tokens of an answer at most."""
+    batch: int = 32
+    """Examples a forward pass."""
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, rates by method, curves of the dose, and the dependency on the picture along the answer."""
+    from vlm_mech.behaviour import decoding_study as study
+    from vlm_mech.behaviour.decoding_figures import drawn
+    from vlm_mech.model import VLM
+    from vlm_mech.result import Result
+
+    vlm = VLM.load(config.model, **config.loading)
+    options = study.Options(
+        config.start, config.cutoff, config.noise_step, config.max_new_tokens, config.letters, config.seed
+    )
+    settings = study.grid(config.methods, config.alphas, config.rates, config.strengths)
+    validation, test = _splits(config, vlm)
+    _kept(config, work, vlm, validation, settings, study.VALIDATION, options)
+    # Test batches may be there already when a run is taken up; the choice looks at validation alone.
+    choice = study.chosen(work.collect()[0], settings)
+    settings = study.tested(choice)
+    _kept(config, work, vlm, test, settings, study.TEST, options)
+    table = study.completed(work.collect()[0])
+    told = about(QUESTION, vlm, test, {}) | {
+        "validation": {"n": len(validation), "hash": validation.digest},
+        "chosen": [dataclasses.asdict(each) for each in choice],
+    }
+    metrics = tuple(each for each in study.METRICS if each.name in table)
+    result = Result("contrastive decoding", table, study.AXES, metrics, {}, told)
+    result = dataclasses.replace(result, findings=study.findings(result, settings, choice))
+    return Outcome(result, drawn(result))
+
+
+def _splits(config: Config, vlm: Any) -> tuple[Any, Any]:
+    """Validation and test pairs: splits of the scenes, or halves of a folder."""
+    from vlm_mech.behaviour import decoding_study as study
+    from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.errors import UsageError
+
+    if len(set(config.methods)) != len(config.methods) or not config.methods:
+        raise UsageError(f"methods {' '.join(config.methods) or '(none)'}: M3ID, VCD or both are needed, each once")
+    given = {"n": config.n, "seed": config.seed}
+    if config.data.startswith("scenes/"):
+        both = [fitting(vlm, load_pairs(config.data, split=split, **given)) for split in (study.VALIDATION, study.TEST)]
+    else:
+        both = list(study.halves(fitting(vlm, load_pairs(config.data, **given)), seed=config.seed))
+    for pairs, split in zip(both, (study.VALIDATION, study.TEST), strict=True):
+        if len(pairs) < 2:
+            raise UsageError(f"{pairs.name} gives {len(pairs)} example for {split}; at least two are needed")
+    return study.unusual(both[0]), study.unusual(both[1])
+
+
+def _kept(config: Config, work: Workspace, vlm: Any, pairs: Any, settings: Any, split: str, options: Any) -> None:
+    """Does and stores the batches of a split that are not there yet; validation comes before test by its keys."""
+    from vlm_mech.behaviour import decoding_study as study
+    from vlm_mech.behaviour.decay_study import partners
+
+    others = partners(pairs, seed=config.seed)
+    for start in work.progress(range(0, len(pairs), config.batch), split):
+        key, rows = f"{(study.VALIDATION, study.TEST).index(split)}-{start:08d}", slice(start, start + config.batch)
+        if key not in work:
+            given = {"split": split, "options": options, "dependency": split == study.TEST and "M3ID" in config.methods}
+            work.keep(key, study.contrast(vlm, pairs[rows], others[rows], settings, **given), {})
+
+
+if __name__ == "__main__":
+    main(Config, run, name="decode")

@@ -1,0 +1,103 @@
+"""Images that a contrastive model finds nearly the same: does a VLM tell them apart all the same?
+
+Pairs (and sets of four) of images that differ in one thing: how alike their embeddings are, whether the contrastive
+model matches them with their captions, and whether the VLM answers a question about both rightly (after
+arXiv 2411.05195).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+
+if TYPE_CHECKING:
+    from vlm_mech.behaviour.agreement_data import Cases
+
+QUESTION = (
+    "Two images that differ in one thing have nearly the same embedding in a contrastive model. Does it match them "
+    "with the right captions, does a VLM that sees through such a tower answer rightly about both, and does that "
+    "depend on how alike they are? Unpaired images of the same data set are the floor of likeness, guessing that of "
+    "accuracy."
+)
+SETS = ("colour", "kind", "presence", "left-right", "above-below", "front-behind", "count", "relations")
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Options of the comparison."""
+
+    data: tuple[str, ...] = tuple(f"scenes/{name}" for name in SETS)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Data sets: generated pairs (scenes/colour, ...), sets of four (scenes/relations), folders with pairs.jsonl."""
+    n: int | None = None
+    """Pairs (or sets) of each data set; 64 pairs and 32 sets by default, all of a folder."""
+    contrastive: str = "clip"
+    """Contrastive model: embedded (clip), folder, or Hugging Face id."""
+    tau: float = 0.95
+    """Similarity above which two images count as the same to the model."""
+    caption: str = "{question} {answer}"
+    """Captions of a folder whose lines have no caption and counterfactual_caption."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Split of the generated scenes."""
+    batch: int = 16
+    """Pairs (or sets) a forward pass."""
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, who is right at which similarity, accuracies, alignment along the tower, and some pairs."""
+    from vlm_mech.behaviour import agreement_data, agreement_figures, agreement_study
+    from vlm_mech.contrastive import DualEncoder
+    from vlm_mech.model import VLM
+    from vlm_mech.result import Result
+
+    _check(config)
+    options = {"n": config.n, "seed": config.seed, "split": config.split, "template": config.caption}
+    loaded = [agreement_data.load_cases(name, **options) for name in config.data]
+    for cases in loaded:
+        agreement_data.check_enough(cases)
+    vlm = VLM.load(config.model, **config.loading)
+    loading = {name: value for name, value in config.loading.items() if name != "revision"}
+    encoder = DualEncoder.load(config.contrastive, **loading)
+    data = [agreement_data.answerable(vlm, cases) for cases in loaded]
+    for cases in data:
+        agreement_data.check_enough(cases)
+    _look(config, work, vlm, encoder, data)
+    images, _ = work.collect()
+    table, floors = agreement_study.pair_table(images, tau=config.tau)
+    pairs = agreement_data.joined(data)
+    told = about(QUESTION, vlm, pairs, {}) | {"contrastive": encoder.identity(), "tau": config.tau, "floors": floors}
+    told["alignment"] = agreement_study.alignments(images, seed=config.seed)
+    result = Result("erroneous agreement", table, agreement_study.AXES, agreement_study.METRICS, {}, told)
+    found = agreement_study.findings(result, tau=config.tau, floors=floors, n_refused=len(pairs.refused))
+    result = dataclasses.replace(result, findings=found)
+    return Outcome(result, agreement_figures.drawn(result), agreement_data.shown(data))
+
+
+def _check(config: Config) -> None:
+    from vlm_mech.errors import UsageError
+
+    if not 0 < config.tau <= 1:
+        raise UsageError(f"tau is {config.tau:g}; a cosine above 0 and at most 1 is needed, such as 0.95")
+    if config.batch < 1:
+        raise UsageError(f"batch is {config.batch}; a number above zero is needed")
+    twice = [name for name in config.data if config.data.count(name) > 1]
+    if twice or not config.data:
+        raise UsageError(f"data {twice[0]!r} is given twice; once is needed" if twice else "--data needs a data set")
+
+
+def _look(config: Config, work: Workspace, vlm: Any, encoder: Any, data: "Sequence[Cases]") -> None:
+    """Every batch of every data set through both models, kept as it is done."""
+    from vlm_mech.behaviour import agreement_study
+
+    steps = [(number, start) for number, cases in enumerate(data) for start in range(0, len(cases.cases), config.batch)]
+    for number, start in work.progress(steps, "agreement"):
+        key, cases = f"{number:03d}-{start:08d}", data[number].cases
+        if key not in work:
+            stop = start + config.batch
+            found = agreement_study.looked_at(encoder, vlm, cases[start:stop], cases[stop if stop < len(cases) else 0])
+            work.keep(key, found.assign(data=data[number].name, n_layers=encoder.n_layers("vision")), {})
+
+
+if __name__ == "__main__":
+    main(Config, run, name="erroneous_agreement")

@@ -1,0 +1,76 @@
+"""How much of what a model is said to know depends on how its answers are scored?
+
+The same pairs by generation, by perplexity of options and of letters, and by similarity; one by one, in pairs and
+matched; over prompts and both orders of the options (after arXiv 2411.05195).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+
+if TYPE_CHECKING:
+    from vlm_mech.behaviour.scoring_job import Plan
+
+QUESTION = (
+    "Each question is asked about both pictures of a pair, which have different answers. What is generated is read by "
+    "several rules, and the perplexities of both options are compared; how far these verdicts differ is not about what "
+    "the model sees. Another pair's pictures give the floor."
+)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Options of the scoring."""
+
+    data: str = "scenes/colour-conflict"
+    """Pairs: generated, or a folder with pairs.jsonl; both answers are the options."""
+    compare: str | None = None
+    """A second model, scored on the same pairs."""
+    forms: tuple[Literal["generation", "options", "letters"], ...] = ()
+    """What is scored: generated answers, full options, letters; by default all that the model has tokens for."""
+    prompts: tuple[str, ...] = ()
+    """Ways of asking with {question} and {first} {second}; letters need "(a) {first}" and "(b) {second}"."""
+    n_validation: int | None = None
+    """Pairs on which the best prompt is chosen; 32 scenes, a third of a folder; 0 for none."""
+    contrastive: str | None = None
+    """Contrastive model to score by similarity; clip for generated scenes with known captions; none leaves it out."""
+    caption: str = ""
+    """Caption of an answer for the contrastive model, such as "a photo of a {answer}"."""
+    max_new_tokens: int = 8
+    """Tokens of an answer at most."""
+    split: Literal["test", "train"] = "test"
+    """Split of the generated scenes; the best prompt is chosen on validation scenes."""
+    batch: int = 32
+    """Pairs a forward pass."""
+
+
+def _loaded(config: Config) -> "Plan":
+    from vlm_mech.behaviour import scoring_job
+    from vlm_mech.model import VLM
+
+    test, validation = scoring_job.load_parts(config)
+    names = [config.model, *([config.compare] if config.compare else [])]
+    return scoring_job.plan_of(config, [VLM.load(name, **config.loading) for name in names], test, validation)
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, its figures, and some pairs."""
+    from vlm_mech.behaviour import scoring_findings, scoring_job, scoring_study
+    from vlm_mech.result import Result
+    from vlm_mech.swap import pictures
+
+    plan = _loaded(config)
+    scoring_job.score_all(plan, work)
+    table, best = scoring_job.collected(work)
+    told: dict[str, Any] = about(QUESTION, plan.vlms[0], plan.test, {})
+    told |= plan.told | {"best": [{"model": one, "scoring": two, "prompt": best[one, two]} for one, two in best]}
+    result = Result("ways of scoring", table, scoring_study.AXES, scoring_study.METRICS, {}, told)
+    said = scoring_findings.findings(result, plan.test, best, len(plan.validation or ()), plan.left_out)
+    result = dataclasses.replace(result, findings=said)
+    return Outcome(result, scoring_findings.drawn(result), pictures(plan.test))
+
+
+if __name__ == "__main__":
+    main(Config, run, name="score")

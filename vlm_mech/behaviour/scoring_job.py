@@ -1,0 +1,239 @@
+"""A scoring run from its options to its table: pairs for both parts, prompts and forms, batches that can be resumed."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from vlm_mech.behaviour import scoring_study
+from vlm_mech.behaviour.decay_study import partners
+from vlm_mech.behaviour.scoring import (
+    GENERATION,
+    LETTERED,
+    LETTERS,
+    OPTIONS,
+    PLAIN,
+    Template,
+    check_letters,
+    check_options,
+    option_tokens,
+)
+from vlm_mech.behaviour.scoring_study import finished
+from vlm_mech.classify.answers import check_known
+from vlm_mech.contrastive import DualEncoder
+from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.prompt import Prompt
+
+if TYPE_CHECKING:
+    from vlm_mech.model import VLM
+    from vlm_mech.workspace import Workspace
+
+N_VALIDATION = 32
+TEST, VALIDATION = "test", "validation"
+SCENE_CAPTIONS = {
+    "scenes/colour": (r"what colour is the (.+)\?", r"a {answer} \1"),
+    "scenes/colour-conflict": (r"what colour is the (.+)\?", r"a {answer} \1"),
+    "scenes/left-right": (r"is the (.+) left or right of the (.+)\?", r"a \1 {answer} of a \2"),
+}
+"""How a question and its answer become a caption."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a run scores: models, pairs of both parts, prompts, forms, and the captions of a contrastive model."""
+
+    vlms: "tuple[VLM, ...]"
+    test: Pairs
+    validation: Pairs | None
+    templates: tuple[Template, ...]
+    forms: tuple[str, ...]
+    left_out: tuple[str, ...]
+    encoder: DualEncoder | None
+    captions: tuple[tuple[str, str], ...]
+    seed: int
+    batch: int
+    max_new_tokens: int
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the provenance says beside what every run says."""
+        models = [*self.vlms, *([self.encoder] if self.encoder else [])]
+        validation = None if self.validation is None else {"n": len(self.validation), "hash": self.validation.digest}
+        prompts = [dataclasses.asdict(template) for template in self.templates]
+        return {"models": [each.identity() for each in models], "validation": validation, "prompts": prompts}
+
+
+def load_parts(config: Any) -> tuple[Pairs, Pairs | None]:
+    """Pairs to test on, and to choose the best prompt on (None: that is left out).
+
+    Raises:
+        UsageError: as for `load_pairs`, a negative number, or fewer than two pairs to test on.
+    """
+    n = config.n_validation
+    if n is not None and n < 0:
+        raise UsageError(f"--n-validation is {n}; 0 leaves the best prompt out, otherwise pairs are needed")
+    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    if config.data.startswith("scenes/"):
+        n = N_VALIDATION if n is None else n
+        return pairs, load_pairs(config.data, n=n, seed=config.seed, split=VALIDATION) if n else None
+    n = len(pairs) // 3 if n is None else n
+    if not n:
+        return pairs, None
+    validation, test = parted(pairs, n, seed=config.seed)
+    return test, validation
+
+
+def plan_of(config: Any, vlms: "Sequence[VLM]", test: Pairs, validation: Pairs | None) -> Plan:
+    """The run that the options ask for.
+
+    Raises:
+        UsageError: two models of one name, letters without tokens or prompt, or fewer than two pairs that fit.
+    """
+    if len({vlm.name for vlm in vlms}) < len(vlms):
+        raise UsageError(f"--compare is {config.compare!r}, the model itself; another one is needed")
+    templates, left_out = _templates(config, vlms)
+    lettered = any(template.lettered for template in templates)
+    forms = tuple(dict.fromkeys(config.forms)) or (GENERATION, OPTIONS, *([LETTERS] if lettered else []))
+    test = usable(vlms, test, templates)
+    if len(test) < 2:
+        raise UsageError(f"{test.name} gives {len(test)} pair to test; at least two are needed")
+    validation = None if validation is None else usable(vlms, validation, templates)
+    name = config.contrastive or ("clip" if config.data in SCENE_CAPTIONS else "none")
+    if config.caption and name == "none":
+        raise UsageError(f"--caption {config.caption!r} is for a contrastive model; --contrastive names one")
+    captions = () if name == "none" else tuple(captions_of(test, config.caption))
+    how = {"device": config.device, "dtype": config.dtype, "attn": config.attn}
+    encoder = None if name == "none" else DualEncoder.load(name, **how)
+    options = (config.seed, config.batch, config.max_new_tokens)
+    return Plan(tuple(vlms), test, validation, templates, forms, left_out, encoder, captions, *options)
+
+
+def _templates(config: Any, vlms: "Sequence[VLM]") -> tuple[tuple[Template, ...], tuple[str, ...]]:
+    """The prompts, and what had to be left out because a model has no tokens for it."""
+    own = tuple(Template(text, text) for text in config.prompts)
+    asked, lettered = LETTERS in config.forms, [template for template in own if template.lettered]
+    if len(set(own)) < len(own):
+        raise UsageError(f"--prompts has {next(each.text for each in own if own.count(each) > 1)!r} twice")
+    if own and asked and not lettered:
+        raise UsageError("--forms letters needs a prompt with '(a) {first}' and '(b) {second}'")
+    if own:
+        for vlm in vlms if lettered and (asked or not config.forms) else ():
+            check_letters(vlm, lettered[0])
+        return own, ()
+    try:
+        for vlm in vlms:
+            check_letters(vlm)
+    except UsageError as error:
+        if asked:
+            raise
+        return PLAIN, (f"options with letters were left out: {error}.",)
+    return (*PLAIN, LETTERED), ()
+
+
+def usable(vlms: "Sequence[VLM]", pairs: Pairs, templates: Sequence[Template]) -> Pairs:
+    """The pairs that every model has tokens for, in every prompt; the others move to `refused` with the reason.
+
+    Raises:
+        UsageError: none is left.
+    """
+    kept, refused = [], list(pairs.refused)
+    for pair in pairs:
+        try:
+            _check(vlms, pair, templates)
+        except UsageError as error:
+            refused.append(Refused(pair.id, str(error)))
+        else:
+            kept.append(pair)
+    if not kept:
+        raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} can be scored: {refused[-1].reason}")
+    return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
+
+
+def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template]) -> None:
+    options = (pair.answer, pair.counterfactual_answer)
+    check_options(options)
+    for vlm in vlms:
+        for template in templates:
+            asked = template.asked(pair.question, options)
+            check_known(vlm, [asked], "prompt")
+            option_tokens(vlm, Prompt(asked, pair.image), template.strings(options))
+
+
+def parted(pairs: Pairs, n_validation: int, *, seed: int) -> tuple[Pairs, Pairs]:
+    """Validation and test pairs of a folder, drawn by groups, so that no scene is in both.
+
+    Raises:
+        UsageError: fewer than two pairs are left to test.
+    """
+    groups = [pair.group or pair.id for pair in pairs]
+    order = np.random.default_rng(seed).permutation(sorted(set(groups)))
+    chosen: set[str] = set()
+    for group in order:
+        if sum(each in chosen for each in groups) < n_validation:
+            chosen.add(str(group))
+    parts = [
+        tuple(pair for pair, group in zip(pairs, groups, strict=True) if (group in chosen) == inside)
+        for inside in (True, False)
+    ]
+    if len(parts[1]) < 2:
+        raise UsageError(
+            f"{n_validation} of {len(pairs)} pairs of {pairs.name} for validation leave {len(parts[1])} to test; "
+            "at least two are needed"
+        )
+    return dataclasses.replace(pairs, pairs=parts[0], refused=()), dataclasses.replace(pairs, pairs=parts[1])
+
+
+def captions_of(pairs: Pairs, caption: str) -> list[tuple[str, str]]:
+    """Captions of both answers of each pair: by a template with `{answer}`, or as generated scenes are captioned.
+
+    Raises:
+        UsageError: no template and none known for the data, or one without `{answer}`.
+    """
+    found = []
+    for pair in pairs:
+        text = caption
+        if not caption and pairs.name in SCENE_CAPTIONS:
+            text = re.sub(*SCENE_CAPTIONS[pairs.name], pair.question)
+        if "{answer}" not in text:
+            raise UsageError(f"caption {text!r} has no {{answer}}; --caption needs it, as in 'a {{answer}} thing'")
+        found.append((text.replace("{answer}", pair.answer), text.replace("{answer}", pair.counterfactual_answer)))
+    return found
+
+
+def score_all(plan: Plan, work: "Workspace") -> None:
+    """Scores every batch that is not done yet: both parts with every model, then the contrastive model's cosines."""
+    others = partners(plan.test, seed=plan.seed)
+    steps = [(number, TEST, start) for number in range(len(plan.vlms)) for start in _starts(plan, plan.test)]
+    if plan.validation is not None:
+        steps += [
+            (number, VALIDATION, start) for number in range(len(plan.vlms)) for start in _starts(plan, plan.validation)
+        ]
+    for number, part, start in work.progress(steps, "scoring"):
+        key, rows = f"{number}-{part}-{start:08d}", slice(start, start + plan.batch)
+        if key in work:
+            continue
+        pairs = plan.test if part == TEST or plan.validation is None else plan.validation
+        table = scoring_study.score_pairs(
+            plan.vlms[number], pairs[rows], others[rows] if part == TEST else [], plan.templates, plan.forms,
+            max_new_tokens=plan.max_new_tokens,
+        )  # fmt: skip
+        work.keep(key, table.assign(part=part), {})
+    if plan.encoder is not None and "contrastive" not in work:
+        table = scoring_study.similarity_rows(plan.encoder, plan.test, others, plan.captions, batch=plan.batch)
+        work.keep("contrastive", table.assign(part=TEST), {})
+
+
+def _starts(plan: Plan, pairs: Pairs) -> range:
+    return range(0, len(pairs), plan.batch)
+
+
+def collected(work: "Workspace") -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
+    """The table of all test pairs with what is taken over prompts, and the prompt chosen for each scoring."""
+    table, _ = work.collect()
+    parts = {part: rows.drop(columns="part") for part, rows in table.groupby("part", sort=False)}
+    return finished(parts[TEST], parts.get(VALIDATION))
