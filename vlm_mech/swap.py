@@ -1,6 +1,7 @@
 """Counterfactual states: run a question on one image with the hidden states of its counterfactual.
 
-An interchange of residual states between two images (activation patching with the image as the thing changed); not the exchange of blocks between checkpoints.
+An interchange of residual states between two images (activation patching with the image as the thing changed); not the
+exchange of blocks between checkpoints.
 """
 
 import dataclasses
