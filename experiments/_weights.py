@@ -27,9 +27,7 @@ def run_weights(config: "Config", work: Workspace) -> Outcome:
     pairs = load_pairs(config.data or "scenes/colour-conflict", n=config.n, seed=config.seed, split=config.split)
     base = VLM.load(config.model, **config.loading)
     pairs = fitting(base, cases_of(pairs).pairs)
-    sides = block_swap.two_sides(
-        base, _tuned(config), part=config.part, second=_loaded(config, config.second), seed=config.seed
-    )
+    sides = block_swap.two_sides(base, _tuned(config), part=config.part, second=_second(config), seed=config.seed)
     chosen = [each for schedule in config.schedules for each in exchanges(schedule, sides.n_layers, size=config.window)]
     for start in work.progress(range(0, len(pairs), config.batch), "exchanges"):
         key = f"{start:08d}"
@@ -46,10 +44,22 @@ def run_weights(config: "Config", work: Workspace) -> Outcome:
 
 def _tuned(config: "Config") -> Any:
     """The tuned model, or the folder of its adapter."""
+    return config.tuned if _is_adapter(config.tuned) else _loaded(config, config.tuned)
+
+
+def _second(config: "Config") -> Any:
+    """Another tuned model, or the blocks of the base with another adapter."""
+    from vlm_mech.blocks import adapted
+
+    if config.second is None or not _is_adapter(config.second):
+        return _loaded(config, config.second)
+    return dataclasses.replace(adapted(_loaded(config, config.model), config.second)[1], name="second")
+
+
+def _is_adapter(name: str) -> bool:
     from pathlib import Path
 
-    folder = Path(config.tuned)
-    return config.tuned if (folder / "adapter_config.json").is_file() else _loaded(config, config.tuned)
+    return (Path(name) / "adapter_config.json").is_file()
 
 
 def _loaded(config: "Config", name: str | None) -> Any:

@@ -1,8 +1,10 @@
 """Blocks exchanged between checkpoints: identities to the bit, adapters, parts, controls, and the experiment."""
 
 import copy
+import dataclasses
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,19 @@ from tests.helpers import command, killed_at
 from tests.test_families import batch
 from tests.zoo import ZOO
 from vlm_mech import block_swap
-from vlm_mech.block_swap import GRAFT, OUTSIDE, PARENT, RANDOM, REVERT, SECOND, swap_blocks, two_sides
+from vlm_mech.block_swap import (
+    AXES,
+    GRAFT,
+    METRICS,
+    OUTSIDE,
+    PARENT,
+    RANDOM,
+    REVERT,
+    SECOND,
+    findings,
+    swap_blocks,
+    two_sides,
+)
 from vlm_mech.blocks import SCHEDULES, Hybrids, adapted, check_alike, checkpoint, deltas, exchanges, random_twin
 from vlm_mech.clean import record
 from vlm_mech.data.pairs import Pair, Pairs
@@ -182,6 +196,21 @@ def test_an_adapter_outside_the_decoder_is_refused(tmp_path):
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["linear_1"])).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="which is no part of a decoder block"):
         adapted(wrapped(), str(tmp_path))
+
+
+def test_a_second_tune_may_be_an_adapter(adapter):
+    """The same adapter in a model of its own puts in what is there already."""
+    folder, _ = adapter
+    base, other = wrapped(), wrapped()
+    second = dataclasses.replace(adapted(other, str(folder))[1], name="second")
+    sides = two_sides(base, str(folder), second=second)
+    result = Result("b", swap_blocks(sides, some_pairs(2), exchanges("suffix", 4)), AXES, METRICS)
+    table = result.table[(result.table["donor"] == SECOND)]
+    assert len(table) == 2 * 4 and set(table["direction"]) == {REVERT}
+    assert np.allclose(table["lead"], table["lead_baseline"], atol=1e-5)
+    moved = result.table[(result.table["donor"] == PARENT) & (result.table["direction"] == REVERT)]
+    assert (moved["lead"] - moved["lead_baseline"]).abs().max() > 1e-3
+    assert any(each.startswith(f"{REVERT}, but from {SECOND}: the mean lead is lowest") for each in findings(result))
 
 
 def some_pairs(n=4):

@@ -58,13 +58,13 @@ class Sides:
 
 
 def two_sides(
-    base: "VLM", tuned: "VLM | str", *, part: Part = "block", second: "VLM | None" = None, seed: int = 0
+    base: "VLM", tuned: "VLM | str", *, part: Part = "block", second: "VLM | Checkpoint | None" = None, seed: int = 0
 ) -> Sides:
     """The checkpoints and their controls.
 
     Args:
         tuned: the tuned model, or the folder of a peft adapter of the base.
-        second: another tune of the base, whose blocks are put into the tune as a further control.
+        second: another tune of the base, or its blocks, which are put into the tune as a further control.
         seed: of the random changes.
 
     Raises:
@@ -83,7 +83,9 @@ def two_sides(
         REVERT: {PARENT: one, RANDOM: random_twin(two, one, seed=seed)},
         GRAFT: {PARENT: two, RANDOM: random_twin(one, two, seed=seed + 1)},
     }
-    if second is not None:
+    if isinstance(second, Checkpoint):
+        donors[REVERT][SECOND] = second
+    elif second is not None:
         check_alike(base, second)
         donors[REVERT][SECOND] = checkpoint(second, "second")
     return Sides(recipients, donors)
@@ -168,6 +170,14 @@ def findings(result: Result) -> tuple[str, ...]:
         for schedule in ("suffix", "prefix"):
             if schedule in set(rows["schedule"]):
                 found.append(_turning(result, direction, schedule))
+        second = summary[(summary["direction"] == direction) & (summary["donor"] == SECOND)]
+        if len(second):
+            row = second.loc[second["mean"].idxmin()]
+            found.append(
+                f"{direction}, but from {SECOND}: the mean lead is lowest with {row['schedule']} {row['layer']}, "
+                f"{row['mean']:+.2f} ({row['ci_low']:+.2f} to {row['ci_high']:+.2f}; without an exchange "
+                f"{row['baseline']:+.2f})."
+            )
         rest = summary[(summary["direction"] == direction) & (summary["schedule"] == OUTSIDE)]
         for _, row in rest.iterrows():
             found.append(

@@ -1,0 +1,116 @@
+"""Can a model that answers from its prior be tuned to look, and what does that cost elsewhere?
+
+Tunes LoRA on the decoder on pictures in conflict with a prior, by rewards of sampled answers or by the true answers,
+and asks everything before and after (after arXiv 2606.06890). The adapter feeds `layer_swap --swap weights`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+
+QUESTION = (
+    "A model that answers from its prior is tuned on pictures in conflict with it and on their usual twins. Does it "
+    "then say what unseen pictures show, also where nothing was wrong before, and would any adapter of equal size do?"
+)
+CONFLICT = "scenes/colour-conflict"
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Options of the tuning."""
+
+    data: str = CONFLICT
+    """Pairs in conflict with a prior, or a folder of such: the first picture unusual, the second answer the prior's."""
+    n_train: int = 256
+    """Pairs to tune on; of a folder 60 %."""
+    n_validation: int = 64
+    """Pairs to choose the checkpoint by; of a folder 20 %."""
+    untouched: tuple[str, ...] = ("scenes/colour", "scenes/left-right")
+    """What else is asked before and after; none for nothing."""
+    objective: Literal["reward", "supervised"] = "reward"
+    """Rewards of sampled answers (GRPO), or cross-entropy of the true ones."""
+    steps: int = 40
+    """Steps of tuning."""
+    every: int = 10
+    """Steps between checkpoints, which are also where a killed run goes on."""
+    rate: float = 2e-3
+    """Peak learning rate; models of billions of weights need a far smaller one."""
+    batch: int = 2
+    """Pairs a step, both pictures of each."""
+    rank: int = 8
+    """Rank of LoRA."""
+    group: int = 8
+    """Reward: answers sampled to each prompt."""
+    inner: int = 1
+    """Reward: steps on each draw of answers."""
+    clip: float = 0.2
+    """Reward: how far a token's probability may move in these before it gains no more."""
+    beta: float = 0.02
+    """Reward: weight of the divergence from the base model."""
+    temperature: float = 1.0
+    """Reward: of sampling."""
+    max_new_tokens: int = 4
+    """Tokens of an answer at most."""
+
+
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, its figures, and pictures in conflict with the answers before and after."""
+    from vlm_mech.behaviour import debias, debias_adapter, debias_figures, debias_study
+    from vlm_mech.data.pairs import fitting
+    from vlm_mech.errors import UsageError
+    from vlm_mech.image import load_image
+    from vlm_mech.model import VLM
+    from vlm_mech.result import Result
+
+    recipe = _recipe(config)
+    counts: dict[str, Any] = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
+    parts = debias_study.parts_of(config.data, seed=config.seed, **counts)
+    others = _untouched(config)
+    vlm = VLM.load(config.model, **config.loading)
+    parts = dataclasses.replace(parts, test=fitting(vlm, parts.test))
+    told, tasks = about(QUESTION, vlm, parts.test, {}), debias_study.tasks_of(parts.test, others)
+    adapter = debias_adapter.with_adapter(vlm, rank=config.rank, seed=config.seed)
+    for each in (parts.train, parts.test):
+        debias.check_room(vlm, each, max_new_tokens=config.max_new_tokens)
+    options: dict[str, Any] = {"batch": 32, "max_new_tokens": config.max_new_tokens}
+    with debias_study.without_adapter(vlm):
+        before = debias_study.validated(vlm, parts.validation, **options)
+    if before["conflict"] == 1:
+        raise UsageError(f"{config.model} is right on every validation picture of {config.data}: nothing to tune away")
+    with debias_study.without_adapter(vlm):
+        debias_study.keep_answers(work, vlm, tasks, debias_study.BASE, **options)
+    tuned = debias_study.tuned(work, vlm, adapter, parts, recipe, every=config.every, **options)
+    told["training"] = {"before": before, **tuned}
+    debias_study.keep_answers(work, vlm, tasks, debias_study.TUNED, **options)
+    with debias_study.with_random_adapter(vlm, seed=config.seed):
+        debias_study.keep_answers(work, vlm, tasks, debias_study.RANDOM, **options)
+    table = debias_study.completed(work.collect()[0])
+    result = Result(f"debias ({config.objective})", table, debias_study.AXES, debias_study.METRICS, {}, told)
+    result = dataclasses.replace(result, findings=debias_study.findings(result, str(work.folder / "adapter")))
+    shown = list(parts.test)[:4]
+    pictures = tuple((debias_study.caption(table, pair), load_image(pair.image)) for pair in shown)
+    return Outcome(result, debias_figures.drawn(result), pictures)
+
+
+def _recipe(config: Config) -> Any:
+    from vlm_mech.behaviour.debias import Recipe
+    from vlm_mech.errors import UsageError
+
+    if config.every < 1:
+        raise UsageError(f"every is {config.every}; at least 1 is needed")
+    names = ("objective", "rate", "batch", "rank", "seed", "max_new_tokens", "group", "clip", "beta", "temperature")
+    given = {name: getattr(config, name) for name in names}
+    return Recipe(**given, n_steps=config.steps, n_inner=config.inner)
+
+
+def _untouched(config: Config) -> list[Any]:
+    from vlm_mech.data.pairs import load_pairs
+
+    names = () if config.untouched == ("none",) else config.untouched
+    return [load_pairs(name, n=config.n, seed=config.seed) for name in names]
+
+
+if __name__ == "__main__":
+    main(Config, run, name="debias")
