@@ -143,9 +143,14 @@ def own_probabilities(stack: Stack, rows: Int[Tensor, "entry row"]) -> Float[Ten
 
 
 def _bytes_of_fit(features: Tensor, n_most: int) -> int:
-    """What `fit` holds at a time besides what it returns."""
+    """What `fit` holds at a time besides what it returns, and what is kept of the fits before."""
     n_examples, width = features.shape[1:]
-    return 4 * (2 * n_examples + n_most) * width + (4 * n_most * (n_examples + 3 * n_most) if width > n_most else 0)
+    scaled = (2 * n_examples + n_most) * width
+    if width <= n_most:
+        return 4 * scaled
+    # Products, three squares of them and two that the eigenvectors are found in, the rotation; two fits from before.
+    turned = n_most * (n_examples + 6 * n_most) + 2 * n_most * (n_examples + n_most)
+    return 4 * (scaled + turned)
 
 
 def _bytes_per_entry(features: Tensor, labels: Tensor, splits: Sequence[Split], recipe: Recipe, n_classes: int) -> int:
