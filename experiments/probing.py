@@ -1,7 +1,6 @@
 """What can be read off the hidden states at every depth, and is it what the image shows or what is usual?
 
-Linear and MLP probes on every block of tower, projector and language model, with controls (after arXiv
-2606.06890 and 2405.18415).
+Linear and MLP probes on every block of tower, projector and language model, with controls (see docs/methods.md).
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,9 @@
 """True effects of plantings, the table of grades, and the command."""
 
 import math
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -27,7 +30,7 @@ from vlm_mech.validate.grading import (
     TOP,
     WRITING,
 )  # fmt: skip
-from vlm_mech.validate.job import Job, completed, examine, examine_all, random_answers, shown
+from vlm_mech.validate.job import Job, _environment, completed, examine, examine_all, random_answers, shown
 from vlm_mech.validate.methods import EDITS, METHODS
 from vlm_mech.validate.population import planted_points, population, true_cells
 
@@ -185,3 +188,12 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         assert command(validate, "--out", tmp_path / "out", *wrong) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
+
+
+def test_workers_find_variables_that_are_gone_afterwards(monkeypatch):
+    monkeypatch.setenv("VLM_MECH_OWN", "mine")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with _environment({"VLM_MECH_NEW": "1", "VLM_MECH_OWN": "theirs"}):
+            found = [pool.submit(os.getenv, name) for name in ("VLM_MECH_NEW", "VLM_MECH_OWN")]
+        assert "VLM_MECH_NEW" not in os.environ and os.environ["VLM_MECH_OWN"] == "mine"
+        assert [each.result() for each in found] == ["1", "mine"]

@@ -116,7 +116,7 @@ def knock_out(
         UsageError: an edge does not fit (see `edges.ends_of`), or a head is out of range.
     """
     points, sets = scan.points(), scan.layers.sets
-    found = found_edges(vlm, pairs, scan, masks or {}, only_correct, seed)
+    found = found_edges(vlm, pairs, scan, masks or {}, only_correct=only_correct, seed=seed)
     tables, notes = [], [summarise(())]
     for chosen, some, cut in sweeps(pairs, points, found, sets):
         how = {"engine": engine, "batch": len(chosen), "memory": memory}
@@ -144,7 +144,7 @@ def plan_knockout(
         TooLargeError: a single knockout of a single example does not fit into the memory.
     """
     first = pairs[:batch]
-    found = found_edges(vlm, first, scan, masks or {}, False, seed)
+    found = found_edges(vlm, first, scan, masks or {}, only_correct=False, seed=seed)
     plans = [
         plan_sweep(vlm, chosen, points, cut, batch=len(chosen), memory=memory)
         for chosen, points, cut in sweeps(first, scan.points(), found, scan.layers.sets)

@@ -153,8 +153,17 @@ def sweeps(
     return made
 
 
-def found_edges(vlm: "VLM", pairs: Pairs, scan: Scan, masks: Masks, only_correct: bool, seed: int) -> FoundBy:
-    """What a scan can cut in each example."""
+def found_edges(vlm: "VLM", pairs: Pairs, scan: Scan, masks: Masks, *, only_correct: bool, seed: int) -> FoundBy:
+    """What a scan can cut in each example.
+
+    Args:
+        masks: pixels of the object by pair, for the groups `object` and `rest`.
+        only_correct: leave out the pairs that the model answers wrongly.
+        seed: draws the controls.
+
+    Raises:
+        UsageError: an edge does not fit (see `edges.ends_of`).
+    """
     clean = record(vlm, vlm.encode(pairs.base))
     right = metrics.correct(clean.logits, vlm.answer_ids(clean.encoded, pairs.answer)).tolist()
     found: FoundBy = {(str(edge), cut): [] for edge in scan.edges for cut in scan.cuts}

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,15 +107,27 @@ def examine_all(jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[Job, pd.
     if workers == 1 or len(jobs) < 2:
         yield from ((job, *examine(job)) for job in jobs)
         return
-    for name, value in KEPT.items():
-        os.environ.setdefault(name, value)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"))
     try:
-        waiting = {pool.submit(examine, job): job for job in jobs}
+        with _environment(KEPT):
+            # Workers start with the first job.
+            waiting = {pool.submit(examine, job): job for job in jobs}
         for done in as_completed(waiting):
             yield waiting[done], *done.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Variables that processes started meanwhile find, unless they have them already."""
+    fresh = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(fresh)
+    try:
+        yield
+    finally:
+        for name in fresh:
+            del os.environ[name]
 
 
 def completed(table: pd.DataFrame) -> pd.DataFrame:
