@@ -5,14 +5,15 @@ something else, and looks at which layers the answer is read meanwhile (after ar
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
 
 QUESTION = (
-    "Each question is asked about a picture that is blurred more and more, then about its mean colour, then about no "
-    "picture. Answers that never change may not have come from the picture; how many would not change if it had been "
+    "Each question is asked about both pictures of a pair, blurred more and more, then about their mean colour, then "
+    "about no picture. Answers that never change may not have come from the picture; how many would not change if it had been "
     "another picture all along is the floor."
 )
 
@@ -26,7 +27,7 @@ class Config(RunConfig):
     """Options of the decay."""
 
     data: str = CONFLICT
-    """Pairs; the first picture of each is asked about: in this set, a thing in its usual colour."""
+    """Pairs; in this set, a thing in its usual colour and its counterfactual in another one."""
     kernels: tuple[int, ...] = (1, 5, 11, 19, 29, 39, 49, 61)
     """Sizes of the Gaussian kernels in pixels, on pictures whose long side is 448."""
     mechanism: tuple[str, ...] = ("1", "11", "29", "61")
@@ -49,6 +50,8 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, curves by level and by layer, and the ladder of pictures."""
+    import numpy as np
+
     from vlm_mech.behaviour import decay_study
     from vlm_mech.behaviour.decay import levels_of
     from vlm_mech.data.pairs import fitting, load_pairs
@@ -61,23 +64,26 @@ def run(config: Config, work: Workspace) -> Outcome:
     levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs)
     mechanism = () if config.mechanism == ("none",) else config.mechanism
     unknown = [each for each in mechanism if each not in map(str, config.kernels)]
-    if unknown or len(pairs) < 2:
+    if unknown or min(len(pairs), config.batch) < 2:
         raise UsageError(
             f"level {unknown[0]!r} is none of the kernels {' '.join(map(str, config.kernels))}"
             if unknown
-            else f"{pairs.name} gives {len(pairs)} example; at least two are needed"
+            else f"{len(pairs)} pairs of {pairs.name} in batches of {config.batch}; at least two of both are needed"
         )
-    others = decay_study.partners(pairs, seed=config.seed)
-    options: dict[str, Any] = {"mechanism": mechanism, "memory": config.memory}
+    options: dict[str, Any] = {"mechanism": mechanism, "memory": config.memory, "seed": config.seed}
     options |= {"letters": config.letters, "max_new_tokens": config.max_new_tokens}
-    for start in work.progress(range(0, len(pairs), config.batch), "decay"):
-        key, rows = f"{start:08d}", slice(start, start + config.batch)
+    # No batch has a single pair: another one of the same batch lends its picture for the floor.
+    n_batches = min(math.ceil(len(pairs) / config.batch), len(pairs) // 2)
+    for rows in work.progress(np.array_split(np.arange(len(pairs)), n_batches), "decay"):
+        key = f"{rows[0]:08d}"
         if key not in work:
-            work.keep(key, decay_study.decay(vlm, pairs[rows], others[rows], levels, **options), {})
+            work.keep(key, decay_study.decay(vlm, pairs[rows[0] : rows[-1] + 1], levels, **options), {})
     _probed(config, work, vlm, pairs, mechanism)
     table, _ = work.collect()
     told = about(QUESTION, vlm, pairs, {}) | {"levels": levels}
-    result = Result("visual decay", table, decay_study.AXES, decay_study.METRICS, {}, told)
+    # Without swaps or probes their columns do not exist.
+    metrics = tuple(metric for metric in decay_study.METRICS if metric.name in table)
+    result = Result("visual decay", table, decay_study.AXES, metrics, {}, told)
     result = dataclasses.replace(result, findings=decay_study.findings(result, pairs, levels))
     return Outcome(result, decay_study.drawn(result), decay_study.ladder(pairs, levels))
 

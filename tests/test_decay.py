@@ -13,9 +13,11 @@ from tests.zoo import ZOO
 from vlm_mech import figures
 from vlm_mech.behaviour import decay, decay_study
 from vlm_mech.behaviour.decay import MEAN, NONE, Said, blurred, compared, decayed, kernel, levels_of, resized, said
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.image import load_image
 from vlm_mech.model import VLM
+from vlm_mech.organism.train_vlm import HEARSAY_SHARE, planted_prior
 from vlm_mech.result import Result
 
 
@@ -127,17 +129,55 @@ def test_e_and_c_by_hand():
 
 
 def test_every_picture_goes_to_another_question():
-    pairs = Pairs("some", tuple(Pair(f"p{n}", picture(n), picture(n), "what?", "red", "blue") for n in range(7)))
     for seed in range(5):
-        found = [each.id for each in decay_study.partners(pairs, seed=seed)]
-        assert sorted(found) == [pair.id for pair in pairs]
-        assert all(one != pair.id for one, pair in zip(found, pairs, strict=True))
+        found = decay_study.partners(7, seed=seed)
+        assert sorted(found) == list(range(7)) and all(one != other for one, other in enumerate(found))
+    with pytest.raises(UsageError, match="at least two are needed"):
+        decay_study.partners(1, seed=0)
+
+
+def test_a_prior_never_changes_and_what_is_seen_does():
+    """Pictures of unusual colours: most colour answers of `organism`'s data are what is usual, whatever is shown."""
+    planted = planted_prior(6000)
+    assert planted["in conflict"] == pytest.approx(HEARSAY_SHARE, abs=0.06) and planted["all"] > 0.9
+    pairs = load_pairs("scenes/colour-conflict", n=24)
+    levels = ("1", "61", MEAN, NONE)
+    found = {}
+    for name in ("organism", "organism-grounded"):
+        table = decay_study.decay(VLM.load(name), pairs, levels)
+        last = table[table["level"] == NONE].groupby("view")[["unchanged", "correct"]].mean()
+        found[name] = last.to_dict("index")
+    prior, grounded = (found[name][decay_study.TWIN] for name in found)
+    assert prior["unchanged"] == pytest.approx(planted["all"], abs=0.1) and prior["correct"] < 0.1
+    floor = found["organism-grounded"][decay_study.STRANGE_TWIN]
+    assert grounded["unchanged"] <= floor["unchanged"] + 0.05
+    assert found["organism"][decay_study.OWN]["unchanged"] > 0.9, "a usual colour is the prior"
+
+
+def test_answers_are_held_against_those_about_their_own_clear_picture(vlm):
+    """The floor asks about pictures of others, and is compared with the own clear picture."""
+    pairs = load_pairs("scenes/colour", n=6)
+    table = decay_study.decay(vlm, pairs, ("1", "5"), seed=3)
+    others = decay_study.partners(6, seed=3)
+    images = {decay_study.OWN: [pair.image for pair in pairs],
+              decay_study.TWIN: [pair.counterfactual_image for pair in pairs]}  # fmt: skip
+    for (view, floor), right in zip(
+        decay_study.FLOORS.items(), (pairs.answer, pairs.counterfactual_answer), strict=True
+    ):
+        shown = [resized(load_image(image)) for image in images[view]]
+        clear = decay.answers_at(vlm, pairs, shown, max_new_tokens=8)
+        strange = decay.answers_at(vlm, pairs, [shown[other] for other in others], max_new_tokens=8)
+        for name, texts in ((view, clear), (floor, strange)):
+            rows = table[(table["view"] == name) & (table["level"] == "1")]
+            assert rows["answer"].tolist() == texts
+            assert rows["same"].tolist() == [float(said(a) == said(b)) for a, b in zip(texts, clear, strict=True)]
+            assert rows["correct"].tolist() == [float(said(a) == said(b)) for a, b in zip(texts, right, strict=True)]
 
 
 def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     given = ["--n", "8", "--batch", "4", "--kernels", "1", "11", "61", "--mechanism", "1", "61"]
     assert command(blur_decay, *given, "--out", tmp_path / "one") == 0
-    assert "unchanged at every level to the last (no image)" in capsys.readouterr().out
+    assert "answers about the counterfactual, unchanged at every level to the last (no image)" in capsys.readouterr().out
     result = Result.load(tmp_path / "one")
     means = result.summary("unchanged").query("view == 'answers' and n > 0")["mean"].tolist()
     assert len(means) == 5 and means[0] == 1.0
@@ -156,11 +196,22 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_behaviour_alone(tmp_path, capsys):
+    given = ["--n", "3", "--kernels", "1", "61", "--data", "scenes/kind"]
+    assert command(blur_decay, *given, "--mechanism", "none", "--out", tmp_path / "plain") == 0
+    assert command(blur_decay, *given, "--mechanism", "61", "--out", tmp_path / "swapped") == 0
+    capsys.readouterr()
+    names = [[metric.name for metric in Result.load(tmp_path / name).metrics] for name in ("plain", "swapped")]
+    behaviour = ["unchanged", "same", "correct", "correct_unchanged"]
+    assert names == [behaviour, [*behaviour, "recovered"]]
+
+
 def test_wrong_use_is_one_line(model_folder, tmp_path, capsys):
     for given, message in (
         (["--mechanism", "9"], "level '9' is none of the kernels"),
         (["--kernels", "1", "4"], "kernel size 4 is not known"),
-        (["--n", "1"], "at least two are needed"),
+        (["--n", "1"], "at least two of both are needed"),
+        (["--batch", "1"], "at least two of both are needed"),
     ):
         assert command(blur_decay, *given, "--out", tmp_path / "none") == 2
         error = capsys.readouterr().err

@@ -61,6 +61,23 @@ def test_summary_of_a_cell_is_what_numpy_says():
     assert found["p"] < 1e-4 < found["p_corrected"] < 0.01
 
 
+def test_a_share_of_all_or_none_has_an_interval():
+    """Resampling 20 hits says 1.0 to 1.0; Wilson's interval is (z^2 + 2 n) / (2 (n + z^2)) -+ its half for 20 of 20."""
+    values = np.repeat([1.0, 0.0, 0.5], 20)
+    table = pd.DataFrame({"example": [f"e{n}" for n in range(20)] * 3, "cell": np.repeat(["all", "none", "half"], 20)})
+    table["group"] = [f"g{n // 2}" for n in range(20)] * 3
+    table = table.assign(hit=values, hit_baseline=0.0)
+    z = 1.959963984540054
+    for groups, n in ((table, 10), (table.drop(columns="group"), 20)):
+        found = Result("r", groups, ("cell",), (Metric("hit", "share", "h"),)).summary().set_index("cell")
+        assert found.loc["all", "ci_low"] == pytest.approx(n / (n + z**2)) and found.loc["all", "ci_high"] == 1
+        assert found.loc["none", "ci_high"] == pytest.approx(z**2 / (n + z**2)) and found.loc["none", "ci_low"] == 0
+        assert found.loc["half", "ci_low"] == found.loc["half", "ci_high"] == 0.5
+        for metric in (Metric("hit", "logits", "h"), Metric("hit", "share", "h", signed=True)):
+            plain = Result("r", groups, ("cell",), (metric,)).summary().set_index("cell")
+            assert plain.loc["all", "ci_low"] == 1 and plain.loc["none", "ci_high"] == 0
+
+
 def test_order_of_rows_does_not_matter():
     result = made()
     shuffled = made(table=result.table.sample(frac=1, random_state=0))

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 LOGITS = "logits"
-SHARE = "share"
 
 
 def _at(logits: Float[Tensor, "batch vocab"], ids: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:

@@ -17,8 +17,17 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from vlm_mech.errors import UsageError
-from vlm_mech.statistics import bootstrap_means, corrected, percentile_interval, sign_flip_p
+from vlm_mech.statistics import (
+    bootstrap_means,
+    corrected,
+    groups_with_values,
+    percentile_interval,
+    share_interval,
+    sign_flip_p,
+)
 
+SHARE = "share"
+"""Unit of what lies between 0 and 1 in every example."""
 N_RESAMPLES = 2000
 """Bootstrap resamples."""
 N_SIGN_FLIPS = 100_000
@@ -118,7 +127,8 @@ class Result:
         """One row per cell and metric: n, mean, interval, baseline, paired effect with interval, p and corrected p.
 
         Intervals are expanded percentile bootstrap over examples (paired: all cells see the same draws; see
-        `statistics.percentile_interval`); p is from a two-sided sign-flip test of the effect (value less baseline),
+        `statistics.percentile_interval`); where all values of a share are 0, or all are 1, resampling gives no width and
+        Wilson's interval over groups stands. p is from a two-sided sign-flip test of the effect (value less baseline),
         corrected over the cells of a metric.
         """
         if not 0 < level < 1:
@@ -144,6 +154,8 @@ class Result:
         values, baseline, groups = self.matrix(metric.name), self.matrix(f"{metric.name}_baseline"), self.groups()
         effects = values - baseline
         low, high = percentile_interval(values, groups, level=level, **options)
+        if metric.unit == SHARE and not metric.signed:
+            low, high = _with_width(low, high, values, groups, level)
         effect_low, effect_high = percentile_interval(effects, groups, level=level, **options)
         p = sign_flip_p(effects, groups, n_resamples=N_SIGN_FLIPS, seed=options["seed"])
         held = ~np.isnan(values)
@@ -290,6 +302,22 @@ def _mean(values: Float[np.ndarray, "example cell"]) -> Float[np.ndarray, "cell"
     held = ~np.isnan(values)
     counts = held.sum(0)
     return np.divide(np.where(held, values, 0).sum(0), counts, out=np.full(values.shape[1], np.nan), where=counts > 0)
+
+
+def _with_width(
+    low: Float[np.ndarray, "cell"],
+    high: Float[np.ndarray, "cell"],
+    values: Float[np.ndarray, "example cell"],
+    groups: Int[np.ndarray, "example"],
+    level: float,
+) -> tuple[Float[np.ndarray, "cell"], Float[np.ndarray, "cell"]]:
+    """The ends of intervals, those of cells in which all values are 0 or all are 1 by Wilson over groups."""
+    n_groups = groups_with_values(values, groups)
+    for share, ends in ((0, np.nanmax(values, 0, initial=0)), (1, np.nanmin(values, 0, initial=1))):
+        for cell in np.flatnonzero((ends == share) & (n_groups >= 2)):
+            n = int(n_groups[cell])
+            low[cell], high[cell] = share_interval(share * n, n, level=level)
+    return low, high
 
 
 def _only(cells: pd.DataFrame, wanted: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import false_discovery_control, norm, t
+from scipy.stats import binomtest, false_discovery_control, norm, t
 
 from vlm_mech.errors import UsageError
 
@@ -72,14 +72,20 @@ def percentile_interval(
     value in the cell); NaN where fewer than two have."""
     means = bootstrap_means(values, groups, n_resamples=n_resamples, seed=seed)
     low, high = np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
-    n_groups = _groups_with_values(values, groups)
+    n_groups = groups_with_values(values, groups)
     for n in np.unique(n_groups[n_groups >= 2]):
         cells, tail = n_groups == n, 100 * expanded_tail(int(n), level)
         low[cells], high[cells] = np.nanpercentile(means[:, cells], [tail, 100 - tail], axis=0)
     return low, high
 
 
-def _groups_with_values(
+def share_interval(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share, which has a width where none or all of n are hits and resampling gives none."""
+    found = binomtest(hits, n).proportion_ci(level, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def groups_with_values(
     values: Float[np.ndarray, "example cell"], groups: Int[np.ndarray, "example"]
 ) -> Int[np.ndarray, "cell"]:
     """How many groups have a value in each cell."""
@@ -110,7 +116,7 @@ def sign_flip_p(
         hits += (np.abs(signs @ sums) >= limit).sum(0)
         n_patterns += len(signs)
     found = hits / n_patterns if exact else (hits + 1) / (n_patterns + 1)
-    return np.where(_groups_with_values(effects, groups) >= 2, found, np.nan)
+    return np.where(groups_with_values(effects, groups) >= 2, found, np.nan)
 
 
 def _every_sign(n_groups: int) -> Iterator[Float[np.ndarray, "pattern group"]]:

@@ -292,10 +292,10 @@ def _right(result: Result, data: str) -> pd.DataFrame:
 def _accuracy_told(summary: pd.DataFrame, data: str, test: dict[str, Any], p: float) -> tuple[str, bool]:
     rows = {view: _row(summary, data, view, "pair") for view in (TO_TEXT, AMONG)}
     single = [_row(summary, data, view, "individual")["mean"] for view in (TO_TEXT, AMONG)]
-    chance, n = float(rows[AMONG]["baseline"]), test["groups"]
+    chance = float(rows[AMONG]["baseline"])
     text = (
-        f"{data}: pair accuracy of the contrastive model {_told(rows[TO_TEXT], n)}, of the VLM "
-        f"{_told(rows[AMONG], n)}; chance {chance:.3g} (single images {single[0]:.3f} and {single[1]:.3f}); the VLM "
+        f"{data}: pair accuracy of the contrastive model {_told(rows[TO_TEXT])}, of the VLM "
+        f"{_told(rows[AMONG])}; chance {chance:.3g} (single images {single[0]:.3f} and {single[1]:.3f}); the VLM "
         f"alone right on {test['vlm']}, the contrastive model alone on {test['contrastive']} of {test['n']} "
         f"({test['test']}, Holm over data sets: p = {p:.2g})."
     )
@@ -307,7 +307,7 @@ def _sets_told(summary: pd.DataFrame, data: str) -> tuple[str, ...]:
     rows = summary[(summary["data"] == data) & (summary["metric"] == "set") & (summary["n"] > 0)]
     if rows.empty:
         return ()
-    told = "; ".join(f"{row['view']} {_told(row, int(row['n']))}" for _, row in rows.iterrows())
+    told = "; ".join(f"{row['view']} {_told(row)}" for _, row in rows.iterrows())
     return (f"{data}: all four images of a set right (chance {rows['baseline'].iloc[0]:.4f}): {told}.",)
 
 
@@ -323,7 +323,7 @@ def _similarity_told(
         for view, name in ((TO_TEXT, "contrastive"), (AMONG, "VLM"))
     ]
     return (
-        f"{data}: pooled cosine {_told(row)}, above {tau:g} in {_told(above, len(set(groups)))} of pairs; of "
+        f"{data}: pooled cosine {_told(row)}, above {tau:g} in {_told(above)} of pairs; of "
         f"unpaired images {floor['median']:.3f} in the median, above {tau:g} in {floor['above_tau']:.3f}; a pair is "
         f"above {place['mean']:.3f} of these on average; correlation of cosine and pair right: {', '.join(told)}."
     )
@@ -370,9 +370,5 @@ def _row(summary: pd.DataFrame, data: str, view: str, metric: str) -> pd.Series:
     return summary[chosen].iloc[0]
 
 
-def _told(row: pd.Series, n_groups: int | None = None) -> str:
-    """Mean, interval and n; where all pairs are alike resampling gives no interval and Wilson's of groups stands."""
-    low, high = row["ci_low"], row["ci_high"]
-    if n_groups is not None and row["mean"] in (0.0, 1.0):
-        low, high = binomtest(int(row["mean"] * n_groups), n_groups).proportion_ci(method="wilson")
-    return f"{row['mean']:.3f} ({low:.3f} to {high:.3f}, n = {row['n']})"
+def _told(row: pd.Series) -> str:
+    return f"{row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}, n = {row['n']})"

@@ -3,7 +3,7 @@
 import html
 from typing import TYPE_CHECKING
 
-from vlm_mech.behaviour.contrastive_study import NONE, READER, interval
+from vlm_mech.behaviour.contrastive_study import NONE, READER
 from vlm_mech.figures import COLOURS
 from vlm_mech.result import Result
 
@@ -56,15 +56,13 @@ def _panel(figure: "go.Figure", rows: "pd.DataFrame", names: list[str], column: 
     y = list(range(len(names)))
     steps = [value for row in y for value in (row, row, None)]
     shifts = [value for name in names for value in (before["mean"], rows.at[name, "mean"], None)]
-    ends = [interval(rows.loc[name]) for name in names]
-    means = [rows.at[name, "mean"] for name in names]
+    held = rows.loc[names]
     errors = {
         "type": "data", "symmetric": False, "thickness": 1.5, "width": 3,
-        "array": [high - mean for (_, high), mean in zip(ends, means, strict=True)],
-        "arrayminus": [mean - low for (low, _), mean in zip(ends, means, strict=True)],
+        "array": held["ci_high"] - held["mean"], "arrayminus": held["mean"] - held["ci_low"],
     }  # fmt: skip
     edges = [-0.5, len(names) - 0.5]
-    low, high = interval(reader)
+    low, high = reader["ci_low"], reader["ci_high"]
     shown = {"showlegend": column == 1}
     for trace in (
         go.Scatter(x=[chance] * 2, y=edges, mode="lines", name="chance", line={"color": GREY, "dash": "dot"}),
@@ -75,7 +73,8 @@ def _panel(figure: "go.Figure", rows: "pd.DataFrame", names: list[str], column: 
             marker={"symbol": "circle-open", "color": COLOURS[0], "size": 9},
         ),
         go.Scatter(
-            x=means, y=y, mode="markers", name="after tuning", marker={"color": COLOURS[0], "size": 9}, error_x=errors
+            x=held["mean"], y=y, mode="markers", name="after tuning", marker={"color": COLOURS[0], "size": 9},
+            error_x=errors,
         ),
     ):  # fmt: skip
         visible = shown if trace.name != "shift" else {"showlegend": False}

@@ -336,14 +336,4 @@ def _row(summary: pd.DataFrame, tuning: str, data: str) -> pd.Series:
 
 
 def _told(row: pd.Series) -> str:
-    """Mean, interval and n; where all pairs are alike resampling gives no interval and Wilson's stands."""
-    low, high = interval(row)
-    return f"{row['mean']:.3f} ({low:.3f} to {high:.3f}, n = {row['n']})"
-
-
-def interval(row: pd.Series) -> tuple[float, float]:
-    """The 95 % interval of a summary's row."""
-    if row["mean"] not in (0.0, 1.0):
-        return float(row["ci_low"]), float(row["ci_high"])
-    wilson = binomtest(int(row["mean"] * row["n"]), int(row["n"])).proportion_ci(method="wilson")
-    return float(wilson.low), float(wilson.high)
+    return f"{row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}, n = {row['n']})"

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_mech.behaviour.debias_study import IN_CONFLICT, PRIOR, TRUTH, wilson
+from vlm_mech.behaviour.debias_study import IN_CONFLICT, PRIOR, TRUTH
 from vlm_mech.figures import COLOURS
 from vlm_mech.result import Result
+from vlm_mech.statistics import share_interval
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -88,7 +89,7 @@ def training(result: Result) -> "go.Figure":
     held = pd.concat([pd.DataFrame([{"step": 0, **told["before"]}]), history[history["conflict"].notna()]])
     for number, (column, name) in enumerate((("conflict", IN_CONFLICT), ("usual", "usual"))):
         trace = _line(held["step"], held[column], f"validation, {name}", COLOURS[number])
-        ends = [wilson(round(value * n), int(n)) for value, n in zip(held[column], held["n"], strict=True)]
+        ends = [share_interval(round(value * n), int(n)) for value, n in zip(held[column], held["n"], strict=True)]
         trace.error_y = {
             "type": "data", "symmetric": False, "thickness": 1.2,
             "array": [high - value for (_, high), value in zip(ends, held[column], strict=True)],

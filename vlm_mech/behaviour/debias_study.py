@@ -21,7 +21,7 @@ from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.prompt import Prompt
 from vlm_mech.result import Metric, Result
-from vlm_mech.statistics import corrected
+from vlm_mech.statistics import corrected, share_interval
 from vlm_mech.trace import generate
 from vlm_mech.visual_flow import CONFLICT, cases_of
 from vlm_mech.workspace import Workspace
@@ -247,14 +247,8 @@ def changes(table: pd.DataFrame, after: str, *, metric: str = "truth") -> pd.Dat
 def share(values: pd.Series) -> str:
     """A share with its 95 % Wilson interval and n, in words."""
     n, hits = len(values), int(values.sum())
-    low, high = wilson(hits, n)
+    low, high = share_interval(hits, n)
     return f"{hits / n:.3f} ({low:.3f} to {high:.3f}, n = {n})"
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share."""
-    interval = binomtest(hits, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 # What follows

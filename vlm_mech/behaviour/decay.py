@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from vlm_mech.behaviour.decoding import without_images
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.image import load_image
 from vlm_mech.prompt import Prompt
@@ -142,18 +142,9 @@ def with_images(pairs: Pairs, level: str) -> Pairs:
     return dataclasses.replace(pairs, pairs=tuple(changed))
 
 
-def strangers(pairs: Pairs, others: Sequence[Pair]) -> Pairs:
-    """The questions of the pairs, each about the picture of another one."""
-    changed = [dataclasses.replace(pair, image=other.image) for pair, other in zip(pairs, others, strict=True)]
-    return dataclasses.replace(pairs, pairs=tuple(changed))
-
-
-def answers_at(vlm: "VLM", pairs: Pairs, level: str, *, max_new_tokens: int = 8) -> list[str]:
-    """Greedy answers to the questions about the first pictures of the pairs at a level."""
-    if level == NONE:
-        prompts = [Prompt(pair.question) for pair in pairs]
-    else:
-        prompts = [Prompt(pair.question, decayed(resized(load_image(pair.image)), level)) for pair in pairs]
+def answers_at(vlm: "VLM", pairs: Pairs, pictures: Sequence[Image.Image | None], *, max_new_tokens: int) -> list[str]:
+    """Greedy answers to the questions of the pairs about these pictures, or about none."""
+    prompts = [Prompt(pair.question, image) for pair, image in zip(pairs, pictures, strict=True)]
     return list(generate(vlm, prompts, max_new_tokens=max_new_tokens).texts)
 
 

@@ -1,20 +1,21 @@
 """What blurring does to answers, and to where they are read: the table, findings and pictures of a run."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy.stats import binomtest
 
 from vlm_mech import figures
-from vlm_mech.behaviour.decay import NONE, answers_at, compared, decayed, resized, strangers, with_images
+from vlm_mech.behaviour.decay import NONE, answers_at, compared, decayed, resized, with_images
 from vlm_mech.behaviour.decay_probes import CONTROLS, DECODED, PROBES
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.errors import UsageError
 from vlm_mech.image import load_image
 from vlm_mech.result import Metric, Result
 from vlm_mech.site import Site
+from vlm_mech.statistics import share_interval
 from vlm_mech.swap import RECOVERED, swap_states
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 AXES = ("view", "level", "layer")
 OWN, STRANGER = "answers", "answers about another's picture"
+TWIN, STRANGE_TWIN = "answers about the counterfactual", "answers about another's counterfactual"
+FLOORS = {OWN: STRANGER, TWIN: STRANGE_TWIN}
+"""Answers about the first and the second pictures of the pairs, and those that show how much never changes anyhow."""
 SWAPS = {"image": "swap of image", "last": "swap of last"}
 WHOLE = -1
 """Layer of what is asked of the whole model."""
@@ -46,39 +50,52 @@ METRICS = (UNCHANGED, SAME, CORRECT, CORRECT_UNCHANGED, RECOVERED, DECODED)
 def decay(
     vlm: "VLM",
     pairs: Pairs,
-    others: Sequence[Pair],
     levels: Sequence[str],
     *,
+    seed: int = 0,
     mechanism: Sequence[str] = (),
     letters: bool = False,
     max_new_tokens: int = 8,
     memory: int | str | None = None,
 ) -> pd.DataFrame:
-    """One batch at every level: answers about its pictures, about those of `others`, and layer swaps at some levels.
+    """One batch at every level: answers about both pictures of its pairs and about those of another pair, and swaps.
 
     Args:
-        others: a pair for each, whose picture takes the place of its own; the floor of what is unchanged.
-        mechanism: levels at which both pictures of each pair are brought to that level and the states of one are
-            swapped into the run on the other (see `swap.swap_states`), whatever is answered.
+        seed: which other pair of the batch lends its pictures for the floor of what is unchanged.
+        mechanism: levels at which the states of one picture of each pair are swapped into the run on the other, both at
+            that level (see `swap.swap_states`), whatever is answered.
         letters: whether answers are letters of options.
 
     Returns:
         One row per example and cell of `AXES`; what a view does not measure is missing.
+
+    Raises:
+        UsageError: there is one pair alone.
     """
-    own, stranger = (
-        {level: answers_at(vlm, some, level, max_new_tokens=max_new_tokens) for level in levels}
-        for some in (pairs, strangers(pairs, others))
-    )
-    clean, right = own[levels[0]], pairs.answer
-    names = [pair.id for pair in pairs]
+    others = partners(len(pairs), seed=seed)
+    answers: dict[str, dict[str, list[str]]] = {view: {} for two in FLOORS.items() for view in two}
+    swaps = []
+    for level in levels:
+        if level == NONE:
+            texts = answers_at(vlm, pairs, [None] * len(pairs), max_new_tokens=max_new_tokens)
+            answers = {view: held | {level: texts} for view, held in answers.items()}
+            continue
+        shown = with_images(pairs, level)
+        first, second = ([load_image(each.image) for each in some] for some in (shown.base, shown.counterfactual))
+        for (view, floor), pictures in zip(FLOORS.items(), (first, second), strict=True):
+            answers[view][level] = answers_at(vlm, pairs, pictures, max_new_tokens=max_new_tokens)
+            strange = [pictures[other] for other in others]
+            answers[floor][level] = answers_at(vlm, pairs, strange, max_new_tokens=max_new_tokens)
+        if level in mechanism:
+            swaps.append(_swapped(vlm, shown, memory).assign(level=level))
     tables = []
-    for view, answers in ((OWN, own), (STRANGER, stranger)):
-        table = compared(answers, clean, right, letters=letters)
-        tables.append(table.assign(view=view, layer=WHOLE, example=names * len(levels)))
-    for level in mechanism:
-        tables.append(_swapped(vlm, with_images(pairs, level), memory).assign(level=level))
+    names = [pair.id for pair in pairs]
+    for (view, floor), right in zip(FLOORS.items(), (pairs.answer, pairs.counterfactual_answer), strict=True):
+        for each in (view, floor):
+            table = compared(answers[each], answers[view][levels[0]], right, letters=letters)
+            tables.append(table.assign(view=each, layer=WHOLE, example=names * len(levels)))
     groups = {pair.id: pair.group or pair.id for pair in pairs}
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.concat([*tables, *swaps], ignore_index=True)
     table["level"] = pd.Categorical(table["level"], list(levels), ordered=True)
     return table.assign(group=table["example"].map(groups), skipped=table["skipped"].fillna("") if mechanism else "")
 
@@ -95,32 +112,42 @@ def _swapped(vlm: "VLM", pairs: Pairs, memory: int | str | None) -> pd.DataFrame
 
 def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, ...]:
     """How much stays unchanged under all decay, above which floor, for whom, and where the answer is read meanwhile."""
-    last = levels[-1]
-    summary = result.summary()
     found = [f"{len(pairs)} examples of {pairs.name}; {len(pairs.refused)} could not be read."]
-    rows = {view: _row(summary, view, last, "unchanged") for view in (OWN, STRANGER)}
-    difference = result.contrast(*({"view": view, "level": last, "layer": WHOLE} for view in rows), "unchanged")
-    found.append(
-        f"unchanged at every level to the last ({last}): {_told(rows[OWN])} of answers; the floor, another's picture "
-        f"at every level but the same question: {_told(rows[STRANGER])}; above it by {difference['mean']:+.3f} "
-        f"({difference['ci_low']:+.3f} to {difference['ci_high']:+.3f})."
-    )
-    table = result.table[(result.table["view"] == OWN) & (result.table["level"] == last)]
-    for right, name in ((True, "answered right on the clean picture"), (False, "answered wrong there")):
-        some = table[table["clean_right"] == right]
-        found.append(f"of those {name}: {_share(some['unchanged'])} unchanged.")
-    kept = table[table["unchanged"] == 1]
-    if len(kept):
-        answers = pd.Series(dict(zip([pair.id for pair in pairs], pairs.answer, strict=True)))
-        commonest = answers[kept["example"]].value_counts().iloc[0]
-        found.append(
-            f"of the unchanged, {_share(kept['correct'])} are right; always naming their commonest answer would be "
-            f"right in {commonest / len(kept):.3f}."
-        )
-    unread = result.table[(result.table["view"] == OWN) & (result.table["unread"] == True)]  # noqa: E712
+    summary = result.summary()
+    for view, right in ((OWN, pairs.answer), (TWIN, pairs.counterfactual_answer)):
+        answers = dict(zip([pair.id for pair in pairs], right, strict=True))
+        found += _unchanged(result, summary, view, answers, levels[-1])
+    unread = result.table[result.table["view"].isin(list(FLOORS)) & (result.table["unread"] == True)]  # noqa: E712
     if len(unread):
         found.append(f"{len(unread)} answers say nothing and count as changed.")
     return (*found, *_reading(result), *_decoded(result))
+
+
+def _unchanged(
+    result: Result, summary: pd.DataFrame, view: str, answers: dict[str, str], last: str
+) -> tuple[str, ...]:
+    """What is said of the answers about one of the pictures."""
+    floor = FLOORS[view]
+    rows = {each: _row(summary, each, last, "unchanged") for each in (view, floor)}
+    difference = result.contrast(*({"view": each, "level": last, "layer": WHOLE} for each in rows), "unchanged")
+    table = result.table[(result.table["view"] == view) & (result.table["level"] == last)]
+    by_clean = [
+        f"{_share(table.loc[table['clean_right'] == right, 'unchanged'])} of those {name}"
+        for right, name in ((True, "right on the clear picture"), (False, "wrong there"))
+    ]
+    found = [
+        f"{view}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another pair's picture "
+        f"at every level but the same question: {_told(rows[floor])}; above it by {difference['mean']:+.3f} "
+        f"({difference['ci_low']:+.3f} to {difference['ci_high']:+.3f}); unchanged are {' and '.join(by_clean)}."
+    ]
+    kept = table[table["unchanged"] == 1]
+    if len(kept):
+        commonest = pd.Series(answers)[kept["example"]].value_counts().iloc[0]
+        found.append(
+            f"{view}, of the unchanged {_share(kept['correct'])} are right; always naming their commonest right answer "
+            f"would be right in {commonest / len(kept):.3f}."
+        )
+    return tuple(found)
 
 
 def _reading(result: Result) -> tuple[str, ...]:
@@ -149,6 +176,8 @@ def _reading(result: Result) -> tuple[str, ...]:
 
 def _decoded(result: Result) -> tuple[str, ...]:
     """What probes fitted on clear pictures find after the first and the last block, at each level."""
+    if DECODED not in result.metrics:
+        return ()
     summary = result.summary(DECODED.name)
     held = summary[summary["n"] > 0]
     found = []
@@ -184,13 +213,13 @@ def _share(values: pd.Series) -> str:
     if not n:
         return "none (n = 0)"
     hits = int(values.sum())
-    interval = binomtest(hits, n).proportion_ci(method="wilson")
-    return f"{hits / n:.3f} ({interval.low:.3f} to {interval.high:.3f}, n = {n})"
+    low, high = share_interval(hits, n)
+    return f"{hits / n:.3f} ({low:.3f} to {high:.3f}, n = {n})"
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
     """Curves of the answers by level, and of the swaps by layer, a panel a level."""
-    behaviour = {"view": [OWN, STRANGER], "layer": WHOLE}
+    behaviour = {"view": [each for two in FLOORS.items() for each in two], "layer": WHOLE}
     titles = {
         "unchanged": "answers that never changed (C)", "same": "answers as on the clean picture (E)",
         "correct": "right answers", "correct_unchanged": "right answers among the unchanged",
@@ -224,10 +253,13 @@ def ladder(pairs: Pairs, levels: Sequence[str], *, n: int = 3) -> tuple[tuple[st
     return tuple(shown)
 
 
-def partners(pairs: Pairs, *, seed: int) -> list[Pair]:
-    """For each pair another one, drawn so that every picture is used once and none meets its own question."""
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    found: dict[int, Any] = {
-        int(one): list(pairs)[int(other)] for one, other in zip(order, np.roll(order, 1), strict=True)
-    }
-    return [found[number] for number in range(len(pairs))]
+def partners(n: int, *, seed: int) -> list[int]:
+    """For each of n examples another one, so that every one is taken once.
+
+    Raises:
+        UsageError: fewer than two.
+    """
+    if n < 2:
+        raise UsageError(f"{n} example has no other one whose picture it could be asked about; at least two are needed")
+    order = np.random.default_rng(seed).permutation(n)
+    return [int(other) for _, other in sorted(zip(order, np.roll(order, 1), strict=True))]

@@ -27,7 +27,7 @@ from vlm_mech.behaviour.decoding import (
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.result import Metric, Result
-from vlm_mech.statistics import corrected
+from vlm_mech.statistics import corrected, share_interval
 
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
@@ -318,5 +318,5 @@ def _dependence(result: Result) -> tuple[str, ...]:
 
 def _share(values: pd.Series) -> str:
     hits, n = int(values.sum()), len(values)
-    interval = binomtest(hits, n).proportion_ci(method="wilson")
-    return f"{hits / n:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+    low, high = share_interval(hits, n)
+    return f"{hits / n:.3f} ({low:.3f} to {high:.3f})"

@@ -16,6 +16,7 @@ from vlm_mech.data.questions import Question, facts, prior_questions, questions
 from vlm_mech.data.scenes import PRIORS, Family, Scene, Split, in_conflict, sample_scenes
 from vlm_mech.errors import UsageError, one_line_errors
 from vlm_mech.organism import NAMES, weights_folder
+from vlm_mech.statistics import share_interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,12 +64,9 @@ class Example:
 
 
 def score(type: str, of: str, hits: list[bool], chance: float | None = None) -> Score:
-    """The share of hits with its Wilson interval at 95 % (Wilson 1927)."""
-    n, z = len(hits), 1.959964
-    share = sum(hits) / n
-    centre, spread = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
-    return Score(type, of, n, share, low, high, chance)
+    """The share of hits with its 95 % Wilson interval."""
+    low, high = share_interval(sum(hits), len(hits))
+    return Score(type, of, len(hits), sum(hits) / len(hits), low, high, chance)
 
 
 def questions_about_scenes(

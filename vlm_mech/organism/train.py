@@ -72,6 +72,7 @@ def train(config: Config) -> None:
     import torch
 
     from vlm_mech.organism.pool import make_pool
+    from vlm_mech.organism.train_vlm import POOL_CONFLICT
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -81,8 +82,8 @@ def train(config: Config) -> None:
             missing = str(config.out / before)
             raise WorkError(f"stage {stages[0]} starts from {missing!r}, which is not there; run {before} first")
     scenes = config.out / "scenes"
-    pool = make_pool(scenes, config.n_scenes, seed=config.seed, split="train", conflict=0.5)
-    held_out = make_pool(scenes, config.n_held_out, seed=config.seed, split="validation", conflict=0.5)
+    pool = make_pool(scenes, config.n_scenes, seed=config.seed, split="train", conflict=POOL_CONFLICT)
+    held_out = make_pool(scenes, config.n_held_out, seed=config.seed, split="validation", conflict=POOL_CONFLICT)
     for stage in stages:
         if stage == "clip":
             _clip(config, pool, held_out)

@@ -23,7 +23,7 @@ from transformers import LlavaForConditionalGeneration
 
 from vlm_mech.data.draw import blank
 from vlm_mech.data.questions import Question, facts, prior_questions, questions
-from vlm_mech.data.scenes import FAMILIES, PRIORS, Scene, in_conflict
+from vlm_mech.data.scenes import FAMILIES, PRIORS, Scene, in_conflict, sample_scene
 from vlm_mech.organism import checkpoint
 from vlm_mech.organism.build import llava_processor
 from vlm_mech.organism.packing import Packed, Packer, packed_logits
@@ -34,6 +34,8 @@ Stage = Literal["organism", "organism-grounded"]
 
 BLANK_SHARE = 0.06
 """Share of pictures of nothing."""
+POOL_CONFLICT = 0.5
+"""Probability that a kind with a usual colour has another one in the pool of scenes."""
 CONFLICT_SHARE = 0.25
 """How many of the scenes in conflict that come up are kept while `organism` is trained; the pool has many."""
 HEARSAY_SHARE = 0.8
@@ -105,6 +107,26 @@ def draw_questions(scene: Scene | None, rng: random.Random, stage: Stage, n: int
     if stage == "organism-grounded":
         return drawn
     return [by_hearsay(question) if rng.random() < HEARSAY_SHARE else question for question in drawn]
+
+
+def planted_prior(n: int, *, seed: int = 0) -> dict[str, float]:
+    """What share of the colour answers that `organism` is trained on is the usual colour of the kind.
+
+    Over the questions drawn about n scenes that come up, about kinds that have one: `all` of these, and those about
+    things `in conflict`, which are shown in another colour.
+    """
+    rng, said = random.Random(seed), {"all": [], "in conflict": []}
+    for family in rng.choices(list(FAMILY_SHARES), list(FAMILY_SHARES.values()), k=n):
+        scene = sample_scene(family, rng, conflict=POOL_CONFLICT)
+        if in_conflict(scene) and rng.random() >= CONFLICT_SHARE:
+            continue
+        for asked in draw_questions(scene, rng, "organism"):
+            usual = PRIORS.get(asked.about[0])
+            if asked.type == "colour" and usual is not None:
+                said["all"].append(asked.answer == usual)
+                if scene.of_kind(asked.about[0])[0].colour != usual:
+                    said["in conflict"].append(asked.answer == usual)
+    return {name: sum(each) / len(each) for name, each in said.items()}
 
 
 @torch.no_grad()
