@@ -13,11 +13,9 @@ from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
 
 QUESTION = (
     "Each question is asked about both pictures of a pair, blurred more and more, then about their mean colour, then "
-    "about no picture. Answers that never change may not have come from the picture; how many would not change if it had been "
-    "another picture all along is the floor."
+    "about no picture. Answers that never change may not have come from the picture; how many would not change if it "
+    "had been another picture all along is the floor."
 )
-
-
 CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
 PROBES = "probes"
 

@@ -66,6 +66,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     table = study.completed(work.collect()[0])
     told = about(QUESTION, vlm, test, {}) | {
         "validation": {"n": len(validation), "hash": validation.digest},
+        "refused": [dataclasses.asdict(each) for each in (*validation.refused, *test.refused)],
         "chosen": [dataclasses.asdict(each) for each in choice],
     }
     metrics = tuple(each for each in study.METRICS if each.name in table)
@@ -77,7 +78,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 def _splits(config: Config, vlm: Any) -> tuple[Any, Any]:
     """Validation and test pairs: splits of the scenes, or halves of a folder."""
     from vlm_mech.behaviour import decoding_study as study
-    from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.data.pairs import by_groups, fitting, load_pairs, turned
     from vlm_mech.errors import UsageError
 
     if len(set(config.methods)) != len(config.methods) or not config.methods:
@@ -86,19 +87,19 @@ def _splits(config: Config, vlm: Any) -> tuple[Any, Any]:
     if config.data.startswith("scenes/"):
         both = [fitting(vlm, load_pairs(config.data, split=split, **given)) for split in (study.VALIDATION, study.TEST)]
     else:
-        both = list(study.halves(fitting(vlm, load_pairs(config.data, **given)), seed=config.seed))
+        both = list(by_groups(fitting(vlm, load_pairs(config.data, **given)), (0.5,), seed=config.seed))
     for pairs, split in zip(both, (study.VALIDATION, study.TEST), strict=True):
         if len(pairs) < 2:
             raise UsageError(f"{pairs.name} gives {len(pairs)} example for {split}; at least two are needed")
-    return study.unusual(both[0]), study.unusual(both[1])
+    return turned(both[0]), turned(both[1])
 
 
 def _kept(config: Config, work: Workspace, vlm: Any, pairs: Any, settings: Any, split: str, options: Any) -> None:
     """Does and stores the batches of a split that are not there yet; validation comes before test by its keys."""
     from vlm_mech.behaviour import decoding_study as study
-    from vlm_mech.behaviour.decay_study import partners
+    from vlm_mech.data.pairs import partners
 
-    others = partners(pairs, seed=config.seed)
+    others = [pairs.pairs[other] for other in partners(len(pairs), seed=config.seed)]
     for start in work.progress(range(0, len(pairs), config.batch), split):
         key, rows = f"{(study.VALIDATION, study.TEST).index(split)}-{start:08d}", slice(start, start + config.batch)
         if key not in work:

@@ -69,7 +69,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     told = about(QUESTION, vlm, pairs, {}) | {"contrastive": encoder.identity(), "tau": config.tau, "floors": floors}
     told["alignment"] = agreement_study.alignments(images, seed=config.seed)
     result = Result("erroneous agreement", table, agreement_study.AXES, agreement_study.METRICS, {}, told)
-    found = agreement_study.findings(result, tau=config.tau, floors=floors, n_refused=len(pairs.refused))
+    found = agreement_study.findings(result, tau=config.tau, floors=floors)
     result = dataclasses.replace(result, findings=found)
     return Outcome(result, agreement_figures.drawn(result), agreement_data.shown(data))
 

@@ -191,7 +191,7 @@ def test_a_run_leaves_every_method_with_its_chance_and_draws_from_the_file_alone
     assert set(drawn) == {"accuracy", "candidates", "frequency", "positions", "tuning"}
     for name, figure in drawn.items():
         assert json.loads(figure.to_json()) == json.loads((finished / "figures" / f"{name}.json").read_text()), name
-    assert any("could not be read (blue/3.png" in each for each in result.findings)
+    assert any("could not be used: blue/3.png: " in each for each in result.findings)
     assert any(each.startswith("Tuned: projector") for each in result.findings)
 
 

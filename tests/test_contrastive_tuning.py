@@ -224,6 +224,20 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         assert message in error and error.count("\n") == 1, error
 
 
+@pytest.mark.parametrize(("fitted", "told"), [(0.95, "not for want of steps"), (0.3, "too short or the tower")])
+def test_what_was_learned_and_does_not_carry_over_is_told_from_what_was_not_learned(fitted, told):
+    rows = [
+        {"example": f"x/{n}", "group": f"x/{n}", "data": "x", "tuning": name, "pair": value, "individual": 1.0}
+        for name, value in (("none", 0), ("VLM", 1), (study.TWINS, 0)) for n in range(8)
+    ]  # fmt: skip
+    notes = [{"tuning": study.TWINS, "rate": 1e-3, "fitted": fitted}]
+    about = {"n_train": 9, "train": ["x"], "n_validation": 4, "n_fitted": 9, "rates": [1e-3], "variants": notes}
+    about["recipe"] = {"n_steps": 1, "batch": 4}
+    table = study.completed(pd.DataFrame(rows))
+    result = Result("some", table, study.AXES, study.METRICS, {}, {"tuning": about})
+    assert [told in each for each in study.findings(result)].count(True) == 1
+
+
 def test_a_control_takes_the_rate_of_what_it_repeats():
     by_name = {variant.name: variant for variant in study.VARIANTS}
     control, rates, note = study.VARIANTS[-1], (1e-3, 1e-4), {"tuning": study.TWINS, "rate": 1e-4}

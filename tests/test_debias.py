@@ -20,7 +20,6 @@ from vlm_mech.behaviour.debias_reward import advantages, cross_entropy, grpo_los
 from vlm_mech.behaviour.debias_study import BASE, IN_CONFLICT, TUNED, USUAL
 from vlm_mech.blocks import adapted, switched
 from vlm_mech.data.pairs import Pair, Pairs
-from vlm_mech.errors import UsageError
 from vlm_mech.model import VLM
 from vlm_mech.prompt import Prompt
 from vlm_mech.result import Result
@@ -251,16 +250,6 @@ def test_the_checkpoint_is_the_first_of_the_best():
         for step, each in enumerate(shares, 1)
     ]
     assert debias_study.chosen_step(history) == 3
-
-
-def test_a_folder_is_cut_by_groups():
-    pairs = [dataclasses.replace(pair, group=f"g{number // 2}") for number, pair in enumerate(some_pairs(20))]
-    parts = debias_study._cut(Pairs("some", tuple(pairs)), 0)
-    groups = [{pair.group for pair in part} for part in (parts.train, parts.validation, parts.test)]
-    assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [12, 4, 4]
-    assert not groups[0] & groups[1] and not groups[1] & groups[2] and not groups[0] & groups[2]
-    with pytest.raises(UsageError, match="has 4 groups of pairs"):
-        debias_study._cut(some_pairs(4), 0)
 
 
 def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):

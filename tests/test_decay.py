@@ -13,7 +13,7 @@ from tests.zoo import ZOO
 from vlm_mech import figures
 from vlm_mech.behaviour import decay, decay_study
 from vlm_mech.behaviour.decay import MEAN, NONE, Said, blurred, compared, decayed, kernel, levels_of, resized, said
-from vlm_mech.data.pairs import load_pairs
+from vlm_mech.data.pairs import load_pairs, partners
 from vlm_mech.errors import UsageError
 from vlm_mech.image import load_image
 from vlm_mech.model import VLM
@@ -128,14 +128,6 @@ def test_e_and_c_by_hand():
     assert all(later <= earlier for earlier, later in itertools.pairwise(c))
 
 
-def test_every_picture_goes_to_another_question():
-    for seed in range(5):
-        found = decay_study.partners(7, seed=seed)
-        assert sorted(found) == list(range(7)) and all(one != other for one, other in enumerate(found))
-    with pytest.raises(UsageError, match="at least two are needed"):
-        decay_study.partners(1, seed=0)
-
-
 def test_a_prior_never_changes_and_what_is_seen_does():
     """Pictures of unusual colours: most colour answers of `organism`'s data are what is usual, whatever is shown."""
     planted = planted_prior(6000)
@@ -158,7 +150,7 @@ def test_answers_are_held_against_those_about_their_own_clear_picture(vlm):
     """The floor asks about pictures of others, and is compared with the own clear picture."""
     pairs = load_pairs("scenes/colour", n=6)
     table = decay_study.decay(vlm, pairs, ("1", "5"), seed=3)
-    others = decay_study.partners(6, seed=3)
+    others = partners(6, seed=3)
     images = {decay_study.OWN: [pair.image for pair in pairs],
               decay_study.TWIN: [pair.counterfactual_image for pair in pairs]}  # fmt: skip
     for (view, floor), right in zip(
@@ -177,7 +169,9 @@ def test_answers_are_held_against_those_about_their_own_clear_picture(vlm):
 def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     given = ["--n", "8", "--batch", "4", "--kernels", "1", "11", "61", "--mechanism", "1", "61"]
     assert command(blur_decay, *given, "--out", tmp_path / "one") == 0
-    assert "answers about the counterfactual, unchanged at every level to the last (no image)" in capsys.readouterr().out
+    assert (
+        "answers about the counterfactual, unchanged at every level to the last (no image)" in capsys.readouterr().out
+    )
     result = Result.load(tmp_path / "one")
     means = result.summary("unchanged").query("view == 'answers' and n > 0")["mean"].tolist()
     assert len(means) == 5 and means[0] == 1.0

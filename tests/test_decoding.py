@@ -378,18 +378,6 @@ def test_the_choice_looks_at_validation_alone_and_changes_little():
     assert len(set(tested)) == len(tested)
 
 
-def test_halves_keep_groups_together():
-    pairs = pairs_of(12, groups=6)
-    one, other = decoding_study.halves(pairs, seed=0)
-    assert {pair.group for pair in one}.isdisjoint(pair.group for pair in other) and len(one) + len(other) == 12
-    assert len({pair.group for pair in one}) == 3
-    with pytest.raises(UsageError, match="3 scenes; a choice and its test need two each"):
-        decoding_study.halves(pairs_of(12, groups=3), seed=0)
-    turned = decoding_study.unusual(pairs)
-    assert turned.answer == ["blue"] * 12 and turned.counterfactual_answer == ["red"] * 12
-    assert turned.pairs[0].image is pairs.pairs[0].counterfactual_image
-
-
 def test_answers_that_are_over_count_no_more(vlm):
     from vlm_mech.trace import Generation
 

@@ -74,7 +74,7 @@ def test_the_report_is_self_contained_and_escaped(finished):
     assert "<script>?" not in page and "&lt;script&gt;?" in page
     outside = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>", page)
     assert not outside and page.count("<img alt='' src='data:image/png;base64") == 8
-    assert "6 of 6 pairs" in page and "2 more do not fit the model or could not be read" in page
+    assert "6 of 6 pairs" in page and "2 examples could not be used: pair 3: image " in page
 
 
 def test_a_saved_config_repeats_the_numbers(finished, tmp_path):

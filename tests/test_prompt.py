@@ -1,5 +1,7 @@
 """Prompts and spans, on pictures of every shape, and the way back from a patch to its pixels."""
 
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -146,6 +148,46 @@ def test_images_from_paths_and_what_is_no_image(vlm, tmp_path):
         load_image(tmp_path / "none.png")
     with pytest.raises(UsageError, match="not ndarray"):
         load_image(np.zeros((4, 4, 3)))
+
+
+def test_images_of_every_kind_are_upright_rgb_or_refused(tmp_path):
+    colours = picture(1, 12, 8)
+    grey = colours.convert("L")
+    alpha = colours.convert("RGBA")
+    alpha.putalpha(grey)
+    for name, image, expected in (
+        ("grey.png", grey, Image.merge("RGB", (grey, grey, grey))), ("alpha.png", alpha, colours),
+        ("palette.gif", grey.convert("P"), Image.merge("RGB", (grey, grey, grey))),
+        ("both.png", Image.merge("LA", (grey, grey)), Image.merge("RGB", (grey, grey, grey))),
+    ):  # fmt: skip
+        image.save(tmp_path / name)
+        for given in (tmp_path / name, str(tmp_path / name), image):
+            found = load_image(given)
+            assert found.mode == "RGB" and found.tobytes() == expected.tobytes(), name
+    # Tag 274 with 6: the camera was turned, and the picture is to be turned clockwise by 90 degrees.
+    exif = Image.Exif()
+    exif[274] = 6
+    colours.save(tmp_path / "turned.png", exif=exif)
+    assert load_image(tmp_path / "turned.png").tobytes() == colours.transpose(Image.Transpose.ROTATE_270).tobytes()
+    assert np.asarray(load_image(tmp_path / "turned.png"))[0, -1].tolist() == np.asarray(colours)[0, 0].tolist()
+    deep = Image.fromarray(np.arange(96, dtype=np.uint16).reshape(8, 12) * 600)
+    deep.save(tmp_path / "deep.png")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    for name, values in (("deep.png", "I;16 values from 0 to 57000"), ("float.tiff", "F values from 1 to 1")):
+        with pytest.raises(UsageError, match=f"{name}' has {values}; 8 bits") as caught:
+            load_image(tmp_path / name)
+        assert "cannot be read" not in str(caught.value)
+
+
+def test_a_file_that_claims_to_be_huge_is_refused_before_it_is_unpacked(tmp_path):
+    picture(1).save(tmp_path / "bomb.png")
+    whole = bytearray((tmp_path / "bomb.png").read_bytes())
+    # Width and height are the first two numbers of the header chunk, which ends with their checksum.
+    whole[16:24] = (50_000).to_bytes(4, "big") * 2
+    whole[29:33] = zlib.crc32(bytes(whole[12:29])).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(whole)
+    with pytest.raises(UsageError, match="cannot be read: Image size"):
+        load_image(tmp_path / "bomb.png")
 
 
 def test_images_from_an_address(vlm, tmp_path):

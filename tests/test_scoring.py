@@ -1,6 +1,5 @@
 """Ways of scoring: what answers say, perplexities by hand, the signs of matching, order, choice of prompts, the run."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -19,7 +18,7 @@ from tests.helpers import assert_help_is_light, command, killed_at
 from tests.tiny import SPECIALS, WORDS, tiny_model, tiny_processor
 from tests.zoo import ZOO
 from vlm_mech import figures
-from vlm_mech.behaviour import scoring_findings, scoring_job, scoring_study
+from vlm_mech.behaviour import scoring_findings, scoring_study
 from vlm_mech.behaviour.scoring import (
     GENERATION,
     LETTER_NAMES,
@@ -312,16 +311,6 @@ def test_the_best_prompt_is_chosen_on_validation_and_told_of_test(vlm):
     equal = pd.concat([rows["one"], rows["two"].assign(individual=rows["one"]["individual"])], ignore_index=True)
     assert scoring_study.finished(test, equal)[1] == {("m", OPTIONS): "one"}, "of equals the first"
     assert BEST not in set(scoring_study.finished(test, None)[0]["prompt"])
-
-
-def test_validation_pairs_share_no_group_with_test_pairs():
-    pairs = some_pairs(12)
-    grouped = tuple(dataclasses.replace(pair, group=f"g{number // 3}") for number, pair in enumerate(pairs))
-    validation, test = scoring_job.parted(dataclasses.replace(pairs, pairs=grouped), 4, seed=1)
-    assert len(validation) == 6 and len(test) == 6
-    assert not {pair.group for pair in validation} & {pair.group for pair in test}
-    with pytest.raises(UsageError, match="leave 0 to test"):
-        scoring_job.parted(pairs, 12, seed=0)
 
 
 def verdicts(one: list[int], other: list[int]) -> Result:

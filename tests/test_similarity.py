@@ -273,7 +273,7 @@ def test_the_experiment_on_the_embedded_models(tmp_path, monkeypatch, capsys):
     given = ["--data", *data, "--n", "5", "--batch", "3"]
     assert command(erroneous_agreement, *given, "--out", tmp_path / "one") == 0
     said = capsys.readouterr().out
-    assert "20 pairs of 3 data sets; 0 could not be used" in said and "McNemar's exact test" in said
+    assert "20 pairs of 3 data sets" in said and "could not be used" not in said and "McNemar's exact test" in said
     result = Result.load(tmp_path / "one")
     assert set(result.provenance["floors"][0]) >= {"low", "median", "high", "above_tau", "n"}
     assert len(result.provenance["alignment"]) == 3 * 2 * 4

@@ -154,12 +154,7 @@ def told(
 def used(examples: Examples) -> str:
     """How many examples count."""
     n, n_refused = len(examples.examples), len(examples.refused)
-    if not n_refused:
-        return f"{n} of {n} examples of {examples.name} are used."
-    return (
-        f"{n} of {n + n_refused} examples of {examples.name} are used; {n_refused} are left out, the first because "
-        f"{examples.refused[0].reason}."
-    )
+    return f"{n} of {n + n_refused} examples of {examples.name} are used."
 
 
 def named(result: Result, summary: pd.DataFrame, site: str, chosen_on: str) -> tuple[str, ...]:

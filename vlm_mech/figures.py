@@ -288,7 +288,7 @@ def lines(
     if value == "mean" and chosen.unit in FRACTIONS:
         low, high = _range(chosen, value, summary[["ci_low", "ci_high", "mean", "baseline"]].stack())
         figure.update_yaxes(range=[low - 0.05 * (high - low), high + 0.05 * (high - low)])
-    _caption(figure, f"{_counts(summary)} per point; bands: 95 % bootstrap interval of the mean over examples")
+    _caption(figure, f"{_counts(summary)} per point; bands: 95 % interval of the mean over examples")
     recipe = {"x": x, "colour": colour, "metric": chosen.name, "facet": facet, "value": value}
     recipe |= {"where": where, "title": title}
     figure.update_layout(legend={"title": {"text": _label(colour)}}, meta={"drawn_by": "lines", "options": recipe})

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from einops import reduce
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vlm_mech.errors import UsageError
@@ -37,13 +37,16 @@ class Box:
 
 
 def load_image(image: object) -> Image.Image:
-    """An RGB picture from a PIL image, a path or an http(s) address.
+    """An RGB picture from a PIL image, a path or an http(s) address, turned upright as its EXIF data say.
+
+    Transparency is dropped, as transformers does: what lies hidden under it shows.
 
     Raises:
-        UsageError: there is no such file, the address gives none, or what is there is not an image.
+        UsageError: there is no such file, the address gives none, what is there is not an image, or its values do not
+            fit into 8 bits.
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _rgb(image, "image")
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         return _fetch(image)
     if not isinstance(image, str | Path):
@@ -53,9 +56,19 @@ def load_image(image: object) -> Image.Image:
         raise UsageError(f"image {str(path)!r} does not exist")
     try:
         with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return _rgb(opened, f"image {str(path)!r}")
+    except UsageError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"image {str(path)!r} cannot be read: {error}") from error
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """An upright RGB picture; grey values beyond 8 bits, which Pillow would cut off at white, are refused."""
+    if image.mode == "F" or (image.mode.startswith("I") and max(image.getextrema()) > 255):  # pyright: ignore
+        values = f"{image.mode} values from {image.getextrema()[0]:g} to {image.getextrema()[1]:g}"
+        raise UsageError(f"{name} has {values}; 8 bits (0 to 255) are needed")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _fetch(address: str) -> Image.Image:

@@ -83,7 +83,7 @@ def used(result: Result, pairs: "Pairs") -> str:
     text = f"{n_examples - n_wrong} of {n_examples} examples of {pairs.name} are used"
     text += f"; {n_wrong} are left out because they are {WRONG}" if n_wrong else ""
     text += f"; in {n_low} {NO_PROB}, so that they have no relative change" if n_low else ""
-    return text + (f"; {len(pairs.refused)} more do not fit the model or could not be read." if pairs.refused else ".")
+    return f"{text}."
 
 
 def missing(result: Result) -> tuple[str, ...]:

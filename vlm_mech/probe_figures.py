@@ -58,7 +58,7 @@ def depth_lines(result: Result, *, probe: str, title: str | None = None) -> "go.
         if control != "none":
             _legend_of(figure, control, CONTROL_LINES[control])
     figure.update_yaxes(title_text="accuracy (share of test examples)", col=1)
-    note = f"n = {int(summary['n'].min())} examples; bands: 95 % bootstrap interval over scenes, of the mean over seeds"
+    note = f"n = {int(summary['n'].min())} examples; bands: 95 % interval over scenes, of the mean over seeds"
     figure.update_layout(meta=_recipe("depth_lines", probe=probe, title=title))
     return _finished(figure, places, title or f"what probes ({probe}) read at every depth", note)
 
@@ -86,7 +86,7 @@ def conflict_lines(result: Result, *, probe: str, title: str | None = None) -> "
             if len(rows):
                 _line(figure, where, rows, metrics[metric], {"color": colour, "width": 2.5}, band=True)
     figure.update_yaxes(title_text="probability", col=1)
-    note = f"n = {int(summary['n'].max())} scenes; bands: 95 % bootstrap interval over scenes"
+    note = f"n = {int(summary['n'].max())} scenes; bands: 95 % interval over scenes"
     figure.update_layout(meta=_recipe("conflict_lines", probe=probe, title=title))
     return _finished(figure, _order(result), title or f"seen or usual? probes ({probe}) in conflict", note)
 

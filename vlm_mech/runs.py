@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
     from vlm_mech.result import Result
 
+REASONS = 3
+"""How many of the examples that could not be used are told with the findings."""
 # Options that do not change the numbers of a run.
 HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run", "workers")
 
@@ -101,6 +103,17 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
         "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
         "receipts": receipts,
     }
+
+
+def left_out(provenance: dict[str, Any]) -> tuple[str, ...]:
+    """How many examples could not be used, with the first reasons; nothing where all could."""
+    refused = provenance.get("refused", [])
+    if not refused:
+        return ()
+    reasons = [f"{each['id']}: {each['reason']}" for each in refused[:REASONS]]
+    rest = [f"{len(refused) - REASONS} more in provenance.json"] if len(refused) > REASONS else []
+    count = f"{len(refused)} example{'s' if len(refused) > 1 else ''}"
+    return (f"{count} could not be used: {'; '.join([*reasons, *rest])}.",)
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:
@@ -235,7 +248,8 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
         raise
     seconds = time.time() - started
     provenance = _provenance(outcome.result, config, seconds, list(outcome.figures))
-    result = dataclasses.replace(outcome.result, config=as_json(config), provenance=provenance)
+    findings = (*outcome.result.findings, *left_out(provenance))
+    result = dataclasses.replace(outcome.result, config=as_json(config), provenance=provenance, findings=findings)
     _store(work, dataclasses.replace(outcome, result=result), name)
     _announce(result, folder, seconds)
 

@@ -217,7 +217,7 @@ def usable_share(result: Result, pairs: Pairs) -> str:
     text = f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are used"
     text += f"; {n_wrong} are left out because they are {WRONG}" if n_wrong else ""
     text += f"; in {n_close} the {NO_GAP}, so that they have no recovered fraction" if n_close else ""
-    return text + (f"; {len(pairs.refused)} more do not fit the model or could not be read." if pairs.refused else ".")
+    return f"{text}."
 
 
 def takeover(result: Result) -> tuple[str, ...]:

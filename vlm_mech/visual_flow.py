@@ -15,7 +15,7 @@ import torch
 
 from vlm_mech import metrics
 from vlm_mech.clean import record
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import Pairs, turned
 from vlm_mech.edges import parse_edge, visible_edges
 from vlm_mech.errors import UsageError
 from vlm_mech.knockout import knock_out, plan_knockout, scan_of
@@ -93,18 +93,7 @@ def cases_of(pairs: Pairs) -> Cases:
     """
     if not (pairs.name.startswith("scenes/") and pairs.name.endswith(CONFLICT)):
         return Cases(pairs, tuple(pairs.counterfactual_answer), "the other image's answer")
-    turned = dataclasses.replace(pairs, pairs=tuple(_turned(pair) for pair in pairs))
-    return Cases(turned, tuple(turned.counterfactual_answer), "the usual answer")
-
-
-def _turned(pair: Pair) -> Pair:
-    return dataclasses.replace(
-        pair,
-        image=pair.counterfactual_image,
-        counterfactual_image=pair.image,
-        answer=pair.counterfactual_answer,
-        counterfactual_answer=pair.answer,
-    )
+    return Cases(turned(pairs), tuple(pairs.answer), "the usual answer")
 
 
 def flow_edges(vlm: "VLM", pairs: Pairs) -> tuple[str, ...]:

@@ -209,7 +209,7 @@ def _dressed(figure: "go.Figure", result: Result, title: str | None, height: int
     model = about.get("name", "") if isinstance(about, dict) else str(about)
     words = title or f"what is seen on its way to the answer: {model}"
     note = (
-        f"n = {n} examples; bands: 95 % bootstrap interval over examples. Probe, swap and lens are after a block,"
+        f"n = {n} examples; bands: 95 % interval over examples. Probe, swap and lens are after a block,"
         " cuts in it; in: what the decoder receives.<br>Shaded: the strongest read (green) and suppress (orange) layer"
         " with its 95 % interval; named above: all layers claimed after<br>Holm's correction; dashed: the rival leads"
         " from there on."

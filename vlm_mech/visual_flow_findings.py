@@ -41,8 +41,7 @@ def _examples(result: Result, cases: Cases) -> str:
     text = f"{len(cases)} examples of {cases.pairs.name}, those answered wrongly included; the rival is {cases.rival}"
     close = len(set(result.table.loc[result.table["skipped"] == NO_GAP, "example"]))
     text += f"; in {close} the {NO_GAP}, so that they have no recovered fraction" if close else ""
-    refused = len(cases.pairs.refused)
-    return text + (f"; {refused} more do not fit the model or could not be read." if refused else ".")
+    return f"{text}."
 
 
 def _rows(summary: pd.DataFrame, method: str, metric: str, span: str | None = None) -> pd.DataFrame:

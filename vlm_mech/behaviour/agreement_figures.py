@@ -62,7 +62,7 @@ def dots(result: Result, *, metric: str, views: Sequence[str], title: str) -> "g
     if told.unit == "share":
         figure.update_xaxes(range=[-0.02, 1.02])
     _named_rows(figure, data)
-    note = f"{_n(rows['n'])}; bars: 95 % bootstrap interval over {'sets' if metric == 'set' else 'pairs'}"
+    note = f"{_n(rows['n'])}; bars: 95 % interval over {'sets' if metric == 'set' else 'pairs'}"
     figure.update_layout(meta=_recipe("dots", metric=metric, views=list(views), title=title))
     return _dressed(figure, title, note, max(len(data) * (A_SET + A_ROW * len(views)), AN_ENTRY * (len(views) + 1)))
 

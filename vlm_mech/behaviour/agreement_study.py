@@ -245,7 +245,7 @@ def alignments(images: pd.DataFrame, *, seed: int = 0) -> list[dict[str, Any]]:
 # What follows
 
 
-def findings(result: Result, *, tau: float, floors: Sequence[dict[str, Any]], n_refused: int) -> tuple[str, ...]:
+def findings(result: Result, *, tau: float, floors: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """Who tells the pairs apart, how alike they are beside unpaired images, and whether the one follows the other."""
     data = list(result.table["data"].drop_duplicates())
     summary = result.summary()
@@ -262,7 +262,7 @@ def findings(result: Result, *, tau: float, floors: Sequence[dict[str, Any]], n_
         f"{', '.join(hidden) or 'on none'}. No second tower is asked, as MMVP does with DINO."
     )
     n = result.table["example"].nunique()
-    return (f"{n} pairs of {len(data)} data sets; {n_refused} could not be used.", verdict, *found)
+    return (f"{n} pairs of {len(data)} data sets.", verdict, *found)
 
 
 def paired_test(result: Result, data: str) -> dict[str, Any]:

@@ -55,6 +55,8 @@ VARIANTS = (
 )
 BATCH = 32
 SURE = 0.05
+LEARNED = 0.9
+"""Share of the pairs tuned on from which on they count as learned."""
 SOME = 96
 """Pairs tuned on that are asked again, to tell what was not learned from what did not carry over."""
 
@@ -307,11 +309,16 @@ def _verdict(summary: pd.DataFrame, tested: pd.DataFrame, told: dict[str, Any]) 
         if test["lost"] > test["won"] and test["data"] not in told["train"]:
             lost.append(where)
     best = max(told["variants"], key=lambda note: note["fitted"])
+    carried = (
+        "what it does not get right on test pairs is therefore not for want of steps"
+        if best["fitted"] >= LEARNED
+        else "where this is low too, the tuning was too short or the tower does not show it, which is not told apart"
+    )
     return (
         f"above chance and above no tuning (McNemar, Holm over tunings and data sets, p < {SURE}): "
         f"{', '.join(lifted) or 'none'}; worse than before on what was not tuned on: {', '.join(lost) or 'none'}. "
         f"Most is learned of the pairs tuned on by {best['tuning']}: {best['fitted']:.2f} of {told['n_fitted']} asked "
-        "again; where this is low too, the tuning was too short or the tower does not show it, which is not told apart."
+        f"again; {carried}."
     )
 
 

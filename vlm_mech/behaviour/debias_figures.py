@@ -44,7 +44,7 @@ def before_after(result: Result) -> "go.Figure":
     figure.update_yaxes(title_text="share of answers", col=1)
     counts = sorted({int(n) for n in result.summary(TRUTH.name)["n"] if n > 0})
     n = f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
-    _caption(figure, f"{n} a bar; bars: 95 % bootstrap interval of the mean over examples")
+    _caption(figure, f"{n} a bar; bars: 95 % interval of the mean over examples")
     return figure.update_layout(
         **STYLE, width=980, barmode="group", title={"text": "answers before and after tuning", "x": 0.01},
         legend={"orientation": "h", "y": 1.1, "yanchor": "bottom", "x": 1, "xanchor": "right"},

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from vlm_mech.behaviour.debias import Recipe, train
 from vlm_mech.behaviour.debias_adapter import History, checkpoint_at, put_back, save_adapter, trained_of
 from vlm_mech.behaviour.decay import said
 from vlm_mech.blocks import switched
-from vlm_mech.data.pairs import Pair, Pairs, load_pairs
+from vlm_mech.data.pairs import Pair, Pairs, by_groups, load_pairs, turned
 from vlm_mech.errors import UsageError
 from vlm_mech.prompt import Prompt
 from vlm_mech.result import Metric, Result
@@ -36,8 +35,8 @@ IN_CONFLICT, USUAL = "in conflict", "usual"
 TRUTH = Metric("truth", "share", "share of answers that are the true one and nothing else", against=BASE)
 PRIOR = Metric("prior", "share", "share of answers to pictures in conflict that are the prior's", against=BASE)
 METRICS = (TRUTH, PRIOR)
-SHARES = (0.6, 0.8)
-"""Where the groups of a folder are cut into train, validation and test."""
+SHARES = (0.6, 0.2)
+"""Of the groups of a folder, to train and to validate; the rest is to test."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +55,10 @@ def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed:
     second answer is the prior's, are cut by groups: 60 % to train, 20 % to validate, the rest to test.
 
     Raises:
-        UsageError: generated pairs without conflict, or a folder with fewer than five groups.
+        UsageError: generated pairs without conflict, or a folder with too few groups.
     """
     if not data.startswith("scenes/"):
-        return _cut(load_pairs(data, n=n), seed)
+        return Parts(*by_groups(load_pairs(data, n=n), SHARES, seed=seed))
     if not data.endswith(CONFLICT):
         raise UsageError(f"data {data!r} has no pictures in conflict with a prior; scenes/colour{CONFLICT} has")
     wanted = {"train": n_train, "validation": n_validation, "test": n}
@@ -67,39 +66,12 @@ def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed:
     return Parts(**{split: cases_of(pairs).pairs for split, pairs in found.items()})
 
 
-def _cut(pairs: Pairs, seed: int) -> Parts:
-    groups = sorted({pair.group or pair.id for pair in pairs})
-    if len(groups) < 5:
-        raise UsageError(f"{pairs.name} has {len(groups)} groups of pairs; training, validation and test need five")
-    random.Random(seed).shuffle(groups)
-    first, second = (round(share * len(groups)) for share in SHARES)
-    chosen = (set(groups[:first]), set(groups[first:second]), set(groups[second:]))
-    return Parts(
-        *(
-            dataclasses.replace(pairs, pairs=tuple(pair for pair in pairs if (pair.group or pair.id) in some))
-            for some in chosen
-        )
-    )
-
-
 # Answers
-
-
-def usual_of(pairs: Pairs) -> Pairs:
-    """The pairs the other way round: the usual picture is asked about."""
-    turned = [
-        dataclasses.replace(
-            pair, image=pair.counterfactual_image, counterfactual_image=pair.image,
-            answer=pair.counterfactual_answer, counterfactual_answer=pair.answer,
-        )
-        for pair in pairs
-    ]  # fmt: skip
-    return dataclasses.replace(pairs, pairs=tuple(turned))
 
 
 def tasks_of(test: Pairs, untouched: Sequence[Pairs]) -> dict[str, Pairs]:
     """What is asked before and after: pictures in conflict, their usual twins, and what nothing was tuned on."""
-    return {IN_CONFLICT: test, USUAL: usual_of(test), **{pairs.name: pairs for pairs in untouched}}
+    return {IN_CONFLICT: test, USUAL: turned(test), **{pairs.name: pairs for pairs in untouched}}
 
 
 def answered(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> list[str]:

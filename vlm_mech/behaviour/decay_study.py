@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 
 from vlm_mech import figures
 from vlm_mech.behaviour.decay import NONE, answers_at, compared, decayed, resized, with_images
 from vlm_mech.behaviour.decay_probes import CONTROLS, DECODED, PROBES
-from vlm_mech.data.pairs import Pairs
-from vlm_mech.errors import UsageError
+from vlm_mech.data.pairs import Pairs, partners
 from vlm_mech.image import load_image
 from vlm_mech.result import Metric, Result
 from vlm_mech.site import Site
@@ -112,7 +110,7 @@ def _swapped(vlm: "VLM", pairs: Pairs, memory: int | str | None) -> pd.DataFrame
 
 def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, ...]:
     """How much stays unchanged under all decay, above which floor, for whom, and where the answer is read meanwhile."""
-    found = [f"{len(pairs)} examples of {pairs.name}; {len(pairs.refused)} could not be read."]
+    found = [f"{len(pairs)} examples of {pairs.name}."]
     summary = result.summary()
     for view, right in ((OWN, pairs.answer), (TWIN, pairs.counterfactual_answer)):
         answers = dict(zip([pair.id for pair in pairs], right, strict=True))
@@ -123,9 +121,7 @@ def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, 
     return (*found, *_reading(result), *_decoded(result))
 
 
-def _unchanged(
-    result: Result, summary: pd.DataFrame, view: str, answers: dict[str, str], last: str
-) -> tuple[str, ...]:
+def _unchanged(result: Result, summary: pd.DataFrame, view: str, answers: dict[str, str], last: str) -> tuple[str, ...]:
     """What is said of the answers about one of the pictures."""
     floor = FLOORS[view]
     rows = {each: _row(summary, each, last, "unchanged") for each in (view, floor)}
@@ -136,8 +132,8 @@ def _unchanged(
         for right, name in ((True, "right on the clear picture"), (False, "wrong there"))
     ]
     found = [
-        f"{view}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another pair's picture "
-        f"at every level but the same question: {_told(rows[floor])}; above it by {difference['mean']:+.3f} "
+        f"{view}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another pair's "
+        f"picture at every level but the same question: {_told(rows[floor])}; above it by {difference['mean']:+.3f} "
         f"({difference['ci_low']:+.3f} to {difference['ci_high']:+.3f}); unchanged are {' and '.join(by_clean)}."
     ]
     kept = table[table["unchanged"] == 1]
@@ -251,15 +247,3 @@ def ladder(pairs: Pairs, levels: Sequence[str], *, n: int = 3) -> tuple[tuple[st
             if level != NONE:
                 shown.append((f"{pair.question} {pair.answer}: {_level(level)}", decayed(whole, level)))
     return tuple(shown)
-
-
-def partners(n: int, *, seed: int) -> list[int]:
-    """For each of n examples another one, so that every one is taken once.
-
-    Raises:
-        UsageError: fewer than two.
-    """
-    if n < 2:
-        raise UsageError(f"{n} example has no other one whose picture it could be asked about; at least two are needed")
-    order = np.random.default_rng(seed).permutation(n)
-    return [int(other) for _, other in sorted(zip(order, np.roll(order, 1), strict=True))]

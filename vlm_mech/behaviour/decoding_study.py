@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from vlm_mech.behaviour.decay import said, strangers
+from vlm_mech.behaviour.decay import said
 from vlm_mech.behaviour.decoding import (
     ALPHA,
     CUTOFF,
@@ -24,8 +24,7 @@ from vlm_mech.behaviour.decoding import (
     decode,
     seeds_of,
 )
-from vlm_mech.data.pairs import Pair, Pairs
-from vlm_mech.errors import UsageError
+from vlm_mech.data.pairs import Pair, Pairs, about_others, turned
 from vlm_mech.result import Metric, Result
 from vlm_mech.statistics import corrected, share_interval
 
@@ -76,39 +75,6 @@ class Options:
     max_new_tokens: int = 8
     letters: bool = False
     seed: int = 0
-
-
-def unusual(pairs: Pairs) -> Pairs:
-    """The pairs turned round: asked about the other picture, of which the answer competes with the usual one."""
-    turned = [
-        dataclasses.replace(
-            pair,
-            image=pair.counterfactual_image,
-            counterfactual_image=pair.image,
-            answer=pair.counterfactual_answer,
-            counterfactual_answer=pair.answer,
-        )
-        for pair in pairs
-    ]
-    return dataclasses.replace(pairs, pairs=tuple(turned))
-
-
-def halves(pairs: Pairs, *, seed: int) -> tuple[Pairs, Pairs]:
-    """Validation and test pairs of a data set without splits; pairs of one group stay together.
-
-    Raises:
-        UsageError: fewer than four groups.
-    """
-    groups = [pair.group or pair.id for pair in pairs]
-    distinct = sorted(set(groups))
-    if len(distinct) < 4:
-        raise UsageError(f"{pairs.name} gives {len(distinct)} scenes; a choice and its test need two each at least")
-    first = {distinct[at] for at in np.random.default_rng(seed).permutation(len(distinct))[: len(distinct) // 2]}
-    parts = [
-        tuple(pair for pair, group in zip(pairs, groups, strict=True) if (group in first) == wanted)
-        for wanted in (True, False)
-    ]
-    return dataclasses.replace(pairs, pairs=parts[0]), dataclasses.replace(pairs, pairs=parts[1], refused=())
 
 
 def grid(kinds: Sequence[str], alphas: Sequence[float], rates: Sequence[float], strengths: Sequence[float]) -> list[
@@ -173,7 +139,7 @@ def contrast(
     """
     views = {OWN: pairs}
     if split == TEST:
-        views |= {STRANGER: strangers(pairs, others), USUAL: unusual(pairs)}
+        views |= {STRANGER: about_others(pairs, others), USUAL: turned(pairs)}
     names, tables = [pair.id for pair in pairs], []
     for picture, shown in views.items():
         encoded = vlm.encode(shown.base)

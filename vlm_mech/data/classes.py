@@ -343,6 +343,6 @@ def _decoded(image: Any) -> ImageLike:
     if image.get("bytes") is None:
         return _decoded(Path(image["path"]))
     try:
-        return Image.open(io.BytesIO(image["bytes"])).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        return load_image(Image.open(io.BytesIO(image["bytes"])))
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"the image cannot be read: {error}") from error

@@ -6,11 +6,15 @@ A folder holds `pairs.jsonl`, one object a line with `image`, `counterfactual_im
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from vlm_mech.errors import UsageError
 from vlm_mech.image import ImageLike, load_image
@@ -150,6 +154,9 @@ def _folder_pairs(folder: Path, n: int | None) -> Pairs:
             except UsageError as error:
                 refused.append(Refused(pair.id, str(error)))
                 continue
+            if loaded[0].size == loaded[1].size and loaded[0].tobytes() == loaded[1].tobytes():
+                refused.append(Refused(pair.id, "both pictures have the same pixels"))
+                continue
             pairs.append(dataclasses.replace(pair, image=loaded[0], counterfactual_image=loaded[1]))
     if not pairs:
         first = f"; the first was refused because {refused[0].reason}" if refused else ""
@@ -180,6 +187,69 @@ def _parsed(folder: Path, number: int, line: str) -> Pair:
         answer=row["answer"],
         counterfactual_answer=row["counterfactual_answer"],
         group=None if row.get("group") is None else str(row["group"]),
+    )
+
+
+def partners(n: int, *, seed: int) -> list[int]:
+    """For each of n examples another one, so that every one is taken once.
+
+    Raises:
+        UsageError: fewer than two.
+    """
+    if n < 2:
+        raise UsageError(f"{n} example has no other one whose picture it could be asked about; at least two are needed")
+    order = np.random.default_rng(seed).permutation(n)
+    return [int(other) for _, other in sorted(zip(order, np.roll(order, 1), strict=True))]
+
+
+def about_others(pairs: Pairs, others: Sequence[Pair]) -> Pairs:
+    """The questions of the pairs, about the pictures of others."""
+    changed = [
+        dataclasses.replace(pair, image=other.image, counterfactual_image=other.counterfactual_image)
+        for pair, other in zip(pairs, others, strict=True)
+    ]
+    return dataclasses.replace(pairs, pairs=tuple(changed))
+
+
+def turned(pairs: Pairs) -> Pairs:
+    """The pairs the other way round: the counterfactual image is the first."""
+    changed = [
+        dataclasses.replace(
+            pair,
+            image=pair.counterfactual_image,
+            counterfactual_image=pair.image,
+            answer=pair.counterfactual_answer,
+            counterfactual_answer=pair.answer,
+        )
+        for pair in pairs
+    ]
+    return dataclasses.replace(pairs, pairs=tuple(changed))
+
+
+def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pairs, ...]:
+    """Parts of a data set with at least these shares of its groups, the last with what is left.
+
+    Pairs of one group stay together, and groups are drawn at random. What was refused stays with the last part.
+
+    Raises:
+        UsageError: no group is left for a part.
+    """
+    groups = [pair.group or pair.id for pair in pairs]
+    distinct = sorted(set(groups))
+    # Rounded first, so that 0.1 + 0.2 of ten groups are three.
+    ends = [0, *(min(len(distinct), math.ceil(round(share * len(distinct), 9))) for share in np.cumsum(shares))]
+    ends.append(len(distinct))
+    if any(end <= start for start, end in itertools.pairwise(ends)):
+        raise UsageError(
+            f"{pairs.name} has {len(distinct)} groups of pairs; too few for {len(shares) + 1} parts, the first with "
+            f"{' and '.join(f'{share:.3g}' for share in shares)} of them"
+        )
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    chosen = [{distinct[at] for at in order[start:end]} for start, end in itertools.pairwise(ends)]
+    parts = [tuple(pair for pair, group in zip(pairs, groups, strict=True) if group in some) for some in chosen]
+    refused = [()] * len(shares) + [pairs.refused]
+    return tuple(
+        dataclasses.replace(pairs, pairs=part, refused=some) for part, some in zip(parts, refused, strict=True)
     )
 
 
