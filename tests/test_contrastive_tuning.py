@@ -92,21 +92,25 @@ def test_what_is_locked_stays_to_the_bit(encoder, seen, known, locked, decoder):
 
 
 @pytest.mark.parametrize("objective", ["captions", "negatives", "twins"])
-def test_first_loss_is_that_of_the_batch(encoder, seen, known, objective):
-    variant, recipe = Variant("some", objective, locked=False), Recipe(1, 8)
-    _, (loss,) = tuned_by(encoder.model, seen, variant, recipe, rate=1e-9, known=known)
-    rng = np.random.default_rng((0, 0))
-    rows = rng.choice(12, 4 if objective == "twins" else 8, replace=False)
-    sides = np.tile([0, 1], 4) if objective == "twins" else rng.integers(0, 2, 8)
-    rows = np.repeat(rows, 2) if objective == "twins" else rows
+def test_the_loss_of_a_step_is_that_of_its_batch(encoder, seen, known, objective):
+    """At a rate that moves nothing; every step draws other pairs."""
+    variant, recipe = Variant("some", objective, locked=False), Recipe(3, 8)
+    _, losses = tuned_by(encoder.model, seen, variant, recipe, rate=1e-9, known=known)
     with torch.no_grad():
         words = {name: value.flatten(0, 1) for name, value in seen.words.items()}
         texts = tuning.text_embeddings(Tuned(encoder.model), words, None).unflatten(0, (-1, 2)).numpy()
-    scale = encoder.model.logit_scale.exp().item()
-    logits, swapped = (scale * known.numpy()[rows, sides] @ texts[rows, each].T for each in (sides, 1 - sides))
-    wide = np.hstack([logits, swapped]) if objective == "negatives" else logits
-    by_image, by_text = np.diag(log_softmax(wide, axis=1)), np.diag(log_softmax(logits, axis=0))
-    assert loss == pytest.approx(-(by_image.mean() + by_text.mean()) / 2, rel=1e-4)
+    scale, batches = encoder.model.logit_scale.exp().item(), set()
+    for step, loss in enumerate(losses):
+        rng = np.random.default_rng((0, step))
+        rows = rng.choice(12, 4 if objective == "twins" else 8, replace=False)
+        sides = np.tile([0, 1], 4) if objective == "twins" else rng.integers(0, 2, 8)
+        batches.add(tuple(rows))
+        rows = np.repeat(rows, 2) if objective == "twins" else rows
+        logits, swapped = (scale * known.numpy()[rows, sides] @ texts[rows, each].T for each in (sides, 1 - sides))
+        wide = np.hstack([logits, swapped]) if objective == "negatives" else logits
+        by_image, by_text = np.diag(log_softmax(wide, axis=1)), np.diag(log_softmax(logits, axis=0))
+        assert loss == pytest.approx(-(by_image.mean() + by_text.mean()) / 2, rel=1e-4)
+    assert len(batches) == 3
 
 
 def test_tuning_learns_what_it_is_shown(encoder, cases, seen, known):

@@ -151,13 +151,13 @@ def test_images_from_paths_and_what_is_no_image(vlm, tmp_path):
 
 
 def test_images_of_every_kind_are_upright_rgb_or_refused(tmp_path):
-    colours = picture(1, 12, 8)
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8))
     grey = colours.convert("L")
     alpha = colours.convert("RGBA")
     alpha.putalpha(grey)
     for name, image, expected in (
         ("grey.png", grey, Image.merge("RGB", (grey, grey, grey))), ("alpha.png", alpha, colours),
-        ("palette.gif", grey.convert("P"), Image.merge("RGB", (grey, grey, grey))),
+        ("palette.png", grey.convert("P"), Image.merge("RGB", (grey, grey, grey))),
         ("both.png", Image.merge("LA", (grey, grey)), Image.merge("RGB", (grey, grey, grey))),
     ):  # fmt: skip
         image.save(tmp_path / name)
@@ -168,6 +168,7 @@ def test_images_of_every_kind_are_upright_rgb_or_refused(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     colours.save(tmp_path / "turned.png", exif=exif)
+    assert load_image(tmp_path / "turned.png").size == (8, 12)
     assert load_image(tmp_path / "turned.png").tobytes() == colours.transpose(Image.Transpose.ROTATE_270).tobytes()
     assert np.asarray(load_image(tmp_path / "turned.png"))[0, -1].tolist() == np.asarray(colours)[0, 0].tolist()
     deep = Image.fromarray(np.arange(96, dtype=np.uint16).reshape(8, 12) * 600)
