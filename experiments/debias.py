@@ -31,6 +31,8 @@ class Config(RunConfig):
     """What else is asked before and after; none for nothing."""
     objective: Literal["reward", "supervised"] = "reward"
     """Rewards of sampled answers (GRPO), or cross-entropy of the true ones."""
+    answers: Literal["true", "others"] = "true"
+    """Answers to tune on: the true ones, or as a control those that are true of other pictures in conflict."""
     steps: int = 40
     """Steps of tuning."""
     every: int = 10
@@ -71,6 +73,8 @@ def run(config: Config, work: Workspace) -> Outcome:
     vlm = VLM.load(config.model, **config.loading)
     parts = dataclasses.replace(parts, test=fitting(vlm, parts.test))
     told, tasks = about(QUESTION, vlm, parts.test, {}), debias_study.tasks_of(parts.test, others)
+    if config.answers == "others":
+        parts = dataclasses.replace(parts, train=debias_study.with_answers_of_others(parts.train, seed=config.seed))
     adapter = debias_adapter.with_adapter(vlm, rank=config.rank, seed=config.seed)
     for each in (parts.train, parts.test):
         debias.check_room(vlm, each, max_new_tokens=config.max_new_tokens)
@@ -82,7 +86,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     with debias_study.without_adapter(vlm):
         debias_study.keep_answers(work, vlm, tasks, debias_study.BASE, **options)
     tuned = debias_study.tuned(work, vlm, adapter, parts, recipe, every=config.every, **options)
-    told["training"] = {"before": before, **tuned}
+    told["training"] = {"before": before, "answers": config.answers, **tuned}
     debias_study.keep_answers(work, vlm, tasks, debias_study.TUNED, **options)
     with debias_study.with_random_adapter(vlm, seed=config.seed):
         debias_study.keep_answers(work, vlm, tasks, debias_study.RANDOM, **options)

@@ -19,7 +19,8 @@ from vlm_mech.behaviour.debias import Lesson, Recipe, sampled, token_log_probs, 
 from vlm_mech.behaviour.debias_reward import advantages, cross_entropy, grpo_loss, k3, n_equal
 from vlm_mech.behaviour.debias_study import BASE, IN_CONFLICT, TUNED, USUAL
 from vlm_mech.blocks import adapted, switched
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import Pair, Pairs, load_pairs, turned
+from vlm_mech.errors import UsageError
 from vlm_mech.model import VLM
 from vlm_mech.prompt import Prompt
 from vlm_mech.result import Result
@@ -250,6 +251,28 @@ def test_the_checkpoint_is_the_first_of_the_best():
         for step, each in enumerate(shares, 1)
     ]
     assert debias_study.chosen_step(history) == 3
+
+
+def test_answers_of_others_are_neither_true_nor_the_priors():
+    pairs = load_pairs("scenes/colour-conflict", n=12, split="train")
+    pairs = dataclasses.replace(pairs, pairs=tuple(turned(pairs)))
+    found = debias_study.with_answers_of_others(pairs, seed=1)
+    for one, other in zip(pairs, found, strict=True):
+        assert other.answer in set(pairs.answer) - {one.answer, one.counterfactual_answer}
+        assert dataclasses.replace(other, answer=one.answer).question == one.question and other.image is one.image
+    assert found.answer != debias_study.with_answers_of_others(pairs, seed=2).answer
+    assert found.answer == debias_study.with_answers_of_others(pairs, seed=1).answer
+    with pytest.raises(UsageError, match="p0: no other pair of some has an answer that is neither"):
+        debias_study.with_answers_of_others(some_pairs(), seed=0)
+
+
+def test_a_tuning_on_answers_of_others_is_a_control_and_says_so(tmp_path, capsys):
+    given = [*SMALL, "--objective", "supervised", "--steps", "12", "--every", "12", "--batch", "4", "--rate", "4e-3"]
+    assert command(experiment, *given, "--answers", "others", "--out", tmp_path / "one") == 0
+    assert "objective supervised on answers that are true of other pictures (a control)" in capsys.readouterr().out
+    table = Result.load(tmp_path / "one").table
+    tuned = table[(table["task"] == IN_CONFLICT) & (table["state"] == TUNED)]
+    assert tuned["truth"].mean() <= 0.25 and tuned["prior"].mean() < 1
 
 
 def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):

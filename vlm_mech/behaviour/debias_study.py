@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,23 @@ def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed:
     wanted = {"train": n_train, "validation": n_validation, "test": n}
     found = {split: load_pairs(data, n=count, seed=seed, split=split) for split, count in wanted.items()}
     return Parts(**{split: cases_of(pairs).pairs for split, pairs in found.items()})
+
+
+def with_answers_of_others(pairs: Pairs, *, seed: int) -> Pairs:
+    """The pairs with an answer, for the picture in conflict, that is true of another one: a control of the tuning.
+
+    It is neither the own true answer nor the prior's, so that a tuning can only learn to leave the prior.
+
+    Raises:
+        UsageError: no other pair has such an answer.
+    """
+    rng, changed = random.Random(f"others/{seed}"), []
+    for pair in pairs:
+        free = [each.answer for each in pairs if each.answer not in (pair.answer, pair.counterfactual_answer)]
+        if not free:
+            raise UsageError(f"pair {pair.id}: no other pair of {pairs.name} has an answer that is neither of its own")
+        changed.append(dataclasses.replace(pair, answer=rng.choice(free)))
+    return dataclasses.replace(pairs, pairs=tuple(changed))
 
 
 # Answers
@@ -256,10 +274,11 @@ def _tuning(told: dict[str, Any]) -> str:
     history = told["history"]
     recipe, start = told["recipe"], told["before"]
     at = next(entry for entry in history if entry["step"] == told["chosen"])
+    taught = " on answers that are true of other pictures (a control)" if told["answers"] == "others" else ""
     text = (
-        f"objective {recipe['objective']}, rank {recipe['rank']}, {told['n_trained']} weights, {told['n_pairs']} "
-        f"pairs, {recipe['n_steps']} steps; step {told['chosen']} was chosen on {at['n']} validation pairs (right in "
-        f"conflict {at['conflict']:.3f}, usual {at['usual']:.3f}; the base {start['conflict']:.3f} and "
+        f"objective {recipe['objective']}{taught}, rank {recipe['rank']}, {told['n_trained']} weights, "
+        f"{told['n_pairs']} pairs, {recipe['n_steps']} steps; step {told['chosen']} was chosen on {at['n']} validation "
+        f"pairs (right in conflict {at['conflict']:.3f}, usual {at['usual']:.3f}; the base {start['conflict']:.3f} and "
         f"{start['usual']:.3f})."
     )
     if recipe["objective"] == "reward":

@@ -142,6 +142,11 @@ def with_images(pairs: Pairs, level: str) -> Pairs:
     return dataclasses.replace(pairs, pairs=tuple(changed))
 
 
+def asked_at(pairs: Pairs, level: str) -> list[Prompt]:
+    """The questions about the first pictures at a level."""
+    return [Prompt(pair.question, decayed(resized(load_image(pair.image)), level)) for pair in pairs]
+
+
 def answers_at(vlm: "VLM", pairs: Pairs, pictures: Sequence[Image.Image | None], *, max_new_tokens: int) -> list[str]:
     """Greedy answers to the questions of the pairs about these pictures, or about none."""
     prompts = [Prompt(pair.question, image) for pair, image in zip(pairs, pictures, strict=True)]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vlm_mech.behaviour.decay import KERNELS, with_images
+from vlm_mech.behaviour.decay import KERNELS, asked_at, with_images
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.probe import crossfit, is_first
 from vlm_mech.probe_data import OBJECT, changed_patches, read_states
@@ -51,10 +51,9 @@ def probed(
     features = {spot: held for spot, held in fitted.features.items() if spot.site.name == "llm.resid_post"}
     objects = tuple(changed_patches(vlm, pair) for pair in clear)
     read = [
-        read_states(vlm, with_images(pairs, level).base, objects, tuple(features), folder=folder / f"at {level}",
-                    batch=batch)
+        read_states(vlm, asked_at(pairs, level), objects, tuple(features), folder=folder / f"at {level}", batch=batch)
         for level in levels
-    ]  # fmt: skip
+    ]
     elsewhere = {spot: torch.cat([states[spot] for states in read]) for spot in features}
     splits = make_splits(fitted.labels, fitted.groups, n_folds=N_FOLDS, n_seeds=N_SEEDS, seed=seed)
     labels = np.stack([fitted.labels, control_labels(fitted, splits)])

@@ -54,7 +54,7 @@ def methods(result: Result) -> "go.Figure":
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.4, -0.6])
     figure.update_xaxes(title_text="share of test answers", range=[-0.04, 1.04])
     n = int(summary["n"].max())
-    title = f"answers where a prior competes with the picture (n = {n}; bars: 95 % bootstrap)"
+    title = f"answers where a prior competes with the picture (n = {n}; bars: 95 % interval)"
     figure.update_layout(
         template="plotly_white", width=1180, height=190 + 34 * len(names),
         title={"text": title, "x": 0.01, "y": 0.98, "yanchor": "top", "font": {"size": 17}},
