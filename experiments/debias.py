@@ -93,8 +93,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     table = debias_study.completed(work.collect()[0])
     result = Result(f"debias ({config.objective})", table, debias_study.AXES, debias_study.METRICS, {}, told)
     result = dataclasses.replace(result, findings=debias_study.findings(result, str(work.folder / "adapter")))
-    shown = list(parts.test)[:4]
-    pictures = tuple((debias_study.caption(table, pair), load_image(pair.image)) for pair in shown)
+    pictures = tuple((debias_study.caption(table, pair), load_image(pair.image)) for pair in parts.test[:4])
     return Outcome(result, debias_figures.drawn(result), pictures)
 
 

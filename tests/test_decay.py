@@ -173,7 +173,7 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
         "answers about the counterfactual, unchanged at every level to the last (no image)" in capsys.readouterr().out
     )
     result = Result.load(tmp_path / "one")
-    means = result.summary("unchanged").query("view == 'answers' and n > 0")["mean"].tolist()
+    means = result.summary("unchanged").query("view == 'picture' and n > 0")["mean"].tolist()
     assert len(means) == 5 and means[0] == 1.0
     assert all(later <= earlier for earlier, later in itertools.pairwise(means)), "C never rises"
     swaps = result.summary("recovered").query("view == 'swap of last' and n > 0")

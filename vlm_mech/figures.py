@@ -24,6 +24,8 @@ SIGNIFICANCE = 0.05
 FRACTIONS = ("fraction", "share", "probability")
 MOST_NUMBERS = 12
 MOST_TICKS = 16
+USUAL_NAME = 16
+"""Letters of a name in a legend that a figure has room for."""
 SAME = 1e-9
 
 Value = Literal["mean", "effect"]
@@ -138,6 +140,12 @@ def _caption(figure: "go.Figure", text: str) -> None:
         text=text, xref="paper", yref="paper", x=0, y=0, yshift=-78, showarrow=False, xanchor="left", font={"size": 11},
         name="caption",
     )  # fmt: skip
+
+
+def _with_legend(figure: "go.Figure") -> "go.Figure":
+    """As wide again as the names in the legend are beyond what a figure of usual width has room for."""
+    longest = max(len(trace.name or "") for trace in figure.data)
+    return figure.update_layout(width=figure.layout.width + max(0, round(7.2 * (longest - USUAL_NAME))))
 
 
 def _with_room(figure: "go.Figure", labels: pd.Series) -> "go.Figure":
@@ -293,7 +301,7 @@ def lines(
     recipe |= {"where": where, "title": title}
     figure.update_layout(legend={"title": {"text": _label(colour)}}, meta={"drawn_by": "lines", "options": recipe})
     made = _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), 470)
-    return _with_room(made, summary[x])
+    return _with_room(_with_legend(made), summary[x])
 
 
 def _traces(

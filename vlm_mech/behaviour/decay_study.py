@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from vlm_mech.model import VLM
 
 AXES = ("view", "level", "layer")
-OWN, STRANGER = "answers", "answers about another's picture"
-TWIN, STRANGE_TWIN = "answers about the counterfactual", "answers about another's counterfactual"
+OWN, STRANGER = "picture", "another's picture"
+TWIN, STRANGE_TWIN = "counterfactual", "another's counterfactual"
 FLOORS = {OWN: STRANGER, TWIN: STRANGE_TWIN}
-"""Answers about the first and the second pictures of the pairs, and those that show how much never changes anyhow."""
+"""What is asked about: the pictures of the pairs, and beside them what shows how much never changes anyhow."""
 SWAPS = {"image": "swap of image", "last": "swap of last"}
 WHOLE = -1
 """Layer of what is asked of the whole model."""
@@ -131,8 +131,9 @@ def _unchanged(result: Result, summary: pd.DataFrame, view: str, answers: dict[s
         f"{_share(table.loc[table['clean_right'] == right, 'unchanged'])} of those {name}"
         for right, name in ((True, "right on the clear picture"), (False, "wrong there"))
     ]
+    asked = f"answers about the {view}"
     found = [
-        f"{view}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another pair's "
+        f"{asked}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another pair's "
         f"picture at every level but the same question: {_told(rows[floor])}; above it by {difference['mean']:+.3f} "
         f"({difference['ci_low']:+.3f} to {difference['ci_high']:+.3f}); unchanged are {' and '.join(by_clean)}."
     ]
@@ -140,8 +141,8 @@ def _unchanged(result: Result, summary: pd.DataFrame, view: str, answers: dict[s
     if len(kept):
         commonest = pd.Series(answers)[kept["example"]].value_counts().iloc[0]
         found.append(
-            f"{view}, of the unchanged {_share(kept['correct'])} are right; always naming their commonest right answer "
-            f"would be right in {commonest / len(kept):.3f}."
+            f"{asked}, of the unchanged {_share(kept['correct'])} are right; always naming their commonest right "
+            f"answer would be right in {commonest / len(kept):.3f}."
         )
     return tuple(found)
 
