@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import chisquare
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from experiments import decode as experiment
 from tests.conftest import picture
@@ -33,9 +34,12 @@ from vlm_mech.behaviour.decoding import (
 from vlm_mech.behaviour.decoding_study import GREEDY, OWN, STRANGER, TEST, USUAL, VALIDATION, WHOLE, Setting
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.intervene import Ablate, Knockout, Replace
 from vlm_mech.model import VLM
 from vlm_mech.prompt import Prompt
 from vlm_mech.result import Result
+from vlm_mech.site import Site
+from vlm_mech.trace import generate
 
 SEEDS = (1, 2, 3)
 N_NEW = 5
@@ -215,6 +219,56 @@ def grown(inputs, new, name):
             kinds = torch.full_like(new, int(name == "paligemma"))
             more[key] = torch.cat([inputs[key], kinds.to(inputs[key].dtype)], 1)
     return more
+
+
+class Forced(LogitsProcessor):
+    """Makes `generate` take these tokens, and keeps the scores it came with."""
+
+    def __init__(self, ids, n_pos):
+        self.ids, self.n_pos, self.scores = ids, n_pos, []
+
+    def __call__(self, input_ids, scores):
+        self.scores.append(scores.clone())
+        wanted = self.ids[:, input_ids.shape[1] - self.n_pos, None]
+        return torch.full_like(scores, -1e9).scatter_(1, wanted, 0.0)
+
+
+EDITS = {
+    "replace": Replace(
+        Site("llm.resid_post", 0), "image", source=[Prompt("what is this?", picture(8 + n, 56, 56)) for n in range(2)]
+    ),
+    "ablate": Ablate(Site("llm.mlp_out", 1), "generated"),
+    "cut": Knockout(query="last", key="image", layers=(0, 1)),
+    "cut generated": Knockout(query="generated", key="image", layers=(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ["llava_clip", "qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("kind", ["M3ID", "VCD"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_intervention_acts_on_what_is_generated_and_not_on_what_it_is_held_against(name, kind, edit, monkeypatch):
+    wrapped, _ = batch(name)
+    encoded = wrapped.encode([Prompt("what is this?", picture(n, 56, 56)) for n in range(2)])
+    intervention, seeds = EDITS[edit], SEEDS[:2]
+    contrasting = processor(
+        kind, wrapped, encoded, seeds, **({"alpha": 1, "rate": 0.7} if kind == "M3ID" else {"strength": 2})
+    )
+    follow, seen = contrasting.branch.follow, []
+    monkeypatch.setattr(contrasting.branch, "follow", lambda ids: seen.append((ids, follow(ids))) or seen[-1][1])
+    given, real = [], type(contrasting).__call__
+    monkeypatch.setattr(
+        type(contrasting), "__call__", lambda self, ids, scores: given.append(scores.clone()) or real(self, ids, scores)
+    )
+    options = {"max_new_tokens": N_NEW, "eos_token_id": -1}
+    made = generate(wrapped, encoded, intervention, logits_processor=LogitsProcessorList([contrasting]), **options)
+    forced = Forced(made.ids, encoded.n_pos)
+    again = generate(wrapped, encoded, intervention, logits_processor=LogitsProcessorList([forced]), **options)
+    assert torch.equal(again.ids, made.ids) and len(seen) > N_NEW
+    # What is held against the edited run is the plain model's, in every step.
+    plain = Branch(wrapped, encoded, contrasting.branch._inputs)
+    for step in range(N_NEW):
+        assert torch.equal(given[step], forced.scores[step])
+        assert torch.equal(plain.follow(seen[step][0]), seen[step][1])
 
 
 @pytest.mark.parametrize("kind", ["M3ID", "VCD"])

@@ -6,6 +6,7 @@ and towers, plain, windowed and packed ones, whatever a module's own mask looks 
 """
 
 import contextlib
+import contextvars
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -137,6 +138,17 @@ class Cutting:
 
 
 Attend = Callable[..., tuple[Tensor, Any]]
+_off: contextvars.ContextVar[bool] = contextvars.ContextVar("off", default=False)
+
+
+@contextlib.contextmanager
+def own_attention() -> Iterator[None]:
+    """Within the block, attention is the model's own, whatever `attending` put in its place around it."""
+    before = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(before)
 
 
 @contextlib.contextmanager
@@ -164,7 +176,7 @@ def _routed(original: Attend | None, modules: set[nn.Module], attend: Callable[[
     ) -> tuple[Tensor, Any]:
         # Eager attention is not in transformers' table: each architecture has its own.
         function = original or sys.modules[type(module).__module__].eager_attention_forward
-        chosen = attend(function) if module in modules else function
+        chosen = attend(function) if module in modules and not _off.get() else function
         return chosen(module, query, key, value, attention_mask, **options)
 
     return route

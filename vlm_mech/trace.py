@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlm_mech.attention import Cutting, cutting
+from vlm_mech.attention import Cutting, cutting, own_attention
 from vlm_mech.dual_batch import DualEncoded
 from vlm_mech.dual_families import DualFamily
 from vlm_mech.edit import Batch, Plan, Wrapper, check_site, plan
@@ -195,6 +195,22 @@ def generate(
     _, unedited = _generated(vlm, encoded, [], options | {"max_new_tokens": 1})
     moved = (first - unedited).abs().max().item()
     return Generation(texts, ids, _proved(vlm, encoded, made, seen, cuts, moved))
+
+
+@contextlib.contextmanager
+def aside(vlm: Wrapper) -> Iterator[None]:
+    """Within the block the model runs as if nobody traced it: no intervention acts, and no pass of it is counted.
+
+    For what runs the model a second time while an answer is generated, such as a logits processor.
+    """
+    interleaver = vlm.nn.interleaver
+    before = interleaver.interleaving
+    interleaver.interleaving = False
+    try:
+        with own_attention():
+            yield
+    finally:
+        interleaver.interleaving = before
 
 
 def _generated(

@@ -21,7 +21,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from vlm_mech.errors import UsageError
 from vlm_mech.prompt import Encoded, Prompt
-from vlm_mech.trace import Generation
+from vlm_mech.trace import Generation, aside
 
 if TYPE_CHECKING:
     from vlm_mech.model import VLM
@@ -235,7 +235,7 @@ class Branch:
             self._ids, next_sequence_length=length, is_first_iteration=first, **self._options
         )
         inputs |= {name: self._inputs[name] for name in self._needed}
-        with torch.no_grad(), self._own_offsets():
+        with torch.no_grad(), self._own_offsets(), aside(self._vlm):
             outputs = model(**inputs, return_dict=True)
         self._options = model._update_model_kwargs_for_generation(outputs, self._options)
         return outputs.logits[:, -1].float()
