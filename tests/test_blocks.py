@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import shutil
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from experiments import layer_swap
 from tests.conftest import picture
@@ -195,6 +197,60 @@ def test_an_adapter_outside_the_decoder_is_refused(tmp_path):
     model = base.model
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["linear_1"])).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="which is no part of a decoder block"):
+        adapted(wrapped(), str(tmp_path))
+
+
+def test_an_adapter_of_the_attention_alone_has_no_mlp_to_exchange(tmp_path):
+    """The usual adapter moves query and value maps; that the logits stay is then no failure of an exchange of MLPs."""
+    peft = pytest.importorskip("peft")
+    made = peft.get_peft_model(
+        wrapped().model, peft.LoraConfig(r=2, target_modules=r".*language_model.layers.[12].self_attn.v_proj")
+    )
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.3)
+    made.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="the mlp parts of the decoder blocks of .* nothing to exchange"):
+        two_sides(wrapped(), str(tmp_path), part="mlp")
+    for part in ("attention", "block"):
+        sides = two_sides(wrapped(), str(tmp_path), part=part)
+        moved = sides.moved[GRAFT, PARENT]
+        assert [each > 0 for each in moved] == [False, True, True, False]
+        table = swap_blocks(sides, some_pairs(), exchanges("single", 4))
+        grafted = table[(table["direction"] == GRAFT) & (table["donor"] == PARENT)]
+        changed = (grafted["lead"] != grafted["lead_baseline"]).groupby(grafted["layer"]).any()
+        assert changed.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda name, weight: (name, weight.repeat(2, 1)), "size mismatch"),
+        (lambda name, weight: (name.replace("layers.3", "layers.7"), weight), "only one of them has .*layers"),
+        (lambda name, weight: (name, weight) if "layers.3" not in name else (), "only one of them has .*layers.3"),
+        (lambda name, weight: (name.replace("language_model", "decoder"), weight), "only one of them has"),
+    ],
+    ids=["wider", "deeper", "shallower", "named otherwise"],
+)
+def test_an_adapter_of_another_model_is_one_line(change, told, adapter, tmp_path):
+    folder, _ = adapter
+    weights = dict(each for name, weight in load_file(folder / "adapter_model.safetensors").items()
+                   if (each := change(name, weight)))  # fmt: skip
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    shutil.copy(folder / "adapter_config.json", tmp_path)
+    with pytest.raises(UsageError, match=f"does not fit llava_clip: .*{told}") as caught:
+        adapted(wrapped(), str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_adapter_of_safetensors_is_one_line(adapter, tmp_path):
+    shutil.copy(adapter[0] / "adapter_config.json", tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UsageError, match="has no adapter_model.safetensors; no other format is read"):
+        adapted(wrapped(), str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UsageError, match="does not fit llava_clip"):
         adapted(wrapped(), str(tmp_path))
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from vlm_mech import figures, metrics
-from vlm_mech.blocks import Checkpoint, Exchange, Hybrids, Part, adapted, check_alike, checkpoint, deltas, random_twin
+from vlm_mech.blocks import Checkpoint, Exchange, Hybrids, Part, adapted, check_alike, checkpoint, random_twin
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.receipt import ReceiptError
@@ -36,7 +36,7 @@ METRICS = (LEAD, TRUE, PRIOR)
 class Sides:
     """Two checkpoints of one architecture, both ways round: who is changed, by direction, and whose blocks it can get.
 
-    `moved` says by direction and donor how far each layer's weights are apart (`blocks.deltas`).
+    `moved` says by direction and donor how far apart each layer's weights are that are exchanged (`Hybrids.moved`).
     """
 
     recipients: dict[str, Hybrids]
@@ -45,7 +45,7 @@ class Sides:
 
     def __post_init__(self) -> None:
         moved = {
-            (direction, name): deltas(self.recipients[direction].own, donor)
+            (direction, name): self.recipients[direction].moved(donor)
             for direction, donors in self.donors.items()
             for name, donor in donors.items()
         }
@@ -76,9 +76,10 @@ def two_sides(
     else:
         check_alike(base, tuned)
         one, two, whole = checkpoint(base, "base"), checkpoint(tuned, "tuned"), tuned
-    if not any(deltas(one, two)):
-        raise UsageError(f"the decoder blocks of {base.name} and its tune are equal; there is nothing to exchange")
     recipients = {REVERT: Hybrids(whole, two, part), GRAFT: Hybrids(base, one, part)}
+    if not any(recipients[GRAFT].moved(two)):
+        what = "decoder blocks" if part == "block" else f"{part} parts of the decoder blocks"
+        raise UsageError(f"the {what} of {base.name} and its tune are equal; there is nothing to exchange")
     donors = {
         REVERT: {PARENT: one, RANDOM: random_twin(two, one, seed=seed)},
         GRAFT: {PARENT: two, RANDOM: random_twin(one, two, seed=seed + 1)},

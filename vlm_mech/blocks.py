@@ -6,13 +6,16 @@ interchange of hidden states between two images (`swap.py`). Nothing is copied: 
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vlm_mech.clean import read_out, record
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 Part = Literal["block", "attention", "mlp"]
 Schedule = Literal["suffix", "prefix", "single", "window"]
+MOST_TOLD = 300
+"""Letters of peft's own message."""
 SCHEDULES: tuple[Schedule, ...] = ("suffix", "prefix", "single", "window")
 
 
@@ -88,13 +93,17 @@ def check_alike(base: "VLM", other: "VLM") -> None:
             raise UsageError(f"{base.name} and {other.name} are not of one size: {name} is {shape} and {others[name]}")
 
 
-def deltas(own: Checkpoint, other: Checkpoint) -> list[float]:
-    """Per layer, the norm of the difference of all weights relative to the norm of `own`'s (Frobenius)."""
+def deltas(own: Checkpoint, other: Checkpoint, *, parts: tuple[str, ...] = ("",)) -> list[float]:
+    """Per layer, the norm of the difference of the weights relative to the norm of `own`'s (Frobenius).
+
+    Args:
+        parts: how the names of the weights that count begin; by default all do.
+    """
     found = []
     for one, two in zip(own.blocks, other.blocks, strict=True):
-        pairs = [
-            (weight, _effective(two, other.adapter)[name]) for name, weight in _effective(one, own.adapter).items()
-        ]
+        others = _effective(two, other.adapter)
+        weights = _effective(one, own.adapter).items()
+        pairs = [(weight, others[name]) for name, weight in weights if name.startswith(parts)]
         gone = sum(float((a - b).float().square().sum()) for a, b in pairs)
         size = sum(float(a.float().square().sum()) for a, _ in pairs)
         found.append((gone / size) ** 0.5)
@@ -127,13 +136,10 @@ def adapted(vlm: "VLM", folder: str) -> tuple[Checkpoint, Checkpoint]:
     """The blocks of a model without and with a peft adapter, which is put into the model and left off.
 
     Raises:
-        UsageError: peft is not installed, or the adapter changes more than the linear maps of decoder blocks.
+        UsageError: peft is not installed, the adapter is of another model or no safetensors, or it changes more than
+            the linear maps of decoder blocks.
     """
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise UsageError(f"{folder!r} is an adapter; `pip install peft` (or vlm_mech[tune]) reads it") from None
-    PeftModel.from_pretrained(vlm.model, folder)
+    _load_adapter(vlm, folder)
     blocks = _stack(vlm)
     inside = {id(module) for block in blocks for module in block.modules()}
     for name, module in vlm.model.named_modules():
@@ -142,6 +148,29 @@ def adapted(vlm: "VLM", folder: str) -> tuple[Checkpoint, Checkpoint]:
         if _is_adapter(module):
             module.enable_adapters(False)  # pyright: ignore[reportCallIssue]
     return Checkpoint("base", blocks, False), Checkpoint("tuned", blocks, True)
+
+
+def _load_adapter(vlm: "VLM", folder: str) -> None:
+    """Puts an adapter into the model, with every weight of the file in its place; peft itself leaves out what does not
+    fit, with a warning at most."""
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError:
+        raise UsageError(f"{folder!r} is an adapter; `pip install peft` (or vlm_mech[tune]) reads it") from None
+    weights = Path(folder) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UsageError(f"adapter {folder!r} has no adapter_model.safetensors; no other format is read")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = PeftModel.from_pretrained(vlm.model, folder)
+        with safe_open(weights, framework="pt") as file:
+            odd = set(file.keys()) ^ get_peft_model_state_dict(made, save_embedding_layers=False).keys()
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        told = " ".join(str(error).split())
+        raise UsageError(f"adapter {folder!r} does not fit {vlm.name}: {told[:MOST_TOLD]}") from error
+    if odd:
+        raise UsageError(f"adapter {folder!r} does not fit {vlm.name}: only one of them has {min(odd)}")
 
 
 def _is_adapter(module: nn.Module) -> bool:
@@ -206,6 +235,16 @@ class Hybrids:
     vlm: "VLM"
     own: Checkpoint
     part: Part = "block"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The modules of a block that are taken from elsewhere; none stands for the block itself."""
+        names = self.vlm.family.llm
+        return {"attention": (names.attention, names.norm_1), "mlp": (names.mlp, names.norm_2)}.get(self.part, ())
+
+    def moved(self, donor: Checkpoint) -> list[float]:
+        """Per layer, how far what is taken from a donor lies from our own (see `deltas`)."""
+        return deltas(self.own, donor, parts=tuple(f"{path}." for path in self.paths) or ("",))
 
     def answers(
         self, encoded: Encoded, hybrids: Sequence[tuple[Checkpoint, ...]]
@@ -274,9 +313,8 @@ class Hybrids:
     @contextmanager
     def _put_in(self, layer: int, source: Checkpoint) -> Iterator[nn.Module]:
         """The block to call at a layer: that of `source`, or our own with a part of it."""
-        own, other, names = self.own.blocks[layer], source.blocks[layer], self.vlm.family.llm
-        paths = {"attention": (names.attention, names.norm_1), "mlp": (names.mlp, names.norm_2)}.get(self.part)
-        if paths is None:
+        own, other, paths = self.own.blocks[layer], source.blocks[layer], self.paths
+        if not paths:
             with switched([other], on=source.adapter):
                 yield other
             return
