@@ -30,6 +30,8 @@ class Config(RunConfig):
     """Sizes of the Gaussian kernels in pixels, on pictures whose long side is 448."""
     mechanism: tuple[str, ...] = ("1", "11", "29", "61")
     """Levels at which states are swapped between the two pictures of each pair and probes read them; none of this."""
+    probe: bool = True
+    """Fit probes (--no-probe leaves them out)."""
     probe_data: str | None = None
     """Clear pairs to fit probes on; scenes/colour for scenes/colour-conflict, otherwise none."""
     n_probe: int = 96
@@ -92,7 +94,7 @@ def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tu
     from vlm_mech.data.pairs import load_pairs
 
     name = config.probe_data or (COLOURS if config.data == CONFLICT else None)
-    if name is None or not mechanism or PROBES in work:
+    if name is None or not (config.probe and mechanism) or PROBES in work:
         return
     others = load_pairs(name, n=config.n_probe, seed=config.seed, split=config.split)
     options: dict[str, Any] = {"folder": work.partial, "seed": config.seed, "batch": config.batch}

@@ -193,7 +193,8 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
 def test_behaviour_alone(tmp_path, capsys):
     given = ["--n", "3", "--kernels", "1", "61", "--data", "scenes/kind"]
     assert command(blur_decay, *given, "--mechanism", "none", "--out", tmp_path / "plain") == 0
-    assert command(blur_decay, *given, "--mechanism", "61", "--out", tmp_path / "swapped") == 0
+    swapped = ["--n", "3", "--kernels", "1", "61", "--mechanism", "61", "--no-probe"]
+    assert command(blur_decay, *swapped, "--out", tmp_path / "swapped") == 0
     capsys.readouterr()
     names = [[metric.name for metric in Result.load(tmp_path / name).metrics] for name in ("plain", "swapped")]
     behaviour = ["unchanged", "same", "correct", "correct_unchanged"]

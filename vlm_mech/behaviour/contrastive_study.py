@@ -310,7 +310,7 @@ def _verdict(summary: pd.DataFrame, tested: pd.DataFrame, told: dict[str, Any]) 
             lost.append(where)
     best = max(told["variants"], key=lambda note: note["fitted"])
     carried = (
-        "what it does not get right on test pairs is therefore not for want of steps"
+        "what it does not get right on test pairs is not for want of steps, though it may be of pairs"
         if best["fitted"] >= LEARNED
         else "where this is low too, the tuning was too short or the tower does not show it, which is not told apart"
     )
