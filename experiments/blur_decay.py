@@ -57,11 +57,13 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.data.pairs import fitting, load_pairs
     from vlm_mech.errors import UsageError
     from vlm_mech.model import VLM
+    from vlm_mech.probe_data import with_objects
     from vlm_mech.result import Result
 
     pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
     levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs)
+    pairs = pairs if _probe_data(config) is None else with_objects(pairs)
     mechanism = () if config.mechanism == ("none",) else config.mechanism
     unknown = [each for each in mechanism if each not in map(str, config.kernels)]
     if unknown or min(len(pairs), config.batch) < 2:
@@ -92,13 +94,20 @@ def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tu
     """Rows of probes, kept among the batches."""
     from vlm_mech.behaviour.decay_probes import probed
     from vlm_mech.data.pairs import load_pairs
+    from vlm_mech.probe_data import with_objects
 
-    name = config.probe_data or (COLOURS if config.data == CONFLICT else None)
-    if name is None or not (config.probe and mechanism) or PROBES in work:
+    name = _probe_data(config)
+    if name is None or not mechanism or PROBES in work:
         return
-    others = load_pairs(name, n=config.n_probe, seed=config.seed, split=config.split)
+    others = with_objects(load_pairs(name, n=config.n_probe, seed=config.seed, split=config.split))
     options: dict[str, Any] = {"folder": work.partial, "seed": config.seed, "batch": config.batch}
     work.keep(PROBES, probed(vlm, pairs, others, mechanism, **options), {})
+
+
+def _probe_data(config: Config) -> str | None:
+    """The pairs that probes are fitted on, if any are."""
+    usual = COLOURS if config.data == CONFLICT else None
+    return config.probe_data or usual if config.probe else None
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ class Config(RunConfig):
     """One model, or several side by side: organism organism-grounded, folders, or Hugging Face ids."""
     n: int | None = None
     """Pairs, two examples each; 128 scenes by default."""
-    conflict: str = "scenes/colour-conflict"
-    """Pairs whose counterfactual shows something unusual, for the trained probes to read; none leaves that out."""
+    conflict: str | None = None
+    """Pairs with an unusual counterfactual to read, or none; scenes/colour-conflict for scenes/colour by default."""
     n_conflict: int = 64
     """Number of these."""
     split: Literal["test", "validation", "train"] = "test"
@@ -81,22 +81,28 @@ def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     """A model, its examples, the scenes in conflict, what is done with them, and what is known of the data."""
     from vlm_mech.data.pairs import load_pairs
     from vlm_mech.model import VLM
-    from vlm_mech.probe_data import conflicts_of, examples_of, probe_sites, spots_of, spread
+    from vlm_mech.probe_data import conflicts_of, examples_of, probe_sites, spots_of, spread, with_objects
     from vlm_mech.probe_descent import LINEAR, small_mlp
     from vlm_mech.probe_study import Design
 
-    how = {"device": config.device, "dtype": config.dtype, "attn": config.attn, "revision": config.revision}
-    vlm, drawn = VLM.load(name, **how), {"seed": config.seed, "split": config.split}
+    vlm, drawn = VLM.load(name, **config.loading), {"seed": config.seed, "split": config.split}
     n = 128 if config.n is None and config.data.startswith("scenes/") else config.n
-    data = [load_pairs(config.data, n=n, **drawn)]
-    data += [load_pairs(config.conflict, n=config.n_conflict, **drawn)] if config.conflict != "none" else []
+    named = [(config.data, n), *((name, config.n_conflict) for name in _conflict(config))]
+    data = [with_objects(load_pairs(name, n=count, **drawn)) for name, count in named]
     examples, conflicts = examples_of(vlm, data[0]), conflicts_of(vlm, data[1]) if len(data) > 1 else None
     spots = spots_of(probe_sites(vlm, every=config.every), spread(vlm, config.spans, examples))
     recipes = tuple({"linear": LINEAR, "mlp": small_mlp(config.hidden)}[probe] for probe in config.probes)
     options = {"grouping": config.grouping, "n_folds": config.folds, "n_seeds": config.seeds, "seed": config.seed}
     options |= {"batch": config.batch, "mdl": config.mdl, "device": config.device}
-    known = {"data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data]}
+    known: dict[str, Any] = {"data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data]}
+    known["refused"] = [vars(refused) for each in data for refused in each.refused]
     return vlm, examples, conflicts, Design(spots, recipes, config.controls, **options), known
+
+
+def _conflict(config: Config) -> list[str]:
+    """The name of the pairs in conflict, if any are read."""
+    name = config.conflict or ("scenes/colour-conflict" if config.data == "scenes/colour" else "none")
+    return [] if name == "none" else [name]
 
 
 def _drawn(config: Config, result: "Result", notes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def _drawn(config: Config, result: "Result", notes: list[dict[str, Any]]) -> dic
     from vlm_mech.probe_findings import best_spot
 
     drawn = {f"depth_{probe}": probe_figures.depth_lines(result, probe=probe) for probe in config.probes}
-    if config.conflict != "none":
+    if _conflict(config):
         drawn |= {f"conflict_{probe}": probe_figures.conflict_lines(result, probe=probe) for probe in config.probes}
     for number, step in enumerate(each for each in notes if each["step"] == "none"):
         place, span = best_spot(step, config.probes[0])

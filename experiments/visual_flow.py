@@ -51,13 +51,15 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.data.pairs import fitting, load_pairs
     from vlm_mech.errors import UsageError
     from vlm_mech.model import VLM
+    from vlm_mech.probe_data import with_objects
     from vlm_mech.visual_flow import cases_of, flow_scan
 
     if config.pages < 0 or config.every < 1:
         raise UsageError(f"pages is {config.pages} and every is {config.every}; 0 and 1 are the least")
     pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
-    cases = cases_of(fitting(vlm, pairs))
+    pairs = fitting(vlm, pairs)
+    cases = cases_of(with_objects(pairs) if config.probe else pairs)
     return vlm, cases, flow_scan(vlm, cases.pairs, window=config.window)
 
 

@@ -6,7 +6,15 @@ import zlib
 import pytest
 from PIL import Image
 
-from experiments import blur_decay, contrastive_tuning, decode, erroneous_agreement, layer_swap, score
+from experiments import (
+    blur_decay,
+    contrastive_tuning,
+    decode,
+    erroneous_agreement,
+    layer_swap,
+    score,
+    visual_flow,
+)
 from tests.helpers import command
 from vlm_mech.data.pairs import load_pairs
 
@@ -62,6 +70,7 @@ RUNS = {
     score: ("--n-validation", "2", "--forms", "generation"),
     decode: ("--alphas", "1", "--rates", "0.5", "--strengths", "1", "--methods", "M3ID"),
     blur_decay: ("--kernels", "1", "61", "--mechanism", "none"),
+    visual_flow: ("--no-probe", "--pages", "0"),
     layer_swap: ("--swap", "weights", "--schedules", "suffix"),
     contrastive_tuning: (
         "--caption", "a {answer} circle", "--train", "scenes/left-right", "--n-train", "12", "--n-validation", "4",

@@ -1,6 +1,7 @@
 """The probing experiment: what is read where, its controls, and the run contract."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -261,6 +262,27 @@ def test_two_models_stand_side_by_side(model_folder, data_folder, tmp_path):
     assert result.table["model"].nunique() == 2 and len(result.provenance["model"]) == 2
     both = result.summary("accuracy").set_index("model")["mean"]
     assert both[str(model_folder)].tolist() == both[str(model_folder) + "/"].tolist()
+
+
+def test_pairs_without_an_object_are_counted_and_the_rest_is_read(model_folder, data_folder, tmp_path, capsys):
+    own = shutil.copytree(data_folder, tmp_path / "own")
+    with Image.open(own / "0b.png") as opened:
+        opened.resize((40, 56)).save(own / "0b.png")
+    (own / "1a.png").write_bytes(b"no picture")
+    assert command(probing, *options(model_folder, own, tmp_path / "run", "--probes", "linear")) == 0
+    assert "4 examples could not be used: pair 1: image" in capsys.readouterr().out
+    refused = json.loads((tmp_path / "run" / "provenance.json").read_text())["refused"]
+    # Once among those the probes are fitted on, once among those in conflict.
+    assert [each["id"] for each in refused] == ["pair 1", "pair 0"] * 2 and "the same size is needed" in refused[1][
+        "reason"
+    ]
+
+
+def test_scenes_in_conflict_belong_to_colours_unless_named():
+    named = [probing._conflict(probing.Config(data=data, conflict=name)) for data, name in (
+        ("scenes/colour", None), ("scenes/left-right", None), ("scenes/colour", "none"), ("own", "other")
+    )]  # fmt: skip
+    assert named == [["scenes/colour-conflict"], [], [], ["other"]]
 
 
 def test_help_is_light():

@@ -3,6 +3,7 @@
 Every pair of a data set gives two examples, one an image; a scene and its counterfactual twin share a group.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import Pair, Pairs, Refused
 from vlm_mech.errors import UsageError
 from vlm_mech.extract import NAMED, extract
 from vlm_mech.image import load_image
@@ -107,6 +108,31 @@ def changed_patches(vlm: "VLM", pair: Pair) -> Patches:
     Raises:
         UsageError: the images have unlike sizes or no pixel differs, or the image tokens are no patches.
     """
+    shares = _shares(vlm, Prompt(pair.question, pair.image), _changed_pixels(pair))
+    cells = np.argwhere(shares >= min(SHARE, shares.max()))
+    return Patches(tuple((int(row), int(column)) for row, column in cells))
+
+
+def with_objects(pairs: Pairs) -> Pairs:
+    """The pairs in whose two images one can see what changed; the others move to `refused` with the reason.
+
+    Raises:
+        UsageError: none is left.
+    """
+    kept: list[Pair] = []
+    refused = list(pairs.refused)
+    for pair in pairs:
+        try:
+            _changed_pixels(pair)
+            kept.append(pair)
+        except UsageError as error:
+            refused.append(Refused(pair.id, str(error)))
+    if not kept:
+        raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} can be used: {refused[-1].reason}")
+    return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
+
+
+def _changed_pixels(pair: Pair) -> Bool[np.ndarray, "height width"]:
     images = [np.asarray(load_image(image), dtype=int) for image in (pair.image, pair.counterfactual_image)]
     if images[0].shape != images[1].shape:
         sizes = " and ".join(f"{each.shape[1]} x {each.shape[0]}" for each in images)
@@ -114,9 +140,7 @@ def changed_patches(vlm: "VLM", pair: Pair) -> Patches:
     changed = np.abs(images[0] - images[1]).max(2) >= CHANGED
     if not changed.any():
         raise UsageError(f"pair {pair.id}: its two images do not differ by {CHANGED} grey levels anywhere")
-    shares = _shares(vlm, Prompt(pair.question, pair.image), changed)
-    cells = np.argwhere(shares >= min(SHARE, shares.max()))
-    return Patches(tuple((int(row), int(column)) for row, column in cells))
+    return changed
 
 
 def _shares(vlm: "VLM", prompt: Prompt, changed: Bool[np.ndarray, "height width"]) -> Float[np.ndarray, "row column"]:
