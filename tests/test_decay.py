@@ -140,7 +140,7 @@ def test_a_prior_never_changes_and_what_is_seen_does():
         last = table[table["level"] == NONE].groupby("view")[["unchanged", "correct"]].mean()
         found[name] = last.to_dict("index")
     prior, grounded = (found[name][decay_study.TWIN] for name in found)
-    assert prior["unchanged"] == pytest.approx(planted["all"], abs=0.1) and prior["correct"] < 0.1
+    assert prior["unchanged"] > planted["in conflict"] and prior["correct"] < 0.1, "greedy answers take the likelier"
     floor = found["organism-grounded"][decay_study.STRANGE_TWIN]
     assert grounded["unchanged"] <= floor["unchanged"] + 0.05
     assert found["organism"][decay_study.OWN]["unchanged"] > 0.9, "a usual colour is the prior"
