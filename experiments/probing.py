@@ -4,12 +4,9 @@ Linear and MLP probes on every block of tower, projector and language model, wit
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from vlm_mech.runs import Outcome, RunConfig, Workspace, main
-
-if TYPE_CHECKING:
-    from vlm_mech.result import Result
 
 QUESTION = (
     "Probes are fitted on hidden states of some scenes and tested on others, with other things in them. Accuracy says "
@@ -59,6 +56,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     import dataclasses
 
     from vlm_mech.probe import METRICS
+    from vlm_mech.probe_figures import drawn
     from vlm_mech.probe_findings import findings
     from vlm_mech.probe_study import AXES, completed, study
     from vlm_mech.result import Result
@@ -74,7 +72,7 @@ def run(config: Config, work: Workspace) -> Outcome:
                 work.keep(key, *study(vlm, examples, conflicts, design, step, folder=folder))
     table, notes = work.collect()
     result = Result("probes", completed(table), AXES, METRICS, {}, about | {"steps": notes})
-    return Outcome(dataclasses.replace(result, findings=findings(result, notes)), _drawn(config, result, notes))
+    return Outcome(dataclasses.replace(result, findings=findings(result, notes)), drawn(result, notes))
 
 
 def _loaded(config: Config, name: str) -> tuple[Any, ...]:
@@ -103,22 +101,6 @@ def _conflict(config: Config) -> list[str]:
     """The name of the pairs in conflict, if any are read."""
     name = config.conflict or ("scenes/colour-conflict" if config.data == "scenes/colour" else "none")
     return [] if name == "none" else [name]
-
-
-def _drawn(config: Config, result: "Result", notes: list[dict[str, Any]]) -> dict[str, Any]:
-    from vlm_mech import probe_figures
-    from vlm_mech.probe_findings import best_spot
-
-    drawn = {f"depth_{probe}": probe_figures.depth_lines(result, probe=probe) for probe in config.probes}
-    if _conflict(config):
-        drawn |= {f"conflict_{probe}": probe_figures.conflict_lines(result, probe=probe) for probe in config.probes}
-    for number, step in enumerate(each for each in notes if each["step"] == "none"):
-        place, span = best_spot(step, config.probes[0])
-        cell = {"model": step["model"], "probe": config.probes[0], "place": place, "span": span}
-        drawn[f"confusion_{number}"] = probe_figures.confusion(result, **cell)
-        if step["map"] is not None:
-            drawn[f"patches_{number}"] = probe_figures.patch_picture(result, model=step["model"])
-    return drawn
 
 
 if __name__ == "__main__":

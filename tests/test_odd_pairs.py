@@ -92,6 +92,21 @@ def test_what_cannot_be_used_is_counted_with_its_reason_and_the_rest_is_asked(ex
     assert not {"plain", "grey", "alpha", "large", "turned"} & set(refused)
 
 
+def test_pairs_of_two_sizes_have_no_object_for_probes(folder, tmp_path):
+    """The map asks about them all the same where it fits no probes."""
+    ids = [
+        {pair.id for pair in visual_flow._loaded(visual_flow.Config(data=str(folder), probe=probe))[1].pairs}
+        for probe in (True, False)
+    ]
+    assert ids[1] - ids[0] == {"unequal"}
+    given = ["--data", folder, "--kernels", "1", "61", "--mechanism", "61", "--probe-data", "scenes/colour"]
+    for more, missing in (([], {"unequal"}), (["--no-probe"], set())):
+        assert command(blur_decay, *given, *more, "--out", tmp_path / f"run{len(more)}") == 0
+        told = json.loads((tmp_path / f"run{len(more)}" / "provenance.json").read_text())
+        assert {row["id"] for row in told["refused"]} - set(REASONS) == missing
+        assert "unequal" not in missing or "the same size is needed" in told["refused"][-1]["reason"]
+
+
 @pytest.mark.parametrize("field", ["answer", "counterfactual_answer", "question", "image"])
 def test_an_empty_field_is_one_line(folder, tmp_path, field, capsys):
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]

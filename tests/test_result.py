@@ -188,6 +188,19 @@ def test_lines_have_bands_of_the_interval():
     assert np.allclose(band.y, [*rows["ci_high"], *rows["ci_low"][::-1]])
 
 
+def test_a_figure_is_wider_where_names_in_its_legend_are_long():
+    """By as much as the longer name needs, so that the panel keeps its size."""
+    short = made(5)
+    long = Result(
+        short.name, short.table.assign(span=short.table["span"].replace("image", "image" * 9)), short.axes, METRICS
+    )
+    one, other = (
+        figures.lines(each, x="layer", colour="span", facet="direction", metric="recovered").layout.width
+        for each in (short, long)
+    )
+    assert other - one >= 7 * (45 - 16)
+
+
 def test_figures_ask_for_every_axis():
     with pytest.raises(UsageError, match="the axes direction take several values"):
         figures.heatmap(made(), x="layer", y="span")

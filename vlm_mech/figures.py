@@ -142,19 +142,13 @@ def _caption(figure: "go.Figure", text: str) -> None:
     )  # fmt: skip
 
 
-def _with_legend(figure: "go.Figure") -> "go.Figure":
-    """As wide again as the names in the legend are beyond what a figure of usual width has room for."""
-    longest = max(len(trace.name or "") for trace in figure.data)
-    return figure.update_layout(width=figure.layout.width + max(0, round(7.2 * (longest - USUAL_NAME))))
-
-
 def _with_room(figure: "go.Figure", labels: pd.Series) -> "go.Figure":
-    """Room below for labels that are words, which may be turned; the caption comes after them."""
-    if labels.dtype.kind in "iu":
-        return figure
-    more = round(2.4 * labels.astype(str).str.len().max())
+    """Room for long names in the legend, and below for labels that are words, which may be turned."""
+    longest = max(len(trace.name or "") for trace in figure.data)
+    width = figure.layout.width + max(0, round(7.2 * (longest - USUAL_NAME)))
+    more = 0 if labels.dtype.kind in "iu" else round(2.4 * labels.astype(str).str.len().max())
     figure.update_annotations(selector={"name": "caption"}, yshift=-78 - more)
-    return figure.update_layout(height=figure.layout.height + more, margin={"b": 110 + more})
+    return figure.update_layout(width=width, height=figure.layout.height + more, margin={"b": 110 + more})
 
 
 def _counts(summary: pd.DataFrame) -> str:
@@ -301,7 +295,7 @@ def lines(
     recipe |= {"where": where, "title": title}
     figure.update_layout(legend={"title": {"text": _label(colour)}}, meta={"drawn_by": "lines", "options": recipe})
     made = _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), 470)
-    return _with_room(_with_legend(made), summary[x])
+    return _with_room(made, summary[x])
 
 
 def _traces(

@@ -3,7 +3,6 @@
 Every pair of a data set gives two examples, one an image; a scene and its counterfactual twin share a group.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vlm_mech.data.pairs import Pair, Pairs, Refused
+from vlm_mech.data.pairs import Pair, Pairs, checked
 from vlm_mech.errors import UsageError
 from vlm_mech.extract import NAMED, extract
 from vlm_mech.image import load_image
@@ -119,17 +118,7 @@ def with_objects(pairs: Pairs) -> Pairs:
     Raises:
         UsageError: none is left.
     """
-    kept: list[Pair] = []
-    refused = list(pairs.refused)
-    for pair in pairs:
-        try:
-            _changed_pixels(pair)
-            kept.append(pair)
-        except UsageError as error:
-            refused.append(Refused(pair.id, str(error)))
-    if not kept:
-        raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} can be used: {refused[-1].reason}")
-    return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
+    return checked(pairs, _changed_pixels, "can be used")
 
 
 def _changed_pixels(pair: Pair) -> Bool[np.ndarray, "height width"]:

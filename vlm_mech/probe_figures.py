@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import pandas as pd
 from vlm_mech.errors import UsageError
 from vlm_mech.figures import COLOURS
 from vlm_mech.lens_figure import VEIL, lay_out
-from vlm_mech.probe_findings import summary_of
+from vlm_mech.probe_controls import NONE
+from vlm_mech.probe_findings import best_spot, summary_of
+from vlm_mech.probe_study import CONFLICT
 from vlm_mech.result import Result
 
 if TYPE_CHECKING:
@@ -26,6 +29,25 @@ CONTROL_LINES = {
 GREY = "#666666"
 STREAMS = {"vision": "vision tower", "projector": "", "llm": "language model"}
 WIDTH_A_PLACE, MOST_TICKS = 34, 40
+
+
+def drawn(result: Result, notes: Sequence[dict[str, Any]]) -> "dict[str, go.Figure]":
+    """Accuracy over depth and what is read in conflict by each kind of probe; confusion and a picture for each model.
+
+    Args:
+        notes: of the steps of the study.
+    """
+    probes, found = list(result.table["probe"].drop_duplicates()), {}
+    for probe in probes:
+        found[f"depth_{probe}"] = depth_lines(result, probe=probe)
+    if CONFLICT in set(result.table["read_on"]):
+        found |= {f"conflict_{probe}": conflict_lines(result, probe=probe) for probe in probes}
+    for number, step in enumerate(each for each in notes if each["step"] == NONE):
+        place, span = best_spot(step, probes[0])
+        found[f"confusion_{number}"] = confusion(result, model=step["model"], probe=probes[0], place=place, span=span)
+        if step["map"] is not None:
+            found[f"patches_{number}"] = patch_picture(result, model=step["model"])
+    return found
 
 
 def depth_lines(result: Result, *, probe: str, title: str | None = None) -> "go.Figure":

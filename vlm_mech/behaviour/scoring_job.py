@@ -23,7 +23,7 @@ from vlm_mech.behaviour.scoring import (
 from vlm_mech.behaviour.scoring_study import finished
 from vlm_mech.classify.answers import check_known
 from vlm_mech.contrastive import DualEncoder
-from vlm_mech.data.pairs import Pair, Pairs, Refused, by_groups, load_pairs, partners
+from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, load_pairs, partners
 from vlm_mech.errors import UsageError
 from vlm_mech.prompt import Prompt
 
@@ -139,17 +139,7 @@ def usable(vlms: "Sequence[VLM]", pairs: Pairs, templates: Sequence[Template]) -
     Raises:
         UsageError: none is left.
     """
-    kept, refused = [], list(pairs.refused)
-    for pair in pairs:
-        try:
-            _check(vlms, pair, templates)
-        except UsageError as error:
-            refused.append(Refused(pair.id, str(error)))
-        else:
-            kept.append(pair)
-    if not kept:
-        raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} can be scored: {refused[-1].reason}")
-    return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
+    return checked(pairs, lambda pair: _check(vlms, pair, templates), "can be scored")
 
 
 def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template]) -> None:

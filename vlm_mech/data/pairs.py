@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -253,6 +253,29 @@ def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pair
     )
 
 
+def checked(pairs: Pairs, check: Callable[[Pair], object], what: str) -> Pairs:
+    """The pairs that pass a check; those for which it raises `UsageError` move to `refused` with the reason.
+
+    Args:
+        what: what none does when none passes, for the error.
+
+    Raises:
+        UsageError: none passes.
+    """
+    kept: list[Pair] = []
+    refused = list(pairs.refused)
+    for pair in pairs:
+        try:
+            check(pair)
+        except UsageError as error:
+            refused.append(Refused(pair.id, str(error)))
+        else:
+            kept.append(pair)
+    if not kept:
+        raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} {what}: {refused[-1].reason}")
+    return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
+
+
 def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
     """The pairs that this model can be asked: same tokens in both prompts, answers that start with different tokens.
 
@@ -261,30 +284,18 @@ def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
     Raises:
         UsageError: none fits.
     """
-    kept: list[Pair] = []
-    refused = list(pairs.refused)
-    for pair in pairs:
-        reason = _misfit(vlm, pair)
-        if reason:
-            refused.append(Refused(pair.id, reason))
-        else:
-            kept.append(pair)
-    if not kept:
-        raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} fits {vlm.name}: {refused[-1].reason}")
-    return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
+    return checked(pairs, lambda pair: _check_fit(vlm, pair), f"fits {vlm.name}")
 
 
-def _misfit(vlm: "VLM", pair: Pair) -> str:
-    try:
-        one, other = (vlm.encode(Prompt(pair.question, image)) for image in (pair.image, pair.counterfactual_image))
-        ids = [vlm.answer_ids(one, [answer])[0].item() for answer in (pair.answer, pair.counterfactual_answer)]
-    except UsageError as error:
-        return str(error)
+def _check_fit(vlm: "VLM", pair: Pair) -> None:
+    one, other = (vlm.encode(Prompt(pair.question, image)) for image in (pair.image, pair.counterfactual_image))
+    ids = [vlm.answer_ids(one, [answer])[0].item() for answer in (pair.answer, pair.counterfactual_answer)]
     if one.rows[0].tokens != other.rows[0].tokens:
         counts = [len(encoded.rows[0].tokens) for encoded in (one, other)]
-        return f"the prompts have {counts[0]} and {counts[1]} tokens; counterfactuals need the same tokens"
+        raise UsageError(f"the prompts have {counts[0]} and {counts[1]} tokens; counterfactuals need the same tokens")
     if one.grids() != other.grids():
-        return f"the images are cut into grids {one.grids()} and {other.grids()}; counterfactuals need the same"
+        raise UsageError(
+            f"the images are cut into grids {one.grids()} and {other.grids()}; counterfactuals need the same"
+        )
     if ids[0] == ids[1]:
-        return f"answers {pair.answer!r} and {pair.counterfactual_answer!r} start with the same token"
-    return ""
+        raise UsageError(f"answers {pair.answer!r} and {pair.counterfactual_answer!r} start with the same token")
