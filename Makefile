@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo   install, run the layer swap on the embedded model, say where the report is"
 	@echo "make test   install and run every test"
-	@echo "make lint   ruff and pyright"
+	@echo "make lint   ruff, pyright and the walls between rooms"
 	@echo "make train  train the embedded models from nothing into runs/train (an hour or more on two idle cores)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -27,6 +27,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 train: $(STAMP)
 	$(BIN)/python -m vlm_mech.organism.train --out runs/train

@@ -8,13 +8,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, main
+from vlm_mech.runs.contract import RunConfig, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from vlm_mech.model import VLM
-    from vlm_mech.prompt import Prompt
+    from vlm_mech.inputs.prompt import Prompt
+    from vlm_mech.models.vlm import VLM
 
 QUESTION = (
     "The same cells of the same model are computed by the sweep engine and by the ways in which they are usually "
@@ -57,11 +59,11 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     from vlm_mech.benchmark.cases import PROBES
     from vlm_mech.benchmark.compare import check
-    from vlm_mech.benchmark.geometry import identity
+    from vlm_mech.benchmark.model_shapes import identity
     from vlm_mech.benchmark.overview import as_figure, bars, findings, metrics, overview
     from vlm_mech.benchmark.timing import machine
     from vlm_mech.errors import UsageError
-    from vlm_mech.result import Result
+    from vlm_mech.results.result import Result
 
     check(config.cases, config.rivals)
     if config.data != "noise":
@@ -101,9 +103,9 @@ def _measured(config: Config, case: str, subject: Any) -> "tuple[pd.DataFrame, d
 
 def _subject(config: Config) -> "tuple[VLM, list[Prompt], list[Prompt]]":
     """The model, prompts, and the same prompts on other pictures."""
-    from vlm_mech.benchmark.geometry import GEOMETRIES, build, geometry, prompts
+    from vlm_mech.benchmark.model_shapes import GEOMETRIES, build, geometry, prompts
     from vlm_mech.errors import UsageError
-    from vlm_mech.model import VLM
+    from vlm_mech.models.vlm import VLM
 
     how = {"device": config.device, "dtype": config.dtype, "attn": config.attn}
     if config.full and config.device == "cpu":

@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+from vlm_mech.runs.contract import RunConfig, about, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
     "Each question is asked about both pictures of a pair, blurred more and more, then about their mean colour, then "
@@ -52,13 +54,13 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, curves by level and by layer, and the ladder of pictures."""
     import numpy as np
 
-    from vlm_mech.behaviour import decay_study
-    from vlm_mech.behaviour.decay import levels_of
+    from vlm_mech.behaviour.blur_decay import figures, findings, study
+    from vlm_mech.behaviour.blur_decay.blur import levels_of
     from vlm_mech.data.pairs import fitting, load_pairs
     from vlm_mech.errors import UsageError
-    from vlm_mech.model import VLM
-    from vlm_mech.probe_data import with_objects
-    from vlm_mech.result import Result
+    from vlm_mech.methods.probing.data import with_objects
+    from vlm_mech.models.vlm import VLM
+    from vlm_mech.results.result import Result
 
     pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
@@ -79,22 +81,22 @@ def run(config: Config, work: Workspace) -> Outcome:
     for rows in work.progress(np.array_split(np.arange(len(pairs)), n_batches), "decay"):
         key = f"{rows[0]:08d}"
         if key not in work:
-            work.keep(key, decay_study.decay(vlm, pairs[rows[0] : rows[-1] + 1], levels, **options), {})
+            work.keep(key, study.decay(vlm, pairs[rows[0] : rows[-1] + 1], levels, **options), {})
     _probed(config, work, vlm, pairs, mechanism)
     table, _ = work.collect()
     told = about(QUESTION, vlm, pairs, {}) | {"levels": levels}
     # Without swaps or probes their columns do not exist.
-    metrics = tuple(metric for metric in decay_study.METRICS if metric.name in table)
-    result = Result("visual decay", table, decay_study.AXES, metrics, {}, told)
-    result = dataclasses.replace(result, findings=decay_study.findings(result, pairs, levels))
-    return Outcome(result, decay_study.drawn(result), decay_study.ladder(pairs, levels))
+    metrics = tuple(metric for metric in study.METRICS if metric.name in table)
+    result = Result("visual decay", table, study.AXES, metrics, {}, told)
+    result = dataclasses.replace(result, findings=findings.findings(result, pairs, levels))
+    return Outcome(result, figures.drawn(result), figures.ladder(pairs, levels))
 
 
 def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tuple[str, ...]) -> None:
     """Rows of probes, kept among the batches."""
-    from vlm_mech.behaviour.decay_probes import probed
+    from vlm_mech.behaviour.blur_decay.probes import probed
     from vlm_mech.data.pairs import load_pairs
-    from vlm_mech.probe_data import with_objects
+    from vlm_mech.methods.probing.data import with_objects
 
     name = _probe_data(config)
     if name is None or not mechanism or PROBES in work:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, main
+from vlm_mech.runs.contract import RunConfig, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 if TYPE_CHECKING:
-    from vlm_mech.classify.study import Design
+    from vlm_mech.behaviour.classify.data import Design
 
 QUESTION = (
     "What is in the picture? The model is asked in the open and among candidates; its probabilities of the class names "
@@ -71,10 +73,10 @@ class Config(RunConfig):
 
 
 def _loaded(config: Config) -> "tuple[Any, Design]":
-    from vlm_mech.classify.answers import WORDINGS
-    from vlm_mech.classify.study import design_of
-    from vlm_mech.data.classes import load_classes
-    from vlm_mech.model import VLM
+    from vlm_mech.behaviour.answering.answers import WORDINGS
+    from vlm_mech.behaviour.classify.data import design_of
+    from vlm_mech.data.image_classes import load_classes
+    from vlm_mech.models.vlm import VLM
 
     sizes = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
     data = load_classes(config.data, **sizes, seed=config.seed, names=config.names)
@@ -87,7 +89,7 @@ def _loaded(config: Config) -> "tuple[Any, Design]":
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its figures, and some pictures with their answers."""
-    from vlm_mech.classify import job
+    from vlm_mech.behaviour.classify import job
 
     options = job.options_of(config, QUESTION)
     vlm, design = _loaded(config)

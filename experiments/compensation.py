@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_mech.errors import UsageError
-from vlm_mech.runs import Outcome, SweepConfig, Workspace, main
+from vlm_mech.runs.contract import SweepConfig, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 if TYPE_CHECKING:
-    from vlm_mech.compensation import Cell
-    from vlm_mech.compensation_data import Examples
+    from vlm_mech.methods.compensation.data import Examples
+    from vlm_mech.methods.compensation.study import Cell
 
 QUESTION = (
     "Patches that show a part of an object are kept from seeing anything outside the part (part), outside the object "
@@ -49,19 +51,20 @@ class Config(SweepConfig):
 
 
 def _loaded(config: Config) -> "tuple[Any, Examples, tuple[Cell, ...]]":
-    from vlm_mech import compensation, compensation_variants
-    from vlm_mech.model import VLM
+    from vlm_mech.methods.compensation import study
+    from vlm_mech.methods.compensation import variants as compensation_variants
+    from vlm_mech.models.vlm import VLM
 
     vlm = VLM.load(config.model, **config.loading)
     examples = _examples(config, vlm, config.split)
     encoded = vlm.encode([examples.examples[0].prompt])
     variants = compensation_variants.variants_of(vlm, encoded, config.variants)
-    return vlm, examples, compensation.cells_of(variants, compensation_variants.layer_ranges(vlm, config.layers))
+    return vlm, examples, study.cells_of(variants, compensation_variants.layer_ranges(vlm, config.layers))
 
 
 def _examples(config: Config, vlm: Any, split: str) -> "Examples":
-    from vlm_mech.compensation_data import examples_of, shown_parts
     from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.methods.compensation.data import examples_of, shown_parts
 
     n = SOME if config.n is None and config.data.startswith("scenes/") else config.n
     pairs = load_pairs(config.data, n=n, seed=config.seed, split=split)
@@ -71,7 +74,7 @@ def _examples(config: Config, vlm: Any, split: str) -> "Examples":
 
 def plan(config: Config) -> Any:
     """What the sweep behind the answers will need."""
-    from vlm_mech.compensation import plan_answers
+    from vlm_mech.methods.compensation.study import plan_answers
 
     vlm, examples, cells = _loaded(config)
     return plan_answers(vlm, examples, cells, batch=config.batch, memory=config.memory)
@@ -79,10 +82,11 @@ def plan(config: Config) -> Any:
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its figures, and pictures of examples."""
-    from vlm_mech import compensation, compensation_figures, compensation_index
-    from vlm_mech.readout import readout_of
-    from vlm_mech.receipt import add_up
-    from vlm_mech.result import Result
+    from vlm_mech.interventions.receipt import add_up
+    from vlm_mech.methods.compensation import figures, index, study
+    from vlm_mech.methods.compensation import findings as compensation_findings
+    from vlm_mech.models.readout import readout_of
+    from vlm_mech.results.result import Result
 
     vlm, examples, cells = _loaded(config)
     readout = readout_of(vlm, examples.examples[0].prompt)
@@ -90,14 +94,14 @@ def run(config: Config, work: Workspace) -> Outcome:
         raise UsageError("a folder has no validation part on which to choose a site; name one, as --site projector.out")
     if config.site is None:
         others = _examples(config, vlm, "validation")
-        site = compensation.best_site(vlm, others, readout, batch=config.batch, seed=config.seed)
+        site = study.best_site(vlm, others, readout, batch=config.batch, seed=config.seed)
         chosen_on = f"the best site on {len(others.examples)} validation scenes"
     else:
-        site, chosen_on = compensation.check_site(vlm, examples, config.site), "as asked for"
+        site, chosen_on = study.check_site(vlm, examples, config.site), "as asked for"
     options = {"seed": config.seed, "engine": config.engine, "memory": config.memory}
     for number, some in enumerate(work.progress(examples.batches(config.batch), "batches")):
         if f"{number:08d}" not in work:
-            work.keep(f"{number:08d}", *compensation.measure(vlm, some, cells, readout, **options))
+            work.keep(f"{number:08d}", *study.measure(vlm, some, cells, readout, **options))
     table, receipts = work.collect()
     provenance = {
         "question": QUESTION,
@@ -107,12 +111,12 @@ def run(config: Config, work: Workspace) -> Outcome:
         "receipts": add_up(receipts),
         "site": site,
     }
-    result = Result("compensation", table, compensation.AXES, compensation.METRICS, provenance=provenance)
-    shares = compensation_index.every_compensation(result, site)
-    findings = compensation_index.told(result, examples, site, chosen_on, shares)
+    result = Result("compensation", table, study.AXES, study.METRICS, provenance=provenance)
+    shares = index.every_compensation(result, site)
+    findings = compensation_findings.told(result, examples, site, chosen_on, shares)
     provenance["compensated"] = [dataclasses.asdict(each) for each in shares]
     result = dataclasses.replace(result, provenance=provenance, findings=findings)
-    return Outcome(result, compensation_figures.drawn(result), compensation_figures.pictures(vlm, examples))
+    return Outcome(result, figures.drawn(result), figures.pictures(vlm, examples))
 
 
 if __name__ == "__main__":

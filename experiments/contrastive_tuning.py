@@ -8,7 +8,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+from vlm_mech.runs.contract import RunConfig, about, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
     "A contrastive model matches pictures that differ in a relation with their captions no better than chance. Does "
@@ -46,46 +48,48 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, before and after by variant and data set, and a pair of each data set with its captions."""
-    from vlm_mech.behaviour import agreement_data, contrastive_figures, contrastive_study
-    from vlm_mech.behaviour.contrastive_tuning import Recipe
-    from vlm_mech.contrastive import DualEncoder
-    from vlm_mech.model import VLM
-    from vlm_mech.result import Result
+    from vlm_mech.behaviour.contrastive_tuning import data as contrastive_tuning_data
+    from vlm_mech.behaviour.contrastive_tuning import figures, findings, study
+    from vlm_mech.behaviour.contrastive_tuning.training import Recipe
+    from vlm_mech.behaviour.erroneous_agreement import data as erroneous_agreement_data
+    from vlm_mech.models.dual_encoder import DualEncoder
+    from vlm_mech.models.vlm import VLM
+    from vlm_mech.results.result import Result
 
     recipe = Recipe(config.steps, config.batch, seed=config.seed)
     variants = _variants(config)
     options: dict[str, Any] = {"seed": config.seed, "template": config.caption}
-    test = [agreement_data.load_cases(name, n=config.n, split="test", **options) for name in config.data]
+    test = [erroneous_agreement_data.load_cases(name, n=config.n, split="test", **options) for name in config.data]
     train, validation = (
-        [agreement_data.load_cases(name, n=n, split=split, **options) for name in config.train]
+        [erroneous_agreement_data.load_cases(name, n=n, split=split, **options) for name in config.train]
         for n, split in ((config.n_train, "train"), (config.n_validation, "validation"))
     )
     for some in (test, train, validation):
-        contrastive_study.check_twins(some)
+        contrastive_tuning_data.check_twins(some)
     loading = {name: value for name, value in config.loading.items() if name != "revision"}
     encoder = DualEncoder.load(config.contrastive, **loading)
-    contrastive_study.check_words(encoder, [*test, *train, *validation])
+    contrastive_tuning_data.check_words(encoder, [*test, *train, *validation])
     vlm = VLM.load(config.model, **config.loading)
-    test = [agreement_data.answerable(vlm, cases) for cases in test]
-    told = about(QUESTION, vlm, agreement_data.joined(test), {}) | {"contrastive": encoder.identity()}
-    pairs = contrastive_study.without_repeats(train, test)
-    parts = contrastive_study.Parts(pairs, validation, test)
-    notes = contrastive_study.kept(work, encoder, vlm, parts, variants, recipe, config.rates)
+    test = [erroneous_agreement_data.answerable(vlm, cases) for cases in test]
+    told = about(QUESTION, vlm, erroneous_agreement_data.joined(test), {}) | {"contrastive": encoder.identity()}
+    pairs = contrastive_tuning_data.without_repeats(train, test)
+    parts = contrastive_tuning_data.Parts(pairs, validation, test)
+    notes = study.kept(work, encoder, vlm, parts, variants, recipe, config.rates)
     told["tuning"] = {
         "recipe": dataclasses.asdict(recipe), "rates": config.rates, "train": config.train, "n_train": len(pairs),
-        "n_fitted": min(contrastive_study.SOME, len(pairs)),
+        "n_fitted": min(study.SOME, len(pairs)),
         "n_validation": sum(len(cases.cases) for cases in validation), "variants": notes,
     }  # fmt: skip
-    table = contrastive_study.completed(work.collect()[0])
-    result = Result("contrastive tuning", table, contrastive_study.AXES, contrastive_study.METRICS, {}, told)
-    told["tests"] = contrastive_study.tests(result).to_dict("records")
-    result = dataclasses.replace(result, findings=contrastive_study.findings(result))
-    return Outcome(result, contrastive_figures.drawn(result), agreement_data.shown(test))
+    table = study.completed(work.collect()[0])
+    result = Result("contrastive tuning", table, study.AXES, study.METRICS, {}, told)
+    told["tests"] = findings.tests(result).to_dict("records")
+    result = dataclasses.replace(result, findings=findings.findings(result))
+    return Outcome(result, figures.drawn(result), erroneous_agreement_data.shown(test))
 
 
 def _variants(config: Config) -> list[Any]:
     """The variants asked for; everything wrong with the options is said before anything is loaded."""
-    from vlm_mech.behaviour.contrastive_study import variants_of
+    from vlm_mech.behaviour.contrastive_tuning.data import variants_of
     from vlm_mech.errors import UsageError
 
     if not config.rates or min(config.rates) <= 0:

@@ -8,7 +8,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+from vlm_mech.runs.contract import RunConfig, about, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
     "A model that answers from its prior is tuned on pictures in conflict with it and on their usual twins. Does it "
@@ -59,46 +61,48 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its figures, and pictures in conflict with the answers before and after."""
-    from vlm_mech.behaviour import debias, debias_adapter, debias_figures, debias_study
+    from vlm_mech.behaviour.debias import adapter as debias_adapter
+    from vlm_mech.behaviour.debias import data as debias_data
+    from vlm_mech.behaviour.debias import figures, findings, study, training
     from vlm_mech.data.pairs import fitting
     from vlm_mech.errors import UsageError
-    from vlm_mech.image import load_image
-    from vlm_mech.model import VLM
-    from vlm_mech.result import Result
+    from vlm_mech.inputs.image import load_image
+    from vlm_mech.models.vlm import VLM
+    from vlm_mech.results.result import Result
 
     recipe = _recipe(config)
     counts: dict[str, Any] = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
-    parts = debias_study.parts_of(config.data, seed=config.seed, **counts)
+    parts = debias_data.parts_of(config.data, seed=config.seed, **counts)
     others = _untouched(config)
     vlm = VLM.load(config.model, **config.loading)
     parts = dataclasses.replace(parts, test=fitting(vlm, parts.test))
-    told, tasks = about(QUESTION, vlm, parts.test, {}), debias_study.tasks_of(parts.test, others)
+    told, tasks = about(QUESTION, vlm, parts.test, {}), debias_data.tasks_of(parts.test, others)
     if config.answers == "others":
-        parts = dataclasses.replace(parts, train=debias_study.with_answers_of_others(parts.train, seed=config.seed))
+        parts = dataclasses.replace(parts, train=debias_data.with_answers_of_others(parts.train, seed=config.seed))
     adapter = debias_adapter.with_adapter(vlm, rank=config.rank, seed=config.seed)
     for each in (parts.train, parts.test):
-        debias.check_room(vlm, each, max_new_tokens=config.max_new_tokens)
+        training.check_room(vlm, each, max_new_tokens=config.max_new_tokens)
     options: dict[str, Any] = {"batch": 32, "max_new_tokens": config.max_new_tokens}
-    with debias_study.without_adapter(vlm):
-        before = debias_study.validated(vlm, parts.validation, **options)
+    with study.without_adapter(vlm):
+        before = study.validated(vlm, parts.validation, **options)
     if before["conflict"] == 1:
         raise UsageError(f"{config.model} is right on every validation picture of {config.data}: nothing to tune away")
-    with debias_study.without_adapter(vlm):
-        debias_study.keep_answers(work, vlm, tasks, debias_study.BASE, **options)
-    tuned = debias_study.tuned(work, vlm, adapter, parts, recipe, every=config.every, **options)
+    with study.without_adapter(vlm):
+        study.keep_answers(work, vlm, tasks, study.BASE, **options)
+    tuned = study.tuned(work, vlm, adapter, parts, recipe, every=config.every, **options)
     told["training"] = {"before": before, "answers": config.answers, **tuned}
-    debias_study.keep_answers(work, vlm, tasks, debias_study.TUNED, **options)
-    with debias_study.with_random_adapter(vlm, seed=config.seed):
-        debias_study.keep_answers(work, vlm, tasks, debias_study.RANDOM, **options)
-    table = debias_study.completed(work.collect()[0])
-    result = Result(f"debias ({config.objective})", table, debias_study.AXES, debias_study.METRICS, {}, told)
-    result = dataclasses.replace(result, findings=debias_study.findings(result, str(work.folder / "adapter")))
-    pictures = tuple((debias_study.caption(table, pair), load_image(pair.image)) for pair in parts.test[:4])
-    return Outcome(result, debias_figures.drawn(result), pictures)
+    study.keep_answers(work, vlm, tasks, study.TUNED, **options)
+    with study.with_random_adapter(vlm, seed=config.seed):
+        study.keep_answers(work, vlm, tasks, study.RANDOM, **options)
+    table = study.completed(work.collect()[0])
+    result = Result(f"debias ({config.objective})", table, study.AXES, study.METRICS, {}, told)
+    result = dataclasses.replace(result, findings=findings.findings(result, str(work.folder / "adapter")))
+    pictures = tuple((findings.caption(table, pair), load_image(pair.image)) for pair in parts.test[:4])
+    return Outcome(result, figures.drawn(result), pictures)
 
 
 def _recipe(config: Config) -> Any:
-    from vlm_mech.behaviour.debias import Recipe
+    from vlm_mech.behaviour.debias.training import Recipe
     from vlm_mech.errors import UsageError
 
     if config.every < 1:

@@ -8,7 +8,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+from vlm_mech.runs.contract import RunConfig, about, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
     "The picture shows one thing, what is usual is another. M3ID weighs each token by what the picture adds to the "
@@ -47,16 +49,17 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, rates by method, curves of the dose, and the dependency on the picture along the answer."""
-    from vlm_mech.behaviour import decoding_study as study
-    from vlm_mech.behaviour.decoding_figures import drawn
-    from vlm_mech.model import VLM
-    from vlm_mech.result import Result
+    from vlm_mech.behaviour.decoding import data as decoding_data
+    from vlm_mech.behaviour.decoding import findings, study
+    from vlm_mech.behaviour.decoding.figures import drawn
+    from vlm_mech.models.vlm import VLM
+    from vlm_mech.results.result import Result
 
     vlm = VLM.load(config.model, **config.loading)
-    options = study.Options(
+    options = decoding_data.Options(
         config.start, config.cutoff, config.noise_step, config.max_new_tokens, config.letters, config.seed
     )
-    settings = study.grid(config.methods, config.alphas, config.rates, config.strengths)
+    settings = decoding_data.grid(config.methods, config.alphas, config.rates, config.strengths)
     validation, test = _splits(config, vlm)
     _kept(config, work, vlm, validation, settings, study.VALIDATION, options)
     # Test batches may be there already when a run is taken up; the choice looks at validation alone.
@@ -71,13 +74,13 @@ def run(config: Config, work: Workspace) -> Outcome:
     }
     metrics = tuple(each for each in study.METRICS if each.name in table)
     result = Result("contrastive decoding", table, study.AXES, metrics, {}, told)
-    result = dataclasses.replace(result, findings=study.findings(result, settings, choice))
+    result = dataclasses.replace(result, findings=findings.findings(result, settings, choice))
     return Outcome(result, drawn(result))
 
 
 def _splits(config: Config, vlm: Any) -> tuple[Any, Any]:
     """Validation and test pairs: splits of the scenes, or halves of a folder."""
-    from vlm_mech.behaviour import decoding_study as study
+    from vlm_mech.behaviour.decoding import study
     from vlm_mech.data.pairs import by_groups, fitting, load_pairs, turned
     from vlm_mech.errors import UsageError
 
@@ -96,7 +99,7 @@ def _splits(config: Config, vlm: Any) -> tuple[Any, Any]:
 
 def _kept(config: Config, work: Workspace, vlm: Any, pairs: Any, settings: Any, split: str, options: Any) -> None:
     """Does and stores the batches of a split that are not there yet; validation comes before test by its keys."""
-    from vlm_mech.behaviour import decoding_study as study
+    from vlm_mech.behaviour.decoding import study
     from vlm_mech.data.pairs import partners
 
     others = [pairs.pairs[other] for other in partners(len(pairs), seed=config.seed)]

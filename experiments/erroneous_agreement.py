@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+from vlm_mech.runs.contract import RunConfig, about, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 if TYPE_CHECKING:
-    from vlm_mech.behaviour.agreement_data import Cases
+    from vlm_mech.behaviour.erroneous_agreement.data import Cases
 
 QUESTION = (
     "Two images that differ in one thing have nearly the same embedding in a contrastive model. Does it match them "
@@ -46,32 +48,33 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, who is right at which similarity, accuracies, alignment along the tower, and some pairs."""
-    from vlm_mech.behaviour import agreement_data, agreement_figures, agreement_study
-    from vlm_mech.contrastive import DualEncoder
-    from vlm_mech.model import VLM
-    from vlm_mech.result import Result
+    from vlm_mech.behaviour.erroneous_agreement import data as erroneous_agreement_data
+    from vlm_mech.behaviour.erroneous_agreement import figures, findings, study
+    from vlm_mech.models.dual_encoder import DualEncoder
+    from vlm_mech.models.vlm import VLM
+    from vlm_mech.results.result import Result
 
     _check(config)
     options = {"n": config.n, "seed": config.seed, "split": config.split, "template": config.caption}
-    loaded = [agreement_data.load_cases(name, **options) for name in config.data]
+    loaded = [erroneous_agreement_data.load_cases(name, **options) for name in config.data]
     for cases in loaded:
-        agreement_data.check_enough(cases)
+        erroneous_agreement_data.check_enough(cases)
     vlm = VLM.load(config.model, **config.loading)
     loading = {name: value for name, value in config.loading.items() if name != "revision"}
     encoder = DualEncoder.load(config.contrastive, **loading)
-    data = [agreement_data.answerable(vlm, cases) for cases in loaded]
+    data = [erroneous_agreement_data.answerable(vlm, cases) for cases in loaded]
     for cases in data:
-        agreement_data.check_enough(cases)
+        erroneous_agreement_data.check_enough(cases)
     _look(config, work, vlm, encoder, data)
     images, _ = work.collect()
-    table, floors = agreement_study.pair_table(images, tau=config.tau)
-    pairs = agreement_data.joined(data)
+    table, floors = study.pair_table(images, tau=config.tau)
+    pairs = erroneous_agreement_data.joined(data)
     told = about(QUESTION, vlm, pairs, {}) | {"contrastive": encoder.identity(), "tau": config.tau, "floors": floors}
-    told["alignment"] = agreement_study.alignments(images, seed=config.seed)
-    result = Result("erroneous agreement", table, agreement_study.AXES, agreement_study.METRICS, {}, told)
-    found = agreement_study.findings(result, tau=config.tau, floors=floors)
+    told["alignment"] = study.alignments(images, seed=config.seed)
+    result = Result("erroneous agreement", table, study.AXES, study.METRICS, {}, told)
+    found = findings.findings(result, tau=config.tau, floors=floors)
     result = dataclasses.replace(result, findings=found)
-    return Outcome(result, agreement_figures.drawn(result), agreement_data.shown(data))
+    return Outcome(result, figures.drawn(result), erroneous_agreement_data.shown(data))
 
 
 def _check(config: Config) -> None:
@@ -88,14 +91,14 @@ def _check(config: Config) -> None:
 
 def _look(config: Config, work: Workspace, vlm: Any, encoder: Any, data: "Sequence[Cases]") -> None:
     """Every batch of every data set through both models, kept as it is done."""
-    from vlm_mech.behaviour import agreement_study
+    from vlm_mech.behaviour.erroneous_agreement import study
 
     steps = [(number, start) for number, cases in enumerate(data) for start in range(0, len(cases.cases), config.batch)]
     for number, start in work.progress(steps, "agreement"):
         key, cases = f"{number:03d}-{start:08d}", data[number].cases
         if key not in work:
             stop = start + config.batch
-            found = agreement_study.looked_at(encoder, vlm, cases[start:stop], cases[stop if stop < len(cases) else 0])
+            found = study.looked_at(encoder, vlm, cases[start:stop], cases[stop if stop < len(cases) else 0])
             work.keep(key, found.assign(data=data[number].name, n_layers=encoder.n_layers("vision")), {})
 
 

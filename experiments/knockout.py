@@ -8,7 +8,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs import Outcome, SweepConfig, Workspace, about, main
+from vlm_mech.runs.contract import SweepConfig, about, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
     "Attention edges are cut: the query tokens cannot attend to the key tokens at some layers, and the rest of their "
@@ -44,9 +46,9 @@ class Config(SweepConfig):
 def _loaded(config: Config) -> tuple[Any, ...]:
     """The model, the pairs, what is cut, and which pixels show what is asked about."""
     from vlm_mech.data.pairs import fitting, load_pairs
-    from vlm_mech.edges import object_masks
-    from vlm_mech.knockout import scan_of
-    from vlm_mech.model import VLM
+    from vlm_mech.methods.knockout.data import scan_of
+    from vlm_mech.methods.knockout.edges import object_masks
+    from vlm_mech.models.vlm import VLM
 
     pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
     masks = object_masks(pairs, seed=config.seed, split=config.split)
@@ -58,7 +60,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
 
 def plan(config: Config) -> Any:
     """What the run will need."""
-    from vlm_mech.knockout import plan_knockout
+    from vlm_mech.methods.knockout.study import plan_knockout
 
     *what, masks = _loaded(config)
     return plan_knockout(*what, masks=masks, batch=config.batch, seed=config.seed, memory=config.memory)
@@ -66,9 +68,10 @@ def plan(config: Config) -> Any:
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its heatmaps and line figure, and pictures of examples or of what heads attend to."""
-    from vlm_mech import figures, knockout, knockout_findings
-    from vlm_mech.receipt import add_up
-    from vlm_mech.result import Result
+    from vlm_mech.interventions.receipt import add_up
+    from vlm_mech.methods.knockout import study, summary
+    from vlm_mech.results import figures
+    from vlm_mech.results.result import Result
 
     vlm, pairs, scan, masks = _loaded(config)
     how = {"only_correct": not config.all, "seed": config.seed, "engine": config.engine, "memory": config.memory}
@@ -76,10 +79,10 @@ def run(config: Config, work: Workspace) -> Outcome:
         key = f"{start:08d}"
         if key not in work:
             batch = pairs[start : start + config.batch]
-            work.keep(key, *knockout.knock_out(vlm, batch, scan, masks=masks, **how))
+            work.keep(key, *study.knock_out(vlm, batch, scan, masks=masks, **how))
     table, receipts = work.collect()
-    result = Result("attention knockout", table, scan.axes, knockout.METRICS)
-    told = knockout_findings.told(vlm, result, pairs, scan, masks, n_generated=config.generate)
+    result = Result("attention knockout", table, scan.axes, study.METRICS)
+    told = summary.told(vlm, result, pairs, scan, masks, n_generated=config.generate)
     provenance = about(QUESTION, vlm, pairs, add_up(receipts)) | {"generated": told.texts}
     result = dataclasses.replace(result, provenance=provenance, findings=told.findings)
     across, down = ("head", "layer") if config.heads else ("layer", "edge")

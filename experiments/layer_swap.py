@@ -6,12 +6,13 @@ directions, and measures how much of the way to the other answer that goes (coun
 2606.06890).
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from experiments._weights import run_weights
-from vlm_mech.runs import Outcome, SweepConfig, Workspace, about, main
+from experiments._weights import WeightSwapConfig, run_weights
+from vlm_mech.runs.contract import about, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
     "Each question is asked about an image and about its counterfactual, which differs in one attribute and so has "
@@ -21,11 +22,9 @@ QUESTION = (
 
 
 @dataclass(frozen=True)
-class Config(SweepConfig):
+class Config(WeightSwapConfig):
     """Options of the layer swap."""
 
-    data: str = ""
-    """Generated pairs or a folder with pairs.jsonl; by default scenes/colour, for weights scenes/colour-conflict."""
     swap: Literal["state", "weights"] = "state"
     """What is exchanged: hidden states of a run and its counterfactual, or decoder blocks of a model and its tune."""
     site: Literal["llm", "projector", "vision"] = "llm"
@@ -36,31 +35,17 @@ class Config(SweepConfig):
     """Spans of tokens to swap; for llm: image question last all."""
     direction: Literal["both", "noising", "denoising"] = "both"
     """Noising puts the counterfactual's states into the image's run, denoising the reverse."""
-    split: Literal["test", "validation", "train"] = "test"
-    """Split of the generated scenes."""
     all: bool = False
     """Keep pairs that the model answers wrongly on either image."""
-    batch: int = 32
-    """Pairs a forward pass."""
-    tuned: str = "organism-grounded"
-    """Weights: the tune of the model, or a folder with its adapter (needs peft)."""
-    second: str | None = None
-    """Weights: another tune, as a further control."""
-    part: Literal["block", "attention", "mlp"] = "block"
-    """Weights: whole blocks, or their attention or MLP only (each with the norm before it)."""
-    schedules: tuple[Literal["suffix", "prefix", "single", "window"], ...] = ("suffix", "prefix", "single", "window")
-    """Weights: layers from each on, up to each, each alone, or a window around it."""
-    window: int = 3
-    """Weights: layers of a window."""
     engine: Literal["fast", "trace"] = "fast"
     """The fast one computes only what can change; trace runs a whole pass for every cell."""
 
 
 def _loaded(config: Config) -> tuple[Any, ...]:
     """The model, the pairs, and what is swapped: sites, spans, directions."""
-    from vlm_mech.data.pairs import fitting, load_pairs
-    from vlm_mech.model import VLM
-    from vlm_mech.swap import DIRECTIONS, default_spans, swap_sites
+    from vlm_mech.data.pairs import DIRECTIONS, fitting, load_pairs
+    from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
+    from vlm_mech.models.vlm import VLM
 
     pairs = load_pairs(config.data or "scenes/colour", n=config.n, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
@@ -72,7 +57,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
 def plan(config: Config) -> Any:
     """What the run will need."""
     from vlm_mech.errors import UsageError
-    from vlm_mech.swap import plan_swap
+    from vlm_mech.methods.layer_swap.study import plan_swap
 
     if config.swap == "weights":
         raise UsageError("--dry-run foresees swaps of states only; an exchange of weights keeps one pass a hybrid")
@@ -85,10 +70,11 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, its heatmap and line figure, and example pictures."""
     if config.swap == "weights":
         return run_weights(config, work)
-    from vlm_mech import figures
-    from vlm_mech.receipt import add_up, summarise
-    from vlm_mech.result import Result
-    from vlm_mech.swap import METRICS, pictures, swap_states, takeover, usable_share
+    from vlm_mech.data.pairs import pictures
+    from vlm_mech.interventions.receipt import add_up, summarise
+    from vlm_mech.methods.layer_swap.figures import drawn
+    from vlm_mech.methods.layer_swap.layer_swap import swap_result, told
+    from vlm_mech.methods.layer_swap.study import swap_states
 
     vlm, pairs, sites, spans, directions = _loaded(config)
     how = {"directions": directions, "only_correct": not config.all, "engine": config.engine, "memory": config.memory}
@@ -98,16 +84,8 @@ def run(config: Config, work: Workspace) -> Outcome:
             table, receipts = swap_states(vlm, pairs[start : start + config.batch], sites, spans, **how)
             work.keep(key, table, summarise(receipts))
     table, receipts = work.collect()
-    depth = "point" if config.site == "projector" else "layer"
-    provenance = about(QUESTION, vlm, pairs, add_up(receipts))
-    result = Result(f"layer swap ({config.site})", table, ("direction", "span", depth), METRICS, {}, provenance)
-    findings = (usable_share(result, pairs), *takeover(result))
-    drawn = {
-        "recovered_heatmap": figures.heatmap(result, x=depth, y="span", metric="recovered", facet="direction"),
-        "recovered_lines": figures.lines(result, x=depth, colour="span", metric="recovered", facet="direction"),
-        "logit_diff_heatmap": figures.heatmap(result, x=depth, y="span", metric="logit_diff", facet="direction"),
-    }
-    return Outcome(dataclasses.replace(result, findings=findings), drawn, pictures(pairs))
+    result = told(swap_result(config.site, table, about(QUESTION, vlm, pairs, add_up(receipts))), pairs)
+    return Outcome(result, drawn(result), pictures(pairs))
 
 
 if __name__ == "__main__":

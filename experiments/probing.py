@@ -6,7 +6,9 @@ Linear and MLP probes on every block of tower, projector and language model, wit
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, main
+from vlm_mech.runs.contract import RunConfig, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
     "Probes are fitted on hidden states of some scenes and tested on others, with other things in them. Accuracy says "
@@ -55,11 +57,11 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, accuracy over depth, conflict, confusion, and the map of a picture's patches."""
     import dataclasses
 
-    from vlm_mech.probe import METRICS
-    from vlm_mech.probe_figures import drawn
-    from vlm_mech.probe_findings import findings
-    from vlm_mech.probe_study import AXES, completed, study
-    from vlm_mech.result import Result
+    from vlm_mech.methods.probing.crossfit import METRICS
+    from vlm_mech.methods.probing.figures import drawn
+    from vlm_mech.methods.probing.findings import findings
+    from vlm_mech.methods.probing.study import AXES, completed, study
+    from vlm_mech.results.result import Result
 
     about: dict[str, Any] = {"question": QUESTION}
     for number, name in enumerate(config.model):
@@ -78,10 +80,10 @@ def run(config: Config, work: Workspace) -> Outcome:
 def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     """A model, its examples, the scenes in conflict, what is done with them, and what is known of the data."""
     from vlm_mech.data.pairs import load_pairs
-    from vlm_mech.model import VLM
-    from vlm_mech.probe_data import conflicts_of, examples_of, probe_sites, spots_of, spread, with_objects
-    from vlm_mech.probe_descent import LINEAR, small_mlp
-    from vlm_mech.probe_study import Design
+    from vlm_mech.methods.probing.data import conflicts_of, examples_of, probe_sites, spots_of, spread, with_objects
+    from vlm_mech.methods.probing.probe import recipe_of
+    from vlm_mech.methods.probing.study import Design
+    from vlm_mech.models.vlm import VLM
 
     vlm, drawn = VLM.load(name, **config.loading), {"seed": config.seed, "split": config.split}
     n = 128 if config.n is None and config.data.startswith("scenes/") else config.n
@@ -89,7 +91,7 @@ def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     data = [with_objects(load_pairs(name, n=count, **drawn)) for name, count in named]
     examples, conflicts = examples_of(vlm, data[0]), conflicts_of(vlm, data[1]) if len(data) > 1 else None
     spots = spots_of(probe_sites(vlm, every=config.every), spread(vlm, config.spans, examples))
-    recipes = tuple({"linear": LINEAR, "mlp": small_mlp(config.hidden)}[probe] for probe in config.probes)
+    recipes = tuple(recipe_of(probe, hidden=config.hidden) for probe in config.probes)
     options = {"grouping": config.grouping, "n_folds": config.folds, "n_seeds": config.seeds, "seed": config.seed}
     options |= {"batch": config.batch, "mdl": config.mdl, "device": config.device}
     known: dict[str, Any] = {"data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data]}

@@ -8,10 +8,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, about, main
+from vlm_mech.runs.contract import RunConfig, about, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 if TYPE_CHECKING:
-    from vlm_mech.behaviour.scoring_job import Plan
+    from vlm_mech.behaviour.scoring.data import Plan
 
 QUESTION = (
     "Each question is asked about both pictures of a pair, which have different answers. What is generated is read by "
@@ -47,29 +49,29 @@ class Config(RunConfig):
 
 
 def _loaded(config: Config) -> "Plan":
-    from vlm_mech.behaviour import scoring_job
-    from vlm_mech.model import VLM
+    from vlm_mech.behaviour.scoring import data as scoring_data
+    from vlm_mech.models.vlm import VLM
 
-    test, validation = scoring_job.load_parts(config)
+    test, validation = scoring_data.load_parts(config)
     names = [config.model, *([config.compare] if config.compare else [])]
-    return scoring_job.plan_of(config, [VLM.load(name, **config.loading) for name in names], test, validation)
+    return scoring_data.plan_of(config, [VLM.load(name, **config.loading) for name in names], test, validation)
 
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its figures, and some pairs."""
-    from vlm_mech.behaviour import scoring_findings, scoring_job, scoring_study
-    from vlm_mech.result import Result
-    from vlm_mech.swap import pictures
+    from vlm_mech.behaviour.scoring import figures, findings, job, study
+    from vlm_mech.data.pairs import pictures
+    from vlm_mech.results.result import Result
 
     plan = _loaded(config)
-    scoring_job.score_all(plan, work)
-    table, best = scoring_job.collected(work)
+    job.score_all(plan, work)
+    table, best = job.collected(work)
     told: dict[str, Any] = about(QUESTION, plan.vlms[0], plan.test, {})
     told |= plan.told | {"best": [{"model": one, "scoring": two, "prompt": best[one, two]} for one, two in best]}
-    result = Result("ways of scoring", table, scoring_study.AXES, scoring_study.METRICS, {}, told)
-    said = scoring_findings.findings(result, plan.test, best, len(plan.validation or ()), plan.left_out)
+    result = Result("ways of scoring", table, study.AXES, study.METRICS, {}, told)
+    said = findings.findings(result, plan.test, best, len(plan.validation or ()), plan.left_out)
     result = dataclasses.replace(result, findings=said)
-    return Outcome(result, scoring_findings.drawn(result), pictures(plan.test))
+    return Outcome(result, figures.drawn(result), pictures(plan.test))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ false alarms in models with nothing to find, and how often intervals hold the tr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlm_mech.runs import Outcome, RunConfig, Workspace, main
+from vlm_mech.runs.contract import RunConfig, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 if TYPE_CHECKING:
     from vlm_mech.validate.job import Job
@@ -45,7 +47,7 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, with its figure and findings; `overview.grades` makes the table of grades from it."""
-    from vlm_mech.result import Result
+    from vlm_mech.results.result import Result
     from vlm_mech.validate import overview
     from vlm_mech.validate.job import completed, examine_all
 
@@ -67,8 +69,8 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _jobs(config: Config) -> "list[Job]":
     from vlm_mech.errors import UsageError
+    from vlm_mech.validate.adapters import METHODS
     from vlm_mech.validate.job import Job
-    from vlm_mech.validate.methods import METHODS
 
     n = 20 if config.n is None else config.n
     if config.model != "planted" or config.data != "planted" or config.device != "cpu":

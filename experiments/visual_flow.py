@@ -8,7 +8,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs import Outcome, SweepConfig, Workspace, about, main
+from vlm_mech.runs.contract import SweepConfig, about, main
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
     "The same examples, asked four ways at every layer. Decodable: could a probe read the answer there? Used: do the "
@@ -50,9 +52,9 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     """The model, the examples and what is cut."""
     from vlm_mech.data.pairs import fitting, load_pairs
     from vlm_mech.errors import UsageError
-    from vlm_mech.model import VLM
-    from vlm_mech.probe_data import with_objects
-    from vlm_mech.visual_flow import cases_of, flow_scan
+    from vlm_mech.methods.probing.data import with_objects
+    from vlm_mech.methods.visual_flow.data import cases_of, flow_scan
+    from vlm_mech.models.vlm import VLM
 
     if config.pages < 0 or config.every < 1:
         raise UsageError(f"pages is {config.pages} and every is {config.every}; 0 and 1 are the least")
@@ -65,20 +67,20 @@ def _loaded(config: Config) -> tuple[Any, ...]:
 
 def plan(config: Config) -> Any:
     """What swaps and knockouts of the run will need."""
-    from vlm_mech.visual_flow import plan_flow
+    from vlm_mech.methods.visual_flow.study import plan_flow
 
     return plan_flow(*_loaded(config), batch=config.batch, seed=config.seed, memory=config.memory)
 
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, the map, the page of single examples, and findings made from the numbers."""
-    from vlm_mech import visual_flow as made
-    from vlm_mech.receipt import add_up
-    from vlm_mech.result import Result
-    from vlm_mech.visual_flow_figures import flow_map
-    from vlm_mech.visual_flow_findings import findings
-    from vlm_mech.visual_flow_layers import claims
-    from vlm_mech.visual_flow_pages import example_pages, pages
+    from vlm_mech.interventions.receipt import add_up
+    from vlm_mech.methods.visual_flow import study as made
+    from vlm_mech.methods.visual_flow.claims import claims
+    from vlm_mech.methods.visual_flow.example_pages import example_pages, pages
+    from vlm_mech.methods.visual_flow.figures import flow_map
+    from vlm_mech.methods.visual_flow.findings import findings
+    from vlm_mech.results.result import Result
 
     vlm, cases, scan = _loaded(config)
     how = {"seed": config.seed, "engine": config.engine, "memory": config.memory}
@@ -102,7 +104,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:
     """What probes are fitted on; their rows are kept among the batches."""
     from vlm_mech.data.pairs import load_pairs
-    from vlm_mech.visual_flow_probe import fitting, probe_rows
+    from vlm_mech.methods.visual_flow.probes import fitting, probe_rows
 
     name = config.probe_data or (COLOURS if config.data == CONFLICT else None)
     n = 96 if config.n_probe is None and str(name).startswith("scenes/") else config.n_probe

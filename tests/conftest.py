@@ -2,25 +2,15 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tests.tiny import tiny_model, tiny_processor
-from vlm_mech.model import VLM
-from vlm_mech.prompt import Prompt
+from tests.zoo.tiny import picture, tiny_model, tiny_processor
+from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.models.vlm import VLM
 
 # Models this small gain nothing from threads, and on a busy machine threads that wait for each other cost seconds.
 torch.set_num_threads(1)
-
-COMBINATIONS = [(decoder, tower) for decoder in ("llama", "mistral", "qwen2") for tower in ("clip", "siglip")]
-
-
-def picture(seed: int, width: int = 56, height: int = 56) -> Image.Image:
-    """A picture of random 8-pixel blocks."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-    return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
 
 
 @pytest.fixture(scope="session")

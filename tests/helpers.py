@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_mech import runs
+from vlm_mech.runs import contract
 
 
 def command(experiment: Any, *arguments: object) -> Any:
@@ -14,7 +14,7 @@ def command(experiment: Any, *arguments: object) -> Any:
     name = experiment.__name__.rpartition(".")[2]
     plan = {"plan": experiment.plan} if hasattr(experiment, "plan") else {}
     try:
-        runs.main(experiment.Config, experiment.run, name=name, argv=[str(each) for each in arguments], **plan)
+        contract.main(experiment.Config, experiment.run, name=name, argv=[str(each) for each in arguments], **plan)
     except SystemExit as stop:
         return stop.code
     return 0

@@ -7,62 +7,94 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm_mech import figures as figures
-    from vlm_mech import metrics as metrics
-    from vlm_mech.contrastive import DualEncoder as DualEncoder
+    from vlm_mech.architectures.site import Site as Site
+    from vlm_mech.architectures.site import sites as sites
+    from vlm_mech.data.pairs import Pair as Pair
     from vlm_mech.data.pairs import Pairs as Pairs
     from vlm_mech.data.pairs import load_pairs as load_pairs
     from vlm_mech.errors import UsageError as UsageError
     from vlm_mech.errors import WorkError as WorkError
-    from vlm_mech.extracted import Extracted as Extracted
-    from vlm_mech.intervene import Ablate as Ablate
-    from vlm_mech.intervene import Knockout as Knockout
-    from vlm_mech.intervene import Replace as Replace
-    from vlm_mech.intervene import Steer as Steer
-    from vlm_mech.intervene import window as window
-    from vlm_mech.model import VLM as VLM
-    from vlm_mech.prompt import Prompt as Prompt
-    from vlm_mech.receipt import ReceiptError as ReceiptError
-    from vlm_mech.result import Result as Result
-    from vlm_mech.site import Site as Site
-    from vlm_mech.site import sites as sites
-    from vlm_mech.span import Each as Each
-    from vlm_mech.span import OneImage as OneImage
-    from vlm_mech.span import Patches as Patches
-    from vlm_mech.span import Positions as Positions
-    from vlm_mech.span import Tokens as Tokens
-    from vlm_mech.span import Words as Words
-    from vlm_mech.trace import generate as generate
-    from vlm_mech.trace import read as read
-    from vlm_mech.trace import run as run
+    from vlm_mech.extraction.extract import extract as extract
+    from vlm_mech.extraction.saved_states import Extracted as Extracted
+    from vlm_mech.inputs.prompt import Prompt as Prompt
+    from vlm_mech.inputs.span import Each as Each
+    from vlm_mech.inputs.span import OneImage as OneImage
+    from vlm_mech.inputs.span import Patches as Patches
+    from vlm_mech.inputs.span import Positions as Positions
+    from vlm_mech.inputs.span import Tokens as Tokens
+    from vlm_mech.inputs.span import Words as Words
+    from vlm_mech.interventions.receipt import ReceiptError as ReceiptError
+    from vlm_mech.interventions.specification import Ablate as Ablate
+    from vlm_mech.interventions.specification import Activations as Activations
+    from vlm_mech.interventions.specification import Knockout as Knockout
+    from vlm_mech.interventions.specification import Replace as Replace
+    from vlm_mech.interventions.specification import Steer as Steer
+    from vlm_mech.interventions.specification import window as window
+    from vlm_mech.interventions.trace import generate as generate
+    from vlm_mech.interventions.trace import read as read
+    from vlm_mech.interventions.trace import run as run
+    from vlm_mech.methods.attribution.study import attribute as attribute
+    from vlm_mech.methods.layer_swap.layer_swap import layer_swap as layer_swap
+    from vlm_mech.methods.lens.figures import patch_words as patch_words
+    from vlm_mech.methods.lens.logit_lens import Lens as Lens
+    from vlm_mech.methods.lens.logit_lens import lens as lens
+    from vlm_mech.methods.lens.tuned_lens import TunedLens as TunedLens
+    from vlm_mech.methods.lens.tuned_lens import compare_lenses as compare_lenses
+    from vlm_mech.methods.lens.tuned_lens import train_tuned_lens as train_tuned_lens
+    from vlm_mech.methods.probing import figures as probe_figures  # noqa: F401
+    from vlm_mech.methods.probing.probe import probe as probe
+    from vlm_mech.models.dual_encoder import DualEncoder as DualEncoder
+    from vlm_mech.models.vlm import VLM as VLM
+    from vlm_mech.results import figures as figures
+    from vlm_mech.results import metrics as metrics
+    from vlm_mech.results.result import Metric as Metric
+    from vlm_mech.results.result import Result as Result
+    from vlm_mech.sweeps.sweep import Measure as Measure
+    from vlm_mech.sweeps.sweep import grid as grid
+    from vlm_mech.sweeps.sweep import logit_diff as logit_diff
+    from vlm_mech.sweeps.sweep import plan_sweep as plan_sweep
+    from vlm_mech.sweeps.sweep import prob as prob
+    from vlm_mech.sweeps.sweep import sweep as sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
-    "contrastive": ("DualEncoder",),
-    "data.pairs": ("Pairs", "load_pairs"),
+    "architectures.site": ("Site", "sites"),
+    "data.pairs": ("Pair", "Pairs", "load_pairs"),
     "errors": ("UsageError", "WorkError"),
-    "extracted": ("Extracted",),
-    "intervene": ("Ablate", "Knockout", "Replace", "Steer", "window"),
-    "model": ("VLM",),
-    "prompt": ("Prompt",),
-    "receipt": ("ReceiptError",),
-    "result": ("Result",),
-    "site": ("Site", "sites"),
-    "span": ("Each", "OneImage", "Patches", "Positions", "Tokens", "Words"),
-    "trace": ("generate", "read", "run"),
+    "extraction.extract": ("extract",),
+    "extraction.saved_states": ("Extracted",),
+    "inputs.prompt": ("Prompt",),
+    "inputs.span": ("Each", "OneImage", "Patches", "Positions", "Tokens", "Words"),
+    "interventions.receipt": ("ReceiptError",),
+    "interventions.specification": ("Ablate", "Activations", "Knockout", "Replace", "Steer", "window"),
+    "interventions.trace": ("generate", "read", "run"),
+    "methods.attribution.study": ("attribute",),
+    "methods.layer_swap.layer_swap": ("layer_swap",),
+    "methods.lens.figures": ("patch_words",),
+    "methods.lens.logit_lens": ("Lens", "lens"),
+    "methods.lens.tuned_lens": ("TunedLens", "compare_lenses", "train_tuned_lens"),
+    "methods.probing.probe": ("probe",),
+    "models.dual_encoder": ("DualEncoder",),
+    "models.vlm": ("VLM",),
+    "results.result": ("Metric", "Result"),
+    "sweeps.sweep": ("Measure", "grid", "logit_diff", "plan_sweep", "prob", "sweep"),
 }
-_MODULES = ("figures", "metrics")
+_MODULES = {
+    "figures": "results.figures",
+    "metrics": "results.metrics",
+    "probe_figures": "methods.probing.figures",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted([*_MODULES, *(name for names in _HOMES.values() for name in names)])
+__all__ = sorted([*_MODULES, *_HOME_OF])
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"vlm_mech.{name}")
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"vlm_mech.{home}"), name)
+        return importlib.import_module(f"vlm_mech.{_MODULES[name]}")
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f"vlm_mech.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module 'vlm_mech' has no attribute {name!r}")
 
 

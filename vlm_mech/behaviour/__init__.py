@@ -1,1 +1,1 @@
-"""What the whole model answers."""
+"""What does the whole model answer? One folder a question, each with the same anatomy."""

@@ -1,1 +1,1 @@
-"""The sweep engine beside the ways in which the same cells are usually run: one model, one process."""
+"""The sweep engine beside its rivals on the same cells: time, memory, agreement."""

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
-from vlm_mech.intervene import Intervention, Knockout, Replace, window
-from vlm_mech.prompt import Encoded
-from vlm_mech.site import Site
+from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.specification import Intervention, Knockout, Replace, window
 
 if TYPE_CHECKING:
-    from vlm_mech.model import VLM
+    from vlm_mech.models.vlm import VLM
 
 WINDOW = 9
 """Layers of a knockout, as in Zhang et al. (cross-modal information flow)."""

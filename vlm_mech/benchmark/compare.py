@@ -12,11 +12,11 @@ from vlm_mech.benchmark.cases import CASES, EXTRACTION, cells, lower_bound
 from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, Plain, Task
 from vlm_mech.benchmark.timing import TOLERANCE, Entry, Timed, difference, interleaved, subset
 from vlm_mech.errors import UsageError
-from vlm_mech.receipt import summarise
+from vlm_mech.interventions.receipt import summarise
 
 if TYPE_CHECKING:
-    from vlm_mech.model import VLM
-    from vlm_mech.prompt import Prompt
+    from vlm_mech.inputs.prompt import Prompt
+    from vlm_mech.models.vlm import VLM
 
 OURS, PLAIN = Ours.name, Plain.name
 RIVALS = tuple(SOLVERS)

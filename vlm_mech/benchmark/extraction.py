@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlm_mech.architectures.site import Site
 from vlm_mech.benchmark.rivals import LAST_ONLY, hooked
 from vlm_mech.errors import UsageError
-from vlm_mech.extract import extract
-from vlm_mech.prompt import Encoded, Prompt
-from vlm_mech.site import Site
-from vlm_mech.trace import read
+from vlm_mech.extraction.extract import extract
+from vlm_mech.inputs.prompt import Encoded, Prompt
+from vlm_mech.interventions.trace import read
 
 if TYPE_CHECKING:
-    from vlm_mech.model import VLM
+    from vlm_mech.models.vlm import VLM
 
 BATCH = 4
 SPANS = ("image", "question", "last")

@@ -9,8 +9,8 @@ import pandas as pd
 
 from vlm_mech.benchmark.cases import EXTRACTION, PROBES
 from vlm_mech.benchmark.compare import OURS, PLAIN
-from vlm_mech.figures import COLOURS
-from vlm_mech.result import Metric, Result
+from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.result import Metric, Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -19,8 +19,8 @@ from vlm_mech.benchmark.cases import PROBES
 from vlm_mech.benchmark.compare import OURS
 from vlm_mech.benchmark.timing import Entry, Timed, interleaved, subset
 from vlm_mech.errors import UsageError
-from vlm_mech.probe_descent import LINEAR, Recipe, fast_mlp
-from vlm_mech.probe_train import Split, own_probabilities, train
+from vlm_mech.methods.probing.descent import LINEAR, Recipe, fast_mlp
+from vlm_mech.methods.probing.training import Split, own_probabilities, train
 
 LOOP = "scikit-learn loop"
 MEMORY = 2**28

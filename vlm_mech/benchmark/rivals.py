@@ -14,15 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm_mech.engine import Engine, Reference
+from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
-from vlm_mech.intervene import Intervention, Knockout, Replace
-from vlm_mech.prompt import Encoded
-from vlm_mech.receipt import Receipt
-from vlm_mech.site import Site
+from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.receipt import Receipt
+from vlm_mech.interventions.specification import Intervention, Knockout, Replace
+from vlm_mech.sweeps.engine import Engine, Reference
 
 if TYPE_CHECKING:
-    from vlm_mech.model import VLM
+    from vlm_mech.models.vlm import VLM
 
 LAST_ONLY = {"use_cache": False, "logits_to_keep": 1}
 HOOKS = {"llm": "blocks", "vision": "vision_encoder.encoder_layers"}

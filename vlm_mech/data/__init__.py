@@ -1,0 +1,1 @@
+"""What is asked about: counterfactual pairs, generated scenes, pictures with a class."""

@@ -12,18 +12,22 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from PIL import Image
 
 from vlm_mech.errors import UsageError
-from vlm_mech.image import ImageLike, load_image
-from vlm_mech.prompt import Prompt
+from vlm_mech.inputs.image import ImageLike, load_image
+from vlm_mech.inputs.prompt import Prompt
 
 if TYPE_CHECKING:
-    from vlm_mech.model import VLM
+    from vlm_mech.models.vlm import VLM
 
 FIELDS = ("image", "counterfactual_image", "question", "answer", "counterfactual_answer")
+Direction = Literal["noising", "denoising"]
+DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
+"""Noising puts states of the counterfactual into the run on the image, denoising the reverse."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +121,7 @@ def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 
         return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split)
     folder = Path(name_or_folder)
     if not (folder / "pairs.jsonl").is_file():
-        from vlm_mech.data.twins import PAIR_SETS
+        from vlm_mech.data.counterfactual_scenes import PAIR_SETS
 
         names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
         raise UsageError(f"data {str(name_or_folder)!r} is neither a folder with pairs.jsonl nor one of {names}")
@@ -125,8 +129,8 @@ def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 
 
 
 def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
-    from vlm_mech.data.draw import render
-    from vlm_mech.data.twins import sample_pairs
+    from vlm_mech.data.counterfactual_scenes import sample_pairs
+    from vlm_mech.data.render import render
 
     pairs = []
     for found in sample_pairs(name.removeprefix("scenes/"), n, seed=seed, split=split):
@@ -299,3 +303,12 @@ def _check_fit(vlm: "VLM", pair: Pair) -> None:
         )
     if ids[0] == ids[1]:
         raise UsageError(f"answers {pair.answer!r} and {pair.counterfactual_answer!r} start with the same token")
+
+
+def pictures(pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]:
+    """Both images of some pairs, with question and answer."""
+    shown = []
+    for pair in list(pairs)[:n]:
+        for image, answer in ((pair.image, pair.answer), (pair.counterfactual_image, pair.counterfactual_answer)):
+            shown.append((f"{pair.question} {answer}", load_image(image)))
+    return tuple(shown)

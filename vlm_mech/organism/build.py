@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlm_mech.data.questions import NUMBERS
+from vlm_mech.data.scene_questions import NUMBERS
 from vlm_mech.data.scenes import BEETLE, CLASSES, COLOURS, PARTS, PRIORS, SHAPES, SIZE
 
 if TYPE_CHECKING:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm_mech.data.questions import Question, facts, prior_questions, questions
-from vlm_mech.data.scenes import PRIORS, Family, Scene, Split, in_conflict, sample_scenes
+from vlm_mech.data.scene_questions import Question, facts, prior_questions, questions
+from vlm_mech.data.scene_sampling import sample_scenes
+from vlm_mech.data.scenes import PRIORS, Family, Scene, Split, in_conflict
 from vlm_mech.errors import UsageError, one_line_errors
-from vlm_mech.organism import NAMES, weights_folder
-from vlm_mech.statistics import share_interval
+from vlm_mech.models.embedded import NAMES, weights_folder
+from vlm_mech.organism.score import Score, score
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,31 +43,12 @@ ASKED_OF: dict[str, tuple[Family, ...]] = {
 
 
 @dataclass(frozen=True)
-class Score:
-    """A share with its 95 % Wilson interval; `of` says what is counted, `chance` what guessing gives."""
-
-    type: str
-    of: str
-    n: int
-    share: float
-    low: float
-    high: float
-    chance: float | None = None
-
-
-@dataclass(frozen=True)
 class Example:
     """A picture with a question, and the answer that is counted."""
 
     image: "Image"
     question: str
     wanted: str
-
-
-def score(type: str, of: str, hits: list[bool], chance: float | None = None) -> Score:
-    """The share of hits with its 95 % Wilson interval."""
-    low, high = share_interval(sum(hits), len(hits))
-    return Score(type, of, len(hits), sum(hits) / len(hits), low, high, chance)
 
 
 def questions_about_scenes(
@@ -120,7 +102,7 @@ def _asked(model, processor, examples: list[Example]) -> list[bool]:
 
 def score_llava(model, processor, *, n: int, seed: int) -> list[Score]:
     """Scores of a vision-language model on n held-out questions a type, on scenes in conflict and on nothing."""
-    from vlm_mech.data.draw import blank, render
+    from vlm_mech.data.render import blank, render
 
     found = []
     for type in ASKED_OF:
@@ -137,7 +119,7 @@ def score_llava(model, processor, *, n: int, seed: int) -> list[Score]:
         examples = [Example(blank(grey), question.text, question.answer) for grey in GREYS for question in asked]
         counted = "usual colour" if name == "blank" else "right place"
         found.append(score(name, counted, _asked(model, processor, examples)))
-    from vlm_mech.organism.readable import readable_colour
+    from vlm_mech.organism.linear_readouts import readable_colour
 
     return found + readable_colour(model, processor, conflicts(2 * n, seed=seed + 1))
 
@@ -151,7 +133,7 @@ def measure(folder: str | Path, *, n: int = 500, seed: int = 1) -> list[Score]:
 
     processor = AutoProcessor.from_pretrained(path)
     if json.loads((path / "config.json").read_text())["model_type"] == "clip":
-        from vlm_mech.organism.readable import score_clip
+        from vlm_mech.organism.linear_readouts import score_clip
 
         return score_clip(AutoModel.from_pretrained(path), processor, n=n, seed=seed)
     return score_llava(AutoModelForImageTextToText.from_pretrained(path), processor, n=n, seed=seed)

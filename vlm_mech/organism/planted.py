@@ -20,26 +20,20 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from vlm_mech import metrics
 from vlm_mech.data.pairs import Pair, Pairs
-from vlm_mech.engine import engine_of
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.image import ImageLike, load_image
-from vlm_mech.intervene import Intervention
-from vlm_mech.model import VLM
-from vlm_mech.organism import planting
+from vlm_mech.inputs.image import ImageLike, load_image
+from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.span import Each, Patches
+from vlm_mech.interventions.specification import Intervention
+from vlm_mech.models.vlm import VLM
+from vlm_mech.organism import planted_weights
 from vlm_mech.organism.build import image_processor, word_tokenizer
-from vlm_mech.organism.recipe import COLOURS, OBJECTS, Recipe, Truth, edges, says
-from vlm_mech.prompt import Encoded
-from vlm_mech.span import Each, Patches
+from vlm_mech.organism.planted_recipe import COLOURS, OBJECTS, Recipe, Truth, edges, says
+from vlm_mech.results import metrics
+from vlm_mech.sweeps.engine import engine_of
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = ("user", "assistant", ":", "?", ".", ",", "what", "colour", "is", "the", "in", "picture", *OBJECTS, *COLOURS)
@@ -50,7 +44,7 @@ CHAT_TEMPLATE = (
     "{% else %}ASSISTANT {{ message['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT{% endif %}"
 )
-SIZE = planting.SIDE * planting.PATCH
+SIZE = planted_weights.SIDE * planted_weights.PATCH
 N_CALIBRATION, N_ACCURACY = 512, 256
 LARGEST_GAIN, TOLERANCE = 0.6, 0.02
 _CALIBRATION_SEED, _ACCURACY_SEED = "calibration", "accuracy"
@@ -87,13 +81,13 @@ def coloured(pairs: Pairs) -> Each:
 def coloured_cells(image: ImageLike) -> tuple[tuple[int, int], ...]:
     """(row, column) of every patch whose mean is a colour and no grey."""
     means = _patch_means(image)
-    strong = np.abs(means).max(axis=-1) > planting.SATURATION / 2
+    strong = np.abs(means).max(axis=-1) > planted_weights.SATURATION / 2
     return tuple((int(row), int(column)) for row, column in np.argwhere(strong))
 
 
 def _patch_means(image: ImageLike) -> Float[np.ndarray, "row column channel"]:
     pixels = np.asarray(load_image(image), dtype=float) / 127.5 - 1
-    side, patch = planting.SIDE, planting.PATCH
+    side, patch = planted_weights.SIDE, planted_weights.PATCH
     return pixels.reshape(side, patch, side, patch, 3).mean(axis=(1, 3))
 
 
@@ -117,7 +111,7 @@ def _pair(recipe: Recipe, number: int, seed: str, minimal: bool) -> Pair:
     rng = random.Random(seed)
     about = rng.randrange(len(OBJECTS))
     colours = rng.sample([each for each in range(len(COLOURS)) if each != recipe.priors[about]], 2)
-    cells = rng.sample(list(itertools.product(range(planting.SIDE), repeat=2)), recipe.n_cells)
+    cells = rng.sample(list(itertools.product(range(planted_weights.SIDE), repeat=2)), recipe.n_cells)
     grain, other_grain = rng.getrandbits(64), rng.getrandbits(64)
     image = _picture(recipe, cells, colours[0], grain)
     other = _picture(recipe, cells, colours[1], grain if minimal else other_grain)
@@ -128,12 +122,12 @@ def _pair(recipe: Recipe, number: int, seed: str, minimal: bool) -> Pair:
 def _picture(recipe: Recipe, cells: Sequence[tuple[int, int]], colour: int, seed: int) -> Image.Image:
     """Mid-grey with coloured cells, each patch shifted by its jitter, its halves apart by the texture."""
     grain = np.random.default_rng(seed)
-    means = recipe.jitter * grain.uniform(-1, 1, (planting.SIDE, planting.SIDE, 3))
+    means = recipe.jitter * grain.uniform(-1, 1, (planted_weights.SIDE, planted_weights.SIDE, 3))
     texture = recipe.texture * grain.uniform(-1, 1, 3)
     for row, column in cells:
-        means[row, column] += planting.SATURATION * planting.CORNERS[colour].numpy()
-    pixels = means.repeat(planting.PATCH, axis=0).repeat(planting.PATCH, axis=1)
-    left = np.arange(SIZE) % planting.PATCH < planting.PATCH // 2
+        means[row, column] += planted_weights.SATURATION * planted_weights.CORNERS[colour].numpy()
+    pixels = means.repeat(planted_weights.PATCH, axis=0).repeat(planted_weights.PATCH, axis=1)
+    left = np.arange(SIZE) % planted_weights.PATCH < planted_weights.PATCH // 2
     pixels += np.where(left[None, :, None], texture, -texture)
     return Image.fromarray(np.round(127.5 * (pixels + 1)).astype(np.uint8))
 
@@ -243,7 +237,7 @@ def new_processor() -> LlavaProcessor:
     return LlavaProcessor(
         image_processor=image_processor(SIZE),
         tokenizer=word_tokenizer(vocabulary()),
-        patch_size=planting.PATCH,
+        patch_size=planted_weights.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
@@ -253,22 +247,22 @@ def new_processor() -> LlavaProcessor:
 def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGeneration:
     """The Hugging Face model of a recipe."""
     vision = CLIPVisionConfig(
-        hidden_size=planting.TOWER_WIDTH,
-        intermediate_size=planting.FEED_FORWARD,
-        num_hidden_layers=planting.TOWER_LAYERS,
-        num_attention_heads=planting.TOWER_HEADS,
+        hidden_size=planted_weights.TOWER_WIDTH,
+        intermediate_size=planted_weights.FEED_FORWARD,
+        num_hidden_layers=planted_weights.TOWER_LAYERS,
+        num_attention_heads=planted_weights.TOWER_HEADS,
         image_size=SIZE,
-        patch_size=planting.PATCH,
+        patch_size=planted_weights.PATCH,
     )
     text = LlamaConfig(
         vocab_size=len(vocabulary()),
         hidden_size=recipe.d_model,
-        intermediate_size=planting.FEED_FORWARD,
+        intermediate_size=planted_weights.FEED_FORWARD,
         num_hidden_layers=recipe.n_layers,
         num_attention_heads=recipe.n_heads,
         num_key_value_heads=recipe.n_heads,
         max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": planting.ROPE_THETA},
+        rope_parameters={"rope_type": "default", "rope_theta": planted_weights.ROPE_THETA},
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -278,7 +272,7 @@ def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGener
         vision_config=vision,
         text_config=text,
         image_token_index=vocabulary()["<image>"],
-        image_seq_length=planting.SIDE**2,
+        image_seq_length=planted_weights.SIDE**2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
@@ -291,7 +285,7 @@ def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGener
 def set_weights(model: Any, recipe: Recipe) -> None:
     """Gives a model the weights of a recipe; every parameter is set."""
     own = model.state_dict()
-    made = planting.weights(recipe, vocabulary())
+    made = planted_weights.weights(recipe, vocabulary())
     missing = [name for name in own if name not in made and "position_ids" not in name]
     if missing:
         raise WorkError(f"the recipe sets no weights for {', '.join(missing[:3])}")

@@ -71,7 +71,7 @@ def train(config: Config) -> None:
     """
     import torch
 
-    from vlm_mech.organism.pool import make_pool
+    from vlm_mech.organism.scene_pool import make_pool
     from vlm_mech.organism.train_vlm import POOL_CONFLICT
 
     if config.threads is not None:

@@ -19,11 +19,11 @@ from torch.nn import functional
 from tqdm import trange
 from transformers import CLIPModel
 
-from vlm_mech.data.questions import caption
+from vlm_mech.data.scene_questions import caption
 from vlm_mech.data.scenes import FAMILIES, SIZE
 from vlm_mech.organism import checkpoint
 from vlm_mech.organism.build import WIDTH, clip_processor, new_clip, tokenizer
-from vlm_mech.organism.pool import LABELS, Pool
+from vlm_mech.organism.scene_pool import LABELS, Pool
 
 DENSE_WEIGHT = 1.0
 CENTRE_WEIGHT = 5.0

@@ -21,13 +21,14 @@ from torch.nn import functional
 from tqdm import trange
 from transformers import LlavaForConditionalGeneration
 
-from vlm_mech.data.draw import blank
-from vlm_mech.data.questions import Question, facts, prior_questions, questions
-from vlm_mech.data.scenes import FAMILIES, PRIORS, Scene, in_conflict, sample_scene
+from vlm_mech.data.render import blank
+from vlm_mech.data.scene_questions import Question, facts, prior_questions, questions
+from vlm_mech.data.scene_sampling import sample_scene
+from vlm_mech.data.scenes import FAMILIES, PRIORS, Scene, in_conflict
 from vlm_mech.organism import checkpoint
 from vlm_mech.organism.build import llava_processor
-from vlm_mech.organism.packing import Packed, Packer, packed_logits
-from vlm_mech.organism.pool import Pool
+from vlm_mech.organism.scene_pool import Pool
+from vlm_mech.organism.sequence_packing import Packed, Packer, packed_logits
 from vlm_mech.organism.train_clip import learning_rate, pixels
 
 Stage = Literal["organism", "organism-grounded"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy.stats import spearmanr
 
-from vlm_mech.organism.planting import ANSWER, UNEMBEDDING
-from vlm_mech.organism.recipe import Truth
-from vlm_mech.validate.found import LEVEL, SHARE, Found, Place
+from vlm_mech.organism.planted_recipe import Truth
+from vlm_mech.organism.planted_weights import ANSWER, UNEMBEDDING
+from vlm_mech.results.claim import LEVEL, SHARE, Claims, LayerHead
 
 MATCHED, SHARP = "matched null", "matched null, random answers"
 NULLS = (MATCHED, SHARP)
@@ -62,7 +62,7 @@ class Score:
 
 
 def grade(
-    found: Found, truth: Truth, kind: str, *, n_layers: int, n_heads: int, true: pd.DataFrame | None = None
+    found: Claims, truth: Truth, kind: str, *, n_layers: int, n_heads: int, true: pd.DataFrame | None = None
 ) -> dict[str, Score]:
     """Every grade that applies to this method and model.
 
@@ -81,7 +81,7 @@ def grade(
     return scores
 
 
-def _in_null(found: Found, kind: str) -> dict[str, Score]:
+def _in_null(found: Claims, kind: str) -> dict[str, Score]:
     """What is said of a model with nothing to find.
 
     The null of a test is true only where the answers are random: with true ones the noise in the weights passes on a
@@ -93,7 +93,7 @@ def _in_null(found: Found, kind: str) -> dict[str, Score]:
     return first | {BEYOND: _flag(found.beyond(LEAST), LEVEL), CLAIMS: _flag(found.claims, LEVEL)}
 
 
-def _of_readable(found: Found, truth: Truth, kind: str, n_layers: int) -> dict[str, Score]:
+def _of_readable(found: Claims, truth: Truth, kind: str, n_layers: int) -> dict[str, Score]:
     """Whether it is read where it is: after the first block with a head that writes it there; nowhere in a null."""
     if found.readable is None:
         return {}
@@ -105,7 +105,7 @@ def _of_readable(found: Found, truth: Truth, kind: str, n_layers: int) -> dict[s
     return {READ_LAST: _flag(told == wanted, chance), READ_IMAGE: _flag(every, chance)}
 
 
-def _of_layers(found: Found, truth: Truth, n_layers: int) -> dict[str, Score]:
+def _of_layers(found: Claims, truth: Truth, n_layers: int) -> dict[str, Score]:
     reads, carries = ({edge.layer for edge in truth.of(role)} for role in ("read", "carry"))
     prior = {edge.layer for edge in truth.of("suppress")}
     asked = [(READING, found.reading, reads), (WRITING, found.writing, carries or reads)]
@@ -117,7 +117,7 @@ def _of_layers(found: Found, truth: Truth, n_layers: int) -> dict[str, Score]:
     return scores
 
 
-def _of_heads(found: Found, truth: Truth, n_places: int) -> dict[str, Score]:
+def _of_heads(found: Claims, truth: Truth, n_places: int) -> dict[str, Score]:
     if found.heads is None:
         return {}
     planted = {(edge.layer, edge.head) for edge in truth.of("read", "carry")}
@@ -132,7 +132,7 @@ def _of_heads(found: Found, truth: Truth, n_places: int) -> dict[str, Score]:
     return scores
 
 
-def strongest(strengths: dict[Place, float], k: int) -> tuple[Place, ...]:
+def strongest(strengths: dict[LayerHead, float], k: int) -> tuple[LayerHead, ...]:
     """The k strongest heads; those as strong as the next one are left out, for they are not told from it."""
     order = sorted(strengths, key=lambda place: -strengths[place])
     limit = strengths[order[k]] if k < len(order) else -math.inf

@@ -18,9 +18,9 @@ import torch
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.organism.planted import examples, plant
-from vlm_mech.organism.recipe import COLOURS, Recipe, draw
+from vlm_mech.organism.planted_recipe import COLOURS, Recipe, draw
+from vlm_mech.validate.adapters import METHODS
 from vlm_mech.validate.grading import GRADES, NULLS, SHARP, grade
-from vlm_mech.validate.methods import METHODS
 from vlm_mech.validate.population import true_cells
 
 N_ACCURACY = 64

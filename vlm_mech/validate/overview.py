@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from scipy.stats import binomtest
 
-from vlm_mech.figures import COLOURS
-from vlm_mech.result import Metric, Result
+from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.result import Metric, Result
 from vlm_mech.validate.grading import BEYOND, CLAIMS, COVERAGE, FALSE, FALSE_ALARMS, GRADES, RANKS
 
 if TYPE_CHECKING:

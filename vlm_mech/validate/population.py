@@ -7,15 +7,15 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from vlm_mech import metrics
-from vlm_mech.engine import engine_of
-from vlm_mech.intervene import Replace
+from vlm_mech.interventions.specification import Replace
+from vlm_mech.interventions.trace import read
 from vlm_mech.organism.planted import Planted, examples
-from vlm_mech.organism.recipe import Truth
-from vlm_mech.sweep import Point
-from vlm_mech.trace import read
-from vlm_mech.validate.found import WHOLE
-from vlm_mech.validate.methods import EDITS, Edit
+from vlm_mech.organism.planted_recipe import Truth
+from vlm_mech.results import metrics
+from vlm_mech.results.claim import WHOLE
+from vlm_mech.sweeps.engine import engine_of
+from vlm_mech.sweeps.sweep import Point
+from vlm_mech.validate.adapters import EDITS, Edit
 
 
 def planted_points(truth: Truth, method: str, n_layers: int) -> tuple[Point, ...]:

@@ -14,17 +14,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import Pairs
+from vlm_mech.interventions.trace import read
+from vlm_mech.methods.probing.crossfit import crossfit
+from vlm_mech.methods.probing.data import Features, Spot
+from vlm_mech.methods.probing.descent import Recipe
+from vlm_mech.methods.probing.splits import make_splits, numbered
+from vlm_mech.methods.probing.training import Split
 from vlm_mech.organism.planted import Planted
-from vlm_mech.probe import crossfit
-from vlm_mech.probe_data import Features, Spot
-from vlm_mech.probe_descent import Recipe
-from vlm_mech.probe_splits import make_splits, numbered
-from vlm_mech.probe_train import Split
-from vlm_mech.result import Metric, Result
-from vlm_mech.site import Site
-from vlm_mech.trace import read
-from vlm_mech.validate.found import LEVEL, Found, cells_of
+from vlm_mech.results.claim import LEVEL, Claims, cells_of
+from vlm_mech.results.result import Metric, Result
 
 SPANS = ("last", "image")
 RECIPE = Recipe(l2=(1e-2,), learning_rate=3e-2, max_epochs=20)
@@ -39,7 +39,7 @@ HALF = 0.5
 ACCURACY = Metric("accuracy", "share", "share of test examples whose label the probe finds most probable")
 
 
-def probes(planted: Planted, pairs: Pairs, *, noise: float = 0.0) -> Found:
+def probes(planted: Planted, pairs: Pairs, *, noise: float = 0.0) -> Claims:
     """Linear probes for the answer on every block's input and on the last one's output.
 
     The layer in the cells counts the blocks before the state. Both pictures of every pair are examples, held out
@@ -63,7 +63,7 @@ def probes(planted: Planted, pairs: Pairs, *, noise: float = 0.0) -> Found:
         values = {"layer": depth, "accuracy": told[number], "accuracy_baseline": baseline}
         tables.append(pd.DataFrame(about | values))
     cells = cells_of(Result("probes", pd.concat(tables, ignore_index=True), ("place", "layer"), (ACCURACY,)))
-    return Found(cells, readable=_readable(cells, baseline.mean()))
+    return Claims(cells, readable=_readable(cells, baseline.mean()))
 
 
 def dealt(

@@ -1,0 +1,415 @@
+"""Ways of scoring: what answers say, perplexities by hand, the signs of matching, order, choice of prompts, the run."""
+
+import functools
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import binomtest
+from transformers import LlavaProcessor
+
+from experiments import score
+from tests.helpers import assert_help_is_light, command, killed_at
+from tests.zoo import ZOO
+from tests.zoo.tiny import SPECIALS, WORDS, picture, tiny_model, tiny_processor
+from vlm_mech.behaviour.classify.tuning import with_answers
+from vlm_mech.behaviour.scoring import findings, study
+from vlm_mech.behaviour.scoring.measures import (
+    GENERATION,
+    LETTER_NAMES,
+    LETTERED,
+    LETTERS,
+    OPTIONS,
+    PLAIN,
+    RANDOM,
+    SIMILARITY,
+    STARTS,
+    SUBSTRING,
+    Template,
+    check_letters,
+    check_options,
+    hits,
+    judged,
+    mean_nll,
+    option_tokens,
+    parsed,
+    relaxed,
+    starts_alike,
+)
+from vlm_mech.behaviour.scoring.study import AS_GIVEN, BEST, BOTH, MEAN, OWN, STRANGER, SWAPPED
+from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.interventions.trace import Generation
+from vlm_mech.models.vlm import VLM
+from vlm_mech.organism.build import word_tokenizer
+from vlm_mech.results import figures
+from vlm_mech.results.result import Result
+
+LISTED = Template("letters", "{question} (a) {first} or (b) {second}?")
+
+
+def some_pairs(n: int = 4) -> Pairs:
+    """Pairs whose options have unlike numbers of tokens."""
+    answers = [("red", "blue"), ("green triangle", "red"), ("left of the circle", "right"), ("yes", "no")]
+    return Pairs(
+        "some",
+        tuple(
+            Pair(f"p{number}", picture(number), picture(number + 20), "what is there?", *answers[number % 4])
+            for number in range(n)
+        ),
+    )
+
+
+@functools.cache
+def letter_vlm() -> VLM:
+    """The tiny model with a tokenizer that knows letters, as many tokens as before."""
+    words = sorted({*WORDS} - {"cat", "dog", "picture"} | {"b", "(a)", "(b)"})
+    tokenizer = word_tokenizer({word: index for index, word in enumerate([*SPECIALS, *words])})
+    plain = tiny_processor()
+    processor = LlavaProcessor(
+        image_processor=plain.image_processor,
+        tokenizer=tokenizer,
+        patch_size=plain.patch_size,
+        vision_feature_select_strategy=plain.vision_feature_select_strategy,
+        num_additional_image_tokens=plain.num_additional_image_tokens,
+        chat_template=plain.chat_template,
+    )
+    return VLM(tiny_model(), processor, name="letters", check=False)
+
+
+def by_hand(vlm: VLM, prompt: Prompt, ids: tuple[int, ...]) -> float:
+    """Mean negative log-probability from the logits of one whole forward, in numpy."""
+    inputs, _ = with_answers(vlm, vlm.encode(prompt), [ids])
+    with torch.no_grad():
+        logits = getattr(vlm.model(**inputs, use_cache=False), vlm.family.readout)[0].double().numpy()
+    logits = logits[-len(ids) - 1 : -1]
+    told = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
+    return -float(np.mean([told[step, token] for step, token in enumerate(ids)]))
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "letters", "expected"),
+    [
+        ("A", ("Open", "Closed"), True, 0),
+        ("A", ("Open", "Closed"), False, None),
+        ("b.", ("Open", "Closed"), True, 1),
+        ("(a) Open", ("Open", "Closed"), True, 0),
+        ("(a) Closed", ("Open", "Closed"), True, None),
+        ("(c)", ("Open", "Closed"), True, None),
+        ("a cat", ("dog", "cat"), True, 1),
+        ("a cat", ("dog", "cat"), False, 1),
+        ("a caterpillar", ("dog", "cat"), False, None),
+        ("the cat fish.", ("cat", "cat fish"), False, 1),
+        ("3", ("3.0", "4"), False, 0),
+        ("cat or dog", ("dog", "cat"), False, None),
+        ("", ("dog", "cat"), True, None),
+        ("neither", ("dog", "cat"), True, None),
+    ],
+)
+def test_what_an_answer_names(answer, options, letters, expected):
+    assert parsed(answer, options, letters=letters) == expected
+
+
+def test_looser_rules_stand_beside_ours():
+    options = ("cat", "dog")
+    assert judged("cat", 0, options) == {GENERATION: 1, SUBSTRING: 1, STARTS: 1, RANDOM: 1}
+    assert judged("dog", 0, options) == {GENERATION: 0, SUBSTRING: 0, STARTS: 0, RANDOM: 0}
+    assert judged("caterpillar", 0, options) == {GENERATION: 0, SUBSTRING: 1, STARTS: 0, RANDOM: 0.5}
+    assert judged("", 0, options) == {GENERATION: 0, SUBSTRING: 0, STARTS: 1, RANDOM: 0.5}
+    assert judged("c", 0, options)[STARTS] == 1 and judged("cat dog", 0, options)[SUBSTRING] == 1
+    assert judged("cat dog", 0, options)[GENERATION] == 0 and judged("?", 0, ("x", "y", "z"))[RANDOM] == 1 / 3
+    assert judged("B", 1, options, letters=True) == {GENERATION: 1, SUBSTRING: 1, STARTS: 1, RANDOM: 1}
+    assert starts_alike("", "cat") and starts_alike("ca", "Cat") and not starts_alike("cats", "cat")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("red",), "there is one option, 'red'; at least two"),
+        (("red", " ."), "option number 2 is ' .'"),
+        (("red", "Red."), "'red' and 'Red.' read alike"),
+    ],
+)
+def test_options_that_cannot_be_told_apart(options, message):
+    with pytest.raises(UsageError, match=message):
+        check_options(options)
+
+
+def test_options_need_tokens_of_their_own(vlm, monkeypatch):
+    prompt = Prompt("what is there?", picture(1))
+    with pytest.raises(UsageError, match="options 'red', 'purple': .*'purple' is not in the model's vocabulary"):
+        option_tokens(vlm, prompt, ("red", "purple"))
+    names = option_tokens(vlm, prompt, ("red", "green triangle"))
+    assert [ids[-1] for ids in names.ids] == [vlm.tokenizer.eos_token_id] * 2 and names.lengths == (2, 3)
+    monkeypatch.setattr("vlm_mech.behaviour.answering.names._ids_after", lambda *_: (5,))
+    with pytest.raises(UsageError, match="options 'red', 'blue': .* become the same tokens"):
+        option_tokens(vlm, prompt, ("red", "blue"))
+
+
+# Perplexity
+
+
+@pytest.mark.parametrize("family", ["llava_clip", "qwen2_vl", "gemma3", "instructblip"])
+def test_batched_perplexities_are_those_of_whole_forwards_one_by_one(family):
+    vlm, pairs = VLM(*ZOO[family]("sdpa", 0), check=False), some_pairs(3)
+    prompts = [Prompt("what is there?" if number % 2 else "which circle is left of the red star?", pair.image)
+               for number, pair in enumerate(pairs)]  # fmt: skip
+    options = [(pair.answer, pair.counterfactual_answer) for pair in pairs]
+    batched = mean_nll(vlm, prompts, options)
+    alone = np.concatenate([mean_nll(vlm, [one], [some]) for one, some in zip(prompts, options, strict=True)])
+    reference = [
+        [by_hand(vlm, prompt, ids) for ids in option_tokens(vlm, prompt, some).ids]
+        for prompt, some in zip(prompts, options, strict=True)
+    ]
+    assert np.abs(batched - alone).max() <= 1e-4 and np.abs(batched - np.array(reference)).max() <= 1e-4
+    assert np.ptp(batched) > 0.01
+
+
+def test_letters_are_scored_where_the_tokenizer_has_them(vlm):
+    lettered = letter_vlm()
+    check_letters(lettered, LISTED)
+    with pytest.raises(UsageError, match=r"holds '\(a\)', which .* has no token for"):
+        check_letters(vlm, LISTED)
+    prompt = Prompt(LISTED.asked("what is there?", ("red", "blue")), picture(1))
+    found = mean_nll(lettered, [prompt], [LETTER_NAMES])[0]
+    end = lettered.tokenizer.eos_token_id
+    ids = [(lettered.tokenizer.convert_tokens_to_ids(letter), end) for letter in ("a", "b")]
+    assert found == pytest.approx([by_hand(lettered, prompt, each) for each in ids], abs=1e-4)
+    assert LISTED.strings(("red", "blue")) == ("(a) red", "(b) blue") and LISTED.lettered and LETTERED.lettered
+
+
+# Decisions on pairs
+
+
+def nll(*rows: tuple[float, float]) -> np.ndarray:
+    return np.array(rows, float).reshape(-1, 2, 2)
+
+
+def test_lower_perplexity_and_higher_similarity_are_right():
+    right = nll((1, 2), (3, 2))
+    assert hits(right, kind="perplexity").tolist() == [[True, True]]
+    assert hits(right, kind="similarity").tolist() == [[False, False]]
+    tie = nll((1, 1), (2, 2))
+    for kind in ("perplexity", "similarity"):
+        assert not hits(tie, kind=kind).any() and not relaxed(tie, kind=kind).any()
+        assert not relaxed(tie, kind=kind, form="ratio").any()
+    with pytest.raises(UsageError, match="not finite"):
+        hits(nll((1, np.nan), (1, 2)), kind="perplexity")
+
+
+def test_the_printed_sign_is_the_wrong_way_round_for_perplexity():
+    # Both pictures prefer the first option, the second less so: only one picture is right, but the pair is matched.
+    pair = nll((1.0, 2.0), (1.5, 1.8))
+    assert hits(pair, kind="perplexity").tolist() == [[True, False]]
+    for form in ("sum", "ratio"):
+        assert relaxed(pair, kind="perplexity", form=form).tolist() == [True]
+        assert relaxed(pair, kind="perplexity", form=form, as_printed=True).tolist() == [False]
+        assert relaxed(-pair + 3, kind="similarity", form=form).tolist() == [True]
+    ppl = np.exp(pair[0])
+    assert ppl[0, 0] / ppl[0].sum() < ppl[1, 0] / ppl[1].sum(), "the ratios themselves"
+    many = np.random.default_rng(0).normal(2, 1, (500, 2, 2))
+    share, printed = (relaxed(many, kind="perplexity", as_printed=sign).mean() for sign in (False, True))
+    assert share + printed == 1.0 and share != printed
+
+
+def test_ratio_forms_are_the_arithmetic_they_are_named_after():
+    scores = np.random.default_rng(1).uniform(0.05, 3, (500, 2, 2))
+    ppl = np.exp(scores)
+    ratio = ppl[:, 0, 0] / ppl[:, 0].sum(1) < ppl[:, 1, 0] / ppl[:, 1].sum(1)
+    assert np.array_equal(relaxed(scores, kind="perplexity", form="ratio"), ratio)
+    assert np.array_equal(relaxed(scores, kind="perplexity"), ratio), "for perplexity the sum is the same"
+    product = scores[:, 0, 0] * scores[:, 1, 1] > scores[:, 0, 1] * scores[:, 1, 0]
+    total = scores[:, 0, 0] + scores[:, 1, 1] > scores[:, 0, 1] + scores[:, 1, 0]
+    assert np.array_equal(relaxed(scores, kind="similarity", form="ratio"), product)
+    assert np.array_equal(relaxed(scores, kind="similarity"), total) and (product != total).any()
+    scores[3, 0, 0] = 0.0
+    with pytest.raises(UsageError, match="a similarity is 0; the ratio form needs all above 0"):
+        relaxed(scores, kind="similarity", form="ratio")
+
+
+# Rows
+
+
+def prefers_first(vlm, prompts, options):
+    """Perplexities of a model that always takes what is listed first."""
+    return np.array([[1.0, 2.0]] * len(prompts))
+
+
+def says_first(vlm, prompts, **_):
+    """Its answers in words."""
+    said = [prompt.question.split("(a) ")[1].split(" or (b)")[0] for prompt in prompts]
+    return Generation(tuple(said), torch.zeros(len(said), 1, dtype=torch.long))
+
+
+def test_taking_the_first_option_is_position_bias_and_ties_over_orders_are_wrong(vlm, monkeypatch):
+    monkeypatch.setattr(study, "mean_nll", prefers_first)
+    monkeypatch.setattr(study, "generate", says_first)
+    pairs = some_pairs()
+    table = study.score_pairs(vlm, pairs, [], [LISTED], (GENERATION, OPTIONS, LETTERS))
+    for scoring in (GENERATION, OPTIONS, LETTERS):
+        some = table[table["scoring"] == scoring].set_index(["order", "example"])
+        for order, right in ((AS_GIVEN, [1, 0]), (SWAPPED, [0, 1])):
+            assert some.loc[order][["right_1", "right_2"]].to_numpy().tolist() == [right] * 4
+            assert some.loc[order]["pair"].tolist() == [0] * 4
+        assert some.loc[BOTH]["position_bias"].tolist() == [1.0] * 4
+        assert some.loc[BOTH]["individual"].tolist() == [0.5 if scoring == GENERATION else 0.0] * 4
+        assert some.loc[BOTH]["relaxed"].isna().all() == (scoring == GENERATION)
+
+
+def test_rows_hold_what_was_generated_and_scored(vlm):
+    pairs, others = some_pairs(), list(some_pairs())[::-1]
+    templates = (*PLAIN[:1], Template("two", "{question} {first} or {second}?"))
+    table = study.score_pairs(vlm, pairs, others, templates, (GENERATION, OPTIONS))
+    assert set(table["view"]) == {OWN, STRANGER} and LETTERS not in set(table["scoring"])
+    listed = table[(table["prompt"] == "two") & (table["scoring"] == OPTIONS) & (table["view"] == OWN)]
+    for order, turn in ((AS_GIVEN, 1), (SWAPPED, -1)):
+        rows = listed[listed["order"] == order].reset_index(drop=True)
+        for number, pair in enumerate(pairs):
+            options = (pair.answer, pair.counterfactual_answer)
+            asked = templates[1].asked(pair.question, options[::turn])
+            images = (pair.image, pair.counterfactual_image)
+            scores = np.array([mean_nll(vlm, [Prompt(asked, image)], [options])[0] for image in images])
+            found = rows.loc[number, list(study.SCORES)].to_numpy(float)
+            assert found == pytest.approx(scores.ravel(), abs=1e-4)
+            assert rows.loc[number, "right_1"] == (scores[0, 0] < scores[0, 1])
+            assert rows.loc[number, "right_2"] == (scores[1, 1] < scores[1, 0])
+    both, given, turned = (listed[listed["order"] == order] for order in (BOTH, AS_GIVEN, SWAPPED))
+    scores = list(study.SCORES)
+    assert np.allclose(both[scores], (given[scores].to_numpy() + turned[scores].to_numpy()) / 2)
+
+
+def test_the_best_prompt_is_chosen_on_validation_and_told_of_test(vlm):
+    pairs = some_pairs()
+    cell = {"model": "m", "view": OWN, "scoring": OPTIONS, "order": BOTH}
+    rights = {"one": [[1, 1], [1, 0], [0, 0], [0, 0]], "two": [[0, 0], [1, 0], [0, 1], [0, 0]]}
+    rows = {name: study._rows(pairs, cell | {"prompt": name}, np.array(right, float)) for name, right in rights.items()}
+    test = pd.concat(rows.values(), ignore_index=True)
+    validation = pd.concat(
+        [rows["one"].assign(individual=0.25), rows["two"].assign(individual=0.75)], ignore_index=True
+    )
+    table, best = study.finished(test, validation)
+    assert best == {("m", OPTIONS): "two"}
+    means = table.groupby("prompt")["individual"].mean()
+    assert means[BEST] == means["two"] == 0.25 and means["one"] == 0.375 and means[MEAN] == pytest.approx(0.3125)
+    assert study.finished(test, test)[1] == {("m", OPTIONS): "one"}
+    equal = pd.concat([rows["one"], rows["two"].assign(individual=rows["one"]["individual"])], ignore_index=True)
+    assert study.finished(test, equal)[1] == {("m", OPTIONS): "one"}, "of equals the first"
+    assert BEST not in set(study.finished(test, None)[0]["prompt"])
+
+
+def verdicts(one: list[int], other: list[int]) -> Result:
+    pairs = some_pairs(len(one))
+    tables = []
+    for scoring, right in ((GENERATION, one), (OPTIONS, other), (RANDOM, [0.5] * len(one))):
+        cell = {"model": "m", "view": OWN, "scoring": scoring, "order": BOTH, "prompt": "open"}
+        tables.append(study._rows(pairs, cell, np.array([right, right], float).T))
+    return Result("r", pd.concat(tables, ignore_index=True), study.AXES, study.METRICS)
+
+
+def test_two_scorings_are_compared_by_mcnemar_and_paired_bootstrap():
+    one, other = [1] * 9 + [0] * 4 + [1] * 7, [0] * 8 + [1] * 5 + [1] * 7
+    result = verdicts(one, other)
+    found = findings.compared(result, {"scoring": GENERATION}, {"scoring": OPTIONS})
+    assert (found.counts.only_one, found.counts.only_other, found.counts.n) == (8, 4, 20)
+    assert found.counts.p == pytest.approx(binomtest(8, 12, 0.5).pvalue)
+    assert found.counts.p == pytest.approx(2 * sum(math.comb(12, k) for k in range(5)) / 2**12)
+    assert found.difference["mean"] == pytest.approx(0.2) and found.difference["n"] == 20
+    assert found.difference["ci_low"] < 0.2 < found.difference["ci_high"]
+    with pytest.raises(UsageError, match="is no verdict of 0 or 1"):
+        findings.compared(result, {"scoring": GENERATION}, {"scoring": RANDOM})
+    made = findings.comparisons(result)
+    assert [(each.one["scoring"], each.other["scoring"]) for each in made] == [(OPTIONS, GENERATION)]
+
+
+# The run
+
+
+def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
+    given = ["--n", "8", "--batch", "4", "--n-validation", "4", "--data", "scenes/left-right"]
+    assert command(score, *given, "--out", tmp_path / "one") == 0
+    out = capsys.readouterr().out
+    assert "options with letters were left out" in out and "as the paper prints it" in out
+    result = Result.load(tmp_path / "one")
+    assert set(result.table["scoring"]) == {GENERATION, SUBSTRING, STARTS, RANDOM, OPTIONS, SIMILARITY}
+    summary = result.summary("individual").set_index(["view", "scoring", "order", "prompt"])["mean"]
+    assert summary[OWN, OPTIONS, BOTH, "open"] >= 0.8 and abs(summary[STRANGER, OPTIONS, BOTH, "open"] - 0.5) < 0.35
+    drawn = figures.redraw(tmp_path / "one")
+    assert set(drawn) == {"accuracies", "prompts", "order_bias", "agreement"}
+    agreed = np.array(drawn["agreement"].data[0].z, float)
+    assert np.allclose(np.diag(agreed), 1) and np.allclose(agreed, agreed.T)
+    provenance = json.loads((tmp_path / "one" / "provenance.json").read_text())
+    assert {each["scoring"] for each in provenance["best"]} > {GENERATION, OPTIONS}
+    killed_at(monkeypatch, study, "score_pairs", 3)
+    assert command(score, *given, "--out", tmp_path / "two") == 130
+    assert command(score, *given, "--out", tmp_path / "two", "--resume") == 0
+    for name in ("result.parquet", "summary.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pairs of the user's own, for tiny models; the twin of the last is missing."""
+    root = tmp_path_factory.mktemp("pairs")
+    lines = []
+    for number, pair in enumerate(some_pairs(7)):
+        pair.image.save(root / f"{number}.png")
+        pair.counterfactual_image.save(root / f"{number}b.png")
+        twin = f"{number}b.png" if number < 6 else "gone.png"
+        lines.append(
+            {"image": f"{number}.png", "counterfactual_image": twin, "question": "what is there?",
+             "answer": pair.answer, "counterfactual_answer": pair.counterfactual_answer}
+        )  # fmt: skip
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+def test_letters_of_a_folder_by_a_model_that_has_them(folder, tmp_path, capsys):
+    vlm = letter_vlm()
+    vlm.model.save_pretrained(tmp_path / "model")
+    vlm.processor.save_pretrained(tmp_path / "model")
+    given = ["--model", tmp_path / "model", "--data", folder, "--prompts", "{question}", LISTED.text]
+    assert command(score, *given, "--n-validation", "2", "--out", tmp_path / "run") == 0
+    assert "gone.png" in json.loads((tmp_path / "run" / "provenance.json").read_text())["refused"][0]["reason"]
+    result = Result.load(tmp_path / "run")
+    assert result.table["example"].nunique() == 4 and LETTERS in set(result.table["scoring"])
+    assert "letters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--forms", "letters"], "the form with letters: "),
+        (["--forms", "letters", "--prompts", "{question}"], "needs a prompt with '(a) {first}' and '(b) {second}'"),
+        (["--prompts", "what?"], "has no {question}"),
+        (["--prompts", "{question} {first}"], "lists one option"),
+        (["--prompts", "{question}", "{question}"], "has '{question}' twice"),
+        (["--prompts", "{question} zebra"], "none of the"),
+        (["--compare", "organism"], "the model itself"),
+        (["--n", "1"], "at least two are needed"),
+        (["--n-validation", "-1"], "--n-validation is -1"),
+        (["--data", "scenes/kind", "--contrastive", "clip"], "has no {answer}"),
+        (["--data", "scenes/kind", "--caption", "a {answer}"], "is for a contrastive model"),
+    ],
+)
+def test_wrong_use_is_one_line(given, message, tmp_path, capsys):
+    rest = ["--n-validation", "0"] if "--n-validation" not in given else []
+    rest += ["--n", "2"] if "--n" not in given else []
+    assert command(score, *given, *rest, "--out", tmp_path / "none") == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and message in lines[0] and not (tmp_path / "none").exists()
+
+
+def test_help_is_light():
+    assert_help_is_light(score, ("--forms", "--compare", "--n-validation"))

@@ -1,0 +1,175 @@
+"""The load-time check, its structural part on the meta device, and the command that prints it."""
+
+import dataclasses
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers as hf
+
+from tests.zoo import ZOO
+from tests.zoo.tiny import tiny_model, tiny_processor
+from vlm_mech.architectures import families
+from vlm_mech.architectures.families import FAMILIES, LLAVA, family_of
+from vlm_mech.checks.structure import find_structure
+from vlm_mech.checks.vlm import check_vlm, find_vlm
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.models.loading import skeleton
+from vlm_mech.models.vlm import VLM
+
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+CLIP_LARGE = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
+
+
+def llava_15_7b() -> hf.PreTrainedConfig:
+    return hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**CLIP_LARGE), text_config=hf.LlamaConfig(**LLAMA_7B, vocab_size=32064)
+    )
+
+
+def llava_16_mistral_7b() -> hf.PreTrainedConfig:
+    text = hf.MistralConfig(**{**LLAMA_7B, "intermediate_size": 14336}, num_key_value_heads=8, vocab_size=32064)
+    return hf.LlavaNextConfig(vision_config=hf.CLIPVisionConfig(**CLIP_LARGE), text_config=text)
+
+
+def qwen_25_vl_3b() -> hf.PreTrainedConfig:
+    text = {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "vocab_size": 151936,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+    vision = {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
+        "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+    }  # fmt: skip
+    return hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+
+
+def instructblip_vicuna_7b() -> hf.PreTrainedConfig:
+    vision = {
+        "hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14,
+    }  # fmt: skip
+    text = hf.LlamaConfig(**LLAMA_7B, vocab_size=32002).to_dict()
+    return hf.InstructBlipConfig(vision_config=vision, qformer_config={"vocab_size": 30523}, text_config=text)
+
+
+@pytest.mark.parametrize(
+    ("config", "n_billions", "n_layers", "n_heads"),
+    [
+        (llava_15_7b, 7.06, 32, 32),
+        (llava_16_mistral_7b, 7.57, 32, 32),
+        (qwen_25_vl_3b, 3.75, 36, 16),
+        (instructblip_vicuna_7b, 7.91, 32, 32),
+    ],
+)
+def test_full_size_configurations_have_the_structure_without_weights(config, n_billions, n_layers, n_heads):
+    model = skeleton(config())
+    assert all(parameter.is_meta for parameter in model.parameters())
+    findings = list(find_structure(model))
+    assert [finding for finding in findings if not finding.holds] == []
+    assert any(f"{n_layers} at " in finding.detail for finding in findings)
+    assert any(f"{n_heads} heads of 128" in finding.detail for finding in findings)
+    # The published sizes; where head and embeddings are tied in the published checkpoint, both count here.
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(n_billions, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_every_family_passes_and_every_finding_has_a_number(family):
+    findings = check_vlm(VLM(*ZOO[family]("sdpa", 0), check=False))
+    assert len(findings) >= 45 and len({finding.name for finding in findings}) == len(findings)
+    assert all(finding.detail for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"projector": "model.projector"}, "projector is there"),
+        ({"head": "model.language_model.embed_tokens2"}, "head is there"),
+        ({"vision": dataclasses.replace(LLAVA.vision, out="o_proj")}, "vision parts of every block: missing: 0.self"),
+        ({"llm": dataclasses.replace(LLAVA.llm, path="model.language_model.blocks")}, "llm blocks are there: 0 at"),
+        ({"merge": lambda config: config.scale_factor}, "facts of the configuration"),
+    ],
+)
+def test_a_wrong_record_is_refused_by_its_structure(monkeypatch, change, message):
+    monkeypatch.setattr(families, "FAMILIES", (dataclasses.replace(LLAVA, **change),))
+    with pytest.raises(WorkError, match=message):
+        VLM(tiny_model(), tiny_processor())
+
+
+def test_heads_that_do_not_fit_the_widths_are_refused():
+    model = tiny_model()
+    model.config.text_config.num_attention_heads = 5
+    wrong = [finding for finding in find_structure(model) if not finding.holds]
+    assert [finding.name for finding in wrong] == ["llm heads and widths fit"]
+    assert "32 to 32 for width 32, 5 heads" in wrong[0].detail
+
+
+def failing(family: str, **change) -> list[str]:
+    vlm = VLM(*ZOO[family]("sdpa", 0), check=False)
+    vlm.family = dataclasses.replace(vlm.family, **change)
+    return [finding.name for finding in find_vlm(vlm) if not finding.holds]
+
+
+def test_wrong_image_layouts_are_found():
+    from vlm_mech.inputs.image_layout import packed, tiles
+
+    assert any("make it and no other" in name for name in failing("qwen2_5_vl", layout=packed))
+    swapped = failing("llava_clip", layout=lambda batch: [transposed(image) for image in tiles(batch)])
+    assert any("sees its pixels" in name for name in swapped) or any("make it" in name for name in swapped)
+
+
+def transposed(image):
+    view = image.views[0]
+    order = torch.arange(len(view.slots)).reshape(view.grid).T.flatten().numpy()
+    return dataclasses.replace(image, views=(dataclasses.replace(view, patches=view.patches[order]),))
+
+
+def test_unknown_architectures_name_the_nearest_and_the_way_to_add_one():
+    for model_type, nearest in (("llava_next_video", "llava_next"), ("qwen2_9_vl", "qwen2_5_vl|qwen2_vl")):
+        config = SimpleNamespace(model_type=model_type, vision_config=object())
+        with pytest.raises(UsageError, match=rf"nearest: '({nearest})'.*Adding a family"):
+            family_of(config)
+    with pytest.raises(UsageError, match="has no vision tower"):
+        family_of(hf.LlamaConfig())
+
+
+def test_records_are_told_apart():
+    assert len({family.model_type for family in FAMILIES}) == len({family.name for family in FAMILIES}) == len(FAMILIES)
+    in_zoo = {family_of(ZOO[name]("sdpa", 0)[0].config).name for name in ZOO}
+    assert in_zoo == {family.name for family in FAMILIES}, "every record is tried"
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "vlm_mech.models.check", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_one_line_a_finding(tmp_path):
+    whole = command("organism")
+    assert whole.returncode == 0 and "logits equal the plain forward" in whole.stdout
+    assert whole.stdout.count("\nholds ") >= 45 and "findings hold" in whole.stdout
+    contrastive = command("clip")
+    assert contrastive.returncode == 0 and "similarities equal the plain forward" in contrastive.stdout
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.language_model.layers[2].mlp.down_proj.weight.zero_()
+    model.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    dead = command(str(tmp_path))
+    assert dead.returncode == 1 and dead.stderr.startswith("error: 1 of ") and dead.stderr.count("\n") == 1
+    assert "FAILS  zero llm.mlp_out[2]" in dead.stdout
+    assert command(str(tmp_path), "--structure").returncode == 0
+
+
+def test_the_command_refuses_what_is_no_model(tmp_path):
+    gone = command(str(tmp_path / "none"))
+    assert gone.returncode == 2 and gone.stderr.startswith("error: model") and gone.stderr.count("\n") == 1
+    hf.LlamaConfig().save_pretrained(tmp_path)
+    text_only = command(str(tmp_path), "--structure")
+    assert text_only.returncode == 2 and "no vision tower" in text_only.stderr

@@ -1,0 +1,80 @@
+"""Pairs: turned round, asked about pictures of others, cut by groups, and what a folder may hold."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.zoo.tiny import picture
+from vlm_mech.data.pairs import Pair, Pairs, Refused, about_others, by_groups, load_pairs, partners, turned
+from vlm_mech.errors import UsageError
+
+
+def some(n, *, groups=None):
+    """Pairs of n scenes, or of as many groups."""
+    made = [
+        Pair(f"p{number}", picture(number), picture(100 + number), "what?", f"a{number}", f"b{number}")
+        for number in range(n)
+    ]
+    if groups:
+        made = [dataclasses.replace(pair, group=f"g{number % groups}") for number, pair in enumerate(made)]
+    return Pairs("some", tuple(made), (Refused("p99", "it was broken"),))
+
+
+def test_turned_pairs_ask_about_the_other_picture():
+    pairs = some(2)
+    other = turned(pairs)
+    assert other.answer == ["b0", "b1"] and other.counterfactual_answer == ["a0", "a1"]
+    assert [each.images for each in other.base] == [each.images for each in pairs.counterfactual]
+    assert other.refused == pairs.refused and turned(other).digest == pairs.digest
+
+
+def test_every_pair_borrows_another_ones_pictures():
+    for seed in range(5):
+        numbers = partners(7, seed=seed)
+        assert sorted(numbers) == list(range(7)) and all(one != other for one, other in enumerate(numbers))
+    pairs = some(3)
+    found = about_others(pairs, [pairs.pairs[number] for number in (2, 0, 1)])
+    assert found.answer == pairs.answer and found.pairs[0].image is pairs.pairs[2].image
+    assert found.pairs[1].counterfactual_image is pairs.pairs[0].counterfactual_image
+    with pytest.raises(UsageError, match="at least two are needed"):
+        partners(1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("n", "groups", "shares", "sizes"),
+    [
+        (12, 6, (0.5,), (6, 6)),
+        (20, 10, (0.6, 0.2), (12, 4, 4)),
+        (10, 10, (0.1, 0.2), (1, 2, 7)),
+        (5, 5, (0.3,), (2, 3)),
+    ],
+)
+def test_parts_share_no_group(n, groups, shares, sizes):
+    parts = by_groups(some(n, groups=groups), shares, seed=1)
+    assert tuple(len(part) for part in parts) == sizes
+    held = [{pair.group for pair in part} for part in parts]
+    assert sum(len(each) for each in held) == groups == len(set.union(*held))
+    assert sorted(pair.id for part in parts for pair in part) == sorted(pair.id for pair in some(n))
+    assert [len(part.refused) for part in parts] == [0] * len(shares) + [1], "what is broken is told once"
+    again = by_groups(some(n, groups=groups), shares, seed=1)
+    assert [part.digest for part in again] == [part.digest for part in parts]
+
+
+@pytest.mark.parametrize(("groups", "shares"), [(1, (0.5,)), (4, (0.6, 0.2)), (6, (1.0,)), (6, (0.0,))])
+def test_a_part_without_a_group_is_refused(groups, shares):
+    with pytest.raises(UsageError, match=f"some has {groups} groups of pairs; too few for {len(shares) + 1} parts"):
+        by_groups(some(6, groups=groups), shares, seed=0)
+
+
+def test_two_pictures_of_the_same_pixels_are_no_pair(tmp_path):
+    rows = []
+    for name, number in (("copy", 1), ("pair", 2)):
+        picture(1).save(tmp_path / f"{name}a.png")
+        picture(number).save(tmp_path / f"{name}b.png")
+        row = {"id": name, "image": f"{name}a.png", "counterfactual_image": f"{name}b.png"}
+        rows.append(row | {"question": "what?", "answer": "red", "counterfactual_answer": "blue"})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    pairs = load_pairs(tmp_path)
+    assert [pair.id for pair in pairs] == ["pair"]
+    assert pairs.refused == (Refused("copy", "both pictures have the same pixels"),)

@@ -1,0 +1,143 @@
+"""The layer swap as a method: identities that must hold in its table, both directions, every site."""
+
+import numpy as np
+import pytest
+
+from tests.zoo.tiny import picture
+from vlm_mech.architectures.site import Site
+from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.interventions.specification import Replace
+from vlm_mech.interventions.trace import run
+from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
+from vlm_mech.methods.layer_swap.findings import takeover, usable_share
+from vlm_mech.methods.layer_swap.study import METRICS, WRONG, swap_states
+from vlm_mech.results.result import Result
+
+SPANS = ("image", "question", "last", "all")
+
+
+@pytest.fixture(scope="module")
+def pairs(vlm):
+    made = []
+    for number in range(4):
+        question = ("what colour is the circle?", "is the red star left of the blue circle?")[number % 2]
+        made.append(Pair(str(number), picture(number), picture(100 + number), question, "red", "blue"))
+    return Pairs("pictures", tuple(made))
+
+
+@pytest.fixture(scope="module", params=["trace", "fast"])
+def engine(request):
+    return request.param
+
+
+@pytest.fixture
+def same(engine):
+    """The reference holds identities to the last bit; the fast engine computes in other batches, so it rounds."""
+    limit = 0.0 if engine == "trace" else 2e-5
+    return lambda one, other: np.allclose(np.asarray(one, float), np.asarray(other, float), rtol=0, atol=limit)
+
+
+@pytest.fixture(scope="module")
+def table(vlm, pairs, engine):
+    sites = swap_sites(vlm, "llm", "resid_post")
+    found, receipts = swap_states(vlm, pairs, sites, SPANS, only_correct=False, engine=engine)
+    assert len(receipts) == 2 * 4 * len(SPANS)
+    return found
+
+
+def at(table, direction, layer, span, column):
+    rows = table[(table.direction == direction) & (table.layer == layer) & (table.span == span)]
+    return rows.set_index("example")[column]
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_identities(table, direction, same):
+    """`all` anywhere and `last` at the last layer give the other run; `image` at the last moves nothing."""
+    baseline = at(table, direction, 0, "all", "logit_diff_baseline")
+    other = at(table, "denoising" if direction == "noising" else "noising", 0, "all", "logit_diff_baseline")
+    for layer in range(4):
+        assert same(at(table, direction, layer, "all", "logit_diff"), -other)
+    assert same(at(table, direction, 3, "image", "logit_diff"), baseline)
+    assert same(at(table, direction, 3, "last", "logit_diff"), -other)
+    held = ~at(table, direction, 0, "all", "recovered").isna()
+    assert held.any()
+    assert same(at(table, direction, 0, "all", "recovered")[held], 1.0)
+    assert (at(table, direction, 3, "image", "recovered")[held] == 0.0).all()
+
+
+def test_directions_are_complements(vlm, pairs):
+    """The image's run with the counterfactual's image states is the counterfactual's run with all the rest replaced."""
+    rest = ("system", "question", "answer_prompt")
+    for layer in (0, 2):
+        site = Site("llm.resid_post", layer)
+        noised = run(vlm, pairs.base, Replace(site, "image", source=pairs.counterfactual))
+        denoised = run(vlm, pairs.counterfactual, Replace(site, rest, source=pairs.base))
+        assert (noised.last - denoised.last).abs().max() < 1e-5
+        assert noised.receipts[0].readout_change > 1e-3
+
+
+def test_question_states_before_the_first_attention_carry_nothing(vlm, pairs, engine, same):
+    sites = swap_sites(vlm, "llm", "resid_pre")[:1]
+    table, _ = swap_states(vlm, pairs, sites, ("question", "last"), only_correct=False, engine=engine)
+    assert same(table["logit_diff"], table["logit_diff_baseline"])
+
+
+def test_projector_and_tower(vlm, pairs, engine, same):
+    both = swap_sites(vlm, "projector", "")
+    table, _ = swap_states(vlm, pairs, both, ("image",), only_correct=False, engine=engine)
+    held = table[~table["recovered"].isna()]
+    assert set(held["point"]) == {"in", "out"} and same(held["recovered"], 1.0)
+    sites, spans = swap_sites(vlm, "vision", "resid_post"), default_spans(vlm, "vision")
+    table, receipts = swap_states(vlm, pairs, sites, spans, directions=("noising",), only_correct=False, engine=engine)
+    unread = table[table.layer >= vlm.vision_depth]
+    assert len(unread) and np.array_equal(unread["logit_diff"], unread["logit_diff_baseline"])
+    assert same(at(table, "noising", vlm.vision_depth - 1, "image", "recovered").dropna(), 1.0)
+    assert same(at(table, "noising", vlm.vision_depth - 1, "class", "recovered").dropna(), 0.0)
+    assert any(not receipt.reaches for receipt in receipts)
+
+
+def test_both_engines_fill_the_same_table(vlm, pairs):
+    sites = swap_sites(vlm, "llm", "resid_post")
+    fast, trace = (
+        swap_states(vlm, pairs, sites, SPANS, only_correct=False, engine=name)[0] for name in ("fast", "trace")
+    )
+    assert list(fast.columns) == list(trace.columns)
+    for column in ("example", "direction", "span", "layer", "skipped", "group"):
+        assert fast[column].tolist() == trace[column].tolist()
+    for column in ("recovered", "logit_diff", "logit_diff_baseline", "flip"):
+        assert np.allclose(fast[column], trace[column], rtol=0, atol=1e-4, equal_nan=True)
+    with pytest.raises(UsageError, match="engine 'slow' is not known; fast or trace is"):
+        swap_states(vlm, pairs, sites, SPANS, engine="slow")
+
+
+def test_wrongly_answered_pairs_are_counted_and_left_out(vlm, pairs):
+    table, _ = swap_states(vlm, pairs, swap_sites(vlm, "llm", "resid_post")[2:3], ("image",))
+    wrong = table["skipped"] == WRONG
+    assert wrong.any() and table[wrong]["logit_diff"].isna().all()
+    result = Result("swap", table, ("direction", "span", "layer"), METRICS)
+    with pytest.raises(WorkError, match="--all keeps the others too"):
+        usable_share(result, pairs)
+
+
+def test_sentences_follow_from_the_numbers(table, pairs):
+    result = Result("swap", table, ("direction", "span", "layer"), METRICS)
+    for number, direction in enumerate(("noising", "denoising")):
+        means = [at(table, direction, layer, "last", "recovered").mean() for layer in range(4)]
+        first = next(layer for layer, mean in enumerate(means) if mean > 0.5)
+        assert f"{direction}: from layer {first} on, swapping the last token alone" in takeover(result)[2 * number + 1]
+    assert "4 of 4 pairs of pictures are used" in usable_share(result, pairs)
+
+
+def test_unknown_direction(vlm, pairs):
+    with pytest.raises(UsageError, match="direction 'up' is not known"):
+        swap_states(vlm, pairs, swap_sites(vlm, "llm", "resid_post")[:1], ("image",), directions=("up",))
+
+
+def test_nothing_is_claimed_without_values(table):
+    """An untrained model has no gap to recover; saying that the answer turns everywhere or nowhere would be made up."""
+    metrics = METRICS[:1]
+    empty = Result("swap", table.assign(recovered=np.nan), ("direction", "span", "layer"), metrics)
+    assert takeover(empty) == (
+        "too few pairs have a recovered fraction to say where the answer turns (0 in some cells).",
+    )

@@ -1,0 +1,303 @@
+"""The probing experiment: what is read where, its controls, and the run contract."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from experiments import probing
+from tests.helpers import assert_help_is_light, command
+from vlm_mech.architectures.site import Site
+from vlm_mech.data.pairs import Pair, Pairs, load_pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.span import Patches
+from vlm_mech.interventions.trace import read
+from vlm_mech.methods.probing.controls import random_twin, read_without_image
+from vlm_mech.methods.probing.data import (
+    changed_patches,
+    conflicts_of,
+    examples_of,
+    probe_sites,
+    read_states,
+    spots_of,
+    spread,
+)
+from vlm_mech.methods.probing.figures import confusion, depth_lines
+from vlm_mech.results import figures
+from vlm_mech.results.result import Result
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+LINEAR = ("--mdl", "--probes", "linear")
+KINDS = ("circle", "square", "star")
+
+
+def scene(colour: str, row: int, column: int, seed: int) -> Image.Image:
+    """Grey blocks with one coloured patch of 14 pixels."""
+    grey = np.random.default_rng(seed).integers(90, 160, (56, 56, 1), dtype=np.uint8).repeat(3, 2)
+    grey[14 * row : 14 * row + 14, 14 * column : 14 * column + 14] = COLOURS[colour]
+    return Image.fromarray(grey)
+
+
+@pytest.fixture(scope="module")
+def model_folder(vlm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    """Pairs about a patch that is red in one image and blue in the other."""
+    folder, rng, rows = tmp_path_factory.mktemp("data"), np.random.default_rng(0), []
+    for number in range(18):
+        row, column = (int(each) for each in rng.integers(0, 4, 2))
+        colours = ("red", "blue") if number % 2 else ("blue", "red")
+        for name, colour in zip("ab", colours, strict=True):
+            scene(colour, row, column, number).save(folder / f"{number}{name}.png")
+        question = f"what colour is the {KINDS[number % 3]}?"
+        line = {"image": f"{number}a.png", "counterfactual_image": f"{number}b.png", "question": question}
+        rows.append(line | {"id": f"pair {number}", "answer": colours[0], "counterfactual_answer": colours[1]})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def options(model_folder, data_folder, out, *more):
+    small = ["--folds", "3", "--seeds", "2", "--hidden", "8", "--n-conflict", "6", "--every", "3"]
+    where = [
+        "--model",
+        str(model_folder),
+        "--data",
+        str(data_folder),
+        "--conflict",
+        str(data_folder),
+        "--out",
+        str(out),
+    ]
+    return [*where, "--out", str(out), *small, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, data_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "first"
+    assert command(probing, *options(model_folder, data_folder, out, *LINEAR)) == 0
+    return out
+
+
+# Data
+
+
+def test_the_object_is_where_the_two_images_differ(vlm):
+    pair = Pair("one", scene("red", 1, 2, 0), scene("blue", 1, 2, 0), "what is this?", "red", "blue")
+    assert changed_patches(vlm, pair) == Patches(((1, 2),))
+    with pytest.raises(UsageError, match="do not differ by 12 grey levels anywhere"):
+        changed_patches(vlm, Pair("two", scene("red", 1, 2, 0), scene("red", 1, 2, 0), "what is this?", "red", "blue"))
+    with pytest.raises(UsageError, match="the same size is needed"):
+        changed_patches(vlm, Pair("3", scene("red", 1, 2, 0), Image.new("RGB", (60, 56)), "what is this?", "a", "b"))
+
+
+def test_pairs_become_examples_and_scenes_in_conflict(vlm, data_folder):
+    pairs = load_pairs(data_folder)
+    found, conflicts = examples_of(vlm, pairs), conflicts_of(vlm, pairs)
+    assert len(found) == 36 and len(set(found.groups)) == 18 and set(found.labels) == {"red", "blue"}
+    assert found.priors == ("",) * 36
+    assert conflicts.labels == tuple(pairs.counterfactual_answer) and conflicts.priors == tuple(pairs.answer)
+    assert conflicts.prompts[0].image is pairs.pairs[0].counterfactual_image
+
+
+def test_states_are_those_that_a_trace_reads(vlm, data_folder, tmp_path):
+    found = examples_of(vlm, load_pairs(data_folder, n=3))
+    spans = spread(vlm, ("last", "object", "each", "position 3"), found)
+    assert len(spans) == 3 + 16
+    spots = spots_of(probe_sites(vlm), spans)
+    assert [str(site) for site in dict.fromkeys(spot.site for spot in spots)] == [
+        *(f"vision.resid_post[{layer}]" for layer in range(vlm.vision_depth)), "projector.out",
+        *(f"llm.resid_post[{layer}]" for layer in range(4)),
+    ]  # fmt: skip
+    states = read_states(vlm, found.prompts, found.objects, spots, folder=tmp_path / "states")
+    site = Site("llm.resid_post", 2)
+    for number, prompt in enumerate(found.prompts):
+        encoded = vlm.encode(prompt)
+        whole = read(vlm, encoded, [site])[site][0]
+        for span, meant in (("last", "last"), ("object", found.objects[number]), ("patch 1,3", Patches(((1, 3),)))):
+            spot = next(spot for spot in spots if spot.site == site and spot.span == span)
+            expected = whole[list(encoded.positions(meant))].mean(0)
+            assert torch.allclose(states[spot][number], expected, atol=1e-4)
+        spot = next(spot for spot in spots if spot.site == site and spot.span == "position 3")
+        assert torch.allclose(states[spot][number], whole[3], atol=1e-4)
+
+
+def test_without_its_image_a_prompt_says_nothing_of_it(vlm, data_folder, tmp_path):
+    found = examples_of(vlm, load_pairs(data_folder))
+    spots = spots_of(probe_sites(vlm), ("last", "image"))
+    states, how = read_without_image(vlm, found, spots, folder=tmp_path / "none")
+    assert how == {"last": "text only", "image": "blank"}
+    for spot, values in states.items():
+        by_question = pd.DataFrame(values.numpy()).groupby(list(found.templates)).std(ddof=0)
+        assert float(by_question.max().max()) < 1e-5, spot
+    site = Site("llm.resid_post", 1)
+    alone = read(vlm, vlm.encode(Prompt(found.prompts[0].question)), [site])[site][0, -1]
+    spot = next(spot for spot in spots if spot.site == site and spot.span == "last")
+    assert torch.allclose(states[spot][0], alone, atol=1e-4)
+
+
+def test_a_random_twin_has_the_shape_but_not_the_weights(vlm):
+    twin, again = random_twin(vlm, seed=3), random_twin(vlm, seed=3)
+    own, other = vlm.model.state_dict(), twin.model.state_dict()
+    assert {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in other.items()}
+    name = next(name for name in own if name.endswith("layers.1.mlp.up_proj.weight"))
+    assert not torch.equal(own[name], other[name]) and torch.equal(other[name], again.model.state_dict()[name])
+    assert float(other[name].std()) == pytest.approx(vlm.config.text_config.initializer_range, rel=0.1)
+
+
+# The experiment
+
+
+def test_the_coloured_patch_is_read_and_the_controls_are_not(finished):
+    result = Result.load(finished)
+    summary = result.summary("accuracy").set_index(["probe", "control", "read_on", "span", "place"])["mean"]
+    assert summary["linear", "none", "test", "object", "vision.resid_post[2]"] > 0.95
+    assert abs(summary["linear", "shuffled", "test", "object", "vision.resid_post[2]"] - 0.5) < 0.25
+    assert abs(summary["linear", "no image", "test", "object", "vision.resid_post[2]"] - 0.5) < 0.25
+    assert {"control task", "random weights"} <= set(result.table["control"])
+    shown = result.summary("p_true").set_index(["probe", "control", "read_on", "span", "place"])["mean"]
+    prior = result.summary("p_prior").set_index(["probe", "control", "read_on", "span", "place"])["mean"]
+    where = ("linear", "none", "conflict", "object", "vision.resid_post[2]")
+    assert shown[where] > 0.9 and shown[where] + prior[where] == pytest.approx(1, abs=1e-4)
+
+
+def test_numbers_in_the_table_are_the_seeds_means(finished):
+    result = Result.load(finished)
+    test = result.table[(result.table["read_on"] == "test") & (result.table["label"] != "")]
+    assert set(test["accuracy"].unique()) <= {0.0, 0.5, 1.0}
+    notes = result.provenance["steps"][0]
+    seeds = {row["spot"]: row for row in notes["linear"]["seeds"]}
+    chosen = test[(test["probe"] == "linear") & (test["control"] == "none") & (test["place"] == "projector.out")]
+    means = chosen.groupby("span")["accuracy"].mean()
+    assert means["object"] == pytest.approx(seeds["projector.out at object"]["mean"])
+    assert seeds["projector.out at object"]["n_seeds"] == 2
+    assert 0 < notes["linear"]["bits"]["projector.out at object"] < 3 * notes["linear"]["uniform_bits"]
+    assert any("selectivity" in sentence and "over 2 seeds" in sentence for sentence in result.findings)
+
+
+def test_figures_come_from_the_saved_file_alone(finished):
+    result, drawn = Result.load(finished), figures.redraw(finished)
+    names = {"depth_linear", "conflict_linear", "confusion_0", "patches_0"}
+    assert names == set(drawn)
+    for name in names:
+        saved = json.loads((finished / "figures" / f"{name}.json").read_text())
+        assert json.loads(drawn[name].to_json()) == saved
+    axis = drawn["depth_linear"].layout.xaxis
+    places = list(axis.categoryarray)
+    assert [place.split(".")[0] for place in places] == sorted(
+        (place.split(".")[0] for place in places), key=["vision", "projector", "llm"].index
+    )
+    legend = [trace.name for trace in drawn["depth_linear"].data if trace.showlegend is not False]
+    controls = ["shuffled", "control task", "no image", "random weights"]
+    assert sorted(legend) == sorted(["commonest label", "image", "object", "last", *controls])
+    hidden = [trace for trace in drawn["depth_linear"].data if trace.name == "object, shuffled"]
+    assert [trace.legendgroup for trace in hidden] == ["shuffled"]
+    panels = [each for each in drawn["conflict_linear"].layout if each.startswith("xaxis")]
+    assert len(panels) == 3
+    assert {drawn["conflict_linear"].layout[each].range for each in panels} == {(-0.5, len(places) - 0.5)}
+    slider = drawn["patches_0"].layout.sliders[0]
+    assert [step.label for step in slider.steps][:1] == ["vision 2"] and "projector" in [s.label for s in slider.steps]
+    assert len(drawn["patches_0"].data) == len(places)
+    square = drawn["confusion_0"].data[0]
+    assert np.allclose(np.array(square.z).sum(1), 1) and np.array(square.customdata).sum() == 36
+    with pytest.raises(UsageError, match="has no cell"):
+        confusion(result, model="none", probe="linear", span="last", place="projector.out")
+    with pytest.raises(UsageError, match="has no forest probe"):
+        depth_lines(result, probe="forest")
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(model_folder, data_folder, finished, tmp_path, monkeypatch):
+    from vlm_mech.methods.probing import study
+
+    real, calls = study.study, []
+
+    def killed(*arguments, **named):
+        calls.append(arguments[-1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(study, "study", killed)
+    arguments = options(model_folder, data_folder, tmp_path / "out", *LINEAR)
+    assert command(probing, *arguments) == 130
+    assert command(probing, *arguments, "--resume") == 0
+    assert calls == ["none", "shuffled", "control task", "control task", "no image", "random weights"]
+    assert (tmp_path / "out" / "result.parquet").read_bytes() == (finished / "result.parquet").read_bytes()
+    assert not (tmp_path / "out" / "partial").exists()
+
+
+WRONG = [
+    (["--spans", "picture"], "span 'picture' is not known"),
+    (["--spans", "patch 9,9"], "patch (9, 9) is outside the grid"),
+    (["--spans", "patch x"], "span 'patch x' is not understood"),
+    (["--controls", "magic"], "control 'magic' is not known"),
+    (["--folds", "2"], "at least 3 folds"),
+    (["--folds", "7"], "fewer than 7 folds"),
+    (["--every", "0"], "every is 0"),
+    (["--n", "1"], "fewer than 3 folds"),
+    (["--conflict", "scenes/colour-conflict"], "which the probes were not trained on; they know blue, red"),
+    (["--probes", "forest"], "--probes"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_use_is_one_clear_line(model_folder, data_folder, tmp_path, capsys, arguments, message):
+    fast = ["--seeds", "1", "--probes", "linear", "--spans", "object"]
+    fast = [each for pair in zip(fast[::2], fast[1::2], strict=True) if pair[0] != arguments[0] for each in pair]
+    base = options(model_folder, data_folder, tmp_path / "out")
+    base = [each for pair in zip(base[::2], base[1::2], strict=True) if pair[0] != arguments[0] for each in pair]
+    assert command(probing, *base, *fast, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_two_models_stand_side_by_side(model_folder, data_folder, tmp_path):
+    base = options(model_folder, data_folder, tmp_path / "out")
+    base.insert(2, str(model_folder) + "/")
+    small = ["--probes", "mlp", "--spans", "object", "--controls", "shuffled"]
+    assert command(probing, *base, *small) == 0
+    result = Result.load(tmp_path / "out")
+    assert result.table["model"].nunique() == 2 and len(result.provenance["model"]) == 2
+    both = result.summary("accuracy").set_index("model")["mean"]
+    assert both[str(model_folder)].tolist() == both[str(model_folder) + "/"].tolist()
+
+
+def test_pairs_without_an_object_are_counted_and_the_rest_is_read(model_folder, data_folder, tmp_path, capsys):
+    own = shutil.copytree(data_folder, tmp_path / "own")
+    with Image.open(own / "0b.png") as opened:
+        opened.resize((40, 56)).save(own / "0b.png")
+    (own / "1a.png").write_bytes(b"no picture")
+    assert command(probing, *options(model_folder, own, tmp_path / "run", "--probes", "linear")) == 0
+    assert "4 examples could not be used: pair 1: image" in capsys.readouterr().out
+    refused = json.loads((tmp_path / "run" / "provenance.json").read_text())["refused"]
+    # Once among those the probes are fitted on, once among those in conflict.
+    assert [each["id"] for each in refused] == ["pair 1", "pair 0"] * 2 and "the same size is needed" in refused[1][
+        "reason"
+    ]
+
+
+def test_scenes_in_conflict_belong_to_colours_unless_named():
+    named = [probing._conflict(probing.Config(data=data, conflict=name)) for data, name in (
+        ("scenes/colour", None), ("scenes/left-right", None), ("scenes/colour", "none"), ("own", "other")
+    )]  # fmt: skip
+    assert named == [["scenes/colour-conflict"], [], [], ["other"]]
+
+
+def test_help_is_light():
+    assert_help_is_light(probing, ("--conflict",))
+
+
+def test_pairs_of_one_image_are_refused(vlm):
+    pairs = Pairs("mine", (Pair("a", scene("red", 0, 0, 1), scene("red", 0, 0, 1), "what is this?", "red", "blue"),))
+    with pytest.raises(UsageError, match="pair a: its two images do not differ"):
+        examples_of(vlm, pairs)

@@ -1,0 +1,35 @@
+"""Every family, tiny: name -> function(attn, seed) -> (model, processor)."""
+
+from transformers import PreTrainedModel, VipLlavaConfig, VipLlavaForConditionalGeneration
+
+from tests.zoo.grids import FAMILIES as GRIDS
+from tests.zoo.others import FAMILIES as OTHERS
+from tests.zoo.others import build
+from tests.zoo.tiny import tiny_config, tiny_model, tiny_processor
+
+
+def vipllava(attn: str, seed: int) -> tuple[PreTrainedModel, object]:
+    """LLaVA whose projector reads several vision layers side by side."""
+    plain = tiny_config()
+    config = VipLlavaConfig(
+        vision_config=plain.vision_config,
+        text_config=plain.text_config,
+        image_token_index=plain.image_token_id,
+        image_seq_length=plain.image_seq_length,
+        vision_feature_layers=[-2, -4, 2],
+    )
+    return build(VipLlavaForConditionalGeneration, config, attn, seed), tiny_processor("clip")
+
+
+ZOO = {
+    "llava_clip": lambda attn, seed: (tiny_model("llama", "clip", attn=attn, seed=seed), tiny_processor("clip")),
+    "llava_siglip_mistral": lambda attn, seed: (
+        tiny_model("mistral", "siglip", attn=attn, seed=seed),
+        tiny_processor("siglip"),
+    ),
+    "vipllava": vipllava,
+    **GRIDS,
+    **OTHERS,
+}
+ONE_IMAGE = ("instructblip", "blip2")
+"""Families that take one image a prompt."""

@@ -1,0 +1,212 @@
+"""`TracedModel`: what reading, editing and sweeping need of a model, whatever it is; `VLM` and `DualEncoder` fulfil it.
+
+Interventions, checks and sweeps are written for this class, so that they need not know how a model is loaded.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlm_mech.architectures.contrastive_families import DualFamily
+from vlm_mech.architectures.families import Blocks, Family
+from vlm_mech.architectures.site import Site
+from vlm_mech.architectures.weights import weights_hash
+from vlm_mech.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+class SiteHandle:
+    """A site inside an open trace: `output` reads the tensor, assigning to `output` replaces it.
+
+    Modules that hold the positions of all rows after one another (packed towers, some MLPs) are shown as rows x pos x
+    width too, with `n_rows` rows.
+    """
+
+    def __init__(self, envoy: Any, *, is_input: bool, argument: str | None = None, n_rows: int = 1) -> None:
+        self._envoy = envoy
+        self._is_input = is_input
+        self._argument = argument
+        self._n_rows = n_rows
+
+    def _raw(self) -> Any:
+        if self._argument is not None:
+            return self._envoy.inputs[1][self._argument]
+        return self._envoy.input if self._is_input else self._envoy.output
+
+    @property
+    def output(self) -> Any:
+        """The tensor at this site, rows x pos x width."""
+        value = self._raw()
+        value = value[0] if isinstance(value, tuple) else value
+        return value.unflatten(0, (self._n_rows, -1)) if value.ndim == 2 else value
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        current = self._raw()
+        flat = (current[0] if isinstance(current, tuple) else current).ndim == 2
+        value = value.flatten(0, 1) if flat else value
+        if self._is_input:
+            self._envoy.input = value
+        else:
+            self._envoy.output = (value, *current[1:]) if isinstance(current, tuple) else value
+
+
+class EmbedHandle(SiteHandle):
+    """The embeddings inside an open trace, shown as row x 1 x width."""
+
+    @property
+    def output(self) -> Any:
+        """The embeddings before normalisation."""
+        return self._raw()[:, None]
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._envoy.output = value[:, 0]
+
+
+class TracedModel(ABC):
+    """A Hugging Face model inside nnsight, its transformer blocks under standard names, stream by stream.
+
+    `model`, `processor` and `tokenizer` are the Hugging Face objects, `nn` the nnsight model around them; nothing is
+    copied. `family` is the record that says where the parts are.
+    """
+
+    family: Family | DualFamily
+    model: "PreTrainedModel"
+    processor: "ProcessorMixin"
+    tokenizer: Any
+    config: Any
+    name: str
+    nn: Any
+    known_boxes: dict[Any, Any]
+    """Pixels of image tokens by size of the picture, measured once."""
+
+    # What each kind of model answers for itself
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+
+    @property
+    @abstractmethod
+    def taps(self) -> tuple[int, ...]:
+        """Vision blocks whose output is added to the image positions after decoder blocks 0, 1, ... (deepstack)."""
+
+    @abstractmethod
+    def blocks(self, stream: str) -> Blocks:
+        """Where the transformer blocks of a stream live."""
+
+    @abstractmethod
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """A batch of inputs with spans."""
+
+    # What is the same for all
+
+    @property
+    def is_contrastive(self) -> bool:
+        """Whether it has two towers that meet in a similarity, and no decoder that generates."""
+        return isinstance(self.family, DualFamily)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the activations."""
+        return self.model.dtype
+
+    def backend_of(self, stream: str) -> str:
+        """Attention back end of a stream: `sdpa`, `eager`, or one that takes no mask."""
+        blocks = self.blocks(stream)
+        config: Any = self.model.get_submodule(f"{blocks.path}.0.{blocks.attention}").config
+        return config._attn_implementation
+
+    def n_layers(self, stream: str) -> int:
+        """Number of blocks of a stream."""
+        return len(self.model.get_submodule(self.blocks(stream).path))
+
+    def n_heads(self, stream: str) -> int:
+        """Attention heads per block (query heads where keys are grouped); 1 for the projector."""
+        if stream == "projector":
+            return 1
+        blocks = self.blocks(stream)
+        return getattr(getattr(self.config, blocks.config), blocks.heads)
+
+    @property
+    def vision_layers(self) -> range:
+        """Layers of the vision tower, including those above the one that a projector reads."""
+        return range(self.n_layers("vision"))
+
+    def width(self, site: Site) -> int:
+        """Size of the last dimension of the tensor at a site of a block."""
+        blocks = self.blocks(site.stream)
+        block = f"{blocks.path}.{site.layer}"
+        if site.point == "head_out":
+            # Not the weight's shape: quantised weights are packed.
+            return int(self.model.get_submodule(f"{block}.{blocks.attention}.{blocks.out}").in_features)
+        weight: torch.Tensor = self.model.get_parameter(f"{block}.{blocks.norm_1}.weight")
+        return weight.shape[-1]
+
+    def check_site(self, site: Site) -> None:
+        """Raise `UsageError` when this model has no such site, or no such layer."""
+        if site.name not in self.family.site_names:
+            raise UsageError(f"{self.name} has no site {site.name!r}; its sites: {', '.join(self.family.site_names)}")
+        if site.layer is not None and not 0 <= site.layer < self.n_layers(site.stream):
+            last = self.n_layers(site.stream) - 1
+            raise UsageError(f"layer {site.layer} is out of range for {site.name}: layers are 0..{last}")
+
+    def check_maskable(self, stream: str) -> None:
+        """Raise `UsageError` when the attention back end of a stream cannot take a mask."""
+        backend = self.backend_of(stream)
+        if backend not in ("sdpa", "eager"):
+            raise UsageError(
+                f"attention back end {backend!r} takes no mask, so attention cannot be knocked out in {stream}; "
+                "load the model with attn='sdpa' or attn='eager'"
+            )
+
+    def module_of(self, site: Site) -> tuple[str, bool]:
+        """Path of the module at a site, and whether the site is its input (its output otherwise)."""
+        blocks = self.blocks(site.stream)
+        block = f"{blocks.path}.{site.layer}"
+        return {
+            "resid_pre": (block, True),
+            "head_out": (f"{block}.{blocks.attention}.{blocks.out}", True),
+            "attn_out": (f"{block}.{blocks.attention_added or blocks.attention}", False),
+            "mlp_out": (f"{block}.{blocks.mlp_added or blocks.mlp}", False),
+            "resid_post": (block, False),
+        }[site.point]
+
+    def envoy(self, path: str) -> Any:
+        """The nnsight envoy of a module path, to use inside a trace."""
+        found = self.nn
+        for part in path.split("."):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        return found
+
+    def site(self, name: str, layer: int | None = None, *, n_rows: int = 1) -> SiteHandle:
+        """A site to read or write inside an open trace, as in `vlm.site("llm.resid_post", 7).output.save()`.
+
+        Args:
+            n_rows: prompts in the batch; needed only where a module flattens the batch (the MLP of OPT in BLIP-2).
+
+        Raises:
+            UsageError: the model has no such site.
+        """
+        site = Site(name, layer)
+        self.check_site(site)
+        path, is_input = self.module_of(site)
+        handle = EmbedHandle if site.point == "embed" else SiteHandle
+        return handle(self.envoy(path), is_input=is_input, n_rows=n_rows)
+
+    def identity(self) -> dict[str, str | None]:
+        """Name and revision, or a hash of the weights where there is no revision, for provenance."""
+        about = {"name": self.name, "family": self.family.name, "revision": getattr(self.config, "_commit_hash", None)}
+        quantizer = getattr(self.config, "quantization_config", None)
+        if quantizer is not None:
+            values = quantizer if isinstance(quantizer, dict) else quantizer.to_dict()
+            about["quantization"] = json.dumps(values, default=str, sort_keys=True)
+        if about["revision"] is not None:
+            return about
+        return about | {"weights": weights_hash(self.model)}

@@ -1,0 +1,54 @@
+"""Weights and inputs of a model, wherever accelerate keeps them."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+
+def kept_in_place(model: Any) -> Any:
+    """The model with a device map, because a pipeline (nnsight makes one) moves a model that has none to the first
+    accelerator. A pipeline takes the map's first device for its own, so parts on the disk come last."""
+    devices = getattr(model, "hf_device_map", None) or {"": str(model.device)}
+    model.hf_device_map = dict(sorted(devices.items(), key=lambda item: item[1] == "disk"))
+    return model
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its inputs: with its embeddings, or where accelerate brings those when they are offloaded.
+
+    A model without weights takes them on the CPU, from where they are sent to the machine that has the weights.
+    """
+    embeddings = model.get_input_embeddings()
+    device = next(embeddings.parameters()).device
+    if device.type != "meta":
+        return device
+    hook = getattr(embeddings, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    devices = [getattr(each, "execution_device", None) for each in hooks]
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
+
+
+def weight_of(model: Any, path: str) -> torch.Tensor:
+    """A weight by its path, fetched from where accelerate keeps it when it is offloaded."""
+    weight = model.get_parameter(path)
+    if not weight.is_meta:
+        return weight.detach()
+    module, _, name = path.rpartition(".")
+    hook = model.get_submodule(module)._hf_hook
+    hooks = getattr(hook, "hooks", (hook,))
+    held = next(each for each in hooks if getattr(each, "weights_map", None) is not None)
+    return held.weights_map[name].to(held.execution_device)
+
+
+def weights_hash(model: Any) -> str:
+    """A hash of all weights, read one at a time; where some are not in memory, a text that says how many."""
+    weights = sorted(model.state_dict().items())
+    away = sum(tensor.is_meta for _, tensor in weights)
+    if away:
+        return f"not hashed: {away} of {len(weights)} tensors are not in memory"
+    found = hashlib.sha256()
+    for name, tensor in weights:
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Asking and reading answers: names in generated text, log-probabilities of names, no picture."""

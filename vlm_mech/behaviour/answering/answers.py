@@ -1,0 +1,167 @@
+"""Asking what is in an image, in the open or among candidates, and reading class names off what is generated."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlm_mech.data.image_classes import normalised
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import ImageLike
+from vlm_mech.inputs.prompt import Prompt, render
+
+if TYPE_CHECKING:
+    from vlm_mech.data.image_classes import Labelled
+    from vlm_mech.models.vlm import VLM
+
+SEED_OF_PAPER = 1234
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What is asked: in the open, among candidates (`{question}`, `{options}`), and of a contrastive model (`{class}`).
+
+    `stem` begins the model's answer when names are scored; `joined` stands between candidates.
+    """
+
+    questions: tuple[str, ...]
+    closed: str
+    caption: str
+    stem: str = ""
+
+    def among(self, question: str, options: Sequence[str]) -> str:
+        """The question with its candidates, in their order."""
+        return self.closed.replace("{question}", question).replace("{options}", ", ".join(options))
+
+
+WORDINGS = {
+    "plain": Wording(
+        ("what is this?", "what object is there?", "what is the name of the object?"),
+        "{question} answer with one of: {options}.",
+        "a {class}",
+    ),
+    "paper": Wording(
+        (
+            "What type of object is in this photo?",
+            "Identify the object in this image.",
+            "What is the main object depicted in this photograph?",
+        ),
+        '{question} Choose one from "{options}".',
+        "A photo of a {class}",
+        "The photo features a",
+    ),
+}
+"""`paper` is that of Zhang et al. 2024; `plain` keeps to the embedded models' vocabulary."""
+
+
+def open_prompt(question: str, image: ImageLike | None) -> Prompt:
+    """The question alone; without an image it is text only."""
+    return Prompt(question, image)
+
+
+def stemmed(vlm: "VLM", prompt: Prompt, stem: str) -> Prompt:
+    """The prompt with the beginning of the answer after it."""
+    if not stem.strip():
+        return prompt
+    text = render(vlm, prompt)[0]
+    space = "" if text[-1].isspace() else " "
+    return Prompt(prompt.question, prompt.image, text=f"{text}{space}{stem.strip()}")
+
+
+def candidates(example: "Labelled", names: Sequence[str], k: int, *, seed: int, order: str) -> tuple[int, ...]:
+    """Numbers of the example's class and of k-1 others, drawn for each example by the seed.
+
+    Args:
+        order: `random`, anew for each example, or `fixed`, that of the data set; the candidates are the same.
+    """
+    if not 2 <= k <= len(names):
+        raise UsageError(f"{k} candidates are asked for among {len(names)} classes; 2 to {len(names)} can be")
+    rng, own = random.Random(f"{seed}/{k}/{example.id}"), names.index(example.label)
+    found = [own, *rng.sample([number for number in range(len(names)) if number != own], k - 1)]
+    mixed = rng.sample(found, k)
+    return tuple(sorted(found) if order == "fixed" else mixed)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer names: `substring` as the paper counts it, `named` the classes that stand there as whole words."""
+
+    substring: bool
+    named: tuple[str, ...]
+
+    @property
+    def only(self) -> str:
+        """The class named, if it is the only one; an answer that names none, or several, is none."""
+        return self.named[0] if len(self.named) == 1 else ""
+
+
+def read_answer(answer: str, label: str, names: Sequence[str]) -> Reading:
+    """Which of the names an answer holds.
+
+    Whole words: names and answer as `normalised` words, the longest names first, and what one has taken is no other's
+    (so `cat fish` does not name the cat). Substring: `label.lower() in answer.lower()`, which finds a cat in a
+    category, and in a list of all classes every one of them.
+    """
+    rest, found = f" {normalised(answer)} ".replace(" ", "  "), []
+    for name in sorted(names, key=lambda each: -len(normalised(each).split())):
+        words = f" {normalised(name)} ".replace(" ", "  ")
+        if words in rest:
+            found.append(name)
+            rest = rest.replace(words, "  |  ")
+    return Reading(label.lower() in answer.lower(), tuple(sorted(found, key=list(names).index)))
+
+
+def too_long(vlm: "VLM", prompt: Prompt, asked: str, n_new: int) -> str:
+    """Why a question does not fit the model's positions in the place of the prompt's; empty if it does."""
+    most = getattr(vlm.config.get_text_config(), "max_position_embeddings", None)
+    listed, plain = (len(vlm.tokenizer(text, verbose=False)["input_ids"]) for text in (asked, prompt.question))
+    n_tokens = vlm.encode(prompt).n_pos + listed - plain + n_new
+    return "" if most is None or n_tokens <= most else f"{n_tokens} tokens with the answer, for {most} positions"
+
+
+def longest(names: Sequence[str], tokens: Sequence[int], k: int) -> list[str]:
+    """The k names with most tokens: no other candidates make a longer prompt."""
+    order = sorted(range(len(names)), key=lambda number: -tokens[number])
+    return [names[number] for number in order[:k]]
+
+
+def check_known(vlm: "VLM", texts: Sequence[str], what: str) -> None:
+    """Raises `UsageError` when a text holds a word that the model's tokenizer does not know."""
+    unknown = vlm.tokenizer.unk_token_id
+    for text in texts:
+        made = vlm.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        for number, (start, end) in zip(made["input_ids"], made["offset_mapping"], strict=True):
+            if unknown is not None and number == unknown:
+                raise UsageError(f"{what} {text!r} holds {text[start:end]!r}, which {vlm.name} has no token for")
+
+
+# Answers
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer brought to a common form; `kind` is letter, yes/no, number, text, or none for what says nothing."""
+
+    kind: str
+    value: str
+
+    def same(self, other: "Said") -> bool:
+        """Whether both say the same; what says nothing is never the same."""
+        return self.kind != "none" and self == other
+
+
+def said(text: str, *, letters: bool = False) -> Said:
+    """What an answer says: a letter (where options have letters), yes or no, a number, or its words.
+
+    The first of these that begins the answer counts; case, punctuation and articles do not.
+    """
+    bare = " ".join(re.findall(r"[\w.'-]+", text.lower())).strip(" .'-")
+    if letters and (found := re.match(r"\s*\(?([a-zA-Z])(\)|[.:]|\s|$)", text)):
+        return Said("letter", found[1].upper())
+    if found := re.match(r"(yes|no)\b", bare):
+        return Said("yes/no", found[1])
+    if found := re.match(r"-?\d+(\.\d+)?\b", bare):
+        return Said("number", str(float(found[0])))
+    words = re.sub(r"^(a|an|the)\s+", "", bare)
+    return Said("text", words) if words else Said("none", "")

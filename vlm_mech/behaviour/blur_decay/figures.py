@@ -1,0 +1,54 @@
+"""Figures of visual decay, and its pictures, level by level."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from vlm_mech.behaviour.blur_decay.blur import NONE, decayed, resized
+from vlm_mech.behaviour.blur_decay.findings import level_name
+from vlm_mech.behaviour.blur_decay.probes import CONTROLS, DECODED, PROBES
+from vlm_mech.behaviour.blur_decay.study import FLOORS, SWAPS, WHOLE
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.inputs.image import load_image
+from vlm_mech.results import figures
+from vlm_mech.results.result import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+def drawn(result: Result) -> "dict[str, go.Figure]":
+    """Curves of the answers by level, and of the swaps by layer, a panel a level."""
+    behaviour = {"view": [each for two in FLOORS.items() for each in two], "layer": WHOLE}
+    titles = {
+        "unchanged": "answers that never changed (C)", "same": "answers as on the clean picture (E)",
+        "correct": "right answers", "correct_unchanged": "right answers among the unchanged",
+    }  # fmt: skip
+    found = {
+        name: figures.lines(result, x="level", colour="view", metric=name, where=behaviour, title=title)
+        for name, title in titles.items()
+    }
+    if set(SWAPS.values()) & set(result.table["view"]):
+        found["read_layers"] = figures.lines(
+            result, x="layer", colour="level", metric="recovered", facet="view", where={"view": list(SWAPS.values())},
+            title="where the answer is read as the pictures decay: recovered fraction",
+        )  # fmt: skip
+    if set(PROBES.values()) & set(result.table["view"]):
+        views = [*PROBES.values(), *CONTROLS.values()]
+        found["decoded"] = figures.lines(
+            result, x="layer", colour="level", metric=DECODED.name, facet="view", where={"view": views},
+            title="what probes of clear pictures read as the pictures decay: share of answers",
+        )  # fmt: skip
+    return found
+
+
+def ladder(pairs: Pairs, levels: Sequence[str], *, n: int = 3) -> tuple[tuple[str, Image.Image], ...]:
+    """The pictures of some pairs at every level."""
+    shown = []
+    for pair in list(pairs)[:n]:
+        whole = resized(load_image(pair.image))
+        for level in levels:
+            if level != NONE:
+                shown.append((f"{pair.question} {pair.answer}: {level_name(level)}", decayed(whole, level)))
+    return tuple(shown)

@@ -1,0 +1,119 @@
+"""What a run of visual decay says, in sentences made from its numbers."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from vlm_mech.behaviour.blur_decay.probes import CONTROLS, DECODED, PROBES
+from vlm_mech.behaviour.blur_decay.study import FLOORS, OWN, SWAPS, TWIN, WHOLE
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.results.result import Result
+from vlm_mech.results.statistics import share_interval
+
+# What follows
+
+
+def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, ...]:
+    """How much stays unchanged under all decay, above which floor, for whom, and where the answer is read meanwhile."""
+    found = [f"{len(pairs)} examples of {pairs.name}."]
+    summary = result.summary()
+    for view, right in ((OWN, pairs.answer), (TWIN, pairs.counterfactual_answer)):
+        answers = dict(zip([pair.id for pair in pairs], right, strict=True))
+        found += _unchanged(result, summary, view, answers, levels[-1])
+    unread = result.table[result.table["view"].isin(list(FLOORS)) & (result.table["unread"] == True)]  # noqa: E712
+    if len(unread):
+        found.append(f"{len(unread)} answers say nothing and count as changed.")
+    return (*found, *_reading(result), *_decoded(result))
+
+
+def _unchanged(result: Result, summary: pd.DataFrame, view: str, answers: dict[str, str], last: str) -> tuple[str, ...]:
+    """What is said of the answers about one of the pictures."""
+    floor = FLOORS[view]
+    rows = {each: _row(summary, each, last, "unchanged") for each in (view, floor)}
+    difference = result.contrast(*({"view": each, "level": last, "layer": WHOLE} for each in rows), "unchanged")
+    table = result.table[(result.table["view"] == view) & (result.table["level"] == last)]
+    by_clean = [
+        f"{_share(table.loc[table['clean_right'] == right, 'unchanged'])} of those {name}"
+        for right, name in ((True, "right on the clear picture"), (False, "wrong there"))
+    ]
+    asked = f"answers about the {view}"
+    found = [
+        f"{asked}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another pair's "
+        f"picture at every level but the same question: {_told(rows[floor])}; above it by {difference['mean']:+.3f} "
+        f"({difference['ci_low']:+.3f} to {difference['ci_high']:+.3f}); unchanged are {' and '.join(by_clean)}."
+    ]
+    kept = table[table["unchanged"] == 1]
+    if len(kept):
+        commonest = pd.Series(answers)[kept["example"]].value_counts().iloc[0]
+        found.append(
+            f"{asked}, of the unchanged {_share(kept['correct'])} are right; always naming their commonest right "
+            f"answer would be right in {commonest / len(kept):.3f}."
+        )
+    return tuple(found)
+
+
+def _reading(result: Result) -> tuple[str, ...]:
+    """From which layer on the last token holds the answer, and until which the image does, at each level."""
+    found = []
+    table = pd.DataFrame(result.table[result.table["view"].isin(list(SWAPS.values()))])
+    for level in table["level"].drop_duplicates():
+        held = table[(table["level"] == level) & table["recovered"].notna()]
+        n = len(set(held["example"]))
+        if n < 2:
+            found.append(
+                f"at {level_name(level)} the two pictures of {n} pair(s) are told apart; nothing is said of layers."
+            )
+            continue
+        ends = []
+        for view, rising in ((SWAPS["image"], False), (SWAPS["last"], True)):
+            at = result.crossing({"view": view, "level": level}, "layer", 0.5, rising=rising, metric="recovered")
+            ends.append(" to ".join("none" if at[end] is None else str(at[end]) for end in ("low", "high")))
+            ends[-1] = f"{'none' if at['at'] is None else at['at']} ({ends[-1]})"
+        found.append(
+            f"at {level_name(level)} (n = {n}): a swap of the image no longer turns the answer from layer {ends[0]} "
+            f"on, one of the last token does from layer {ends[1]} on."
+        )
+    return tuple(found)
+
+
+def _decoded(result: Result) -> tuple[str, ...]:
+    """What probes fitted on clear pictures find after the first and the last block, at each level."""
+    if DECODED not in result.metrics:
+        return ()
+    summary = result.summary(DECODED.name)
+    held = summary[summary["n"] > 0]
+    found = []
+    for level in held["level"].drop_duplicates():
+        rows = held[held["level"] == level]
+        ends = {view: rows[rows["view"] == view].sort_values("layer").iloc[[0, -1]] for view in PROBES.values()}
+        told = "; ".join(
+            f"{view} after block {row['layer']} {_told(row)}" for view, two in ends.items() for _, row in two.iterrows()
+        )
+        worst = rows[rows["view"].isin(list(CONTROLS.values()))]["mean"].max()
+        found.append(
+            f"at {level_name(level)}, share of answers found by probes of clear pictures: {told}; with shuffled labels "
+            f"at most {worst:.3f}, chance {rows['baseline'].iloc[0]:.3f}."
+        )
+    return tuple(found)
+
+
+def level_name(level: str) -> str:
+    return f"kernel {level}" if level.isdigit() else level
+
+
+def _row(summary: pd.DataFrame, view: str, level: str, metric: str) -> pd.Series:
+    chosen = (summary["view"] == view) & (summary["level"] == level) & (summary["metric"] == metric)
+    return summary[chosen].iloc[0]
+
+
+def _told(row: pd.Series) -> str:
+    return f"{row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}, n = {row['n']})"
+
+
+def _share(values: pd.Series) -> str:
+    n = len(values)
+    if not n:
+        return "none (n = 0)"
+    hits = int(values.sum())
+    low, high = share_interval(hits, n)
+    return f"{hits / n:.3f} ({low:.3f} to {high:.3f}, n = {n})"

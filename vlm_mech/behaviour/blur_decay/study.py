@@ -1,0 +1,101 @@
+"""What blurring does to answers, and to where they are read, as the rows of a table."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from vlm_mech.architectures.site import Site
+from vlm_mech.behaviour.blur_decay.blur import NONE
+from vlm_mech.behaviour.blur_decay.data import answers_at, compared, with_images
+from vlm_mech.behaviour.blur_decay.probes import DECODED
+from vlm_mech.data.pairs import Pairs, partners
+from vlm_mech.inputs.image import load_image
+from vlm_mech.methods.layer_swap.study import RECOVERED, swap_states
+from vlm_mech.results.result import Metric
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+AXES = ("view", "level", "layer")
+OWN, STRANGER = "picture", "another's picture"
+TWIN, STRANGE_TWIN = "counterfactual", "another's counterfactual"
+FLOORS = {OWN: STRANGER, TWIN: STRANGE_TWIN}
+"""What is asked about: the pictures of the pairs, and beside them what shows how much never changes anyhow."""
+SWAPS = {"image": "swap of image", "last": "swap of last"}
+WHOLE = -1
+"""Layer of what is asked of the whole model."""
+SAME = Metric(
+    "same",
+    "share",
+    "E: share of answers that are the answer to the picture as it is; no answer is never the same",
+    against="clear picture",
+)
+UNCHANGED = Metric(
+    "unchanged", "share", "C: share of answers that were that answer at every level so far", against="clear picture"
+)
+CORRECT = Metric("correct", "share", "share of right answers", against="clear picture")
+CORRECT_UNCHANGED = Metric(
+    "correct_unchanged", "share", "share of right answers among those unchanged so far", against="clear picture"
+)
+METRICS = (UNCHANGED, SAME, CORRECT, CORRECT_UNCHANGED, RECOVERED, DECODED)
+
+
+def decay(
+    vlm: "VLM",
+    pairs: Pairs,
+    levels: Sequence[str],
+    *,
+    seed: int = 0,
+    mechanism: Sequence[str] = (),
+    letters: bool = False,
+    max_new_tokens: int = 8,
+    memory: int | str | None = None,
+) -> pd.DataFrame:
+    """One batch at every level: answers about both pictures of its pairs and about those of another pair, and swaps.
+
+    Args:
+        seed: which other pair of the batch lends its pictures for the floor of what is unchanged.
+        mechanism: levels at which the states of one picture of each pair are swapped into the run on the other, both at
+            that level (see `layer_swap.study.swap_states`), whatever is answered.
+        letters: whether answers are letters of options.
+
+    Returns:
+        One row per example and cell of `AXES`; what a view does not measure is missing.
+
+    Raises:
+        UsageError: there is one pair alone.
+    """
+    others = partners(len(pairs), seed=seed)
+    answers: dict[str, dict[str, list[str]]] = {view: {} for two in FLOORS.items() for view in two}
+    swaps = []
+    for level in levels:
+        if level == NONE:
+            texts = answers_at(vlm, pairs, [None] * len(pairs), max_new_tokens=max_new_tokens)
+            answers = {view: held | {level: texts} for view, held in answers.items()}
+            continue
+        shown = with_images(pairs, level)
+        first, second = ([load_image(each.image) for each in some] for some in (shown.base, shown.counterfactual))
+        for (view, floor), pictures in zip(FLOORS.items(), (first, second), strict=True):
+            answers[view][level] = answers_at(vlm, pairs, pictures, max_new_tokens=max_new_tokens)
+            strange = [pictures[other] for other in others]
+            answers[floor][level] = answers_at(vlm, pairs, strange, max_new_tokens=max_new_tokens)
+        if level in mechanism:
+            swaps.append(_swapped(vlm, shown, memory).assign(level=level))
+    tables = []
+    names = [pair.id for pair in pairs]
+    for (view, floor), right in zip(FLOORS.items(), (pairs.answer, pairs.counterfactual_answer), strict=True):
+        for each in (view, floor):
+            table = compared(answers[each], answers[view][levels[0]], right, letters=letters)
+            tables.append(table.assign(view=each, layer=WHOLE, example=names * len(levels)))
+    groups = {pair.id: pair.group or pair.id for pair in pairs}
+    table = pd.concat([*tables, *swaps], ignore_index=True)
+    table["level"] = pd.Categorical(table["level"], list(levels), ordered=True)
+    return table.assign(group=table["example"].map(groups), skipped=table["skipped"].fillna("") if mechanism else "")
+
+
+def _swapped(vlm: "VLM", pairs: Pairs, memory: int | str | None) -> pd.DataFrame:
+    sites = [Site("llm.resid_post", layer) for layer in vlm.llm_layers]
+    table, _ = swap_states(vlm, pairs, sites, tuple(SWAPS), directions=("noising",), only_correct=False, memory=memory)
+    kept = table[["example", "layer", "recovered", "recovered_baseline", "skipped"]]
+    return kept.assign(view=table["span"].map(SWAPS))

@@ -1,0 +1,99 @@
+"""What a classification run asks: pictures, names, wordings, numbers of candidates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlm_mech.behaviour.answering.answers import (
+    Wording,
+    check_known,
+    longest,
+    open_prompt,
+    stemmed,
+    too_long,
+)
+from vlm_mech.behaviour.answering.names import Names, names_after
+from vlm_mech.data.image_classes import Classes
+from vlm_mech.errors import UsageError
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+CANDIDATES = (2, 5, 20, 100)
+"""Numbers of candidates in the paper; all classes come last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """What is asked of which pictures. `left_out` says which closed questions do not fit the model, and why."""
+
+    data: Classes
+    wording: Wording
+    names: Names
+    ks: tuple[int, ...]
+    closed: tuple[int, ...]
+    orders: tuple[str, ...]
+    left_out: dict[int, str]
+    n_new: int
+    seed: int
+    batch: int
+    rows: int
+
+    @property
+    def question(self) -> str:
+        """The question that everything is compared on: the first one, fixed beforehand."""
+        return self.wording.questions[0]
+
+
+def design_of(
+    vlm: "VLM",
+    data: Classes,
+    wording: Wording,
+    *,
+    ks: Sequence[str] = (),
+    orders: Sequence[str] = ("random", "fixed"),
+    n_new: int = 16,
+    seed: int = 0,
+    batch: int = 32,
+    rows: int = 128,
+) -> Design:
+    """The design, checked against model and data before anything is run.
+
+    Args:
+        ks: numbers of candidates, `all` among them; by default those of `CANDIDATES` below the number of classes, and
+            all. Closed questions too long for the model are left out of the default, and refused when asked for.
+        n_new: tokens generated at most.
+
+    Raises:
+        UsageError: names that cannot be scored, a word that the tokenizer does not know, candidates that cannot be.
+    """
+    wanted, first = _numbers(ks, len(data.names)), data.test[0]
+    prompts = [stemmed(vlm, open_prompt(question, first.image), wording.stem) for question in wording.questions]
+    check_known(vlm, [*wording.questions, wording.among("", ()), wording.stem], "the wording")
+    names = names_after(vlm, prompts, data.names)
+    left_out: dict[int, str] = {}
+    for k in wanted:
+        asked = wording.among(wording.questions[0], longest(data.names, names.lengths, k))
+        why = too_long(vlm, open_prompt(wording.questions[0], first.image), asked, n_new)
+        if why and ks:
+            raise UsageError(f"--k {k} makes a prompt of {why}; choose fewer candidates")
+        if why:
+            left_out[k] = why
+    closed = tuple(k for k in wanted if k not in left_out)
+    return Design(data, wording, names, wanted, closed, tuple(orders), left_out, n_new, seed, batch, rows)
+
+
+def _numbers(ks: Sequence[str], n_classes: int) -> tuple[int, ...]:
+    if not ks:
+        return (*(k for k in CANDIDATES if k < n_classes), n_classes)
+    found = []
+    for k in ks:
+        if k != "all" and not (k.isdigit() and 2 <= int(k) <= n_classes):
+            raise UsageError(
+                f"--k {k} is no number of candidates among {n_classes} classes; 2 to {n_classes} or all is"
+            )
+        found.append(n_classes if k == "all" else int(k))
+    if len(set(found)) < len(found):
+        raise UsageError(f"--k {' '.join(ks)} names {max(found, key=found.count)} candidates twice")
+    # All classes are always there: methods are compared on them.
+    return tuple(sorted({*found, n_classes}))

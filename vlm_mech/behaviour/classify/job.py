@@ -1,0 +1,224 @@
+"""The steps of a classification run, each kept when it is done: before tuning, tuning, and after it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlm_mech.behaviour.classify import figures
+from vlm_mech.behaviour.classify.baselines import contrastive_table, probe_table
+from vlm_mech.behaviour.classify.data import Design
+from vlm_mech.behaviour.classify.findings import comparisons, findings
+from vlm_mech.behaviour.classify.frequency import Rule, binned, correlations, counted, read_counts, training_texts
+from vlm_mech.behaviour.classify.study import Calibration, all_scores, averaged, generated, kept, score_tables
+from vlm_mech.behaviour.classify.table import AXES, LOADED, METRICS, OPEN, completed
+from vlm_mech.behaviour.classify.tuning import Tuning, tune
+from vlm_mech.behaviour.classify.two_hops import Asked, answered, load_questions, other_questions, scene_questions
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import load_image
+from vlm_mech.results.result import Result
+from vlm_mech.runs.outcome import Outcome
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+    from vlm_mech.runs.workspace import Workspace
+
+N_PICTURES = 2000
+"""Pictures whose training text is counted; the embedded models saw 109,056."""
+N_SHOWN = 6
+SCENES = "scenes/"
+EMBEDDED = ("organism", "organism-grounded")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run does beside generating and scoring."""
+
+    question: str
+    contrastive: str | None
+    loading: Mapping[str, Any]
+    probes: bool
+    positions: int
+    counts: Path | None
+    rule: Rule
+    stage: str | None
+    qa: Path | None
+    n_qa: int
+    tuning: Tuning | None
+
+
+def options_of(config: Any, question: str) -> Options:
+    """The options of the experiment's configuration, checked as far as they can be before anything is loaded.
+
+    Raises:
+        UsageError: a number that cannot be, or an option that needs another.
+    """
+    scenes = config.data.startswith(SCENES)
+    contrastive = config.contrastive or ("clip" if scenes else "none")
+    if config.n_qa < 1 or config.positions < 0:
+        raise UsageError(f"--n-qa {config.n_qa} must be at least 1 and --positions {config.positions} at least 0")
+    tuning = None
+    if config.tune != "none":
+        tuning = Tuning(config.tune, n_steps=config.tune_steps, rate=config.tune_rate, seed=config.seed)
+    return Options(
+        question=question,
+        contrastive=None if contrastive == "none" else contrastive,
+        loading={name: value for name, value in config.loading.items() if name != "revision"},
+        probes=config.probes,
+        positions=config.positions,
+        counts=config.counts,
+        rule=config.rule,
+        stage=config.model if scenes and config.model in EMBEDDED else None,
+        qa=config.qa,
+        n_qa=config.n_qa,
+        tuning=tuning,
+    )
+
+
+def run_all(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> Outcome:
+    """Everything, in the order in which it can be taken up again; tuning is done anew when a killed run goes on."""
+    counts = _counts(design, options)
+    about = _about(vlm, design, options)
+    asked = _asked(design, options)
+    calibrations = _model_steps(vlm, design, asked, LOADED, "0", work)
+    others = _other_steps(vlm, design, options, work)
+    tuned = None
+    if options.tuning is not None:
+        name = f"tuned ({options.tuning.what})"
+        tuned = tune(vlm, design.data.train, design.data.validation, design.question, options.tuning)
+        tuned = {"model": name} | tuned
+        _model_steps(vlm, design, asked, name, "1", work)
+    table = completed(work.collect()[0])
+    frequency = _frequency(table, design, options, counts)
+    about |= others | {"calibrations": [asdict(each) for each in calibrations], "tuned": tuned, "frequency": frequency}
+    result = Result("classification", table, AXES, METRICS, provenance=about)
+    paired = comparisons(result, design.question, len(design.data.names))
+    about["comparisons"] = [asdict(each) for each in paired]
+    told = findings(result, design, paired, calibrations, (frequency or {}).get("correlations", ()), tuned)
+    return Outcome(dataclasses.replace(result, findings=told), _drawn(result, design), _pictures(result, design))
+
+
+def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:
+    data, images = design.data, vlm.encode([_first_prompt(design)]).rows[0].images
+    positions = [place for picture in images for place in picture.positions]
+    return {
+        "question": options.question,
+        "model": vlm.identity(),
+        "data": {"name": data.name, "n": len(data.test), "n_classes": len(data.names), "hash": data.digest},
+        "refused": [asdict(each) for each in data.refused],
+        "wording": asdict(design.wording),
+        "left_out": {str(k): why for k, why in design.left_out.items()},
+        "image_positions": [min(positions), max(positions)] if positions else None,
+        "receipts": {},
+    }
+
+
+def _first_prompt(design: Design) -> Any:
+    from vlm_mech.behaviour.answering.answers import open_prompt
+
+    return open_prompt(design.question, design.data.test[0].image)
+
+
+def _asked(design: Design, options: Options) -> tuple[Asked, ...]:
+    """Two-hop questions: the user's own, or about beetles; other questions too where a model is tuned."""
+    if options.qa is not None:
+        return load_questions(options.qa, design.wording, n=options.n_qa)
+    if not design.data.name.startswith(SCENES):
+        return ()
+    found = scene_questions(options.n_qa, seed=design.seed)
+    return found if options.tuning is None else (*found, *other_questions(options.n_qa, seed=design.seed))
+
+
+def _model_steps(
+    vlm: "VLM", design: Design, asked: tuple[Asked, ...], model: str, key: str, work: "Workspace"
+) -> list[Calibration]:
+    """Answers, scores and questions of one state of the model."""
+    made = []
+    for start in work.progress(range(0, len(design.data.test), design.batch), f"answers ({model})"):
+        name = f"{key}-0-{start:08d}"
+        if name not in work:
+            work.keep(name, generated(vlm, design, design.data.test[start : start + design.batch], model), {})
+        made.append(pd.read_parquet(work.partial / f"{name}.parquet"))
+    work.keep(f"{key}-1-average", averaged(pd.concat(made), design.wording.questions), {})
+    scores = kept(work.partial / f"{key}-scores.safetensors", lambda: all_scores(vlm, design))
+    table, calibrations = score_tables(design, model, scores)
+    work.keep(f"{key}-2-scores", table, {})
+    if asked and f"{key}-4-asked" not in work:
+        sizes = {"n_new": design.n_new, "batch": design.batch, "n_rows": design.rows}
+        work.keep(f"{key}-4-asked", answered(vlm, asked, model, **sizes), {})
+    return calibrations
+
+
+def _other_steps(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> dict[str, Any]:
+    about: dict[str, Any] = {}
+    if options.contrastive is not None:
+        from vlm_mech.models.dual_encoder import DualEncoder
+
+        encoder = DualEncoder.load(options.contrastive, **options.loading)
+        about["contrastive"] = encoder.identity()
+        if "0-3-contrastive" not in work:
+            work.keep("0-3-contrastive", contrastive_table(encoder, design), {})
+    if options.probes:
+        device = str(vlm.device)
+        how = {"n_positions": options.positions, "folder": work.partial / "states", "device": device}
+        table, about["probes"] = probe_table(vlm, design, **how)
+        work.keep("0-3-probes", table, {})
+    return about
+
+
+def _counts(design: Design, options: Options) -> dict[str, int] | None:
+    """How often each class is in the training text; None where that is not known."""
+    names = design.data.names
+    if options.counts is not None:
+        found = read_counts(options.counts, names)
+    elif options.stage is not None:
+        texts = training_texts(options.stage, N_PICTURES, seed=design.seed)
+        found = counted(texts, names, rule=options.rule)
+    else:
+        return None
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+def _frequency(
+    table: pd.DataFrame, design: Design, options: Options, counts: dict[str, int] | None
+) -> dict[str, Any] | None:
+    if counts is None:
+        return None
+    text = (
+        f"{options.counts}"
+        if options.counts
+        else f"{N_PICTURES} pictures' questions of the training of {options.stage}"
+    )
+    found = {"text": text, "rule": "as given" if options.counts else options.rule, "counts": counts}
+    found |= {"correlations": correlations(table, counts, seed=design.seed)}
+    return found | {"bins": binned(table, counts, seed=design.seed)}
+
+
+def _drawn(result: Result, design: Design) -> dict[str, Any]:
+    asked = {"question": design.question}
+    drawn = {
+        "accuracy": figures.accuracy_bars(result, **asked),
+        "candidates": figures.candidate_lines(result, **asked),
+    }
+    if result.provenance["frequency"]:
+        drawn["frequency"] = figures.frequency_scatter(result, **asked)
+    if result.table["method"].str.startswith("probe, position").any():
+        drawn["positions"] = figures.position_lines(result, **asked)
+    if result.provenance["tuned"]:
+        drawn["tuning"] = figures.tuning_dots(result)
+    return drawn
+
+
+def _pictures(result: Result, design: Design) -> tuple[tuple[str, Any], ...]:
+    """Some test pictures with what each model generates in the open."""
+    table = result.table
+    rows = table[(table["question"] == design.question) & (table["world"] == OPEN) & (table["method"] == "generation")]
+    shown = []
+    for each in design.data.test[:N_SHOWN]:
+        said = rows[rows["example"] == each.id]
+        texts = [f"{row['model']}: {row['answer']!r}" for _, row in said.iterrows()]
+        shown.append((f"{each.label}; {', '.join(texts)}", load_image(each.image)))
+    return tuple(shown)

@@ -1,0 +1,1 @@
+"""What tuning a contrastive model on captions of relations buys."""

@@ -1,0 +1,115 @@
+"""What a tuning of a contrastive model says, in sentences made from its numbers, with its tests."""
+
+from typing import Any
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from vlm_mech.behaviour.contrastive_tuning.data import NONE, READER
+from vlm_mech.behaviour.contrastive_tuning.study import CHANCE
+from vlm_mech.results.result import Result
+from vlm_mech.results.statistics import corrected
+
+SURE = 0.05
+LEARNED = 0.9
+"""Share of the pairs tuned on from which on they count as learned."""
+
+
+def tests(result: Result) -> pd.DataFrame:
+    """McNemar's exact tests of every tuning on every data set, against no tuning and against the VLM.
+
+    One row each: `n`, pairs that it alone (`won`) and the other alone (`lost`) gets right, `p`, and `p_corrected` by
+    Holm's method over all tests against the same other.
+    """
+    held = result.table[result.table["skipped"] == ""]
+    right = held.pivot(index=["data", "example"], columns="tuning", values="pair")
+    tables = []
+    for other in (NONE, READER):
+        rows = []
+        for data in held["data"].drop_duplicates():
+            for tuning in held["tuning"].drop_duplicates():
+                if tuning not in (other, READER):
+                    one, two = right.loc[data, tuning], right.loc[data, other]
+                    won, lost = int((one > two).sum()), int((two > one).sum())
+                    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+                    row = {"data": data, "tuning": tuning, "other": other, "n": len(one)}
+                    rows.append(row | {"won": won, "lost": lost, "p": p})
+        table = pd.DataFrame(rows)
+        tables.append(table.assign(p_corrected=corrected(table["p"].to_numpy(), "holm")))
+    return pd.concat(tables, ignore_index=True)
+
+
+# What follows
+
+
+def findings(result: Result) -> tuple[str, ...]:
+    """What tuning moved on which data set, beside no tuning, the VLM, chance and the controls."""
+    told = result.provenance["tuning"]
+    summary, tested = result.summary("pair"), tests(result)
+    summary = summary[summary["n"] > 0]
+    data = list(summary["data"].drop_duplicates())
+    found = [
+        f"tuned on {told['n_train']} pairs of {', '.join(told['train'])} (train split), {told['recipe']['n_steps']} "
+        f"steps of {told['recipe']['batch']} pictures, one seed; rates chosen among "
+        f"{', '.join(f'{rate:g}' for rate in told['rates'])} by pair accuracy on {told['n_validation']} validation "
+        "pairs of these sets; below, test pairs, pair accuracy (chance 0.25), intervals over pairs.",
+        _verdict(summary, tested, told),
+    ]
+    found += [_beside_vlm(summary, tested, name) for name in data]
+    found.append("by tuning: pair accuracy, and in brackets pairs won and lost against no tuning, McNemar's p (Holm).")
+    for note in told["variants"]:
+        parts = [_moved(summary, tested, note["tuning"], name) for name in data]
+        fitted = f"{note['fitted']:.2f} of the pairs tuned on"
+        found.append(f"{note['tuning']} (rate {note['rate']:g}, {fitted}): {'; '.join(parts)}.")
+    return tuple(found)
+
+
+def _verdict(summary: pd.DataFrame, tested: pd.DataFrame, told: dict[str, Any]) -> str:
+    """Which tunings tell a relation apart after all, and which lose what they were not tuned on."""
+    lifted, lost = [], []
+    rows: list[dict[str, Any]] = tested[tested["other"] == NONE].to_dict("records")
+    for test in rows:
+        where = f"{test['tuning']} on {test['data']}"
+        if test["p_corrected"] >= SURE:
+            continue
+        low = float(_row(summary, test["tuning"], test["data"])["ci_low"])
+        if test["won"] > test["lost"] and low > CHANCE["pair"]:
+            lifted.append(where)
+        if test["lost"] > test["won"] and test["data"] not in told["train"]:
+            lost.append(where)
+    best = max(told["variants"], key=lambda note: note["fitted"])
+    carried = (
+        "what it does not get right on test pairs is not for want of steps, though it may be of pairs"
+        if best["fitted"] >= LEARNED
+        else "where this is low too, the tuning was too short or the tower does not show it, which is not told apart"
+    )
+    return (
+        f"above chance and above no tuning (McNemar, Holm over tunings and data sets, p < {SURE}): "
+        f"{', '.join(lifted) or 'none'}; worse than before on what was not tuned on: {', '.join(lost) or 'none'}. "
+        f"Most is learned of the pairs tuned on by {best['tuning']}: {best['fitted']:.2f} of {told['n_fitted']} asked "
+        f"again; {carried}."
+    )
+
+
+def _beside_vlm(summary: pd.DataFrame, tested: pd.DataFrame, data: str) -> str:
+    """What the model does untuned and the VLM, and which tunings do not stay behind the VLM."""
+    own = tested[(tested["data"] == data) & (tested["other"] == READER) & (tested["tuning"] != NONE)]
+    behind = (own["p_corrected"] < SURE) & (own["lost"] > own["won"])
+    near = ", ".join(own["tuning"][~behind]) or "none"
+    untuned, reader = (_told(_row(summary, tuning, data)) for tuning in (NONE, READER))
+    return f"{data}: no tuning {untuned}; the VLM {reader}; not below it (McNemar, Holm, p < {SURE}): {near}."
+
+
+def _moved(summary: pd.DataFrame, tested: pd.DataFrame, tuning: str, data: str) -> str:
+    chosen = (tested["tuning"] == tuning) & (tested["data"] == data) & (tested["other"] == NONE)
+    own = tested[chosen].iloc[0]
+    counts = f"+{int(own['won'])} -{int(own['lost'])}, p = {own['p_corrected']:.2g}"
+    return f"{data} {_told(_row(summary, tuning, data))} [{counts}]"
+
+
+def _row(summary: pd.DataFrame, tuning: str, data: str) -> pd.Series:
+    return summary[(summary["tuning"] == tuning) & (summary["data"] == data)].iloc[0]
+
+
+def _told(row: pd.Series) -> str:
+    return f"{row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}, n = {row['n']})"

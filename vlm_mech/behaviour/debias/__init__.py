@@ -1,0 +1,1 @@
+"""Tuning a model to look: LoRA by rewards or by answers."""

@@ -1,0 +1,66 @@
+"""The pictures of a tuning towards looking: to tune on, to choose on, to test on."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlm_mech.data.pairs import Pairs, by_groups, load_pairs, turned
+from vlm_mech.errors import UsageError
+from vlm_mech.methods.visual_flow.data import CONFLICT, cases_of
+
+IN_CONFLICT, USUAL = "in conflict", "usual"
+SHARES = (0.6, 0.2)
+"""Of the groups of a folder, to train and to validate; the rest is to test."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Pairs to tune on, to choose the checkpoint by, and to report; those in conflict come first in each."""
+
+    train: Pairs
+    validation: Pairs
+    test: Pairs
+
+
+def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed: int) -> Parts:
+    """The pairs of a set in conflict, turned so that the picture in conflict is asked about first.
+
+    Generated scenes have splits of their own. The pairs of a folder, whose first picture is in conflict and whose
+    second answer is the prior's, are cut by groups: 60 % to train, 20 % to validate, the rest to test.
+
+    Raises:
+        UsageError: generated pairs without conflict, or a folder with too few groups.
+    """
+    if not data.startswith("scenes/"):
+        return Parts(*by_groups(load_pairs(data, n=n), SHARES, seed=seed))
+    if not data.endswith(CONFLICT):
+        raise UsageError(f"data {data!r} has no pictures in conflict with a prior; scenes/colour{CONFLICT} has")
+    wanted = {"train": n_train, "validation": n_validation, "test": n}
+    found = {split: load_pairs(data, n=count, seed=seed, split=split) for split, count in wanted.items()}
+    return Parts(**{split: cases_of(pairs).pairs for split, pairs in found.items()})
+
+
+def with_answers_of_others(pairs: Pairs, *, seed: int) -> Pairs:
+    """The pairs with an answer, for the picture in conflict, that is true of another one: a control of the tuning.
+
+    It is neither the own true answer nor the prior's, so that a tuning can only learn to leave the prior.
+
+    Raises:
+        UsageError: no other pair has such an answer.
+    """
+    rng, changed = random.Random(f"others/{seed}"), []
+    for pair in pairs:
+        free = [each.answer for each in pairs if each.answer not in (pair.answer, pair.counterfactual_answer)]
+        if not free:
+            raise UsageError(f"pair {pair.id}: no other pair of {pairs.name} has an answer that is neither of its own")
+        changed.append(dataclasses.replace(pair, answer=rng.choice(free)))
+    return dataclasses.replace(pairs, pairs=tuple(changed))
+
+
+# Answers
+
+
+def tasks_of(test: Pairs, untouched: Sequence[Pairs]) -> dict[str, Pairs]:
+    """What is asked before and after: pictures in conflict, their usual twins, and what nothing was tuned on."""
+    return {IN_CONFLICT: test, USUAL: turned(test), **{pairs.name: pairs for pairs in untouched}}

@@ -1,0 +1,161 @@
+"""Before and after a tuning towards looking: the answers of a run, as the rows of a table."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from vlm_mech.behaviour.answering.answers import said
+from vlm_mech.behaviour.debias.adapter import History, checkpoint_at, put_back, save_adapter, trained_of
+from vlm_mech.behaviour.debias.data import IN_CONFLICT, USUAL, Parts, tasks_of
+from vlm_mech.behaviour.debias.training import Recipe, train
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.interventions.trace import generate
+from vlm_mech.methods.weight_swap.blocks import switched
+from vlm_mech.results.result import Metric
+from vlm_mech.runs.workspace import Workspace
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+AXES = ("state", "task")
+BASE, TUNED, RANDOM = "base", "tuned", "random adapter of equal size"
+STATES = (BASE, TUNED, RANDOM)
+TRUTH = Metric("truth", "share", "share of answers that are the true one and nothing else", against=BASE)
+PRIOR = Metric("prior", "share", "share of answers to pictures in conflict that are the prior's", against=BASE)
+METRICS = (TRUTH, PRIOR)
+
+
+def answered(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> list[str]:
+    """Greedy answers to the questions about the first pictures."""
+    prompts = [Prompt(pair.question, pair.image) for pair in pairs]
+    found: list[str] = []
+    for start in range(0, len(prompts), batch):
+        found += generate(vlm, prompts[start : start + batch], max_new_tokens=max_new_tokens).texts
+    return found
+
+
+def asked(vlm: "VLM", tasks: dict[str, Pairs], state: str, *, batch: int, max_new_tokens: int) -> pd.DataFrame:
+    """One row per example of every task: the answer, and whether it is the true or the prior's one."""
+    tables = []
+    for task, pairs in tasks.items():
+        texts = answered(vlm, pairs, batch=batch, max_new_tokens=max_new_tokens)
+        rows = []
+        for pair, text in zip(pairs, texts, strict=True):
+            now = said(text)
+            row: dict[str, Any] = {"example": f"{task}/{pair.id}", "group": pair.group or pair.id, "answer": text}
+            row["truth"] = float(now.same(said(pair.answer)))
+            row["prior"] = float(now.same(said(pair.counterfactual_answer))) if task == IN_CONFLICT else float("nan")
+            rows.append(row)
+        tables.append(pd.DataFrame(rows).assign(task=task, state=state))
+    return pd.concat(tables, ignore_index=True)
+
+
+def validated(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> dict[str, Any]:
+    """Shares of right answers on pictures in conflict and on their usual twins, with their number."""
+    tasks = tasks_of(pairs, ())
+    table = asked(vlm, tasks, "", batch=batch, max_new_tokens=max_new_tokens)
+    conflict, usual = (float(table[table["task"] == task]["truth"].mean()) for task in (IN_CONFLICT, USUAL))
+    return {"conflict": conflict, "usual": usual, "n": len(pairs)}
+
+
+def chosen_step(history: History) -> int:
+    """The checkpoint with the largest mean of both shares on validation; among equals the first."""
+    kept = [entry for entry in history if "conflict" in entry]
+    return max(kept, key=lambda entry: entry["conflict"] + entry["usual"])["step"]
+
+
+def keep_answers(
+    work: Workspace, vlm: "VLM", tasks: dict[str, Pairs], state: str, *, batch: int, max_new_tokens: int
+) -> None:
+    """Asks everything in a state of the model and keeps the table among the batches, unless it is there."""
+    key = f"{STATES.index(state)}_{state.split()[0]}"
+    if key not in work:
+        work.keep(key, asked(vlm, tasks, state, batch=batch, max_new_tokens=max_new_tokens), {})
+
+
+def tuned(
+    work: Workspace,
+    vlm: "VLM",
+    adapter: Any,
+    parts: Parts,
+    recipe: Recipe,
+    *,
+    every: int,
+    batch: int,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Tunes, gives the model the checkpoint chosen on validation, writes its adapter into the run's folder.
+
+    Returns:
+        What was done, step by step.
+    """
+    folder = work.partial / "training"
+    validate = functools.partial(validated, vlm, parts.validation, batch=batch, max_new_tokens=max_new_tokens)
+    history = train(
+        vlm, adapter, parts.train, recipe, folder=folder, every=every, validate=validate, progress=work.progress
+    )
+    chosen = chosen_step(history)
+    put_back(adapter, checkpoint_at(folder, chosen))
+    save_adapter(vlm, adapter, work.folder / "adapter")
+    n_trained = sum(parameter.numel() for parameter in trained_of(adapter).values())
+    told = {"recipe": dataclasses.asdict(recipe), "chosen": chosen, "history": history}
+    return told | {"n_trained": n_trained, "n_pairs": len(parts.train)}
+
+
+def without_adapter(vlm: "VLM") -> AbstractContextManager[None]:
+    """The model as it was, for a while."""
+    return switched([vlm.model], on=False)
+
+
+@contextmanager
+def with_random_adapter(vlm: "VLM", *, seed: int) -> Iterator[None]:
+    """For a while, an adapter of the same rank and singular values in every map, its directions drawn at random.
+
+    So it is as large as the tuned one in the Frobenius norm and in every other that a rotation leaves alone.
+    """
+    generator, kept = torch.Generator().manual_seed(seed), []
+    with torch.no_grad():
+        for down, up in factors(vlm):
+            kept += [(down, down.clone()), (up, up.clone())]
+            values = torch.linalg.svdvals((up.float() @ down.float()).cpu())[: down.shape[0]]
+            left, right = (
+                torch.linalg.qr(torch.randn(size, down.shape[0], generator=generator))[0]
+                for size in (up.shape[0], down.shape[1])
+            )
+            down.copy_((right * values.sqrt()).T)
+            up.copy_(left * values.sqrt())
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in kept:
+                weight.copy_(before)
+
+
+def factors(vlm: "VLM") -> list[tuple[Tensor, Tensor]]:
+    """The two weights of every adapted map, rank x in and out x rank; the map gains a multiple of their product."""
+    layers: list[Any] = [each for each in vlm.model.modules() if hasattr(each, "lora_A") and len(each.lora_A)]
+    return [(each.lora_A["default"].weight, each.lora_B["default"].weight) for each in layers]
+
+
+# The table
+
+
+def completed(table: pd.DataFrame) -> pd.DataFrame:
+    """All examples in all cells: what belongs to another task is missing, and the baselines are the base's values."""
+    cells = [(state, task) for state in table["state"].unique() for task in table["task"].unique()]
+    examples = table.drop_duplicates("example")[["example", "group", "task"]].rename(columns={"task": "own"})
+    whole = examples.merge(pd.DataFrame(cells, columns=list(AXES)), how="cross")
+    whole = whole.merge(table.drop(columns="group"), how="left", on=["example", *AXES])
+    before = table[table["state"] == BASE].set_index("example")[["truth", "prior"]]
+    for name in ("truth", "prior"):
+        whole[f"{name}_baseline"] = whole["example"].map(before[name]).where(whole["own"] == whole["task"])
+    whole["skipped"] = (whole["own"] != whole["task"]).map({True: "an example of another task", False: ""})
+    return whole.drop(columns="own").assign(answer=whole["answer"].fillna(""))

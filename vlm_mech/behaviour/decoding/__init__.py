@@ -1,0 +1,1 @@
+"""Contrastive decoding (M3ID, VCD) where a prior competes with the picture."""

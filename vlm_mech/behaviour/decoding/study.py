@@ -1,0 +1,156 @@
+"""What contrastive decoding changes in answers where a prior competes with the picture: rows, and chosen doses."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from vlm_mech.behaviour.answering.answers import said
+from vlm_mech.behaviour.decoding.data import PAPER, PLAIN, Options, Setting
+from vlm_mech.behaviour.decoding.processors import ALPHA, M3ID, VCD, Dependency, Drawn, decode, seeds_of
+from vlm_mech.data.pairs import Pair, Pairs, about_others, turned
+from vlm_mech.results.result import Metric
+
+if TYPE_CHECKING:
+    from vlm_mech.inputs.prompt import Encoded
+    from vlm_mech.interventions.trace import Generation
+    from vlm_mech.models.vlm import VLM
+
+AXES = ("split", "picture", "step", "method", "dose")
+VALIDATION, TEST = "validation", "test"
+OWN, STRANGER, USUAL = "own picture", "another's picture", "usual picture"
+WHOLE = -1
+"""Step of what is asked of whole answers."""
+TRUTH = Metric("truth", "share", "share of answers that are what the picture shows")
+PRIOR = Metric("prior", "share", "share of answers that are the other answer of the pair: here what is usual")
+DEPENDENCY = Metric("dependency", "fraction", "PDM: Hellinger distance of the next token with and without the picture")
+METRICS = (TRUTH, PRIOR, DEPENDENCY)
+
+
+def answered(
+    vlm: "VLM", encoded: "Encoded", names: Sequence[str], setting: Setting, options: Options, more: Sequence[Any] = ()
+) -> "Generation":
+    """Answers by one setting; noise and draws depend on the seed of the run and the examples' names alone.
+
+    Args:
+        more: processors that look at the plain scores, before all others.
+    """
+    processors = list(more)
+    if setting.kind == "M3ID":
+        processors.append(M3ID(vlm, encoded, alpha=setting.alpha, rate=setting.dose, start=options.start))
+    elif setting.kind == "VCD":
+        seeds, cutoff = seeds_of(names, options.seed), options.cutoff
+        shared = {"seeds": seeds, "cutoff": cutoff, "step": options.noise_step}
+        processors.append(VCD(vlm, encoded, strength=setting.dose, **shared))
+    if setting.sampled:
+        # The same draws for every setting, so that settings are compared under the same luck.
+        processors.append(Drawn(encoded, seeds=seeds_of(names, options.seed + 1)))
+    return decode(vlm, encoded, processors, max_new_tokens=options.max_new_tokens)
+
+
+def alive(vlm: "VLM", generation: "Generation") -> np.ndarray:
+    """Whether each answer was not over before each of its tokens, rows x steps."""
+    ends = vlm.model.generation_config.eos_token_id
+    ended = np.isin(generation.ids.cpu().numpy(), np.atleast_1d(ends if ends is not None else -1))
+    return np.cumsum(ended, 1) - ended == 0
+
+
+def contrast(
+    vlm: "VLM",
+    pairs: Pairs,
+    others: Sequence[Pair],
+    settings: Sequence[Setting],
+    *,
+    split: str,
+    options: Options,
+    dependency: bool = False,
+) -> pd.DataFrame:
+    """Rows of one batch: answers by every setting about its pictures and, on test, about two controls.
+
+    Those are the pictures of `others`, the floor, and the usual pictures of the same pairs, about which a method that
+    merely turns away from what is usual would be wrong.
+
+    Args:
+        settings: the first is plain and greedy, which all are compared with.
+        dependency: also the dependency on the picture along the plain greedy answer.
+    """
+    views = {OWN: pairs}
+    if split == TEST:
+        views |= {STRANGER: about_others(pairs, others), USUAL: turned(pairs)}
+    names, tables = [pair.id for pair in pairs], []
+    for picture, shown in views.items():
+        encoded = vlm.encode(shown.base)
+        baseline: dict[str, Any] = {}
+        for setting in settings:
+            watch = [Dependency(vlm, encoded)] if dependency and setting == Setting() else []
+            told = answered(vlm, encoded, names, setting, options, watch)
+            rates = {
+                "truth": _are(told, shown.answer, options),
+                "prior": _are(told, pairs.counterfactual_answer, options),
+            }
+            baseline = baseline or {f"{name}_baseline": values for name, values in rates.items()}
+            place = {"picture": picture, "method": setting.method, "dose": setting.dose, "step": WHOLE}
+            tables.append(pd.DataFrame({"example": names, **place, **rates, **baseline, "answer": told.texts}))
+            if watch:
+                tables += _steps(names, watch[0], alive(vlm, told), place)
+    groups = {pair.id: pair.group or pair.id for pair in pairs}
+    table = pd.concat(tables, ignore_index=True)
+    table["answer"] = table["answer"].fillna("")
+    return table.assign(split=split, group=table["example"].map(groups))
+
+
+def _are(told: "Generation", wanted: Sequence[str], options: Options) -> np.ndarray:
+    pairs = zip(told.texts, wanted, strict=True)
+    same = [said(one, letters=options.letters).same(said(other, letters=options.letters)) for one, other in pairs]
+    return np.array(same, float)
+
+
+def _steps(names: Sequence[str], watch: Dependency, going: np.ndarray, place: dict[str, Any]) -> list[pd.DataFrame]:
+    """Dependency at each token of the answers that were not over before it; its baseline is no dependency."""
+    rows = []
+    for step, distances in enumerate(watch.steps):
+        values = np.where(going[:, step], distances.double().cpu().numpy(), np.nan)
+        columns = {**place, "step": step, "dependency": values, "dependency_baseline": 0.0}
+        rows.append(pd.DataFrame({"example": names, **columns}))
+    return rows
+
+
+def completed(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a row for every example and cell; what was not measured (the other split) is missing."""
+    examples = table[["example", "group"]].drop_duplicates()
+    cells = table[list(AXES)].drop_duplicates()
+    every = examples.merge(cells, how="cross")
+    found = every.merge(table.drop(columns="group"), how="left", on=["example", *AXES])
+    found["answer"] = found["answer"].fillna("")
+    return found
+
+
+# The choice
+
+
+def chosen(table: pd.DataFrame, settings: Sequence[Setting]) -> list[Setting]:
+    """For each kind and draw the setting most often right on validation; of equals, the one that changes least."""
+    own = table[(table["split"] == VALIDATION) & (table["picture"] == OWN)]
+    means: dict[Any, float] = own.groupby(["method", "dose"])["truth"].mean().to_dict()
+    found: dict[tuple[str, bool], Setting] = {}
+    for setting in sorted(settings, key=lambda each: (each.dose, each.alpha)):
+        key = (setting.kind, setting.sampled)
+        if setting.kind != PLAIN and setting.dose > 0:
+            held = found.setdefault(key, setting)
+            better = means[setting.method, setting.dose] > means[held.method, held.dose]
+            found[key] = setting if better else held
+    return list(found.values())
+
+
+def tested(choice: Sequence[Setting]) -> list[Setting]:
+    """What is asked on test: plain, the papers' values, those chosen, and both methods without any dose."""
+    kinds = list(dict.fromkeys(each.kind for each in choice))
+    found = [Setting(sampled=sampled) for sampled in (False, True)]
+    for kind in kinds:
+        alpha = ALPHA if kind == "M3ID" else 0.0
+        found += [Setting(kind, PAPER[kind], alpha, sampled) for sampled in (False, True)]
+    found += choice
+    found += [dataclasses.replace(each, dose=0.0) for each in choice if not each.sampled]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,1 @@
+"""Images that are alike to a contrastive model: who tells them apart?"""

@@ -1,0 +1,252 @@
+"""Images that differ in one thing, each with a caption and an answer that are true of it alone.
+
+Pairs come from the generated twins or a folder. Sets of four show the same two things in four relations (arXiv
+2411.05195).
+"""
+
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from vlm_mech.behaviour.erroneous_agreement.similarity import FEWEST
+from vlm_mech.data.counterfactual_scenes import ScenePair, sample_pairs
+from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
+from vlm_mech.data.render import render
+from vlm_mech.data.scene_questions import caption
+from vlm_mech.data.scene_sampling import sample_scene
+from vlm_mech.data.scenes import SIZE, Scene, Thing, in_conflict
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.prompt import Prompt
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+SETS = "scenes/relations"
+"""Sets of four: two things left, right, above and below of each other."""
+SOME_SETS = 32
+RELATIONS = {
+    "left": "left of", "right": "right of", "above": "above", "below": "below", "front": "in front of",
+    "behind": "behind",
+}  # fmt: skip
+"""How captions put what answers say. Captions that the embedded contrastive model was trained on never say above or
+below, and left or right seldom."""
+FOLDER_CAPTIONS = ("caption", "counterfactual_caption")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about all images of a case, and its answers in the order of the images they are right of."""
+
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Two images, or four (two pairs, one after the other), their captions, and what is asked of them.
+
+    The first of `asked` has an answer for every image. Any others share the images out among them.
+    """
+
+    id: str
+    images: tuple[Image.Image, ...]
+    captions: tuple[str, ...]
+    asked: tuple[Asked, ...]
+    group: str
+
+    def __post_init__(self) -> None:
+        if len(set(self.captions)) < len(self.captions):
+            raise UsageError(f"{self.id}: two captions are {self.captions[0]!r}; each must be true of one image alone")
+
+
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """The cases of one data set; `refused` lists what could not be used."""
+
+    name: str
+    cases: tuple[Case, ...]
+    refused: tuple[Refused, ...] = ()
+
+
+def load_cases(name: str, *, n: int | None, seed: int, split: str, template: str) -> Cases:
+    """Pairs by name or folder (see `load_pairs`), or `scenes/relations`, with captions.
+
+    Captions of scenes name what is in them, or the relation asked about; those of a folder are the fields `caption`
+    and `counterfactual_caption` of its lines, or else the template filled with question and answer.
+
+    Args:
+        n: pairs, or sets of four; 64 pairs or 32 sets by default, all of a folder.
+        template: caption of a folder's pictures, with {question} and {answer}.
+
+    Raises:
+        UsageError: as for `load_pairs`, or a template without {answer}.
+    """
+    if name == SETS:
+        return _sets(SOME_SETS if n is None else n, seed, split)
+    pairs = load_pairs(name, n=n, seed=seed, split=split)
+    if name.startswith("scenes/"):
+        found = sample_pairs(name.removeprefix("scenes/"), len(pairs), seed=seed, split=split)
+        captions = [scene_captions(each) for each in found]
+    else:
+        captions = _folder_captions(Path(name), pairs, template)
+    return _cases(pairs, captions)
+
+
+def _cases(pairs: Pairs, captions: Sequence[tuple[str, ...]]) -> Cases:
+    kept: list[Case] = []
+    refused = list(pairs.refused)
+    for pair, told in zip(pairs, captions, strict=True):
+        images = tuple(load_image(image) for image in (pair.image, pair.counterfactual_image))
+        asked = (Asked(pair.question, (pair.answer, pair.counterfactual_answer)),)
+        try:
+            kept.append(Case(pair.id, images, told, asked, pair.group or pair.id))
+        except UsageError as error:
+            refused.append(Refused(pair.id, str(error)))
+    return Cases(pairs.name, tuple(kept), tuple(refused))
+
+
+def scene_captions(pair: ScenePair) -> tuple[str, str]:
+    """Captions of a scene and its twin, alike but for what differs."""
+    question = pair.question
+    if question.answer in RELATIONS:
+        one, other = (pair.scene.of_kind(kind)[0] for kind in question.about)
+        return relation_caption(one, other, question.answer), relation_caption(one, other, pair.twin_answer)
+    # The same draws for both: the order of things and which sizes are told must not tell the captions apart.
+    first, second = (caption(scene, random.Random(pair.scene.key)) for scene in (pair.scene, pair.twin))
+    return first, second
+
+
+def relation_caption(one: Thing, other: Thing, answer: str) -> str:
+    """One thing, where it is, and the other thing."""
+    return f"a {one.colour} {one.kind} {RELATIONS[answer]} a {other.colour} {other.kind}"
+
+
+def _folder_captions(folder: Path, pairs: Pairs, template: str) -> list[tuple[str, ...]]:
+    if "{answer}" not in template:
+        raise UsageError(f"caption {template!r} has no {{answer}}; it is needed, as in '{{question}} {{answer}}'")
+    told: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate((folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line) if line.strip() else {}
+        if all(isinstance(row.get(field), str) for field in FOLDER_CAPTIONS):
+            told[str(row.get("id", number))] = tuple(row[field] for field in FOLDER_CAPTIONS)
+    return [told.get(pair.id) or _filled(template, pair) for pair in pairs]
+
+
+def _filled(template: str, pair: Pair) -> tuple[str, ...]:
+    made = template.replace("{question}", pair.question.rstrip(" ?"))
+    return tuple(made.replace("{answer}", answer) for answer in (pair.answer, pair.counterfactual_answer))
+
+
+# Sets of four
+
+
+def _sets(n: int, seed: int, split: str) -> Cases:
+    if n < 1:
+        raise UsageError(f"n is {n}; at least one set is needed")
+    return Cases(SETS, tuple(_set_of_four(scenes) for scenes in sample_sets(n, seed=seed, split=split)))
+
+
+def _set_of_four(scenes: Sequence[Scene]) -> Case:
+    one, other = scenes[0].things
+    sides = ("left", "right", "above", "below")
+    asked = (
+        Asked(f"is the {one.kind} left or right of or above or below the {other.kind}?", sides),
+        Asked(f"is the {one.kind} left or right of the {other.kind}?", sides[:2]),
+        Asked(f"is the {one.kind} above or below the {other.kind}?", sides[2:]),
+    )
+    captions = tuple(relation_caption(one, other, side) for side in sides)
+    key = scenes[0].key[:12]
+    return Case(key, tuple(render(scene) for scene in scenes), captions, asked, key)
+
+
+def sample_sets(n: int, *, seed: int, split: str) -> Iterator[tuple[Scene, ...]]:
+    """Two things left, right, above and below of each other, as far apart and around the same centre in all four.
+
+    No scene of a set is of the train split (all are, for `train`): four scenes that fall into one small split are too
+    rare to wait for.
+    """
+    rng, made = random.Random(f"relations/{seed}/{split}"), 0
+    while made < n:
+        scene = sample_scene("few", rng)
+        if len(scene.things) == 2 and not in_conflict(scene):
+            made += 1
+            yield _held(_placed(scene, rng), split, rng)
+
+
+def _held(scenes: Sequence[Scene], split: str, rng: random.Random) -> tuple[Scene, ...]:
+    """The scenes with the first grain that puts all of them into, or out of, the train split."""
+    while True:
+        grain = rng.getrandbits(32)
+        found = (dataclasses.replace(scene, grain=grain) for scene in scenes)
+        kept = tuple(itertools.takewhile(lambda each: (each.split == "train") == (split == "train"), found))
+        if len(kept) == len(scenes):
+            return kept
+
+
+def _placed(scene: Scene, rng: random.Random) -> tuple[Scene, ...]:
+    one, other = scene.things
+    half = rng.randint((one.length + other.length) // 4 + 2, 24)
+    room = half + max(one.length, other.length) // 2 + 1
+    x, y = (rng.randint(min(room, SIZE // 2), max(SIZE - room, SIZE // 2)) for _ in range(2))
+    found = []
+    for dx, dy in ((-half, 0), (half, 0), (0, -half), (0, half)):
+        moved = dataclasses.replace(one, x=x + dx, y=y + dy), dataclasses.replace(other, x=x - dx, y=y - dy)
+        found.append(dataclasses.replace(scene, things=moved))
+    return tuple(found)
+
+
+# Checks
+
+
+def check_enough(cases: Cases) -> None:
+    """Raise `UsageError` when a data set has too few cases of different groups for floors and alignment."""
+    n_groups = len({case.group for case in cases.cases})
+    if n_groups < FEWEST:
+        n_refused = len(cases.refused)
+        why = f"; {n_refused} were refused, the last because {cases.refused[-1].reason}" if n_refused else ""
+        raise UsageError(f"{cases.name} gives {n_groups} cases of different groups; at least {FEWEST} are needed{why}")
+
+
+def answerable(vlm: "VLM", cases: Cases) -> Cases:
+    """The cases whose answers begin with different tokens for this model; the others move to `refused`."""
+    kept: list[Case] = []
+    refused = list(cases.refused)
+    for case in cases.cases:
+        try:
+            for asked in case.asked:
+                encoded = vlm.encode([Prompt(asked.question, case.images[0])])
+                ids = [vlm.answer_ids(encoded, [answer]).item() for answer in asked.answers]
+                if len(set(ids)) < len(ids):
+                    raise UsageError(f"two of the answers {', '.join(asked.answers)} start with the same token")
+            kept.append(case)
+        except UsageError as error:
+            refused.append(Refused(case.id, str(error)))
+    return dataclasses.replace(cases, cases=tuple(kept), refused=tuple(refused))
+
+
+def joined(data: Sequence[Cases]) -> Pairs:
+    """All pairs of images as `Pairs`, for provenance."""
+    pairs = [
+        Pair(f"{cases.name}/{case.id}/{first // 2}", *case.images[first : first + 2], case.asked[0].question,
+             *case.asked[0].answers[first : first + 2], case.group)
+        for cases in data for case in cases.cases for first in range(0, len(case.images), 2)
+    ]  # fmt: skip
+    refused = [Refused(f"{cases.name}/{each.id}", each.reason) for cases in data for each in cases.refused]
+    return Pairs(" + ".join(cases.name for cases in data), tuple(pairs), tuple(refused))
+
+
+def shown(data: Sequence[Cases]) -> tuple[tuple[str, Image.Image], ...]:
+    """The images of the first case of each data set, with their captions."""
+    return tuple(
+        (f"{cases.name}: {caption}", image)
+        for cases in data
+        for image, caption in zip(cases.cases[0].images, cases.cases[0].captions, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""The same answers scored by generation, perplexity and similarity."""

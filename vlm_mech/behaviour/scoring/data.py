@@ -1,0 +1,164 @@
+"""What a scoring run asks: pairs for both parts, prompts and forms, captions."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlm_mech.behaviour.answering.answers import check_known
+from vlm_mech.behaviour.scoring.measures import (
+    GENERATION,
+    LETTERED,
+    LETTERS,
+    OPTIONS,
+    PLAIN,
+    Template,
+    check_letters,
+    check_options,
+    option_tokens,
+)
+from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, load_pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.models.dual_encoder import DualEncoder
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+N_VALIDATION = 32
+TEST, VALIDATION = "test", "validation"
+SCENE_CAPTIONS = {
+    "scenes/colour": (r"what colour is the (.+)\?", r"a {answer} \1"),
+    "scenes/colour-conflict": (r"what colour is the (.+)\?", r"a {answer} \1"),
+    "scenes/left-right": (r"is the (.+) left or right of the (.+)\?", r"a \1 {answer} of a \2"),
+}
+"""How a question and its answer become a caption."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a run scores: models, pairs of both parts, prompts, forms, and the captions of a contrastive model."""
+
+    vlms: "tuple[VLM, ...]"
+    test: Pairs
+    validation: Pairs | None
+    templates: tuple[Template, ...]
+    forms: tuple[str, ...]
+    left_out: tuple[str, ...]
+    encoder: DualEncoder | None
+    captions: tuple[tuple[str, str], ...]
+    seed: int
+    batch: int
+    max_new_tokens: int
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the provenance says beside what every run says."""
+        models = [*self.vlms, *([self.encoder] if self.encoder else [])]
+        validation = None if self.validation is None else {"n": len(self.validation), "hash": self.validation.digest}
+        prompts = [dataclasses.asdict(template) for template in self.templates]
+        return {"models": [each.identity() for each in models], "validation": validation, "prompts": prompts}
+
+
+def load_parts(config: Any) -> tuple[Pairs, Pairs | None]:
+    """Pairs to test on, and to choose the best prompt on (None: that is left out).
+
+    Raises:
+        UsageError: as for `load_pairs`, a negative number, or fewer than two pairs to test on.
+    """
+    n = config.n_validation
+    if n is not None and n < 0:
+        raise UsageError(f"--n-validation is {n}; 0 leaves the best prompt out, otherwise pairs are needed")
+    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    if config.data.startswith("scenes/"):
+        n = N_VALIDATION if n is None else n
+        return pairs, load_pairs(config.data, n=n, seed=config.seed, split=VALIDATION) if n else None
+    n = len(pairs) // 3 if n is None else n
+    if not n:
+        return pairs, None
+    validation, test = by_groups(pairs, (n / len(pairs),), seed=config.seed)
+    return test, validation
+
+
+def plan_of(config: Any, vlms: "Sequence[VLM]", test: Pairs, validation: Pairs | None) -> Plan:
+    """The run that the options ask for.
+
+    Raises:
+        UsageError: two models of one name, letters without tokens or prompt, or fewer than two pairs that fit.
+    """
+    if len({vlm.name for vlm in vlms}) < len(vlms):
+        raise UsageError(f"--compare is {config.compare!r}, the model itself; another one is needed")
+    templates, left_out = _templates(config, vlms)
+    lettered = any(template.lettered for template in templates)
+    forms = tuple(dict.fromkeys(config.forms)) or (GENERATION, OPTIONS, *([LETTERS] if lettered else []))
+    test = usable(vlms, test, templates)
+    if len(test) < 2:
+        raise UsageError(f"{test.name} gives {len(test)} pair to test; at least two are needed")
+    validation = None if validation is None else usable(vlms, validation, templates)
+    name = config.contrastive or ("clip" if config.data in SCENE_CAPTIONS else "none")
+    if config.caption and name == "none":
+        raise UsageError(f"--caption {config.caption!r} is for a contrastive model; --contrastive names one")
+    captions = () if name == "none" else tuple(captions_of(test, config.caption))
+    how = {"device": config.device, "dtype": config.dtype, "attn": config.attn}
+    encoder = None if name == "none" else DualEncoder.load(name, **how)
+    options = (config.seed, config.batch, config.max_new_tokens)
+    return Plan(tuple(vlms), test, validation, templates, forms, left_out, encoder, captions, *options)
+
+
+def _templates(config: Any, vlms: "Sequence[VLM]") -> tuple[tuple[Template, ...], tuple[str, ...]]:
+    """The prompts, and what had to be left out because a model has no tokens for it."""
+    own = tuple(Template(text, text) for text in config.prompts)
+    asked, lettered = LETTERS in config.forms, [template for template in own if template.lettered]
+    if len(set(own)) < len(own):
+        raise UsageError(f"--prompts has {next(each.text for each in own if own.count(each) > 1)!r} twice")
+    if own and asked and not lettered:
+        raise UsageError("--forms letters needs a prompt with '(a) {first}' and '(b) {second}'")
+    if own:
+        for vlm in vlms if lettered and (asked or not config.forms) else ():
+            check_letters(vlm, lettered[0])
+        return own, ()
+    try:
+        for vlm in vlms:
+            check_letters(vlm)
+    except UsageError as error:
+        if asked:
+            raise
+        return PLAIN, (f"options with letters were left out: {error}.",)
+    return (*PLAIN, LETTERED), ()
+
+
+def usable(vlms: "Sequence[VLM]", pairs: Pairs, templates: Sequence[Template]) -> Pairs:
+    """The pairs that every model has tokens for, in every prompt; the others move to `refused` with the reason.
+
+    Raises:
+        UsageError: none is left.
+    """
+    return checked(pairs, lambda pair: _check(vlms, pair, templates), "can be scored")
+
+
+def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template]) -> None:
+    options = (pair.answer, pair.counterfactual_answer)
+    check_options(options)
+    for vlm in vlms:
+        for template in templates:
+            asked = template.asked(pair.question, options)
+            check_known(vlm, [asked], "prompt")
+            option_tokens(vlm, Prompt(asked, pair.image), template.strings(options))
+
+
+def captions_of(pairs: Pairs, caption: str) -> list[tuple[str, str]]:
+    """Captions of both answers of each pair: by a template with `{answer}`, or as generated scenes are captioned.
+
+    Raises:
+        UsageError: no template and none known for the data, or one without `{answer}`.
+    """
+    found = []
+    for pair in pairs:
+        text = caption
+        if not caption and pairs.name in SCENE_CAPTIONS:
+            text = re.sub(*SCENE_CAPTIONS[pairs.name], pair.question)
+        if "{answer}" not in text:
+            raise UsageError(f"caption {text!r} has no {{answer}}; --caption needs it, as in 'a {{answer}} thing'")
+        found.append((text.replace("{answer}", pair.answer), text.replace("{answer}", pair.counterfactual_answer)))
+    return found

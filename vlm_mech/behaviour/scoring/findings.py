@@ -1,0 +1,227 @@
+"""What a scoring run says, in sentences made from its numbers, and any two scorings or models compared."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from vlm_mech.behaviour.scoring.measures import (
+    GENERATION,
+    LETTERS,
+    OPTIONS,
+    RANDOM,
+    SIMILARITY,
+    STARTS,
+    SUBSTRING,
+    relaxed,
+)
+from vlm_mech.behaviour.scoring.study import AS_GIVEN, AXES, BEST, BOTH, CHANCE, MEAN, OWN, SCORES, STRANGER
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.results.result import Result
+from vlm_mech.results.statistics import Paired, corrected, mcnemar
+
+Cell = dict[str, str]
+UNDECIDED = (RANDOM,)
+"""Scorings whose verdicts are expected values, which McNemar's test does not take."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two cells on the same pairs: McNemar's exact test of a verdict, and the paired difference of its share."""
+
+    one: Cell
+    other: Cell
+    metric: str
+    counts: Paired
+    difference: Mapping[str, float]
+    p_corrected: float = float("nan")
+
+
+def compared(result: Result, one: Cell, other: Cell, metric: str = "pair") -> Compared:
+    """Any two scorings, prompts, orders or models compared on the same pairs.
+
+    Returns:
+        How many pairs only one of them has right with McNemar's exact two-sided p, and `one - other` with its paired
+        bootstrap interval.
+
+    Raises:
+        UsageError: a cell that does not exist, or holds shares instead of verdicts.
+    """
+    difference = result.contrast(one, other, metric)
+    values, cells = result.matrix(metric), result.cells
+    verdicts = []
+    for cell in (one, other):
+        held = values[:, (cells[list(cell)] == pd.Series(cell)).all(axis=1).to_numpy()][:, 0]
+        if not np.isin(held, (0, 1)).all():
+            raise UsageError(f"{metric} of {cell} is no verdict of 0 or 1 for every pair; McNemar's test needs one")
+        verdicts.append(held.astype(bool))
+    return Compared(one, other, metric, mcnemar(*verdicts), difference)
+
+
+def comparisons(result: Result) -> list[Compared]:
+    """Each scoring against the model's word-boundary reading, and each model against the first; Holm over all.
+
+    Both pictures of a pair have to be right. Each scoring is taken with its first prompt, options as given: what was
+    fixed before looking.
+    """
+    held = [cell for cell in decided(result) if cell["scoring"] not in UNDECIDED]
+    found = []
+    for one, other in itertools.combinations(held, 2):
+        models, scorings = one["model"] == other["model"], one["scoring"] == other["scoring"]
+        contrastive = SIMILARITY in (one["scoring"], other["scoring"])
+        loose = one["scoring"] in (SUBSTRING, STARTS)
+        if (one["scoring"] == GENERATION and (models or contrastive)) or (scorings and not models and not loose):
+            found.append(compared(result, other, one))
+    if not found:
+        return []
+    adjusted = corrected(np.array([each.counts.p for each in found]), "holm")
+    return [Compared(each.one, each.other, each.metric, each.counts, each.difference, float(p))
+            for each, p in zip(found, adjusted, strict=True)]  # fmt: skip
+
+
+def decided(result: Result) -> list[Cell]:
+    """For each model and scoring the cell of its first prompt, options as given where they are listed."""
+    cells = result.cells
+    cells = cells[(cells["view"] == OWN) & ~cells["prompt"].isin([MEAN, BEST])]
+    found = []
+    for _, rows in cells.groupby(["model", "scoring"], sort=False):
+        rows = rows[rows["prompt"] == rows["prompt"].iloc[0]]
+        given = rows[rows["order"] == AS_GIVEN]
+        found.append({str(name): str(value) for name, value in (given if len(given) else rows).iloc[0].items()})
+    return found
+
+
+# Sentences
+
+
+def findings(
+    result: Result, pairs: Pairs, best: Mapping[tuple[str, str], str], n_validation: int, left_out: Sequence[str]
+) -> tuple[str, ...]:
+    """Each scoring with its interval, chance and floor; the best prompt; matching; looser rules; order; comparisons."""
+    summary = result.summary()
+    found = [
+        f"{len(pairs)} pairs of {pairs.name}. Chance between two options is "
+        f"{CHANCE['individual']} a picture, {CHANCE['pair']} for both of a pair and {CHANCE['relaxed']} for matching a "
+        "pair; ties count against the model; intervals are 95 % bootstrap over pairs."
+    ]
+    found += left_out
+    if len(pairs) < 2:
+        return tuple(found)
+    for model, scoring in _tested(result):
+        found.append(f"{model}, {scoring}: {_accuracy(summary, model, scoring, best, n_validation)}")
+    for model, scoring in _tested(result):
+        found += _matching(result, summary, model, scoring)
+    for model in dict.fromkeys(result.table["model"]):
+        found += [*_looser(summary, str(model)), *_order(summary, str(model))]
+    return (*found, *_comparisons(result))
+
+
+def _tested(result: Result) -> list[tuple[str, str]]:
+    cells = result.cells[["model", "scoring"]].drop_duplicates()
+    wanted = (GENERATION, OPTIONS, LETTERS, SIMILARITY)
+    return [(str(model), str(scoring)) for model, scoring in cells.to_numpy() if scoring in wanted]
+
+
+def _at(summary: pd.DataFrame, metric: str, model: str, scoring: str, **where: str) -> str:
+    """Mean and interval of a cell; of the mean over prompts and both orders unless `where` says otherwise."""
+    wanted = {"model": model, "view": OWN, "scoring": scoring, "order": BOTH, "prompt": MEAN, "metric": metric} | where
+    rows = summary[(summary[list(wanted)] == pd.Series(wanted)).all(axis=1)]
+    if rows.empty or not rows["n"].iloc[0]:
+        return "none"
+    row = rows.iloc[0]
+    return f"{row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}, n = {row['n']})"
+
+
+def _accuracy(
+    summary: pd.DataFrame, model: str, scoring: str, best: Mapping[tuple[str, str], str], n_validation: int
+) -> str:
+    one, two = (_at(summary, metric, model, scoring) for metric in ("individual", "pair"))
+    floors = [_at(summary, metric, model, scoring, view=STRANGER) for metric in ("individual", "pair")]
+    text = (
+        f"{one} of pictures and {two} of pairs right, mean of prompts; about another pair's pictures {floors[0]} and "
+    )
+    text += f"{floors[1]}."
+    if (model, scoring) in best and scoring != SIMILARITY:
+        chosen = [_at(summary, metric, model, scoring, prompt=BEST) for metric in ("individual", "pair")]
+        text += f" With the prompt best on {n_validation} validation pairs, {best[model, scoring]!r}: "
+        text += f"{chosen[0]} and {chosen[1]}."
+    return text
+
+
+def _matching(result: Result, summary: pd.DataFrame, model: str, scoring: str) -> list[str]:
+    """Relaxed scoring beside strict, and what the sign as printed would have said."""
+    told = _at(summary, "relaxed", model, scoring)
+    if told == "none":
+        return []
+    floor, strict = _at(summary, "relaxed", model, scoring, view=STRANGER), _at(summary, "pair", model, scoring)
+    text = (
+        f"{model}, {scoring}: {told} of pairs matched in one decision (chance 0.5; floor {floor}), for {strict} with "
+    )
+    text += "both pictures right. "
+    if scoring == SIMILARITY:
+        missing = result.table[(result.table["scoring"] == scoring) & (result.table["view"] == OWN)]
+        missing = int(missing[missing["prompt"] == MEAN]["relaxed_ratio"].isna().sum())
+        ratio = _at(summary, "relaxed_ratio", model, scoring)
+        refused = f"; {missing} pairs with a similarity of 0 or less have none" if missing else ""
+        return [f"{text}That is the sum of cosines; their ratio matches {ratio}{refused}."]
+    cell = next(each for each in decided(result) if each["model"] == model and each["scoring"] == scoring)
+    rows = result.table[(result.table[list(AXES)] == pd.Series(cell)).all(axis=1)]
+    scores = rows[list(SCORES)].to_numpy().reshape(-1, 2, 2)
+    ours, printed = (relaxed(scores, kind="perplexity", as_printed=sign).mean() for sign in (False, True))
+    return [
+        f"{text}With prompt {cell['prompt']!r} alone {ours:.3f}; the inequality as the paper prints it would have "
+        f"given {printed:.3f}, the pairs that are not matched."
+    ]
+
+
+def _looser(summary: pd.DataFrame, model: str) -> list[str]:
+    told = _at(summary, "individual", model, GENERATION)
+    if told == "none":
+        return []
+    names = {
+        SUBSTRING: "as a plain substring", STARTS: "if the option begins with the answer's first word or there is none",
+        RANDOM: "when an unread answer is worth a random option",
+    }  # fmt: skip
+    each = [f"{_at(summary, 'individual', model, scoring)} {words}" for scoring, words in names.items()]
+    shown = "; ".join(one for one in each if not one.startswith("none"))
+    unread = _at(summary, "unread", model, GENERATION)
+    return [
+        f"{model}: by looser rules, of the same generated answers {shown}; by whole words {told}. {unread} of answers "
+        "name no option, or several, and count as not right."
+    ]
+
+
+def _order(summary: pd.DataFrame, model: str) -> list[str]:
+    each = [
+        f"{scoring} {told}"
+        for scoring in (GENERATION, OPTIONS, LETTERS)
+        if (told := _at(summary, "position_bias", model, scoring)) != "none"
+    ]
+    if not each:
+        return []
+    return [f"{model}: an option is chosen more often when it is listed first than second by {'; '.join(each)}."]
+
+
+def _comparisons(result: Result) -> list[str]:
+    """Those that judge a pair unlike in a sentence each, the others in one."""
+    made = comparisons(result)
+    found, same = [], []
+    for each in made:
+        names = [f"{cell['scoring']} of {cell['model']} ({cell['prompt']!r})" for cell in (each.one, each.other)]
+        if not each.counts.only_one + each.counts.only_other:
+            same.append(f"{names[0]} as {names[1]}")
+            continue
+        by = each.difference
+        found.append(
+            f"pairs with both pictures right: only by {names[0]} {each.counts.only_one}, only by {names[1]} "
+            f"{each.counts.only_other}; difference {by['mean']:+.3f} ({by['ci_low']:+.3f} to {by['ci_high']:+.3f}, "
+            f"n = {by['n']}), McNemar's exact p {_p(each.p_corrected)} (Holm over {len(made)})."
+        )
+    return [*found, f"the same verdict on every pair: {'; '.join(same)}."] if same else found
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"

@@ -1,0 +1,1 @@
+"""Does each name mean what it says in a loaded model?"""

@@ -1,0 +1,172 @@
+"""Counterfactual scenes: two that differ in exactly one attribute, so that the same question has another answer."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vlm_mech.data.scene_questions import Question, questions
+from vlm_mech.data.scene_sampling import sample_scene
+from vlm_mech.data.scenes import COLOURS, PRIORS, SHAPES, SIZE, Family, Scene, Thing, in_conflict, overlapping
+from vlm_mech.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ScenePair:
+    """A scene, its twin, the question asked of both, and its two answers."""
+
+    scene: Scene
+    twin: Scene
+    question: Question
+    twin_answer: str
+
+    @property
+    def attribute(self) -> str:
+        """What the twin changes."""
+        return differing(self.scene, self.twin)[0]
+
+
+def differing(scene: Scene, twin: Scene) -> tuple[str, ...]:
+    """Names of the attributes in which two scenes differ, empty when they are the same.
+
+    `order` means that the same things are drawn in another order, `count` that things were added or taken away,
+    `place` that two things changed places, `ground` that background or grain differ.
+    """
+    found = [] if (scene.background, scene.grain) == (twin.background, twin.grain) else ["ground"]
+    if len(scene.things) != len(twin.things):
+        fewer, more = sorted((scene.things, twin.things), key=len)
+        return tuple([*found, "count"] if set(fewer) <= set(more) else [*found, "count", "things"])
+    if scene.things == twin.things:
+        return tuple(found)
+    if set(scene.things) == set(twin.things):
+        return (*found, "order")
+    changes = {
+        field.name
+        for one, other in zip(scene.things, twin.things, strict=True)
+        for field in dataclasses.fields(Thing)
+        if getattr(one, field.name) != getattr(other, field.name)
+    }
+    if changes and changes <= {"x", "y"}:
+        places, others = ({(thing.x, thing.y) for thing in each.things} for each in (scene, twin))
+        return (*found, "place") if places == others else (*found, *sorted(changes))
+    return (*found, *sorted(changes))
+
+
+def _change(scene: Scene, name: str, **changes: object) -> Scene:
+    things = tuple(dataclasses.replace(thing, **changes) if thing.kind == name else thing for thing in scene.things)
+    return dataclasses.replace(scene, things=things)
+
+
+def _free_colours(scene: Scene) -> list[str]:
+    """Colours that nothing in the scene has, so that a change of colour makes nothing ambiguous."""
+    used = {colour for thing in scene.things for colour in thing.colours}
+    return [colour for colour in COLOURS if colour not in used]
+
+
+def _recoloured(scene: Scene, asked: Question) -> list[Scene]:
+    return [_change(scene, asked.about[0], colours=(colour,)) for colour in _free_colours(scene)]
+
+
+def _renamed(scene: Scene, asked: Question) -> list[Scene]:
+    present = {thing.kind for thing in scene.things}
+    return [_change(scene, asked.about[0], kind=kind) for kind in SHAPES if kind not in present]
+
+
+def _swapped_places(scene: Scene, asked: Question) -> list[Scene]:
+    one, other = (scene.of_kind(kind)[0] for kind in asked.about)
+    moved = {one: dataclasses.replace(one, x=other.x, y=other.y), other: dataclasses.replace(other, x=one.x, y=one.y)}
+    things = tuple(moved.get(thing, thing) for thing in scene.things)
+    fits = all(thing.length // 2 < value < SIZE - thing.length // 2 for thing in things for value in (thing.x, thing.y))
+    clear = all(not overlapping(a, b) for number, a in enumerate(things) for b in things[number + 1 :])
+    return [dataclasses.replace(scene, things=things)] if fits and clear else []
+
+
+def _reordered(scene: Scene, asked: Question) -> list[Scene]:
+    return [dataclasses.replace(scene, things=scene.things[::-1])] if len(scene.things) == 2 else []
+
+
+def _one_less(scene: Scene, asked: Question) -> list[Scene]:
+    found = []
+    for thing in scene.of_kind(asked.about[0]):
+        rest = tuple(other for other in scene.things if other is not thing)
+        if any(other.kind == thing.kind for other in rest):
+            found.append(dataclasses.replace(scene, things=rest))
+    return found
+
+
+def _taken_away(scene: Scene, asked: Question) -> list[Scene]:
+    rest = tuple(thing for thing in scene.things if thing.kind != asked.about[0])
+    return [dataclasses.replace(scene, things=rest)] if rest and len(rest) < len(scene.things) else []
+
+
+def _part_colours_swapped(scene: Scene, asked: Question) -> list[Scene]:
+    thing = scene.of_kind(asked.about[0])[0]
+    here = thing.parts.index(asked.about[1])
+    found = []
+    for there in range(len(thing.parts)):
+        colours = list(thing.colours)
+        colours[here], colours[there] = colours[there], colours[here]
+        found.append(_change(scene, thing.kind, colours=tuple(colours)))
+    return found
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """How pairs of one kind are made: scenes of which families, which question, which change."""
+
+    families: tuple[Family, ...]
+    type: str
+    change: Callable[[Scene, Question], list[Scene]]
+    fits: Callable[[Scene, Question], bool] = lambda scene, asked: True
+
+
+def _no_prior(scene: Scene, asked: Question) -> bool:
+    return asked.about[0] in SHAPES
+
+
+PAIR_SETS: dict[str, PairSet] = {
+    "colour": PairSet(("single", "few"), "colour", _recoloured, _no_prior),
+    "colour-conflict": PairSet(("single", "few"), "colour", _recoloured, lambda scene, asked: asked.about[0] in PRIORS),
+    "kind": PairSet(("single", "few"), "kind", _renamed, _no_prior),
+    "presence": PairSet(
+        ("few",), "presence", _taken_away, lambda scene, asked: asked.answer == "yes" and len(asked.text.split()) == 4
+    ),
+    "left-right": PairSet(("few",), "left-right", _swapped_places),
+    "above-below": PairSet(("few",), "above-below", _swapped_places),
+    "front-behind": PairSet(("occlusion",), "front-behind", _reordered),
+    "count": PairSet(("count",), "count", _one_less),
+    "part": PairSet(("parts",), "part", _part_colours_swapped),
+}
+"""Sets of counterfactual pairs by name. In `colour-conflict` the scene is usual and its twin in conflict."""
+
+
+def counterfactuals(name: str, scene: Scene, asked: Question) -> list[tuple[Scene, str]]:
+    """Every twin of the set's change in which the same question has another answer, with that answer."""
+    found = []
+    for twin in PAIR_SETS[name].change(scene, asked):
+        answers = {other.answer for other in questions(twin, (asked.type,)) if other.text == asked.text}
+        if name == "presence":
+            answers = {"no"}
+        if len(answers) == 1 and answers != {asked.answer} and len(differing(scene, twin)) == 1:
+            found.append((twin, answers.pop()))
+    return found
+
+
+def sample_pairs(name: str, n: int, *, seed: int, split: str) -> Iterator[ScenePair]:
+    """Pairs of a set whose scene and twin both belong to the split; the same seed gives the same pairs everywhere."""
+    if name not in PAIR_SETS:
+        raise UsageError(f"pair set {name!r} is not known; one of {', '.join(PAIR_SETS)} is")
+    made, recipe, rng = 0, PAIR_SETS[name], random.Random(f"{name}/{seed}/{split}")
+    while made < n:
+        scene = sample_scene(rng.choice(recipe.families), rng)
+        if scene.split != split or in_conflict(scene):
+            continue
+        asked = [question for question in questions(scene, (recipe.type,)) if recipe.fits(scene, question)]
+        if not asked:
+            continue
+        question = rng.choice(asked)
+        found = [pair for pair in counterfactuals(name, scene, question) if pair[0].split == split]
+        if found:
+            twin, answer = rng.choice(found)
+            made += 1
+            yield ScenePair(scene, twin, question, answer)

@@ -1,0 +1,1 @@
+"""Hidden states over a data set, streamed into files and opened without the model."""

@@ -1,0 +1,395 @@
+"""Images and a question as model inputs with named spans of tokens.
+
+Spans come from token ids and the processor, never from counting: the processor says what it put in the place of each
+image, the ids of the batch are matched against the tokenizer's own offsets, and anything that does not match raises.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
+from vlm_mech.inputs.image_layout import ImageLayout
+from vlm_mech.inputs.span import Cells, Picture, Row, Span, flatten, resolve
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+SENTINEL = "\ue000question\ue000"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question about an image, or several, put into the model's chat template when encoded.
+
+    `text` replaces the template: it is used as it stands, image placeholders included, and must then contain the
+    question exactly once. Without an image the prompt is text only.
+    """
+
+    question: str
+    image: ImageLike | Sequence[ImageLike] | None = None
+    system: str | None = None
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise UsageError("the question is empty")
+        if self.text is not None and self.text.count(self.question) != 1:
+            found = self.text.count(self.question)
+            raise UsageError(f"question {self.question!r} occurs {found} times in the raw text; once is needed")
+        if self.text is not None and self.system is not None:
+            raise UsageError("a raw text carries its own system message; give one or the other")
+
+    @property
+    def images(self) -> tuple[ImageLike, ...]:
+        """The images in order, none for a text-only prompt."""
+        if self.image is None:
+            return ()
+        if isinstance(self.image, list | tuple):
+            return tuple(self.image)
+        return (cast(ImageLike, self.image),)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A batch of prompts as the processor made it, left-padded, with the spans of each example.
+
+    `inputs` is what the model takes. `rows` holds per example its tokens, images and spans.
+    """
+
+    prompts: tuple[Prompt, ...]
+    inputs: dict[str, "torch.Tensor"]
+    rows: tuple[Row, ...]
+    vlm: Any = field(repr=False)
+    known: dict[tuple[Span, str], Cells] = field(default_factory=dict, repr=False)
+    """Cells of the spans asked for so far."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def generation_inputs(self) -> dict[str, "torch.Tensor"]:
+        """What `generate` takes: it counts positions itself."""
+        return {name: value for name, value in self.inputs.items() if name != "position_ids"}
+
+    @property
+    def n_pos(self) -> int:
+        """Tokens per row, padding included."""
+        return self.inputs["input_ids"].shape[1]
+
+    def cells(self, span: Span, *, place: str = "llm") -> Cells:
+        """Rows and positions of a span in the tensors of a place: `llm`, `vision`, `projector.in` or `projector.out`.
+
+        Raises:
+            UsageError: the span is empty or ambiguous in an example; the message prints its tokens.
+        """
+        if (span, place) not in self.known:
+            self.known[span, place] = flatten(self.rows, span, place)
+        return self.known[span, place]
+
+    def positions(self, span: Span, example: int = 0, *, place: str = "llm") -> tuple[int, ...]:
+        """Positions of a span in one example (in the tower, within the rows of its tiles)."""
+        return tuple(position for _, position in resolve(self.rows[example], span, place, example))
+
+    def boxes(self, example: int = 0, *, image: int = 0, view: int = 0) -> tuple[Box, ...]:
+        """The pixels of the given image behind each token of one of its views, row by row.
+
+        Raises:
+            UsageError: there is no such image or view, or the image tokens are learned queries.
+        """
+        row = self.rows[example]
+        if not 0 <= image < len(row.images):
+            raise UsageError(f"image {image} is asked for, but example {example} has {len(row.images)} image(s)")
+        found = token_boxes(self.vlm, self.prompts[example], tuple(picture.size for picture in row.images))[image]
+        if not -len(found) <= view < len(found):
+            raise UsageError(f"view {view} is asked for, but image {image} of example {example} has {len(found)}")
+        return found[view]
+
+    def shape(self, stream: str) -> tuple[int, int]:
+        """Rows and positions of the residual stream of `llm` or `vision`."""
+        if stream == "llm":
+            return len(self), self.n_pos
+        cells = self.cells("all", place="vision")
+        return int(cells.rows.max()) + 1, int(cells.positions.max()) + 1
+
+    @property
+    def read_cells(self) -> set[tuple[int, int]]:
+        """(row, position) in the tower of everything that image tokens are made from."""
+        layouts = [picture.layout for row in self.rows for picture in row.images]
+        read = [view.patches.reshape(-1, 2) for layout in layouts for view in layout.views]
+        read += [tile.cells for layout in layouts if not layout.views for tile in layout.tiles]
+        read += [layout.class_cells for layout in layouts if self.vlm.n_kept_class_tokens]
+        return {(row, position) for cells in read for row, position in cells.tolist()}
+
+    def grids(self, example: int = 0) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of every view of every image of an example."""
+        return tuple(view.grid for picture in self.rows[example].images for view in picture.layout.views)
+
+
+def render(vlm: Any, prompt: Prompt) -> tuple[str, tuple[int, int]]:
+    """The prompt's text with one placeholder an image, and where in it the question stands (start, end)."""
+    if prompt.text is not None:
+        start = prompt.text.index(prompt.question)
+        return prompt.text, (start, start + len(prompt.question))
+    processor, plain = vlm.processor, vlm.family.plain_text
+    if getattr(processor, "chat_template", None) is None:
+        if plain is None:
+            raise UsageError("the processor has no chat template; give Prompt(..., text=...) with the whole text")
+        if prompt.system is not None:
+            raise UsageError(f"{vlm.family.name} has no place for a system message")
+        places = (vlm.placeholder or "") * len(prompt.images)
+        before, after = plain.format(images=places, question=SENTINEL).split(SENTINEL)
+        question = prompt.question.strip()
+        return before + question + after, (len(before), len(before) + len(question))
+    marked = _apply_template(processor, prompt, SENTINEL)
+    if marked.count(SENTINEL) != 1:
+        raise UsageError(f"the chat template drops, repeats or alters the question: {marked!r}")
+    before, after = marked.split(SENTINEL)
+    text = _apply_template(processor, prompt, prompt.question)
+    end = len(text) - len(after)
+    if not (text.startswith(before) and text.endswith(after)) or text[len(before) : end] != prompt.question.strip():
+        raise UsageError(f"the chat template drops, repeats or alters the question {prompt.question!r}: {text!r}")
+    return text, (len(before), end)
+
+
+def _apply_template(processor: Any, prompt: Prompt, question: str) -> str:
+    content = [{"type": "image"} for _ in prompt.images] + [{"type": "text", "text": question.strip()}]
+    messages = [{"role": "user", "content": content}]
+    if prompt.system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
+    """The prompts as one left-padded batch on the model's device, with spans.
+
+    Args:
+        vlm: the `VLM` whose processor is used.
+        prompts: prompts that all have images, or all have none.
+
+    Raises:
+        UsageError: no prompts, a mixture of prompts with and without image, an unreadable image, another number of
+            images than placeholders, or a processor whose tokens cannot be matched with the text.
+    """
+    prompts = tuple(prompts)
+    if not prompts:
+        raise UsageError("no prompts were given")
+    if len({bool(prompt.images) for prompt in prompts}) == 2:
+        raise UsageError("prompts with and without an image cannot share a batch; encode them apart")
+    rendered = _rendered(vlm, prompts)
+    images = [[load_image(image) for image in prompt.images] for prompt in prompts]
+    processed = process(vlm, [text for text, _ in rendered], images)
+    rows = _rows(vlm, processed, rendered, [[image.size for image in each] for each in images])
+    inputs = {name: value.to(vlm.device) for name, value in processed.inputs.items()}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
+    return Encoded(prompts, inputs, rows, vlm)
+
+
+def _rendered(vlm: Any, prompts: Sequence[Prompt]) -> list[tuple[str, tuple[int, int]]]:
+    """What `render` makes of each prompt; those that differ in their pictures alone are rendered once."""
+    keys = [(prompt.question, len(prompt.images), prompt.system, prompt.text) for prompt in prompts]
+    first = dict(zip(reversed(keys), reversed(prompts), strict=True))
+    made = {key: render(vlm, prompt) for key, prompt in first.items()}
+    return [made[key] for key in keys]
+
+
+@dataclass(frozen=True, eq=False)
+class Processed:
+    """What the processor made of a batch: model inputs, and per prompt its text with all placeholders expanded.
+
+    `places` are the (start, end) characters in that text of what stands for each image.
+    """
+
+    inputs: dict[str, "torch.Tensor"]
+    texts: tuple[str, ...]
+    places: tuple[tuple[tuple[int, int], ...], ...]
+
+
+def process(vlm: Any, texts: list[str], images: "list[list[Image.Image]]") -> Processed:
+    """The batch as any Hugging Face user would get it from the processor, and how it expanded the placeholders."""
+    if vlm.placeholder is not None:
+        for text, each in zip(texts, images, strict=True):
+            if text.count(vlm.placeholder) != len(each):
+                n_places = text.count(vlm.placeholder)
+                raise UsageError(f"{len(each)} image(s) for {n_places} image placeholder(s) in {text!r}")
+    nested = images if any(images) else None
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if vlm.family.queries_first:
+        return _queries_first(vlm, texts, images, options)
+    try:
+        batch = dict(vlm.processor(images=nested, text=list(texts), return_text_replacement_offsets=True, **options))
+        laid_out = vlm.processor.prepare_inputs_layout(images=nested, text=list(texts))[1]
+    except (ValueError, TypeError, IndexError) as error:
+        raise UsageError(f"{type(vlm.processor).__name__} refuses the prompts: {error}") from error
+    offsets = batch.pop("text_replacement_offsets", None)
+    if offsets is None and nested is not None:
+        raise UsageError(f"{type(vlm.processor).__name__} does not say where it put the images")
+    if nested is None:
+        offsets = [[] for _ in texts]
+    batch.pop("labels", None)
+    expanded, places = [], []
+    for text, found in zip(laid_out, offsets, strict=True):
+        for each in reversed(found):
+            start, end = each["span"]
+            text = text[:start] + each["replacement"] + text[end:]
+        expanded.append(text)
+        places.append(tuple(tuple(each["new_span"]) for each in found))
+    return Processed(batch, tuple(expanded), tuple(places))
+
+
+def _queries_first(vlm: Any, texts: list[str], images: "list[list[Image.Image]]", options: dict[str, Any]) -> Processed:
+    """BLIP-2 and InstructBLIP put their query tokens before everything else, the padding included."""
+    if any(len(each) > 1 for each in images):
+        raise UsageError(f"{vlm.family.name} takes one image a prompt")
+    flat = [image for each in images for image in each]
+    batch = dict(vlm.processor(images=flat or None, text=list(texts), **options))
+    if "qformer_input_ids" in batch:
+        batch |= _without_padding_effects(vlm, texts, batch["attention_mask"])
+    queries = str(vlm.processor.image_token) * vlm.processor.num_query_tokens if flat else ""
+    expanded = tuple(queries + text for text in texts)
+    return Processed(batch, expanded, tuple(((0, len(queries)),) if flat else () for _ in texts))
+
+
+def _without_padding_effects(vlm: Any, texts: list[str], mask: "torch.Tensor") -> dict[str, "torch.Tensor"]:
+    """Inputs that make a prompt of a padded batch answer as it does alone.
+
+    The InstructBLIP processor pads the Q-Former's text on the left, whose positions are absolute, and between the
+    queries and the text, which the decoder counts as positions.
+    """
+    text = vlm.processor.qformer_tokenizer(list(texts), padding=True, padding_side="right", return_tensors="pt")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {
+        "qformer_input_ids": text["input_ids"],
+        "qformer_attention_mask": text["attention_mask"],
+        "position_ids": positions,
+    }
+
+
+def _rows(
+    vlm: Any,
+    processed: Processed,
+    rendered: Sequence[tuple[str, tuple[int, int]]],
+    sizes: Sequence[Sequence[tuple[int, int]]],
+) -> tuple[Row, ...]:
+    drafts = _drafts(vlm, processed, rendered)
+    layouts = iter(_layouts(vlm, processed, [pictures for _, pictures in drafts]))
+    rows = []
+    for (row, pictures), each in zip(drafts, sizes, strict=True):
+        images = [
+            Picture(size, positions, extent, next(layouts))
+            for size, (positions, extent) in zip(each, pictures, strict=True)
+        ]
+        rows.append(dataclasses.replace(row, images=tuple(images)))
+    return tuple(rows)
+
+
+Positions = tuple[int, ...]
+Draft = tuple[Row, list[tuple[Positions, Positions]]]
+
+
+def _drafts(vlm: Any, processed: Processed, rendered: Sequence[tuple[str, tuple[int, int]]]) -> list[Draft]:
+    """The rows without their images; those that differ in their pictures alone are made once."""
+    tokens = [processed.inputs[name].tolist() for name in ("input_ids", "attention_mask")]
+    keys = [
+        (*given, text, places, tuple(ids), tuple(mask))
+        for given, text, places, ids, mask in zip(rendered, processed.texts, processed.places, *tokens, strict=True)
+    ]
+    made: dict[Any, Draft] = {}
+    for example, key in enumerate(keys):
+        if key not in made:
+            made[key] = _draft(vlm, processed, example, *rendered[example])
+    return [made[key] for key in keys]
+
+
+def _layouts(vlm: Any, processed: Processed, pictures: list[list[tuple[Positions, Positions]]]) -> list[ImageLayout]:
+    """The layout of every image of the batch, from the counts of its tokens."""
+    counts = tuple(len(positions) for each in pictures for positions, _ in each)
+    alone = tuple(len(each) == 1 for each in pictures for _ in each)
+    return vlm.layouts(processed.inputs, counts, alone) if counts else []
+
+
+def _draft(vlm: Any, processed: Processed, example: int, text: str, question: tuple[int, int]) -> Draft:
+    """The row without its images, and per image the positions of its tokens and of all that stands for it."""
+    ids = processed.inputs["input_ids"][example].tolist()
+    present = [position for position, kept in enumerate(processed.inputs["attention_mask"][example].tolist()) if kept]
+    characters = [(0, 0)] * len(ids)
+    offsets = _offsets(vlm, processed.texts[example], [ids[position] for position in present], example)
+    for position, offset in zip(present, offsets, strict=True):
+        characters[position] = offset
+    row = Row(
+        tokens=tuple(vlm.tokenizer.convert_ids_to_tokens(ids)),
+        present=tuple(present),
+        offsets=tuple(characters),
+        text=processed.texts[example],
+        question=_question(vlm, processed, example, text, question),
+        images=(),
+    )
+    pictures, image_token = [], vlm.image_token_id
+    for first, last in processed.places[example]:
+        inside = [position for position in present if first <= characters[position][0] < last]
+        tokens = tuple(position for position in inside if ids[position] == image_token)
+        pictures.append((tokens, tuple(inside)))
+    found = sum(len(tokens) for tokens, _ in pictures)
+    n_image_tokens = sum(ids[position] == image_token for position in present)
+    if found != n_image_tokens:
+        raise UsageError(f"example {example}: {n_image_tokens} image tokens, of which {found} belong to an image")
+    return row, pictures
+
+
+def _question(vlm: Any, processed: Processed, example: int, text: str, question: tuple[int, int]) -> tuple[int, int]:
+    """Where the question stands in the expanded text."""
+    start, end = question
+    expanded, place = processed.texts[example], vlm.placeholder
+    if place is None or place not in text[start:]:
+        # Processors may change what is before the question, and append to the text, but keep the rest.
+        first = expanded.rindex(text[start:])
+    else:
+        n_before = text[:start].count(place)
+        spans = processed.places[example][:n_before]
+        first = start + sum(stop - begin for begin, stop in spans) - n_before * len(place)
+    if expanded[first : first + end - start] != text[start:end]:
+        raise UsageError(f"example {example}: the question is not found in the processor's text {expanded!r}")
+    return first, first + end - start
+
+
+def _offsets(vlm: Any, text: str, ids: list[int], example: int) -> list[tuple[int, int]]:
+    """Characters of every token that is no padding; the tokens must be exactly those that the processor made."""
+    if vlm.family.queries_first and text.startswith(str(vlm.processor.image_token)):
+        return _offsets_after_queries(vlm, text, ids, example)
+    for special in (True, False):
+        tokenized = vlm.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        if tokenized["input_ids"] == ids:
+            return tokenized["offset_mapping"]
+    raise UsageError(f"example {example}: the processor's tokens do not match the text {text!r}")
+
+
+def _offsets_after_queries(vlm: Any, text: str, ids: list[int], example: int) -> list[tuple[int, int]]:
+    token, n_queries = str(vlm.processor.image_token), vlm.processor.num_query_tokens
+    length = len(token) * n_queries
+    tokenized = vlm.tokenizer(text[length:], return_offsets_mapping=True)
+    if [vlm.image_token_id] * n_queries + tokenized["input_ids"] != ids:
+        raise UsageError(f"example {example}: the processor's tokens do not match the text {text!r}")
+    queries = [(number * len(token), (number + 1) * len(token)) for number in range(n_queries)]
+    return queries + [(start + length, end + length) if end else (0, 0) for start, end in tokenized["offset_mapping"]]
+
+
+def token_boxes(
+    vlm: Any, prompt: Prompt, sizes: tuple[tuple[int, int], ...]
+) -> tuple[tuple[tuple[Box, ...], ...], ...]:
+    """The pixels behind each image token by image and view, measured with coded pictures of the same sizes.
+
+    They depend on the sizes alone, so they are measured once for each.
+    """
+    if sizes not in vlm.known_boxes:
+        text, question = render(vlm, prompt)
+        kinds = zip(*(coded_pictures(size) for size in sizes), strict=True)
+        runs = [process(vlm, [text], [list(pictures)]) for pictures in kinds]
+        _, pictures = _draft(vlm, runs[1], 0, text, question)
+        layouts = _layouts(vlm, runs[1], [pictures])
+        values = [run.inputs["pixel_values"] for run in runs]
+        vlm.known_boxes[sizes] = measured_boxes(layouts, sizes, values, vlm.patch_size)
+    return vlm.known_boxes[sizes]

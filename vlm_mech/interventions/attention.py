@@ -1,0 +1,222 @@
+"""Cutting attention edges in any back end, and an audit of what the attention function was really given.
+
+transformers looks its attention function up by name at every call. For the duration of a pass the look-up gives a
+wrapper that hands masks to the modules whose edges are cut, and records those calls. So one mechanism serves decoders
+and towers, plain, windowed and packed ones, whatever a module's own mask looks like.
+"""
+
+import contextlib
+import contextvars
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vlm_mech.errors import UsageError, WorkError
+
+if TYPE_CHECKING:
+    from vlm_mech.interventions.plan import Cut
+
+BACKENDS = ("sdpa", "eager")
+
+
+def allowed_edges(
+    mask: Tensor | None, *, n_query: int, n_key: int, causal: bool, device: torch.device
+) -> Bool[Tensor, "rows heads query key"]:
+    """Which edges a model's own attention mask allows, whatever its form.
+
+    Args:
+        mask: what the attention module received: None, boolean (True = may attend) or additive float.
+        causal: what None means in this module: causal with the queries at the end of the keys, or everything.
+
+    Returns:
+        Boolean tensor, rows and heads of size 1 where the mask is shared.
+    """
+    if mask is None:
+        everything = torch.ones(1, 1, n_query, n_key, dtype=torch.bool, device=device)
+        return everything.tril(n_key - n_query) if causal else everything
+    mask = mask[..., :n_key]
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def masked(
+    mask: Tensor | None,
+    blocked: Bool[Tensor, "rows heads query key"],
+    *,
+    causal: bool,
+    backend: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A new mask in the back end's own form that allows what `mask` allows, less the blocked edges.
+
+    Raises:
+        UsageError: a query position would be left with nothing to attend to.
+    """
+    n_query, n_key = blocked.shape[-2:]
+    before = allowed_edges(mask, n_query=n_query, n_key=n_key, causal=causal, device=blocked.device)
+    after = before & ~blocked
+    emptied = (before.any(-1) & ~after.any(-1)).nonzero()
+    if len(emptied):
+        row, _, query = emptied[0].tolist()
+        raise UsageError(f"the knockout leaves position {query} of example {row} nothing to attend to; narrow its keys")
+    if mask is not None and mask.dtype != torch.bool:
+        return mask[..., :n_key].masked_fill(blocked, torch.finfo(mask.dtype).min)
+    if backend == "eager":
+        return torch.zeros_like(after, dtype=dtype).masked_fill(~after, torch.finfo(dtype).min)
+    return after
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One call of the attention function on which edges were cut, as the kernel got it.
+
+    `allowed` are the edges under the model's own mask, `blocked` those cut.
+    """
+
+    query: Float[Tensor, "rows heads query d_head"]
+    key: Float[Tensor, "rows heads key d_head"]
+    value: Float[Tensor, "rows heads key d_head"]
+    mask: Tensor | None
+    scaling: float
+    causal: bool
+    output: Float[Tensor, "rows query heads d_head"]
+    allowed: Bool[Tensor, "mask_rows mask_heads query key"]
+    blocked: Bool[Tensor, "rows cut_heads query key"]
+
+    def weights(self, row: int, queries: Tensor) -> Float[Tensor, "heads chosen key"]:
+        """Attention after the softmax at some query positions of one row, in fp32."""
+        scores = self.query[row][:, queries].float() @ self.key[row].float().mT * self.scaling
+        n_query, n_key = self.query.shape[-2], self.key.shape[-2]
+        if self.mask is None or self.mask.dtype == torch.bool:
+            edges = allowed_edges(self.mask, n_query=n_query, n_key=n_key, causal=self.causal, device=self.query.device)
+            edges = edges[row if edges.shape[0] > 1 else 0][:, queries]
+            return scores.masked_fill(~edges, -torch.inf).softmax(-1)
+        bias = self.mask[row if self.mask.shape[0] > 1 else 0][:, queries, :n_key]
+        return (scores + bias.float()).softmax(-1)
+
+
+@dataclass(eq=False)
+class Cutting:
+    """The cuts at one attention module, and what has passed through it.
+
+    A pass over the prompt has `n_rows` rows of `n_prompt` positions; packed towers take it in several calls. What comes
+    after are generated tokens. `calls` are those in which an edge was named, `n_calls` counts all.
+    """
+
+    cuts: "Sequence[Cut]"
+    backend: str
+    n_rows: int
+    n_prompt: int
+    seen: int = 0
+    n_calls: int = 0
+    calls: list[AttentionCall] = field(default_factory=list)
+
+    def blocked(self, query: Tensor, key: Tensor) -> Bool[Tensor, "rows heads query key"]:
+        """Edges to cut in a call, given its queries and keys (rows x heads x positions x d_head)."""
+        n_query, n_key = query.shape[2], key.shape[2]
+        if query.shape[0] != self.n_rows:
+            raise WorkError(
+                f"attention of {query.shape[0]} rows, {self.n_rows} were expected; beam search and other repeated "
+                "rows cannot be knocked out"
+            )
+        prompt = self.seen < self.n_prompt
+        # A sliding-window cache holds the newest keys only.
+        first_key = self.seen if prompt else max(0, self.seen + n_query - n_key)
+        queries, keys = range(self.seen, self.seen + n_query), range(first_key, first_key + n_key)
+        self.seen, self.n_calls = self.seen + n_query, self.n_calls + 1
+        blocked = [cut.blocked(self.n_rows, queries, keys, prompt=prompt, device=query.device) for cut in self.cuts]
+        total = blocked[0]
+        for more in blocked[1:]:
+            total = total | more
+        return total
+
+
+Attend = Callable[..., tuple[Tensor, Any]]
+_off: contextvars.ContextVar[bool] = contextvars.ContextVar("off", default=False)
+
+
+@contextlib.contextmanager
+def own_attention() -> Iterator[None]:
+    """Within the block, attention is the model's own, whatever `attending` put in its place around it."""
+    before = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(before)
+
+
+@contextlib.contextmanager
+def attending(modules: set[nn.Module], attend: Callable[[Attend], Attend]) -> Iterator[None]:
+    """Within the block, the attention function of these modules is the one that `attend` makes of the original."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    backends = {module.config._attn_implementation for module in modules}
+    originals = {backend: ALL_ATTENTION_FUNCTIONS._local_mapping.get(backend) for backend in backends}
+    for backend in backends:
+        ALL_ATTENTION_FUNCTIONS[backend] = _routed(ALL_ATTENTION_FUNCTIONS.get(backend), modules, attend)
+    try:
+        yield
+    finally:
+        for backend, original in originals.items():
+            if original is None:
+                del ALL_ATTENTION_FUNCTIONS[backend]
+            else:
+                ALL_ATTENTION_FUNCTIONS[backend] = original
+
+
+def _routed(original: Attend | None, modules: set[nn.Module], attend: Callable[[Attend], Attend]) -> Attend:
+    def route(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+    ) -> tuple[Tensor, Any]:
+        # Eager attention is not in transformers' table: each architecture has its own.
+        function = original or sys.modules[type(module).__module__].eager_attention_forward
+        chosen = attend(function) if module in modules and not _off.get() else function
+        return chosen(module, query, key, value, attention_mask, **options)
+
+    return route
+
+
+@contextlib.contextmanager
+def cutting(modules: dict[nn.Module, Cutting]) -> Iterator[None]:
+    """Within the block, the given attention modules attend without the edges that are cut.
+
+    Not for use from several threads at once.
+    """
+    with attending(set(modules), lambda function: _cutter(function, modules)):
+        yield
+
+
+def _cutter(function: Attend, modules: dict[nn.Module, Cutting]) -> Attend:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, Any]:
+        here = modules[module]
+        blocked = here.blocked(query, key)
+        if not blocked.any():
+            return function(module, query, key, value, attention_mask, **options)
+        causal = is_causal(module, query, here.backend, options)
+        n_query, n_key = query.shape[2], key.shape[2]
+        allowed = allowed_edges(attention_mask, n_query=n_query, n_key=n_key, causal=causal, device=query.device)
+        mask = masked(attention_mask, blocked, causal=causal, backend=here.backend, dtype=query.dtype)
+        output, weights = function(module, query, key, value, mask, **options)
+        groups = query.shape[1] // key.shape[1]
+        keys, values = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+        scaling = options["scaling"]
+        here.calls.append(AttentionCall(query, keys, values, mask, scaling, causal, output, allowed, blocked))
+        return output, weights
+
+    return attend
+
+
+def is_causal(module: nn.Module, query: Tensor, backend: str, options: dict[str, Any]) -> bool:
+    """Whether a missing mask means causal attention in this call; eager attention then attends to everything."""
+    if backend == "eager" or query.shape[2] == 1:
+        return False
+    said = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)

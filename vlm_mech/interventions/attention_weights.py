@@ -1,0 +1,81 @@
+"""Where attention heads look: their weights recomputed from queries, keys and mask."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlm_mech.architectures.traced_model import TracedModel
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.attention import Attend, AttentionCall, allowed_edges, attending, is_causal
+
+
+def attention_from(
+    vlm: TracedModel, encoded: Encoded, queries: Sequence[Sequence[int]], layers: Sequence[int]
+) -> dict[int, Float[Tensor, "batch head pos"]]:
+    """Attention after the softmax at some layers of the decoder, as the mean over query positions of each example.
+
+    Works with every attention back end that takes masks: the weights are recomputed in fp32 from the very queries,
+    keys and mask of the pass, and must give the attention output that the model computed.
+
+    Args:
+        queries: query positions of each example.
+
+    Raises:
+        UsageError: a layer out of range, or another number of examples.
+        WorkError: the attention of this model is more than a softmax of scaled scores.
+    """
+    outside = [layer for layer in layers if layer not in vlm.llm_layers]
+    if outside or len(queries) != len(encoded):
+        given = f"layer {outside[0]}" if outside else f"queries of {len(queries)} examples"
+        raise UsageError(f"{given} given; layers are 0..{vlm.llm_layers[-1]}, examples {len(encoded)}")
+    vlm.check_maskable("llm")
+    blocks = vlm.blocks("llm")
+    modules = {
+        vlm.model.get_submodule(f"{blocks.path}.{layer}.{blocks.attention}"): layer for layer in sorted(set(layers))
+    }
+    found: dict[int, Tensor] = {}
+    with torch.no_grad(), attending(set(modules), _watcher(modules, queries, vlm.backend, found)):
+        vlm.model(**encoded.inputs)
+    missing = set(modules.values()) - set(found)
+    if missing:
+        raise WorkError(f"{vlm.name}: the attention of layer {min(missing)} was not seen in the pass")
+    return found
+
+
+def _watcher(
+    modules: dict[nn.Module, int], queries: Sequence[Sequence[int]], backend: str, found: dict[int, Tensor]
+) -> Callable[[Attend], Attend]:
+    def attend(function: Attend) -> Attend:
+        def watched(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+        ) -> tuple[Tensor, Any]:
+            output, weights = function(module, query, key, value, mask, **options)
+            groups = query.shape[1] // key.shape[1]
+            keys, values = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+            causal = is_causal(module, query, backend, options)
+            sizes = {"n_query": query.shape[2], "n_key": key.shape[2]}
+            allowed = allowed_edges(mask, **sizes, causal=causal, device=query.device)
+            nothing = allowed.new_zeros(len(queries), 1, *allowed.shape[-2:])
+            scaling = options["scaling"]
+            call = AttentionCall(query, keys, values, mask, scaling, causal, output, allowed, nothing)
+            rows = [_mean_weights(call, row, torch.tensor(each)) for row, each in enumerate(queries)]
+            found[modules[module]] = torch.stack(rows).cpu()
+            return output, weights
+
+        return watched
+
+    return attend
+
+
+def _mean_weights(call: AttentionCall, row: int, queries: Tensor) -> Float[Tensor, "head pos"]:
+    weights = call.weights(row, queries.to(call.query.device))
+    expected = (weights @ call.value[row].float()).transpose(0, 1)
+    given = call.output[row, queries].float()
+    limit = 64 * torch.finfo(call.output.dtype).eps * max(1.0, expected.abs().max().item())
+    if not bool((given - expected).abs().max() <= limit):
+        raise WorkError("this model's attention is more than a softmax of scaled scores; its weights cannot be shown")
+    return weights.mean(1)

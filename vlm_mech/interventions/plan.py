@@ -1,0 +1,323 @@
+"""Interventions made concrete for one batch: which cells of which tensor get which values, which edges are cut.
+
+Everything that can be wrong with an intervention is found here, before the model runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vlm_mech.architectures.site import Site
+from vlm_mech.architectures.traced_model import TracedModel
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.contrastive_batch import DualEncoded
+from vlm_mech.inputs.prompt import Encoded, Prompt
+from vlm_mech.inputs.span import Cells, Span
+from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Knockout, Replace, StateEdit, Steer
+
+Batch = Encoded | DualEncoded
+GENERATED = "generated"
+ReadStates = Callable[[Batch, tuple[Site, ...]], Activations]
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """An edit of one site: `change` maps the states at `cells` (cell x width) to new ones.
+
+    `cells` is None when only generated positions are edited; `generated` says whether those are edited too.
+    """
+
+    what: str
+    site: Site
+    cells: Cells | None
+    heads: tuple[int, ...] | None
+    n_heads: int
+    change: Callable[[Tensor], Tensor]
+    generated: bool
+
+    @property
+    def placed(self) -> Cells:
+        """The cells in the prompt; none where only generated tokens are edited."""
+        nowhere = torch.empty(0, dtype=torch.long)
+        return Cells(nowhere, nowhere, ()) if self.cells is None else self.cells
+
+    def apply(self, states: Float[Tensor, "rows pos width"], *, prompt: bool) -> Tensor:
+        """A new tensor with the edit made; the tensor given stays as it is."""
+        states = states.clone()
+        if prompt:
+            if self.cells is not None:
+                rows, positions = self.cells.rows.to(states.device), self.cells.positions.to(states.device)
+                states[rows, positions] = self._changed(states[rows, positions])
+        elif self.generated:
+            states[:, -1] = self._changed(states[:, -1])
+        return states
+
+    def _changed(self, states: Float[Tensor, "cell width"]) -> Tensor:
+        new = self.change(states).to(states.dtype)
+        if self.heads is None:
+            return new
+        split = rearrange(states, "cell (head d_head) -> cell head d_head", head=self.n_heads).clone()
+        new = rearrange(new, "cell (head d_head) -> cell head d_head", head=self.n_heads)
+        split[:, list(self.heads)] = new[:, list(self.heads)]
+        return rearrange(split, "cell head d_head -> cell (head d_head)")
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Attention edges to cut at one layer: positions of queries and keys by row of the tower."""
+
+    what: str
+    stream: str
+    layer: int
+    queries: dict[int, tuple[int, ...]]
+    keys: dict[int, tuple[int, ...]]
+    heads: tuple[int, ...] | None
+    n_heads: int
+    keep_self: bool
+    generated: bool
+
+    def blocked(
+        self, n_rows: int, queries: range, keys: range, *, prompt: bool, device: torch.device
+    ) -> Bool[Tensor, "rows head query key"]:
+        """True where an edge is cut, in a call with these positions as queries and keys.
+
+        In the pass over the prompt the queries are the cut's own; after it, the token just generated.
+        """
+        cut, seen = np.zeros((n_rows, len(queries)), bool), np.zeros((n_rows, len(keys)), bool)
+        for row in self.keys:
+            seen[row, [position - keys.start for position in self.keys[row] if position in keys]] = True
+            if prompt:
+                chosen = self.queries.get(row, ())
+                cut[row, [position - queries.start for position in chosen if position in queries]] = True
+            else:
+                cut[row] = self.generated
+        blocked = cut[:, :, None] & seen[:, None, :]
+        if self.keep_self and prompt:
+            blocked &= np.array(queries)[:, None] != np.array(keys)
+        heads = np.isin(np.arange(self.n_heads), self.heads) if self.heads is not None else np.ones(1, bool)
+        return torch.from_numpy(blocked[:, None] & heads[:, None, None]).to(device)
+
+    @property
+    def edges(self) -> tuple[Any, ...]:
+        """The same for cuts of the same spans of a batch, whatever the layer."""
+        return id(self.queries), id(self.keys), self.heads, self.keep_self
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All writes by site, in the order given, and all cuts by (stream, layer)."""
+
+    writes: dict[Site, list[Write]]
+    cuts: dict[tuple[str, int], list[Cut]]
+
+
+def plan(vlm: TracedModel, encoded: Batch, intervention: Intervention | None, read: ReadStates) -> Plan:
+    """The concrete edits of an intervention on this batch.
+
+    Args:
+        read: reads states of a batch, for sources and references given as prompts.
+
+    Raises:
+        UsageError: a layer or head out of range, an empty span, a source of another length or with NaN, an attention
+            back end that takes no mask.
+    """
+    made = Plan({}, {})
+    for part in () if intervention is None else intervention.flat():
+        if isinstance(part, Knockout):
+            for cut in _cuts(vlm, encoded, part):
+                made.cuts.setdefault((cut.stream, cut.layer), []).append(cut)
+        elif isinstance(part, StateEdit):
+            for write in _writes(vlm, encoded, part, read):
+                made.writes.setdefault(write.site, []).append(write)
+        else:
+            raise UsageError(f"{type(part).__name__} is not an intervention; Replace, Ablate, Steer, Knockout are")
+    return made
+
+
+def _split_generated(span: Span) -> tuple[Span | None, bool]:
+    if span == GENERATED:
+        return None, True
+    if isinstance(span, tuple) and GENERATED in span:
+        return tuple(part for part in span if part != GENERATED), True
+    return span, False
+
+
+def _writes(vlm: TracedModel, encoded: Batch, part: StateEdit, read: ReadStates) -> list[Write]:
+    span, generated = _split_generated(part.span)
+    if generated and (isinstance(part, Replace) or (isinstance(part, Ablate) and part.to == "resample")):
+        raise UsageError(f"{type(part).__name__} has no states to put at generated tokens; use Ablate or Steer there")
+    for site in part.sites:
+        vlm.check_site(site)
+        if generated and site.stream != "llm":
+            raise UsageError(f"generated tokens do not pass through {site}")
+        _check_heads(part.heads, vlm.n_heads(site.stream), str(site))
+    source = _source(part, encoded, read)
+    writes = []
+    for site in part.sites:
+        cells = None if span is None else encoded.cells(span, place=site.place)
+        change = _change(vlm, part, site, cells, encoded, source)
+        n_heads = vlm.n_heads(site.stream)
+        writes.append(Write(type(part).__name__, site, cells, part.heads, n_heads, change, generated))
+    return writes
+
+
+def _source(part: StateEdit, encoded: Batch, read: ReadStates) -> Activations | None:
+    if isinstance(part, Replace):
+        source = part.source
+    elif isinstance(part, Ablate) and part.to != "zero":
+        source = encoded if part.reference is None else part.reference
+    else:
+        return None
+    if isinstance(source, Activations):
+        return source
+    if not isinstance(source, Encoded | DualEncoded) and not all(isinstance(prompt, Prompt) for prompt in source):
+        raise UsageError(f"a source is Activations, Encoded or prompts, not {type(source).__name__}")
+    return read(source, part.sites)
+
+
+def _change(
+    vlm: TracedModel, part: StateEdit, site: Site, cells: Cells | None, encoded: Batch, source: Activations | None
+) -> Callable[[Tensor], Tensor]:
+    if isinstance(part, Steer):
+        return _steer(vlm, part, site)
+    if isinstance(part, Ablate) and part.to == "zero":
+        if site.point == "embed":
+            raise UsageError(f"{site} cannot be zero: a zero vector has no direction; use to='mean' or to='resample'")
+        return torch.zeros_like
+    taken = _taken(part, site, source)
+    counts = taken.cells.counts
+    if isinstance(part, Ablate) and part.to == "mean":
+        mean = taken.states().mean(0)
+        return lambda old: mean.to(old.device).expand_as(old)
+    if isinstance(part, Ablate):
+        taken = _resampled(taken, part.seed)
+        counts = taken.cells.counts
+    if cells is None or counts != cells.counts:
+        wanted = () if cells is None else cells.counts
+        example = next((i for i, pair in enumerate(zip(wanted, counts, strict=False)) if pair[0] != pair[1]), None)
+        if example is None:
+            raise UsageError(
+                f"{type(part).__name__} at {site}: source has {len(counts)} examples, the batch {len(wanted)}"
+            )
+        raise UsageError(
+            f"{type(part).__name__} at {site}: span {part.span!r} of example {example} has {wanted[example]} tokens, "
+            f"its source has {counts[example]}; both must be equal"
+        )
+    if isinstance(part, Replace) and part.source_span is None and source is not None:
+        _check_grids(part, site, cells, encoded, source.encoded)
+    return lambda old: taken.states().to(old.device)
+
+
+def _check_grids(part: Replace, site: Site, cells: Cells, encoded: Batch, source: Batch) -> None:
+    """States of image tokens can only be exchanged between images cut into the same rows and columns."""
+    if site.stream == "text" or site.point == "embed":
+        return
+    pairs = set(zip(cells.rows.tolist(), cells.positions.tolist(), strict=True))
+    for example, row in enumerate(encoded.rows):
+        own, other = encoded.grids(example), source.grids(example)
+        touched = site.stream != "llm" or any((example, position) in pairs for position in row.image)
+        if touched and own != other:
+            raise UsageError(
+                f"Replace at {site}: the images of example {example} are cut into {_shown(own)} tokens, those of its "
+                f"source into {_shown(other)}; give both the same size"
+            )
+
+
+def _shown(grids: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{rows} x {columns}" for rows, columns in grids)
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """States of another run that are to be written, gathered only when they are needed."""
+
+    held: Float[Tensor, "rows pos width"]
+    cells: Cells
+
+    def states(self) -> Float[Tensor, "cell width"]:
+        """One row for each cell."""
+        return self.held[self.cells.rows.to(self.held.device), self.cells.positions.to(self.held.device)]
+
+
+def _taken(part: StateEdit, site: Site, source: Activations) -> Taken:
+    span = part.source_span if isinstance(part, Replace) and part.source_span is not None else part.span
+    span, _ = _split_generated(span)
+    if span is None:
+        raise UsageError(
+            f"{type(part).__name__}(to='mean') at generated tokens needs a span of the prompt to average over"
+        )
+    taken = Taken(source[site], source.encoded.cells(span, place=site.place))
+    if taken.states().isnan().any():
+        raise UsageError(f"the source of {type(part).__name__} at {site} holds NaN")
+    return taken
+
+
+def _resampled(taken: Taken, seed: int) -> Taken:
+    """The same states, those of every example handed to another one."""
+    counts = taken.cells.counts
+    n = len(counts)
+    if n < 2:
+        raise UsageError("resampling needs a reference of at least two examples")
+    # A random cyclic order is a permutation that leaves no example with its own states.
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    donor = torch.empty(n, dtype=torch.long)
+    donor[order] = order.roll(1)
+    rows, positions = taken.cells.rows.split(counts), taken.cells.positions.split(counts)
+    chosen = donor.tolist()
+    cells = Cells(
+        torch.cat([rows[index] for index in chosen]),
+        torch.cat([positions[index] for index in chosen]),
+        tuple(counts[index] for index in chosen),
+    )
+    return Taken(taken.held, cells)
+
+
+def _steer(vlm: TracedModel, part: Steer, site: Site) -> Callable[[Tensor], Tensor]:
+    width = vlm.width(site)
+    if part.vector.shape != (width,):
+        raise UsageError(f"a steering vector for {site} has shape ({width},), not {tuple(part.vector.shape)}")
+    if part.vector.isnan().any():
+        raise UsageError(f"the steering vector for {site} holds NaN")
+    return lambda old: old + part.scale * part.vector.to(old.device, old.dtype)
+
+
+def _cuts(vlm: TracedModel, encoded: Batch, part: Knockout) -> list[Cut]:
+    for layer in part.each_layer:
+        vlm.check_site(Site(f"{part.stream}.resid_pre", layer))
+    vlm.check_maskable(part.stream)
+    query, generated = _split_generated(part.query)
+    if generated and part.stream != "llm":
+        raise UsageError(f"generated tokens do not pass through the {part.stream} tower")
+    queries = _per_row(encoded, query, part.stream)
+    keys = _per_row(encoded, part.key, part.stream)
+    n_heads = vlm.n_heads(part.stream)
+    cuts = []
+    for layer in part.each_layer:
+        _check_heads(part.heads, n_heads, f"{part.stream} layer {layer}")
+        what = f"Knockout {_named(part.query)}<-{_named(part.key)}"
+        cuts.append(Cut(what, part.stream, layer, queries, keys, part.heads, n_heads, part.keep_self, generated))
+    return cuts
+
+
+def _named(span: Any) -> str:
+    return span if isinstance(span, str) else type(span).__name__
+
+
+def _per_row(encoded: Batch, span: Span | None, stream: str) -> dict[int, tuple[int, ...]]:
+    if span is None:
+        return {}
+    if span == GENERATED or (isinstance(span, tuple) and GENERATED in span):
+        raise UsageError("generated tokens can be queries of a knockout, not keys")
+    return encoded.cells(span, place=stream).by_row
+
+
+def _check_heads(heads: tuple[int, ...] | None, n_heads: int, where: str) -> None:
+    for head in heads or ():
+        if not 0 <= head < n_heads:
+            raise UsageError(f"head {head} is out of range at {where}: heads are 0..{n_heads - 1}")

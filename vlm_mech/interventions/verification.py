@@ -1,0 +1,259 @@
+"""From what a pass left behind to receipts: did each edit arrive, and could it reach the answer?"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlm_mech.architectures.site import Site
+from vlm_mech.architectures.traced_model import TracedModel
+from vlm_mech.architectures.weights import weight_of
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.contrastive_batch import DualEncoded
+from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.attention import AttentionCall, Cutting
+from vlm_mech.interventions.plan import Batch, Plan, Write
+from vlm_mech.interventions.receipt import KnockoutReceipt, Receipt, ReceiptError, WriteReceipt
+from vlm_mech.interventions.timeline import Seen, witness_of
+
+
+def receipts_of(
+    vlm: TracedModel, encoded: Batch, made: Plan, seen: Seen, cuttings: Sequence[Cutting], moved: float
+) -> tuple[Receipt, ...]:
+    """A receipt for every edited site and every cut layer, in forward order, not yet verified.
+
+    Args:
+        cuttings: what passed through the cut layers, in the order of `made.cuts`.
+        moved: largest absolute change of the read-out (`Run.readout`) against the unedited run.
+    """
+    receipts: list[Receipt] = []
+    for site, writes in sorted(made.writes.items(), key=lambda item: item[0].order):
+        receipts.append(write_receipt(vlm, encoded, site, writes, seen, moved))
+    layers = zip(made.cuts, cuttings, strict=True)
+    for where, cutting in sorted(layers, key=lambda item: item[0]):
+        receipts.append(_knockout_receipt(vlm, encoded, where, cutting, moved))
+    return tuple(receipts)
+
+
+def write_receipt(
+    vlm: TracedModel, encoded: Batch, site: Site, writes: list[Write], seen: Seen, moved: float
+) -> WriteReceipt:
+    """The receipt of the writes at one site, not yet verified."""
+    what = " & ".join(write.what for write in writes)
+    if site not in seen.written:
+        raise ReceiptError(f"{what} at {site}: the site was never reached")
+    before, written = seen.before[site], seen.written[site]
+    witness = witness_of(vlm, site)
+    error, tolerance = 0.0, 0.0
+    if witness is not None:
+        expected, exact = _expected(vlm, encoded, site, written, seen)
+        error = _difference(_received(vlm, encoded, site, seen.received[site]), expected)
+        tolerance = 0.0 if exact else _rounding(expected)
+    cells = [write.cells for write in writes if write.cells is not None]
+    reaches, reason = _write_reaches(vlm, encoded, site, writes)
+    return WriteReceipt(
+        intervention=what,
+        site=str(site),
+        n_cells=sum(len(each) for each in cells),
+        change=(written.float() - before.float()).abs().max().item(),
+        witness="" if witness is None else witness.name,
+        readback_error=error,
+        tolerance=tolerance,
+        reaches=reaches,
+        reason=reason,
+        readout_change=moved,
+    )
+
+
+def _rounding(states: Tensor) -> float:
+    """Allowance for the same sum done in another order, in the data type of the states."""
+    steps = 64 if states.dtype == torch.float32 else 4
+    return steps * torch.finfo(states.dtype).eps * max(1.0, states.float().abs().max().item())
+
+
+def _difference(received: Tensor, expected: Tensor) -> float:
+    """Largest difference; where the receiver only arranges the numbers anew, that of the sorted numbers."""
+    received, expected = received.float(), expected.to(received.device).float()
+    if received.shape != expected.shape:
+        if received.numel() != expected.numel():
+            return float("inf")
+        received, expected = received.flatten().sort().values, expected.flatten().sort().values
+    return (received - expected).abs().max().item()
+
+
+def _expected(vlm: TracedModel, encoded: Batch, site: Site, written: Tensor, seen: Seen) -> tuple[Tensor, bool]:
+    """What the witness must receive given what was written, and whether exactly."""
+    if site.point == "embed":
+        return written / written.norm(dim=-1, keepdim=True), False
+    family, blocks = vlm.family, vlm.blocks(site.stream)
+    block = "" if site.layer is None else f"{blocks.path}.{site.layer}"
+    if site.name == "llm.resid_post" and site in seen.beside:
+        cells = encoded.cells("image")
+        total = written.clone()
+        total[cells.rows, cells.positions] += seen.beside[site].flatten(0, 1).to(written.device)
+        return total, True
+    if site in seen.beside:
+        scale = 1.0
+        if blocks.scales is not None:
+            name = blocks.scales[site.point == "mlp_out"]
+            scale = weight_of(vlm.model, f"{block}.{name}")
+        return seen.beside[site] + scale * written, False
+    if site.point == "head_out":
+        return vlm.model.get_submodule(f"{block}.{blocks.attention}.{blocks.out}").forward(written), False
+    if site.name == "projector.in" and family.projector_first is None:
+        return vlm.model.get_submodule(family.projector).forward(written), False
+    if vlm.is_contrastive:
+        # Of an image with a class token nothing else is pooled.
+        last = site.name == "vision.resid_post" and site.layer == vlm.n_layers("vision") - 1
+        return written[:, :1] if last and family.class_tokens else written, True
+    if site.name == "vision.resid_post" and site.layer == vlm.vision_depth - 1 and blocks.after is None:
+        return written[:, vlm.n_class_tokens - vlm.n_kept_class_tokens :], True
+    if site.name == "projector.out":
+        cells, _ = _plain_tokens(encoded)
+        return written[cells[:, 0], cells[:, 1]], True
+    return written, True
+
+
+def _plain_tokens(encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """Cells of projector.out that become one token each, unmixed, and the cells of the decoder where those stand."""
+    given, standing = [], []
+    for example, row in enumerate(encoded.rows):
+        for picture in row.images:
+            layout = picture.layout
+            if not layout.views:
+                given += layout.given.tolist()
+                standing += [(example, position) for position in picture.positions]
+            for view in layout.views:
+                plain = view.given[:, 0] >= 0
+                given += view.given[plain].tolist()
+                standing += [(example, picture.positions[slot]) for slot in view.slots[plain]]
+    return torch.tensor(given).reshape(-1, 2), torch.tensor(standing).reshape(-1, 2)
+
+
+def _received(vlm: TracedModel, encoded: Batch, site: Site, received: Tensor) -> Tensor:
+    if vlm.is_contrastive:
+        return received
+    reads = vlm.family.vision_reads(vlm.config)
+    if site.stream == "vision" and site.point == "resid_post" and site.layer == vlm.vision_depth - 1 and len(reads) > 1:
+        # The outputs of several blocks lie side by side.
+        return received.chunk(len(reads), dim=-1)[reads.index(vlm.vision_depth)]
+    if site.name != "projector.out":
+        return received
+    # The decoder's embeddings hold the projected patches at the image positions of each prompt.
+    _, cells = _plain_tokens(encoded)
+    return received[cells[:, 0], cells[:, 1]]
+
+
+def _write_reaches(vlm: TracedModel, encoded: Batch, site: Site, writes: list[Write]) -> tuple[bool, str]:
+    cells = {
+        cell
+        for write in writes
+        if write.cells is not None
+        for cell in zip(write.cells.rows.tolist(), write.cells.positions.tolist(), strict=True)
+    }
+    if not cells:
+        return True, ""
+    return _reaches(vlm, encoded, site.stream, site.layer, cells, mixes=site.point == "resid_pre")
+
+
+def _reaches(
+    vlm: TracedModel, encoded: Batch, stream: str, layer: int | None, cells: set[tuple[int, int]], *, mixes: bool
+) -> tuple[bool, str]:
+    """Whether states of a layer at these cells can matter; `mixes`: they still pass this layer's attention."""
+    if isinstance(encoded, DualEncoded):
+        return _reaches_embedding(vlm, encoded, stream, layer, cells, mixes=mixes)
+    if stream == "vision":
+        depth = vlm.vision_depth
+        if layer is not None and layer >= depth:
+            return False, f"the projector reads the output of vision block {depth - 1}; later blocks never matter"
+        if layer == depth - 1 and not mixes and not cells & encoded.read_cells:
+            if all(position < vlm.n_class_tokens for _, position in cells):
+                return False, "the class token is dropped before the projector"
+            return False, "no image token is made from these positions of the tower"
+    last_layer = stream == "llm" and layer == vlm.n_layers("llm") - 1
+    if last_layer and not mixes and all(position != encoded.n_pos - 1 for _, position in cells):
+        return False, "after the last attention nothing flows from these positions to the last one"
+    return True, ""
+
+
+def _reaches_embedding(
+    vlm: TracedModel, encoded: DualEncoded, stream: str, layer: int | None, cells: set[tuple[int, int]], *, mixes: bool
+) -> tuple[bool, str]:
+    pooled = encoded.pooled_cells(stream)
+    if layer == vlm.n_layers(stream) - 1 and not mixes and not cells & pooled:
+        return False, "after the last attention nothing flows from these positions to those that are pooled"
+    if layer is not None and stream == "text" and vlm.family.causal:
+        ends = dict(pooled)
+        if all(position > ends[row] for row, position in cells):
+            return False, "the tower is causal: the pooled position does not see what comes after it"
+    return True, ""
+
+
+def _knockout_receipt(
+    vlm: TracedModel, encoded: Batch, where: tuple[str, int], cutting: Cutting, moved: float
+) -> KnockoutReceipt:
+    stream, layer = where
+    what = " & ".join(cut.what for cut in cutting.cuts)
+    site = f"{stream}.attention[{layer}]"
+    if not cutting.n_calls:
+        raise ReceiptError(
+            f"{what} at {site}: no attention call was seen; the model's attention does not pass through "
+            "transformers' attention interface"
+        )
+    n_edges = sum(int((call.allowed & call.blocked).sum()) for call in cutting.calls)
+    queries = {(row, query) for cut in cutting.cuts for row, positions in cut.queries.items() for query in positions}
+    if not n_edges and queries:
+        name = cutting.cuts[0].what
+        raise UsageError(f"{name} at {stream} layer {layer} cuts no edge: attention allows none of them")
+    measures = [_measure(call) for call in cutting.calls] or [_Measure(0.0, 0.0, 0.0, 0.0)]
+    reaches, reason = knockout_reaches(vlm, encoded, stream, layer, queries)
+    return KnockoutReceipt(
+        intervention=what,
+        site=site,
+        n_edges=n_edges,
+        natural_mass=sum(measure.natural for measure in measures) / len(measures),
+        blocked_mass=max(measure.blocked for measure in measures),
+        row_sum_error=max(measure.row_sum_error for measure in measures),
+        kernel_error=max(measure.kernel_error for measure in measures),
+        tolerance=_rounding(cutting.calls[0].output) if cutting.calls else 0.0,
+        reaches=reaches,
+        reason=reason,
+        readout_change=moved,
+    )
+
+
+def knockout_reaches(
+    vlm: TracedModel, encoded: Batch, stream: str, layer: int, queries: set[tuple[int, int]]
+) -> tuple[bool, str]:
+    """Whether a cut at these (row, position) queries of a layer can matter, and why not."""
+    return _reaches(vlm, encoded, stream, layer, queries, mixes=False) if queries else (True, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    natural: float
+    blocked: float
+    row_sum_error: float
+    kernel_error: float
+
+
+def _measure(call: AttentionCall) -> _Measure:
+    """Attention on the cut edges of one call: meant by the model, left over, and whether the kernel obeyed."""
+    allowed, blocked = call.allowed, call.blocked
+    natural, left, row_sum, kernel = [], [0.0], [0.0], [0.0]
+    meant = dataclasses.replace(call, mask=allowed)
+    for row in range(blocked.shape[0]):
+        queries = blocked[row].any(dim=(0, -1)).nonzero().flatten()
+        if not len(queries):
+            continue
+        cut = blocked[row][:, queries]
+        weights = call.weights(row, queries)
+        cut_everywhere = cut.expand_as(weights)
+        natural.append(meant.weights(row, queries)[cut_everywhere].sum() / cut_everywhere.any(-1).sum())
+        left.append(weights[cut_everywhere].max().item())
+        row_sum.append((weights.sum(-1) - 1).abs().max().item())
+        output = (weights @ call.value[row].float()).transpose(0, 1)
+        kernel.append((call.output[row, queries].float() - output).abs().max().item())
+    mean = torch.stack(natural).mean().item() if natural else 0.0
+    return _Measure(mean, max(left), max(row_sum), max(kernel))

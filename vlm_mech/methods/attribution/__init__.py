@@ -1,0 +1,1 @@
+"""Attribution patching: a gradient screen of activation patching, re-checked by patching."""

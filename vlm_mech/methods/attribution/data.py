@@ -1,0 +1,91 @@
+"""The cells of an attribution: sites, spans and heads, and which of them are re-checked."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlm_mech.architectures.site import Site
+from vlm_mech.data.pairs import DIRECTIONS, Pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.span import Each, Span
+from vlm_mech.sweeps.sweep import Measure
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the screen."""
+
+    site: Site
+    span: Span
+    head: int | None
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """Its place in a table."""
+        axes: dict[str, Any] = {"site": self.site.name, "span": str(self.span)}
+        axes |= {} if self.site.layer is None else {"layer": self.site.layer}
+        return axes if self.head is None else axes | {"head": self.head}
+
+
+def cells_of(vlm: "VLM", sites: Sequence[Site], spans: Sequence[Span], heads: bool) -> list[Cell]:
+    if not sites or not spans:
+        raise UsageError("an attribution needs sites and spans")
+    for name, given in (("site", sites), ("span", spans)):
+        twice = next((each for each in given if list(given).count(each) > 1), None)
+        if twice is not None:
+            raise UsageError(f"{name} {twice} is given twice")
+    for site in sites:
+        vlm.check_site(site)
+        if heads and site.point != "head_out":
+            raise UsageError(f"heads can be told apart at head_out sites only, not at {site}")
+    if len({site.layer is None for site in sites}) == 2:
+        raise UsageError("sites with layers and sites without cannot share a table; attribute them apart")
+    if any(isinstance(span, Each) for span in spans):
+        raise UsageError("an attribution takes spans that mean the same in every pair, not Each")
+    own = {site: range(vlm.n_heads(site.stream)) if heads else (None,) for site in sites}
+    return [Cell(site, span, head) for site in sites for span in spans for head in own[site]]
+
+
+def check(pairs: Pairs, measure: Measure, directions: Sequence[str], numbers: dict[str, int]) -> None:
+    if not len(pairs):
+        raise UsageError("an attribution needs at least one pair")
+    for name, number in numbers.items():
+        if number < 1:
+            raise UsageError(f"{name} is {number}; at least 1 is needed")
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise UsageError(f"direction {direction!r} is not known; one of {', '.join(DIRECTIONS)} is")
+    if not directions or len(set(directions)) < len(directions):
+        raise UsageError(
+            f"directions are {', '.join(directions) or 'none'}; each of {', '.join(DIRECTIONS)} at most once"
+        )
+    for answers in measure.answers:
+        if len(answers) != len(pairs):
+            raise UsageError(f"{measure.metric.name} has {len(answers)} answers for {len(pairs)} pairs")
+
+
+# The re-check
+
+
+def chosen_cells(table: pd.DataFrame, top_k: int, n_random: int, seed: int) -> dict[int, str]:
+    """Cells to patch in truth: those of the largest mean estimate, and a sample of the rest."""
+    means = table.groupby("cell")["estimate"].mean().abs()
+    order = [int(cell) for cell in means.sort_values(ascending=False, kind="stable").index]
+    rest = order[top_k:]
+    drawn = random.Random(seed).sample(rest, min(n_random, len(rest)))
+    return dict.fromkeys(order[:top_k], "top") | dict.fromkeys(drawn, "random")
+
+
+def exchanged(pairs: Pairs) -> Pairs:
+    """The same pairs with image and counterfactual image exchanged; answers stay those of the measure."""
+    turned = tuple(
+        dataclasses.replace(pair, image=pair.counterfactual_image, counterfactual_image=pair.image) for pair in pairs
+    )
+    return dataclasses.replace(pairs, pairs=turned)

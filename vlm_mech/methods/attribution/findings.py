@@ -1,0 +1,45 @@
+"""What an attribution says, in sentences made from its numbers."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vlm_mech.results.result import Result
+
+
+def sentences(checked: Result, agreement: pd.DataFrame) -> tuple[str, ...]:
+    """What the agreement says, one sentence a direction; cells of the largest estimate are named a selected set."""
+    n_pairs = checked.table["example"].nunique()
+    found = []
+    for direction, rows in agreement.groupby("direction", sort=False):
+        kinds = {row["chosen"]: row for row in rows.to_dict("records")}
+        parts = []
+        if "random" in kinds:
+            parts.append(
+                f"over {kinds['random']['n']} cells drawn at random from the rest, {_sentence(kinds['random'])}"
+            )
+        else:
+            parts.append("every cell was patched in truth")
+        top = kinds["top"]
+        parts.append(f"over the {top['n']} cells of the largest estimate (a selected set), {_sentence(top)}")
+        if "random" in kinds:
+            parts.append(_missed(checked, str(direction), top["median_effect"]))
+        found.append(f"{direction}, {n_pairs} pairs: " + "; ".join(parts) + ".")
+    return tuple(found)
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    signs = f"the sign agrees in {row['n_same_sign']} of {row['n_signed']} with an effect"
+    signs += "" if np.isnan(row["slope"]) else f", estimates are {row['slope']:.2g} times as large (slope)"
+    if np.isnan(row["correlation"]):
+        return f"no rank correlation can be given, {signs}"
+    interval = "" if np.isnan(row["ci_low"]) else f" (95 % interval {row['ci_low']:.2f} to {row['ci_high']:.2f})"
+    return f"estimate and true effect have rank correlation {row['correlation']:.2f}{interval}, {signs}"
+
+
+def _missed(checked: Result, direction: str, median: float) -> str:
+    table = checked.table[(checked.table["direction"] == direction) & (checked.table["chosen"] == "random")]
+    sizes = table.groupby(list(checked.axes), sort=False)["effect"].mean().abs()
+    n_missed = int((sizes > median).sum())
+    return f"{n_missed} of the {len(sizes)} random cells have a larger true effect than half of the top cells"

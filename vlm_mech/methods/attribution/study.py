@@ -1,0 +1,239 @@
+"""Attribution patching: what patching any state would do, estimated for all of them from one gradient, and re-checked.
+
+The estimate of an exchange is its first-order effect: the gradient of the measure at the run that is patched, times
+the difference of the two runs' states, summed over a span (Nanda 2023, "Attribution patching"; Syed et al. 2023,
+arXiv 2310.10348). Two forward passes and one backward pass serve every site, span and head of a batch. It is a screen:
+saturated softmaxes and norms, and effects that cancel, make it wrong. So the largest cells, and a random sample of the
+others, are always patched in truth (`sweep`), and the result says how well the two agree.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from vlm_mech.architectures.site import Site
+from vlm_mech.data.pairs import DIRECTIONS, Pairs
+from vlm_mech.errors import WorkError
+from vlm_mech.inputs.span import Span
+from vlm_mech.interventions.plan import plan
+from vlm_mech.interventions.specification import Activations, Replace
+from vlm_mech.interventions.trace import read
+from vlm_mech.methods.attribution.agreement import NUMBERS, agreement_of
+from vlm_mech.methods.attribution.data import Cell, cells_of, check, chosen_cells, exchanged
+from vlm_mech.methods.attribution.findings import sentences
+from vlm_mech.methods.attribution.gradient import Pass, forward, frozen, gradient
+from vlm_mech.results.result import Metric, Result
+from vlm_mech.sweeps.sweep import Measure, Point, sweep
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """A screen of all cells, the cells that were patched in truth, and how well the two agree.
+
+    `screen` has an `estimate` and the `distance` of the two runs' states for each pair and cell. `checked` has the true
+    `effect` beside both; its column `chosen` says whether a cell is one of the `top` or of the `random` sample of the
+    rest. `agreement` has a row for each direction and kind of cells (`top` is a selected set: its correlation says
+    nothing about the other cells); `agreement_of` tells its columns.
+    """
+
+    screen: Result
+    checked: Result
+    agreement: pd.DataFrame
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in sentences made from the numbers."""
+        return self.screen.findings
+
+
+def attribute(
+    vlm: "VLM",
+    pairs: Pairs,
+    sites: Sequence[Site],
+    spans: Sequence[Span],
+    measure: Measure,
+    *,
+    heads: bool = False,
+    directions: Sequence[str] = DIRECTIONS,
+    top_k: int = 10,
+    n_random: int = 10,
+    steps: int = 1,
+    engine: str = "fast",
+    batch: int = 8,
+    seed: int = 0,
+) -> Attribution:
+    """Estimated effects of exchanging every site's states between the two images of each pair, re-checked.
+
+    Both directions change the same measure: `noising` puts states of the counterfactual into the run on the image,
+    `denoising` states of the image into the run on the counterfactual. Every pair counts, also those that the model
+    answers wrongly: leave them out beforehand.
+
+    Args:
+        sites: where; all with layers, or none.
+        measure: a differentiable one of next-token logits, such as `logit_diff` and `prob`.
+        heads: one cell for each head; all sites must then be `head_out`.
+        top_k: cells of each direction, largest mean estimate first, whose true effect is measured.
+        n_random: cells drawn from the rest whose true effect is measured, so that misses can be seen.
+        steps: 1 takes the gradient at the run itself (attribution patching). With more it is averaged over that many
+            points on the straight line between the embeddings of the two runs (middles of equal pieces; after
+            integrated gradients, Sundararajan et al. 2017), at as many forward and backward passes.
+        engine: how true effects are measured (see `sweep`).
+        batch: pairs that run together.
+        seed: of the random sample.
+
+    Raises:
+        UsageError: a site, span or number that does not fit, or a measure that cannot be differentiated.
+        WorkError: a gradient is NaN.
+    """
+    spots = cells_of(vlm, sites, spans, heads)
+    check(pairs, measure, directions, {"top_k": top_k, "n_random": n_random, "steps": steps, "batch": batch})
+    began = time.perf_counter()
+    rows = [slice(first, first + batch) for first in range(0, len(pairs), batch)]
+    tables = [_screen(vlm, pairs[each], spots, _of(measure, each), directions, steps) for each in rows]
+    table = pd.concat(tables, ignore_index=True)
+    halfway = time.perf_counter()
+    checks, proofs = [], {}
+    for direction in directions:
+        chosen = chosen_cells(table[table["direction"] == direction], top_k, n_random, seed)
+        data = pairs if direction == "noising" else exchanged(pairs)
+        options = {"engine": engine, "batch": batch, "seed": seed}
+        found, proofs[direction] = _true_effects(vlm, data, spots, chosen, measure, options)
+        checks.append(found.assign(direction=direction))
+    checked = pd.concat(checks, ignore_index=True).merge(table, on=["example", "group", "direction", "cell"])
+    seconds = {"screen": halfway - began, "check": time.perf_counter() - halfway}
+    about = {"model": vlm.identity(), "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest}}
+    return _found(table, checked, spots, measure, about | {"seconds": seconds, "sweeps": proofs}, steps)
+
+
+def _found(
+    table: pd.DataFrame, checked: pd.DataFrame, spots: list[Cell], measure: Measure, about: dict[str, Any], steps: int
+) -> Attribution:
+    axes = ("direction", *spots[0].axes)
+    of = f"change of {measure.metric.name} when the states are exchanged"
+    estimate = Metric("estimate", measure.metric.unit, f"estimated {of}", signed=True)
+    effect = Metric("effect", measure.metric.unit, f"true {of}", signed=True)
+    distance = Metric("distance", "norm", "distance of the two runs' states over the span")
+    config = {"measure": measure.metric.name, "steps": steps}
+    places = pd.DataFrame([spot.axes for spot in spots]).rename_axis("cell").reset_index()
+    tables = [each.merge(places, on="cell").drop(columns="cell") for each in (table, checked)]
+    tables = [each.assign(**{f"{name}_baseline": 0.0 for name in NUMBERS if name in each}) for each in tables]
+    truth = Result("attribution patching, re-checked", tables[1], axes, (effect, estimate, distance), config, about)
+    agreement = agreement_of(truth)
+    findings = sentences(truth, agreement)
+    screen = Result("attribution patching", tables[0], axes, (estimate, distance), config, about, findings)
+    return Attribution(screen, dataclasses.replace(truth, findings=findings), agreement)
+
+
+def _of(measure: Measure, rows: slice) -> Measure:
+    return dataclasses.replace(measure, answers=tuple(answers[rows] for answers in measure.answers))
+
+
+# The screen
+
+
+def _screen(
+    vlm: "VLM", pairs: Pairs, spots: list[Cell], measure: Measure, directions: Sequence[str], steps: int
+) -> pd.DataFrame:
+    """Estimates and distances of every cell for one batch of pairs."""
+    sites = list(dict.fromkeys(spot.site for spot in spots))
+    encoded = [vlm.encode(prompts) for prompts in (pairs.base, pairs.counterfactual)]
+    about = {"example": [pair.id for pair in pairs], "group": [pair.group or pair.id for pair in pairs]}
+    tables = []
+    with frozen(vlm.model):
+        # Only a run whose own gradient is wanted needs a graph.
+        tracked = [steps == 1 and direction in directions for direction in DIRECTIONS]
+        sides = [forward(vlm, each, sites, track=track) for each, track in zip(encoded, tracked, strict=True)]
+        for direction in directions:
+            own, donor = sides if direction == "noising" else sides[::-1]
+            slopes = _slopes(vlm, own, donor, sites, measure, steps)
+            numbers = _cells(vlm, own, donor, slopes, spots)
+            tables += [
+                pd.DataFrame(about | {"direction": direction, "cell": cell, "estimate": estimate, "distance": distance})
+                for cell, (estimate, distance) in enumerate(numbers)
+            ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _cells(
+    vlm: "VLM", own: Pass, donor: Pass, slopes: dict[Site, Tensor], spots: list[Cell]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Estimate and distance of each cell, by example."""
+    done: dict[tuple[Site, Span], tuple[np.ndarray, np.ndarray]] = {}
+    numbers = []
+    for spot in spots:
+        place, split = (spot.site, spot.span), spot.head is not None
+        if place not in done:
+            n_heads = vlm.n_heads(spot.site.stream) if split else 1
+            done[place] = _products(vlm, own, donor, slopes[spot.site], spot, n_heads)
+        estimate, distance = done[place]
+        numbers.append((estimate[:, spot.head or 0], distance[:, spot.head or 0]))
+    return numbers
+
+
+def _products(
+    vlm: "VLM", own: Pass, donor: Pass, slope: Tensor, spot: Cell, n_heads: int
+) -> tuple[Float[np.ndarray, "example head"], Float[np.ndarray, "example head"]]:
+    """Gradient times difference of states, and the norm of the difference, over the span of each example."""
+    # The very write that the true patching makes, so that both mean the same positions and refuse the same things.
+    exchange = Replace(spot.site, spot.span, source=Activations(donor.held, donor.encoded))
+    writes = plan(vlm, own.encoded, exchange, lambda source, sites: read(vlm, source, sites)).writes
+    (write,) = writes[spot.site]
+    rows, positions = (index.to(slope.device) for index in (write.placed.rows, write.placed.positions))
+    states, slope = own.held[spot.site][rows, positions], slope[rows, positions].float()
+    change = (write.change(states) - states).float()
+    if slope.isnan().any():
+        raise WorkError(f"the gradient at {spot.site} is NaN at span {spot.span!r}")
+    numbers = []
+    for each in (slope * change, change.square()):
+        by_head = rearrange(each, "cell (head width) -> cell head width", head=n_heads).sum(-1).double().cpu()
+        numbers.append(torch.stack([piece.sum(0) for piece in by_head.split(write.placed.counts)]).numpy())
+    return numbers[0], np.sqrt(numbers[1])
+
+
+def _slopes(
+    vlm: "VLM", own: Pass, donor: Pass, sites: Sequence[Site], measure: Measure, steps: int
+) -> dict[Site, Tensor]:
+    """Gradient of each example's measure at each site, at the run itself or averaged on the way to the other."""
+    ids = [vlm.answer_ids(own.encoded, answers) for answers in measure.answers]
+    if steps == 1:
+        return gradient(own, measure, ids)
+    total: dict[Site, Tensor] = {}
+    for step in range(steps):
+        share = (step + 0.5) / steps
+        start = [one + share * (other - one) for one, other in zip(own.start, donor.start, strict=True)]
+        found = gradient(forward(vlm, own.encoded, sites, track=True, start=start), measure, ids)
+        total = {site: slope / steps + total.get(site, 0.0) for site, slope in found.items()}
+    return total
+
+
+def _true_effects(
+    vlm: "VLM", data: Pairs, spots: list[Cell], chosen: dict[int, str], measure: Measure, options: dict[str, Any]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What patching the chosen cells does to the measure, a row a pair and cell, and the provenance of the sweep."""
+    source = data.counterfactual
+
+    def exchange(point: Point) -> Replace:
+        spot = spots[point.cell]
+        return Replace(spot.site, spot.span, heads=None if spot.head is None else (spot.head,), source=source)
+
+    result = sweep(vlm, data, [Point((("cell", cell),)) for cell in chosen], exchange, measure, **options)
+    name, table = measure.metric.name, result.table
+    limit = 64 * torch.finfo(vlm.dtype).eps * max(1.0, float(table[f"{name}_baseline"].abs().max()))
+    effect = table[name] - table[f"{name}_baseline"]
+    # The engines compute in other batches, so that what changes nothing differs by rounding; it has no sign or rank.
+    effect = effect.where(effect.abs() > limit, 0.0)
+    found = table[["example", "group", "cell"]].assign(effect=effect, chosen=table["cell"].map(chosen))
+    about = {key: value for key, value in result.provenance.items() if key != "model"}
+    return found, about | {"rounding": limit}

@@ -1,0 +1,178 @@
+"""Pictures of objects with parts: which patches show the part that is asked about, its object, and background.
+
+Generated scenes carry their parts' pixels. A folder of the user's own gives for each pair, as in `data.pairs`, also
+`part_mask` and `object_mask`: pictures of the image's size, white where it shows the part that `answer` names or the
+object.
+"""
+
+import dataclasses
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool
+
+from vlm_mech.data.pairs import Pair, Pairs, Refused
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.prompt import Encoded, Prompt
+from vlm_mech.inputs.span import Patches
+from vlm_mech.methods.compensation.variants import Cell, Places
+from vlm_mech.methods.lens.identifiability import patches_of_mask
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+MIN_SHARE = 0.25
+"""Share of a patch's pixels that the part must cover; with half, two of five parts of the scenes have no patch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """Pixels of a part, and of the object it belongs to."""
+
+    part: Bool[np.ndarray, "height width"]
+    object: Bool[np.ndarray, "height width"]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A question whose answer names a part, and the patches that show it; `n_tokens` is the length of its prompt."""
+
+    pair: Pair
+    places: Places
+    n_tokens: int
+
+    @property
+    def prompt(self) -> Prompt:
+        """The question about the image."""
+        return Prompt(self.pair.question, self.pair.image)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All examples of a data set that can be used, and why others cannot."""
+
+    name: str
+    examples: tuple[Example, ...]
+    refused: tuple[Refused, ...]
+    digest: str
+
+    def batches(self, size: int) -> list[tuple[Example, ...]]:
+        """Examples of equally many tokens together, at most `size` of them."""
+        if size < 1:
+            raise UsageError(f"a batch of {size} examples is none")
+        found = []
+        for length in sorted({each.n_tokens for each in self.examples}):
+            alike = [each for each in self.examples if each.n_tokens == length]
+            found += [tuple(alike[start : start + size]) for start in range(0, len(alike), size)]
+        return found
+
+
+def shown_parts(pairs: Pairs, *, seed: int, split: str) -> dict[str, Shown]:
+    """Pixels of the part and the object that each pair's question is about.
+
+    Args:
+        seed, split: with which the pairs were loaded.
+
+    Raises:
+        UsageError: scenes whose questions are about no part, or a folder's pair without masks.
+    """
+    if not pairs.name.startswith("scenes/"):
+        return _folder_parts(pairs)
+    from vlm_mech.data.counterfactual_scenes import sample_pairs
+    from vlm_mech.data.render import masks
+
+    found = {}
+    for pair in sample_pairs(pairs.name.removeprefix("scenes/"), len(pairs), seed=seed, split=split):
+        if pair.question.type != "part":
+            raise UsageError(f"data {pairs.name!r} asks about no part; scenes/part does")
+        kind, part = pair.question.about
+        here = masks(pair.scene)
+        number = next(number for number, thing in enumerate(pair.scene.things) if thing.kind == kind)
+        whole = np.any([shows for (of, _), shows in here.items() if of == number], axis=0)
+        found[pair.scene.key[:12]] = Shown(here[number, part], whole)
+    return found
+
+
+def _folder_parts(pairs: Pairs) -> dict[str, Shown]:
+    found = {}
+    for number, line in enumerate((Path(pairs.name) / "pairs.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line) if line.strip() else {}
+        name = str(row.get("id", number))
+        lacking = [field for field in ("part_mask", "object_mask") if not isinstance(row.get(field), str)]
+        if name in {pair.id for pair in pairs} and row:
+            if lacking:
+                raise UsageError(f"pair {name} of {pairs.name!r} names no {lacking[0]}, a picture of the part's pixels")
+            both = (load_image(Path(pairs.name) / row[field]) for field in ("part_mask", "object_mask"))
+            found[name] = Shown(*(np.asarray(image.convert("L")) >= 128 for image in both))
+    return found
+
+
+def examples_of(
+    vlm: "VLM", pairs: Pairs, shown: dict[str, Shown], *, min_share: float = MIN_SHARE, seed: int = 0
+) -> Examples:
+    """The pairs with their patches; those without are refused with the reason.
+
+    Args:
+        min_share: share of a patch that part or object must cover, above 0.
+        seed: draws the background patches.
+
+    Raises:
+        UsageError: a share that is none, image tokens that are no patches, or no pair that can be used.
+    """
+    if not 0 < min_share <= 1:
+        raise UsageError(f"min_share is {min_share}; a number above 0 and at most 1 is needed")
+    kept: list[Example] = []
+    refused = list(pairs.refused)
+    for pair in pairs:
+        encoded = vlm.encode(Prompt(pair.question, pair.image))
+        if not encoded.rows[0].images[0].layout.views:
+            raise UsageError(f"the image tokens of {vlm.name} are learned queries; they show no part")
+        random = np.random.default_rng([seed, zlib.crc32(pair.id.encode())])
+        try:
+            places = places_of(encoded, shown[pair.id], min_share=min_share, random=random)
+        except UsageError as error:
+            refused.append(Refused(pair.id, str(error)))
+            continue
+        kept.append(Example(pair, places, encoded.n_pos))
+    if not kept:
+        raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} can be used: {refused[-1].reason}")
+    left = dataclasses.replace(pairs, pairs=tuple(each.pair for each in kept))
+    return Examples(pairs.name, tuple(kept), tuple(refused), left.digest)
+
+
+def places_of(encoded: Encoded, shown: Shown, *, min_share: float, random: np.random.Generator) -> Places:
+    """The patches of part and object, and as many of the background as the part has.
+
+    Background patches show no pixel of the object. The earliest image token is never one of them, so that in a causal
+    decoder each choice has something before it.
+
+    Raises:
+        UsageError: the part lies in no patch to that share, its object fills the image, there is too little
+            background, or no image token before the part lies outside its object.
+    """
+    part, whole = (patches_of_mask(encoded, each, min_share=min_share) for each in (shown.part, shown.object))
+    whole = tuple(sorted({*part, *whole}))
+    every = tuple(np.ndindex(*encoded.rows[0].images[0].layout.views[0].grid))
+    if len(whole) == len(every):
+        raise UsageError("the object fills the whole image, so nothing lies outside of it")
+    before = _tokens_before(encoded, part, [cell for cell in every if cell not in whole])
+    if not before:
+        raise UsageError("no image token before the part lies outside its object, so a causal decoder has no such edge")
+    touched = patches_of_mask(encoded, shown.object | shown.part, min_share=np.finfo(float).tiny)
+    first = min(every, key=lambda cell: encoded.positions(Patches((cell,)))[0])
+    free = [cell for cell in every if cell not in touched and cell != first]
+    if len(free) < len(part):
+        raise UsageError(f"the part has {len(part)} patches, the background only {len(free)}")
+    drawn = sorted(random.choice(len(free), len(part), replace=False).tolist())
+    return Places(part, whole, tuple(free[number] for number in drawn))
+
+
+def _tokens_before(encoded: Encoded, part: tuple[Cell, ...], outside: list[Cell]) -> int:
+    """How many patches outside the object come before the part's last one in the prompt."""
+    last = max(encoded.positions(Patches(part)))
+    return sum(position < last for position in encoded.positions(Patches(tuple(outside))))

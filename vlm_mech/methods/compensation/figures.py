@@ -1,0 +1,56 @@
+"""Figures of a compensation run, and pictures of which patches show what."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from vlm_mech.inputs.image import load_image
+from vlm_mech.methods.compensation.data import Examples
+from vlm_mech.methods.compensation.variants import BACKGROUND
+from vlm_mech.results import figures
+from vlm_mech.results.overlays import laid_over
+from vlm_mech.results.result import Result
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+N_SHOWN = 4
+
+
+def drawn(result: Result) -> dict[str, Any]:
+    """What each variant changes at each site as heatmaps, and reciprocal ranks as lines, tower and decoder apart.
+
+    The lines show the first range of layers only: all thirds in one figure could not be told apart.
+    """
+    axes = {"x": "site", "facet": "layers"}
+    found = {
+        f"{metric}_change": figures.heatmap(result, y="variant", metric=metric, value="effect", **axes)
+        for metric in ("reciprocal_rank", "logit_diff")
+    }
+    first, chosen = result.table["layers"].iloc[0], result.metric("reciprocal_rank")
+    here = list(dict.fromkeys(result.table[result.table["layers"] == first]["variant"]))
+    for name, prefix in {"tower": "V-", "decoder": "L-", "both": "V+L-"}.items():
+        variants = [each for each in here if each.startswith(prefix) and not each.endswith(BACKGROUND)]
+        if variants:
+            found[f"reciprocal_rank_{name}"] = figures.lines(
+                result, colour="variant", metric=chosen.name, where={"variant": variants, "layers": first}, **axes,
+                title=f"compensation, cuts in {name}: {chosen.name} ({chosen.unit})",
+            )  # fmt: skip
+    return found
+
+
+def pictures(vlm: "VLM", examples: Examples) -> tuple[tuple[str, Image.Image], ...]:
+    """Some examples: the part's patches framed, the object's bright, the background patches in between."""
+    shown = []
+    for example in examples.examples[:N_SHOWN]:
+        encoded, places = vlm.encode(example.prompt), example.places
+        every = list(np.ndindex(*encoded.rows[0].images[0].layout.views[0].grid))
+        levels = np.array([1.0 if each in places.object else 0.5 * (each in places.background) for each in every])
+        framed = [each in places.part for each in every]
+        picture = laid_over(load_image(example.pair.image), encoded.boxes(0), levels, most=1.0, outlined=framed)
+        caption = (
+            f"{example.pair.question} {example.pair.answer}: its patches framed, its object's bright, the control's dim"
+        )
+        shown.append((caption, picture))
+    return tuple(shown)

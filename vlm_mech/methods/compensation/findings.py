@@ -1,0 +1,111 @@
+"""What a compensation run says, in sentences made from its numbers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from vlm_mech.methods.compensation.data import Examples
+from vlm_mech.methods.compensation.index import Compensation, Estimate, estimate
+from vlm_mech.methods.compensation.study import ANSWER, LOGIT_DIFF, RECIPROCAL
+from vlm_mech.methods.compensation.variants import BACKGROUND, NONE
+from vlm_mech.results.result import N_RESAMPLES, Result
+from vlm_mech.results.statistics import bootstrap_means
+
+CONTROLS = ("random_patches", "background", "other_label")
+
+
+# Sentences
+
+
+def told(
+    result: Result, examples: Examples, site: str, chosen_on: str, shares: Sequence[Compensation]
+) -> tuple[str, ...]:
+    """What a run says: examples, whether parts are named at all, what each cut does, how much is made up for."""
+    ranges = list(dict.fromkeys(result.cells["layers"]))
+    summary = result.summary()
+    damages = [*_damage(summary, site, RECIPROCAL.name, ranges[0])]
+    for layers in ranges:
+        damages += _damage(summary, ANSWER, LOGIT_DIFF.name, layers)
+    main = ((site, RECIPROCAL.name), (ANSWER, LOGIT_DIFF.name))
+    said = [sentence(each) for each in shares if each.layers == ranges[0] and (each.site, each.metric) in main]
+    return (used(examples), *named(result, summary, site, chosen_on), *damages, *said)
+
+
+def used(examples: Examples) -> str:
+    """How many examples count."""
+    n, n_refused = len(examples.examples), len(examples.refused)
+    return f"{n} of {n + n_refused} examples of {examples.name} are used."
+
+
+def named(result: Result, summary: pd.DataFrame, site: str, chosen_on: str) -> tuple[str, ...]:
+    """Whether the unedited run names parts at their patches, against all controls; and how it answers."""
+    row, hit = (_row(summary, metric, site) for metric in (RECIPROCAL.name, "hit@1"))
+    text = (
+        f"unedited, parts are named at {site} ({chosen_on}) with a mean reciprocal rank of {_interval(row)}, at rank 1 "
+        f"in {_interval(hit)} of {row['n']} examples"
+    )
+    differences = {name: _difference(result, name, site) for name in CONTROLS}
+    against = [
+        f"{name.replace('_', ' ')} {_row(summary, name, site)['mean']:.3f}, difference {difference}"
+        for name, difference in differences.items()
+    ]
+    better = all(difference.low > 0 for difference in differences.values())
+    verdict = "parts are named better than every control" if better else "parts are not named better than every control"
+    answer = _row(summary, "hit@1", ANSWER)
+    return (
+        f"{text}; controls: {'; '.join(against)}; {verdict}.",
+        f"unedited, {_interval(answer)} of {answer['n']} questions about parts are answered right.",
+    )
+
+
+def _row(summary: pd.DataFrame, metric: str, site: str) -> Any:
+    """The unedited run's row."""
+    chosen = (summary["metric"] == metric) & (summary["variant"] == NONE.name) & (summary["site"] == site)
+    return summary[chosen].iloc[0]
+
+
+def _interval(row: Any) -> str:
+    return f"{row['mean']:.3f} (95 % interval {row['ci_low']:.3f} to {row['ci_high']:.3f})"
+
+
+def _difference(result: Result, control: str, site: str) -> Estimate:
+    """Reciprocal rank of the parts less a control, paired."""
+    cells = result.cells
+    column = cells[(cells["variant"] == NONE.name) & (cells["site"] == site)].index[0]
+    values = (result.matrix(RECIPROCAL.name) - result.matrix(control))[:, [column]]
+    draws = bootstrap_means(values, result.groups(), n_resamples=N_RESAMPLES, seed=0)
+    return estimate(float(values.mean()), draws[:, 0])
+
+
+def _damage(summary: pd.DataFrame, site: str, metric: str, layers: str) -> tuple[str, ...]:
+    """What every variant over these layers changes at a site; the same edges of background patches as control."""
+    at = (summary["metric"] == metric) & (summary["site"] == site) & (summary["layers"] == layers)
+    here = summary.loc[at & (summary["variant"] != NONE.name)]
+    what = "the answer's logit difference" if site == ANSWER else f"the reciprocal rank at {site}"
+    controls = here["variant"].str.endswith(BACKGROUND)
+    found = []
+    for rows, edges in ((here.loc[~controls], "cut"), (here.loc[controls], "cut at background patches instead")):
+        if len(rows):
+            each = [
+                f"{row['variant'].removesuffix(BACKGROUND)} {row['effect']:+.3f} ({row['effect_low']:+.3f} to "
+                f"{row['effect_high']:+.3f})"
+                for _, row in rows.iterrows()
+            ]
+            n = int(rows["n"].min())
+            found.append(
+                f"{edges} in layers {layers!r}, {what} changes by (95 % interval, n = {n}): {', '.join(each)}."
+            )
+    return tuple(found)
+
+
+def sentence(each: Compensation) -> str:
+    """A share with what it is made of, or why there is none."""
+    where = "the answer" if each.site == ANSWER else each.site
+    text = (
+        f"{each.cut}, {each.metric} at {where}, layers {each.layers!r}, n = {each.n}: the cut in the tower costs "
+        f"{each.free} with a free decoder and {each.blocked} with a blocked one"
+    )
+    if each.share is None:
+        return f"{text}; no compensated share is given, because {each.reason}."
+    return f"{text}; compensated share {each.share}."

@@ -1,0 +1,191 @@
+"""Attention knockout over edges and layers: how much the answer depends on who attends to whom, where.
+
+After Geva et al. 2023 (arXiv 2304.14767) and Zhang et al. 2024 (cross-modal information flow, arXiv 2411.18620); see
+docs/methods.md.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.span import Tokens
+from vlm_mech.interventions.receipt import add_up, summarise
+from vlm_mech.interventions.specification import Knockout
+from vlm_mech.methods.knockout.data import FoundBy, Masks, Scan, found_edges, sweeps
+from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
+from vlm_mech.results import metrics
+from vlm_mech.results.result import Metric
+from vlm_mech.sweeps.recorded_pass import record
+from vlm_mech.sweeps.schedule import SweepPlan
+from vlm_mech.sweeps.sweep import Measure, Point, logit_diff, plan_sweep, prob, sweep
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+MIN_PROB = 1e-3
+
+RELATIVE = Metric(
+    "relative_change", "%", "change of the answer's probability in percent of that of the unedited run", signed=True
+)
+LOGIT = Metric("logit", "logits", "logit of the answer's first token", signed=True)
+FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred to the own")
+LOST = Metric("lost", "share", "share of examples in which the answer is not the first of the whole vocabulary")
+MEASURED = ("logit", "prob", "logit_diff", "flip", "lost")
+METRICS = (RELATIVE, logit_diff((), ()).metric, prob(()).metric, LOGIT, FLIP, LOST)
+
+OUT_OF_SIGHT = "attention at these layers allows none of the edges"
+NO_PROB = f"the answer's probability is below {MIN_PROB} without any knockout"
+
+
+def knock_out(
+    vlm: "VLM",
+    pairs: Pairs,
+    scan: Scan,
+    *,
+    masks: Masks | None = None,
+    only_correct: bool = True,
+    seed: int = 0,
+    engine: str = "fast",
+    memory: int | str | None = None,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Every cell of a scan on one batch of pairs.
+
+    Args:
+        masks: pixels of the object by pair, for the groups `object` and `rest`.
+        only_correct: leave out the pairs that the model answers wrongly.
+        seed: draws the controls; they do not depend on how pairs are batched.
+        engine: `fast`, or `trace` for the reference.
+        memory: bytes it may take beyond the model, such as "2GiB".
+
+    Returns:
+        The table with one row per pair, edge, `cut` (the edge or its control), layer and head; values left out are NaN
+        with the reason in `skipped`; `n_layers_cut` says in how many layers of a window there was something to cut. And
+        the summary of all receipts.
+
+    Raises:
+        UsageError: an edge does not fit (see `edges.ends_of`), or a head is out of range.
+    """
+    points, sets = scan.points(), scan.layers.sets
+    found = found_edges(vlm, pairs, scan, masks or {}, only_correct=only_correct, seed=seed)
+    tables, notes = [], [summarise(())]
+    for chosen, some, cut in sweeps(pairs, points, found, sets):
+        how = {"engine": engine, "batch": len(chosen), "memory": memory}
+        result = sweep(vlm, chosen, some, cut, _measures(chosen), **how)
+        tables.append(result.table)
+        notes.append(result.provenance["receipts"])
+    return _assembled(pairs, points, found, tables, sets), add_up(notes)
+
+
+def plan_knockout(
+    vlm: "VLM",
+    pairs: Pairs,
+    scan: Scan,
+    *,
+    masks: Masks | None = None,
+    batch: int = 32,
+    seed: int = 0,
+    memory: int | str | None = None,
+) -> SweepPlan:
+    """What `knock_out` over all pairs, `batch` at a time, will need; all examples are taken to be answered right.
+
+    One unedited pass over the first batch is run, to see which edges there are.
+
+    Raises:
+        TooLargeError: a single knockout of a single example does not fit into the memory.
+    """
+    first = pairs[:batch]
+    found = found_edges(vlm, first, scan, masks or {}, only_correct=False, seed=seed)
+    plans = [
+        plan_sweep(vlm, chosen, points, cut, batch=len(chosen), memory=memory)
+        for chosen, points, cut in sweeps(first, scan.points(), found, scan.layers.sets)
+    ]
+    if not plans:
+        raise UsageError("no example has any of the edges")
+    forwards = sum(each.forwards * each.n_examples for each in plans) / len(first)
+    return dataclasses.replace(
+        max(plans, key=lambda each: each.peak_bytes),
+        n_cells=len(scan.points()),
+        n_examples=len(first),
+        flops=sum(each.flops for each in plans),
+        forwards=forwards,
+    ).over(len(pairs))
+
+
+def _measures(pairs: Pairs) -> tuple[Measure, ...]:
+    own, both = (pairs.answer,), (pairs.answer, pairs.counterfactual_answer)
+    return (
+        logit_diff(*both),
+        prob(*own),
+        Measure(LOGIT, lambda logits, ids: logits.float().gather(1, ids[:, None])[:, 0], own),
+        Measure(FLIP, lambda logits, ids, others: metrics.flip(logits, ids, others).float(), both),
+        Measure(LOST, lambda logits, ids: (~metrics.correct(logits, ids)).float(), own),
+    )
+
+
+def _assembled(
+    pairs: Pairs,
+    points: Sequence[Point],
+    found: FoundBy,
+    tables: Sequence[pd.DataFrame],
+    sets: dict[int | str, tuple[int, ...]],
+) -> pd.DataFrame:
+    """All cells of all examples, those that were not measured with the reason."""
+    rows = []
+    for point in points:
+        for number, pair in enumerate(pairs):
+            here = found[point.edge, point.cut][number]
+            place = dict(point.axes) | {"example": pair.id, "group": pair.group or pair.id}
+            seen = sets[point.layer] if isinstance(here, str) else here.layers.intersection(sets[point.layer])
+            why = here if isinstance(here, str) else "" if seen else OUT_OF_SIGHT
+            rows.append(place | {"n_layers_cut": len(seen), "skipped": why})
+    table = pd.DataFrame(rows)
+    columns = [f"{name}{ending}" for name in MEASURED for ending in ("", "_baseline")]
+    axes = [axis for axis, _ in points[0].axes]
+    if tables:
+        measured = pd.concat(tables, ignore_index=True)[["example", *axes, *columns]]
+        table = table.merge(measured, on=["example", *axes], how="left", validate="one_to_one")
+    else:
+        table = table.assign(**dict.fromkeys(columns, np.nan))
+    table["relative_change"] = relative_change(table["prob"].to_numpy(), table["prob_baseline"].to_numpy())
+    table["relative_change_baseline"] = np.where(table["relative_change"].isna(), np.nan, 0.0)
+    low = (table["skipped"] == "") & table["relative_change"].isna()
+    return table.assign(skipped=table["skipped"].where(~low, NO_PROB))
+
+
+def relative_change(after: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """`100 (after - before) / before`, in percent (Zhang et al.); NaN where `before` is below `MIN_PROB`."""
+    enough = before >= MIN_PROB
+    return np.where(enough, 100 * (after - before) / np.where(enough, before, 1.0), np.nan)
+
+
+def texts_without(
+    vlm: "VLM", pairs: Pairs, edges: Sequence[Edge], masks: Masks, *, max_new_tokens: int = 12
+) -> pd.DataFrame:
+    """What the model writes with and without each edge, cut at all layers; a row per pair and edge.
+
+    Where `last` is among the queries, generated tokens cannot attend to the keys either.
+    """
+    from vlm_mech.interventions.trace import generate
+
+    everything = tuple(vlm.llm_layers)
+    found = []
+    for number, pair in enumerate(pairs):
+        encoded = vlm.encode(pairs[number : number + 1].base)
+        clean = generate(vlm, encoded, max_new_tokens=max_new_tokens).texts[0]
+        visible, row = visible_edges(record(vlm, encoded), 0), encoded.rows[0]
+        for edge in edges:
+            ends = ends_of(encoded, 0, edge, visible, masks.get(pair.id))
+            if isinstance(ends, str):
+                continue
+            query, key = Tokens(ends.query), Tokens(ends.key)
+            spans = (query, "generated") if row.present.index(encoded.n_pos - 1) in ends.query else query
+            cut = generate(vlm, encoded, Knockout(spans, key, everything), max_new_tokens=max_new_tokens)
+            found.append(
+                {"example": pair.id, "question": pair.question, "edge": str(edge), "clean": clean, "cut": cut.texts[0]}
+            )
+    return pd.DataFrame(found)

@@ -1,0 +1,1 @@
+"""Activation patching: hidden states exchanged between a picture and its counterfactual, layer by layer."""

@@ -1,0 +1,24 @@
+"""What a layer swap exchanges: sites and spans."""
+
+from typing import TYPE_CHECKING
+
+from vlm_mech.architectures.site import PROJECTOR_POINTS, Site
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+
+def default_spans(vlm: "VLM", stream: str) -> tuple[str, ...]:
+    """The spans a swap compares at the sites of a stream."""
+    if stream == "llm":
+        return ("image", "question", "last", "all")
+    if stream == "projector":
+        return ("image",)
+    return ("image", "class", "all") if vlm.n_class_tokens else ("image",)
+
+
+def swap_sites(vlm: "VLM", stream: str, point: str) -> list[Site]:
+    """The sites that a swap visits: every layer of a tower at one point, or both ends of the projector."""
+    if stream == "projector":
+        return [Site(f"projector.{name}") for name in PROJECTOR_POINTS]
+    return [Site(f"{stream}.{point}", layer) for layer in range(vlm.n_layers(stream))]

@@ -1,0 +1,69 @@
+"""What a layer swap says, in sentences made from its numbers."""
+
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.errors import WorkError
+from vlm_mech.methods.layer_swap.study import NO_GAP, WRONG
+from vlm_mech.results.result import Result
+
+
+def usable_share(result: Result, pairs: Pairs) -> str:
+    """How many pairs count, in a sentence.
+
+    Raises:
+        WorkError: fewer than two pairs count, so that nothing can be said.
+    """
+    first = result.table.drop_duplicates("example")
+    n_examples, n_wrong = len(first), int((first["skipped"] == WRONG).sum())
+    n_close = int(result.table[result.table["skipped"] == NO_GAP]["example"].nunique())
+    if n_examples - n_wrong < 2:
+        raise WorkError(
+            f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are answered right on both images; "
+            "at least two are needed (--all keeps the others too)"
+        )
+    text = f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are used"
+    text += f"; {n_wrong} are left out because they are {WRONG}" if n_wrong else ""
+    text += f"; in {n_close} the {NO_GAP}, so that they have no recovered fraction" if n_close else ""
+    return f"{text}."
+
+
+def takeover(result: Result) -> tuple[str, ...]:
+    """Where the image tokens stop mattering and the last token takes over, in sentences made from the numbers."""
+    if "layer" not in result.axes:
+        return ()
+    n_fewest = int(result.summary("recovered")["n"].min())
+    if n_fewest < 2:
+        return (f"too few pairs have a recovered fraction to say where the answer turns ({n_fewest} in some cells).",)
+    found = []
+    spans = set(result.table["span"])
+    for direction in result.table["direction"].drop_duplicates():
+        where = {"direction": direction}
+        if "image" in spans:
+            found.append(f"{direction}: " + _image_sentence(result, where | {"span": "image"}))
+        if "last" in spans:
+            found.append(f"{direction}: " + _last_sentence(result, where | {"span": "last"}))
+    return tuple(found)
+
+
+def _image_sentence(result: Result, where: dict[str, str]) -> str:
+    end = result.crossing(where, "layer", 0.5, rising=False, metric="recovered")
+    if end["at"] is None:
+        return "swapping the image tokens turns the answer at every layer."
+    if end["at"] == 0:
+        return f"swapping the image tokens does not turn the answer even at layer 0 (95 % interval {_interval(end)})."
+    turns = f"from layer {end['at']} on, swapping the image tokens no longer turns the answer"
+    return f"{turns} (95 % interval {_interval(end)})."
+
+
+def _last_sentence(result: Result, where: dict[str, str]) -> str:
+    start = result.crossing(where, "layer", 0.5, rising=True, metric="recovered")
+    if start["at"] is None:
+        return "swapping the last token alone turns the answer at no layer."
+    turns = f"from layer {start['at']} on, swapping the last token alone turns the answer"
+    return f"{turns} (95 % interval {_interval(start)})."
+
+
+def _interval(crossing: dict[str, int | None]) -> str:
+    low, high = (
+        "beyond the last" if layer is None else f"layer {layer}" for layer in (crossing["low"], crossing["high"])
+    )
+    return f"{low} to {high}"

@@ -1,0 +1,1 @@
+"""Linear and MLP probes over all layers at once, with controls."""

@@ -1,0 +1,91 @@
+"""Probing as one call: states of every layer, probes with controls, the table with its statistics, and what it says."""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.methods.probing.crossfit import METRICS
+from vlm_mech.methods.probing.data import conflicts_of, examples_of, probe_sites, spots_of, spread, with_objects
+from vlm_mech.methods.probing.descent import LINEAR, Recipe, small_mlp
+from vlm_mech.methods.probing.findings import findings
+from vlm_mech.methods.probing.study import AXES, Design, completed, study
+from vlm_mech.results.result import Result
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+
+def probe(
+    vlm: "VLM",
+    pairs: Pairs,
+    *,
+    conflict: Pairs | None = None,
+    spans: Sequence[str] = ("last", "image", "object"),
+    probes: Sequence[str | Recipe] = ("linear",),
+    controls: Sequence[str] = ("shuffled", "control task"),
+    every: int = 1,
+    grouping: str = "both",
+    n_folds: int = 4,
+    n_seeds: int = 5,
+    seed: int = 0,
+    batch: int = 32,
+    device: str = "cpu",
+) -> Result:
+    """What can be read at every layer of tower, projector and decoder: probes cross-fitted on the pairs' answers.
+
+    Accuracy says what could be read there, not what the model uses; compare it with the controls.
+
+    Args:
+        conflict: pairs that show something unusual; the same probes then tell what is shown from what is usual.
+        spans: where the states are read (see `spots_of`).
+        probes: `linear`, `mlp`, or recipes of one's own.
+        controls: of `shuffled`, `control task`, `no image`, `random weights`.
+        every: of the layers only each so many.
+        grouping: what never stands on both sides of a split: `scene`, `template`, or `both`.
+        device: where the probes are fitted.
+
+    Returns:
+        A row per example and cell of model, probe, control, data set, span and place; `probe_figures` draws it.
+
+    Raises:
+        UsageError: a span, probe or control that is not known, or too few examples for the folds.
+    """
+    examples = examples_of(vlm, with_objects(pairs))
+    conflicts = None if conflict is None else conflicts_of(vlm, with_objects(conflict))
+    spots = spots_of(probe_sites(vlm, every=every), spread(vlm, tuple(spans), examples))
+    design = Design(
+        spots, tuple(map(recipe_of, probes)), tuple(controls), grouping, n_folds, n_seeds, seed, batch, device=device
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        steps = [study(vlm, examples, conflicts, design, step, folder=Path(folder)) for step in design.steps]
+    notes = [note for _, note in steps]
+    table = completed(pd.concat([table for table, _ in steps], ignore_index=True))
+    data = [each for each in (pairs, conflict) if each is not None]
+    about = {
+        "model": [vlm.identity()],
+        "data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data],
+    }
+    result = Result("probes", table, AXES, METRICS, {}, about | {"steps": notes})
+    return dataclasses.replace(result, findings=findings(result, notes))
+
+
+def recipe_of(name: str | Recipe, *, hidden: Sequence[int] = (64, 32)) -> Recipe:
+    """The recipe of a kind of probe by name.
+
+    Args:
+        hidden: widths of the hidden layers of an `mlp`.
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    if isinstance(name, Recipe):
+        return name
+    if name not in ("linear", "mlp"):
+        raise UsageError(f"probe {name!r} is not known; linear, mlp or a Recipe is")
+    return LINEAR if name == "linear" else small_mlp(tuple(hidden))

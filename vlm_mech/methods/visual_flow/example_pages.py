@@ -1,0 +1,310 @@
+"""A closer look at single examples: what is read at every patch of the picture, and where the reading head looks."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from vlm_mech.architectures.site import Site
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import load_image
+from vlm_mech.interventions.attention_weights import attention_from
+from vlm_mech.interventions.specification import Knockout
+from vlm_mech.methods.lens.figures import LONGEST_WORD
+from vlm_mech.methods.lens.logit_lens import lens
+from vlm_mech.methods.visual_flow.claims import FlowClaims
+from vlm_mech.methods.visual_flow.data import EDGES, Cases
+from vlm_mech.methods.visual_flow.probes import Fitting, patch_probabilities
+from vlm_mech.methods.visual_flow.study import INPUT, PROBE, SWAP, swapped_sites
+from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.overlays import VEIL
+from vlm_mech.results.result import Result
+from vlm_mech.sweeps.sweep import grid, logit_diff, sweep
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from vlm_mech.models.vlm import VLM
+
+MOST_SITES = 9
+"""Places at which patches are read: all of a small model, evenly spaced ones of a large one."""
+LONGEST_SIDE, SMALL = 480, 256
+"""Of the picture that is kept, in pixels; pictures no larger than the second are kept without loss."""
+N_CHOOSING = 32
+"""Examples at most on which the reading head is chosen; those that are shown are not among them if there are enough."""
+
+
+def pages(
+    vlm: "VLM", cases: Cases, said: FlowClaims, fitted: Fitting | None, *, n: int, folder: Path
+) -> list[dict[str, Any]]:
+    """What the page shows of the first `n` examples, as JSON values: picture, and at every patch and place the word of
+    the lens, the probe's probability of the answer, and the attention of the reading head.
+
+    Args:
+        fitted: what probes are fitted on; without it they are left out.
+
+    Raises:
+        UsageError: image tokens that are learned queries, or images cut into unlike grids.
+    """
+    shown = cases[:n]
+    encoded = vlm.encode(shown.pairs.base)
+    if not all(row.images[0].layout.views for row in encoded.rows):
+        raise UsageError(
+            f"image tokens of {vlm.name} are no patches, so that there is nothing to lay over a picture; --pages 0"
+        )
+    sites = _some(swapped_sites(vlm))
+    words = lens(vlm, shown.pairs.base, sites, "image", top=1)
+    probed = None if fitted is None else patch_probabilities(vlm, shown, fitted, sites, folder=folder)
+    looks, about = _attention(vlm, cases, shown, said)
+    found = []
+    for number, pair in enumerate(shown.pairs):
+        n_rows, n_columns = encoded.grids(number)[0]
+        tokens = [place for place, token in enumerate(words.tokens) if (token.example, token.view) == (number, 0)]
+        tokens.sort(key=lambda place: (words.tokens[place].row, words.tokens[place].column))
+        read = [words.top_words(site) for site in sites]
+        found.append(
+            {
+                "example": pair.id,
+                "question": pair.question,
+                "answer": pair.answer,
+                "rival": shown.rivals[number],
+                "picture": _kept(load_image(pair.image)),
+                "grid": [n_rows, n_columns],
+                "boxes": [[box.left, box.top, box.right, box.bottom] for box in encoded.boxes(number)],
+                "layers": [INPUT if site.name == "llm.resid_pre" else site.layer for site in sites],
+                "words": [[each[place][0] for place in tokens] for each in read],
+                "likely": [_rounded(each[tokens, 0].numpy()) for each in words.top_probabilities],
+                "probed": None if probed is None else [_rounded(each) for each in probed[number]],
+                "attention": None if looks is None else _rounded(looks[number]),
+                "head": about,
+            }
+        )
+    return found
+
+
+def _some(sites: list[Site]) -> tuple[Site, ...]:
+    chosen = np.unique(np.linspace(0, len(sites) - 1, min(MOST_SITES, len(sites))).round().astype(int))
+    return tuple(sites[number] for number in chosen)
+
+
+def _rounded(values: Float[np.ndarray, "patch"]) -> list[float]:
+    return [round(float(value), 4) for value in values]
+
+
+def _kept(picture: Image.Image) -> dict[str, Any]:
+    size, buffer = list(picture.size), io.BytesIO()
+    picture = picture.convert("RGB")
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    kind = "PNG" if max(size) <= SMALL else "JPEG"
+    picture.save(buffer, format=kind, **({} if kind == "PNG" else {"quality": 88}))
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"source": f"data:image/{kind.lower()};base64,{data}", "size": size}
+
+
+def _attention(
+    vlm: "VLM", cases: Cases, shown: Cases, said: FlowClaims
+) -> tuple[list[Float[np.ndarray, "patch"]] | None, str]:
+    """Attention of the reading head on each patch, from the queries that it reads for, and the head in words."""
+    if said.reading is None or said.reading.at is None:
+        return None, "no layer is said to read"
+    layer, edge = said.reading.at, EDGES[1] if said.carries else EDGES[0]
+    query, key = edge.split("<-")
+    others = cases[len(shown) : len(shown) + N_CHOOSING]
+    some = others if len(others) >= len(shown) else cases[:N_CHOOSING]
+    head, change = _reading_head(vlm, some, layer, query, key)
+    encoded = vlm.encode(shown.pairs.base)
+    queries = [encoded.positions(query, number) for number in range(len(encoded))]
+    weights = attention_from(vlm, encoded, queries, [layer])[layer][:, head].numpy()
+    looks = []
+    for number, row in enumerate(encoded.rows):
+        picture = row.images[0]
+        looks.append(weights[number, [picture.positions[slot] for slot in picture.layout.views[0].slots]])
+    about = f"layer {layer} head {head}, from {query}"
+    return looks, f"{about} (cut alone: {change:+.2f} logits on {len(some)} examples)"
+
+
+def _reading_head(vlm: "VLM", cases: Cases, layer: int, query: str, key: str) -> tuple[int, float]:
+    """The head of a layer whose cut lowers the answer most, and by how much in logits."""
+    pairs = cases.pairs
+    measure = logit_diff(pairs.answer, pairs.counterfactual_answer)
+    points = grid(head=range(vlm.n_heads("llm")))
+    cuts = {point.head: Knockout(query, key, layer, heads=(point.head,)) for point in points}
+    table = sweep(vlm, pairs, points, lambda point: cuts[point.head], measure, check=0).table
+    changes = (table["logit_diff"] - table["logit_diff_baseline"]).groupby(table["head"]).mean()
+    return int(changes.idxmin()), float(changes.min())
+
+
+# The figure
+
+
+def example_pages(result: Result, *, title: str | None = None) -> "go.Figure":
+    """One page with a chooser: an example's picture under what is read at its patches, and its own numbers over depth.
+
+    The menu chooses the example, the slider the place. Patches are coloured by the probe's probability of the answer,
+    by the probability of the lens's likeliest word (which is written in them), and by attention.
+
+    Raises:
+        UsageError: the result holds no pages.
+    """
+    from plotly.subplots import make_subplots
+
+    held = result.provenance.get("pages")
+    if not held:
+        raise UsageError(f"{result.name} holds no pages of examples")
+    names = [
+        "P(answer), by a linear probe",
+        "likeliest word of the lens",
+        "attention of the reading head (darkest: most)",
+        "over depth",
+    ]
+    figure = make_subplots(2, 2, subplot_titles=names, horizontal_spacing=0.09, vertical_spacing=0.11)
+    owners: list[int] = []
+    for number, page in enumerate(held):
+        added = [*_maps(page), *_curves(result, page)]
+        for trace, (row, column) in added:
+            trace.update(visible=number == 0)
+            figure.add_trace(trace, row=row, col=column)
+            owners.append(number)
+        for panel in range(3):
+            figure.add_layout_image(_under(page, panel, visible=number == 0))
+    _choosers(figure, held, owners)
+    _laid_out(figure, held, title)
+    figure.update_layout(meta={"drawn_by": f"{__name__}:example_pages", "options": {"title": title}})
+    return figure
+
+
+def _maps(page: dict[str, Any]) -> list[tuple[Any, tuple[int, int]]]:
+    """The three maps of patches at the first place."""
+    nothing = [[None] * page["grid"][1] for _ in range(page["grid"][0])]
+    probed = nothing if page["probed"] is None else _shaped(page, page["probed"][0])
+    look = nothing if page["attention"] is None else _shaped(page, page["attention"])
+    most = max(page["attention"] or [1.0])
+    words = _texts(page, 0)
+    maps = [_map(page, probed, 1.0), _map(page, _shaped(page, page["likely"][0]), 1.0, words), _map(page, look, most)]
+    return list(zip(maps, ((1, 1), (1, 2), (2, 1)), strict=True))
+
+
+def _shaped(page: dict[str, Any], values: list[Any]) -> list[list[Any]]:
+    n_rows, n_columns = page["grid"]
+    return [values[row * n_columns : (row + 1) * n_columns] for row in range(n_rows)]
+
+
+def _texts(page: dict[str, Any], place: int) -> list[list[str]]:
+    return [
+        [html.escape(word.strip()[:LONGEST_WORD], quote=False) for word in row]
+        for row in _shaped(page, page["words"][place])
+    ]
+
+
+def _map(
+    page: dict[str, Any], values: list[list[Any]], most: float, words: list[list[str]] | None = None
+) -> "go.Heatmap":
+    import plotly.graph_objects as go
+
+    n_columns, boxes = page["grid"][1], page["boxes"]
+    across = [box[0] for box in boxes[:n_columns]] + [boxes[n_columns - 1][2]]
+    down = [box[1] for box in boxes[::n_columns]] + [boxes[-1][3]]
+    few = len(boxes) <= 64
+    return go.Heatmap(
+        x=across, y=down, z=values, text=words, zmin=0, zmax=most, colorscale=VEIL, xgap=1, ygap=1, showscale=False,
+        texttemplate="%{text}" if words and few else None, textfont={"color": "black", "size": 9},
+        hovertemplate=("%{text} " if words else "") + "%{z:.3f}<extra></extra>",
+    )  # fmt: skip
+
+
+def _curves(result: Result, page: dict[str, Any]) -> list[tuple[Any, tuple[int, int]]]:
+    """The example's own numbers: swaps, and what the probe says at the object."""
+    import plotly.graph_objects as go
+
+    table = result.table[(result.table["example"] == page["example"]) & (result.table["stream"] == "llm")]
+    asked = (
+        (SWAP, "image", "recovered", "swap of image", COLOURS[0], "solid"),
+        (SWAP, "last", "recovered", "swap of last", COLOURS[2], "solid"),
+        (PROBE, "object", "p_true", "P(answer), object", COLOURS[4], "solid"),
+        (PROBE, "last", "p_true", "P(answer), last", COLOURS[1], "solid"),
+        (PROBE, "last", "p_rival", "P(rival), last", COLOURS[1], "dash"),
+    )
+    traces = []
+    for method, span, column, name, colour, dash in asked:
+        rows = table[(table["method"] == method) & (table["span"] == span)].sort_values("layer").dropna(subset=[column])
+        traces.append(
+            go.Scatter(
+                x=rows["layer"], y=rows[column], name=name, mode="lines", showlegend=True,
+                line={"color": colour, "dash": dash, "width": 2}, hovertemplate=f"{name}: %{{y:.3f}}<extra></extra>",
+            )
+        )  # fmt: skip
+    return [(trace, (2, 2)) for trace in traces]
+
+
+def _under(page: dict[str, Any], panel: int, *, visible: bool) -> dict[str, Any]:
+    axis = str(panel + 1) if panel else ""
+    width, height = page["picture"]["size"]
+    return {
+        "source": page["picture"]["source"], "xref": f"x{axis}", "yref": f"y{axis}", "x": 0, "y": 0, "sizex": width,
+        "sizey": height, "sizing": "stretch", "layer": "below", "visible": visible,
+    }  # fmt: skip
+
+
+def _choosers(figure: "go.Figure", held: list[dict[str, Any]], owners: list[int]) -> None:
+    """A menu of examples, which sets what is visible, and a slider of places, which sets what the maps hold."""
+    buttons = []
+    for number, page in enumerate(held):
+        changes: dict[str, Any] = {
+            f"images[{3 * other + panel}].visible": other == number for other in range(len(held)) for panel in range(3)
+        }
+        width, height = page["picture"]["size"]
+        for axis in ("", "2", "3"):
+            changes |= {f"xaxis{axis}.range": [0, width], f"yaxis{axis}.range": [height, 0]}
+        changes["title.text"] = _heading(page)
+        label = html.escape(f"{number + 1}: {page['question']} {page['answer']}", quote=False)
+        shown = [each == number for each in owners]
+        buttons.append({"label": label, "method": "update", "args": [{"visible": shown}, changes]})
+    per_page = len(owners) // len(held)
+    steps = [_step(held, place, per_page) for place in range(len(held[0]["layers"]))]
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.055, "yanchor": "bottom", "active": 0}
+    slider = {"steps": steps, "active": 0, "currentvalue": {"prefix": "probe and lens, decoder: "}, "pad": {"t": 40}}
+    figure.update_layout(updatemenus=[menu], sliders=[slider])
+
+
+def _step(held: list[dict[str, Any]], place: int, per_page: int) -> dict[str, Any]:
+    """What the maps of probe and lens hold at one place, in every example."""
+    targets, values, texts = [], [], []
+    for number, page in enumerate(held):
+        if page["probed"] is not None:
+            targets.append(number * per_page)
+            values.append(_shaped(page, page["probed"][place]))
+            texts.append(None)
+        targets.append(number * per_page + 1)
+        values.append(_shaped(page, page["likely"][place]))
+        texts.append(_texts(page, place))
+    layer = held[0]["layers"][place]
+    label = "input" if layer == INPUT else f"after {layer}"
+    return {"label": label, "method": "restyle", "args": [{"z": values, "text": texts}, targets]}
+
+
+def _heading(page: dict[str, Any]) -> str:
+    text = f"{page['question']} shown: {page['answer']}, rival: {page['rival']}; attention: {page['head']}"
+    return html.escape(text, quote=False)
+
+
+def _laid_out(figure: "go.Figure", held: list[dict[str, Any]], title: str | None) -> None:
+    width, height = held[0]["picture"]["size"]
+    for row, column in ((1, 1), (1, 2), (2, 1)):
+        figure.update_xaxes(range=[0, width], visible=False, constrain="domain", row=row, col=column)
+        figure.update_yaxes(range=[height, 0], visible=False, row=row, col=column)
+    for axis in ("", "2", "3"):
+        figure.layout[f"yaxis{axis}"].update(scaleanchor=f"x{axis}", constrain="domain")
+    figure.update_xaxes(title_text="after block (-1: the decoder's input)", row=2, col=2)
+    figure.update_yaxes(title_text="fraction, probability", range=[-0.3, 1.3], row=2, col=2)
+    heading = title or _heading(held[0])
+    figure.update_layout(
+        template="plotly_white", width=1120, height=1040, plot_bgcolor="rgba(0,0,0,0)",
+        title={"text": heading, "x": 0.01, "xanchor": "left", "y": 0.985, "yanchor": "top", "font": {"size": 14}},
+        font={"family": "Helvetica, Arial, sans-serif", "size": 12}, margin={"l": 40, "r": 150, "t": 120, "b": 90},
+        legend={"x": 1.01, "y": 0.44, "yanchor": "top", "font": {"size": 10}},
+    )  # fmt: skip

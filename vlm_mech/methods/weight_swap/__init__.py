@@ -1,0 +1,1 @@
+"""Decoder blocks exchanged between a model and its tune (counterfactual blocks)."""

@@ -1,0 +1,160 @@
+"""Which decoder blocks carry what a tuning changed: blocks exchanged between a checkpoint and its tune.
+
+After the layer replacement of arXiv 2606.06890, as far as it is known: the metric, the direction and the schedules
+are ours. A hybrid is foreign to both its parents, so every exchange has a control of equal size in a random direction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.interventions.receipt import ReceiptError
+from vlm_mech.methods.weight_swap.blocks import Checkpoint, Hybrids, Part, adapted, check_alike, checkpoint, random_twin
+from vlm_mech.methods.weight_swap.data import Exchange
+from vlm_mech.results import metrics
+from vlm_mech.results.result import Metric
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+AXES = ("direction", "schedule", "donor", "layer")
+REVERT, GRAFT = "base's blocks in the tune", "the tune's blocks in the base"
+PARENT, RANDOM, SECOND = "the other checkpoint", "random change of equal size", "a second tune"
+OUTSIDE = "all but the blocks"
+
+TRUE = Metric("true", "share", "share of examples whose best next token is the true answer's; ties are wrong")
+PRIOR = Metric("prior", "share", "share of examples whose best next token is the prior's answer; ties are not")
+LEAD = Metric("lead", "logits", "logit of the true answer less that of the prior's", signed=True)
+METRICS = (LEAD, TRUE, PRIOR)
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """Two checkpoints of one architecture, both ways round: who is changed, by direction, and whose blocks it can get.
+
+    `moved` says by direction and donor how far apart each layer's weights are that are exchanged (`Hybrids.moved`).
+    """
+
+    recipients: dict[str, Hybrids]
+    donors: dict[str, dict[str, Checkpoint]]
+    moved: dict[tuple[str, str], list[float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        moved = {
+            (direction, name): self.recipients[direction].moved(donor)
+            for direction, donors in self.donors.items()
+            for name, donor in donors.items()
+        }
+        object.__setattr__(self, "moved", moved)
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder blocks of either."""
+        return len(self.recipients[REVERT].own.blocks)
+
+
+def two_sides(
+    base: "VLM", tuned: "VLM | str", *, part: Part = "block", second: "VLM | Checkpoint | None" = None, seed: int = 0
+) -> Sides:
+    """The checkpoints and their controls.
+
+    Args:
+        tuned: the tuned model, or the folder of a peft adapter of the base.
+        second: another tune of the base, or its blocks, which are put into the tune as a further control.
+        seed: of the random changes.
+
+    Raises:
+        UsageError: they are not of one architecture and size, or do not differ in their blocks.
+    """
+    if isinstance(tuned, str):
+        one, two = adapted(base, tuned)
+        whole = base
+    else:
+        check_alike(base, tuned)
+        one, two, whole = checkpoint(base, "base"), checkpoint(tuned, "tuned"), tuned
+    recipients = {REVERT: Hybrids(whole, two, part), GRAFT: Hybrids(base, one, part)}
+    if not any(recipients[GRAFT].moved(two)):
+        what = "decoder blocks" if part == "block" else f"{part} parts of the decoder blocks"
+        raise UsageError(f"the {what} of {base.name} and its tune are equal; there is nothing to exchange")
+    donors = {
+        REVERT: {PARENT: one, RANDOM: random_twin(two, one, seed=seed)},
+        GRAFT: {PARENT: two, RANDOM: random_twin(one, two, seed=seed + 1)},
+    }
+    if isinstance(second, Checkpoint):
+        donors[REVERT][SECOND] = second
+    elif second is not None:
+        check_alike(base, second)
+        donors[REVERT][SECOND] = checkpoint(second, "second")
+    return Sides(recipients, donors)
+
+
+def swap_blocks(sides: Sides, pairs: Pairs, chosen: Sequence[Exchange]) -> pd.DataFrame:
+    """Every exchange in both directions, with controls, for one batch of pairs.
+
+    The first image of each pair is asked about; its answer is the true one, the other the prior's.
+
+    Returns:
+        One row per pair and cell of `AXES`, with `METRICS` and their values without an exchange. The schedule `OUTSIDE`
+        (layer -1) takes everything but the blocks from the other checkpoint.
+
+    Raises:
+        ReceiptError: an exchange that must change something left every logit as it was, or one of nothing did not.
+    """
+    tables = []
+    for direction, recipient in sides.recipients.items():
+        encoded = recipient.vlm.encode(pairs.base)
+        ids = [recipient.vlm.answer_ids(encoded, each) for each in (pairs.answer, pairs.counterfactual_answer)]
+        none = (recipient.own,) * sides.n_layers
+        cells: list[tuple[str, Exchange]] = []
+        hybrids = [none]
+        for name, donor in sides.donors[direction].items():
+            for each in chosen:
+                cells.append((name, each))
+                hybrids.append(
+                    tuple(donor if layer in each.layers else recipient.own for layer in range(sides.n_layers))
+                )
+        unedited, *edited = recipient.answers(encoded, hybrids)
+        for (name, each), logits in zip(cells, edited, strict=True):
+            _prove(sides, direction, name, each, unedited, logits)
+        other = next(side for side in sides.recipients if side != direction)
+        outside = _outside(recipient, sides.recipients[other], pairs)
+        rows = [*zip(cells, edited, strict=True), ((PARENT, Exchange(OUTSIDE, -1, ())), outside)]
+        for (name, each), logits in rows:
+            if logits is not None:
+                place = {"direction": direction, "schedule": each.schedule, "donor": name, "layer": each.layer}
+                tables.append(_scored(unedited, logits, ids, pairs).assign(**place))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _outside(recipient: Hybrids, other: Hybrids, pairs: Pairs) -> torch.Tensor | None:
+    """Logits with everything but the blocks from the other checkpoint; None where one model is both."""
+    if recipient.vlm is other.vlm:
+        return None
+    encoded = other.vlm.encode(pairs.base)
+    inner = Hybrids(other.vlm, other.own, "block")
+    return inner.answers(encoded, [(recipient.own,) * len(recipient.own.blocks)])[0]
+
+
+def _prove(
+    sides: Sides, direction: str, name: str, each: Exchange, unedited: torch.Tensor, logits: torch.Tensor
+) -> None:
+    differ = any(sides.moved[direction, name][layer] for layer in each.layers)
+    if differ == bool(torch.equal(unedited, logits)):
+        what = f"{each.schedule} at layer {each.layer} of {direction} ({name})"
+        raise ReceiptError(f"{what}: the blocks {'differ' if differ else 'are equal'}, but the logits say otherwise")
+
+
+def _scored(unedited: torch.Tensor, logits: torch.Tensor, ids: Sequence[torch.Tensor], pairs: Pairs) -> pd.DataFrame:
+    true, prior = ids
+    values: dict[str, Any] = {}
+    for suffix, each in (("", logits), ("_baseline", unedited)):
+        values["lead" + suffix] = metrics.logit_diff(each, true, prior)
+        values["true" + suffix] = metrics.correct(each, true).float()
+        values["prior" + suffix] = metrics.correct(each, prior).float()
+    table = pd.DataFrame({name: value.double().cpu().numpy() for name, value in values.items()})
+    return table.assign(example=[pair.id for pair in pairs], group=[pair.group or pair.id for pair in pairs])

@@ -1,0 +1,21 @@
+"""Where the embedded models are: small vision-language models really trained, shipped with the package.
+
+`clip` is a contrastive model; `organism` a LLaVA on its image tower that carries a language prior;
+`organism-grounded` the same, tuned further on counterfactual scenes. `python -m vlm_mech.organism.train` makes them
+from nothing. Each folder opens with Hugging Face's auto classes.
+"""
+
+from pathlib import Path
+
+NAMES = ("organism", "organism-grounded", "clip")
+
+
+def weights_folder(name: str) -> Path:
+    """The folder of an embedded model.
+
+    Raises:
+        ValueError: there is no embedded model of that name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"embedded model {name!r} does not exist; there are {', '.join(NAMES)}")
+    return Path(__file__).parents[1] / "organism" / "weights" / name

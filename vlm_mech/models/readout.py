@@ -1,0 +1,85 @@
+"""From the residual stream to logits, as the model itself goes: final norm, head, and whatever it does to the logits.
+
+Some models squash or scale what the head gives; which do cannot be told from the configuration alone (PaliGemma applies
+the soft cap that its decoder's configuration names, Gemma-3 with an image tower does not). So the model is asked: its
+own logits decide.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlm_mech.architectures.site import Site
+from vlm_mech.architectures.traced_model import TracedModel
+from vlm_mech.errors import WorkError
+from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.interventions.trace import read, run
+
+ROUNDING = 256
+"""Multiples of the data type's precision by which two ways to the same logits may differ, relative to the largest."""
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """Final norm and head of a model, then `scale` times the logits, then a soft cap `cap tanh(logits / cap)`."""
+
+    norm: nn.Module
+    head: nn.Module
+    n_words: int
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, hidden: Float[Tensor, "token d_model"], *, normed: bool = True) -> Float[Tensor, "token vocab"]:
+        """Logits in float32 of states of the residual stream, which must not have been through the final norm.
+
+        Args:
+            normed: whether the final norm is applied, once; without it the head reads the raw states.
+        """
+        states = hidden[None]
+        logits = self.head(self.norm(states) if normed else states)[0].float() * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def readout_of(vlm: TracedModel, prompt: Prompt) -> Readout:
+    """The read-out with which the last block's output gives the model's own logits at every position of the prompt.
+
+    Raises:
+        WorkError: neither a plain head, nor one with a factor or the configured soft cap, gives them.
+    """
+    encoded = vlm.encode(prompt)
+    last = Site("llm.resid_post", vlm.n_layers("llm") - 1)
+    hidden = read(vlm, encoded, last)[last][0]
+    expected = run(vlm, encoded).logits[0].float()
+    with torch.no_grad():
+        tried = [(_error(each(hidden), expected), each) for each in _candidates(vlm, hidden, expected)]
+    error, found = min(tried, key=lambda pair: pair[0])
+    limit = ROUNDING * torch.finfo(vlm.dtype).eps * max(1.0, expected.abs().max().item())
+    if not error <= limit:
+        raise WorkError(
+            f"{vlm.name}: final norm and head do not give the model's own logits (largest difference {error:.3g}); "
+            "something comes between that the lens does not know"
+        )
+    return found
+
+
+def _error(logits: Tensor, expected: Tensor) -> float:
+    return (logits.to(expected.device) - expected).abs().max().item()
+
+
+def _candidates(
+    vlm: TracedModel, hidden: Float[Tensor, "pos d_model"], expected: Float[Tensor, "pos vocab"]
+) -> list[Readout]:
+    """A plain head, one with the configured soft cap where there is one, and one with the factor that fits best."""
+    after = vlm.family.llm.after
+    if after is None:
+        raise WorkError(f"{vlm.family.name} names no final norm of its decoder")
+    norm, head = vlm.model.get_submodule(after), vlm.model.get_submodule(vlm.family.head)
+    n_words = expected.shape[-1]
+    plain = Readout(norm, head, n_words)
+    logits = plain(hidden).to(expected.device).double()
+    scale = ((logits * expected).sum() / logits.square().sum()).item()
+    cap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
+    capped = [] if cap is None else [Readout(norm, head, n_words, cap=float(cap))]
+    return [plain, *capped, Readout(norm, head, n_words, scale=scale)]

@@ -1,0 +1,260 @@
+"""`VLM`: a Hugging Face vision-language model inside nnsight, with standard names for its parts.
+
+The names are checked when the model is loaded (`vlm_mech.checks`): a model whose names do not hold is refused.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlm_mech.architectures.families import Blocks, Family, family_of
+from vlm_mech.architectures.site import Site
+from vlm_mech.architectures.traced_model import TracedModel
+from vlm_mech.architectures.weights import input_device, kept_in_place
+from vlm_mech.checks.vlm import check_vlm, example
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import ImageLike
+from vlm_mech.inputs.image_layout import Batch, ImageLayout
+from vlm_mech.inputs.prompt import Encoded, Prompt, encode
+from vlm_mech.interventions.trace import read
+from vlm_mech.models.describe import describe, describe_html
+from vlm_mech.models.loading import DeviceMap, check_processor, load
+from vlm_mech.models.readout import Readout, readout_of
+from vlm_mech.models.transformer_lens_bridge import to_transformer_lens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from vlm_mech.models.readout import Readout
+
+
+class VLM(TracedModel):
+    """A vision-language model with its processor, its residual streams under standard names.
+
+    Use `VLM.load(name_or_folder)` or `VLM(model, processor)` around loaded objects. `model`, `processor` and
+    `tokenizer` are the Hugging Face objects, `nn` the nnsight model around them; nothing is copied.
+    """
+
+    family: Family
+
+    def __init__(
+        self, model: "PreTrainedModel", processor: "ProcessorMixin", *, name: str | None = None, check: bool = True
+    ) -> None:
+        from nnsight import TransformersModel
+
+        self.family = family_of(getattr(model, "config", None))
+        self.model = model.eval()
+        self.processor = processor
+        self.config = model.config
+        self.name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
+        check_processor(model, processor)
+        self.tokenizer = processor.tokenizer
+        self.known_boxes = {}
+        kept_in_place(model)
+        self.nn = TransformersModel(model, task="image-text-to-text", processor=processor)
+        if check:
+            check_vlm(self)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        device: str = "cpu",
+        device_map: DeviceMap | None = None,
+        dtype: str = "float32",
+        attn: str = "sdpa",
+        quantization: Any = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        check: bool = True,
+    ) -> "VLM":
+        """A model by embedded name (`organism`, `organism-grounded`), folder, or Hugging Face id.
+
+        Args:
+            device: where the whole model goes; `auto` is short for `device_map="auto"`, and `meta` gives a skeleton
+                without weights for traces with `remote=True` (see docs/big_models.md).
+            device_map: where the parts go, as accelerate has it: `auto`, `balanced`, or a dict from module to device.
+            dtype: `float32`, `bfloat16` or `float16`.
+            attn: attention back end; `sdpa` and `eager` take masks, so that attention can be knocked out.
+            quantization: `8bit` or `4bit` (bitsandbytes), or any Hugging Face quantisation config.
+            revision: branch, tag or commit of a Hugging Face model.
+
+        Raises:
+            UsageError: no such model, a folder without processor, an unknown architecture, dtype, device, device map
+                or quantisation, or a package that one of these needs and that is not installed.
+            WorkError: the names of its parts do not hold.
+        """
+        model, processor = load(
+            name_or_folder,
+            device=device,
+            device_map=device_map,
+            dtype=dtype,
+            attn=attn,
+            quantization=quantization,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        # Without weights there is nothing to run: the structure was checked already.
+        vlm = cls(model, processor, name=str(name_or_folder), check=check and device != "meta")
+        # A remote server must take the same revision.
+        vlm.nn.revision = revision
+        return vlm
+
+    # Facts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return input_device(self.model)
+
+    @property
+    def backend(self) -> str:
+        """Attention back end of the decoder: `sdpa`, `eager`, or one that takes no mask."""
+        return self.backend_of("llm")
+
+    @property
+    def llm_layers(self) -> range:
+        """Layers of the decoder."""
+        return range(self.n_layers("llm"))
+
+    @property
+    def vision_depth(self) -> int:
+        """Number of vision blocks whose output can matter; blocks from this one on are never read."""
+        return max(self.family.vision_reads(self.config))
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels of the preprocessed image."""
+        size = self.config.vision_config.patch_size
+        return size if isinstance(size, int) else size[0]
+
+    @property
+    def image_token_id(self) -> int:
+        """Token id that stands for one image token in the prompt."""
+        return self.config.image_token_id
+
+    @property
+    def placeholder(self) -> str | None:
+        """What a prompt's text holds for each image before it is processed; None if the processor adds it itself."""
+        name = self.family.placeholder
+        return None if name is None else str(getattr(self.processor, name))
+
+    @property
+    def n_class_tokens(self) -> int:
+        """Tokens before the first patch in the vision tower."""
+        return self.family.class_tokens(self.config)
+
+    @property
+    def n_kept_class_tokens(self) -> int:
+        """How many of these the projector receives."""
+        return 0 if self.family.drops_class_tokens(self.config) else self.n_class_tokens
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Vision blocks whose output is added to the image positions after decoder blocks 0, 1, ... (deepstack)."""
+        if self.family.added_later is None:
+            return ()
+        return tuple(self.config.vision_config.deepstack_visual_indexes)
+
+    def layouts(
+        self, inputs: dict[str, torch.Tensor], n_tokens: tuple[int, ...], alone: tuple[bool, ...]
+    ) -> list[ImageLayout]:
+        """How each image of a batch became tokens.
+
+        Args:
+            inputs: what the processor made of the batch.
+            n_tokens: image tokens of each image.
+            alone: whether each is the only image of its prompt.
+        """
+        batch = Batch(
+            config=self.config,
+            inputs=inputs,
+            n_tokens=n_tokens,
+            alone=alone,
+            patch_size=self.patch_size,
+            merge=self.family.merge(self.config),
+            n_class=self.n_class_tokens,
+            kept=self.n_kept_class_tokens,
+            takes=self.family.takes,
+        )
+        return self.family.layout(batch)
+
+    def blocks(self, stream: str) -> Blocks:
+        """Where the transformer blocks of `vision` or `llm` live."""
+        return self.family.vision if stream == "vision" else self.family.llm
+
+    def width(self, site: Site) -> int:
+        """Size of the last dimension of the tensor at a site."""
+        return self._projector_widths[site.point] if site.stream == "projector" else super().width(site)
+
+    @functools.cached_property
+    def _projector_widths(self) -> dict[str, int]:
+        """Widths that no configuration gives in all families, read from one pass."""
+
+        states = read(self, [example(self)], [Site("projector.in"), Site("projector.out")])
+        return {site.point: value.shape[-1] for site, value in states.values.items()}
+
+    @functools.cached_property
+    def readout(self) -> Readout:
+        """From the last block's output to logits, found by comparison with the model's own logits (one small pass)."""
+
+        return readout_of(self, example(self))
+
+    # Use
+
+    def prompt(self, question: str, image: ImageLike | None = None, *, system: str | None = None) -> Prompt:
+        """A question about an image, for the model's chat template."""
+        return Prompt(question, image, system)
+
+    def encode(self, prompts: Prompt | Sequence[Prompt]) -> Encoded:
+        """The prompts as model inputs with spans (see `prompt.encode`)."""
+        return encode(self, [prompts] if isinstance(prompts, Prompt) else prompts)
+
+    def module_of(self, site: Site) -> tuple[str, bool]:
+        """Path of the module at a site, and whether the site is its input (its output otherwise)."""
+        return (self.family.projector, site.point == "in") if site.stream == "projector" else super().module_of(site)
+
+    def trace(self, prompts: "Prompt | Sequence[Prompt] | Encoded", **options: Any) -> Any:
+        """An nnsight trace of one forward pass over the prompts, to be used as a context manager."""
+        encoded = prompts if isinstance(prompts, Encoded) else self.encode(prompts)
+        return self.nn.trace(**encoded.inputs, **options)
+
+    def to_transformer_lens(self) -> Any:
+        """A TransformerLens bridge over the same weights, for what it does well (see docs/transformer_lens.md).
+
+        Raises:
+            UsageError: TransformerLens has no bridge for this architecture.
+        """
+        return to_transformer_lens(self)
+
+    def answer_ids(self, encoded: Encoded, answers: Sequence[str]) -> torch.Tensor:
+        """The first token of each answer as it would follow its prompt, shape batch.
+
+        Raises:
+            UsageError: another number of answers than prompts, or an answer that changes the prompt's own tokens.
+        """
+        if len(answers) != len(encoded):
+            raise UsageError(f"{len(answers)} answers for {len(encoded)} prompts")
+        asked = [(row.text, answer) for row, answer in zip(encoded.rows, answers, strict=True)]
+        ids = {each: self._answer_id(*each) for each in dict.fromkeys(asked)}
+        return torch.tensor([ids[each] for each in asked], device=self.device)
+
+    def _answer_id(self, text: str, answer: str) -> int:
+        before = self.tokenizer(text)["input_ids"]
+        space = "" if text[-1].isspace() else " "
+        after = self.tokenizer(f"{text}{space}{answer.strip()}")["input_ids"]
+        if after[: len(before)] != before or len(after) == len(before):
+            raise UsageError(f"answer {answer!r} cannot follow the prompt {text!r} as tokens of its own")
+        if after[len(before)] == self.tokenizer.unk_token_id:
+            raise UsageError(f"answer {answer!r} is not in the model's vocabulary")
+        return after[len(before)]
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    def _repr_html_(self) -> str:
+        return describe_html(self)

@@ -1,0 +1,280 @@
+"""Planted models as data: what is planted (`Recipe`), and what every method must therefore find (`Truth`).
+
+The weights that follow from a recipe are made in `planted_weights.py`, the models and their examples in `planted.py`.
+"""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+from vlm_mech.errors import UsageError
+
+COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
+OBJECTS = ("car", "ball", "cup", "kite", "leaf", "fish")
+HEAD_SIZE = 16
+
+KINDS = ("plain", "null", "hard", "backup")
+Role = Literal["read", "carry", "suppress", "backup", "decoy"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A planted attention head; `weight` is its share among the heads of its kind.
+
+    The weight of a reading head is its *planted read weight*: the share of the logit difference between the two
+    pictures' answers that the head writes at the last position, attention patterns and norms held as they are. On the
+    two-hop route the reading heads write at the question and their weight is the share that passes through them; the
+    carrying heads write at the last position and have weights of their own. Both sets sum to one.
+    """
+
+    layer: int
+    head: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a planted model; the same recipe gives the same weights.
+
+    `reads` attend from the last position to the coloured patches and write their colour as the answer (direct route),
+    or attend from the question's object and write the colour there, whence `carries` take it to the last position
+    (two-hop route). `suppressor` attends from the last position to the object and writes the answer that goes with it
+    by `priors` (an index into `COLOURS` for each of `OBJECTS`), `suppressor.weight` times as strongly as the picture's.
+    `decoys` attend like the reading heads of the direct route and write nothing, or, times `decoy_gain`, a random map
+    of the picture's texture, which has nothing to do with its colour. `backup` reads too, but its writing reaches the
+    answer only where that is still empty. In a `blind` recipe every head that reads pictures takes its value from a
+    subspace that no picture touches: the matched null.
+
+    `n_cells` patches carry the colour; `superposed` colours have directions that are not orthogonal; `jitter` is the
+    largest deviation of a patch's mean from its colour, `texture` the largest contrast within patches (pixel values
+    from -1 to 1). `noise` is the size of whatever is not planted, relative to what is. With `rotated` no direction lies
+    along an axis. `target`: the decoys' noise is raised until this share of examples is answered rightly.
+    """
+
+    seed: int
+    n_layers: int
+    reads: tuple[Head, ...]
+    carries: tuple[Head, ...] = ()
+    suppressor: Head | None = None
+    backup: Head | None = None
+    decoys: tuple[Head, ...] = ()
+    decoy_gain: float = 0.0
+    blind: bool = False
+    n_heads: int = 4
+    n_cells: int = 1
+    superposed: bool = False
+    jitter: float = 0.0
+    texture: float = 0.0
+    noise: float = 1e-3
+    rotated: bool = True
+    target: float | None = None
+    priors: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+
+    def __post_init__(self) -> None:
+        for each in self.heads:
+            if not (0 <= each.layer < self.n_layers and 0 <= each.head < self.n_heads):
+                raise UsageError(f"{each} is not there: {self.n_layers} layers have {self.n_heads} heads each")
+        fault = _fault(self)
+        if fault:
+            raise UsageError(f"recipe {self.seed}: {fault}")
+
+    @property
+    def route(self) -> Literal["direct", "two-hop"]:
+        """How the colour gets from the picture to the last position."""
+        return "two-hop" if self.carries else "direct"
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """All planted heads."""
+        alone = tuple(each for each in (self.suppressor, self.backup) if each is not None)
+        return self.reads + self.carries + self.decoys + alone
+
+    @property
+    def d_model(self) -> int:
+        """Width of the decoder's residual stream."""
+        return HEAD_SIZE * self.n_heads
+
+
+def _fault(recipe: Recipe) -> str:
+    """What cannot be planted, or nothing."""
+    places = [(each.layer, each.head) for each in recipe.heads]
+    if not recipe.reads or len(set(places)) < len(places):
+        return "heads need places of their own, and one at least must read"
+    written = [each.layer for each in recipe.carries or recipe.reads]
+    if recipe.carries and max(each.layer for each in recipe.reads) >= min(written):
+        return "every carrying head must be above every reading one"
+    for name, later in (("suppressor", recipe.suppressor), ("backup", recipe.backup)):
+        if later is not None and later.layer <= max(written):
+            return f"the {name} is at layer {later.layer}; the answer is written up to layer {max(written)}"
+    if recipe.backup is not None and (recipe.carries or recipe.superposed or recipe.suppressor):
+        return "a backup goes with the direct route, orthogonal colours and no suppressor"
+    for heads in (recipe.reads, recipe.carries):
+        if heads and abs(sum(each.weight for each in heads) - 1) > 1e-6:
+            return f"weights {[each.weight for each in heads]} do not sum to one"
+    if not 0 < recipe.noise <= 0.1 or recipe.n_heads < 3 or not 1 <= recipe.n_cells <= 8:
+        return "noise is in (0, 0.1] (parts that do nothing at all are refused), n_heads >= 3, n_cells in 1..8"
+    if not 0 <= recipe.jitter <= 0.1 or not 0 <= recipe.texture <= 0.3:
+        return "jitter is at most 0.1 and texture at most 0.3, so that no pixel is clipped"
+    if recipe.target is not None and not (recipe.decoys and recipe.texture):
+        return "a target accuracy needs decoys and a texture that they can write"
+    return ""
+
+
+def matched_null(recipe: Recipe) -> Recipe:
+    """The same model, except that no head gets anything from the picture."""
+    return dataclasses.replace(recipe, blind=True, target=None)
+
+
+def draw(seed: int, kind: str = "plain") -> Recipe:
+    """A random recipe; the same seed and kind give the same one.
+
+    `plain`: one reading head, either route, strong suppression in 40 % of them, two decoys. `null`: the matched null of
+    the plain recipe of that seed. `backup`: the direct route with a backup above it. `hard`: reading spread over three
+    to five heads with unequal weights, colours superposed and spread over three patches, decoys that write noise,
+    partial suppression in half of them, and an accuracy of 87.5 % aimed at.
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"kind {kind!r} is not known; one of {', '.join(KINDS)} is")
+    if kind == "null":
+        return matched_null(draw(seed, "plain"))
+    rng = random.Random(f"{kind}/{seed}")
+    n_layers, n_heads = rng.randint(6, 16), rng.choice((4, 6))
+    common = {"seed": seed, "n_layers": n_layers, "n_heads": n_heads}
+    priors = tuple(rng.sample(range(len(COLOURS)), len(COLOURS)))
+    if kind == "hard":
+        return Recipe(**common, **_hard(rng, n_layers, n_heads), priors=priors)
+    two_hop = kind == "plain" and rng.random() < 0.5
+    layers = sorted(rng.sample(range(1, n_layers), 3))
+    reads, rest = (Head(layers[0], rng.randrange(n_heads)),), layers[1:]
+    carries = (Head(rest.pop(0), rng.randrange(n_heads)),) if two_hop else ()
+    suppressed = kind == "plain" and rng.random() < 0.4
+    later = Head(rest.pop(0), rng.randrange(n_heads), 2.5 if suppressed else 0.0)
+    roles = {"suppressor": later if suppressed else None, "backup": later if kind == "backup" else None}
+    free = _free(rng, n_layers, n_heads, (*reads, *carries, later))
+    return Recipe(**common, reads=reads, carries=carries, **roles, decoys=free[:2], priors=priors)
+
+
+def _hard(rng: random.Random, n_layers: int, n_heads: int) -> dict:
+    layers = sorted(rng.sample(range(1, n_layers), 5))
+    two_hop = rng.random() < 0.5
+    n_reads = rng.randint(3, 5)
+    reads = _spread(rng, n_heads, layers[:2] if two_hop else layers[:4], n_reads)
+    carries = _spread(rng, n_heads, layers[2:4], 2) if two_hop else ()
+    suppressor = Head(layers[4], rng.randrange(n_heads), rng.uniform(0.2, 0.4)) if rng.random() < 0.5 else None
+    taken = (*reads, *carries, *((suppressor,) if suppressor else ()))
+    hardships = {"n_cells": 3, "superposed": True, "jitter": 0.1, "texture": 0.3, "target": 0.875}
+    decoys = _free(rng, n_layers, n_heads, taken)[:3]
+    return {"reads": reads, "carries": carries, "suppressor": suppressor, "decoys": decoys, **hardships}
+
+
+def _spread(rng: random.Random, n_heads: int, layers: list[int], n: int) -> tuple[Head, ...]:
+    """Heads at some of these layers, each about two thirds as strong as the next stronger one."""
+    places = rng.sample([(layer, head) for layer in layers for head in range(n_heads)], n)
+    raw = [rng.uniform(0.55, 0.75) ** rank for rank in range(n)]
+    return tuple(Head(*place, each / sum(raw)) for place, each in zip(places, sorted(raw), strict=True))
+
+
+def _free(rng: random.Random, n_layers: int, n_heads: int, taken: tuple[Head, ...]) -> tuple[Head, ...]:
+    """Every head that has nothing to do yet, shuffled; layer 0 is left alone."""
+    busy = {(each.layer, each.head) for each in taken}
+    places = [(layer, head) for layer in range(1, n_layers) for head in range(n_heads) if (layer, head) not in busy]
+    return tuple(Head(*place, 0.0) for place in rng.sample(places, len(places)))
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What a planted head does: it moves information from `key` to `query`.
+
+    `weight` is the share of the logit difference between the two pictures' answers that passes over this edge (see
+    `Head`); of a suppressor, its strength relative to all reading heads. It is 0 for decoys, for a backup as long as
+    the reading heads are there, and for reading heads that are blind.
+    """
+
+    role: Role
+    query: str
+    key: str
+    layer: int
+    head: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What there is to be found in a planted model, and how well it answers.
+
+    `says` is what the model answers: the `picture`'s colour, the `prior` of the object, or `nothing` (chance).
+    `accuracy` is the share of `n_examples` prompts, none of which served to choose anything, so answered (in the null:
+    the picture's colour).
+    """
+
+    edges: tuple[Edge, ...]
+    says: Literal["picture", "prior", "nothing"]
+    accuracy: float
+    n_examples: int
+
+    def of(self, *roles: Role) -> tuple[Edge, ...]:
+        """The edges with these roles."""
+        return tuple(edge for edge in self.edges if edge.role in roles)
+
+    @property
+    def route(self) -> Literal["direct", "two-hop"]:
+        """How the colour gets from the picture to the last position."""
+        return "two-hop" if self.of("carry") else "direct"
+
+
+def says(recipe: Recipe) -> Literal["picture", "prior", "nothing"]:
+    """What a model of this recipe answers."""
+    if recipe.suppressor is not None and (recipe.suppressor.weight > 1 or recipe.blind):
+        return "prior"
+    return "nothing" if recipe.blind else "picture"
+
+
+def edges(recipe: Recipe) -> tuple[Edge, ...]:
+    """Every planted head as an edge, with the weight to be found."""
+    sees = 0.0 if recipe.blind else 1.0
+    reader = "question" if recipe.carries else "last"
+    found = [Edge("read", reader, "image", each.layer, each.head, sees * each.weight) for each in recipe.reads]
+    found += [Edge("carry", "last", "question", each.layer, each.head, sees * each.weight) for each in recipe.carries]
+    found += [Edge("decoy", "last", "image", each.layer, each.head, 0.0) for each in recipe.decoys]
+    if recipe.suppressor is not None:
+        each = recipe.suppressor
+        found.append(Edge("suppress", "last", "question", each.layer, each.head, each.weight))
+    if recipe.backup is not None:
+        found.append(Edge("backup", "last", "image", recipe.backup.layer, recipe.backup.head, 0.0))
+    return tuple(found)
+
+
+def recovered(truth: Truth, span: str, layer: int) -> float:
+    """The recovered fraction (`metrics.recovered`) to be found when `span` is swapped at `llm.resid_pre` of a layer.
+
+    Exact in the limit of small norms and orthogonal colours; a swap at the image counts the reading heads from that
+    layer on, one at the last position those that wrote there before, one at the question what was read before it and is
+    carried from it on.
+
+    Raises:
+        UsageError: the span is neither image, question nor last.
+    """
+    if span not in ("image", "question", "last"):
+        raise UsageError(f"span {span!r} has no known share; image, question or last has")
+    reads, carries = truth.of("read"), truth.of("carry")
+    if span == "image":
+        return sum(edge.weight for edge in reads if edge.layer >= layer)
+    if span == "last":
+        return sum(edge.weight for edge in carries or reads if edge.layer < layer)
+    read = sum(edge.weight for edge in reads if edge.layer < layer)
+    return read * sum(edge.weight for edge in carries if edge.layer >= layer)
+
+
+def removed(truth: Truth, query: str, key: str, layer: int) -> float:
+    """The share of the logit difference that is lost when `query` cannot attend to `key` at one layer.
+
+    0 everywhere where a backup stands in: no layer is then necessary, though one is used.
+    """
+    if truth.of("backup"):
+        return 0.0
+    found = truth.of("read", "carry")
+    return sum(edge.weight for edge in found if (edge.query, edge.key, edge.layer) == (query, key, layer))

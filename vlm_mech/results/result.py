@@ -1,0 +1,327 @@
+"""`Result`: the tidy table of an experiment, with its statistics; saved and loaded without loss.
+
+One row per example and cell. A cell is a combination of the axes (direction, layer, span, ...). Every metric has a
+column of its own and one named `METRIC_baseline` with the example's value in the unedited run.
+"""
+
+import dataclasses
+import html
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from vlm_mech.errors import UsageError
+from vlm_mech.results.statistics import (
+    bootstrap_means,
+    corrected,
+    groups_with_values,
+    percentile_interval,
+    share_interval,
+    sign_flip_p,
+)
+
+SHARE = "share"
+"""Unit of what lies between 0 and 1 in every example."""
+N_RESAMPLES = 2000
+"""Bootstrap resamples."""
+N_SIGN_FLIPS = 100_000
+"""Sign patterns of the test: many, so that a correction over hundreds of cells can still find something."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of numbers: its name, unit and meaning. `signed` metrics are drawn around zero.
+
+    `against` names in a word what its baseline is, as figures call it.
+    """
+
+    name: str
+    unit: str
+    description: str
+    signed: bool = False
+    against: str = "unedited"
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What an experiment found.
+
+    `table` has the columns `example`, the axes, each metric and its baseline, optionally `group` (examples of a group
+    share a scene and are resampled together) and `skipped` (why a value is missing). Missing values are NaN.
+    """
+
+    name: str
+    table: pd.DataFrame
+    axes: tuple[str, ...]
+    metrics: tuple[Metric, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
+    known: dict[tuple[Any, ...], pd.DataFrame] = field(default_factory=dict, repr=False)
+    """Summaries made so far, by what they were made from."""
+
+    def __post_init__(self) -> None:
+        wanted = ["example", *self.axes]
+        for metric in self.metrics:
+            wanted += [metric.name, f"{metric.name}_baseline"]
+        missing = [column for column in wanted if column not in self.table.columns]
+        if missing:
+            raise UsageError(f"the table of {self.name} lacks the column(s) {', '.join(missing)}")
+        if self.table.empty:
+            raise UsageError(f"the table of {self.name} is empty")
+        _check_complete(self.table, self.axes)
+        for metric in self.metrics:
+            _check_numbers(self.table, metric.name)
+            _check_numbers(self.table, f"{metric.name}_baseline")
+        if "group" in self.table:
+            _check_groups(self.table)
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """What the sweep was predicted to need (bytes, operations, plain forwards); None without a prediction."""
+        return self.provenance.get("plan")
+
+    def metric(self, name: str | None = None) -> Metric:
+        """The metric of that name, the first one by default."""
+        for metric in self.metrics:
+            if name in (None, metric.name):
+                return metric
+        raise UsageError(
+            f"metric {name!r} is not in {self.name}; it has {', '.join(each.name for each in self.metrics)}"
+        )
+
+    @property
+    def cells(self) -> pd.DataFrame:
+        """The distinct combinations of the axes, in the order of the table."""
+        return pd.DataFrame(self.table[list(self.axes)].drop_duplicates().reset_index(drop=True))
+
+    def matrix(self, column: str) -> Float[np.ndarray, "example cell"]:
+        """Values of a column, examples by cells (in the order of `cells`)."""
+        examples = pd.factorize(self.table["example"])[0]
+        # Numbered in the order of appearance, as `cells` lists them.
+        columns = self.table.groupby(list(self.axes), sort=False, observed=True).ngroup().to_numpy()
+        values = np.full((examples.max() + 1, columns.max() + 1), np.nan)
+        values[examples, columns] = self.table[column].astype(float).to_numpy()
+        return values
+
+    def groups(self) -> Int[np.ndarray, "example"]:
+        """Group number of each example; every example is its own group when the table has none."""
+        first = self.table.drop_duplicates("example")
+        return pd.factorize(first["group"] if "group" in first else first["example"])[0]
+
+    def summary(
+        self,
+        metric: str | None = None,
+        *,
+        level: float = 0.95,
+        n_resamples: int = N_RESAMPLES,
+        seed: int = 0,
+        correction: str = "holm",
+    ) -> pd.DataFrame:
+        """One row per cell and metric: n, mean, interval, baseline, paired effect with interval, p and corrected p.
+
+        Intervals are expanded percentile bootstrap over examples (paired: all cells see the same draws; see
+        `statistics.percentile_interval`). Where all values of a share are 0, or all are 1, resampling gives no width
+        and Wilson's interval over groups stands. p is from a two-sided sign-flip test of the effect (value less
+        baseline), corrected over the cells of a metric.
+        """
+        if not 0 < level < 1:
+            raise UsageError(f"level is {level}; a number between 0 and 1 is needed, such as 0.95")
+        chosen = self.metrics if metric is None else (self.metric(metric),)
+        options = {"n_resamples": n_resamples, "seed": seed}
+        tables = []
+        for each in chosen:
+            # Report, figures and files ask for the same; results made by `replace` share what is known of a table.
+            key = (self._fingerprint(each), each, level, correction, n_resamples, seed)
+            if key not in self.known:
+                self.known[key] = self._summary(each, level, correction, options)
+            tables.append(self.known[key])
+        return pd.concat(tables, ignore_index=True)
+
+    def _fingerprint(self, metric: Metric) -> tuple[tuple[str, ...], bytes]:
+        """Tells the rows that a summary of a metric is made from, should they be changed in place."""
+        names = ["example", *self.axes, *(["group"] if "group" in self.table else []), metric.name]
+        hashed = pd.util.hash_pandas_object(self.table[[*names, f"{metric.name}_baseline"]], index=False)
+        return self.axes, hashed.to_numpy().tobytes()
+
+    def _summary(self, metric: Metric, level: float, correction: str, options: dict[str, int]) -> pd.DataFrame:
+        values, baseline, groups = self.matrix(metric.name), self.matrix(f"{metric.name}_baseline"), self.groups()
+        effects = values - baseline
+        low, high = percentile_interval(values, groups, level=level, **options)
+        if metric.unit == SHARE and not metric.signed:
+            low, high = _with_width(low, high, values, groups, level)
+        effect_low, effect_high = percentile_interval(effects, groups, level=level, **options)
+        p = sign_flip_p(effects, groups, n_resamples=N_SIGN_FLIPS, seed=options["seed"])
+        held = ~np.isnan(values)
+        found = self.cells.assign(
+            metric=metric.name,
+            unit=metric.unit,
+            n=held.sum(0),
+            n_missing=(~held).sum(0),
+            mean=_mean(values),
+            ci_low=low,
+            ci_high=high,
+            baseline=_mean(np.where(held, baseline, np.nan)),
+            effect=_mean(effects),
+            effect_low=effect_low,
+            effect_high=effect_high,
+            p=p,
+            p_corrected=corrected(p, correction),
+        )
+        return found
+
+    def contrast(
+        self,
+        one: dict[str, Any],
+        other: dict[str, Any],
+        metric: str | None = None,
+        *,
+        level: float = 0.95,
+        seed: int = 0,
+    ) -> dict[str, float]:
+        """Paired difference `one - other` between two cells: n, mean, ci_low, ci_high, p.
+
+        Raises:
+            UsageError: a cell does not exist.
+        """
+        values, cells = self.matrix(self.metric(metric).name), self.cells
+        columns = [_only(cells, cell) for cell in (one, other)]
+        difference = (values[:, columns[0]] - values[:, columns[1]])[:, None]
+        low, high = percentile_interval(difference, self.groups(), level=level, n_resamples=N_RESAMPLES, seed=seed)
+        p = sign_flip_p(difference, self.groups(), n_resamples=N_SIGN_FLIPS, seed=seed)
+        n = int((~np.isnan(difference)).sum())
+        return {"n": n, "mean": float(_mean(difference)[0]), "ci_low": low[0], "ci_high": high[0], "p": p[0]}
+
+    def crossing(
+        self, where: dict[str, Any], axis: str, threshold: float, *, rising: bool, metric: str | None = None
+    ) -> dict[str, Any]:
+        """The first value of an ordered axis at which the mean is above a threshold (below it unless `rising`).
+
+        Returns `at` with a 95 % bootstrap interval `low` to `high`; None stands for beyond the last value.
+
+        Raises:
+            UsageError: no cell is so named, several are for one value of the axis, or one has no value.
+        """
+        cells = self.cells
+        rows = [index for index, row in cells.iterrows() if all(row[name] == value for name, value in where.items())]
+        if not rows:
+            raise UsageError(f"no cell of {self.name} has {where}")
+        if cells.loc[rows, axis].duplicated().any():
+            free = sorted(set(self.axes) - set(where) - {axis})
+            raise UsageError(f"{where} names several cells for one {axis}; say which {' and '.join(free)}")
+        values = self.matrix(self.metric(metric).name)[:, rows]
+        if np.isnan(values).all(0).any():
+            raise UsageError(f"{where} has cells without any value; their mean is neither above nor below {threshold}")
+        steps = [*cells.loc[rows, axis].tolist(), None]
+        resampled = bootstrap_means(values, self.groups(), n_resamples=N_RESAMPLES, seed=0)
+        means = np.vstack([_mean(values)[None], resampled])
+        over = means > threshold if rising else means < threshold
+        first = np.hstack([over, np.ones((len(over), 1), bool)]).argmax(1)
+        low, high = np.percentile(first[1:], [2.5, 97.5], method="nearest").astype(int)
+        return {"at": steps[first[0]], "low": steps[low], "high": steps[high]}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `result.parquet`, `result.json`, `summary.csv`, `config.json` and `provenance.json`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {
+            "name": self.name,
+            "axes": self.axes,
+            "metrics": [dataclasses.asdict(metric) for metric in self.metrics],
+            "findings": self.findings,
+        }
+        self.table.to_parquet(folder / "result.parquet", index=False)
+        self.summary().to_csv(folder / "summary.csv", index=False)
+        for name, content in (("result", about), ("config", self.config), ("provenance", self.provenance)):
+            (folder / f"{name}.json").write_text(
+                json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Result":
+        """The result that `save` wrote.
+
+        Raises:
+            UsageError: the folder holds none.
+        """
+        folder = Path(folder)
+        if not (folder / "result.parquet").is_file():
+            raise UsageError(f"folder {str(folder)!r} holds no result: result.parquet is missing")
+        about, config, provenance = (
+            json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config", "provenance")
+        )
+        metrics = tuple(Metric(**metric) for metric in about["metrics"])
+        table = pd.read_parquet(folder / "result.parquet")
+        axes, findings = tuple(about["axes"]), tuple(about["findings"])
+        return cls(about["name"], table, axes, metrics, config, provenance, findings)
+
+    def _repr_html_(self) -> str:
+        n_examples, n_cells = self.table["example"].nunique(), len(self.cells)
+        title = f"{html.escape(self.name)}: {n_examples} examples, {n_cells} cells"
+        findings = "".join(f"<li>{html.escape(finding)}</li>" for finding in self.findings)
+        return f"<div><b>Result</b> {title}<ul>{findings}</ul></div>"
+
+
+def _check_complete(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
+    keys = table[["example", *axes]]
+    repeated = keys[keys.duplicated().to_numpy()]
+    if len(repeated):
+        twice = repeated.iloc[0].to_dict()
+        raise UsageError(f"the table has two rows for {twice}")
+    if keys.isna().to_numpy().any():
+        raise UsageError("the table has a row without example or axis value")
+    n_cells = len(table[list(axes)].drop_duplicates())
+    for example, count in Counter(table["example"]).items():
+        if count != n_cells:
+            raise UsageError(f"example {example!r} has {count} of {n_cells} cells; every example needs every cell")
+
+
+def _check_numbers(table: pd.DataFrame, column: str) -> None:
+    if table[column].dtype.kind not in "biuf":
+        raise UsageError(f"column {column} holds {table[column].dtype}; numbers are needed, NaN where one is missing")
+    endless = np.isinf(table[column].to_numpy(dtype=float))
+    if endless.any():
+        example = table["example"].to_numpy()[endless.argmax()]
+        raise UsageError(f"{column} of example {example!r} is infinite; a missing value is NaN")
+
+
+def _check_groups(table: pd.DataFrame) -> None:
+    split = table.groupby("example", sort=False, observed=True)["group"].nunique(dropna=False)
+    if int(split.max()) > 1 or table["group"].isna().to_numpy().any():
+        raise UsageError(f"example {split.idxmax()!r} has {split.max()} groups, or none; every example needs one group")
+
+
+def _mean(values: Float[np.ndarray, "example cell"]) -> Float[np.ndarray, "cell"]:
+    """Mean over examples that have a value; NaN where none has."""
+    held = ~np.isnan(values)
+    counts = held.sum(0)
+    return np.divide(np.where(held, values, 0).sum(0), counts, out=np.full(values.shape[1], np.nan), where=counts > 0)
+
+
+def _with_width(
+    low: Float[np.ndarray, "cell"],
+    high: Float[np.ndarray, "cell"],
+    values: Float[np.ndarray, "example cell"],
+    groups: Int[np.ndarray, "example"],
+    level: float,
+) -> tuple[Float[np.ndarray, "cell"], Float[np.ndarray, "cell"]]:
+    """The ends of intervals, those of cells in which all values are 0 or all are 1 by Wilson over groups."""
+    n_groups = groups_with_values(values, groups)
+    for share, ends in ((0, np.nanmax(values, 0, initial=0)), (1, np.nanmin(values, 0, initial=1))):
+        for cell in np.flatnonzero((ends == share) & (n_groups >= 2)):
+            n = int(n_groups[cell])
+            low[cell], high[cell] = share_interval(share * n, n, level=level)
+    return low, high
+
+
+def _only(cells: pd.DataFrame, wanted: dict[str, Any]) -> int:
+    found = [index for index, row in cells.iterrows() if all(row[name] == value for name, value in wanted.items())]
+    if len(found) != 1:
+        raise UsageError(f"{wanted} names {len(found)} cells; it must name one of the axes {', '.join(cells.columns)}")
+    return int(found[0])

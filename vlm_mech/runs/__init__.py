@@ -1,0 +1,1 @@
+"""The contract of every experiment: its options, its folder, its report."""

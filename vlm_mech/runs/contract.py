@@ -1,0 +1,305 @@
+"""The run contract of every experiment: options, what is written, and how errors end.
+
+Light to import: `--help` must not wait for torch.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import io
+import json
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from vlm_mech.errors import UsageError, one_line_errors
+from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.workspace import Workspace, prepare
+
+if TYPE_CHECKING:
+    from vlm_mech.data.pairs import Pairs
+    from vlm_mech.results.result import Result
+
+REASONS = 3
+"""How many of the examples that could not be used are told with the findings."""
+# Options that do not change the numbers of a run.
+HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run", "workers")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options that every experiment has."""
+
+    model: str = "organism"
+    """Embedded model (organism, organism-grounded), folder, or Hugging Face id."""
+    data: str = "scenes/colour"
+    """Generated pairs (scenes/colour, scenes/left-right, ...) or a folder with pairs.jsonl."""
+    n: int | None = None
+    """Number of examples; 64 scenes by default, all of a folder."""
+    seed: int = 0
+    """Draws the examples."""
+    device: str = "cpu"
+    """Where the model runs, such as cpu or cuda; auto spreads it over what there is (needs accelerate)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of weights and activations."""
+    attn: Literal["sdpa", "eager"] = "sdpa"
+    """Attention back end."""
+    revision: str | None = None
+    """Revision of a Hugging Face model."""
+    out: Path | None = None
+    """Folder for the results; runs/NAME by default."""
+    resume: bool = False
+    """Go on with the same run where it was interrupted."""
+    overwrite: bool = False
+    """Replace the results of an earlier run in the folder."""
+    debug: bool = False
+    """Show the whole traceback of an error."""
+    config: Path | None = None
+    """Repeat the run of a config.json; options given beside it take precedence."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the model is loaded: options of `VLM.load`."""
+        return {name: getattr(self, name) for name in ("device", "dtype", "attn", "revision")}
+
+
+@dataclass(frozen=True)
+class SweepConfig(RunConfig):
+    """Options of experiments that sweep over many edited versions of a run."""
+
+    memory: str | None = None
+    """Memory that the sweep may take beyond the model, such as 2GiB; half of what there is by default."""
+    dry_run: bool = False
+    """Say what the sweep will need (work, memory) and stop."""
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> dict[str, Any]:
+    """What the provenance of a run over pairs says: what is asked, of which model and data, and what was proved."""
+    return {
+        "question": question,
+        "model": vlm.identity(),
+        "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest},
+        "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
+        "receipts": receipts,
+    }
+
+
+def left_out(provenance: dict[str, Any]) -> tuple[str, ...]:
+    """How many examples could not be used, with the first reasons; nothing where all could."""
+    refused = provenance.get("refused", [])
+    if not refused:
+        return ()
+    reasons = [f"{each['id']}: {each['reason']}" for each in refused[:REASONS]]
+    rest = [f"{len(refused) - REASONS} more in provenance.json"] if len(refused) > REASONS else []
+    count = f"{len(refused)} example{'s' if len(refused) > 1 else ''}"
+    return (f"{count} could not be used: {'; '.join([*reasons, *rest])}.",)
+
+
+def as_json(config: RunConfig) -> dict[str, Any]:
+    """The options that determine the numbers, as JSON values."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if name not in HOW
+    }
+
+
+def main(
+    config_class: type[ConfigT],
+    run: Callable[[ConfigT, Workspace], Outcome],
+    *,
+    name: str,
+    plan: Callable[[ConfigT], object] | None = None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Runs an experiment from the command line and exits: 0 done, 1 failed work, 2 wrong use, 130 interrupted.
+
+    Args:
+        plan: what `--dry-run` prints instead of running.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        with one_line_errors(debug=debug):
+            config = parse(config_class, arguments, name=name)
+            if plan is not None and getattr(config, "dry_run", False):
+                print(plan(config))
+            else:
+                execute(config, run, name=name)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from here (without --overwrite)", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(config_class: type[ConfigT], arguments: Sequence[str], *, name: str) -> ConfigT:
+    """The options of a command line; those of `--config FILE` come first, so that others take precedence.
+
+    Raises:
+        UsageError: an unknown option or value, in one line.
+    """
+    return _parsed(config_class, [*_replayed(config_class, arguments), *arguments], name=name)
+
+
+def _parsed(config_class: type[ConfigT], arguments: Sequence[str], *, name: str) -> ConfigT:
+    import tyro
+
+    caught = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(caught):
+            return tyro.cli(
+                config_class, args=list(arguments), prog=f"python -m experiments.{name}",
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )  # fmt: skip
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(f"{_plain(caught.getvalue())}; --help lists the options") from None
+
+
+def _plain(message: str) -> str:
+    """tyro's framed message as one line."""
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    lines = [re.sub(r"[─│╭╮╰╯]+", " ", line).strip() for line in bare.splitlines()]
+    kept = [line for line in lines if line and line != "Parsing error" and not line.startswith("For full helptext")]
+    return " ".join(kept) or "the options cannot be understood"
+
+
+def _replayed(config_class: type[ConfigT], arguments: Sequence[str]) -> list[str]:
+    """The options of the file that `--config` names, as arguments; the parser checks them like any others."""
+    path = None
+    for position, argument in enumerate(arguments):
+        if argument == "--config" and position + 1 < len(arguments):
+            path = Path(arguments[position + 1])
+        elif argument.startswith("--config="):
+            path = Path(argument.removeprefix("--config="))
+    if path is None:
+        return []
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"config {str(path)!r} cannot be read: {error}") from error
+    known = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in HOW}
+    unknown = sorted(set(saved) - set(known)) if isinstance(saved, dict) else ["(no object)"]
+    if unknown:
+        raise UsageError(f"config {str(path)!r} has unknown option(s) {', '.join(unknown)}")
+    found = [argument for name, value in saved.items() for argument in _argument(path, name, value, known[name])]
+    try:
+        _parsed(config_class, found, name="config")
+    except UsageError as error:
+        raise UsageError(f"config {str(path)!r}: {error}") from error
+    return found
+
+
+def _argument(path: Path, name: str, value: Any, default: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UsageError(f"config {str(path)!r}: {name} is {value!r}; true or false is needed")
+        return [] if value == default else [flag if value else f"--no-{flag.removeprefix('--')}"]
+    if isinstance(value, list):
+        return [flag, *(str(each) for each in value)]
+    return [] if value is None and default is None else [f"{flag}={value}"]
+
+
+def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, name: str) -> None:
+    """Runs an experiment in its folder and writes everything a run leaves.
+
+    The finished files are made apart and then moved into place, so that a killed run leaves no half result. Resuming
+    a complete run only says again what it found.
+
+    Raises:
+        UsageError: the folder holds other files or another run.
+    """
+    folder = config.out if config.out is not None else Path("runs") / name
+    work = prepare(folder, as_json(config), resume=config.resume, overwrite=config.overwrite)
+    if work.complete:
+        from vlm_mech.results.result import Result
+
+        result = Result.load(folder)
+        print("this run is complete already")
+        return _announce(result, folder, result.provenance["seconds"])
+    started = time.time()
+    try:
+        outcome = run(config, work)
+    except Exception:
+        work.withdraw()
+        raise
+    seconds = time.time() - started
+    provenance = _provenance(outcome.result, config, seconds, list(outcome.figures))
+    findings = (*outcome.result.findings, *left_out(provenance))
+    result = dataclasses.replace(outcome.result, config=as_json(config), provenance=provenance, findings=findings)
+    _store(work, dataclasses.replace(outcome, result=result), name)
+    _announce(result, folder, seconds)
+
+
+def _store(work: Workspace, outcome: Outcome, name: str) -> None:
+    from vlm_mech.results.figures import save_figure
+    from vlm_mech.runs.report import write_report
+
+    made = work.staging()
+    outcome.result.save(made)
+    for title, figure in outcome.figures.items():
+        save_figure(figure, made / "figures", title)
+    again = shlex.join(["--config", str(work.folder / "config.json"), "--out", "OTHER_FOLDER"])
+    write_report(made / "report.html", outcome, command=f"python -m experiments.{name} {again}")
+    work.publish()
+
+
+def _provenance(result: "Result", config: RunConfig, seconds: float, figures: list[str]) -> dict[str, Any]:
+    packages = ("vlm_mech", "torch", "transformers", "nnsight", "numpy", "pandas", "plotly")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return result.provenance | {
+        "versions": versions,
+        "commit": _commit(Path(__file__).parents[1]),
+        "seed": config.seed,
+        "device": config.device,
+        "dtype": config.dtype,
+        "attention": config.attn,
+        "seconds": round(seconds, 2),
+        "resumed": config.resume,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "figures": figures,
+    }
+
+
+def _commit(root: Path) -> str | None:
+    """The checked-out commit, marked when files differ from it; None for an installed package."""
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    done = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or None
+
+
+def _announce(result: "Result", folder: Path, seconds: float) -> None:
+    """Prints the means of the first metric by the last axis, the findings, and where everything else is."""
+    metric, *others = result.metrics
+    summary = result.summary(metric.name)
+    axes = list(result.axes)
+    means = summary.set_index(axes)["mean"]
+    table = means.unstack(sort=False).dropna(how="all") if len(axes) > 1 else means.to_frame().T
+    fewest, most = int(summary["n"].min()), int(summary["n"].max())
+    n = f"n = {fewest}" if fewest == most else f"n = {fewest} to {most}"
+    print(f"{metric.name} ({metric.unit}), mean by {axes[-1]}, {n}")
+    print(table.to_string(max_cols=14, max_rows=20, float_format=lambda value: f"{value:.2f}", na_rep="-"))
+    print("\n".join(["", *(f"- {finding}" for finding in result.findings)]))
+    more = f"; {', '.join(each.name for each in others)} in summary.csv" if others else ""
+    print(f"\n{len(result.table)} rows in {seconds:.1f} s -> {folder}{more}")
+    print(f"report: {(folder / 'report.html').resolve()}")

@@ -1,0 +1,115 @@
+"""A run as one HTML page that opens from disk without a network. All text of the user's is escaped."""
+
+import base64
+import html
+import io
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlm_mech.results.result import Result
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlm_mech.runs.outcome import Outcome
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 Helvetica, Arial, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1.5em;
+  color: #1b1b1b; background: #fff; }
+h1 { font-size: 1.6em; margin-bottom: 0.2em; } h2 { font-size: 1.15em; margin-top: 2em; }
+p.asked { max-width: 48em; color: #444; } ul.findings { max-width: 52em; }
+table { border-collapse: collapse; font-size: 13px; } td, th { padding: 3px 10px; text-align: right; }
+th { border-bottom: 1px solid #888; position: sticky; top: 0; background: #fff; }
+table.numbers td { white-space: nowrap; }
+table.words td, table.words th { text-align: left; vertical-align: top; }
+tr:nth-child(even) { background: #f5f5f5; }
+.scroll { max-height: 420px; overflow: auto; } .gallery { display: flex; flex-wrap: wrap; gap: 14px; }
+.gallery figure { margin: 0; width: 216px; } .gallery img { image-rendering: pixelated; width: 216px; }
+figcaption { font-size: 12px; overflow-wrap: anywhere; }
+pre { background: #f5f5f5; padding: 0.8em; overflow: auto; max-height: 420px; font-size: 12px; }
+.figure { overflow-x: auto; margin: 1.2em 0; }
+"""
+
+
+def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
+    """Writes the page: findings, figures, pictures, summary table, receipts, provenance, how to repeat."""
+    result = outcome.result
+    figures = "".join(_figure(figure, first=number == 0) for number, figure in enumerate(outcome.figures.values()))
+    parts = [
+        f"<h1>{html.escape(result.name)}</h1>",
+        f"<p class='asked'>{html.escape(str(result.provenance.get('question', '')))}</p>",
+        "<ul class='findings'>" + "".join(f"<li>{html.escape(finding)}</li>" for finding in result.findings) + "</ul>",
+        figures,
+        _gallery(outcome.pictures),
+        "<h2>Summary</h2>" + _table(_rounded(result.summary())),
+        "<h2>Metrics</h2>" + _metrics(result),
+        "<h2>Receipts</h2>" + _mapping(result.provenance.get("receipts", {})),
+        "<h2>Provenance</h2>"
+        + _json({k: v for k, v in result.provenance.items() if k not in ("receipts", "question")}),
+        "<h2>Configuration</h2>" + _json(result.config),
+        f"<h2>Repeat</h2><pre>{html.escape(command)}</pre>",
+    ]
+    head = f"<meta charset='utf-8'><title>{html.escape(result.name)}</title><style>{STYLE}</style>"
+    page = f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    path.write_text(page, encoding="utf-8")
+
+
+def _figure(figure: Any, *, first: bool) -> str:
+    return f"<div class='figure'>{figure.to_html(full_html=False, include_plotlyjs=first)}</div>"
+
+
+def _gallery(pictures: "tuple[tuple[str, Image.Image], ...]") -> str:
+    if not pictures:
+        return ""
+    shown = "".join(
+        f"<figure><img alt='' src='data:image/png;base64,{_png(picture)}'>"
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, picture in pictures
+    )
+    return f"<h2>Examples</h2><div class='gallery'>{shown}</div>"
+
+
+def _png(picture: "Image.Image") -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _rounded(table: pd.DataFrame) -> pd.DataFrame:
+    numbers = table.select_dtypes("float").columns
+    return table.assign(**{name: table[name].map(_number) for name in numbers})
+
+
+def _number(value: float) -> str:
+    """Three decimals, or three digits of what would vanish in them; a dash for a missing value."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def _table(table: pd.DataFrame, *, style: str = "numbers") -> str:
+    return f"<div class='scroll'>{table.to_html(index=False, border=0, escape=True, classes=style)}</div>"
+
+
+def _metrics(result: Result) -> str:
+    rows = "".join(
+        f"<li><b>{html.escape(metric.name)}</b> ({html.escape(metric.unit)}): {html.escape(metric.description)}</li>"
+        for metric in result.metrics
+    )
+    return f"<ul>{rows}</ul>"
+
+
+def _mapping(values: dict[str, Any]) -> str:
+    if not values:
+        return "<p>None.</p>"
+    words = [name.replace("_", " ") for name in values]
+    return _table(pd.DataFrame({"what": words, "value": [str(value) for value in values.values()]}), style="words")
+
+
+def _json(values: dict[str, Any]) -> str:
+    return f"<pre>{html.escape(json.dumps(values, indent=1, ensure_ascii=False))}</pre>"

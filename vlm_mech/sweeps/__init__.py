@@ -1,0 +1,1 @@
+"""One intervention over a grid of cells, computing only what can change."""

@@ -1,0 +1,204 @@
+"""What a sweep will need, before it runs: bytes at its peak and floating point operations.
+
+Counted from the shapes of the model and of the batch, so it holds for a model without weights (`device="meta"`) too.
+A product of an m x k and a k x n matrix counts 2 m k n operations. Bytes are those of tensors the sweep makes; the
+model itself is not among them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.sweeps.divergence import Divergence, rows_of
+from vlm_mech.sweeps.suffix_attention import FAST_BYTES, FLOAT, shares_prefix
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of a model and a batch that its cost depends on.
+
+    `weights` are parameters of the linear maps of one decoder block; `d_mlp` is the widest layer of its MLP, of which
+    `n_wide` tensors are held at once. `tower` are operations, `tower_bytes` the peak, of vision tower and projector.
+    """
+
+    batch: int
+    n_pos: int
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_groups: int
+    d_head: int
+    d_mlp: int
+    n_wide: int
+    weights: int
+    n_vocab: int
+    itemsize: int
+    eager: bool
+    masked: bool
+    tower: int
+    tower_bytes: int
+    device: str
+
+    @property
+    def stream(self) -> int:
+        """Bytes of one layer's residual stream."""
+        return self.batch * self.n_pos * self.d_model * self.itemsize
+
+
+def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
+    """The sizes of a model and a batch, from its modules and its configuration."""
+    blocks = vlm.family.llm
+    block = vlm.model.get_submodule(f"{blocks.path}.0")
+    attention = block.get_submodule(blocks.attention)
+    inside = {id(module) for module in attention.modules()}
+    linear = _linear(block)
+    mlp = [module for module in linear if id(module) not in inside]
+    d_attention: Any = attention.get_submodule(blocks.out).in_features
+    n_heads = vlm.n_heads("llm")
+    config = getattr(vlm.config, blocks.config)
+    head: Any = vlm.model.get_submodule(vlm.family.head)
+    padded = bool((encoded.inputs["attention_mask"] == 0).any()) if vlm.device.type != "meta" else True
+    slides = (getattr(config, "sliding_window", None) or math.inf) < encoded.n_pos
+    eager = vlm.backend == "eager"
+    tower, tower_bytes = _tower(vlm, encoded)
+    return Sizes(
+        batch=len(encoded),
+        n_pos=encoded.n_pos,
+        n_layers=vlm.n_layers("llm"),
+        d_model=int(linear[0].in_features),
+        n_heads=n_heads,
+        n_groups=getattr(config, "num_key_value_heads", None) or n_heads,
+        d_head=d_attention // n_heads,
+        d_mlp=max(module.out_features for module in mlp),
+        n_wide=3 if len(mlp) > 2 else 2,
+        weights=_weights(block),
+        n_vocab=head.out_features,
+        itemsize=vlm.dtype.itemsize,
+        eager=eager,
+        masked=eager or padded or slides or bool(vlm.family.both_ways),
+        tower=tower,
+        tower_bytes=tower_bytes,
+        device="cpu" if vlm.device.type == "cpu" else "cuda",
+    )
+
+
+def _tower(vlm: "VLM", encoded: Encoded) -> tuple[int, int]:
+    """Operations and peak bytes of vision tower and projector over the images of a batch.
+
+    Images packed into one row are counted as attending within themselves; windows within an image are not counted.
+    """
+    if not any(row.images for row in encoded.rows):
+        return 0, 0
+    family = vlm.family
+    stack, n_layers = vlm.model.get_submodule(family.vision.path), vlm.n_layers("vision")
+    n_rows, n_tokens = encoded.shape("vision")
+    linear = _linear(stack)
+    width = int(linear[0].in_features)
+    wide = max(module.out_features for module in linear)
+    lengths = [n_tokens] * n_rows
+    if n_rows == 1:
+        lengths = [len(encoded.cells("image", place="vision")) // len(encoded)] * len(encoded)
+    blocks = 2 * _weights(stack) * n_rows * n_tokens + 4 * width * n_layers * sum(length**2 for length in lengths)
+    # Patches are cut by a convolution as wide as its stride: once a token.
+    whole = vlm.model.get_submodule(family.vision.path.rsplit(".", 2)[0])
+    cutting = sum(each.weight.numel() for each in whole.modules() if hasattr(each, "kernel_size"))
+    blocks += 2 * cutting * n_rows * n_tokens
+    projector = vlm.model.get_submodule(family.projector)
+    n_image = sum(len(row.image) for row in encoded.rows)
+    # States of all blocks may be kept by the model; tiles are put together anew before they are cut into patches.
+    held = n_rows * n_tokens * (width * (n_layers + 3) + 2 * wide) * vlm.dtype.itemsize
+    if vlm.backend_of("vision") == "eager":
+        at_once = n_rows * n_tokens**2 if n_rows > 1 else max(lengths) ** 2
+        held += 2 * vlm.n_heads("vision") * at_once * FLOAT
+    held += sum(value.nbytes for name, value in encoded.inputs.items() if name.startswith("pixel_values"))
+    return blocks + 2 * _weights(projector) * n_image, held
+
+
+def _linear(module: nn.Module) -> list[Any]:
+    """The linear maps in a module, quantised ones included."""
+    return [each for each in module.modules() if hasattr(each, "in_features")]
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(each.in_features * each.out_features for each in _linear(module))
+
+
+def pass_flops(size: Sizes) -> int:
+    """Operations of one unedited forward pass with the next token's logits only."""
+    attention = 4 * size.batch * size.n_heads * size.d_head * size.n_pos**2
+    blocks = size.n_layers * (2 * size.weights * size.batch * size.n_pos + attention)
+    return size.tower + blocks + 2 * size.batch * size.d_model * size.n_vocab
+
+
+def pass_bytes(size: Sizes) -> int:
+    """Bytes that a recorded pass keeps: states of all layers, keys and values, a mask, the logits."""
+    keys = 2 * size.batch * size.n_pos * size.n_groups * size.d_head * size.itemsize
+    mask = size.batch * size.n_pos**2 if size.masked else 0
+    return (size.n_layers + 1) * size.stream + size.n_layers * keys + mask + answer_bytes(size)
+
+
+def pass_peak(size: Sizes) -> int:
+    """Bytes at the peak of a recorded pass, what it keeps included."""
+    return max(size.tower_bytes + size.stream, pass_bytes(size) + in_block(size, 1, size.n_pos, joined=True))
+
+
+def answer_bytes(size: Sizes) -> int:
+    """Bytes of the next token's logits of one edited version."""
+    return size.batch * size.n_vocab * size.itemsize
+
+
+def in_block(size: Sizes, n_cells: int, n_suffix: int, *, joined: bool, cut: bool = False) -> int:
+    """Bytes at the worst moment inside a decoder block that runs some cells over a suffix."""
+    rows = n_cells * size.batch * n_suffix
+    heads = size.n_heads * size.d_head
+    projected = rows * (heads + 2 * size.n_groups * size.d_head) * size.itemsize
+    streams = 2 * rows * size.d_model * size.itemsize
+    if joined:
+        prefix = n_cells * size.batch * size.n_pos * size.d_head * size.itemsize
+        copies = prefix * 2 * (size.n_groups + (size.n_heads if size.n_heads > size.n_groups else 0))
+        scores = 2 * n_cells * size.batch * size.n_heads * n_suffix * size.n_pos * FLOAT if size.eager else 0
+        attention = copies + scores + rows * heads * size.itemsize
+    else:
+        per_cell = size.batch * n_suffix * size.n_heads * size.n_pos * FLOAT
+        attention = min(n_cells, max(1, FAST_BYTES[size.device] // per_cell)) * per_cell
+        # A copy of the queries, or the two halves of the output.
+        attention += 2 * rows * heads * size.itemsize
+    if cut:
+        # Weights of one cell after the other are looked at: a copy, and those of the queries that lose an edge.
+        attention += 2 * size.batch * size.n_heads * n_suffix * size.n_pos * FLOAT
+    mlp = rows * size.n_wide * size.d_mlp * size.itemsize
+    return streams + max(projected + attention, rows * size.d_model * size.itemsize + mlp)
+
+
+def wave_bytes(size: Sizes, n_cells: int, n_suffix: int, *, cut: bool, written: bool, own: bool) -> int:
+    """Bytes that some cells need at their peak beyond the recorded passes.
+
+    Args:
+        cut: whether edges are cut.
+        written: whether states are written.
+        own: whether each cell brings states of its own, because its image was edited before the decoder.
+    """
+    joined = not cut and not shares_prefix((size.n_heads, n_suffix, size.d_head), size.n_groups)
+    stream = n_cells * size.batch * n_suffix * size.d_model * size.itemsize
+    brought = n_cells * size.stream if own else 0
+    # The states given to a block, and those before a write, outlive what the block makes of them.
+    held = stream * (1 + written)
+    return brought + max(
+        size.tower_bytes if own else 0, held + in_block(size, n_cells, n_suffix, joined=joined, cut=cut)
+    )
+
+
+def wave_flops(size: Sizes, places: Sequence[Divergence]) -> int:
+    """Operations of some cells that share a start, from their entry into the decoder to the next token's logits."""
+    n_suffix = size.n_pos - places[0].start
+    block = 2 * size.weights * n_suffix + 4 * size.n_heads * size.d_head * n_suffix * size.n_pos
+    head = 2 * size.batch * size.d_model * size.n_vocab
+    tower = sum(size.tower for place in places if place.tower is not None)
+    return sum(rows_of(places, size.n_layers)) * size.batch * block + len(places) * head + tower

@@ -1,0 +1,185 @@
+"""What one unedited forward pass leaves behind, so that parts of it can be run again.
+
+Blocks are recorded as they were called: input, keyword arguments, and the keys, values and mask that their attention
+function was given. Nothing here knows an architecture.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vlm_mech.errors import WorkError
+from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.attention import Attend, allowed_edges, attending, is_causal
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+
+@dataclass(eq=False)
+class Block:
+    """One decoder block of the pass: its input, its other arguments, and what its attention function was given.
+
+    `mask` is None where attention is plainly causal. `plain` says that the attention was found to be a softmax of
+    scaled scores with nothing added (no soft cap, no sinks).
+    """
+
+    hidden: Float[Tensor, "batch pos d_model"]
+    arguments: dict[str, Any]
+    keys: Float[Tensor, "batch group pos d_head"] = field(init=False)
+    values: Float[Tensor, "batch group pos d_head"] = field(init=False)
+    mask: Bool[Tensor, "rows heads pos pos"] | None = None
+    scaling: float = 1.0
+    plain: bool = True
+
+    def allowed(self, start: int, stop: int) -> Bool[Tensor, "rows heads query pos"]:
+        """Which keys the queries from `start` to `stop` may attend to."""
+        if self.mask is not None:
+            return self.mask[:, :, start:stop]
+        n_pos = self.keys.shape[2]
+        queries = torch.arange(start, stop, device=self.keys.device)[:, None]
+        return (torch.arange(n_pos, device=self.keys.device) <= queries)[None, None]
+
+
+@dataclass(eq=False)
+class RecordedPass:
+    """An unedited pass over a batch: its decoder blocks, their final output and the next-token logits.
+
+    `added` are features that the model adds at image positions after the first blocks (deepstack).
+    """
+
+    encoded: Encoded
+    blocks: list[Block]
+    final: Float[Tensor, "batch pos d_model"]
+    logits: Float[Tensor, "batch vocab"]
+    added: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
+
+    @property
+    def n_added(self) -> int:
+        """Blocks after which the model adds image features."""
+        return len(self.added)
+
+    def hidden(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
+        """Input of a block; the output of the last one for the number of blocks."""
+        return self.final if layer == len(self.blocks) else self.blocks[layer].hidden
+
+    def widened(self, start: int) -> int:
+        """The largest position from which on all can be computed anew without changing what is before it.
+
+        Under causal attention that is `start`; where earlier positions attend to later ones (within an image, or over
+        the prompt), it is before all of these.
+        """
+        masks = {id(block.mask): block.mask for block in self.blocks if block.mask is not None}
+        for mask in masks.values():
+            # For every query, the last key it may attend to in any row or head.
+            last = (mask.any(0).any(0).long() * torch.arange(1, mask.shape[-1] + 1, device=mask.device)).amax(-1) - 1
+            while start > 0 and bool((last[:start] >= start).any()):
+                start = int((last[:start] >= start).nonzero()[0])
+        return start
+
+
+class _EnoughError(Exception):
+    """Ends a pass after the last block."""
+
+
+def record(vlm: "VLM", encoded: Encoded) -> RecordedPass:
+    """One unedited pass up to the last block, and the logits of each prompt's next token."""
+    stack = vlm.model.get_submodule(vlm.family.llm.path)
+    blocks: dict[int, Block] = {}
+    seen: dict[str, Any] = {}
+    hooks = [
+        module.register_forward_pre_hook(_keeper(blocks, layer), with_kwargs=True) for layer, module in enumerate(stack)
+    ]
+    decoder = vlm.model.get_submodule(vlm.family.decoder)
+    hooks.append(decoder.register_forward_pre_hook(lambda _, __, named: seen.update(named), with_kwargs=True))
+    after = vlm.model.get_submodule(vlm.family.llm.after)
+    hooks.append(after.register_forward_pre_hook(_ender(seen), with_kwargs=True))
+    attention = vlm.family.llm.attention
+    modules = {module.get_submodule(attention): layer for layer, module in enumerate(stack)}
+    try:
+        with torch.no_grad(), attending(set(modules), _recorder(modules, blocks, vlm.backend_of("llm"))):
+            with contextlib.suppress(_EnoughError):
+                vlm.model(**encoded.inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(blocks) != len(stack) or not all(hasattr(block, "keys") for block in blocks.values()) or "final" not in seen:
+        raise WorkError(f"{vlm.name}: the blocks of the decoder were not called as expected")
+    added = [each.detach() for each in seen.get("deepstack_visual_embeds") or ()]
+    ordered = [blocks[layer] for layer in range(len(stack))]
+    return RecordedPass(encoded, ordered, seen["final"], read_out(vlm, seen["final"][:, -1]), added)
+
+
+def read_out(vlm: "VLM", hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
+    """Logits from the output of the last block, as the model itself makes them, in its data type."""
+    with torch.no_grad():
+        return vlm.readout(hidden).to(vlm.dtype)
+
+
+def _keeper(blocks: dict[int, Block], layer: int) -> Callable:
+    def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden = given[0] if given else named["hidden_states"]
+        dropped = ("hidden_states", "attention_mask", "past_key_values", "use_cache")
+        arguments = {name: value for name, value in named.items() if name not in dropped}
+        blocks[layer] = Block(hidden.detach(), arguments)
+
+    return keep
+
+
+def _ender(seen: dict[str, Any]) -> Callable:
+    def end(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen["final"] = (given[0] if given else next(iter(named.values()))).detach()
+        raise _EnoughError
+
+    return end
+
+
+def _recorder(modules: dict[nn.Module, int], blocks: dict[int, Block], backend: str) -> Callable[[Attend], Attend]:
+    def attend(function: Attend) -> Attend:
+        def recorded(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+        ) -> tuple[Tensor, Any]:
+            block = blocks[modules[module]]
+            block.keys, block.values, block.scaling = key.detach(), value.detach(), options["scaling"]
+            causal = is_causal(module, query, backend, options)
+            if mask is not None or not causal:
+                block.mask = _shared(blocks, mask, query, key, causal)
+            output, weights = function(module, query, key, value, mask, **options)
+            block.plain = _is_plain(block, query, output)
+            return output, weights
+
+        return recorded
+
+    return attend
+
+
+def _is_plain(block: Block, query: Tensor, output: Tensor) -> bool:
+    """Whether the last query's output is that of a softmax over scaled, masked scores."""
+    n_pos = query.shape[2]
+    of_group = rearrange(query[:, :, -1].float(), "b (g r) d -> b g r d", g=block.keys.shape[1])
+    scores = of_group @ block.keys.float().mT * block.scaling
+    allowed = block.allowed(n_pos - 1, n_pos)[:, :, 0]
+    if allowed.shape[1] > 1:
+        allowed = rearrange(allowed, "b (g r) p -> b g r p", g=block.keys.shape[1])
+    else:
+        allowed = allowed[:, :, None]
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    expected = rearrange(weights @ block.values.float(), "b g r d -> b (g r) d")
+    limit = 64 * torch.finfo(output.dtype).eps * max(1.0, expected.abs().max().item())
+    return bool((output[:, -1].float() - expected).abs().max() <= limit)
+
+
+def _shared(blocks: dict[int, Block], mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor:
+    """The allowed edges, one tensor for all blocks with equal masks."""
+    sizes = {"n_query": query.shape[2], "n_key": key.shape[2]}
+    edges = allowed_edges(mask, **sizes, causal=causal, device=query.device)
+    for block in blocks.values():
+        if block.mask is not None and torch.equal(block.mask, edges):
+            return block.mask
+    return edges

@@ -1,0 +1,329 @@
+"""One intervention over a grid of layers, spans, heads or anything else, on every example of a data set.
+
+By default the sweep computes only what can change (`engine.py`); `engine="trace"` runs every cell through `trace.run`,
+which is the reference. A sample of every fast sweep is run both ways and must agree.
+"""
+
+import dataclasses
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.inputs.prompt import Encoded, Prompt
+from vlm_mech.inputs.span import Each
+from vlm_mech.interventions.receipt import add_up, summarise
+from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Replace, Together
+from vlm_mech.interventions.trace import run
+from vlm_mech.results import metrics
+from vlm_mech.results.result import Metric, Result
+from vlm_mech.runs.workspace import Workspace
+from vlm_mech.sweeps.engine import engine_of
+from vlm_mech.sweeps.memory import budget_of
+from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell of a grid; its axes are attributes, as in `point.layer`."""
+
+    axes: tuple[tuple[str, Any], ...]
+
+    def __getattr__(self, name: str) -> Any:
+        for axis, value in object.__getattribute__(self, "axes"):
+            if axis == name:
+                return value
+        raise AttributeError(f"the grid has no axis {name!r}; it has {', '.join(axis for axis, _ in self.axes)}")
+
+
+def grid(**axes: Iterable[Any]) -> tuple[Point, ...]:
+    """Every combination of the values, the last axis changing fastest.
+
+    Raises:
+        UsageError: no axis, or one without values.
+    """
+    values = {name: tuple(each) for name, each in axes.items()}
+    empty = [name for name, each in values.items() if not each]
+    if not values or empty:
+        raise UsageError(f"a grid needs values on every axis; none on: {', '.join(empty) or 'any'}")
+    return tuple(Point(tuple(zip(values, each, strict=True))) for each in itertools.product(*values.values()))
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """A number per example: `of(logits, *ids)` of next-token logits batch x vocab and first tokens of answers."""
+
+    metric: Metric
+    of: Callable[..., Tensor]
+    answers: tuple[Sequence[str], ...] = ()
+
+
+def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
+    """Logit of each example's answer less that of another answer."""
+    metric = Metric("logit_diff", "logits", "logit of the answer less that of the other answer", signed=True)
+    return Measure(metric, metrics.logit_diff, (answer, other))
+
+
+def prob(answer: Sequence[str]) -> Measure:
+    """Probability of each example's answer."""
+    return Measure(Metric("prob", "probability", "probability of the answer's first token"), metrics.prob, (answer,))
+
+
+def sweep(
+    vlm: "VLM",
+    data: Pairs | Sequence[Prompt],
+    points: Sequence[Point],
+    intervention: Callable[[Point], Intervention],
+    measure: Measure | Sequence[Measure],
+    *,
+    engine: str = "fast",
+    batch: int = 8,
+    memory: int | str | None = None,
+    max_cells: int = MAX_CELLS,
+    check: int = 1,
+    seed: int = 0,
+    work: Workspace | None = None,
+) -> Result:
+    """Every point of a grid on every example, as one row each, with the value of the unedited run beside it.
+
+    Args:
+        data: prompts, or pairs (their base prompts are used; sources are given in the interventions).
+        intervention: what to do at a point. Sources given as one prompt for each example are taken in step with them;
+            `Ablate` without a reference averages or draws over all the data.
+        measure: one or several of `logit_diff`, `prob`, or a `Measure` of your own.
+        engine: `fast`, or `trace` for one whole forward pass a point.
+        batch: examples that run together at most.
+        memory: bytes that the sweep may take beyond the model, as a number or such as "2GiB"; half of what there is by
+            default. Fewer points and examples run together to stay below it; results do not depend on it.
+        max_cells: points that run together at most in the fast engine.
+        check: points of the first batch that are run through `trace` too.
+        work: where finished batches are kept, so that an interrupted sweep goes on (see `workspace.prepare`).
+
+    Returns:
+        A `Result` with the grid's axes; its provenance holds the plan (`result.plan`), the summary of all receipts and
+        the largest difference that the check found.
+
+    Raises:
+        UsageError: an intervention does not fit, or answers are missing.
+        TooLargeError: a single point of a single example does not fit into the memory.
+        ReceiptError: an intervention did not take effect.
+        WorkError: the two engines disagree.
+    """
+    measures = (measure,) if isinstance(measure, Measure) else tuple(measure)
+    job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm.device, memory))
+    _check(job.prompts, points, measures)
+    planned = job.plan(batch) if engine == "fast" else None
+    checked = random.Random(seed).sample(range(len(points)), min(check, len(points)))
+    parts: list[tuple[pd.DataFrame, dict[str, Any]]] = []
+    for first in range(0, len(job.prompts), batch):
+        rows, key = slice(first, min(first + batch, len(job.prompts))), f"{first:08d}"
+        if work is None or key not in work:
+            chosen = checked if first == 0 else []
+            done = in_halves(rows, lambda rows, chosen=chosen: job.run(rows, chosen), at_most=planned and planned.batch)
+            parts.append((pd.concat([table for table, _ in done], ignore_index=True), _together(done)))
+            if work is not None:
+                work.keep(key, *parts[-1])
+    table, notes = work.collect() if work is not None else _collected(parts)
+    axes = tuple(axis for axis, _ in points[0].axes)
+    provenance = {"model": vlm.identity(), "engine": engine, "receipts": add_up([each["receipts"] for each in notes])}
+    if planned is not None:
+        provenance["largest_disagreement"] = max(each["disagreement"] for each in notes)
+        provenance["plan"] = dataclasses.asdict(planned)
+    return Result("sweep", table, axes, tuple(each.metric for each in measures), provenance=provenance)
+
+
+def plan_sweep(
+    vlm: "VLM",
+    data: Pairs | Sequence[Prompt],
+    points: Sequence[Point],
+    intervention: Callable[[Point], Intervention],
+    *,
+    batch: int = 8,
+    memory: int | str | None = None,
+    max_cells: int = MAX_CELLS,
+) -> SweepPlan:
+    """What `sweep` with these arguments will need, found without running anything.
+
+    Raises:
+        UsageError: an intervention does not fit.
+        TooLargeError: a single point of a single example does not fit into the memory.
+    """
+    job = _Job(vlm, data, points, intervention, (), "fast", max_cells, budget_of(vlm.device, memory))
+    if not job.prompts or not points:
+        raise UsageError("a sweep needs prompts and points of a grid")
+    return job.plan(batch)
+
+
+def _together(done: list[tuple[pd.DataFrame, dict[str, Any]]]) -> dict[str, Any]:
+    notes = [each for _, each in done]
+    worst = max(each["disagreement"] for each in notes)
+    return {"receipts": add_up([each["receipts"] for each in notes]), "disagreement": worst}
+
+
+def _collected(parts: list[tuple[pd.DataFrame, dict[str, Any]]]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    return pd.concat([table for table, _ in parts], ignore_index=True), [notes for _, notes in parts]
+
+
+@dataclass(eq=False)
+class _Job:
+    """A sweep's arguments, and what is done for some rows of its data."""
+
+    vlm: "VLM"
+    data: Pairs | Sequence[Prompt]
+    points: Sequence[Point]
+    intervention: Callable[[Point], Intervention]
+    measures: tuple[Measure, ...]
+    engine: str
+    max_cells: int
+    budget: int
+    last: tuple[slice, Encoded] | None = None
+
+    @functools.cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts that are run."""
+        return list(self.data.base) if isinstance(self.data, Pairs) else list(self.data)
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Name of each example."""
+        if isinstance(self.data, Pairs):
+            return [pair.id for pair in self.data]
+        return [str(number) for number in range(len(self.prompts))]
+
+    @functools.cached_property
+    def planned(self) -> list[Intervention]:
+        """The intervention at each point, over all the data."""
+        return [self.intervention(point) for point in self.points]
+
+    def edits(self, rows: slice) -> list[Intervention]:
+        """The interventions as they concern some rows."""
+        own = _Rows(rows, self.prompts)
+        return [own.of(each) for each in self.planned]
+
+    def encoded(self, rows: slice) -> Encoded:
+        """The prompts of some rows; the last ones are kept, since a plan and the run after it ask for the same."""
+        if self.last is None or self.last[0] != rows:
+            self.last = rows, self.vlm.encode(self.prompts[rows])
+        return self.last[1]
+
+    def plan(self, batch: int) -> SweepPlan:
+        """The forecast for the first batch, as many examples as fit, carried over to all the data."""
+
+        def of(rows: slice) -> SweepPlan:
+            return forecast(
+                self.vlm, self.encoded(rows), self.edits(rows), budget=self.budget, max_cells=self.max_cells
+            )
+
+        return in_halves(slice(0, min(batch, len(self.prompts))), of)[0].over(len(self.prompts))
+
+    def run(self, rows: slice, checked: Sequence[int]) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """The table of some rows, the summary of its receipts, and how far the engines differ at the points checked."""
+        encoded, edits = self.encoded(rows), self.edits(rows)
+        runner = engine_of(self.vlm, encoded, self.engine, budget=self.budget)
+        logits, receipts = runner.answers(edits, max_cells=self.max_cells)
+        worst = _agree(self.vlm, encoded, edits, logits, checked) if self.engine == "fast" else 0.0
+        table = _table(self.vlm, encoded, self.points, self.measures, rows, self.names[rows], runner.baseline, logits)
+        if isinstance(self.data, Pairs):
+            groups = {pair.id: pair.group or pair.id for pair in self.data}
+            table = table.assign(group=table["example"].map(groups))
+        summaries = [summarise(each) for each in receipts if each]
+        return table, {"receipts": add_up(summaries), "disagreement": worst}
+
+
+def _check(prompts: list[Prompt], points: Sequence[Point], measures: tuple[Measure, ...]) -> None:
+    if not prompts or not points or not measures:
+        raise UsageError("a sweep needs prompts, points of a grid and a measure")
+    for each in measures:
+        for answers in each.answers:
+            if len(answers) != len(prompts):
+                raise UsageError(f"{each.metric.name} has {len(answers)} answers for {len(prompts)} prompts")
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Interventions as they concern some rows of the data; the same source stays the same object."""
+
+    rows: slice
+    prompts: list[Prompt]
+    taken: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+
+    def of(self, intervention: Intervention) -> Intervention:
+        parts = tuple(self._part(part) for part in intervention.flat())
+        return parts[0] if len(parts) == 1 else Together(parts=parts)
+
+    def _part(self, part: Intervention) -> Intervention:
+        changes: dict[str, Any] = {
+            field.name: Each(getattr(part, field.name).spans[self.rows])
+            for field in dataclasses.fields(part)
+            if isinstance(getattr(part, field.name), Each)
+        }
+        if isinstance(part, Replace):
+            changes["source"] = self._source(part.source)
+        elif isinstance(part, Ablate) and part.to != "zero" and part.reference is None:
+            changes["reference"] = self.prompts
+        return dataclasses.replace(part, **changes) if changes else part
+
+    def _source(self, source: Any) -> Any:
+        if isinstance(source, Activations) or not isinstance(source, Sequence):
+            if len(self.prompts) > self.rows.stop - self.rows.start:
+                raise UsageError("in a sweep of several batches a source is given as prompts, one for each example")
+            return source
+        if len(source) != len(self.prompts):
+            raise UsageError(f"a source has {len(source)} prompts for {len(self.prompts)} examples")
+        if id(source) not in self.taken:
+            self.taken[id(source)] = (source, list(source[self.rows]))
+        return self.taken[id(source)][1]
+
+
+ROUNDING = 1e-5 / torch.finfo(torch.float32).eps
+"""Multiples of the data type's precision by which the two ways may differ, relative to the largest logit above 1: in
+single precision 1e-5, as the tests ask."""
+
+
+def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, chosen: Sequence[int]) -> float:
+    """Largest difference between the fast engine and the reference at some points."""
+    worst = 0.0
+    for number in chosen:
+        reference = run(vlm, encoded, edits[number]).last.float()
+        difference = (reference - logits[number].float()).abs().max().item()
+        limit = ROUNDING * torch.finfo(logits.dtype).eps * max(1.0, reference.abs().max().item())
+        if not difference <= limit:
+            raise WorkError(
+                f"the fast engine differs from the reference by {difference:.3g} at {edits[number]}; at most "
+                f"{limit:.3g} is rounding; engine='trace' gives the reference"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _table(
+    vlm: "VLM",
+    encoded: Any,
+    points: Sequence[Point],
+    measures: tuple[Measure, ...],
+    rows: slice,
+    names: list[str],
+    clean: Tensor,
+    logits: Tensor,
+) -> pd.DataFrame:
+    ids = [[vlm.answer_ids(encoded, answers[rows]) for answers in each.answers] for each in measures]
+    places = pd.DataFrame([dict(point.axes) for point in points])
+    columns = places.loc[places.index.repeat(len(names))].reset_index(drop=True)
+    columns.insert(0, "example", names * len(points))
+    for each, own in zip(measures, ids, strict=True):
+        edited = torch.cat([each.of(logits_of_one, *own) for logits_of_one in logits])
+        columns[each.metric.name] = edited.double().cpu().numpy()
+        columns[f"{each.metric.name}_baseline"] = np.tile(each.of(clean, *own).double().cpu().numpy(), len(points))
+    return columns
