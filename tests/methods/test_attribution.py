@@ -16,8 +16,10 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import Each
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.interventions.trace import run
+from vlm_mech.methods.attribution.figures import LEGENDS, estimate_against_effect
 from vlm_mech.methods.attribution.study import attribute
 from vlm_mech.models.vlm import VLM
+from vlm_mech.results.result import Result
 from vlm_mech.sweeps.sweep import logit_diff, prob
 
 QUICK = {"top_k": 1, "n_random": 1}
@@ -207,3 +209,19 @@ def test_the_screen_finds_what_matters_in_a_trained_model():
     heads = attribute(vlm, pairs, where, spans, measure, heads=True, **options)
     rows = heads.agreement[heads.agreement["chosen"] == "random"]
     assert (rows["correlation"] > 0.5).all() and (rows["absolute"] > rows["absolute_control"] + 0.2).all()
+
+
+def test_the_figure_shows_the_means_of_the_re_checked_cells_and_is_redrawn_from_the_file(pairs, tmp_path):
+    options = {"top_k": 3, "n_random": 4, "directions": ["denoising"]}
+    where = sites("llm.resid_post", range(4))
+    checked = attribute(wrapped(), pairs, where, ["image", "last"], difference(pairs), **options).checked
+    figure = estimate_against_effect(checked)
+    means = checked.table.groupby(["site", "layer", "span", "chosen"])[["estimate", "effect"]].mean().reset_index()
+    for kind, n in (("top", 3), ("random", 4)):
+        dots = next(trace for trace in figure.data if trace.name == LEGENDS[kind])
+        rows = means[means["chosen"] == kind]
+        assert len(dots.x) == len(rows) == n
+        shown = sorted(zip(dots.x, dots.y, strict=True))
+        assert np.allclose(shown, sorted(zip(rows["estimate"], rows["effect"], strict=True)), rtol=0, atol=1e-9)
+    checked.save(tmp_path)
+    assert estimate_against_effect(Result.load(tmp_path)).to_json() == figure.to_json()

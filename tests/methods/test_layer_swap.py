@@ -1,6 +1,7 @@
 """The layer swap as a method: identities that must hold in its table, both directions, every site."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.zoo.tiny import picture
@@ -11,6 +12,7 @@ from vlm_mech.interventions.specification import Replace
 from vlm_mech.interventions.trace import run
 from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
 from vlm_mech.methods.layer_swap.findings import takeover, usable_share
+from vlm_mech.methods.layer_swap.layer_swap import layer_swap
 from vlm_mech.methods.layer_swap.study import METRICS, WRONG, swap_states
 from vlm_mech.results.result import Result
 
@@ -141,3 +143,14 @@ def test_nothing_is_claimed_without_values(table):
     assert takeover(empty) == (
         "too few pairs have a recovered fraction to say where the answer turns (0 in some cells).",
     )
+
+
+@pytest.mark.parametrize("site", ["llm", "projector", "vision"])
+def test_one_call_gives_the_table_of_the_study(vlm, pairs, site):
+    result = layer_swap(vlm, pairs, site=site, only_correct=False)
+    sites = swap_sites(vlm, site, "resid_post")
+    table, receipts = swap_states(vlm, pairs, sites, default_spans(vlm, site), only_correct=False)
+    pd.testing.assert_frame_equal(result.table, table)
+    assert result.axes == ("direction", "span", "point" if site == "projector" else "layer")
+    assert result.provenance["receipts"]["receipts"] == len(receipts)
+    assert result.findings == (usable_share(result, pairs), *takeover(result))

@@ -28,6 +28,8 @@ from vlm_mech.methods.probing.data import (
     spread,
 )
 from vlm_mech.methods.probing.figures import confusion, depth_lines
+from vlm_mech.methods.probing.probe import probe
+from vlm_mech.models.vlm import VLM
 from vlm_mech.results import figures
 from vlm_mech.results.result import Result
 
@@ -183,6 +185,20 @@ def test_numbers_in_the_table_are_the_seeds_means(finished):
     assert seeds["projector.out at object"]["n_seeds"] == 2
     assert 0 < notes["linear"]["bits"]["projector.out at object"] < 3 * notes["linear"]["uniform_bits"]
     assert any("selectivity" in sentence and "over 2 seeds" in sentence for sentence in result.findings)
+
+
+def test_one_call_gives_the_table_of_the_experiment(model_folder, data_folder, finished):
+    saved, pairs = Result.load(finished), load_pairs(str(data_folder))
+    controls = ("shuffled", "control task")
+    result = probe(
+        VLM.load(model_folder), pairs, conflict=load_pairs(str(data_folder), n=6), controls=controls,
+        n_folds=3, n_seeds=2, every=3,
+    )  # fmt: skip
+    expected = saved.table[saved.table["control"].isin(["none", *controls])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(result.table, expected)
+    assert result.axes == saved.axes and any("selectivity" in sentence for sentence in result.findings)
+    with pytest.raises(UsageError, match="probe 'tree' is not known; linear, mlp or a Recipe is"):
+        probe(VLM.load(model_folder), pairs, probes=("tree",))
 
 
 def test_figures_come_from_the_saved_file_alone(finished):

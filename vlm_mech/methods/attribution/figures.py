@@ -40,7 +40,8 @@ def estimate_against_effect(checked: Result, *, title: str | None = None) -> "go
             dots = _dots(estimate.loc[rows.index], rows, COLOURS[number])
             figure.add_trace(dots.update(name=name, legendgroup=name, showlegend=column == 1), row=1, col=column)
     figure.update_xaxes(title_text=f"estimated change ({unit})", zeroline=False)
-    figure.update_yaxes(title_text=f"true change ({unit})", zeroline=False, col=1)
+    figure.update_yaxes(zeroline=False)
+    figure.update_yaxes(title_text=f"true change ({unit})", col=1)
     n = sorted(set(effect["n"]))
     count = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
     figure.add_annotation(
