@@ -289,7 +289,7 @@ def test_generated_tokens_lose_edges_only_where_they_are_named(vlm, prompts, spa
     encoded = vlm.encode(prompts)
     (cut,) = plan(vlm, encoded, Knockout(spans, "image", 0, heads=(1,)), lambda *_: None).cuts["llm", 0]
     new, seen = range(encoded.n_pos, encoded.n_pos + 1), range(encoded.n_pos + 1)
-    blocked = cut.blocked(len(encoded), new, seen, prompt=False, device=torch.device("cpu"))
+    blocked = cut.blocked(range(len(encoded)), new, seen, n_pos=encoded.n_pos, device=torch.device("cpu"))
     assert blocked.shape == (len(encoded), vlm.n_heads("llm"), 1, len(seen)) and not blocked[:, [0, 2, 3]].any()
     for row in range(len(encoded)):
         found = blocked[row, 1, 0].nonzero()[:, 0].tolist()

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.interventions.passes import Passes
 
 if TYPE_CHECKING:
     from vlm_mech.interventions.plan import Cut
@@ -105,14 +106,16 @@ class AttentionCall:
 class Cutting:
     """The cuts at one attention module, and what has passed through it.
 
-    A pass over the prompt has `n_rows` rows of `n_prompt` positions; packed towers take it in several calls. What comes
-    after are generated tokens. `calls` are those in which an edge was named, `n_calls` counts all.
+    A pass has `n_rows` rows of `n_pos` positions; packed towers take it in several calls. `passes` says of the passes
+    of a generation which rows and positions they hold. `calls` are those in which an edge was named, `n_calls` counts
+    all.
     """
 
     cuts: "Sequence[Cut]"
     backend: str
     n_rows: int
-    n_prompt: int
+    n_pos: int
+    passes: Passes | None = None
     seen: int = 0
     n_calls: int = 0
     calls: list[AttentionCall] = field(default_factory=list)
@@ -120,17 +123,24 @@ class Cutting:
     def blocked(self, query: Tensor, key: Tensor) -> Bool[Tensor, "rows heads query key"]:
         """Edges to cut in a call, given its queries and keys (rows x heads x positions x d_head)."""
         n_query, n_key = query.shape[2], key.shape[2]
-        if query.shape[0] != self.n_rows:
+        window = None if self.passes is None else self.passes.now
+        if window is None:
+            prompts, first = tuple(range(self.n_rows)), self.seen
+            # A call of a packed tower has the keys of its queries.
+            first_key = first
+        else:
+            prompts, first = window.prompts, window.first
+            # A static cache has room for more keys than there are; a sliding-window cache holds the newest only.
+            first_key = max(0, first + n_query - n_key)
+        if query.shape[0] != len(prompts) or (window is not None and n_query != window.length):
             raise WorkError(
-                f"attention of {query.shape[0]} rows, {self.n_rows} were expected; beam search and other repeated "
-                "rows cannot be knocked out"
+                f"attention of {query.shape[0]} rows and {n_query} positions; "
+                f"{len(prompts)} rows{f' and {window.length} positions' if window else ''} were expected"
             )
-        prompt = self.seen < self.n_prompt
-        # A sliding-window cache holds the newest keys only.
-        first_key = self.seen if prompt else max(0, self.seen + n_query - n_key)
-        queries, keys = range(self.seen, self.seen + n_query), range(first_key, first_key + n_key)
         self.seen, self.n_calls = self.seen + n_query, self.n_calls + 1
-        blocked = [cut.blocked(self.n_rows, queries, keys, prompt=prompt, device=query.device) for cut in self.cuts]
+        queries, keys = range(first, first + n_query), range(first_key, first_key + n_key)
+        at = {"n_pos": self.n_pos, "device": query.device}
+        blocked = [cut.blocked(prompts, queries, keys, **at) for cut in self.cuts]
         total = blocked[0]
         for more in blocked[1:]:
             total = total | more

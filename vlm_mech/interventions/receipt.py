@@ -20,7 +20,8 @@ class WriteReceipt:
     largest one between what was written and what the next module downstream really received. `witness` names that
     module, empty where none reads the site. `reaches` says whether, by the wiring of the model, the change can reach
     the logits of the last position; `reason` says why not. `readout_change` is the largest absolute change of those
-    logits caused by the whole intervention.
+    logits caused by the whole intervention. `rows` are the rows of the pass that were written, each with the number of
+    its prompt: `generate` may give a prompt several (beams, several answers).
     """
 
     intervention: str
@@ -33,6 +34,7 @@ class WriteReceipt:
     reaches: bool
     reason: str
     readout_change: float
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class KnockoutReceipt:
     `natural_mass` is the mean attention that the query positions gave to the blocked keys under the mask the model
     would have used; `blocked_mass` the largest single weight left on a blocked edge; `row_sum_error` how far any row
     is from summing to one; `kernel_error` the largest difference between the attention output the model computed and
-    the one that follows from the mask.
+    the one that follows from the mask. `rows` are the rows of the decoder's pass that lost edges, each with the number
+    of its prompt.
     """
 
     intervention: str
@@ -56,6 +59,7 @@ class KnockoutReceipt:
     reaches: bool
     reason: str
     readout_change: float
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 Receipt = WriteReceipt | KnockoutReceipt

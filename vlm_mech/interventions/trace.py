@@ -5,6 +5,7 @@ appears in the forward pass, because nnsight gives values in that order only.
 """
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.attention import Cutting, cutting, own_attention
-from vlm_mech.interventions.plan import Batch, Plan, plan
+from vlm_mech.interventions.generating import check_generation, new_ids
+from vlm_mech.interventions.passes import Batch, Passes, Window, prompt_pass
+from vlm_mech.interventions.plan import Plan, plan
 from vlm_mech.interventions.receipt import Receipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention
-from vlm_mech.interventions.timeline import Seen, Step, decoder_inputs_key, read_site_step, steps_of
-from vlm_mech.interventions.verification import receipts_of
+from vlm_mech.interventions.timeline import Step, decoder_inputs_key, read_site_step, steps_of
+from vlm_mech.interventions.verification import Proofs, receipts_of
 
 Prompts = Prompt | Sequence[Prompt] | Encoded | DualEncoded
 """What a pass is over; a `DualEncoder` takes only what its `encode` made."""
@@ -60,11 +63,17 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """Generated answers: texts without special tokens, ids batch x new, and the receipts."""
+    """Generated answers: texts without special tokens, ids answer x new, and the receipts.
+
+    There may be several answers a prompt, one after the other; `prompts` has the number of each answer's prompt.
+    `output` is what `generate` itself returned where more than ids was asked for (`return_dict_in_generate=True`).
+    """
 
     texts: tuple[str, ...]
-    ids: Int[Tensor, "batch new"]
+    ids: Int[Tensor, "answer new"]
     receipts: tuple[Receipt, ...] = ()
+    prompts: tuple[int, ...] = ()
+    output: Any = None
 
 
 def _as_encoded(vlm: TracedModel, prompts: Prompts) -> Batch:
@@ -102,9 +111,10 @@ def read(
         _forward(vlm, encoded, reads, {}, stop=True)
     else:
         made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
-        seen, cuts = Seen(), _cuts(vlm, encoded, made)
-        _forward(vlm, encoded, steps_of(vlm, encoded, made, seen) + reads, cuts, stop=False)
-        _proved(vlm, encoded, made, seen, cuts, 0.0)
+        proofs, cuts = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made)
+        _forward(vlm, encoded, steps_of(vlm, encoded, made, proofs.seen) + reads, cuts, stop=False)
+        proofs.take(prompt_pass(encoded))
+        _proved(proofs, cuts, 0.0)
     for site, states in values.items():
         if states.isnan().any():
             raise WorkError(f"NaN activations at {site}")
@@ -116,11 +126,11 @@ def _forward(
 ) -> Tensor | None:
     """The logits of one pass with the steps done in it; `stop`: nothing is computed after the last step."""
     out: dict[str, Tensor] = {}
-    ordered = sorted(steps, key=lambda step: step.key)
+    ordered, window = sorted(steps, key=lambda step: step.key), prompt_pass(encoded)
 
     def execute(tracer: Any) -> None:
         for step in ordered:
-            step.act(True)
+            step.act(window)
         if stop:
             tracer.stop()
         else:
@@ -149,8 +159,9 @@ def run(
     """
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
-    seen, cuts = Seen(), _cuts(vlm, encoded, made)
-    logits = _forward(vlm, encoded, steps_of(vlm, encoded, made, seen), cuts, stop=False)
+    proofs, cuts = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made)
+    logits = _forward(vlm, encoded, steps_of(vlm, encoded, made, proofs.seen), cuts, stop=False)
+    proofs.take(prompt_pass(encoded))
     made_run = Run(logits, encoded)
     if made_run.readout.isnan().any():
         raise WorkError(
@@ -160,7 +171,7 @@ def run(
         return made_run
     baseline = baseline or run(vlm, encoded)
     moved = (made_run.readout - baseline.readout).abs().max().item()
-    return Run(logits, encoded, _proved(vlm, encoded, made, seen, cuts, moved))
+    return Run(logits, encoded, _proved(proofs, cuts, moved))
 
 
 def generate(
@@ -173,7 +184,8 @@ def generate(
 ) -> Generation:
     """Generated answers with the intervention in force, greedy unless `options` for `generate` say otherwise.
 
-    Edits of prompt positions act in the pass over the prompt; those of the span `generated` in every later pass.
+    Edits act by position, whatever the passes hold: on the prompt's positions wherever these are computed, on those of
+    the span `generated` wherever a generated token is; on every row of a prompt (beams, several answers).
 
     Raises:
         UsageError: as for `run`.
@@ -183,18 +195,23 @@ def generate(
         raise UsageError(f"{vlm.name} is a contrastive model, which generates nothing")
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
-    seen = Seen()
-    steps = steps_of(vlm, encoded, made, seen)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
-    cuts = _cuts(vlm, encoded, made)
+    copies = check_generation(vlm, encoded, made, options)
+    passes, proofs = Passes(len(encoded), encoded.n_pos, copies), Proofs(vlm, encoded, made)
+    cuts = _cuts(vlm, encoded, made, passes)
     with cutting(cuts):
-        ids, first = _generated(vlm, encoded, steps, options)
-    texts = tuple(text.strip() for text in vlm.processor.batch_decode(ids, skip_special_tokens=True))
+        result, first = _generated(vlm, encoded, proofs, passes, options)
+    ids = new_ids(result, encoded)
+    prompts_of = tuple(row * len(encoded) // len(ids) for row in range(len(ids)))
+    made_texts = tuple(text.strip() for text in vlm.processor.batch_decode(ids, skip_special_tokens=True))
+    generation = Generation(made_texts, ids, (), prompts_of, None if isinstance(result, Tensor) else result)
     if intervention is None:
-        return Generation(texts, ids)
-    _, unedited = _generated(vlm, encoded, [], options | {"max_new_tokens": 1})
+        return generation
+    nothing = Proofs(vlm, encoded, Plan({}, {}))
+    again = Passes(len(encoded), encoded.n_pos, copies)
+    _, unedited = _generated(vlm, encoded, nothing, again, options | {"max_new_tokens": 1})
     moved = (first - unedited).abs().max().item()
-    return Generation(texts, ids, _proved(vlm, encoded, made, seen, cuts, moved))
+    return dataclasses.replace(generation, receipts=_proved(proofs, cuts, moved))
 
 
 @contextlib.contextmanager
@@ -214,29 +231,38 @@ def aside(vlm: TracedModel) -> Iterator[None]:
 
 
 def _generated(
-    vlm: TracedModel, encoded: Batch, steps: list[Step], options: dict[str, Any]
-) -> tuple[Int[Tensor, "batch new"], Float[Tensor, "batch vocab"]]:
-    """New token ids, and the logits of the first of them."""
+    vlm: TracedModel, encoded: Batch, proofs: Proofs, passes: Passes, options: dict[str, Any]
+) -> tuple[Any, Float[Tensor, "row vocab"]]:
+    """What `generate` returns, and the logits of the first new token of each row."""
     first: dict[str, Tensor] = {}
+    steps = steps_of(vlm, encoded, proofs.made, proofs.seen)
+    before, within = ([step for step in steps if step.in_decoder == place] for place in (False, True))
 
-    def execute(number: int) -> None:
-        for step in steps:
-            if number == 0 or step.decoding:
-                step.act(number == 0)
-        if number == 0:
+    def look() -> None:
+        for step in before:
+            step.act(prompt_pass(encoded))
+
+    def go_on() -> None:
+        window = passes.enter(vlm.envoy(vlm.family.decoder).inputs[1])
+        for step in within:
+            step.act(window)
+        if window.stop >= encoded.n_pos and not first:
             first["logits"] = vlm.envoy(vlm.family.head).output[:, -1]
+        if window.new:
+            proofs.take(window)
 
-    passes = slice(None) if any(step.decoding for step in steps) else slice(1)
     with torch.no_grad(), _in_order(vlm), warnings.catch_warnings():
         # An answer may end before the limit; the open loop over passes then ends early, which nnsight remarks upon.
         warnings.filterwarnings("ignore", message="(?s).*was never reached")
         with vlm.nn.generate(**options) as tracer:
             with tracer.invoke(**encoded.generation_inputs):
-                for number in tracer.iter[passes]:
-                    execute(number)
+                look()
+            with tracer.invoke():
+                for _ in tracer.iter[:]:
+                    go_on()
             with tracer.invoke():
                 result = tracer.result.save()
-    return result[:, encoded.n_pos :], first["logits"]
+    return result, first["logits"]
 
 
 def edited_embeddings(
@@ -248,17 +274,17 @@ def edited_embeddings(
         The states, the features that the model adds after the first blocks (deepstack), and the receipts, unverified.
     """
     site = Site("llm.resid_pre", 0)
-    seen, cuts, states, added = Seen(), _cuts(vlm, encoded, made), {}, []
+    proofs, cuts, states, added = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made), {}, []
 
-    def keep(prompt: bool) -> None:
+    def keep(window: Window) -> None:
         added.extend(vlm.envoy(vlm.family.decoder).inputs[1]["deepstack_visual_embeds"])
 
-    steps = [*steps_of(vlm, encoded, made, seen), read_site_step(vlm, encoded, site, states)]
+    steps = [*steps_of(vlm, encoded, made, proofs.seen), read_site_step(vlm, encoded, site, states)]
     if vlm.taps:
-        steps.append(Step(decoder_inputs_key(), keep, False))
+        steps.append(Step(decoder_inputs_key(), keep))
     _forward(vlm, encoded, steps, cuts, stop=True)
-    receipts = receipts_of(vlm, encoded, made, seen, list(cuts.values()), 0.0)
-    return states[site], added, receipts
+    proofs.take(prompt_pass(encoded))
+    return states[site], added, receipts_of(proofs, list(cuts.values()), 0.0)
 
 
 @contextlib.contextmanager
@@ -271,24 +297,18 @@ def _in_order(vlm: TracedModel) -> Iterator[None]:
         raise WorkError(f"{vlm.name} does not compute its parts in the order of their names: {error}") from error
 
 
-def _cuts(vlm: TracedModel, encoded: Batch, made: Plan) -> dict[torch.nn.Module, Cutting]:
+def _cuts(vlm: TracedModel, encoded: Batch, made: Plan, passes: Passes | None = None) -> dict[torch.nn.Module, Cutting]:
     """The attention modules whose edges are cut."""
     modules = {}
     for (stream, layer), cuts in made.cuts.items():
         blocks = vlm.blocks(stream)
         module = vlm.model.get_submodule(f"{blocks.path}.{layer}.{blocks.attention}")
-        modules[module] = Cutting(cuts, vlm.backend_of(stream), *encoded.shape(stream))
+        shape, known = encoded.shape(stream), passes if stream == "llm" else None
+        modules[module] = Cutting(cuts, vlm.backend_of(stream), *shape, known)
     return modules
 
 
-def _proved(
-    vlm: TracedModel,
-    encoded: Batch,
-    made: Plan,
-    seen: Seen,
-    cuts: dict[torch.nn.Module, Cutting],
-    moved: float,
-) -> tuple[Receipt, ...]:
-    receipts = receipts_of(vlm, encoded, made, seen, list(cuts.values()), moved)
+def _proved(proofs: Proofs, cuts: dict[torch.nn.Module, Cutting], moved: float) -> tuple[Receipt, ...]:
+    receipts = receipts_of(proofs, list(cuts.values()), moved)
     verify(receipts)
     return receipts

@@ -138,7 +138,7 @@ class Wave:
             return states
         before = states
         for write in writes:
-            states = shifted(write, self.start).apply(states, prompt=True)
+            states = shifted(write, self.start).apply(states)
         active.seen.before[site], active.seen.written[site] = before, states
         return states
 
