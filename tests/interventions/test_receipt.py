@@ -98,14 +98,14 @@ def test_an_attention_kernel_that_ignores_the_mask_raises(vlm, prompts, monkeypa
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", forgetful)
     with pytest.raises(ReceiptError, match="the attention output differs by"):
         run(vlm, prompts[:1], Knockout("last", "image", 2))
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is forgetful
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"].original is forgetful
 
 
 def test_the_audit_leaves_no_trace(vlm, prompts):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
     run(vlm, prompts, Knockout("last", "image", 2))
+    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
     with pytest.raises(UsageError):
         run(vlm, prompts, Knockout("last", "all", 2))
     assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == before

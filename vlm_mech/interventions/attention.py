@@ -1,13 +1,16 @@
 """Cutting attention edges in any back end, and an audit of what the attention function was really given.
 
-transformers looks its attention function up by name at every call. For the duration of a pass the look-up gives a
-wrapper that hands masks to the modules whose edges are cut, and records those calls. So one mechanism serves decoders
-and towers, plain, windowed and packed ones, whatever a module's own mask looks like.
+transformers looks its attention function up by name at every call. The first time one is needed, a router takes its
+place in that table for good; within a block of `attending`, and only there, it hands the calls of the modules named to
+another function, which gives masks to those whose edges are cut and records those calls. Which block a call is in is
+known by its context (`contextvars`), so that threads do not see each other's. One mechanism serves decoders and
+towers, plain, windowed and packed ones, whatever a module's own mask looks like.
 """
 
 import contextlib
 import contextvars
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -148,56 +151,65 @@ class Cutting:
 
 
 Attend = Callable[..., tuple[Tensor, Any]]
-_off: contextvars.ContextVar[bool] = contextvars.ContextVar("off", default=False)
+Routes = tuple[tuple[set[nn.Module], Callable[[Attend], Attend]], ...]
+_routes: contextvars.ContextVar[Routes] = contextvars.ContextVar("routes", default=())
+_placing = threading.Lock()
 
 
 @contextlib.contextmanager
 def own_attention() -> Iterator[None]:
     """Within the block, attention is the model's own, whatever `attending` put in its place around it."""
-    before = _off.set(True)
+    before = _routes.set(())
     try:
         yield
     finally:
-        _off.reset(before)
+        _routes.reset(before)
 
 
 @contextlib.contextmanager
 def attending(modules: set[nn.Module], attend: Callable[[Attend], Attend]) -> Iterator[None]:
     """Within the block, the attention function of these modules is the one that `attend` makes of the original."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    backends = {module.config._attn_implementation for module in modules}
-    originals = {backend: ALL_ATTENTION_FUNCTIONS._local_mapping.get(backend) for backend in backends}
-    for backend in backends:
-        ALL_ATTENTION_FUNCTIONS[backend] = _routed(ALL_ATTENTION_FUNCTIONS.get(backend), modules, attend)
+    for backend in {module.config._attn_implementation for module in modules}:
+        _place_router(backend)
+    before = _routes.set((*_routes.get(), (modules, attend)))
     try:
         yield
     finally:
-        for backend, original in originals.items():
-            if original is None:
-                del ALL_ATTENTION_FUNCTIONS[backend]
-            else:
-                ALL_ATTENTION_FUNCTIONS[backend] = original
+        _routes.reset(before)
 
 
-def _routed(original: Attend | None, modules: set[nn.Module], attend: Callable[[Attend], Attend]) -> Attend:
-    def route(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+@dataclass(frozen=True, eq=False)
+class Router:
+    """An attention function that is the original but for calls within a block of `attending`; None is eager's."""
+
+    original: Attend | None
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
     ) -> tuple[Tensor, Any]:
+        """As the original is called."""
         # Eager attention is not in transformers' table: each architecture has its own.
-        function = original or sys.modules[type(module).__module__].eager_attention_forward
-        chosen = attend(function) if module in modules and not _off.get() else function
-        return chosen(module, query, key, value, attention_mask, **options)
+        function = self.original or sys.modules[type(module).__module__].eager_attention_forward
+        for modules, attend in _routes.get():
+            if module in modules:
+                function = attend(function)
+        # Where somebody else's function stands around a router, a call must not be routed twice.
+        with own_attention():
+            return function(module, query, key, value, attention_mask, **options)
 
-    return route
+
+def _place_router(backend: str) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    with _placing:
+        current = ALL_ATTENTION_FUNCTIONS.get(backend)
+        if not isinstance(current, Router):
+            ALL_ATTENTION_FUNCTIONS[backend] = Router(current)
 
 
 @contextlib.contextmanager
 def cutting(modules: dict[nn.Module, Cutting]) -> Iterator[None]:
-    """Within the block, the given attention modules attend without the edges that are cut.
-
-    Not for use from several threads at once.
-    """
+    """Within the block, the given attention modules attend without the edges that are cut."""
     with attending(set(modules), lambda function: _cutter(function, modules)):
         yield
 

@@ -5,6 +5,7 @@ appears in the forward pass, because nnsight gives values in that order only.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
@@ -138,7 +139,7 @@ def _forward(
 
     # A single pass needs no cache of keys and values.
     options = {} if vlm.is_contrastive else {"use_cache": False}
-    with torch.no_grad(), _in_order(vlm), cutting(cuts):
+    with torch.no_grad(), _alone(vlm), cutting(cuts):
         with vlm.nn.trace(**encoded.inputs, **options) as tracer:
             execute(tracer)
     return out.get("logits")
@@ -251,7 +252,7 @@ def _generated(
         if window.new:
             proofs.take(window)
 
-    with torch.no_grad(), _in_order(vlm), warnings.catch_warnings():
+    with torch.no_grad(), _alone(vlm), warnings.catch_warnings():
         # An answer may end before the limit; the open loop over passes then ends early, which nnsight remarks upon.
         warnings.filterwarnings("ignore", message="(?s).*was never reached")
         with vlm.nn.generate(**options) as tracer:
@@ -287,14 +288,25 @@ def edited_embeddings(
     return states[site], added, receipts_of(proofs, list(cuts.values()), 0.0)
 
 
+_open: contextvars.ContextVar[bool] = contextvars.ContextVar("open", default=False)
+
+
 @contextlib.contextmanager
-def _in_order(vlm: TracedModel) -> Iterator[None]:
+def _alone(vlm: TracedModel) -> Iterator[None]:
+    """Within the block one trace may be opened."""
     from nnsight.intervention.interleaver import OutOfOrderError
 
-    try:
-        yield
-    except OutOfOrderError as error:
-        raise WorkError(f"{vlm.name} does not compute its parts in the order of their names: {error}") from error
+    if _open.get():
+        # `aside` lets the model run meanwhile, but not be traced.
+        raise UsageError(f"a trace is open; trace {vlm.name} before it or after it")
+    with vlm.passing():
+        before = _open.set(True)
+        try:
+            yield
+        except OutOfOrderError as error:
+            raise WorkError(f"{vlm.name} does not compute its parts in the order of their names: {error}") from error
+        finally:
+            _open.reset(before)
 
 
 def _cuts(vlm: TracedModel, encoded: Batch, made: Plan, passes: Passes | None = None) -> dict[torch.nn.Module, Cutting]:

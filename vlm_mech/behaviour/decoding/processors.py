@@ -342,7 +342,7 @@ def decode(
         UsageError: beams, or other prompts than the processors were made for.
     """
     options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
-    with torch.no_grad():
+    with torch.no_grad(), vlm.passing():
         ids = vlm.model.generate(
             **encoded.generation_inputs, logits_processor=LogitsProcessorList(processors), **options
         )[:, encoded.n_pos :]
