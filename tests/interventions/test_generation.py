@@ -161,6 +161,44 @@ def test_beams_that_the_checkpoint_ships_are_mapped_to_their_prompts():
     assert generate(vlm, pairs.base, swap, max_new_tokens=3, use_cache=False).texts == right
 
 
+SHIPPED = {"repetition_penalty": 1.8, "num_beams": 2, "do_sample": True, "temperature": 9.0, "suppress_tokens": [5]}
+
+
+def test_nothing_but_the_meaning_of_tokens_is_taken_from_the_checkpoint():
+    from tests.zoo.tiny import tiny_model, tiny_processor
+    from vlm_mech.behaviour.decoding.processors import decode
+    from vlm_mech.models.vlm import VLM
+
+    vlm = VLM(tiny_model(), tiny_processor(), check=False)
+    encoded, more = vlm.encode(batch()), {"max_new_tokens": 6, "eos_token_id": None}
+    plain = generate(vlm, encoded, **more)
+    first = plain.ids[:, 0].tolist()
+    assert first == run(vlm, encoded).last.argmax(-1).tolist() and plain.settings == {"max_new_tokens": 6}
+    for name, value in (SHIPPED | {"use_cache": False, "num_return_sequences": 1}).items():
+        setattr(vlm.model.generation_config, name, value)
+    for way in (generate, lambda *given, **named: decode(*given, **named)):
+        made = way(vlm, encoded, **more)
+        assert torch.equal(made.ids, plain.ids) and made.settings == {"max_new_tokens": 6}
+    assert vlm.settings_set_aside == SHIPPED | {"use_cache": False}
+    torch.manual_seed(1)
+    own = generate(vlm, encoded, **more, settings="checkpoint")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        theirs = vlm.model.generate(**encoded.generation_inputs, **more)[:, encoded.n_pos :]
+    assert torch.equal(own.ids, theirs) and not torch.equal(own.ids, plain.ids)
+    assert own.settings == SHIPPED | {"use_cache": False, "top_k": 50, "max_new_tokens": 6}
+    penalised = generate(vlm, encoded, **more, repetition_penalty=1.8)
+    assert penalised.settings == {"max_new_tokens": 6, "repetition_penalty": 1.8}
+    with pytest.raises(UsageError, match="settings='theirs' is not known; neutral or checkpoint is"):
+        generate(vlm, encoded, settings="theirs")
+
+
+def test_sampling_draws_from_the_whole_distribution():
+    vlm, encoded, _ = asked("llava_clip")
+    made = generate(vlm, encoded, max_new_tokens=1, do_sample=True, temperature=50.0, num_return_sequences=200)
+    assert len(set(made.ids[:200, 0].tolist())) > 50, "no top_k of 50"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,7 +9,7 @@ import contextvars
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.attention import Cutting, cutting, own_attention
-from vlm_mech.interventions.generating import check_generation, new_ids
+from vlm_mech.interventions.generating import check_generation, decoding_options, new_ids
 from vlm_mech.interventions.passes import Batch, Passes, Window, prompt_pass
 from vlm_mech.interventions.plan import Plan, plan
 from vlm_mech.interventions.receipt import Receipt, verify
@@ -67,13 +67,15 @@ class Generation:
     """Generated answers: texts without special tokens, ids answer x new, and the receipts.
 
     There may be several answers a prompt, one after the other; `prompts` has the number of each answer's prompt.
-    `output` is what `generate` itself returned where more than ids was asked for (`return_dict_in_generate=True`).
+    `settings` are those in force: the most new tokens, and all that are not neutral. `output` is what `generate` itself
+    returned where more than ids was asked for (`return_dict_in_generate=True`).
     """
 
     texts: tuple[str, ...]
     ids: Int[Tensor, "answer new"]
     receipts: tuple[Receipt, ...] = ()
     prompts: tuple[int, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
     output: Any = None
 
 
@@ -181,9 +183,13 @@ def generate(
     intervention: Intervention | None = None,
     *,
     max_new_tokens: int = 16,
+    settings: str = "neutral",
     **options: Any,
 ) -> Generation:
     """Generated answers with the intervention in force, greedy unless `options` for `generate` say otherwise.
+
+    Nothing is taken from the generation config of the checkpoint (repetition penalty, beams, sampling) but what its
+    tokens mean; `settings="checkpoint"` takes it all. The settings in force are kept with the answers.
 
     Edits act by position, whatever the passes hold: on the prompt's positions wherever these are computed, on those of
     the span `generated` wherever a generated token is; on every row of a prompt (beams, several answers).
@@ -196,8 +202,8 @@ def generate(
         raise UsageError(f"{vlm.name} is a contrastive model, which generates nothing")
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
-    copies = check_generation(vlm, encoded, made, options)
+    options = decoding_options(options, settings=settings, max_new_tokens=max_new_tokens)
+    copies, used = check_generation(vlm, encoded, made, options)
     passes, proofs = Passes(len(encoded), encoded.n_pos, copies), Proofs(vlm, encoded, made)
     cuts = _cuts(vlm, encoded, made, passes)
     with cutting(cuts):
@@ -205,7 +211,7 @@ def generate(
     ids = new_ids(result, encoded)
     prompts_of = tuple(row * len(encoded) // len(ids) for row in range(len(ids)))
     made_texts = tuple(text.strip() for text in vlm.processor.batch_decode(ids, skip_special_tokens=True))
-    generation = Generation(made_texts, ids, (), prompts_of, None if isinstance(result, Tensor) else result)
+    generation = Generation(made_texts, ids, (), prompts_of, used, None if isinstance(result, Tensor) else result)
     if intervention is None:
         return generation
     nothing = Proofs(vlm, encoded, Plan({}, {}))
