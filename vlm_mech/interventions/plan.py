@@ -134,6 +134,13 @@ class Plan:
     writes: dict[Site, list[Write]]
     cuts: dict[tuple[str, int], list[Cut]]
 
+    def apart(self) -> "list[Plan]":
+        """A plan for each edited site and each cut layer alone, in the order of their receipts."""
+        sites, layers = sorted(self.writes, key=lambda site: site.order), sorted(self.cuts)
+        return [Plan({site: self.writes[site]}, {}) for site in sites] + [
+            Plan({}, {layer: self.cuts[layer]}) for layer in layers
+        ]
+
 
 def plan(vlm: TracedModel, encoded: Batch, intervention: Intervention | None, read: ReadStates) -> Plan:
     """The concrete edits of an intervention on this batch.

@@ -148,12 +148,19 @@ def _forward(
 
 
 def run(
-    vlm: TracedModel, prompts: Prompts, intervention: Intervention | None = None, *, baseline: Run | None = None
+    vlm: TracedModel,
+    prompts: Prompts,
+    intervention: Intervention | None = None,
+    *,
+    baseline: Run | None = None,
+    apart: bool = False,
 ) -> Run:
     """One forward pass with the intervention, its logits and a verified receipt for every part of it.
 
     Args:
         baseline: the unedited run of the same batch, if at hand; it is made when an intervention is given without it.
+        apart: measure for each receipt what its edit alone does to the read-out, in one more pass each; the receipts
+            have it as `own_readout_change`, beside the change by the whole pass.
 
     Raises:
         UsageError: the intervention does not fit the model or the batch.
@@ -162,9 +169,7 @@ def run(
     """
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
-    proofs, cuts = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made)
-    logits = _forward(vlm, encoded, steps_of(vlm, encoded, made, proofs.seen), cuts, stop=False)
-    proofs.take(prompt_pass(encoded))
+    logits, proofs, cuts = _edited(vlm, encoded, made)
     made_run = Run(logits, encoded)
     if made_run.readout.isnan().any():
         raise WorkError(
@@ -174,7 +179,22 @@ def run(
         return made_run
     baseline = baseline or run(vlm, encoded)
     moved = (made_run.readout - baseline.readout).abs().max().item()
-    return Run(logits, encoded, _proved(proofs, cuts, moved))
+    receipts = _proved(proofs, cuts, moved)
+    if apart:
+        alone = [Run(_edited(vlm, encoded, part)[0], encoded).readout for part in made.apart()]
+        own = [(readout - baseline.readout).abs().max().item() for readout in alone]
+        pairs = zip(receipts, own, strict=True)
+        receipts = tuple(dataclasses.replace(receipt, own_readout_change=change) for receipt, change in pairs)
+    return Run(logits, encoded, receipts)
+
+
+def _edited(vlm: TracedModel, encoded: Batch, made: Plan) -> tuple[Tensor, Proofs, dict[torch.nn.Module, Cutting]]:
+    """The logits of one pass with all edits of a plan, and what proves them."""
+    proofs, cuts = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made)
+    logits = _forward(vlm, encoded, steps_of(vlm, encoded, made, proofs.seen), cuts, stop=False)
+    assert logits is not None, "the pass runs to its end"
+    proofs.take(prompt_pass(encoded))
+    return logits, proofs, cuts
 
 
 def generate(

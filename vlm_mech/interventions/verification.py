@@ -64,7 +64,7 @@ def receipts_of(proofs: Proofs, cuttings: Sequence[Cutting], moved: float) -> tu
     for site, writes in sorted(made.writes.items(), key=lambda item: item[0].order):
         if site not in proofs.receipts:
             raise ReceiptError(f"{_named(writes)} at {site}: the site was never reached")
-        receipts.append(dataclasses.replace(proofs.receipts[site], readout_change=moved))
+        receipts.append(dataclasses.replace(proofs.receipts[site], pass_readout_change=moved))
     layers = zip(made.cuts, cuttings, strict=True)
     for where, cutting in sorted(layers, key=lambda item: item[0]):
         receipts.append(_knockout_receipt(vlm, encoded, where, cutting, moved))
@@ -105,7 +105,7 @@ def write_receipt(
         tolerance=tolerance,
         reaches=reaches,
         reason=reason,
-        readout_change=moved,
+        pass_readout_change=moved,
         rows=_rows(site, writes, window),
     )
 
@@ -280,7 +280,7 @@ def _knockout_receipt(
         tolerance=_rounding(cutting.calls[0].output) if cutting.calls else 0.0,
         reaches=reaches,
         reason=reason,
-        readout_change=moved,
+        pass_readout_change=moved,
         rows=_cut_rows(stream, cutting),
     )
 

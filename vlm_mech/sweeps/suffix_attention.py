@@ -224,7 +224,7 @@ class SuffixAttention:
                 tolerance=64 * torch.finfo(total.dtype).eps,
                 reaches=reaches,
                 reason=reason,
-                readout_change=0.0,
+                pass_readout_change=0.0,
             )
 
     def _joined(
