@@ -101,7 +101,7 @@ def test_every_site_is_written_with_effect_or_a_reason(wrapped, family, attn):
     for site in every:
         receipt = run(vlm, encoded, Ablate(site, "image"), baseline=baseline).receipts[0]
         assert receipt.change > 0
-        assert (receipt.readout_change > 0) == receipt.reaches, receipt
+        assert (receipt.pass_readout_change > 0) == receipt.reaches, receipt
         assert receipt.reaches or receipt.reason
 
 
@@ -116,13 +116,13 @@ def test_cut_attention_is_exactly_zero_in_both_towers(wrapped, family, attn):
             edit = Knockout("question", "all", layer, heads=heads, keep_self=True)
             receipt = run(vlm, encoded, edit, baseline=baseline).receipts[0]
             assert receipt.blocked_mass == 0.0 and receipt.natural_mass > 0 and receipt.n_edges > 0
-            assert (receipt.readout_change > receipt.tolerance) == receipt.reaches
+            assert (receipt.pass_readout_change > receipt.tolerance) == receipt.reaches
     for layer in vlm.vision_layers:
         for heads in (None, (1, 3)):
             edit = Knockout("image", "image", layer, heads=heads, stream="vision", keep_self=True)
             receipt = run(vlm, encoded, edit, baseline=baseline).receipts[0]
             assert receipt.blocked_mass == 0.0 and receipt.natural_mass > 0 and receipt.n_edges > 0
-            assert (receipt.readout_change > receipt.tolerance) == receipt.reaches
+            assert (receipt.pass_readout_change > receipt.tolerance) == receipt.reaches
 
 
 def image_prompts(family: str) -> dict[str, Prompt]:
@@ -417,4 +417,4 @@ def test_several_vision_layers_read_side_by_side():
     base = run(vlm, batch())
     for layer, reaches in ((1, True), (2, True), (3, False)):
         receipt = run(vlm, batch(), Ablate(Site("vision.resid_post", layer), "all"), baseline=base).receipts[0]
-        assert receipt.reaches == reaches == (receipt.readout_change > 0)
+        assert receipt.reaches == reaches == (receipt.pass_readout_change > 0)

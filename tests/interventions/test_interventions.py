@@ -89,7 +89,7 @@ def test_knockout_is_equal_under_both_back_ends_and_equals_masked_attention_by_h
         ):
             sdpa, eager = (run(tiny_vlm(decoder, tower, attn), prompts, cut) for attn in ("sdpa", "eager"))
             assert (sdpa.last - eager.last).abs().max() <= 1e-5
-            assert sdpa.receipts[0].readout_change > 1e-4
+            assert sdpa.receipts[0].pass_readout_change > 1e-4
             assert sdpa.receipts[0].natural_mass == pytest.approx(eager.receipts[0].natural_mass, abs=1e-6)
 
 
@@ -113,7 +113,7 @@ def test_knockout_of_all_heads_is_the_sum_of_none_left_out(vlm, prompts):
 def test_vision_knockout_in_the_class_token_alone_cannot_matter_at_the_layer_read(vlm, prompts):
     cut = run(vlm, prompts, Knockout("class", "image", vlm.vision_depth - 1, stream="vision"))
     assert not cut.receipts[0].reaches and "class token is dropped" in cut.receipts[0].reason
-    assert cut.receipts[0].readout_change <= cut.receipts[0].tolerance
+    assert cut.receipts[0].pass_readout_change <= cut.receipts[0].tolerance
 
 
 def test_single_heads(vlm, prompts, donors):
@@ -289,7 +289,7 @@ def test_generated_tokens_lose_edges_only_where_they_are_named(vlm, prompts, spa
     encoded = vlm.encode(prompts)
     (cut,) = plan(vlm, encoded, Knockout(spans, "image", 0, heads=(1,)), lambda *_: None).cuts["llm", 0]
     new, seen = range(encoded.n_pos, encoded.n_pos + 1), range(encoded.n_pos + 1)
-    blocked = cut.blocked(len(encoded), new, seen, prompt=False, device=torch.device("cpu"))
+    blocked = cut.blocked(range(len(encoded)), new, seen, n_pos=encoded.n_pos, device=torch.device("cpu"))
     assert blocked.shape == (len(encoded), vlm.n_heads("llm"), 1, len(seen)) and not blocked[:, [0, 2, 3]].any()
     for row in range(len(encoded)):
         found = blocked[row, 1, 0].nonzero()[:, 0].tolist()

@@ -46,7 +46,7 @@ def test_zeroing_the_layer_that_the_projector_reads(both):
     )
     ours = run(vlm, encoded, Ablate(Site("vision.resid_post", layer), "all")).receipts[0]
     assert (theirs - base).abs().max() == 0.0
-    assert ours.readout_change > 0.01
+    assert ours.pass_readout_change > 0.01
 
 
 def test_cutting_attention_in_the_vision_tower(both):
@@ -60,4 +60,4 @@ def test_cutting_attention_in_the_vision_tower(both):
         theirs = bridged(bridge, encoded, [("vision_encoder.encoder_layers.1.attn.hook_pattern", only_self)])
     ours = run(vlm, encoded, Knockout("all", "all", 1, stream="vision", keep_self=True)).receipts[0]
     assert (theirs - base).abs().max() == 0.0
-    assert ours.readout_change > 0.01 and ours.blocked_mass == 0.0
+    assert ours.pass_readout_change > 0.01 and ours.blocked_mass == 0.0

@@ -69,7 +69,7 @@ def test_mask_edits_that_are_silent_elsewhere_take_effect_here(tiny_vlm, attn):
     )
     assert moved[silent] == 0.0 and moved[works] > 0.01
     ours = run(vlm, encoded, Knockout("last", "image", 2), baseline=base).receipts[0]
-    assert ours.readout_change == pytest.approx(moved[works], abs=1e-5) and ours.blocked_mass == 0.0
+    assert ours.pass_readout_change == pytest.approx(moved[works], abs=1e-5) and ours.blocked_mass == 0.0
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ def test_an_attention_kernel_that_ignores_the_mask_raises(vlm, prompts, monkeypa
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", forgetful)
     with pytest.raises(ReceiptError, match="the attention output differs by"):
         run(vlm, prompts[:1], Knockout("last", "image", 2))
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is forgetful
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"].original is forgetful
 
 
 def test_the_audit_leaves_no_trace(vlm, prompts):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
     run(vlm, prompts, Knockout("last", "image", 2))
+    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
     with pytest.raises(UsageError):
         run(vlm, prompts, Knockout("last", "all", 2))
     assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == before
@@ -150,14 +150,14 @@ def test_states_that_cannot_reach_the_answer_say_so_and_do_not(vlm, prompts, don
     image = run(vlm, prompts, Replace(Site("llm.mlp_out", 3), "image", source=donors), baseline=base)
     assert torch.equal(image.last, base.last) and "last attention" in image.receipts[0].reason
     reaching = run(vlm, prompts, Replace(Site("llm.resid_pre", 3), "image", source=donors), baseline=base)
-    assert reaching.receipts[0].reaches and reaching.receipts[0].readout_change > 0
+    assert reaching.receipts[0].reaches and reaching.receipts[0].pass_readout_change > 0
 
 
 def test_a_change_where_none_can_be_raises(vlm, prompts, donors):
     receipt = run(vlm, prompts, Replace(Site("llm.mlp_out", 3), "image", source=donors)).receipts[0]
     verify([receipt])
     with pytest.raises(ReceiptError, match="the logits moved by 0.5 although they cannot"):
-        verify([dataclasses.replace(receipt, readout_change=0.5)])
+        verify([dataclasses.replace(receipt, pass_readout_change=0.5)])
 
 
 def test_allowed_edges_of_every_form_of_mask():
@@ -182,3 +182,23 @@ def test_receipts_as_table_and_summary(vlm, prompts, donors):
     assert list(table["site"]) == ["llm.resid_post[1]", "llm.attention[1]", "llm.attention[2]"]
     summary = summarise(receipts)
     assert summary["writes"] == 1 and summary["knockouts"] == 2 and summary["largest_blocked_mass"] == 0.0
+
+
+def test_the_change_of_a_pass_is_not_taken_for_that_of_its_parts(vlm, prompts, donors):
+    base = run(vlm, prompts)
+    parts = {
+        "llm.mlp_out[3]": Replace(Site("llm.mlp_out", 3), "image", source=donors),
+        "llm.resid_post[1]": Ablate(Site("llm.resid_post", 1), "question"),
+        "llm.attention[2]": Knockout("last", "image", 2),
+    }
+    both = parts["llm.mlp_out[3]"] & parts["llm.attention[2]"] & parts["llm.resid_post[1]"]
+    together, plain = run(vlm, prompts, both, baseline=base, apart=True), run(vlm, prompts, both, baseline=base)
+    moved = (together.last - base.last).abs().max().item()
+    assert torch.equal(together.logits, plain.logits)
+    assert {receipt.pass_readout_change for receipt in together.receipts} == {moved}
+    assert all(receipt.own_readout_change is None for receipt in plain.receipts)
+    for receipt in together.receipts:
+        alone = run(vlm, prompts, parts[receipt.site], baseline=base)
+        assert receipt.own_readout_change == (alone.last - base.last).abs().max().item()
+    own = {receipt.site: receipt.own_readout_change for receipt in together.receipts}
+    assert own["llm.mlp_out[3]"] == 0.0 < own["llm.attention[2]"] < own["llm.resid_post[1]"] != moved

@@ -76,7 +76,7 @@ def test_directions_are_complements(vlm, pairs):
         noised = run(vlm, pairs.base, Replace(site, "image", source=pairs.counterfactual))
         denoised = run(vlm, pairs.counterfactual, Replace(site, rest, source=pairs.base))
         assert (noised.last - denoised.last).abs().max() < 1e-5
-        assert noised.receipts[0].readout_change > 1e-3
+        assert noised.receipts[0].pass_readout_change > 1e-3
 
 
 def test_question_states_before_the_first_attention_carry_nothing(vlm, pairs, engine, same):

@@ -185,7 +185,7 @@ def test_every_site_is_written_with_effect_or_a_reason(wrapped, family, attn):
             for span in spans[stream]:
                 receipt = run(dual, encoded, Ablate(site, span), baseline=baseline).receipts[0]
                 assert receipt.change > 0 and receipt.witness
-                assert (receipt.readout_change > 0) == receipt.reaches, receipt
+                assert (receipt.pass_readout_change > 0) == receipt.reaches, receipt
                 assert receipt.reaches or receipt.reason
                 reached[receipt.reaches] += 1
     assert reached[True] > 60 and reached[False] >= 4
@@ -193,7 +193,7 @@ def test_every_site_is_written_with_effect_or_a_reason(wrapped, family, attn):
         vector = torch.randn(dual.width(site), generator=torch.Generator().manual_seed(0))
         for edit in (Steer(site, "all", vector=vector), Ablate(site, "all", to="mean")):
             receipt = run(dual, encoded, edit, baseline=baseline).receipts[0]
-            assert receipt.change > 0 and receipt.readout_change > 0 and receipt.reaches
+            assert receipt.change > 0 and receipt.pass_readout_change > 0 and receipt.reaches
             assert receipt.witness == ("image_embeds" if site.stream == "vision" else "text_embeds")
 
 
@@ -211,7 +211,7 @@ def test_cut_attention_is_exactly_zero_in_both_towers(wrapped, family, attn):
                     edit = Knockout(query, key, layer, heads=heads, stream=stream, keep_self=True)
                     receipt = run(dual, encoded, edit, baseline=baseline).receipts[0]
                     assert receipt.blocked_mass == 0.0 and receipt.natural_mass > 0 and receipt.n_edges > 0
-                    assert (receipt.readout_change > receipt.tolerance) == receipt.reaches
+                    assert (receipt.pass_readout_change > receipt.tolerance) == receipt.reaches
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -312,7 +312,7 @@ def test_an_old_clip_pools_the_highest_id_and_is_deaf_to_what_follows():
     assert encoded.text_rows[0].tokens[encoded.pooled[0]] == "yellow"
     for words, reaches in ((Words("star left"), False), (Words("is the"), True)):
         receipt = run(dual, encoded, Ablate(Site("text.resid_pre", 1), words)).receipts[0]
-        assert receipt.reaches == reaches == (receipt.readout_change > 0)
+        assert receipt.reaches == reaches == (receipt.pass_readout_change > 0)
         assert ("causal" in receipt.reason) == (not reaches)
 
 
@@ -322,7 +322,7 @@ def test_words_are_found_without_offsets(tmp_path):
     tokens = [encoded.text_rows[0].tokens[position] for position in encoded.positions(Words("blue star"))]
     assert "".join(tokens).replace("▁", " ").strip() == "blue star"
     receipt = run(dual, encoded, Ablate(Site("text.resid_post", 1), Words("blue star"))).receipts[0]
-    assert receipt.readout_change > 0
+    assert receipt.pass_readout_change > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -127,7 +127,7 @@ def test_quantised_models_are_checked_and_edited_like_any_other(
         plain = vlm.model(**encoded.inputs).logits
     assert (run(vlm, encoded).logits - plain).abs().max() == 0.0
     assert (plain - run(VLM.load(wide_folder, dtype=dtype), encoded).logits).abs().max() > 0
-    assert all(receipt.readout_change > 0 for receipt in run(vlm, encoded, swap(donors)).receipts)
+    assert all(receipt.pass_readout_change > 0 for receipt in run(vlm, encoded, swap(donors)).receipts)
     told = json.loads(vlm.identity()["quantization"])
     assert told["quant_method"] == "bitsandbytes" and told[f"load_in_{quantization}"]
 
@@ -147,7 +147,7 @@ def test_half_precision_is_as_exact_in_every_family(family, dtype):
         Site("vision.mlp_out", 1), "all", source=other
     )
     done = run(vlm, encoded, edit & Knockout("last", "question", 1))
-    assert len(done.receipts) == 3 and done.receipts[0].readout_change > 0
+    assert len(done.receipts) == 3 and done.receipts[0].pass_readout_change > 0
 
 
 def test_weights_are_never_copied_or_moved(folder):

@@ -89,7 +89,7 @@ def test_the_model_stays_as_it_was(attn):
     assert (vlm.backend, vlm.backend_of("vision")) == (attn, attn)
     assert bridge.tokenizer is not vlm.tokenizer and bridge.processor is vlm.processor
     done = run(vlm, encoded, Ablate(Site("vision.resid_post", 1), "all") & Knockout("last", "image", 2))
-    assert all(receipt.readout_change > 0.01 for receipt in done.receipts)
+    assert all(receipt.pass_readout_change > 0.01 for receipt in done.receipts)
 
 
 def test_no_weight_is_copied(eager):
@@ -307,7 +307,7 @@ def test_attention_edits_that_do_nothing(name, stem, point):
     stream = "vision" if stem.startswith("vision") else "llm"
     cut = Knockout("all", "all", int(stem[-1]), stream=stream, keep_self=True)
     receipt = run(vlm, Prompt("what colour is the circle?", picture(1, 80, 56)), cut).receipts[0]
-    assert receipt.readout_change > 0.01 and receipt.blocked_mass == 0.0
+    assert receipt.pass_readout_change > 0.01 and receipt.blocked_mass == 0.0
 
 
 def entered_again(name, layer, **given):

@@ -37,7 +37,7 @@ def test_half_precision_is_as_exact_and_its_receipts_hold(prompts, donors, dtype
         Site("vision.mlp_out", 1), "all", source=donors
     )
     done = run(vlm, encoded, swap & Knockout("last", "image", 2))
-    assert len(done.receipts) == 3 and done.receipts[0].readout_change > 0
+    assert len(done.receipts) == 3 and done.receipts[0].pass_readout_change > 0
 
 
 @pytest.mark.parametrize(("decoder", "tower"), COMBINATIONS)

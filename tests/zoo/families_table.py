@@ -74,7 +74,7 @@ def _written(vlm: VLM, encoded) -> str:
     for stream in ("vision", "llm"):
         every += [Site(f"{stream}.{point}", layer) for layer in range(vlm.n_layers(stream)) for point in BLOCK_POINTS]
     receipts = [run(vlm, encoded, Ablate(site, "image"), baseline=baseline).receipts[0] for site in every]
-    moved = sum(receipt.readout_change > 0 for receipt in receipts)
+    moved = sum(receipt.pass_readout_change > 0 for receipt in receipts)
     explained = sum(not receipt.reaches for receipt in receipts)
     return f"{moved} + {explained} of {len(every)}"
 

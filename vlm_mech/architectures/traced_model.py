@@ -3,8 +3,11 @@
 Interventions, checks and sweeps are written for this class, so that they need not know how a model is loaded.
 """
 
+import contextlib
 import json
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +20,10 @@ from vlm_mech.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
+
+
+PASSES = threading.RLock()
+"""Passes take turns in a process: the hooks of a model, and nnsight's, know of one at a time."""
 
 
 class SiteHandle:
@@ -199,6 +206,25 @@ class TracedModel(ABC):
         path, is_input = self.module_of(site)
         handle = EmbedHandle if site.point == "embed" else SiteHandle
         return handle(self.envoy(path), is_input=is_input, n_rows=n_rows)
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Within the block the model is in eval mode and nobody else's passes run; afterwards it is in its own mode.
+
+        Raises:
+            UsageError: a trace of this model is open.
+        """
+        with PASSES:
+            if self.nn.interleaver.interleaving:
+                raise UsageError(f"a trace of {self.name} is open; run the model before it or after it")
+            training = [module for module in self.model.modules() if module.training]
+            for module in training:
+                module.training = False
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
 
     def identity(self) -> dict[str, str | None]:
         """Name and revision, or a hash of the weights where there is no revision, for provenance."""

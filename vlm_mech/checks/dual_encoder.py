@@ -117,7 +117,7 @@ def _writes(encoder: TracedModel, encoded: DualEncoded) -> Iterator[Finding]:
             edits[f"cut attention at {stream} {layer}"] = Knockout(query, key, layer, stream=stream, keep_self=True)
     for name, edit in edits.items():
         try:
-            moved = run(encoder, encoded, edit, baseline=baseline).receipts[0].readout_change
+            moved = run(encoder, encoded, edit, baseline=baseline).receipts[0].pass_readout_change
         except ReceiptError as error:
             yield Finding(name, False, str(error))
         else:

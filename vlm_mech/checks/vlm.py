@@ -212,7 +212,7 @@ def _done(vlm: TracedModel, encoded: Encoded, baseline: Run, name: str, edit: In
         receipt = run(vlm, encoded, edit, baseline=baseline).receipts[0]
     except ReceiptError as error:
         return Finding(name, False, str(error))
-    moved = receipt.readout_change
+    moved = receipt.pass_readout_change
     detail = f"the logits moved by {moved:.3g}"
     if moves:
         return Finding(name, moved > 0, detail)

@@ -290,7 +290,7 @@ def _pass(
         if not missing:
             raise _EnoughError
 
-    with contextlib.ExitStack() as hooks, torch.no_grad():
+    with contextlib.ExitStack() as hooks, torch.no_grad(), vlm.passing():
         for site, (module, is_input) in places.items():
             hooks.callback(_hook(module, is_input, lambda value, site=site: catch(site, value)).remove)
         with contextlib.suppress(_EnoughError):

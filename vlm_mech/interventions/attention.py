@@ -1,13 +1,16 @@
 """Cutting attention edges in any back end, and an audit of what the attention function was really given.
 
-transformers looks its attention function up by name at every call. For the duration of a pass the look-up gives a
-wrapper that hands masks to the modules whose edges are cut, and records those calls. So one mechanism serves decoders
-and towers, plain, windowed and packed ones, whatever a module's own mask looks like.
+transformers looks its attention function up by name at every call. The first time one is needed, a router takes its
+place in that table for good; within a block of `attending`, and only there, it hands the calls of the modules named to
+another function, which gives masks to those whose edges are cut and records those calls. Which block a call is in is
+known by its context (`contextvars`), so that threads do not see each other's. One mechanism serves decoders and
+towers, plain, windowed and packed ones, whatever a module's own mask looks like.
 """
 
 import contextlib
 import contextvars
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.interventions.passes import Passes
 
 if TYPE_CHECKING:
     from vlm_mech.interventions.plan import Cut
@@ -105,14 +109,16 @@ class AttentionCall:
 class Cutting:
     """The cuts at one attention module, and what has passed through it.
 
-    A pass over the prompt has `n_rows` rows of `n_prompt` positions; packed towers take it in several calls. What comes
-    after are generated tokens. `calls` are those in which an edge was named, `n_calls` counts all.
+    A pass has `n_rows` rows of `n_pos` positions; packed towers take it in several calls. `passes` says of the passes
+    of a generation which rows and positions they hold. `calls` are those in which an edge was named, `n_calls` counts
+    all.
     """
 
     cuts: "Sequence[Cut]"
     backend: str
     n_rows: int
-    n_prompt: int
+    n_pos: int
+    passes: Passes | None = None
     seen: int = 0
     n_calls: int = 0
     calls: list[AttentionCall] = field(default_factory=list)
@@ -120,17 +126,24 @@ class Cutting:
     def blocked(self, query: Tensor, key: Tensor) -> Bool[Tensor, "rows heads query key"]:
         """Edges to cut in a call, given its queries and keys (rows x heads x positions x d_head)."""
         n_query, n_key = query.shape[2], key.shape[2]
-        if query.shape[0] != self.n_rows:
+        window = None if self.passes is None else self.passes.now
+        if window is None:
+            prompts, first = tuple(range(self.n_rows)), self.seen
+            # A call of a packed tower has the keys of its queries.
+            first_key = first
+        else:
+            prompts, first = window.prompts, window.first
+            # A static cache has room for more keys than there are; a sliding-window cache holds the newest only.
+            first_key = max(0, first + n_query - n_key)
+        if query.shape[0] != len(prompts) or (window is not None and n_query != window.length):
             raise WorkError(
-                f"attention of {query.shape[0]} rows, {self.n_rows} were expected; beam search and other repeated "
-                "rows cannot be knocked out"
+                f"attention of {query.shape[0]} rows and {n_query} positions; "
+                f"{len(prompts)} rows{f' and {window.length} positions' if window else ''} were expected"
             )
-        prompt = self.seen < self.n_prompt
-        # A sliding-window cache holds the newest keys only.
-        first_key = self.seen if prompt else max(0, self.seen + n_query - n_key)
-        queries, keys = range(self.seen, self.seen + n_query), range(first_key, first_key + n_key)
         self.seen, self.n_calls = self.seen + n_query, self.n_calls + 1
-        blocked = [cut.blocked(self.n_rows, queries, keys, prompt=prompt, device=query.device) for cut in self.cuts]
+        queries, keys = range(first, first + n_query), range(first_key, first_key + n_key)
+        at = {"n_pos": self.n_pos, "device": query.device}
+        blocked = [cut.blocked(prompts, queries, keys, **at) for cut in self.cuts]
         total = blocked[0]
         for more in blocked[1:]:
             total = total | more
@@ -138,56 +151,65 @@ class Cutting:
 
 
 Attend = Callable[..., tuple[Tensor, Any]]
-_off: contextvars.ContextVar[bool] = contextvars.ContextVar("off", default=False)
+Routes = tuple[tuple[set[nn.Module], Callable[[Attend], Attend]], ...]
+_routes: contextvars.ContextVar[Routes] = contextvars.ContextVar("routes", default=())
+_placing = threading.Lock()
 
 
 @contextlib.contextmanager
 def own_attention() -> Iterator[None]:
     """Within the block, attention is the model's own, whatever `attending` put in its place around it."""
-    before = _off.set(True)
+    before = _routes.set(())
     try:
         yield
     finally:
-        _off.reset(before)
+        _routes.reset(before)
 
 
 @contextlib.contextmanager
 def attending(modules: set[nn.Module], attend: Callable[[Attend], Attend]) -> Iterator[None]:
     """Within the block, the attention function of these modules is the one that `attend` makes of the original."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    backends = {module.config._attn_implementation for module in modules}
-    originals = {backend: ALL_ATTENTION_FUNCTIONS._local_mapping.get(backend) for backend in backends}
-    for backend in backends:
-        ALL_ATTENTION_FUNCTIONS[backend] = _routed(ALL_ATTENTION_FUNCTIONS.get(backend), modules, attend)
+    for backend in {module.config._attn_implementation for module in modules}:
+        _place_router(backend)
+    before = _routes.set((*_routes.get(), (modules, attend)))
     try:
         yield
     finally:
-        for backend, original in originals.items():
-            if original is None:
-                del ALL_ATTENTION_FUNCTIONS[backend]
-            else:
-                ALL_ATTENTION_FUNCTIONS[backend] = original
+        _routes.reset(before)
 
 
-def _routed(original: Attend | None, modules: set[nn.Module], attend: Callable[[Attend], Attend]) -> Attend:
-    def route(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+@dataclass(frozen=True, eq=False)
+class Router:
+    """An attention function that is the original but for calls within a block of `attending`; None is eager's."""
+
+    original: Attend | None
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
     ) -> tuple[Tensor, Any]:
+        """As the original is called."""
         # Eager attention is not in transformers' table: each architecture has its own.
-        function = original or sys.modules[type(module).__module__].eager_attention_forward
-        chosen = attend(function) if module in modules and not _off.get() else function
-        return chosen(module, query, key, value, attention_mask, **options)
+        function = self.original or sys.modules[type(module).__module__].eager_attention_forward
+        for modules, attend in _routes.get():
+            if module in modules:
+                function = attend(function)
+        # Where somebody else's function stands around a router, a call must not be routed twice.
+        with own_attention():
+            return function(module, query, key, value, attention_mask, **options)
 
-    return route
+
+def _place_router(backend: str) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    with _placing:
+        current = ALL_ATTENTION_FUNCTIONS.get(backend)
+        if not isinstance(current, Router):
+            ALL_ATTENTION_FUNCTIONS[backend] = Router(current)
 
 
 @contextlib.contextmanager
 def cutting(modules: dict[nn.Module, Cutting]) -> Iterator[None]:
-    """Within the block, the given attention modules attend without the edges that are cut.
-
-    Not for use from several threads at once.
-    """
+    """Within the block, the given attention modules attend without the edges that are cut."""
     with attending(set(modules), lambda function: _cutter(function, modules)):
         yield
 

@@ -38,7 +38,7 @@ def attention_from(
         vlm.model.get_submodule(f"{blocks.path}.{layer}.{blocks.attention}"): layer for layer in sorted(set(layers))
     }
     found: dict[int, Tensor] = {}
-    with torch.no_grad(), attending(set(modules), _watcher(modules, queries, vlm.backend, found)):
+    with torch.no_grad(), vlm.passing(), attending(set(modules), _watcher(modules, queries, vlm.backend, found)):
         vlm.model(**encoded.inputs)
     missing = set(modules.values()) - set(found)
     if missing:

@@ -3,7 +3,7 @@
 Everything that can be wrong with an intervention is found here, before the model runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Cells, Span
+from vlm_mech.interventions.passes import Batch, Window
 from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Knockout, Replace, StateEdit, Steer
 
-Batch = Encoded | DualEncoded
 GENERATED = "generated"
 ReadStates = Callable[[Batch, tuple[Site, ...]], Activations]
 
@@ -30,7 +30,8 @@ ReadStates = Callable[[Batch, tuple[Site, ...]], Activations]
 class Write:
     """An edit of one site: `change` maps the states at `cells` (cell x width) to new ones.
 
-    `cells` is None when only generated positions are edited; `generated` says whether those are edited too.
+    Its second argument says which of the cells they are, in which order, if not plainly all. `cells` is None when only
+    generated positions are edited; `generated` says whether those are edited too.
     """
 
     what: str
@@ -38,7 +39,7 @@ class Write:
     cells: Cells | None
     heads: tuple[int, ...] | None
     n_heads: int
-    change: Callable[[Tensor], Tensor]
+    change: Callable[..., Tensor]
     generated: bool
 
     @property
@@ -47,19 +48,33 @@ class Write:
         nowhere = torch.empty(0, dtype=torch.long)
         return Cells(nowhere, nowhere, ()) if self.cells is None else self.cells
 
-    def apply(self, states: Float[Tensor, "rows pos width"], *, prompt: bool) -> Tensor:
-        """A new tensor with the edit made; the tensor given stays as it is."""
+    def acts(self, window: Window | None) -> bool:
+        """Whether anything is edited in a pass of the decoder; None is the pass of a tower."""
+        if window is None or window.is_prompt:
+            return self.cells is not None
+        return (self.generated and window.has_generated) or len(window.within(self.placed)[0]) > 0
+
+    def apply(self, states: Float[Tensor, "rows pos width"], window: Window | None = None) -> Tensor:
+        """A new tensor with the edit made; the tensor given stays as it is.
+
+        Args:
+            window: what rows and positions the states have; by default those of the cells.
+        """
         states = states.clone()
-        if prompt:
-            if self.cells is not None:
-                rows, positions = self.cells.rows.to(states.device), self.cells.positions.to(states.device)
-                states[rows, positions] = self._changed(states[rows, positions])
-        elif self.generated:
-            states[:, -1] = self._changed(states[:, -1])
+        if window is None or window.is_prompt:
+            chosen, rows, positions = None, self.placed.rows, self.placed.positions
+        else:
+            chosen, rows, positions = window.within(self.placed)
+        if len(rows):
+            rows, positions = rows.to(states.device), positions.to(states.device)
+            states[rows, positions] = self._changed(states[rows, positions], chosen)
+        if window is not None and self.generated and window.has_generated:
+            new = states[:, window.generated]
+            states[:, window.generated] = self._changed(new.flatten(0, 1)).view_as(new)
         return states
 
-    def _changed(self, states: Float[Tensor, "cell width"]) -> Tensor:
-        new = self.change(states).to(states.dtype)
+    def _changed(self, states: Float[Tensor, "cell width"], chosen: Tensor | None = None) -> Tensor:
+        new = self.change(states, chosen).to(states.dtype)
         if self.heads is None:
             return new
         split = rearrange(states, "cell (head d_head) -> cell head d_head", head=self.n_heads).clone()
@@ -83,22 +98,25 @@ class Cut:
     generated: bool
 
     def blocked(
-        self, n_rows: int, queries: range, keys: range, *, prompt: bool, device: torch.device
+        self, prompts: Sequence[int], queries: range, keys: range, *, n_pos: int, device: torch.device
     ) -> Bool[Tensor, "rows head query key"]:
         """True where an edge is cut, in a call with these positions as queries and keys.
 
-        In the pass over the prompt the queries are the cut's own; after it, the token just generated.
+        Args:
+            prompts: whose edges each row has, by prompt in the decoder and by row in a tower.
+            n_pos: positions from here on are generated tokens.
         """
-        cut, seen = np.zeros((n_rows, len(queries)), bool), np.zeros((n_rows, len(keys)), bool)
-        for row in self.keys:
-            seen[row, [position - keys.start for position in self.keys[row] if position in keys]] = True
-            if prompt:
-                chosen = self.queries.get(row, ())
-                cut[row, [position - queries.start for position in chosen if position in queries]] = True
-            else:
-                cut[row] = self.generated
+        cut, seen = np.zeros((len(prompts), len(queries)), bool), np.zeros((len(prompts), len(keys)), bool)
+        after = np.array(queries) >= n_pos
+        for row, prompt in enumerate(prompts):
+            if prompt not in self.keys:
+                continue
+            seen[row, [position - keys.start for position in self.keys[prompt] if position in keys]] = True
+            chosen = self.queries.get(prompt, ())
+            cut[row, [position - queries.start for position in chosen if position in queries]] = True
+            cut[row] |= after & self.generated
         blocked = cut[:, :, None] & seen[:, None, :]
-        if self.keep_self and prompt:
+        if self.keep_self:
             blocked &= np.array(queries)[:, None] != np.array(keys)
         heads = np.isin(np.arange(self.n_heads), self.heads) if self.heads is not None else np.ones(1, bool)
         return torch.from_numpy(blocked[:, None] & heads[:, None, None]).to(device)
@@ -115,6 +133,13 @@ class Plan:
 
     writes: dict[Site, list[Write]]
     cuts: dict[tuple[str, int], list[Cut]]
+
+    def apart(self) -> "list[Plan]":
+        """A plan for each edited site and each cut layer alone, in the order of their receipts."""
+        sites, layers = sorted(self.writes, key=lambda site: site.order), sorted(self.cuts)
+        return [Plan({site: self.writes[site]}, {}) for site in sites] + [
+            Plan({}, {layer: self.cuts[layer]}) for layer in layers
+        ]
 
 
 def plan(vlm: TracedModel, encoded: Batch, intervention: Intervention | None, read: ReadStates) -> Plan:
@@ -189,12 +214,12 @@ def _change(
     if isinstance(part, Ablate) and part.to == "zero":
         if site.point == "embed":
             raise UsageError(f"{site} cannot be zero: a zero vector has no direction; use to='mean' or to='resample'")
-        return torch.zeros_like
+        return lambda old, chosen=None: torch.zeros_like(old)
     taken = _taken(part, site, source)
     counts = taken.cells.counts
     if isinstance(part, Ablate) and part.to == "mean":
         mean = taken.states().mean(0)
-        return lambda old: mean.to(old.device).expand_as(old)
+        return lambda old, chosen=None: mean.to(old.device).expand_as(old)
     if isinstance(part, Ablate):
         taken = _resampled(taken, part.seed)
         counts = taken.cells.counts
@@ -211,7 +236,7 @@ def _change(
         )
     if isinstance(part, Replace) and part.source_span is None and source is not None:
         _check_grids(part, site, cells, encoded, source.encoded)
-    return lambda old: taken.states().to(old.device)
+    return lambda old, chosen=None: taken.states(chosen).to(old.device)
 
 
 def _check_grids(part: Replace, site: Site, cells: Cells, encoded: Batch, source: Batch) -> None:
@@ -240,9 +265,12 @@ class Taken:
     held: Float[Tensor, "rows pos width"]
     cells: Cells
 
-    def states(self) -> Float[Tensor, "cell width"]:
-        """One row for each cell."""
-        return self.held[self.cells.rows.to(self.held.device), self.cells.positions.to(self.held.device)]
+    def states(self, chosen: Tensor | None = None) -> Float[Tensor, "cell width"]:
+        """One row for each cell, or for each of those chosen."""
+        rows, positions = self.cells.rows, self.cells.positions
+        if chosen is not None:
+            rows, positions = rows[chosen], positions[chosen]
+        return self.held[rows.to(self.held.device), positions.to(self.held.device)]
 
 
 def _taken(part: StateEdit, site: Site, source: Activations) -> Taken:
@@ -284,7 +312,7 @@ def _steer(vlm: TracedModel, part: Steer, site: Site) -> Callable[[Tensor], Tens
         raise UsageError(f"a steering vector for {site} has shape ({width},), not {tuple(part.vector.shape)}")
     if part.vector.isnan().any():
         raise UsageError(f"the steering vector for {site} holds NaN")
-    return lambda old: old + part.scale * part.vector.to(old.device, old.dtype)
+    return lambda old, chosen=None: old + part.scale * part.vector.to(old.device, old.dtype)
 
 
 def _cuts(vlm: TracedModel, encoded: Batch, part: Knockout) -> list[Cut]:

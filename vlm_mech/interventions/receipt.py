@@ -19,8 +19,12 @@ class WriteReceipt:
     `change` is the largest absolute difference between the states before and after the edit; `readback_error` the
     largest one between what was written and what the next module downstream really received. `witness` names that
     module, empty where none reads the site. `reaches` says whether, by the wiring of the model, the change can reach
-    the logits of the last position; `reason` says why not. `readout_change` is the largest absolute change of those
-    logits caused by the whole intervention.
+    the logits of the last position; `reason` says why not.
+
+    `pass_readout_change` is the largest absolute change of those logits in the whole pass, by all that was done in it
+    together: the same in every receipt of a pass. `own_readout_change` is that by this edit alone, where it was
+    measured (`run(..., apart=True)`). `rows` are the rows of the pass that were written, each with the number of its
+    prompt: `generate` may give a prompt several (beams, several answers).
     """
 
     intervention: str
@@ -32,7 +36,9 @@ class WriteReceipt:
     tolerance: float
     reaches: bool
     reason: str
-    readout_change: float
+    pass_readout_change: float
+    own_readout_change: float | None = None
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class KnockoutReceipt:
     `natural_mass` is the mean attention that the query positions gave to the blocked keys under the mask the model
     would have used; `blocked_mass` the largest single weight left on a blocked edge; `row_sum_error` how far any row
     is from summing to one; `kernel_error` the largest difference between the attention output the model computed and
-    the one that follows from the mask.
+    the one that follows from the mask. `rows` are the rows of the decoder's pass that lost edges, each with the number
+    of its prompt. `pass_readout_change` and `own_readout_change` are as for `WriteReceipt`.
     """
 
     intervention: str
@@ -55,7 +62,9 @@ class KnockoutReceipt:
     tolerance: float
     reaches: bool
     reason: str
-    readout_change: float
+    pass_readout_change: float
+    own_readout_change: float | None = None
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 Receipt = WriteReceipt | KnockoutReceipt
@@ -71,9 +80,9 @@ def verify(receipts: Sequence[Receipt]) -> None:
         for receipt in receipts:
             # An explicit mask may choose another attention kernel: rounding, not an effect.
             limit = 0.0 if isinstance(receipt, WriteReceipt) else receipt.tolerance
-            if receipt.readout_change > limit:
+            if receipt.pass_readout_change > limit:
                 raise ReceiptError(
-                    f"{receipt.intervention} at {receipt.site}: the logits moved by {receipt.readout_change:.3g} "
+                    f"{receipt.intervention} at {receipt.site}: the logits moved by {receipt.pass_readout_change:.3g} "
                     f"although they cannot ({receipt.reason})"
                 )
 

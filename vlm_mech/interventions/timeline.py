@@ -13,7 +13,8 @@ from torch import Tensor
 from vlm_mech.architectures.site import STREAMS, Site
 from vlm_mech.architectures.traced_model import SiteHandle, TracedModel
 from vlm_mech.inputs.contrastive_batch import DualEncoded
-from vlm_mech.interventions.plan import Batch, Plan, Write
+from vlm_mech.interventions.passes import Batch, Window
+from vlm_mech.interventions.plan import Plan, Write
 
 BLOCK_SLOTS = (
     "embeddings", "from_below", "resid_pre", "norm_1", "head_out", "out", "attn_out", "norm_2", "mlp_out", "sum",
@@ -40,11 +41,15 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Something to do inside a trace: `key` says when, `act(prompt)` does it; `decoding`: also for generated tokens."""
+    """Something to do inside a trace: `key` says when, `act(window)` does it in a pass that holds that."""
 
     key: tuple[int, int, int]
-    act: Callable[[bool], None]
-    decoding: bool
+    act: Callable[[Window], None]
+
+    @property
+    def in_decoder(self) -> bool:
+        """Whether it belongs to the decoder's passes; tower and projector run once, before the first of them."""
+        return self.key[0] == STREAMS.index("llm")
 
 
 @dataclass(frozen=True)
@@ -151,37 +156,29 @@ def steps_of(vlm: TracedModel, encoded: Batch, made: Plan, seen: Seen) -> list[S
     """The state edits of a plan and the reads that prove them, in forward order."""
     steps = []
     for site, writes in made.writes.items():
-        decoding = any(write.generated for write in writes)
-        steps.append(_write_step(vlm, encoded, site, writes, seen, decoding))
+        steps.append(_write_step(vlm, encoded, site, writes, seen))
         for kept, witness in ((seen.received, witness_of(vlm, site)), (seen.beside, beside_of(vlm, site))):
             if witness is not None:
-                # The images pass through tower and projector with the prompt only.
-                later = decoding and witness.key[0] == STREAMS.index("llm") and witness.argument is None
-                steps.append(_read_step(vlm, encoded, site, witness, kept, writes, later))
+                steps.append(_read_step(vlm, encoded, site, witness, kept, writes))
     return sorted(steps, key=lambda step: step.key)
 
 
-def _write_step(vlm: TracedModel, encoded: Batch, site: Site, writes: list[Write], seen: Seen, decoding: bool) -> Step:
-    handle = vlm.site(site.name, site.layer, n_rows=rows_of(encoded, site.stream))
-
-    def act(prompt: bool) -> None:
-        active = _active(writes, prompt)
+def _write_step(vlm: TracedModel, encoded: Batch, site: Site, writes: list[Write], seen: Seen) -> Step:
+    def act(window: Window) -> None:
+        here = window if site.stream == "llm" else None
+        active = [write for write in writes if write.acts(here)]
         if not active:
             return
+        handle = vlm.site(site.name, site.layer, n_rows=_rows_in(window, encoded, site.stream))
         before = handle.output
         states = before
         for write in active:
-            states = write.apply(states, prompt=prompt)
+            states = write.apply(states, here)
         handle.output = states
-        if site not in seen.written:
+        if window.new:
             seen.before[site], seen.written[site] = before.detach().clone(), states
 
-    return Step(_key(site.stream, site.depth, site.point), act, decoding)
-
-
-def _active(writes: list[Write], prompt: bool) -> list[Write]:
-    """The writes that act in the pass over the prompt, or in a later pass."""
-    return [write for write in writes if (write.cells is not None if prompt else write.generated)]
+    return Step(_key(site.stream, site.depth, site.point), act)
 
 
 def rows_of(encoded: Batch, stream: str) -> int:
@@ -191,6 +188,11 @@ def rows_of(encoded: Batch, stream: str) -> int:
     return len(encoded) if stream == "llm" else 1
 
 
+def _rows_in(window: Window, encoded: Batch, stream: str) -> int:
+    """Rows of flat tensors of a stream in a pass; only the decoder's are repeated."""
+    return rows_of(encoded, stream) * (window.copies if stream == "llm" else 1)
+
+
 def _read_step(
     vlm: TracedModel,
     encoded: Batch,
@@ -198,31 +200,31 @@ def _read_step(
     witness: Witness,
     kept: dict[Site, Tensor],
     writes: list[Write],
-    decoding: bool,
 ) -> Step:
-    if witness.path:
-        handle = SiteHandle(
-            vlm.envoy(witness.path),
-            is_input=witness.is_input,
-            argument=witness.argument,
-            n_rows=rows_of(encoded, STREAMS[witness.key[0]]),
-        )
-    else:
-        handle = OutputHandle(vlm.nn, witness.name)
+    in_decoder = witness.key[0] == STREAMS.index("llm")
 
-    def act(prompt: bool) -> None:
-        # The proof is taken in the first pass in which the site is written.
-        if site not in kept and _active(writes, prompt):
-            kept[site] = handle.output.detach().clone()
+    def handle(window: Window) -> Any:
+        if not witness.path:
+            return OutputHandle(vlm.nn, witness.name)
+        n_rows = _rows_in(window, encoded, STREAMS[witness.key[0]])
+        return SiteHandle(vlm.envoy(witness.path), is_input=witness.is_input, argument=witness.argument, n_rows=n_rows)
 
-    return Step(witness.key, act, decoding)
+    def act(window: Window) -> None:
+        # What a tower gives is read in its own pass, which stands for all prompts.
+        here = window if in_decoder and site.stream == "llm" else None
+        has_prompt = not in_decoder or window.first < window.n_pos or site.stream == "llm"
+        # The proof is taken in the first pass that holds what is written.
+        if window.new and has_prompt and any(write.acts(here) for write in writes):
+            kept[site] = handle(window).output.detach().clone()
+
+    return Step(witness.key, act)
 
 
 def read_site_step(vlm: TracedModel, encoded: Batch, site: Site, values: dict[Site, Tensor]) -> Step:
     """Reads the states of a site into `values`."""
     handle = vlm.site(site.name, site.layer, n_rows=rows_of(encoded, site.stream))
 
-    def act(prompt: bool) -> None:
+    def act(window: Window) -> None:
         values[site] = handle.output.detach().clone()
 
-    return Step(_key(site.stream, site.depth, site.point), act, False)
+    return Step(_key(site.stream, site.depth, site.point), act)

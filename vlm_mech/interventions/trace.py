@@ -5,9 +5,11 @@ appears in the forward pass, because nnsight gives values in that order only.
 """
 
 import contextlib
+import contextvars
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,11 +22,13 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.attention import Cutting, cutting, own_attention
-from vlm_mech.interventions.plan import Batch, Plan, plan
+from vlm_mech.interventions.generating import check_generation, decoding_options, new_ids
+from vlm_mech.interventions.passes import Batch, Passes, Window, prompt_pass
+from vlm_mech.interventions.plan import Plan, plan
 from vlm_mech.interventions.receipt import Receipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention
-from vlm_mech.interventions.timeline import Seen, Step, decoder_inputs_key, read_site_step, steps_of
-from vlm_mech.interventions.verification import receipts_of
+from vlm_mech.interventions.timeline import Step, decoder_inputs_key, read_site_step, steps_of
+from vlm_mech.interventions.verification import Proofs, receipts_of
 
 Prompts = Prompt | Sequence[Prompt] | Encoded | DualEncoded
 """What a pass is over; a `DualEncoder` takes only what its `encode` made."""
@@ -60,11 +64,19 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """Generated answers: texts without special tokens, ids batch x new, and the receipts."""
+    """Generated answers: texts without special tokens, ids answer x new, and the receipts.
+
+    There may be several answers a prompt, one after the other; `prompts` has the number of each answer's prompt.
+    `settings` are those in force: the most new tokens, and all that are not neutral. `output` is what `generate` itself
+    returned where more than ids was asked for (`return_dict_in_generate=True`).
+    """
 
     texts: tuple[str, ...]
-    ids: Int[Tensor, "batch new"]
+    ids: Int[Tensor, "answer new"]
     receipts: tuple[Receipt, ...] = ()
+    prompts: tuple[int, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
 
 
 def _as_encoded(vlm: TracedModel, prompts: Prompts) -> Batch:
@@ -102,9 +114,10 @@ def read(
         _forward(vlm, encoded, reads, {}, stop=True)
     else:
         made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
-        seen, cuts = Seen(), _cuts(vlm, encoded, made)
-        _forward(vlm, encoded, steps_of(vlm, encoded, made, seen) + reads, cuts, stop=False)
-        _proved(vlm, encoded, made, seen, cuts, 0.0)
+        proofs, cuts = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made)
+        _forward(vlm, encoded, steps_of(vlm, encoded, made, proofs.seen) + reads, cuts, stop=False)
+        proofs.take(prompt_pass(encoded))
+        _proved(proofs, cuts, 0.0)
     for site, states in values.items():
         if states.isnan().any():
             raise WorkError(f"NaN activations at {site}")
@@ -116,11 +129,11 @@ def _forward(
 ) -> Tensor | None:
     """The logits of one pass with the steps done in it; `stop`: nothing is computed after the last step."""
     out: dict[str, Tensor] = {}
-    ordered = sorted(steps, key=lambda step: step.key)
+    ordered, window = sorted(steps, key=lambda step: step.key), prompt_pass(encoded)
 
     def execute(tracer: Any) -> None:
         for step in ordered:
-            step.act(True)
+            step.act(window)
         if stop:
             tracer.stop()
         else:
@@ -128,19 +141,26 @@ def _forward(
 
     # A single pass needs no cache of keys and values.
     options = {} if vlm.is_contrastive else {"use_cache": False}
-    with torch.no_grad(), _in_order(vlm), cutting(cuts):
+    with torch.no_grad(), _alone(vlm), cutting(cuts):
         with vlm.nn.trace(**encoded.inputs, **options) as tracer:
             execute(tracer)
     return out.get("logits")
 
 
 def run(
-    vlm: TracedModel, prompts: Prompts, intervention: Intervention | None = None, *, baseline: Run | None = None
+    vlm: TracedModel,
+    prompts: Prompts,
+    intervention: Intervention | None = None,
+    *,
+    baseline: Run | None = None,
+    apart: bool = False,
 ) -> Run:
     """One forward pass with the intervention, its logits and a verified receipt for every part of it.
 
     Args:
         baseline: the unedited run of the same batch, if at hand; it is made when an intervention is given without it.
+        apart: measure for each receipt what its edit alone does to the read-out, in one more pass each; the receipts
+            have it as `own_readout_change`, beside the change by the whole pass.
 
     Raises:
         UsageError: the intervention does not fit the model or the batch.
@@ -149,8 +169,7 @@ def run(
     """
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
-    seen, cuts = Seen(), _cuts(vlm, encoded, made)
-    logits = _forward(vlm, encoded, steps_of(vlm, encoded, made, seen), cuts, stop=False)
+    logits, proofs, cuts = _edited(vlm, encoded, made)
     made_run = Run(logits, encoded)
     if made_run.readout.isnan().any():
         raise WorkError(
@@ -160,7 +179,22 @@ def run(
         return made_run
     baseline = baseline or run(vlm, encoded)
     moved = (made_run.readout - baseline.readout).abs().max().item()
-    return Run(logits, encoded, _proved(vlm, encoded, made, seen, cuts, moved))
+    receipts = _proved(proofs, cuts, moved)
+    if apart:
+        alone = [Run(_edited(vlm, encoded, part)[0], encoded).readout for part in made.apart()]
+        own = [(readout - baseline.readout).abs().max().item() for readout in alone]
+        pairs = zip(receipts, own, strict=True)
+        receipts = tuple(dataclasses.replace(receipt, own_readout_change=change) for receipt, change in pairs)
+    return Run(logits, encoded, receipts)
+
+
+def _edited(vlm: TracedModel, encoded: Batch, made: Plan) -> tuple[Tensor, Proofs, dict[torch.nn.Module, Cutting]]:
+    """The logits of one pass with all edits of a plan, and what proves them."""
+    proofs, cuts = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made)
+    logits = _forward(vlm, encoded, steps_of(vlm, encoded, made, proofs.seen), cuts, stop=False)
+    assert logits is not None, "the pass runs to its end"
+    proofs.take(prompt_pass(encoded))
+    return logits, proofs, cuts
 
 
 def generate(
@@ -169,11 +203,16 @@ def generate(
     intervention: Intervention | None = None,
     *,
     max_new_tokens: int = 16,
+    settings: str = "neutral",
     **options: Any,
 ) -> Generation:
     """Generated answers with the intervention in force, greedy unless `options` for `generate` say otherwise.
 
-    Edits of prompt positions act in the pass over the prompt; those of the span `generated` in every later pass.
+    Nothing is taken from the generation config of the checkpoint (repetition penalty, beams, sampling) but what its
+    tokens mean; `settings="checkpoint"` takes it all. The settings in force are kept with the answers.
+
+    Edits act by position, whatever the passes hold: on the prompt's positions wherever these are computed, on those of
+    the span `generated` wherever a generated token is; on every row of a prompt (beams, several answers).
 
     Raises:
         UsageError: as for `run`.
@@ -183,18 +222,23 @@ def generate(
         raise UsageError(f"{vlm.name} is a contrastive model, which generates nothing")
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
-    seen = Seen()
-    steps = steps_of(vlm, encoded, made, seen)
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
-    cuts = _cuts(vlm, encoded, made)
+    options = decoding_options(options, settings=settings, max_new_tokens=max_new_tokens)
+    copies, used = check_generation(vlm, encoded, made, options)
+    passes, proofs = Passes(len(encoded), encoded.n_pos, copies), Proofs(vlm, encoded, made)
+    cuts = _cuts(vlm, encoded, made, passes)
     with cutting(cuts):
-        ids, first = _generated(vlm, encoded, steps, options)
-    texts = tuple(text.strip() for text in vlm.processor.batch_decode(ids, skip_special_tokens=True))
+        result, first = _generated(vlm, encoded, proofs, passes, options)
+    ids = new_ids(result, encoded)
+    prompts_of = tuple(row * len(encoded) // len(ids) for row in range(len(ids)))
+    made_texts = tuple(text.strip() for text in vlm.processor.batch_decode(ids, skip_special_tokens=True))
+    generation = Generation(made_texts, ids, (), prompts_of, used, None if isinstance(result, Tensor) else result)
     if intervention is None:
-        return Generation(texts, ids)
-    _, unedited = _generated(vlm, encoded, [], options | {"max_new_tokens": 1})
+        return generation
+    nothing = Proofs(vlm, encoded, Plan({}, {}))
+    again = Passes(len(encoded), encoded.n_pos, copies)
+    _, unedited = _generated(vlm, encoded, nothing, again, options | {"max_new_tokens": 1})
     moved = (first - unedited).abs().max().item()
-    return Generation(texts, ids, _proved(vlm, encoded, made, seen, cuts, moved))
+    return dataclasses.replace(generation, receipts=_proved(proofs, cuts, moved))
 
 
 @contextlib.contextmanager
@@ -214,29 +258,38 @@ def aside(vlm: TracedModel) -> Iterator[None]:
 
 
 def _generated(
-    vlm: TracedModel, encoded: Batch, steps: list[Step], options: dict[str, Any]
-) -> tuple[Int[Tensor, "batch new"], Float[Tensor, "batch vocab"]]:
-    """New token ids, and the logits of the first of them."""
+    vlm: TracedModel, encoded: Batch, proofs: Proofs, passes: Passes, options: dict[str, Any]
+) -> tuple[Any, Float[Tensor, "row vocab"]]:
+    """What `generate` returns, and the logits of the first new token of each row."""
     first: dict[str, Tensor] = {}
+    steps = steps_of(vlm, encoded, proofs.made, proofs.seen)
+    before, within = ([step for step in steps if step.in_decoder == place] for place in (False, True))
 
-    def execute(number: int) -> None:
-        for step in steps:
-            if number == 0 or step.decoding:
-                step.act(number == 0)
-        if number == 0:
+    def look() -> None:
+        for step in before:
+            step.act(prompt_pass(encoded))
+
+    def go_on() -> None:
+        window = passes.enter(vlm.envoy(vlm.family.decoder).inputs[1])
+        for step in within:
+            step.act(window)
+        if window.stop >= encoded.n_pos and not first:
             first["logits"] = vlm.envoy(vlm.family.head).output[:, -1]
+        if window.new:
+            proofs.take(window)
 
-    passes = slice(None) if any(step.decoding for step in steps) else slice(1)
-    with torch.no_grad(), _in_order(vlm), warnings.catch_warnings():
+    with torch.no_grad(), _alone(vlm), warnings.catch_warnings():
         # An answer may end before the limit; the open loop over passes then ends early, which nnsight remarks upon.
         warnings.filterwarnings("ignore", message="(?s).*was never reached")
         with vlm.nn.generate(**options) as tracer:
             with tracer.invoke(**encoded.generation_inputs):
-                for number in tracer.iter[passes]:
-                    execute(number)
+                look()
+            with tracer.invoke():
+                for _ in tracer.iter[:]:
+                    go_on()
             with tracer.invoke():
                 result = tracer.result.save()
-    return result[:, encoded.n_pos :], first["logits"]
+    return result, first["logits"]
 
 
 def edited_embeddings(
@@ -248,47 +301,52 @@ def edited_embeddings(
         The states, the features that the model adds after the first blocks (deepstack), and the receipts, unverified.
     """
     site = Site("llm.resid_pre", 0)
-    seen, cuts, states, added = Seen(), _cuts(vlm, encoded, made), {}, []
+    proofs, cuts, states, added = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made), {}, []
 
-    def keep(prompt: bool) -> None:
+    def keep(window: Window) -> None:
         added.extend(vlm.envoy(vlm.family.decoder).inputs[1]["deepstack_visual_embeds"])
 
-    steps = [*steps_of(vlm, encoded, made, seen), read_site_step(vlm, encoded, site, states)]
+    steps = [*steps_of(vlm, encoded, made, proofs.seen), read_site_step(vlm, encoded, site, states)]
     if vlm.taps:
-        steps.append(Step(decoder_inputs_key(), keep, False))
+        steps.append(Step(decoder_inputs_key(), keep))
     _forward(vlm, encoded, steps, cuts, stop=True)
-    receipts = receipts_of(vlm, encoded, made, seen, list(cuts.values()), 0.0)
-    return states[site], added, receipts
+    proofs.take(prompt_pass(encoded))
+    return states[site], added, receipts_of(proofs, list(cuts.values()), 0.0)
+
+
+_open: contextvars.ContextVar[bool] = contextvars.ContextVar("open", default=False)
 
 
 @contextlib.contextmanager
-def _in_order(vlm: TracedModel) -> Iterator[None]:
+def _alone(vlm: TracedModel) -> Iterator[None]:
+    """Within the block one trace may be opened."""
     from nnsight.intervention.interleaver import OutOfOrderError
 
-    try:
-        yield
-    except OutOfOrderError as error:
-        raise WorkError(f"{vlm.name} does not compute its parts in the order of their names: {error}") from error
+    if _open.get():
+        # `aside` lets the model run meanwhile, but not be traced.
+        raise UsageError(f"a trace is open; trace {vlm.name} before it or after it")
+    with vlm.passing():
+        before = _open.set(True)
+        try:
+            yield
+        except OutOfOrderError as error:
+            raise WorkError(f"{vlm.name} does not compute its parts in the order of their names: {error}") from error
+        finally:
+            _open.reset(before)
 
 
-def _cuts(vlm: TracedModel, encoded: Batch, made: Plan) -> dict[torch.nn.Module, Cutting]:
+def _cuts(vlm: TracedModel, encoded: Batch, made: Plan, passes: Passes | None = None) -> dict[torch.nn.Module, Cutting]:
     """The attention modules whose edges are cut."""
     modules = {}
     for (stream, layer), cuts in made.cuts.items():
         blocks = vlm.blocks(stream)
         module = vlm.model.get_submodule(f"{blocks.path}.{layer}.{blocks.attention}")
-        modules[module] = Cutting(cuts, vlm.backend_of(stream), *encoded.shape(stream))
+        shape, known = encoded.shape(stream), passes if stream == "llm" else None
+        modules[module] = Cutting(cuts, vlm.backend_of(stream), *shape, known)
     return modules
 
 
-def _proved(
-    vlm: TracedModel,
-    encoded: Batch,
-    made: Plan,
-    seen: Seen,
-    cuts: dict[torch.nn.Module, Cutting],
-    moved: float,
-) -> tuple[Receipt, ...]:
-    receipts = receipts_of(vlm, encoded, made, seen, list(cuts.values()), moved)
+def _proved(proofs: Proofs, cuts: dict[torch.nn.Module, Cutting], moved: float) -> tuple[Receipt, ...]:
+    receipts = receipts_of(proofs, list(cuts.values()), moved)
     verify(receipts)
     return receipts

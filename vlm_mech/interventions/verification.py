@@ -12,48 +12,91 @@ from vlm_mech.architectures.weights import weight_of
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.span import Cells
 from vlm_mech.interventions.attention import AttentionCall, Cutting
-from vlm_mech.interventions.plan import Batch, Plan, Write
+from vlm_mech.interventions.passes import Batch, Window, prompt_pass
+from vlm_mech.interventions.plan import Plan, Write
 from vlm_mech.interventions.receipt import KnockoutReceipt, Receipt, ReceiptError, WriteReceipt
 from vlm_mech.interventions.timeline import Seen, witness_of
 
 
-def receipts_of(
-    vlm: TracedModel, encoded: Batch, made: Plan, seen: Seen, cuttings: Sequence[Cutting], moved: float
-) -> tuple[Receipt, ...]:
+@dataclasses.dataclass(eq=False)
+class Proofs:
+    """Receipts of the state edits of a plan, taken pass by pass."""
+
+    vlm: TracedModel
+    encoded: Batch
+    made: Plan
+    seen: Seen = dataclasses.field(default_factory=Seen)
+    receipts: dict[Site, WriteReceipt] = dataclasses.field(default_factory=dict)
+
+    def take(self, window: Window) -> None:
+        """Proves what the pass that just ended has written; of several passes the worst is kept.
+
+        Raises:
+            ReceiptError: an edit did not take effect.
+        """
+        for site, writes in self.made.writes.items():
+            unread = witness_of(self.vlm, site) is None and site in self.seen.written and site not in self.receipts
+            if not unread and site not in self.seen.received:
+                continue
+            receipt = write_receipt(self.vlm, self.encoded, site, writes, self.seen, 0.0, window)
+            before = self.receipts.get(site, receipt)
+            worst = max(before, receipt, key=lambda each: each.readback_error - each.tolerance)
+            # A NaN must not be lost behind a number.
+            change = max(before.change, receipt.change) if receipt.change == receipt.change else receipt.change
+            self.receipts[site] = dataclasses.replace(worst, change=change)
+            self.seen.received.pop(site, None)
+
+
+def receipts_of(proofs: Proofs, cuttings: Sequence[Cutting], moved: float) -> tuple[Receipt, ...]:
     """A receipt for every edited site and every cut layer, in forward order, not yet verified.
 
     Args:
         cuttings: what passed through the cut layers, in the order of `made.cuts`.
         moved: largest absolute change of the read-out (`Run.readout`) against the unedited run.
+
+    Raises:
+        ReceiptError: an edited site or a cut layer was never reached.
     """
+    vlm, encoded, made = proofs.vlm, proofs.encoded, proofs.made
     receipts: list[Receipt] = []
     for site, writes in sorted(made.writes.items(), key=lambda item: item[0].order):
-        receipts.append(write_receipt(vlm, encoded, site, writes, seen, moved))
+        if site not in proofs.receipts:
+            raise ReceiptError(f"{_named(writes)} at {site}: the site was never reached")
+        receipts.append(dataclasses.replace(proofs.receipts[site], pass_readout_change=moved))
     layers = zip(made.cuts, cuttings, strict=True)
     for where, cutting in sorted(layers, key=lambda item: item[0]):
         receipts.append(_knockout_receipt(vlm, encoded, where, cutting, moved))
     return tuple(receipts)
 
 
+def _named(writes: Sequence[Write]) -> str:
+    return " & ".join(write.what for write in writes)
+
+
 def write_receipt(
-    vlm: TracedModel, encoded: Batch, site: Site, writes: list[Write], seen: Seen, moved: float
+    vlm: TracedModel,
+    encoded: Batch,
+    site: Site,
+    writes: list[Write],
+    seen: Seen,
+    moved: float,
+    window: Window | None = None,
 ) -> WriteReceipt:
-    """The receipt of the writes at one site, not yet verified."""
-    what = " & ".join(write.what for write in writes)
-    if site not in seen.written:
-        raise ReceiptError(f"{what} at {site}: the site was never reached")
+    """The receipt of the writes at one site in one pass (by default that over the prompts), not yet verified."""
+    window = prompt_pass(encoded) if window is None else window
     before, written = seen.before[site], seen.written[site]
     witness = witness_of(vlm, site)
     error, tolerance = 0.0, 0.0
     if witness is not None:
-        expected, exact = _expected(vlm, encoded, site, written, seen)
-        error = _difference(_received(vlm, encoded, site, seen.received[site]), expected)
+        expected, exact = _expected(vlm, encoded, site, seen, window)
+        error = _difference(_received(vlm, encoded, site, seen.received[site], window), expected)
         tolerance = 0.0 if exact else _rounding(expected)
     cells = [write.cells for write in writes if write.cells is not None]
     reaches, reason = _write_reaches(vlm, encoded, site, writes)
     return WriteReceipt(
-        intervention=what,
+        intervention=_named(writes),
         site=str(site),
         n_cells=sum(len(each) for each in cells),
         change=(written.float() - before.float()).abs().max().item(),
@@ -62,8 +105,22 @@ def write_receipt(
         tolerance=tolerance,
         reaches=reaches,
         reason=reason,
-        readout_change=moved,
+        pass_readout_change=moved,
+        rows=_rows(site, writes, window),
     )
+
+
+def _rows(site: Site, writes: Sequence[Write], window: Window) -> tuple[tuple[int, int], ...]:
+    """The rows of the pass in which states are written, each with the number of its prompt."""
+    found: set[tuple[int, int]] = set()
+    for write in writes:
+        examples = torch.arange(len(write.placed.counts)).repeat_interleave(torch.tensor(write.placed.counts).long())
+        found |= set(zip(write.placed.rows.tolist(), examples.tolist(), strict=True))
+        if write.generated:
+            found |= {(prompt, prompt) for prompt in range(window.n_prompts)}
+    if site.stream != "llm":
+        return tuple(sorted(found))
+    return tuple((row, prompt) for row, prompt in enumerate(window.prompts) if (prompt, prompt) in found)
 
 
 def _rounding(states: Tensor) -> float:
@@ -79,19 +136,21 @@ def _difference(received: Tensor, expected: Tensor) -> float:
         if received.numel() != expected.numel():
             return float("inf")
         received, expected = received.flatten().sort().values, expected.flatten().sort().values
-    return (received - expected).abs().max().item()
+    # A chunk of the prompt may hold none of what was written.
+    return (received - expected).abs().max().item() if received.numel() else 0.0
 
 
-def _expected(vlm: TracedModel, encoded: Batch, site: Site, written: Tensor, seen: Seen) -> tuple[Tensor, bool]:
-    """What the witness must receive given what was written, and whether exactly."""
+def _expected(vlm: TracedModel, encoded: Batch, site: Site, seen: Seen, window: Window) -> tuple[Tensor, bool]:
+    """What the witness must receive in a pass given what was written, and whether exactly."""
+    written = seen.written[site]
     if site.point == "embed":
         return written / written.norm(dim=-1, keepdim=True), False
     family, blocks = vlm.family, vlm.blocks(site.stream)
     block = "" if site.layer is None else f"{blocks.path}.{site.layer}"
     if site.name == "llm.resid_post" and site in seen.beside:
-        cells = encoded.cells("image")
+        chosen, rows, positions = window.within(encoded.cells("image"))
         total = written.clone()
-        total[cells.rows, cells.positions] += seen.beside[site].flatten(0, 1).to(written.device)
+        total[rows, positions] += seen.beside[site].flatten(0, 1)[chosen].to(written.device)
         return total, True
     if site in seen.beside:
         scale = 1.0
@@ -110,12 +169,13 @@ def _expected(vlm: TracedModel, encoded: Batch, site: Site, written: Tensor, see
     if site.name == "vision.resid_post" and site.layer == vlm.vision_depth - 1 and blocks.after is None:
         return written[:, vlm.n_class_tokens - vlm.n_kept_class_tokens :], True
     if site.name == "projector.out":
-        cells, _ = _plain_tokens(encoded)
-        return written[cells[:, 0], cells[:, 1]], True
+        given, standing = _plain_tokens(encoded)
+        given = given[window.within(standing)[0]]
+        return written[given[:, 0], given[:, 1]], True
     return written, True
 
 
-def _plain_tokens(encoded: Encoded) -> tuple[Tensor, Tensor]:
+def _plain_tokens(encoded: Encoded) -> tuple[Tensor, Cells]:
     """Cells of projector.out that become one token each, unmixed, and the cells of the decoder where those stand."""
     given, standing = [], []
     for example, row in enumerate(encoded.rows):
@@ -128,10 +188,11 @@ def _plain_tokens(encoded: Encoded) -> tuple[Tensor, Tensor]:
                 plain = view.given[:, 0] >= 0
                 given += view.given[plain].tolist()
                 standing += [(example, picture.positions[slot]) for slot in view.slots[plain]]
-    return torch.tensor(given).reshape(-1, 2), torch.tensor(standing).reshape(-1, 2)
+    cells = torch.tensor(standing).reshape(-1, 2)
+    return torch.tensor(given).reshape(-1, 2), Cells(cells[:, 0], cells[:, 1], (len(cells),))
 
 
-def _received(vlm: TracedModel, encoded: Batch, site: Site, received: Tensor) -> Tensor:
+def _received(vlm: TracedModel, encoded: Batch, site: Site, received: Tensor, window: Window) -> Tensor:
     if vlm.is_contrastive:
         return received
     reads = vlm.family.vision_reads(vlm.config)
@@ -141,8 +202,8 @@ def _received(vlm: TracedModel, encoded: Batch, site: Site, received: Tensor) ->
     if site.name != "projector.out":
         return received
     # The decoder's embeddings hold the projected patches at the image positions of each prompt.
-    _, cells = _plain_tokens(encoded)
-    return received[cells[:, 0], cells[:, 1]]
+    _, rows, positions = window.within(_plain_tokens(encoded)[1])
+    return received[rows, positions]
 
 
 def _write_reaches(vlm: TracedModel, encoded: Batch, site: Site, writes: list[Write]) -> tuple[bool, str]:
@@ -219,8 +280,19 @@ def _knockout_receipt(
         tolerance=_rounding(cutting.calls[0].output) if cutting.calls else 0.0,
         reaches=reaches,
         reason=reason,
-        readout_change=moved,
+        pass_readout_change=moved,
+        rows=_cut_rows(stream, cutting),
     )
+
+
+def _cut_rows(stream: str, cutting: Cutting) -> tuple[tuple[int, int], ...]:
+    """The rows of the decoder's passes in which edges are cut, each with the number of its prompt."""
+    if stream != "llm":
+        return ()
+    window = None if cutting.passes is None else cutting.passes.now
+    prompts = tuple(range(cutting.n_rows)) if window is None else window.prompts
+    named = {prompt for cut in cutting.cuts for prompt in cut.keys if cut.generated or prompt in cut.queries}
+    return tuple((row, prompt) for row, prompt in enumerate(prompts) if prompt in named)
 
 
 def knockout_reaches(

@@ -19,6 +19,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
 from vlm_mech.inputs.prompt import Encoded, Prompt, encode
+from vlm_mech.interventions.generating import set_aside
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
 from vlm_mech.models.loading import DeviceMap, check_processor, load
@@ -190,6 +191,11 @@ class VLM(TracedModel):
     def width(self, site: Site) -> int:
         """Size of the last dimension of the tensor at a site."""
         return self._projector_widths[site.point] if site.stream == "projector" else super().width(site)
+
+    @property
+    def settings_set_aside(self) -> dict[str, Any]:
+        """Settings of generation that the checkpoint ships and that are not used unless asked for."""
+        return set_aside(self)
 
     @functools.cached_property
     def _projector_widths(self) -> dict[str, int]:

@@ -163,7 +163,7 @@ def _exam(vlm: VLM, recipe: Recipe, n: int, seed: int | str) -> tuple[Encoded, I
 
 
 def _share_right(vlm: VLM, encoded: Encoded, ids: Int[Tensor, "batch"]) -> float:
-    with torch.no_grad():
+    with torch.no_grad(), vlm.passing():
         logits = vlm.model(**encoded.inputs, logits_to_keep=1).logits[:, -1]
     return metrics.correct(logits, ids).float().mean().item()
 

@@ -85,14 +85,19 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> dict[str, Any]:
-    """What the provenance of a run over pairs says: what is asked, of which model and data, and what was proved."""
+    """What the provenance of a run over pairs says: what is asked, of which model and data, and what was proved.
+
+    Where the checkpoint ships settings of generation that no answer was generated with, these are named.
+    """
+    # Contrastive models generate nothing.
+    aside = getattr(vlm, "settings_set_aside", {})
     return {
         "question": question,
         "model": vlm.identity(),
         "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest},
         "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
         "receipts": receipts,
-    }
+    } | ({"generation": {"settings": "neutral", "set_aside": aside}} if aside else {})
 
 
 def left_out(provenance: dict[str, Any]) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ class Engine:
                 logits = self.clean.logits
             moved = (logits - self.clean.logits).abs().max().item()
             found[number] = logits
-            proofs[number] = tuple(dataclasses.replace(receipt, readout_change=moved) for receipt in receipts)
+            proofs[number] = tuple(dataclasses.replace(receipt, pass_readout_change=moved) for receipt in receipts)
             verify(proofs[number])
 
     def _out_of_memory(self, numbers: list[int], error: Exception) -> None:
@@ -218,7 +218,7 @@ class Engine:
             tolerance=0.0,
             reaches=layer < len(self.clean.blocks),
             reason="" if layer < len(self.clean.blocks) else AFTER_THE_LAST,
-            readout_change=0.0,
+            pass_readout_change=0.0,
         )
 
 

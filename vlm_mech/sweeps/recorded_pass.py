@@ -103,7 +103,7 @@ def record(vlm: "VLM", encoded: Encoded) -> RecordedPass:
     attention = vlm.family.llm.attention
     modules = {module.get_submodule(attention): layer for layer, module in enumerate(stack)}
     try:
-        with torch.no_grad(), attending(set(modules), _recorder(modules, blocks, vlm.backend_of("llm"))):
+        with torch.no_grad(), vlm.passing(), attending(set(modules), _recorder(modules, blocks, vlm.backend_of("llm"))):
             with contextlib.suppress(_EnoughError):
                 vlm.model(**encoded.inputs, use_cache=False)
     finally:

@@ -90,7 +90,7 @@ class Wave:
         stack = list(self.vlm.model.get_submodule(self.vlm.family.llm.path).children())
         self.receipts = [list(cell.receipts) for cell in self.cells]
         states = None
-        with torch.no_grad():
+        with torch.no_grad(), self.vlm.passing():
             for layer, block in enumerate([*stack, None]):
                 self.layer = layer
                 states = self._joined(self._parted(states))
@@ -138,7 +138,7 @@ class Wave:
             return states
         before = states
         for write in writes:
-            states = shifted(write, self.start).apply(states, prompt=True)
+            states = shifted(write, self.start).apply(states)
         active.seen.before[site], active.seen.written[site] = before, states
         return states
 

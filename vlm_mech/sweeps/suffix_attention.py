@@ -88,7 +88,8 @@ class SuffixAttention:
     ) -> Bool[Tensor, "batch cut_heads query pos"]:
         """The edges that some cuts name; heads of size 1 where all lose the same."""
         queries, keys = range(self.start, self.start + allowed.shape[-2]), range(allowed.shape[-1])
-        each = [cut.blocked(self.batch, queries, keys, prompt=True, device=allowed.device) for cut in cuts]
+        at = {"n_pos": allowed.shape[-1], "device": allowed.device}
+        each = [cut.blocked(range(self.batch), queries, keys, **at) for cut in cuts]
         blocked = torch.stack(torch.broadcast_tensors(*each)).any(0)
         left = allowed & ~blocked
         emptied = (allowed.any(-1) & ~left.any(-1)).nonzero()
@@ -223,7 +224,7 @@ class SuffixAttention:
                 tolerance=64 * torch.finfo(total.dtype).eps,
                 reaches=reaches,
                 reason=reason,
-                readout_change=0.0,
+                pass_readout_change=0.0,
             )
 
     def _joined(

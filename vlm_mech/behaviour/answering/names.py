@@ -108,7 +108,7 @@ def score_names(
     if rows < 1:
         raise UsageError(f"rows is {rows}; at least one is needed")
     encoded = prompts if isinstance(prompts, Encoded) else vlm.encode(prompts)
-    with torch.no_grad():
+    with torch.no_grad(), vlm.passing():
         prefix = _prefilled(vlm, encoded)
         last = prefix.logits
         known = torch.tensor([ids[0] for ids in names.ids], device=last.device)

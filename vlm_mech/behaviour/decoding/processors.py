@@ -21,6 +21,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from vlm_mech.behaviour.answering.without_image import needed_inputs, without_images
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.generating import decoding_options, in_force, new_ids, settings_of
 from vlm_mech.interventions.trace import Generation, aside
 
 if TYPE_CHECKING:
@@ -334,17 +335,24 @@ def decode(
     processors: Sequence[LogitsProcessor] = (),
     *,
     max_new_tokens: int = 16,
+    settings: str = "neutral",
     **options: Any,
 ) -> Generation:
     """Answers of the plain model through these processors in turn, greedy unless `options` of `generate` say otherwise.
 
+    Settings of the checkpoint are left out as by `trace.generate`.
+
     Raises:
         UsageError: beams, or other prompts than the processors were made for.
     """
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
-    with torch.no_grad():
-        ids = vlm.model.generate(
+    options = decoding_options(options, settings=settings, max_new_tokens=max_new_tokens)
+    used = settings_of(in_force(vlm, options))
+    with torch.no_grad(), vlm.passing():
+        result = vlm.model.generate(
             **encoded.generation_inputs, logits_processor=LogitsProcessorList(processors), **options
-        )[:, encoded.n_pos :]
+        )
+    ids = new_ids(result, encoded)
     texts = vlm.processor.batch_decode(ids, skip_special_tokens=True)
-    return Generation(tuple(text.strip() for text in texts), ids)
+    prompts = tuple(row * len(encoded) // len(ids) for row in range(len(ids)))
+    output = None if isinstance(result, Tensor) else result
+    return Generation(tuple(text.strip() for text in texts), ids, (), prompts, used, output)

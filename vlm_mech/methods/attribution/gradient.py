@@ -60,7 +60,7 @@ def forward(
     """
     states: dict[Site, Tensor] = {}
     head = vlm.model.get_submodule(vlm.family.head)
-    with contextlib.ExitStack() as hooks, torch.set_grad_enabled(track):
+    with contextlib.ExitStack() as hooks, torch.set_grad_enabled(track), vlm.passing():
         begin = _Start(vlm, track, start, any(site.stream != "llm" for site in sites))
         hooks.callback(begin.hooked().remove)
         for site in sites:

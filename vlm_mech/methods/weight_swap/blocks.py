@@ -232,7 +232,7 @@ class Hybrids:
             return torch.stack(found)
         entering, calls = self._entering(encoded)
         rows = {(): entering}
-        with torch.no_grad():
+        with torch.no_grad(), self.vlm.passing():
             for layer, arguments in enumerate(calls):
                 pasts = dict.fromkeys(hybrid[: layer + 1] for hybrid in hybrids)
                 rows = {past: self._through(layer, past[-1], rows[past[:-1]], arguments) for past in pasts}
@@ -264,7 +264,7 @@ class Hybrids:
             if len(calls) == len(self.own.blocks):
                 raise _EnoughError
 
-        with ExitStack() as held, torch.no_grad():
+        with ExitStack() as held, torch.no_grad(), self.vlm.passing():
             for block in self.own.blocks:
                 held.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
             with contextlib.suppress(_EnoughError):
