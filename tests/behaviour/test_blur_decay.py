@@ -10,7 +10,6 @@ from experiments import blur_decay
 from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
-from vlm_mech.behaviour.answering.answers import Said, said
 from vlm_mech.behaviour.blur_decay import blur, data, study
 from vlm_mech.behaviour.blur_decay.blur import MEAN, NONE, blurred, decayed, kernel, levels_of, resized
 from vlm_mech.behaviour.blur_decay.data import compared
@@ -93,32 +92,14 @@ def test_models_that_need_a_picture_are_not_asked_without_one(family):
     assert levels_of(vlm, (1, 61)) == ("1", "61", MEAN)
 
 
-@pytest.mark.parametrize(
-    ("text", "letters", "expected"),
-    [
-        ("(b) red", True, Said("letter", "B")),
-        ("B.", True, Said("letter", "B")),
-        ("a red apple", False, Said("text", "red apple")),
-        ("Yes, it is.", False, Said("yes/no", "yes")),
-        ("nothing", False, Said("text", "nothing")),
-        ("3", False, Said("number", "3.0")),
-        ("3.0 apples", False, Said("number", "3.0")),
-        ("The  Red Apple.", False, Said("text", "red apple")),
-        ("  ...", False, Said("none", "")),
-        ("", True, Said("none", "")),
-    ],
-)
-def test_what_answers_say(text, letters, expected):
-    assert said(text, letters=letters) == expected
-
-
 def test_e_and_c_by_hand():
     answers = {
         "1": ["red", "blue", "", "2"],
         "5": ["Red.", "green", "", "two"],
         "11": ["the red", "blue", "", "2"],
     }
-    table = compared(answers, answers["1"], ["red", "green", "red", "2"], letters=False)
+    options = [("red", "blue"), ("green", "blue"), ("red", "blue"), ("2", "3")]
+    table = compared(answers, answers["1"], options, letters=False)
     values = {name: table[name].to_numpy().reshape(3, 4) for name in ("same", "unchanged", "correct")}
     assert values["same"].tolist() == [[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 0, 1]]
     assert values["unchanged"].tolist() == [[1, 1, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0]]
@@ -155,15 +136,16 @@ def test_answers_are_held_against_those_about_their_own_clear_picture(vlm):
     others = partners(6, seed=3)
     images = {study.OWN: [pair.image for pair in pairs],
               study.TWIN: [pair.counterfactual_image for pair in pairs]}  # fmt: skip
-    for (view, floor), right in zip(study.FLOORS.items(), (pairs.answer, pairs.counterfactual_answer), strict=True):
+    options = [(pair.answer, pair.counterfactual_answer) for pair in pairs]
+    for (view, floor), both in zip(study.FLOORS.items(), (options, [each[::-1] for each in options]), strict=True):
         shown = [resized(load_image(image)) for image in images[view]]
         clear = data.answers_at(vlm, pairs, shown, max_new_tokens=8)
         strange = data.answers_at(vlm, pairs, [shown[other] for other in others], max_new_tokens=8)
         for name, texts in ((view, clear), (floor, strange)):
             rows = table[(table["view"] == name) & (table["level"] == "1")]
             assert rows["answer"].tolist() == texts
-            assert rows["same"].tolist() == [float(said(a) == said(b)) for a, b in zip(texts, clear, strict=True)]
-            assert rows["correct"].tolist() == [float(said(a) == said(b)) for a, b in zip(texts, right, strict=True)]
+            assert rows["same"].tolist() == [float(a == b) for a, b in zip(texts, clear, strict=True)]
+            assert rows["correct"].tolist() == [float(a == b) for a, (b, _) in zip(texts, both, strict=True)]
 
 
 def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from vlm_mech.data.pairs import Refused
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import CLASSES, COLOURS, PRIORS, SHAPES, SPLITS, Scene, Split
+from vlm_mech.data.words import words_of
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike, load_image
 
@@ -71,8 +71,8 @@ class Classes:
 
 
 def normalised(name: str) -> str:
-    """The words of a name in lower case, one space between them; punctuation and underscores part words."""
-    return " ".join(re.findall(r"[^\W_]+", name.lower()))
+    """The words of a name (`data.words`), one space between them; punctuation and underscores part words."""
+    return " ".join(words_of(name))
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.answer import Spelling
 from vlm_mech.inputs.image import ImageLike, load_image
 from vlm_mech.inputs.prompt import Prompt
 
@@ -57,11 +58,18 @@ class Refused:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Counterfactual pairs of one data set; `refused` lists those that could not be used."""
+    """Counterfactual pairs of one data set; `refused` lists those that could not be used.
+
+    `spelling` is how a model would begin the answers (`fitting`); `answer` and `counterfactual_answer` are written so,
+    while each pair keeps its own.
+    """
 
     name: str
     pairs: tuple[Pair, ...]
     refused: tuple[Refused, ...] = ()
+    spelling: Spelling | None = None
+    told: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Mean probability of the right answers' first tokens by spelling, where several were possible."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -85,12 +93,16 @@ class Pairs:
     @property
     def answer(self) -> list[str]:
         """Right answers for the images."""
-        return [pair.answer for pair in self.pairs]
+        return [self.written(pair.answer) for pair in self.pairs]
 
     @property
     def counterfactual_answer(self) -> list[str]:
         """Right answers for the counterfactual images."""
-        return [pair.counterfactual_answer for pair in self.pairs]
+        return [self.written(pair.counterfactual_answer) for pair in self.pairs]
+
+    def written(self, answer: str) -> str:
+        """An answer in the spelling of the pairs."""
+        return answer if self.spelling is None else self.spelling.of(answer)
 
     @property
     def digest(self) -> str:
@@ -283,17 +295,25 @@ def checked(pairs: Pairs, check: Callable[[Pair], object], what: str) -> Pairs:
 def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
     """The pairs that this model can be asked: same tokens in both prompts, answers that start with different tokens.
 
-    The others move to `refused` with the reason.
+    Answers are compared in the spelling that the model would use (`models.spelling`), the same for all. The other
+    pairs move to `refused` with the reason.
 
     Raises:
         UsageError: none fits.
     """
-    return checked(pairs, lambda pair: _check_fit(vlm, pair), f"fits {vlm.name}")
+    from vlm_mech.models.spelling import spelling_of
+
+    what = f"fits {vlm.name}"
+    pairs = checked(pairs, lambda pair: _check_prompts(vlm, pair), what)
+    asked = [each for both in zip(pairs.base, pairs.counterfactual, strict=True) for each in both]
+    right = [each for pair in pairs for each in (pair.answer, pair.counterfactual_answer)]
+    spelling, told = spelling_of(vlm, asked, right)
+    spelt = dataclasses.replace(pairs, spelling=None if spelling == Spelling() else spelling, told=told)
+    return checked(spelt, lambda pair: _check_answers(vlm, pair, spelling), what)
 
 
-def _check_fit(vlm: "VLM", pair: Pair) -> None:
+def _check_prompts(vlm: "VLM", pair: Pair) -> None:
     one, other = (vlm.encode(Prompt(pair.question, image)) for image in (pair.image, pair.counterfactual_image))
-    ids = [vlm.answer_ids(one, [answer])[0].item() for answer in (pair.answer, pair.counterfactual_answer)]
     if one.rows[0].tokens != other.rows[0].tokens:
         counts = [len(encoded.rows[0].tokens) for encoded in (one, other)]
         raise UsageError(f"the prompts have {counts[0]} and {counts[1]} tokens; counterfactuals need the same tokens")
@@ -301,8 +321,14 @@ def _check_fit(vlm: "VLM", pair: Pair) -> None:
         raise UsageError(
             f"the images are cut into grids {one.grids()} and {other.grids()}; counterfactuals need the same"
         )
+
+
+def _check_answers(vlm: "VLM", pair: Pair, spelling: Spelling) -> None:
+    encoded = vlm.encode(Prompt(pair.question, pair.image))
+    both = [spelling.of(answer) for answer in (pair.answer, pair.counterfactual_answer)]
+    ids = [vlm.answer_ids(encoded, [answer]).item() for answer in both]
     if ids[0] == ids[1]:
-        raise UsageError(f"answers {pair.answer!r} and {pair.counterfactual_answer!r} start with the same token")
+        raise UsageError(f"answers {both[0]!r} and {both[1]!r} start with the same token")
 
 
 def pictures(pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]:

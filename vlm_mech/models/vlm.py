@@ -16,6 +16,7 @@ from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import input_device, kept_in_place
 from vlm_mech.checks.vlm import check_vlm, example
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.answer import Attached
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
 from vlm_mech.inputs.prompt import Encoded, Prompt, encode
@@ -240,18 +241,38 @@ class VLM(TracedModel):
     def answer_ids(self, encoded: Encoded, answers: Sequence[str]) -> torch.Tensor:
         """The first token of each answer as it would follow its prompt, shape batch.
 
+        A space is put before an answer unless its prompt ends with one, or it is `Attached`.
+
         Raises:
-            UsageError: another number of answers than prompts, or an answer that changes the prompt's own tokens.
+            UsageError: another number of answers than prompts, an answer that changes the prompt's own tokens or is not
+                in the vocabulary, or one whose first token is a space alone.
         """
         if len(answers) != len(encoded):
             raise UsageError(f"{len(answers)} answers for {len(encoded)} prompts")
-        asked = [(row.text, answer) for row, answer in zip(encoded.rows, answers, strict=True)]
-        ids = {each: self._answer_id(*each) for each in dict.fromkeys(asked)}
+        asked = [
+            (row.text, answer, isinstance(answer, Attached)) for row, answer in zip(encoded.rows, answers, strict=True)
+        ]
+        ids = {each: self._answer_id(*each[:2]) for each in dict.fromkeys(asked)}
         return torch.tensor([ids[each] for each in asked], device=self.device)
 
     def _answer_id(self, text: str, answer: str) -> int:
+        found = self.first_token_id(text, answer)
+        if not self.tokenizer.decode([found]).strip(" \u2581"):
+            piece = self.tokenizer.convert_ids_to_tokens(found)
+            raise UsageError(
+                f"answer {answer!r} begins with the piece {piece!r}, a space alone, as others do; its text is in later "
+                "tokens, which a measure of first tokens does not see"
+            )
+        return found
+
+    def first_token_id(self, text: str, answer: str) -> int:
+        """The first token of an answer after a prompt's text, be it a space alone.
+
+        Raises:
+            UsageError: the answer changes the prompt's own tokens, or is not in the vocabulary.
+        """
         before = self.tokenizer(text)["input_ids"]
-        space = "" if text[-1].isspace() else " "
+        space = "" if text[-1].isspace() or isinstance(answer, Attached) else " "
         after = self.tokenizer(f"{text}{space}{answer.strip()}")["input_ids"]
         if after[: len(before)] != before or len(after) == len(before):
             raise UsageError(f"answer {answer!r} cannot follow the prompt {text!r} as tokens of its own")

@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from vlm_mech.errors import UsageError
+
 LOGITS = "logits"
 
 
@@ -17,8 +19,23 @@ def _at(logits: Float[Tensor, "batch vocab"], ids: Int[Tensor, "batch"]) -> Floa
 def logit_diff(
     logits: Float[Tensor, "batch vocab"], answer: Int[Tensor, "batch"], other: Int[Tensor, "batch"]
 ) -> Float[Tensor, "batch"]:
-    """`logit(answer) - logit(other)`, in logits (Zhang & Nanda 2023)."""
+    """`logit(answer) - logit(other)`, in logits (Zhang & Nanda 2023).
+
+    Raises:
+        UsageError: both answers of an example are the same token.
+    """
+    check_apart(answer, other)
     return _at(logits, answer) - _at(logits, other)
+
+
+def check_apart(answer: Int[Tensor, "batch"], other: Int[Tensor, "batch"]) -> None:
+    """Raises `UsageError` when both answers of an example are the same token: no logit tells them apart."""
+    if (answer == other).any():
+        row = int((answer == other).nonzero()[0])
+        raise UsageError(
+            f"both answers of example {row} begin with token {int(answer[row])}; answers are compared by their first "
+            "tokens, which must differ"
+        )
 
 
 def prob(logits: Float[Tensor, "batch vocab"], answer: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:

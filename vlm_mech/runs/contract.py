@@ -97,7 +97,18 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
         "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest},
         "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
         "receipts": receipts,
+        "answers": {"spelling": str(pairs.spelling or "as written"), "probabilities": pairs.told},
     } | ({"generation": {"settings": "neutral", "set_aside": aside}} if aside else {})
+
+
+def spelt(provenance: dict[str, Any]) -> tuple[str, ...]:
+    """In which spelling answers were compared, where the model had several to choose from."""
+    answers = provenance.get("answers", {})
+    told: dict[str, float] = answers.get("probabilities", {})
+    if not told:
+        return ()
+    shares = ", ".join(f"{name} {value:.3f}" for name, value in told.items())
+    return (f"Answers are compared {answers['spelling']}; mean probability of their first tokens: {shares}.",)
 
 
 def left_out(provenance: dict[str, Any]) -> tuple[str, ...]:
@@ -243,7 +254,7 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
         raise
     seconds = time.time() - started
     provenance = _provenance(outcome.result, config, seconds, list(outcome.figures))
-    findings = (*outcome.result.findings, *left_out(provenance))
+    findings = (*outcome.result.findings, *spelt(provenance), *left_out(provenance))
     result = dataclasses.replace(outcome.result, config=as_json(config), provenance=provenance, findings=findings)
     _store(work, dataclasses.replace(outcome, result=result), name)
     _announce(result, folder, seconds)

@@ -69,6 +69,23 @@ class Measure:
     of: Callable[..., Tensor]
     answers: tuple[Sequence[str], ...] = ()
 
+    def ids(self, vlm: "VLM", encoded: Encoded, rows: slice = slice(None)) -> list[Tensor]:
+        """First tokens of the answers of some rows, each of shape batch.
+
+        Raises:
+            UsageError: an answer cannot be compared (see `VLM.answer_ids`), or two of an example begin alike.
+        """
+        texts = [list(answers[rows]) for answers in self.answers]
+        ids = [vlm.answer_ids(encoded, each) for each in texts]
+        for one, other in itertools.combinations(range(len(ids)), 2):
+            for row in (ids[one] == ids[other]).nonzero().flatten().tolist():
+                token = vlm.tokenizer.convert_ids_to_tokens(ids[one][row].item())
+                raise UsageError(
+                    f"{self.metric.name}: answers {texts[one][row]!r} and {texts[other][row]!r} both begin with the "
+                    f"token {token!r}; answers are compared by their first tokens, which must differ"
+                )
+        return ids
+
 
 def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
     """Logit of each example's answer less that of another answer."""
@@ -231,10 +248,11 @@ class _Job:
     def run(self, rows: slice, checked: Sequence[int]) -> tuple[pd.DataFrame, dict[str, Any]]:
         """The table of some rows, the summary of its receipts, and how far the engines differ at the points checked."""
         encoded, edits = self.encoded(rows), self.edits(rows)
+        ids = [each.ids(self.vlm, encoded, rows) for each in self.measures]
         runner = engine_of(self.vlm, encoded, self.engine, budget=self.budget)
         logits, receipts = runner.answers(edits, max_cells=self.max_cells)
         worst = _agree(self.vlm, encoded, edits, logits, checked) if self.engine == "fast" else 0.0
-        table = _table(self.vlm, encoded, self.points, self.measures, rows, self.names[rows], runner.baseline, logits)
+        table = _table(self.points, self.measures, ids, self.names[rows], runner.baseline, logits)
         if isinstance(self.data, Pairs):
             groups = {pair.id: pair.group or pair.id for pair in self.data}
             table = table.assign(group=table["example"].map(groups))
@@ -309,16 +327,13 @@ def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, 
 
 
 def _table(
-    vlm: "VLM",
-    encoded: Any,
     points: Sequence[Point],
     measures: tuple[Measure, ...],
-    rows: slice,
+    ids: Sequence[Sequence[Tensor]],
     names: list[str],
     clean: Tensor,
     logits: Tensor,
 ) -> pd.DataFrame:
-    ids = [[vlm.answer_ids(encoded, answers[rows]) for answers in each.answers] for each in measures]
     places = pd.DataFrame([dict(point.axes) for point in points])
     columns = places.loc[places.index.repeat(len(names))].reset_index(drop=True)
     columns.insert(0, "example", names * len(points))

@@ -169,7 +169,7 @@ def attribution(planted: Planted, pairs: Pairs) -> Claims:
         top_k=1, n_random=1, engine="trace", batch=len(pairs),
     )  # fmt: skip
     encoded = vlm.encode(pairs.base)
-    ids = [vlm.answer_ids(encoded, each) for each in measure.answers]
+    ids = measure.ids(vlm, encoded)
     before = measure.of(run(vlm, encoded).last, *ids).mean().item()
     return _of_heads(cells_of(found.screen, "estimate", place="span"), before)
 

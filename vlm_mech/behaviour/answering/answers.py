@@ -1,12 +1,10 @@
-"""Asking what is in an image, in the open or among candidates, and reading class names off what is generated."""
+"""Asking what is in an image, in the open or among candidates."""
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlm_mech.data.image_classes import normalised
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.prompt import Prompt, render
@@ -83,35 +81,6 @@ def candidates(example: "Labelled", names: Sequence[str], k: int, *, seed: int, 
     return tuple(sorted(found) if order == "fixed" else mixed)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What an answer names: `substring` as the paper counts it, `named` the classes that stand there as whole words."""
-
-    substring: bool
-    named: tuple[str, ...]
-
-    @property
-    def only(self) -> str:
-        """The class named, if it is the only one; an answer that names none, or several, is none."""
-        return self.named[0] if len(self.named) == 1 else ""
-
-
-def read_answer(answer: str, label: str, names: Sequence[str]) -> Reading:
-    """Which of the names an answer holds.
-
-    Whole words: names and answer as `normalised` words, the longest names first, and what one has taken is no other's
-    (so `cat fish` does not name the cat). Substring: `label.lower() in answer.lower()`, which finds a cat in a
-    category, and in a list of all classes every one of them.
-    """
-    rest, found = f" {normalised(answer)} ".replace(" ", "  "), []
-    for name in sorted(names, key=lambda each: -len(normalised(each).split())):
-        words = f" {normalised(name)} ".replace(" ", "  ")
-        if words in rest:
-            found.append(name)
-            rest = rest.replace(words, "  |  ")
-    return Reading(label.lower() in answer.lower(), tuple(sorted(found, key=list(names).index)))
-
-
 def too_long(vlm: "VLM", prompt: Prompt, asked: str, n_new: int) -> str:
     """Why a question does not fit the model's positions in the place of the prompt's; empty if it does."""
     most = getattr(vlm.config.get_text_config(), "max_position_embeddings", None)
@@ -134,34 +103,3 @@ def check_known(vlm: "VLM", texts: Sequence[str], what: str) -> None:
         for number, (start, end) in zip(made["input_ids"], made["offset_mapping"], strict=True):
             if unknown is not None and number == unknown:
                 raise UsageError(f"{what} {text!r} holds {text[start:end]!r}, which {vlm.name} has no token for")
-
-
-# Answers
-
-
-@dataclass(frozen=True)
-class Said:
-    """An answer brought to a common form; `kind` is letter, yes/no, number, text, or none for what says nothing."""
-
-    kind: str
-    value: str
-
-    def same(self, other: "Said") -> bool:
-        """Whether both say the same; what says nothing is never the same."""
-        return self.kind != "none" and self == other
-
-
-def said(text: str, *, letters: bool = False) -> Said:
-    """What an answer says: a letter (where options have letters), yes or no, a number, or its words.
-
-    The first of these that begins the answer counts; case, punctuation and articles do not.
-    """
-    bare = " ".join(re.findall(r"[\w.'-]+", text.lower())).strip(" .'-")
-    if letters and (found := re.match(r"\s*\(?([a-zA-Z])(\)|[.:]|\s|$)", text)):
-        return Said("letter", found[1].upper())
-    if found := re.match(r"(yes|no)\b", bare):
-        return Said("yes/no", found[1])
-    if found := re.match(r"-?\d+(\.\d+)?\b", bare):
-        return Said("number", str(float(found[0])))
-    words = re.sub(r"^(a|an|the)\s+", "", bare)
-    return Said("text", words) if words else Said("none", "")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from vlm_mech.behaviour.answering.answers import said
+from vlm_mech.behaviour.answering.reading import Reading, letters_of, read_answer
 from vlm_mech.behaviour.blur_decay.blur import decayed, resized
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.inputs.image import load_image
@@ -51,29 +51,37 @@ def answers_at(vlm: "VLM", pairs: Pairs, pictures: Sequence[Image.Image | None],
 
 
 def compared(
-    answers: dict[str, list[str]], clean: Sequence[str], right: Sequence[str], *, letters: bool
+    answers: dict[str, list[str]], clean: Sequence[str], options: Sequence[tuple[str, str]], *, letters: bool
 ) -> pd.DataFrame:
     """One row per example and level: whether the answer is the clean one, has been so all along, and is right.
 
     Args:
         answers: by level, in order of decay; the first is the clean one for the images themselves.
         clean: answers to the clean images, what all are compared with.
+        options: of each example the right answer and the other one.
+        letters: whether options have letters.
     """
-    first = [said(each, letters=letters) for each in clean]
-    wanted = [said(each, letters=letters) for each in right]
+    first = _read(clean, options, letters=letters)
+    clean_right = np.array([each.only == 0 for each in first])
     unchanged = np.ones(len(first), bool)
     tables = []
     for level, texts in answers.items():
-        now = [said(each, letters=letters) for each in texts]
+        now = _read(texts, options, letters=letters)
         same = np.array([one.same(other) for one, other in zip(now, first, strict=True)])
         unchanged &= same
-        correct = np.array([one.same(other) for one, other in zip(now, wanted, strict=True)])
-        clean_right = np.array([one.same(other) for one, other in zip(first, wanted, strict=True)])
+        correct = np.array([each.only == 0 for each in now])
         table = pd.DataFrame({"same": same, "unchanged": unchanged.copy(), "correct": correct}).astype(float)
         table["correct_unchanged"] = np.where(unchanged, correct, np.nan)
         baselines = {"same": 1.0, "unchanged": 1.0, "correct": clean_right.astype(float)}
         baselines["correct_unchanged"] = np.where(unchanged, clean_right, np.nan)
         table = table.assign(**{f"{name}_baseline": value for name, value in baselines.items()})
-        unread = np.array([each.kind == "none" for each in now])
+        unread = np.array([not each.words for each in now])
         tables.append(table.assign(level=level, answer=texts, clean_right=clean_right, unread=unread))
     return pd.concat(tables, ignore_index=True)
+
+
+def _read(texts: Sequence[str], options: Sequence[tuple[str, str]], *, letters: bool) -> list[Reading]:
+    return [
+        read_answer(text, both, letters=letters_of(both) if letters else ())
+        for text, both in zip(texts, options, strict=True)
+    ]

@@ -84,9 +84,10 @@ def decay(
             swaps.append(_swapped(vlm, shown, memory).assign(level=level))
     tables = []
     names = [pair.id for pair in pairs]
-    for (view, floor), right in zip(FLOORS.items(), (pairs.answer, pairs.counterfactual_answer), strict=True):
+    options = [(pair.answer, pair.counterfactual_answer) for pair in pairs]
+    for (view, floor), both in zip(FLOORS.items(), (options, [each[::-1] for each in options]), strict=True):
         for each in (view, floor):
-            table = compared(answers[each], answers[view][levels[0]], right, letters=letters)
+            table = compared(answers[each], answers[view][levels[0]], both, letters=letters)
             tables.append(table.assign(view=each, layer=WHOLE, example=names * len(levels)))
     groups = {pair.id: pair.group or pair.id for pair in pairs}
     table = pd.concat([*tables, *swaps], ignore_index=True)

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm_mech.behaviour.answering.answers import candidates, open_prompt, read_answer, stemmed
+from vlm_mech.behaviour.answering.answers import candidates, open_prompt, stemmed
 from vlm_mech.behaviour.answering.names import score_names
+from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.table import (
     AVERAGE,
@@ -74,10 +75,10 @@ def _answered(
 ) -> pd.DataFrame:
     prompts = [open_prompt(question, each.image) for question, each in zip(asked, examples, strict=True)]
     answers = generate(vlm, prompts, max_new_tokens=design.n_new).texts
-    read = [read_answer(*each) for each in zip(answers, [one.label for one in examples], offered, strict=True)]
-    predicted = [each.only for each in read]
+    read = [read_answer(text, names).only for text, names in zip(answers, offered, strict=True)]
+    predicted = ["" if only is None else names[only] for only, names in zip(read, offered, strict=True)]
     right = [name == each.label for name, each in zip(predicted, examples, strict=True)]
-    said = [reading.substring for reading in read]
+    said = [mentions(text, each.label) for text, each in zip(answers, examples, strict=True)]
     return rows(cell, examples, right, substring=said, predicted=predicted, answers=answers)
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from vlm_mech.behaviour.answering.answers import Wording, read_answer
+from vlm_mech.behaviour.answering.answers import Wording
 from vlm_mech.behaviour.answering.names import names_after, score_names
+from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify.table import GENERATION, MEAN, NO_ORDER, OPEN, Cell, best, rows
 from vlm_mech.data.image_classes import Labelled, check_names
 from vlm_mech.errors import UsageError
@@ -176,8 +177,8 @@ def _asked_in_batches(
         encoded = vlm.encode(prompts)
         texts = generate(vlm, encoded, max_new_tokens=n_new).texts
         for text, each in zip(texts, some, strict=True):
-            found = read_answer(text, each.answer, each.options)
-            read.append(_Read(text, found.substring, found.only))
+            only = read_answer(text, each.options).only
+            read.append(_Read(text, mentions(text, each.answer), "" if only is None else each.options[only]))
         options = some[0].options
         names = names_after(vlm, prompts, options)
         scores = score_names(vlm, encoded, names, rows=n_rows).double().cpu().numpy() / np.array(names.lengths)

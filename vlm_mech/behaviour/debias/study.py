@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vlm_mech.behaviour.answering.answers import said
+from vlm_mech.behaviour.answering.reading import read_answer
 from vlm_mech.behaviour.debias.adapter import History, checkpoint_at, put_back, save_adapter, trained_of
 from vlm_mech.behaviour.debias.data import IN_CONFLICT, USUAL, Parts, tasks_of
 from vlm_mech.behaviour.debias.training import Recipe, train
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 AXES = ("state", "task")
 BASE, TUNED, RANDOM = "base", "tuned", "random adapter of equal size"
 STATES = (BASE, TUNED, RANDOM)
-TRUTH = Metric("truth", "share", "share of answers that are the true one and nothing else", against=BASE)
-PRIOR = Metric("prior", "share", "share of answers to pictures in conflict that are the prior's", against=BASE)
+TRUTH = Metric("truth", "share", "share of answers that name the true one, and not the pair's other", against=BASE)
+PRIOR = Metric(
+    "prior",
+    "share",
+    "share of answers to pictures in conflict that name the prior's alone",
+    against=BASE,
+)
 METRICS = (TRUTH, PRIOR)
 
 
@@ -48,10 +53,10 @@ def asked(vlm: "VLM", tasks: dict[str, Pairs], state: str, *, batch: int, max_ne
         texts = answered(vlm, pairs, batch=batch, max_new_tokens=max_new_tokens)
         rows = []
         for pair, text in zip(pairs, texts, strict=True):
-            now = said(text)
+            named = read_answer(text, (pair.answer, pair.counterfactual_answer)).only
             row: dict[str, Any] = {"example": f"{task}/{pair.id}", "group": pair.group or pair.id, "answer": text}
-            row["truth"] = float(now.same(said(pair.answer)))
-            row["prior"] = float(now.same(said(pair.counterfactual_answer))) if task == IN_CONFLICT else float("nan")
+            row["truth"] = float(named == 0)
+            row["prior"] = float(named == 1) if task == IN_CONFLICT else float("nan")
             rows.append(row)
         tables.append(pd.DataFrame(rows).assign(task=task, state=state))
     return pd.concat(tables, ignore_index=True)

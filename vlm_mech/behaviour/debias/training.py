@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vlm_mech.behaviour.answering.answers import said
 from vlm_mech.behaviour.answering.names import Ids, names_after
+from vlm_mech.behaviour.answering.reading import says
 from vlm_mech.behaviour.classify.tuning import IGNORED, Tuning, with_answers
 from vlm_mech.behaviour.debias.adapter import STATE, History, keep_state, taken_up, trained_of
 from vlm_mech.behaviour.debias.losses import advantages, cross_entropy, grpo_loss, k3, n_equal
@@ -158,7 +158,7 @@ class Samples:
 def sampled(vlm: "VLM", lessons: Sequence[Lesson], recipe: Recipe, step: int) -> Samples:
     """Answers drawn from the model as it is, by the seed and the step alone; reward 1 for what says the truth, else 0.
 
-    An answer must say the truth and nothing else (`answers.said`): naming every colour earns nothing. Tokens that stand
+    An answer must say the truth and nothing else (`reading.says`): naming every colour earns nothing. Tokens that stand
     for pictures are never drawn, as no answer can hold them.
     """
     many = [lesson for lesson in lessons for _ in range(recipe.group)]
@@ -169,7 +169,7 @@ def sampled(vlm: "VLM", lessons: Sequence[Lesson], recipe: Recipe, step: int) ->
     with torch.random.fork_rng():
         torch.manual_seed(random.Random(f"{recipe.seed}/{step}/answers").getrandbits(60))
         made = generate(vlm, encoded, max_new_tokens=recipe.max_new_tokens, **options)
-    hits = [said(text).same(said(each.truth)) for text, each in zip(made.texts, many, strict=True)]
+    hits = [says(text, each.truth) for text, each in zip(made.texts, many, strict=True)]
     rewards = torch.tensor(hits, dtype=torch.float32, device=vlm.device).view(len(lessons), recipe.group)
     return Samples(encoded, trimmed(made.ids, end_tokens(vlm)), rewards)
 

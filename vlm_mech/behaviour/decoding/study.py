@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlm_mech.behaviour.answering.answers import said
+from vlm_mech.behaviour.answering.reading import letters_of, read_answer
 from vlm_mech.behaviour.decoding.data import PAPER, PLAIN, Options, Setting
 from vlm_mech.behaviour.decoding.processors import ALPHA, M3ID, VCD, Dependency, Drawn, decode, seeds_of
 from vlm_mech.data.pairs import Pair, Pairs, about_others, turned
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 AXES = ("split", "picture", "step", "method", "dose")
 VALIDATION, TEST = "validation", "test"
 OWN, STRANGER, USUAL = "own picture", "another's picture", "usual picture"
+TRUE = {OWN: 0, STRANGER: 0, USUAL: 1}
+"""Which of a pair's answers is the true one in each view."""
 WHOLE = -1
 """Step of what is asked of whole answers."""
-TRUTH = Metric("truth", "share", "share of answers that are what the picture shows")
-PRIOR = Metric("prior", "share", "share of answers that are the other answer of the pair: here what is usual")
+TRUTH = Metric("truth", "share", "share of answers that name what the picture shows, and not the pair's other")
+PRIOR = Metric("prior", "share", "share of answers that name the other answer of the pair alone: here what is usual")
 DEPENDENCY = Metric("dependency", "fraction", "PDM: Hellinger distance of the next token with and without the picture")
 METRICS = (TRUTH, PRIOR, DEPENDENCY)
 
@@ -86,10 +88,8 @@ def contrast(
         for setting in settings:
             watch = [Dependency(vlm, encoded)] if dependency and setting == Setting() else []
             told = answered(vlm, encoded, names, setting, options, watch)
-            rates = {
-                "truth": _are(told, shown.answer, options),
-                "prior": _are(told, pairs.counterfactual_answer, options),
-            }
+            named = _named(told, pairs, options)
+            rates = {"truth": (named == TRUE[picture]).astype(float), "prior": (named == 1).astype(float)}
             baseline = baseline or {f"{name}_baseline": values for name, values in rates.items()}
             place = {"picture": picture, "method": setting.method, "dose": setting.dose, "step": WHOLE}
             tables.append(pd.DataFrame({"example": names, **place, **rates, **baseline, "answer": told.texts}))
@@ -101,10 +101,14 @@ def contrast(
     return table.assign(split=split, group=table["example"].map(groups))
 
 
-def _are(told: "Generation", wanted: Sequence[str], options: Options) -> np.ndarray:
-    pairs = zip(told.texts, wanted, strict=True)
-    same = [said(one, letters=options.letters).same(said(other, letters=options.letters)) for one, other in pairs]
-    return np.array(same, float)
+def _named(told: "Generation", pairs: Pairs, options: Options) -> np.ndarray:
+    """Which of a pair's two answers each text names, 0 or 1; -1 for neither, or both."""
+    found = []
+    for text, pair in zip(told.texts, pairs, strict=True):
+        both = (pair.answer, pair.counterfactual_answer)
+        only = read_answer(text, both, letters=letters_of(both) if options.letters else ()).only
+        found.append(-1 if only is None else only)
+    return np.array(found)
 
 
 def _steps(names: Sequence[str], watch: Dependency, going: np.ndarray, place: dict[str, Any]) -> list[pd.DataFrame]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm_mech.behaviour.answering.answers import check_known
+from vlm_mech.behaviour.answering.reading import check_options
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTERED,
@@ -15,7 +16,6 @@ from vlm_mech.behaviour.scoring.measures import (
     PLAIN,
     Template,
     check_letters,
-    check_options,
     option_tokens,
 )
 from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, load_pairs

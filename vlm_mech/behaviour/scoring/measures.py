@@ -1,10 +1,10 @@
 """Ways of scoring an answer: read from what is generated, by perplexity of options, by similarity; alone and in pairs.
 
 After arXiv 2411.05195 and 2405.18415. A tie counts against the model in every one of them, and what
-cannot be read is never right. The former's exact keyword rules were not found; ours are `parsed`.
+cannot be read is never right. The former's exact keyword rules were not found; ours are those of
+`answering.reading`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vlm_mech.behaviour.answering.answers import check_known, read_answer, said
+from vlm_mech.behaviour.answering.answers import check_known
 from vlm_mech.behaviour.answering.names import Names, names_after, score_names
-from vlm_mech.data.image_classes import normalised
+from vlm_mech.behaviour.answering.reading import ALPHABET, check_options, mentions, read_answer
 from vlm_mech.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ GENERATION, SUBSTRING, STARTS, RANDOM = (
 OPTIONS, LETTERS, SIMILARITY = "options", "letters", "similarity"
 LETTER_NAMES = ("A", "B")
 QUESTION, FIRST, SECOND = "{question}", "{first}", "{second}"
-LETTER = re.compile(r"\s*(?:\(([a-zA-Z])\)|([a-zA-Z])(?:[).:,]|\s*$))")
-"""A letter in brackets, before a mark, or alone; `a` before a word is an article."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +81,12 @@ LETTERED = Template(
 
 
 def parsed(answer: str, options: Sequence[str], *, letters: bool = False) -> int | None:
-    """Number of the one option that an answer names; None if it names none, several, or contradicts itself.
-
-    Names are whole words (`cat` is not in `caterpillar`), the longest first; case, marks and articles do not count.
-    What is denied still counts as named (`not left` names left).
+    """Number of the one option that an answer names (`answering.reading`); None if it names none, or several.
 
     Args:
-        letters: whether a letter names an option too; one that no option has makes the answer unreadable.
+        letters: whether options have letters, in their order; one that no option has makes the answer unreadable.
     """
-    named = {list(options).index(each) for each in read_answer(answer, options[0], options).named}
-    exact = {number for number, option in enumerate(options) if said(answer).same(said(option))}
-    named = exact if len(exact) == 1 else named
-    if letters and (found := LETTER.match(answer)):
-        number = ord((found[1] or found[2]).upper()) - ord("A")
-        named = named | {number if number < len(options) else len(options)}
-    only = next(iter(named)) if len(named) == 1 else len(options)
-    return only if only < len(options) else None
+    return read_answer(answer, options, letters=ALPHABET[: len(options)] if letters else ()).only
 
 
 def starts_alike(answer: str, wanted: str) -> bool:
@@ -121,25 +109,13 @@ def judged(answer: str, own: int, options: Sequence[str], *, letters: bool = Fal
     lettered = letters and named == own
     return {
         GENERATION: float(named == own),
-        SUBSTRING: float(wanted.lower() in answer.lower() or lettered),
+        SUBSTRING: float(mentions(answer, wanted) or lettered),
         STARTS: float(starts_alike(answer, wanted) or lettered),
         RANDOM: 1 / len(options) if named is None else float(named == own),
     }
 
 
 # Perplexity
-
-
-def check_options(options: Sequence[str]) -> None:
-    """Raises `UsageError` for fewer than two options, an empty one, or two that read alike."""
-    if len(options) < 2:
-        raise UsageError(f"there is one option, {', '.join(options)!r}; at least two are needed to choose from")
-    for number, option in enumerate(options):
-        if not normalised(option):
-            raise UsageError(f"option number {number + 1} is {option!r}; a text with a word is needed")
-        for other in options[:number]:
-            if normalised(option) == normalised(other):
-                raise UsageError(f"options {other!r} and {option!r} read alike; no answer could tell them apart")
 
 
 def option_tokens(vlm: "VLM", prompt: "Prompt", options: Sequence[str]) -> Names:

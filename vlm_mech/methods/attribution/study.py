@@ -206,7 +206,7 @@ def _slopes(
     vlm: "VLM", own: Pass, donor: Pass, sites: Sequence[Site], measure: Measure, steps: int
 ) -> dict[Site, Tensor]:
     """Gradient of each example's measure at each site, at the run itself or averaged on the way to the other."""
-    ids = [vlm.answer_ids(own.encoded, answers) for answers in measure.answers]
+    ids = measure.ids(vlm, own.encoded)
     if steps == 1:
         return gradient(own, measure, ids)
     total: dict[Site, Tensor] = {}

@@ -17,6 +17,7 @@ from jaxtyping import Bool
 
 from vlm_mech.data.pairs import Pair, Pairs, Refused
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.answer import Spelling
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
@@ -40,11 +41,15 @@ class Shown:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A question whose answer names a part, and the patches that show it; `n_tokens` is the length of its prompt."""
+    """A question whose answer names a part, and the patches that show it; `n_tokens` is the length of its prompt.
+
+    `spelling` is that of the pairs it comes from.
+    """
 
     pair: Pair
     places: Places
     n_tokens: int
+    spelling: Spelling | None = None
 
     @property
     def prompt(self) -> Prompt:
@@ -138,7 +143,7 @@ def examples_of(
         except UsageError as error:
             refused.append(Refused(pair.id, str(error)))
             continue
-        kept.append(Example(pair, places, encoded.n_pos))
+        kept.append(Example(pair, places, encoded.n_pos, pairs.spelling))
     if not kept:
         raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} can be used: {refused[-1].reason}")
     left = dataclasses.replace(pairs, pairs=tuple(each.pair for each in kept))

@@ -185,7 +185,7 @@ def _answers(
     options: dict[str, Any],
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """What becomes of the model's own answer: a row per example and cell, those of the unedited run included."""
-    pairs = Pairs("parts", tuple(example.pair for example in batch))
+    pairs = Pairs("parts", tuple(example.pair for example in batch), spelling=batch[0].spelling)
     measures = _measures(pairs)
     found = sweep(vlm, pairs, tuple(edits), lambda point: edits[point], measures, batch=len(pairs), **options)
     names = [each.metric.name for each in measures]

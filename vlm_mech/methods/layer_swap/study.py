@@ -132,6 +132,7 @@ def _swapped(
     sides = [engine_of(vlm, vlm.encode(prompts), engine, budget=budget) for prompts in both]
     ids = vlm.answer_ids(sides[0].encoded, pairs.answer)
     others = vlm.answer_ids(sides[1].encoded, pairs.counterfactual_answer)
+    metrics.check_apart(ids, others)
     right = metrics.correct(sides[0].baseline, ids) & metrics.correct(sides[1].baseline, others)
     usable = right if only_correct else torch.ones_like(right)
     tables, receipts = [], []

@@ -120,7 +120,8 @@ def _of_knockout(table: pd.DataFrame) -> pd.DataFrame:
 def _of_lens(vlm: "VLM", cases: Cases) -> pd.DataFrame:
     """The lead of the answer at the last token, read from one clean pass."""
     clean = record(vlm, vlm.encode(cases.pairs.base))
-    ids = [vlm.answer_ids(clean.encoded, each) for each in (cases.pairs.answer, list(cases.rivals))]
+    rivals = [cases.pairs.written(each) for each in cases.rivals]
+    ids = [vlm.answer_ids(clean.encoded, each) for each in (cases.pairs.answer, rivals)]
     with torch.no_grad():
         leads = [
             metrics.logit_diff(vlm.readout(clean.hidden(depth)[:, -1]), *ids).double().cpu().numpy()

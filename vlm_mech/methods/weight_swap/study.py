@@ -109,6 +109,7 @@ def swap_blocks(sides: Sides, pairs: Pairs, chosen: Sequence[Exchange]) -> pd.Da
     for direction, recipient in sides.recipients.items():
         encoded = recipient.vlm.encode(pairs.base)
         ids = [recipient.vlm.answer_ids(encoded, each) for each in (pairs.answer, pairs.counterfactual_answer)]
+        metrics.check_apart(*ids)
         none = (recipient.own,) * sides.n_layers
         cells: list[tuple[str, Exchange]] = []
         hybrids = [none]
