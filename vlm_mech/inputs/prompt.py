@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
 from vlm_mech.inputs.image_layout import ImageLayout
+from vlm_mech.inputs.processing import Processed, laid_out, process
 from vlm_mech.inputs.span import Cells, Picture, Row, Span, flatten, resolve
+from vlm_mech.inputs.special_tokens import tokenized
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 SENTINEL = "\ue000question\ue000"
 
@@ -171,8 +172,9 @@ def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
         prompts: prompts that all have images, or all have none.
 
     Raises:
-        UsageError: no prompts, a mixture of prompts with and without image, an unreadable image, another number of
-            images than placeholders, or a processor whose tokens cannot be matched with the text.
+        UsageError: no prompts, a mixture of prompts with and without image, or of texts with and without BOS, an
+            unreadable image, another number of images than placeholders, or a processor whose tokens cannot be matched
+            with the text.
     """
     prompts = tuple(prompts)
     if not prompts:
@@ -197,76 +199,12 @@ def _rendered(vlm: Any, prompts: Sequence[Prompt]) -> list[tuple[str, tuple[int,
     return [made[key] for key in keys]
 
 
-@dataclass(frozen=True, eq=False)
-class Processed:
-    """What the processor made of a batch: model inputs, and per prompt its text with all placeholders expanded.
+def written(vlm: Any, prompts: Sequence[Prompt]) -> list[str]:
+    """The text that an answer to each prompt follows, with one placeholder an image; no image is read for it."""
+    from PIL import Image
 
-    `places` are the (start, end) characters in that text of what stands for each image.
-    """
-
-    inputs: dict[str, "torch.Tensor"]
-    texts: tuple[str, ...]
-    places: tuple[tuple[tuple[int, int], ...], ...]
-
-
-def process(vlm: Any, texts: list[str], images: "list[list[Image.Image]]") -> Processed:
-    """The batch as any Hugging Face user would get it from the processor, and how it expanded the placeholders."""
-    if vlm.placeholder is not None:
-        for text, each in zip(texts, images, strict=True):
-            if text.count(vlm.placeholder) != len(each):
-                n_places = text.count(vlm.placeholder)
-                raise UsageError(f"{len(each)} image(s) for {n_places} image placeholder(s) in {text!r}")
-    nested = images if any(images) else None
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    if vlm.family.queries_first:
-        return _queries_first(vlm, texts, images, options)
-    try:
-        batch = dict(vlm.processor(images=nested, text=list(texts), return_text_replacement_offsets=True, **options))
-        laid_out = vlm.processor.prepare_inputs_layout(images=nested, text=list(texts))[1]
-    except (ValueError, TypeError, IndexError) as error:
-        raise UsageError(f"{type(vlm.processor).__name__} refuses the prompts: {error}") from error
-    offsets = batch.pop("text_replacement_offsets", None)
-    if offsets is None and nested is not None:
-        raise UsageError(f"{type(vlm.processor).__name__} does not say where it put the images")
-    if nested is None:
-        offsets = [[] for _ in texts]
-    batch.pop("labels", None)
-    expanded, places = [], []
-    for text, found in zip(laid_out, offsets, strict=True):
-        for each in reversed(found):
-            start, end = each["span"]
-            text = text[:start] + each["replacement"] + text[end:]
-        expanded.append(text)
-        places.append(tuple(tuple(each["new_span"]) for each in found))
-    return Processed(batch, tuple(expanded), tuple(places))
-
-
-def _queries_first(vlm: Any, texts: list[str], images: "list[list[Image.Image]]", options: dict[str, Any]) -> Processed:
-    """BLIP-2 and InstructBLIP put their query tokens before everything else, the padding included."""
-    if any(len(each) > 1 for each in images):
-        raise UsageError(f"{vlm.family.name} takes one image a prompt")
-    flat = [image for each in images for image in each]
-    batch = dict(vlm.processor(images=flat or None, text=list(texts), **options))
-    if "qformer_input_ids" in batch:
-        batch |= _without_padding_effects(vlm, texts, batch["attention_mask"])
-    queries = str(vlm.processor.image_token) * vlm.processor.num_query_tokens if flat else ""
-    expanded = tuple(queries + text for text in texts)
-    return Processed(batch, expanded, tuple(((0, len(queries)),) if flat else () for _ in texts))
-
-
-def _without_padding_effects(vlm: Any, texts: list[str], mask: "torch.Tensor") -> dict[str, "torch.Tensor"]:
-    """Inputs that make a prompt of a padded batch answer as it does alone.
-
-    The InstructBLIP processor pads the Q-Former's text on the left, whose positions are absolute, and between the
-    queries and the text, which the decoder counts as positions.
-    """
-    text = vlm.processor.qformer_tokenizer(list(texts), padding=True, padding_side="right", return_tensors="pt")
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {
-        "qformer_input_ids": text["input_ids"],
-        "qformer_attention_mask": text["attention_mask"],
-        "position_ids": positions,
-    }
+    none = Image.new("RGB", (1, 1))
+    return laid_out(vlm, [text for text, _ in _rendered(vlm, prompts)], [[none] * len(each.images) for each in prompts])
 
 
 def _rows(
@@ -361,20 +299,20 @@ def _offsets(vlm: Any, text: str, ids: list[int], example: int) -> list[tuple[in
     if vlm.family.queries_first and text.startswith(str(vlm.processor.image_token)):
         return _offsets_after_queries(vlm, text, ids, example)
     for special in (True, False):
-        tokenized = vlm.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-        if tokenized["input_ids"] == ids:
-            return tokenized["offset_mapping"]
+        made = vlm.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        if made["input_ids"] == ids:
+            return made["offset_mapping"]
     raise UsageError(f"example {example}: the processor's tokens do not match the text {text!r}")
 
 
 def _offsets_after_queries(vlm: Any, text: str, ids: list[int], example: int) -> list[tuple[int, int]]:
     token, n_queries = str(vlm.processor.image_token), vlm.processor.num_query_tokens
     length = len(token) * n_queries
-    tokenized = vlm.tokenizer(text[length:], return_offsets_mapping=True)
-    if [vlm.image_token_id] * n_queries + tokenized["input_ids"] != ids:
+    made = tokenized(vlm.tokenizer, text[length:], return_offsets_mapping=True)
+    if [vlm.image_token_id] * n_queries + made["input_ids"] != ids:
         raise UsageError(f"example {example}: the processor's tokens do not match the text {text!r}")
     queries = [(number * len(token), (number + 1) * len(token)) for number in range(n_queries)]
-    return queries + [(start + length, end + length) if end else (0, 0) for start, end in tokenized["offset_mapping"]]
+    return queries + [(start + length, end + length) if end else (0, 0) for start, end in made["offset_mapping"]]
 
 
 def token_boxes(

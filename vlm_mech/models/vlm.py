@@ -19,6 +19,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
 from vlm_mech.inputs.prompt import Encoded, Prompt, encode
+from vlm_mech.inputs.special_tokens import ids_after
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
 from vlm_mech.models.loading import DeviceMap, check_processor, load
@@ -244,14 +245,12 @@ class VLM(TracedModel):
         return torch.tensor([ids[each] for each in asked], device=self.device)
 
     def _answer_id(self, text: str, answer: str) -> int:
-        before = self.tokenizer(text)["input_ids"]
-        space = "" if text[-1].isspace() else " "
-        after = self.tokenizer(f"{text}{space}{answer.strip()}")["input_ids"]
-        if after[: len(before)] != before or len(after) == len(before):
+        ids = ids_after(self.tokenizer, text, answer)
+        if not ids:
             raise UsageError(f"answer {answer!r} cannot follow the prompt {text!r} as tokens of its own")
-        if after[len(before)] == self.tokenizer.unk_token_id:
+        if ids[0] == self.tokenizer.unk_token_id:
             raise UsageError(f"answer {answer!r} is not in the model's vocabulary")
-        return after[len(before)]
+        return ids[0]
 
     def __repr__(self) -> str:
         return describe(self)

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.prompt import Encoded, Prompt, render
+from vlm_mech.inputs.prompt import Encoded, Prompt, written
+from vlm_mech.inputs.special_tokens import ids_after
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -68,7 +69,7 @@ def names_after(vlm: "VLM", prompts: Sequence[Prompt], names: Sequence[str]) -> 
         UsageError: a name without tokens, with an unknown one, that changes the prompt's own, or whose tokens depend
             on the prompt.
     """
-    texts = list(dict.fromkeys(render(vlm, prompt)[0] for prompt in prompts))
+    texts = list(dict.fromkeys(written(vlm, prompts)))
     found = [tuple(_ids_after(vlm, text, name) for name in names) for text in texts]
     for text, other in zip(texts, found, strict=True):
         if other != found[0]:
@@ -81,12 +82,9 @@ def names_after(vlm: "VLM", prompts: Sequence[Prompt], names: Sequence[str]) -> 
 
 
 def _ids_after(vlm: "VLM", text: str, name: str) -> Ids:
-    before = vlm.tokenizer(text)["input_ids"]
-    space = "" if text[-1].isspace() else " "
-    after = vlm.tokenizer(f"{text}{space}{name.strip()}")["input_ids"]
-    if after[: len(before)] != before:
+    ids = ids_after(vlm.tokenizer, text, name)
+    if ids is None:
         raise UsageError(f"class name {name!r} cannot follow the prompt {text!r} as tokens of its own")
-    ids = tuple(after[len(before) :])
     if not ids:
         raise UsageError(f"class name {name!r} becomes no token; it cannot be scored")
     if vlm.tokenizer.unk_token_id in ids:
