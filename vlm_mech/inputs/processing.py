@@ -82,6 +82,9 @@ def _without_padding_effects(vlm: Any, texts: list[str], mask: "torch.Tensor") -
     queries and the text, which the decoder counts as positions.
     """
     text = vlm.processor.qformer_tokenizer(list(texts), padding=True, padding_side="right", return_tensors="pt")
+    n_tokens, most = text["input_ids"].shape[1], vlm.config.qformer_config.max_position_embeddings
+    if n_tokens > most:
+        raise UsageError(f"a prompt has {n_tokens} tokens for the Q-Former, which has positions for {most}")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {
         "qformer_input_ids": text["input_ids"],

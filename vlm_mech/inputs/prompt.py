@@ -81,6 +81,17 @@ class Encoded:
         """Tokens per row, padding included."""
         return self.inputs["input_ids"].shape[1]
 
+    def check_room(self, n_new: int = 0) -> None:
+        """Raise `UsageError` when a prompt, with `n_new` tokens after it, outgrows the decoder's positions."""
+        most, n_tokens = self.vlm.n_positions, self.n_pos + n_new
+        if most is not None and n_tokens > most:
+            longest = max(range(len(self)), key=lambda example: len(self.rows[example].present))
+            told = f" and {n_new} more follow, {n_tokens} together" if n_new else ""
+            raise UsageError(
+                f"prompt {longest} has {self.n_pos} tokens{told}; {self.vlm.name} has positions for {most}: "
+                "shorten the text, or give fewer or smaller pictures"
+            )
+
     def cells(self, span: Span, *, place: str = "llm") -> Cells:
         """Rows and positions of a span in the tensors of a place: `llm`, `vision`, `projector.in` or `projector.out`.
 
@@ -173,8 +184,8 @@ def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
 
     Raises:
         UsageError: no prompts, a mixture of prompts with and without image, or of texts with and without BOS, an
-            unreadable image, another number of images than placeholders, or a processor whose tokens cannot be matched
-            with the text.
+            unreadable image, another number of images than placeholders, a processor whose tokens cannot be matched
+            with the text, or more tokens than the decoder has positions.
     """
     prompts = tuple(prompts)
     if not prompts:
@@ -188,7 +199,9 @@ def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
     inputs = {name: value.to(vlm.device) for name, value in processed.inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
-    return Encoded(prompts, inputs, rows, vlm)
+    encoded = Encoded(prompts, inputs, rows, vlm)
+    encoded.check_room()
+    return encoded
 
 
 def _rendered(vlm: Any, prompts: Sequence[Prompt]) -> list[tuple[str, tuple[int, int]]]:

@@ -128,6 +128,18 @@ class VLM(TracedModel):
         return max(self.family.vision_reads(self.config))
 
     @property
+    def n_positions(self) -> int | None:
+        """Tokens that the decoder has positions for, prompt and answer together; None if its configuration sets none.
+
+        Rotary positions that YaRN or dynamic scaling stretches count as stretched.
+        """
+        text = self.config.get_text_config()
+        most, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+        if most is None or rope.get("rope_type") not in ("yarn", "dynamic"):
+            return most
+        return max(most, round((rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1)))
+
+    @property
     def patch_size(self) -> int:
         """Side of a patch in pixels of the preprocessed image."""
         size = self.config.vision_config.patch_size

@@ -114,7 +114,7 @@ def read_answer(answer: str, label: str, names: Sequence[str]) -> Reading:
 
 def too_long(vlm: "VLM", prompt: Prompt, asked: str, n_new: int) -> str:
     """Why a question does not fit the model's positions in the place of the prompt's; empty if it does."""
-    most = getattr(vlm.config.get_text_config(), "max_position_embeddings", None)
+    most = vlm.n_positions
     listed, plain = (len(vlm.tokenizer(text, verbose=False)["input_ids"]) for text in (asked, prompt.question))
     n_tokens = vlm.encode(prompt).n_pos + listed - plain + n_new
     return "" if most is None or n_tokens <= most else f"{n_tokens} tokens with the answer, for {most} positions"

@@ -101,11 +101,12 @@ def score_names(
         rows: rows of names run at a time, over all prompts.
 
     Raises:
-        UsageError: fewer rows than one.
+        UsageError: fewer rows than one, or prompt and name outgrow the decoder's positions.
     """
     if rows < 1:
         raise UsageError(f"rows is {rows}; at least one is needed")
     encoded = prompts if isinstance(prompts, Encoded) else vlm.encode(prompts)
+    encoded.check_room(max(names.lengths))
     with torch.no_grad():
         prefix = _prefilled(vlm, encoded)
         last = prefix.logits

@@ -339,8 +339,10 @@ def decode(
     """Answers of the plain model through these processors in turn, greedy unless `options` of `generate` say otherwise.
 
     Raises:
-        UsageError: beams, or other prompts than the processors were made for.
+        UsageError: beams, other prompts than the processors were made for, or an answer that outgrows the decoder's
+            positions.
     """
+    encoded.check_room(max_new_tokens)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
     with torch.no_grad():
         ids = vlm.model.generate(
