@@ -3,6 +3,7 @@
 Interventions, checks and sweeps are written for this class, so that they need not know how a model is loaded.
 """
 
+import functools
 import json
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from vlm_mech.architectures.families import Blocks, Family
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.weights import weights_hash
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.special_tokens import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -111,6 +113,11 @@ class TracedModel(ABC):
     def is_contrastive(self) -> bool:
         """Whether it has two towers that meet in a similarity, and no decoder that generates."""
         return isinstance(self.family, DualFamily)
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens that a user's text must not hold unless asked for (see `inputs/special_tokens.py`)."""
+        return special_tokens(self.processor)
 
     @property
     def dtype(self) -> torch.dtype:

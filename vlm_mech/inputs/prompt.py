@@ -14,7 +14,7 @@ from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, me
 from vlm_mech.inputs.image_layout import ImageLayout
 from vlm_mech.inputs.processing import Processed, laid_out, process
 from vlm_mech.inputs.span import Cells, Picture, Row, Span, flatten, resolve
-from vlm_mech.inputs.special_tokens import tokenized
+from vlm_mech.inputs.special_tokens import check_plain, tokenized
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +28,17 @@ class Prompt:
 
     `text` replaces the template: it is used as it stands, image placeholders included, and must then contain the
     question exactly once. Without an image the prompt is text only.
+
+    Special tokens (`<|im_end|>`, `<image>`, ...) in the question, the system message or the answers given to it are
+    refused, because a model does not read them as text; `special_tokens=True` asks for them. What surrounds the
+    question in `text` may hold them anyway.
     """
 
     question: str
     image: ImageLike | Sequence[ImageLike] | None = None
     system: str | None = None
     text: str | None = None
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -142,7 +147,15 @@ class Encoded:
 
 
 def render(vlm: Any, prompt: Prompt) -> tuple[str, tuple[int, int]]:
-    """The prompt's text with one placeholder an image, and where in it the question stands (start, end)."""
+    """The prompt's text with one placeholder an image, and where in it the question stands (start, end).
+
+    Raises:
+        UsageError: a special token in the question or the system message, or a template that does not keep them.
+    """
+    if not prompt.special_tokens:
+        for what, said in (("the question", prompt.question), ("the system message", prompt.system)):
+            if said:
+                check_plain(vlm, said, what)
     if prompt.text is not None:
         start = prompt.text.index(prompt.question)
         return prompt.text, (start, start + len(prompt.question))
@@ -206,7 +219,9 @@ def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
 
 def _rendered(vlm: Any, prompts: Sequence[Prompt]) -> list[tuple[str, tuple[int, int]]]:
     """What `render` makes of each prompt; those that differ in their pictures alone are rendered once."""
-    keys = [(prompt.question, len(prompt.images), prompt.system, prompt.text) for prompt in prompts]
+    keys = [
+        (prompt.question, len(prompt.images), prompt.system, prompt.text, prompt.special_tokens) for prompt in prompts
+    ]
     first = dict(zip(reversed(keys), reversed(prompts), strict=True))
     made = {key: render(vlm, prompt) for key, prompt in first.items()}
     return [made[key] for key in keys]

@@ -1,8 +1,10 @@
-"""Special tokens: when a tokenizer puts them around a text, and what of a text becomes tokens after it.
+"""Special tokens: when a tokenizer puts them around a text, what follows a text, and which a user's text must not hold.
 
 A chat template may write the token that begins a text (BOS) itself. A text that begins with it gets no special tokens
 from the tokenizer; every other one gets what the tokenizer adds. That is the rule of transformers'
 `processor.apply_chat_template(..., tokenize=True)`, kept here for prompts, raw texts, answers and class names alike.
+
+What a user writes is text: `<|im_end|>` in a question would end the user's turn, and `<image>` call for another image.
 """
 
 from collections.abc import Sequence
@@ -43,3 +45,39 @@ def ids_after(tokenizer: Any, text: str, more: str) -> tuple[int, ...] | None:
     space = "" if text[-1].isspace() else " "
     after = tokenized(tokenizer, f"{text}{space}{more.strip()}")["input_ids"]
     return tuple(after[len(before) :]) if after[: len(before)] == before else None
+
+
+def special_tokens(processor: Any) -> tuple[str, ...]:
+    """Every token with which text could pass for structure: special ones, marks of the chat template, image places.
+
+    Tokens of one or two characters, and words, are text like any other, whatever a tokenizer calls them.
+    """
+    template = str(getattr(processor, "chat_template", None) or "")
+    found = {str(getattr(processor, f"{name}_token", None) or "") for name in ("image", "boi", "eoi", "video", "audio")}
+    for tokenizer in (processor.tokenizer, getattr(processor, "qformer_tokenizer", None)):
+        if tokenizer is not None:
+            added = tokenizer.added_tokens_decoder.values()
+            found |= {token.content for token in added if token.special or token.content in template}
+            found |= set(tokenizer.all_special_tokens)
+    return tuple(sorted(token for token in found if len(token.strip()) > 2 and not token.strip().isalnum()))
+
+
+def check_plain(model: Any, text: str, what: str, *, ask: str = "Prompt(..., special_tokens=True)") -> None:
+    """Raise `UsageError` when a user's text holds a special token, as it is written or as the tokenizer reads it.
+
+    Args:
+        model: the `VLM` or `DualEncoder` that is to read the text.
+        what: what the text is, for the message.
+        ask: how its special tokens could be asked for.
+    """
+    tokenizer = model.tokenizer
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    made = set(tokenizer.convert_ids_to_tokens(ids)) - {tokenizer.unk_token}
+    found = [token for token in model.special_tokens if token in text or token in made]
+    if found:
+        first = min(found, key=lambda token: text.find(token) % (len(text) + 1))
+        shown = text if len(text) < 80 else f"{text[:77]}..."
+        raise UsageError(
+            f"{what} {shown!r} holds {first!r}, which is no text to {model.name} but a special token: take it out, or "
+            f"ask for it with {ask}"
+        )

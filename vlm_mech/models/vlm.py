@@ -19,7 +19,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
 from vlm_mech.inputs.prompt import Encoded, Prompt, encode
-from vlm_mech.inputs.special_tokens import ids_after
+from vlm_mech.inputs.special_tokens import check_plain, ids_after
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
 from vlm_mech.models.loading import DeviceMap, check_processor, load
@@ -219,9 +219,16 @@ class VLM(TracedModel):
 
     # Use
 
-    def prompt(self, question: str, image: ImageLike | None = None, *, system: str | None = None) -> Prompt:
-        """A question about an image, for the model's chat template."""
-        return Prompt(question, image, system)
+    def prompt(
+        self,
+        question: str,
+        image: ImageLike | None = None,
+        *,
+        system: str | None = None,
+        special_tokens: bool = False,
+    ) -> Prompt:
+        """A question about an image, for the model's chat template (see `Prompt`)."""
+        return Prompt(question, image, system, special_tokens=special_tokens)
 
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> Encoded:
         """The prompts as model inputs with spans (see `prompt.encode`)."""
@@ -248,10 +255,14 @@ class VLM(TracedModel):
         """The first token of each answer as it would follow its prompt, shape batch.
 
         Raises:
-            UsageError: another number of answers than prompts, or an answer that changes the prompt's own tokens.
+            UsageError: another number of answers than prompts, an answer that changes the prompt's own tokens, or one
+                with a special token that its prompt does not ask for.
         """
         if len(answers) != len(encoded):
             raise UsageError(f"{len(answers)} answers for {len(encoded)} prompts")
+        plain = (answer for answer, prompt in zip(answers, encoded.prompts, strict=True) if not prompt.special_tokens)
+        for answer in dict.fromkeys(plain):
+            check_plain(self, answer, "answer")
         asked = [(row.text, answer) for row, answer in zip(encoded.rows, answers, strict=True)]
         ids = {each: self._answer_id(*each) for each in dict.fromkeys(asked)}
         return torch.tensor([ids[each] for each in asked], device=self.device)

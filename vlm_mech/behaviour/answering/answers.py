@@ -3,13 +3,14 @@
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlm_mech.data.image_classes import normalised
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.prompt import Prompt, render
+from vlm_mech.inputs.special_tokens import check_plain
 
 if TYPE_CHECKING:
     from vlm_mech.data.image_classes import Labelled
@@ -61,12 +62,14 @@ def open_prompt(question: str, image: ImageLike | None) -> Prompt:
 
 
 def stemmed(vlm: "VLM", prompt: Prompt, stem: str) -> Prompt:
-    """The prompt with the beginning of the answer after it."""
+    """The prompt with the beginning of the answer after it, which holds special tokens only if the prompt may."""
     if not stem.strip():
         return prompt
     text = render(vlm, prompt)[0]
     space = "" if text[-1].isspace() else " "
-    return Prompt(prompt.question, prompt.image, text=f"{text}{space}{stem.strip()}")
+    if not prompt.special_tokens:
+        check_plain(vlm, stem, "the beginning of the answer")
+    return replace(prompt, system=None, text=f"{text}{space}{stem.strip()}")
 
 
 def candidates(example: "Labelled", names: Sequence[str], k: int, *, seed: int, order: str) -> tuple[int, ...]:

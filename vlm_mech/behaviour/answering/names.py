@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded, Prompt, written
-from vlm_mech.inputs.special_tokens import ids_after
+from vlm_mech.inputs.special_tokens import check_plain, ids_after
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -67,8 +67,11 @@ def names_after(vlm: "VLM", prompts: Sequence[Prompt], names: Sequence[str]) -> 
 
     Raises:
         UsageError: a name without tokens, with an unknown one, that changes the prompt's own, or whose tokens depend
-            on the prompt.
+            on the prompt; or a special token in one, unless all prompts ask for such.
     """
+    if not all(prompt.special_tokens for prompt in prompts):
+        for name in names:
+            check_plain(vlm, name, "class name")
     texts = list(dict.fromkeys(written(vlm, prompts)))
     found = [tuple(_ids_after(vlm, text, name) for name in names) for text in texts]
     for text, other in zip(texts, found, strict=True):
