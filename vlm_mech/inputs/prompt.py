@@ -5,11 +5,12 @@ image, the ids of the batch are matched against the tokenizer's own offsets, and
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.chat_template import in_template
 from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
 from vlm_mech.inputs.image_layout import ImageLayout
 from vlm_mech.inputs.processing import Processed, laid_out, process
@@ -18,8 +19,6 @@ from vlm_mech.inputs.special_tokens import check_plain, tokenized
 
 if TYPE_CHECKING:
     import torch
-
-SENTINEL = "\ue000question\ue000"
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,10 @@ class Prompt:
     special_tokens: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("question", "system", "text"):
+            said = getattr(self, name)
+            if not isinstance(said, str) and (said is not None or name == "question"):
+                raise UsageError(f"the {name} of a prompt is a string, not a {type(said).__name__}: {said!r:.60}")
         if not self.question.strip():
             raise UsageError("the question is empty")
         if self.text is not None and self.text.count(self.question) != 1:
@@ -159,36 +162,44 @@ def render(vlm: Any, prompt: Prompt) -> tuple[str, tuple[int, int]]:
     if prompt.text is not None:
         start = prompt.text.index(prompt.question)
         return prompt.text, (start, start + len(prompt.question))
-    processor, plain = vlm.processor, vlm.family.plain_text
-    if getattr(processor, "chat_template", None) is None:
+    plain = vlm.family.plain_text
+    if getattr(vlm.processor, "chat_template", None) is None:
         if plain is None:
             raise UsageError("the processor has no chat template; give Prompt(..., text=...) with the whole text")
         if prompt.system is not None:
             raise UsageError(f"{vlm.family.name} has no place for a system message")
         places = (vlm.placeholder or "") * len(prompt.images)
-        before, after = plain.format(images=places, question=SENTINEL).split(SENTINEL)
+        before, after = plain.replace("{images}", places).split("{question}")
         question = prompt.question.strip()
         return before + question + after, (len(before), len(before) + len(question))
-    marked = _apply_template(processor, prompt, SENTINEL)
-    if marked.count(SENTINEL) != 1:
-        raise UsageError(f"the chat template drops, repeats or alters the question: {marked!r}")
-    before, after = marked.split(SENTINEL)
-    text = _apply_template(processor, prompt, prompt.question)
-    end = len(text) - len(after)
-    if not (text.startswith(before) and text.endswith(after)) or text[len(before) : end] != prompt.question.strip():
-        raise UsageError(f"the chat template drops, repeats or alters the question {prompt.question!r}: {text!r}")
-    return text, (len(before), end)
+    return in_template(vlm, prompt.question.strip(), len(prompt.images), prompt.system)
 
 
-def _apply_template(processor: Any, prompt: Prompt, question: str) -> str:
-    content = [{"type": "image"} for _ in prompt.images] + [{"type": "text", "text": question.strip()}]
-    messages = [{"role": "user", "content": content}]
-    if prompt.system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def prompts_in(given: Any) -> tuple[Prompt, ...]:
+    """The prompts one by one.
+
+    Raises:
+        UsageError: there are none, or something else was given: a text, a picture, a pair, pairs.
+    """
+    if isinstance(given, Prompt):
+        return (given,)
+    one = f"{given!r:.60}" if isinstance(given, str) else f"a {type(given).__name__}"
+    if hasattr(given, "counterfactual") and hasattr(given, "base"):
+        raise UsageError(f"a model is run over prompts, not {one}: give its .base, or its .counterfactual")
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise UsageError(f"a model is run over Prompt(question, image), or a list of such, not {one}")
+    prompts = tuple(given)
+    if not prompts:
+        raise UsageError("no prompts were given")
+    for number, each in enumerate(prompts):
+        if not isinstance(each, Prompt):
+            raise UsageError(
+                f"number {number} of the prompts is a {type(each).__name__}; Prompt(question, image) is needed"
+            )
+    return prompts
 
 
-def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
+def encode(vlm: Any, prompts: Prompt | Sequence[Prompt]) -> Encoded:
     """The prompts as one left-padded batch on the model's device, with spans.
 
     Args:
@@ -196,13 +207,11 @@ def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
         prompts: prompts that all have images, or all have none.
 
     Raises:
-        UsageError: no prompts, a mixture of prompts with and without image, or of texts with and without BOS, an
-            unreadable image, another number of images than placeholders, a processor whose tokens cannot be matched
-            with the text, or more tokens than the decoder has positions.
+        UsageError: no prompts or something else, a mixture of prompts with and without image, or of texts with and
+            without BOS, an unreadable image, another number of images than placeholders, a processor whose tokens
+            cannot be matched with the text, or more tokens than the decoder has positions.
     """
-    prompts = tuple(prompts)
-    if not prompts:
-        raise UsageError("no prompts were given")
+    prompts = prompts_in(prompts)
     if len({bool(prompt.images) for prompt in prompts}) == 2:
         raise UsageError("prompts with and without an image cannot share a batch; encode them apart")
     rendered = _rendered(vlm, prompts)

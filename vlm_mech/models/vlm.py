@@ -232,7 +232,7 @@ class VLM(TracedModel):
 
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> Encoded:
         """The prompts as model inputs with spans (see `prompt.encode`)."""
-        return encode(self, [prompts] if isinstance(prompts, Prompt) else prompts)
+        return encode(self, prompts)
 
     def module_of(self, site: Site) -> tuple[str, bool]:
         """Path of the module at a site, and whether the site is its input (its output otherwise)."""
