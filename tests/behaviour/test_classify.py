@@ -170,8 +170,10 @@ def test_candidates_hold_the_class_and_differ_in_order_alone():
 def test_a_prompt_too_long_for_the_model_is_foreseen(vlm):
     prompt = Prompt("what is there?", picture(1))
     asked = WORDINGS["plain"].among("what is there?", ["red star"] * 80)
-    n_tokens = vlm.encode(Prompt(asked, picture(1))).n_pos
+    n_tokens = 270  # 80 names of two words, 79 commas, and 31 others
     assert too_long(vlm, prompt, asked, 4).startswith(f"{n_tokens + 4} tokens")
+    with pytest.raises(UsageError, match=f"has {n_tokens} tokens; .* has positions for 256"):
+        vlm.encode(Prompt(asked, picture(1)))
     assert too_long(vlm, prompt, "what is there?", 4) == ""
     assert longest(["a", "b", "c"], [1, 3, 2], 2) == ["b", "c"]
 

@@ -4,6 +4,7 @@ Interventions, checks and sweeps are written for this class, so that they need n
 """
 
 import contextlib
+import functools
 import json
 import threading
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ from vlm_mech.architectures.families import Blocks, Family
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.weights import weights_hash
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.special_tokens import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -118,6 +120,11 @@ class TracedModel(ABC):
     def is_contrastive(self) -> bool:
         """Whether it has two towers that meet in a similarity, and no decoder that generates."""
         return isinstance(self.family, DualFamily)
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens that a user's text must not hold unless asked for (see `inputs/special_tokens.py`)."""
+        return special_tokens(self.processor)
 
     @property
     def dtype(self) -> torch.dtype:

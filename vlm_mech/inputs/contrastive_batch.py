@@ -10,6 +10,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
 from vlm_mech.inputs.image_layout import Batch, ImageLayout, Tile, View
 from vlm_mech.inputs.span import Cell, Cells, Each, Picture, Positions, Row, Span, Words, flatten, resolve, shown
+from vlm_mech.inputs.special_tokens import check_plain
 
 if TYPE_CHECKING:
     import torch
@@ -120,15 +121,22 @@ def _in_text(row: Row, pooled: int, span: Span, example: int) -> tuple[Cell, ...
 
 
 def encode(
-    encoder: Any, images: Sequence[ImageLike], texts: Sequence[str], max_patches: int | None = None
+    encoder: Any,
+    images: Sequence[ImageLike],
+    texts: Sequence[str],
+    max_patches: int | None = None,
+    *,
+    special_tokens: bool = False,
 ) -> DualEncoded:
     """Images and texts as one batch on the model's device, padded as the model was trained.
 
     Args:
         max_patches: for pictures of any shape (NaFlex), how many patches one may have; the processor's own if None.
+        special_tokens: whether texts may hold them (CLIP pools the first end-of-text token that it meets).
 
     Raises:
-        UsageError: no image, no text, an unreadable image, an empty text or one too long for the tower.
+        UsageError: no image, no text, an unreadable image, an empty text, one too long for the tower or one with a
+            special token.
     """
     if isinstance(images, str) or isinstance(texts, str):
         raise UsageError("encode takes a list of images and a list of texts")
@@ -136,6 +144,8 @@ def encode(
         raise UsageError(f"{len(images)} image(s) and {len(texts)} text(s) were given; at least one of each is needed")
     pictures = [load_image(image) for image in images]
     known = [_tokenized(encoder, text, number) for number, text in enumerate(texts)]
+    for number, text in enumerate(() if special_tokens else texts):
+        check_plain(encoder, text, f"text {number}", ask="encode(..., special_tokens=True)")
     longest = encoder.config.text_config.max_position_embeddings
     padding = {"padding": "max_length", "max_length": longest} if encoder.family.pads_fully else {"padding": True}
     batch = _processed(encoder, pictures, max_patches, text=list(texts), **padding)

@@ -5,20 +5,20 @@ image, the ids of the batch are matched against the tokenizer's own offsets, and
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.chat_template import in_template
 from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
 from vlm_mech.inputs.image_layout import ImageLayout
+from vlm_mech.inputs.processing import Processed, laid_out, process
 from vlm_mech.inputs.span import Cells, Picture, Row, Span, flatten, resolve
+from vlm_mech.inputs.special_tokens import check_plain, tokenized
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
-
-SENTINEL = "\ue000question\ue000"
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,23 @@ class Prompt:
 
     `text` replaces the template: it is used as it stands, image placeholders included, and must then contain the
     question exactly once. Without an image the prompt is text only.
+
+    Special tokens (`<|im_end|>`, `<image>`, ...) in the question, the system message or the answers given to it are
+    refused, because a model does not read them as text; `special_tokens=True` asks for them. What surrounds the
+    question in `text` may hold them anyway.
     """
 
     question: str
     image: ImageLike | Sequence[ImageLike] | None = None
     system: str | None = None
     text: str | None = None
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("question", "system", "text"):
+            said = getattr(self, name)
+            if not isinstance(said, str) and (said is not None or name == "question"):
+                raise UsageError(f"the {name} of a prompt is a string, not a {type(said).__name__}: {said!r:.60}")
         if not self.question.strip():
             raise UsageError("the question is empty")
         if self.text is not None and self.text.count(self.question) != 1:
@@ -79,6 +88,17 @@ class Encoded:
     def n_pos(self) -> int:
         """Tokens per row, padding included."""
         return self.inputs["input_ids"].shape[1]
+
+    def check_room(self, n_new: int = 0) -> None:
+        """Raise `UsageError` when a prompt, with `n_new` tokens after it, outgrows the decoder's positions."""
+        most, n_tokens = self.vlm.n_positions, self.n_pos + n_new
+        if most is not None and n_tokens > most:
+            longest = max(range(len(self)), key=lambda example: len(self.rows[example].present))
+            told = f" and {n_new} more follow, {n_tokens} together" if n_new else ""
+            raise UsageError(
+                f"prompt {longest} has {self.n_pos} tokens{told}; {self.vlm.name} has positions for {most}: "
+                "shorten the text, or give fewer or smaller pictures"
+            )
 
     def cells(self, span: Span, *, place: str = "llm") -> Cells:
         """Rows and positions of a span in the tensors of a place: `llm`, `vision`, `projector.in` or `projector.out`.
@@ -130,40 +150,56 @@ class Encoded:
 
 
 def render(vlm: Any, prompt: Prompt) -> tuple[str, tuple[int, int]]:
-    """The prompt's text with one placeholder an image, and where in it the question stands (start, end)."""
+    """The prompt's text with one placeholder an image, and where in it the question stands (start, end).
+
+    Raises:
+        UsageError: a special token in the question or the system message, or a template that does not keep them.
+    """
+    if not prompt.special_tokens:
+        for what, said in (("the question", prompt.question), ("the system message", prompt.system)):
+            if said:
+                check_plain(vlm, said, what)
     if prompt.text is not None:
         start = prompt.text.index(prompt.question)
         return prompt.text, (start, start + len(prompt.question))
-    processor, plain = vlm.processor, vlm.family.plain_text
-    if getattr(processor, "chat_template", None) is None:
+    plain = vlm.family.plain_text
+    if getattr(vlm.processor, "chat_template", None) is None:
         if plain is None:
             raise UsageError("the processor has no chat template; give Prompt(..., text=...) with the whole text")
         if prompt.system is not None:
             raise UsageError(f"{vlm.family.name} has no place for a system message")
         places = (vlm.placeholder or "") * len(prompt.images)
-        before, after = plain.format(images=places, question=SENTINEL).split(SENTINEL)
+        before, after = plain.replace("{images}", places).split("{question}")
         question = prompt.question.strip()
         return before + question + after, (len(before), len(before) + len(question))
-    marked = _apply_template(processor, prompt, SENTINEL)
-    if marked.count(SENTINEL) != 1:
-        raise UsageError(f"the chat template drops, repeats or alters the question: {marked!r}")
-    before, after = marked.split(SENTINEL)
-    text = _apply_template(processor, prompt, prompt.question)
-    end = len(text) - len(after)
-    if not (text.startswith(before) and text.endswith(after)) or text[len(before) : end] != prompt.question.strip():
-        raise UsageError(f"the chat template drops, repeats or alters the question {prompt.question!r}: {text!r}")
-    return text, (len(before), end)
+    return in_template(vlm, prompt.question.strip(), len(prompt.images), prompt.system)
 
 
-def _apply_template(processor: Any, prompt: Prompt, question: str) -> str:
-    content = [{"type": "image"} for _ in prompt.images] + [{"type": "text", "text": question.strip()}]
-    messages = [{"role": "user", "content": content}]
-    if prompt.system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def prompts_in(given: Any) -> tuple[Prompt, ...]:
+    """The prompts one by one.
+
+    Raises:
+        UsageError: there are none, or something else was given: a text, a picture, a pair, pairs.
+    """
+    if isinstance(given, Prompt):
+        return (given,)
+    one = f"{given!r:.60}" if isinstance(given, str) else f"a {type(given).__name__}"
+    if hasattr(given, "counterfactual") and hasattr(given, "base"):
+        raise UsageError(f"a model is run over prompts, not {one}: give its .base, or its .counterfactual")
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise UsageError(f"a model is run over Prompt(question, image), or a list of such, not {one}")
+    prompts = tuple(given)
+    if not prompts:
+        raise UsageError("no prompts were given")
+    for number, each in enumerate(prompts):
+        if not isinstance(each, Prompt):
+            raise UsageError(
+                f"number {number} of the prompts is a {type(each).__name__}; Prompt(question, image) is needed"
+            )
+    return prompts
 
 
-def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
+def encode(vlm: Any, prompts: Prompt | Sequence[Prompt]) -> Encoded:
     """The prompts as one left-padded batch on the model's device, with spans.
 
     Args:
@@ -171,12 +207,11 @@ def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
         prompts: prompts that all have images, or all have none.
 
     Raises:
-        UsageError: no prompts, a mixture of prompts with and without image, an unreadable image, another number of
-            images than placeholders, or a processor whose tokens cannot be matched with the text.
+        UsageError: no prompts or something else, a mixture of prompts with and without image, or of texts with and
+            without BOS, an unreadable image, another number of images than placeholders, a processor whose tokens
+            cannot be matched with the text, or more tokens than the decoder has positions.
     """
-    prompts = tuple(prompts)
-    if not prompts:
-        raise UsageError("no prompts were given")
+    prompts = prompts_in(prompts)
     if len({bool(prompt.images) for prompt in prompts}) == 2:
         raise UsageError("prompts with and without an image cannot share a batch; encode them apart")
     rendered = _rendered(vlm, prompts)
@@ -186,87 +221,27 @@ def encode(vlm: Any, prompts: Sequence[Prompt]) -> Encoded:
     inputs = {name: value.to(vlm.device) for name, value in processed.inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
-    return Encoded(prompts, inputs, rows, vlm)
+    encoded = Encoded(prompts, inputs, rows, vlm)
+    encoded.check_room()
+    return encoded
 
 
 def _rendered(vlm: Any, prompts: Sequence[Prompt]) -> list[tuple[str, tuple[int, int]]]:
     """What `render` makes of each prompt; those that differ in their pictures alone are rendered once."""
-    keys = [(prompt.question, len(prompt.images), prompt.system, prompt.text) for prompt in prompts]
+    keys = [
+        (prompt.question, len(prompt.images), prompt.system, prompt.text, prompt.special_tokens) for prompt in prompts
+    ]
     first = dict(zip(reversed(keys), reversed(prompts), strict=True))
     made = {key: render(vlm, prompt) for key, prompt in first.items()}
     return [made[key] for key in keys]
 
 
-@dataclass(frozen=True, eq=False)
-class Processed:
-    """What the processor made of a batch: model inputs, and per prompt its text with all placeholders expanded.
+def written(vlm: Any, prompts: Sequence[Prompt]) -> list[str]:
+    """The text that an answer to each prompt follows, with one placeholder an image; no image is read for it."""
+    from PIL import Image
 
-    `places` are the (start, end) characters in that text of what stands for each image.
-    """
-
-    inputs: dict[str, "torch.Tensor"]
-    texts: tuple[str, ...]
-    places: tuple[tuple[tuple[int, int], ...], ...]
-
-
-def process(vlm: Any, texts: list[str], images: "list[list[Image.Image]]") -> Processed:
-    """The batch as any Hugging Face user would get it from the processor, and how it expanded the placeholders."""
-    if vlm.placeholder is not None:
-        for text, each in zip(texts, images, strict=True):
-            if text.count(vlm.placeholder) != len(each):
-                n_places = text.count(vlm.placeholder)
-                raise UsageError(f"{len(each)} image(s) for {n_places} image placeholder(s) in {text!r}")
-    nested = images if any(images) else None
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    if vlm.family.queries_first:
-        return _queries_first(vlm, texts, images, options)
-    try:
-        batch = dict(vlm.processor(images=nested, text=list(texts), return_text_replacement_offsets=True, **options))
-        laid_out = vlm.processor.prepare_inputs_layout(images=nested, text=list(texts))[1]
-    except (ValueError, TypeError, IndexError) as error:
-        raise UsageError(f"{type(vlm.processor).__name__} refuses the prompts: {error}") from error
-    offsets = batch.pop("text_replacement_offsets", None)
-    if offsets is None and nested is not None:
-        raise UsageError(f"{type(vlm.processor).__name__} does not say where it put the images")
-    if nested is None:
-        offsets = [[] for _ in texts]
-    batch.pop("labels", None)
-    expanded, places = [], []
-    for text, found in zip(laid_out, offsets, strict=True):
-        for each in reversed(found):
-            start, end = each["span"]
-            text = text[:start] + each["replacement"] + text[end:]
-        expanded.append(text)
-        places.append(tuple(tuple(each["new_span"]) for each in found))
-    return Processed(batch, tuple(expanded), tuple(places))
-
-
-def _queries_first(vlm: Any, texts: list[str], images: "list[list[Image.Image]]", options: dict[str, Any]) -> Processed:
-    """BLIP-2 and InstructBLIP put their query tokens before everything else, the padding included."""
-    if any(len(each) > 1 for each in images):
-        raise UsageError(f"{vlm.family.name} takes one image a prompt")
-    flat = [image for each in images for image in each]
-    batch = dict(vlm.processor(images=flat or None, text=list(texts), **options))
-    if "qformer_input_ids" in batch:
-        batch |= _without_padding_effects(vlm, texts, batch["attention_mask"])
-    queries = str(vlm.processor.image_token) * vlm.processor.num_query_tokens if flat else ""
-    expanded = tuple(queries + text for text in texts)
-    return Processed(batch, expanded, tuple(((0, len(queries)),) if flat else () for _ in texts))
-
-
-def _without_padding_effects(vlm: Any, texts: list[str], mask: "torch.Tensor") -> dict[str, "torch.Tensor"]:
-    """Inputs that make a prompt of a padded batch answer as it does alone.
-
-    The InstructBLIP processor pads the Q-Former's text on the left, whose positions are absolute, and between the
-    queries and the text, which the decoder counts as positions.
-    """
-    text = vlm.processor.qformer_tokenizer(list(texts), padding=True, padding_side="right", return_tensors="pt")
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {
-        "qformer_input_ids": text["input_ids"],
-        "qformer_attention_mask": text["attention_mask"],
-        "position_ids": positions,
-    }
+    none = Image.new("RGB", (1, 1))
+    return laid_out(vlm, [text for text, _ in _rendered(vlm, prompts)], [[none] * len(each.images) for each in prompts])
 
 
 def _rows(
@@ -361,20 +336,20 @@ def _offsets(vlm: Any, text: str, ids: list[int], example: int) -> list[tuple[in
     if vlm.family.queries_first and text.startswith(str(vlm.processor.image_token)):
         return _offsets_after_queries(vlm, text, ids, example)
     for special in (True, False):
-        tokenized = vlm.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-        if tokenized["input_ids"] == ids:
-            return tokenized["offset_mapping"]
+        made = vlm.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        if made["input_ids"] == ids:
+            return made["offset_mapping"]
     raise UsageError(f"example {example}: the processor's tokens do not match the text {text!r}")
 
 
 def _offsets_after_queries(vlm: Any, text: str, ids: list[int], example: int) -> list[tuple[int, int]]:
     token, n_queries = str(vlm.processor.image_token), vlm.processor.num_query_tokens
     length = len(token) * n_queries
-    tokenized = vlm.tokenizer(text[length:], return_offsets_mapping=True)
-    if [vlm.image_token_id] * n_queries + tokenized["input_ids"] != ids:
+    made = tokenized(vlm.tokenizer, text[length:], return_offsets_mapping=True)
+    if [vlm.image_token_id] * n_queries + made["input_ids"] != ids:
         raise UsageError(f"example {example}: the processor's tokens do not match the text {text!r}")
     queries = [(number * len(token), (number + 1) * len(token)) for number in range(n_queries)]
-    return queries + [(start + length, end + length) if end else (0, 0) for start, end in tokenized["offset_mapping"]]
+    return queries + [(start + length, end + length) if end else (0, 0) for start, end in made["offset_mapping"]]
 
 
 def token_boxes(

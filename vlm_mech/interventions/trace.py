@@ -79,14 +79,19 @@ class Generation:
     output: Any = None
 
 
-def _as_encoded(vlm: TracedModel, prompts: Prompts) -> Batch:
+def _as_encoded(vlm: TracedModel, prompts: Prompts, n_new: int = 0) -> Batch:
+    """The prompts as a batch that has room for so many tokens after each."""
     dual = vlm.is_contrastive
     if isinstance(prompts, DualEncoded if dual else Encoded):
-        return prompts
-    if dual or isinstance(prompts, DualEncoded):
+        encoded = prompts
+    elif dual or isinstance(prompts, DualEncoded):
         needed = "a batch made by encode(images, texts)" if dual else "prompts or a batch made of them"
         raise UsageError(f"{vlm.name} takes {needed}, not {type(prompts).__name__}")
-    return vlm.encode(prompts)
+    else:
+        encoded = vlm.encode(prompts)
+    if isinstance(encoded, Encoded):
+        encoded.check_room(n_new)
+    return encoded
 
 
 def read(
@@ -215,12 +220,12 @@ def generate(
     the span `generated` wherever a generated token is; on every row of a prompt (beams, several answers).
 
     Raises:
-        UsageError: as for `run`.
+        UsageError: as for `run`, or prompt and `max_new_tokens` outgrow the decoder's positions.
         ReceiptError: the intervention did not take effect.
     """
     if vlm.is_contrastive:
         raise UsageError(f"{vlm.name} is a contrastive model, which generates nothing")
-    encoded = _as_encoded(vlm, prompts)
+    encoded = _as_encoded(vlm, prompts, max_new_tokens)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
     options = decoding_options(options, settings=settings, max_new_tokens=max_new_tokens)
     copies, used = check_generation(vlm, encoded, made, options)

@@ -138,14 +138,20 @@ class DualEncoder(TracedModel):
     # Use
 
     def encode(
-        self, images: Sequence[ImageLike], texts: Sequence[str], *, max_patches: int | None = None
+        self,
+        images: Sequence[ImageLike],
+        texts: Sequence[str],
+        *,
+        max_patches: int | None = None,
+        special_tokens: bool = False,
     ) -> DualEncoded:
         """Images and texts, any number of each, as model inputs with spans (see `DualEncoded`).
 
         Args:
             max_patches: how many patches an image may have, in models that take any shape (SigLIP2 NaFlex).
+            special_tokens: whether texts may hold special tokens, which are refused otherwise.
         """
-        return encode(self, images, texts, max_patches)
+        return encode(self, images, texts, max_patches, special_tokens=special_tokens)
 
     def module_of(self, site: Site) -> tuple[str, bool]:
         """Path of the module at a site, and whether the site is its input (its output otherwise)."""

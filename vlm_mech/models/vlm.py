@@ -20,6 +20,7 @@ from vlm_mech.inputs.answer import Attached
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
 from vlm_mech.inputs.prompt import Encoded, Prompt, encode
+from vlm_mech.inputs.special_tokens import check_plain, ids_after
 from vlm_mech.interventions.generating import set_aside
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
@@ -129,6 +130,18 @@ class VLM(TracedModel):
         return max(self.family.vision_reads(self.config))
 
     @property
+    def n_positions(self) -> int | None:
+        """Tokens that the decoder has positions for, prompt and answer together; None if its configuration sets none.
+
+        Rotary positions that YaRN or dynamic scaling stretches count as stretched.
+        """
+        text = self.config.get_text_config()
+        most, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+        if most is None or rope.get("rope_type") not in ("yarn", "dynamic"):
+            return most
+        return max(most, round((rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1)))
+
+    @property
     def patch_size(self) -> int:
         """Side of a patch in pixels of the preprocessed image."""
         size = self.config.vision_config.patch_size
@@ -213,13 +226,20 @@ class VLM(TracedModel):
 
     # Use
 
-    def prompt(self, question: str, image: ImageLike | None = None, *, system: str | None = None) -> Prompt:
-        """A question about an image, for the model's chat template."""
-        return Prompt(question, image, system)
+    def prompt(
+        self,
+        question: str,
+        image: ImageLike | None = None,
+        *,
+        system: str | None = None,
+        special_tokens: bool = False,
+    ) -> Prompt:
+        """A question about an image, for the model's chat template (see `Prompt`)."""
+        return Prompt(question, image, system, special_tokens=special_tokens)
 
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> Encoded:
         """The prompts as model inputs with spans (see `prompt.encode`)."""
-        return encode(self, [prompts] if isinstance(prompts, Prompt) else prompts)
+        return encode(self, prompts)
 
     def module_of(self, site: Site) -> tuple[str, bool]:
         """Path of the module at a site, and whether the site is its input (its output otherwise)."""
@@ -245,10 +265,14 @@ class VLM(TracedModel):
 
         Raises:
             UsageError: another number of answers than prompts, an answer that changes the prompt's own tokens or is not
-                in the vocabulary, or one whose first token is a space alone.
+                in the vocabulary, one whose first token is a space alone, or one with a special token that its prompt
+                does not ask for.
         """
         if len(answers) != len(encoded):
             raise UsageError(f"{len(answers)} answers for {len(encoded)} prompts")
+        plain = (answer for answer, prompt in zip(answers, encoded.prompts, strict=True) if not prompt.special_tokens)
+        for answer in dict.fromkeys(plain):
+            check_plain(self, answer, "answer")
         asked = [
             (row.text, answer, isinstance(answer, Attached)) for row, answer in zip(encoded.rows, answers, strict=True)
         ]
@@ -271,14 +295,12 @@ class VLM(TracedModel):
         Raises:
             UsageError: the answer changes the prompt's own tokens, or is not in the vocabulary.
         """
-        before = self.tokenizer(text)["input_ids"]
-        space = "" if text[-1].isspace() or isinstance(answer, Attached) else " "
-        after = self.tokenizer(f"{text}{space}{answer.strip()}")["input_ids"]
-        if after[: len(before)] != before or len(after) == len(before):
+        ids = ids_after(self.tokenizer, text, answer)
+        if not ids:
             raise UsageError(f"answer {answer!r} cannot follow the prompt {text!r} as tokens of its own")
-        if after[len(before)] == self.tokenizer.unk_token_id:
+        if ids[0] == self.tokenizer.unk_token_id:
             raise UsageError(f"answer {answer!r} is not in the model's vocabulary")
-        return after[len(before)]
+        return ids[0]
 
     def __repr__(self) -> str:
         return describe(self)

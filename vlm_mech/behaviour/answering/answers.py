@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.prompt import Prompt, render
+from vlm_mech.inputs.special_tokens import check_plain
 
 if TYPE_CHECKING:
     from vlm_mech.data.image_classes import Labelled
@@ -59,12 +60,14 @@ def open_prompt(question: str, image: ImageLike | None) -> Prompt:
 
 
 def stemmed(vlm: "VLM", prompt: Prompt, stem: str) -> Prompt:
-    """The prompt with the beginning of the answer after it."""
+    """The prompt with the beginning of the answer after it, which holds special tokens only if the prompt may."""
     if not stem.strip():
         return prompt
     text = render(vlm, prompt)[0]
     space = "" if text[-1].isspace() else " "
-    return Prompt(prompt.question, prompt.image, text=f"{text}{space}{stem.strip()}")
+    if not prompt.special_tokens:
+        check_plain(vlm, stem, "the beginning of the answer")
+    return replace(prompt, system=None, text=f"{text}{space}{stem.strip()}")
 
 
 def candidates(example: "Labelled", names: Sequence[str], k: int, *, seed: int, order: str) -> tuple[int, ...]:
@@ -83,7 +86,7 @@ def candidates(example: "Labelled", names: Sequence[str], k: int, *, seed: int, 
 
 def too_long(vlm: "VLM", prompt: Prompt, asked: str, n_new: int) -> str:
     """Why a question does not fit the model's positions in the place of the prompt's; empty if it does."""
-    most = getattr(vlm.config.get_text_config(), "max_position_embeddings", None)
+    most = vlm.n_positions
     listed, plain = (len(vlm.tokenizer(text, verbose=False)["input_ids"]) for text in (asked, prompt.question))
     n_tokens = vlm.encode(prompt).n_pos + listed - plain + n_new
     return "" if most is None or n_tokens <= most else f"{n_tokens} tokens with the answer, for {most} positions"

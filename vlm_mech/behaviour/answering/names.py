@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.prompt import Encoded, Prompt, render
+from vlm_mech.inputs.prompt import Encoded, Prompt, written
+from vlm_mech.inputs.special_tokens import check_plain, ids_after
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -66,9 +67,12 @@ def names_after(vlm: "VLM", prompts: Sequence[Prompt], names: Sequence[str]) -> 
 
     Raises:
         UsageError: a name without tokens, with an unknown one, that changes the prompt's own, or whose tokens depend
-            on the prompt.
+            on the prompt; or a special token in one, unless all prompts ask for such.
     """
-    texts = list(dict.fromkeys(render(vlm, prompt)[0] for prompt in prompts))
+    if not all(prompt.special_tokens for prompt in prompts):
+        for name in names:
+            check_plain(vlm, name, "class name")
+    texts = list(dict.fromkeys(written(vlm, prompts)))
     found = [tuple(_ids_after(vlm, text, name) for name in names) for text in texts]
     for text, other in zip(texts, found, strict=True):
         if other != found[0]:
@@ -81,12 +85,9 @@ def names_after(vlm: "VLM", prompts: Sequence[Prompt], names: Sequence[str]) -> 
 
 
 def _ids_after(vlm: "VLM", text: str, name: str) -> Ids:
-    before = vlm.tokenizer(text)["input_ids"]
-    space = "" if text[-1].isspace() else " "
-    after = vlm.tokenizer(f"{text}{space}{name.strip()}")["input_ids"]
-    if after[: len(before)] != before:
+    ids = ids_after(vlm.tokenizer, text, name)
+    if ids is None:
         raise UsageError(f"class name {name!r} cannot follow the prompt {text!r} as tokens of its own")
-    ids = tuple(after[len(before) :])
     if not ids:
         raise UsageError(f"class name {name!r} becomes no token; it cannot be scored")
     if vlm.tokenizer.unk_token_id in ids:
@@ -103,11 +104,12 @@ def score_names(
         rows: rows of names run at a time, over all prompts.
 
     Raises:
-        UsageError: fewer rows than one.
+        UsageError: fewer rows than one, or prompt and name outgrow the decoder's positions.
     """
     if rows < 1:
         raise UsageError(f"rows is {rows}; at least one is needed")
     encoded = prompts if isinstance(prompts, Encoded) else vlm.encode(prompts)
+    encoded.check_room(max(names.lengths))
     with torch.no_grad(), vlm.passing():
         prefix = _prefilled(vlm, encoded)
         last = prefix.logits

@@ -1,10 +1,11 @@
 """The same question without its picture."""
 
 import inspect
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.prompt import Encoded, Prompt
+from vlm_mech.inputs.prompt import Encoded
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -31,10 +32,7 @@ def without_images(vlm: "VLM", encoded: Encoded) -> Encoded:
     if "pixel_values" in needed_inputs(vlm):
         raise UsageError(f"{vlm.family.name} cannot run without a picture, so nothing can be compared with that")
     place = vlm.placeholder or ""
-    bare = [
-        Prompt(each.question, system=each.system, text=each.text and each.text.replace(place, ""))
-        for each in encoded.prompts
-    ]
+    bare = [replace(each, image=None, text=each.text and each.text.replace(place, "")) for each in encoded.prompts]
     try:
         return vlm.encode(bare)
     except UsageError as error:

@@ -150,8 +150,13 @@ def _loss(vlm: "VLM", some: Sequence[Labelled], question: str, names: Names) -> 
 def with_answers(
     vlm: "VLM", encoded: Encoded, answers: Sequence[Ids]
 ) -> tuple[dict[str, Tensor], Int[Tensor, "batch pos"]]:
-    """The prompts with their answers after them, padded on the right, and the tokens to be predicted (-100: none)."""
+    """The prompts with their answers after them, padded on the right, and the tokens to be predicted (-100: none).
+
+    Raises:
+        UsageError: prompt and answer outgrow the decoder's positions.
+    """
     width = max(len(ids) for ids in answers)
+    encoded.check_room(width)
     device = encoded.inputs["input_ids"].device
     ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in answers], device=device)
     mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in answers], device=device)

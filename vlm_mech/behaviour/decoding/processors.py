@@ -343,8 +343,10 @@ def decode(
     Settings of the checkpoint are left out as by `trace.generate`.
 
     Raises:
-        UsageError: beams, or other prompts than the processors were made for.
+        UsageError: beams, other prompts than the processors were made for, or an answer that outgrows the decoder's
+            positions.
     """
+    encoded.check_room(max_new_tokens)
     options = decoding_options(options, settings=settings, max_new_tokens=max_new_tokens)
     used = settings_of(in_force(vlm, options))
     with torch.no_grad(), vlm.passing():

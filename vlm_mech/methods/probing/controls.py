@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,7 @@ def read_without_image(
     rest = [spot for spot in spots if spot not in bare]
     found: Features = {}
     if bare:
-        prompts = [Prompt(prompt.question, system=prompt.system) for prompt in examples.prompts]
+        prompts = [replace(prompt, image=None) for prompt in examples.prompts]
         found |= _read_once(vlm, prompts, examples, bare, folder / "text", batch)
     if rest:
         found |= _read_once(vlm, _blanked(examples.prompts), examples, rest, folder / "blank", batch)
@@ -93,9 +94,7 @@ def _blanked(prompts: Sequence[Prompt]) -> list[Prompt]:
     images = [load_image(prompt.images[0]) for prompt in prompts]
     colour = np.mean([np.asarray(image).mean((0, 1)) for image in images], axis=0).round().astype(int)
     blank = {size: Image.new("RGB", size, tuple(colour.tolist())) for size in {image.size for image in images}}
-    return [
-        Prompt(prompt.question, blank[image.size], prompt.system) for prompt, image in zip(prompts, images, strict=True)
-    ]
+    return [replace(prompt, image=blank[image.size]) for prompt, image in zip(prompts, images, strict=True)]
 
 
 def _read_once(
