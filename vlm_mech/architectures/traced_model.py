@@ -3,6 +3,7 @@
 Interventions, checks and sweeps are written for this class, so that they need not know how a model is loaded.
 """
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from vlm_mech.architectures.contrastive_families import DualFamily
 from vlm_mech.architectures.families import Blocks, Family
 from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.weights import weights_hash
+from vlm_mech.architectures.weights import has_adapter, weights_hash
 from vlm_mech.errors import UsageError
 
 if TYPE_CHECKING:
@@ -201,12 +202,34 @@ class TracedModel(ABC):
         return handle(self.envoy(path), is_input=is_input, n_rows=n_rows)
 
     def identity(self) -> dict[str, str | None]:
-        """Name and revision, or a hash of the weights where there is no revision, for provenance."""
+        """Name and revision, for provenance; a hash of the weights too where no revision tells them (or an adapter)."""
         about = {"name": self.name, "family": self.family.name, "revision": getattr(self.config, "_commit_hash", None)}
         quantizer = getattr(self.config, "quantization_config", None)
         if quantizer is not None:
             values = quantizer if isinstance(quantizer, dict) else quantizer.to_dict()
             about["quantization"] = json.dumps(values, default=str, sort_keys=True)
-        if about["revision"] is not None:
+        if about["revision"] is not None and not has_adapter(self.model):
             return about
         return about | {"weights": weights_hash(self.model)}
+
+    # Copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with weights of its own, wrapped again; its names hold as those of the original do."""
+        made: Any = type(self)
+        parts = (copy.deepcopy(part, memo) for part in (self.model, self.processor))
+        copied = made(*parts, name=self.name, check=False)
+        copied.nn.revision = getattr(self.nn, "revision", None)
+        return copied
+
+    def __copy__(self) -> Any:
+        """Another name for the same weights."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce__(self) -> Any:
+        raise UsageError(
+            f"{self.name} cannot be pickled; give its name or folder and call {type(self).__name__}.load there "
+            "(vlm.model.save_pretrained and vlm.processor.save_pretrained make a folder)"
+        )

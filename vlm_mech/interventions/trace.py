@@ -67,7 +67,17 @@ class Generation:
     receipts: tuple[Receipt, ...] = ()
 
 
+def refuse_open_trace(vlm: TracedModel) -> None:
+    """Raise `UsageError` within a trace of the model: what opens one of its own cannot run there."""
+    if vlm.nn.interleaver.interleaving:
+        raise UsageError(
+            f"a trace of {vlm.name} is open; run, read, generate and sweep open one of their own, so call them before "
+            "or after the `with` block"
+        )
+
+
 def _as_encoded(vlm: TracedModel, prompts: Prompts) -> Batch:
+    refuse_open_trace(vlm)
     dual = vlm.is_contrastive
     if isinstance(prompts, DualEncoded if dual else Encoded):
         return prompts

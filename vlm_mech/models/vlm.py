@@ -21,7 +21,7 @@ from vlm_mech.inputs.image_layout import Batch, ImageLayout
 from vlm_mech.inputs.prompt import Encoded, Prompt, encode
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
-from vlm_mech.models.loading import DeviceMap, check_processor, load
+from vlm_mech.models.loading import DeviceMap, check_processor, load, unwrapped
 from vlm_mech.models.readout import Readout, readout_of
 from vlm_mech.models.transformer_lens_bridge import to_transformer_lens
 
@@ -35,7 +35,8 @@ class VLM(TracedModel):
     """A vision-language model with its processor, its residual streams under standard names.
 
     Use `VLM.load(name_or_folder)` or `VLM(model, processor)` around loaded objects. `model`, `processor` and
-    `tokenizer` are the Hugging Face objects, `nn` the nnsight model around them; nothing is copied.
+    `tokenizer` are the Hugging Face objects, `nn` the nnsight model around them; nothing is copied. A
+    `PeftModel` is unwrapped, its adapters in place.
     """
 
     family: Family
@@ -45,6 +46,7 @@ class VLM(TracedModel):
     ) -> None:
         from nnsight import TransformersModel
 
+        model = unwrapped(model)
         self.family = family_of(getattr(model, "config", None))
         self.model = model.eval()
         self.processor = processor
