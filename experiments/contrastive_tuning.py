@@ -100,8 +100,6 @@ def _variants(config: Config) -> list[Any]:
             f"train {folders[0]!r} has no train split of twins; generated pairs are needed, as in {RELATIONS[0]}"
             if folders else "--data and --train need a data set each"
         )  # fmt: skip
-    if config.dtype != "float32":
-        raise UsageError(f"dtype is {config.dtype}; tuning takes float32")
     return variants_of(config.variants)
 
 

@@ -221,7 +221,6 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         (["--data", "scenes/relations"], "has no twins"),
         (["--data", "scenes/colour", "scenes/colour"], "is given twice"),
         (["--variants", "all"], "variant 'all' is not known"),
-        (["--dtype", "bfloat16"], "tuning takes float32"),
     ):
         assert command(experiment, *GIVEN, *given, "--out", tmp_path / "none") == 2
         error = capsys.readouterr().err

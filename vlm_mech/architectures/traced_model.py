@@ -4,6 +4,7 @@ Interventions, checks and sweeps are written for this class, so that they need n
 """
 
 import contextlib
+import copy
 import functools
 import json
 import threading
@@ -16,7 +17,7 @@ import torch
 from vlm_mech.architectures.contrastive_families import DualFamily
 from vlm_mech.architectures.families import Blocks, Family
 from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.weights import weights_hash
+from vlm_mech.architectures.weights import has_adapter, weights_hash
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.special_tokens import special_tokens
 
@@ -234,12 +235,34 @@ class TracedModel(ABC):
                     module.training = True
 
     def identity(self) -> dict[str, str | None]:
-        """Name and revision, or a hash of the weights where there is no revision, for provenance."""
+        """Name and revision, for provenance; a hash of the weights too where no revision tells them (or an adapter)."""
         about = {"name": self.name, "family": self.family.name, "revision": getattr(self.config, "_commit_hash", None)}
         quantizer = getattr(self.config, "quantization_config", None)
         if quantizer is not None:
             values = quantizer if isinstance(quantizer, dict) else quantizer.to_dict()
             about["quantization"] = json.dumps(values, default=str, sort_keys=True)
-        if about["revision"] is not None:
+        if about["revision"] is not None and not has_adapter(self.model):
             return about
         return about | {"weights": weights_hash(self.model)}
+
+    # Copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with weights of its own, wrapped again; its names hold as those of the original do."""
+        made: Any = type(self)
+        parts = (copy.deepcopy(part, memo) for part in (self.model, self.processor))
+        copied = made(*parts, name=self.name, check=False)
+        copied.nn.revision = getattr(self.nn, "revision", None)
+        return copied
+
+    def __copy__(self) -> Any:
+        """Another name for the same weights."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce__(self) -> Any:
+        raise UsageError(
+            f"{self.name} cannot be pickled; give its name or folder and call {type(self).__name__}.load there "
+            "(vlm.model.save_pretrained and vlm.processor.save_pretrained make a folder)"
+        )

@@ -41,6 +41,11 @@ def weight_of(model: Any, path: str) -> torch.Tensor:
     return held.weights_map[name].to(held.execution_device)
 
 
+def has_adapter(model: Any) -> bool:
+    """Whether a layer of the model is wrapped by one of peft's, which holds it as its `base_layer`."""
+    return any("base_layer" in each._modules for each in model.modules())
+
+
 def weights_hash(model: Any) -> str:
     """A hash of all weights, read one at a time; where some are not in memory, a text that says how many."""
     weights = sorted(model.state_dict().items())

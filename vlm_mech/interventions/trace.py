@@ -79,8 +79,18 @@ class Generation:
     output: Any = None
 
 
+def refuse_open_trace(vlm: TracedModel) -> None:
+    """Raise `UsageError` within a trace of the model: what opens one of its own cannot run there."""
+    if vlm.nn.interleaver.interleaving:
+        raise UsageError(
+            f"a trace of {vlm.name} is open; run, read, generate and sweep open one of their own, so call them before "
+            "or after the `with` block"
+        )
+
+
 def _as_encoded(vlm: TracedModel, prompts: Prompts, n_new: int = 0) -> Batch:
     """The prompts as a batch that has room for so many tokens after each."""
+    refuse_open_trace(vlm)
     dual = vlm.is_contrastive
     if isinstance(prompts, DualEncoded if dual else Encoded):
         encoded = prompts

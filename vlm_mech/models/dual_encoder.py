@@ -20,7 +20,7 @@ from vlm_mech.inputs.contrastive_batch import DualEncoded, encode
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
 from vlm_mech.models.describe import describe, describe_html
-from vlm_mech.models.loading import DTYPES, check_device, first_line, load_processor, locate
+from vlm_mech.models.loading import DTYPES, check_device, first_line, load_processor, locate, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -30,7 +30,8 @@ class DualEncoder(TracedModel):
     """A contrastive model with its processor, its two towers under standard names.
 
     Use `DualEncoder.load(name_or_folder)` or `DualEncoder(model, processor)` around loaded objects. `model`,
-    `processor` and `tokenizer` are the Hugging Face objects, `nn` the nnsight model around them; nothing is copied.
+    `processor` and `tokenizer` are the Hugging Face objects, `nn` the nnsight model around them; nothing is
+    copied. A `PeftModel` is unwrapped, its adapters in place.
     """
 
     family: DualFamily
@@ -40,6 +41,7 @@ class DualEncoder(TracedModel):
     ) -> None:
         from nnsight import NNsight
 
+        model = unwrapped(model)
         self.family = dual_family_of(getattr(model, "config", None))
         self.model = model.eval()
         self.processor = processor

@@ -1,5 +1,6 @@
 """Models and processors by embedded name, folder or Hugging Face id, wherever their weights are to live."""
 
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,6 +187,21 @@ def load_processor(source: str, options: dict[str, Any]) -> Any:
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def unwrapped(model: Any) -> Any:
+    """The Hugging Face model inside a `PeftModel`, its adapters in their places as they are; any other model itself.
+
+    Raises:
+        UsageError: the adapter puts tokens before the prompt, which only the wrapper around the model can do.
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(model, peft.PeftModel | peft.PeftMixedModel):
+        return model
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        kind = model.active_peft_config.peft_type.value
+        raise UsageError(f"a {kind} adapter adds tokens that no processor made; adapters of weights (LoRA) can be used")
+    return model.base_model.model
 
 
 def check_processor(model: Any, processor: Any) -> None:

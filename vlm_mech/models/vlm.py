@@ -24,7 +24,7 @@ from vlm_mech.inputs.special_tokens import check_plain, ids_after
 from vlm_mech.interventions.generating import set_aside
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
-from vlm_mech.models.loading import DeviceMap, check_processor, load
+from vlm_mech.models.loading import DeviceMap, check_processor, load, unwrapped
 from vlm_mech.models.readout import Readout, readout_of
 from vlm_mech.models.transformer_lens_bridge import to_transformer_lens
 
@@ -38,7 +38,8 @@ class VLM(TracedModel):
     """A vision-language model with its processor, its residual streams under standard names.
 
     Use `VLM.load(name_or_folder)` or `VLM(model, processor)` around loaded objects. `model`, `processor` and
-    `tokenizer` are the Hugging Face objects, `nn` the nnsight model around them; nothing is copied.
+    `tokenizer` are the Hugging Face objects, `nn` the nnsight model around them; nothing is copied. A
+    `PeftModel` is unwrapped, its adapters in place.
     """
 
     family: Family
@@ -48,6 +49,7 @@ class VLM(TracedModel):
     ) -> None:
         from nnsight import TransformersModel
 
+        model = unwrapped(model)
         self.family = family_of(getattr(model, "config", None))
         self.model = model.eval()
         self.processor = processor

@@ -28,6 +28,8 @@ from vlm_mech.results.statistics import (
 
 SHARE = "share"
 """Unit of what lies between 0 and 1 in every example."""
+SCALARS = (str, bool, int, float, np.generic)
+"""What an axis may hold."""
 N_RESAMPLES = 2000
 """Bootstrap resamples."""
 N_SIGN_FLIPS = 100_000
@@ -75,6 +77,7 @@ class Result:
             raise UsageError(f"the table of {self.name} lacks the column(s) {', '.join(missing)}")
         if self.table.empty:
             raise UsageError(f"the table of {self.name} is empty")
+        _check_axes(self.table, self.axes)
         _check_complete(self.table, self.axes)
         for metric in self.metrics:
             _check_numbers(self.table, metric.name)
@@ -266,6 +269,20 @@ class Result:
         title = f"{html.escape(self.name)}: {n_examples} examples, {n_cells} cells"
         findings = "".join(f"<li>{html.escape(finding)}</li>" for finding in self.findings)
         return f"<div><b>Result</b> {title}<ul>{findings}</ul></div>"
+
+
+def _check_axes(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
+    """Values that could not be told apart, or not be kept in a file."""
+    for axis in axes:
+        if table[axis].dtype != object:
+            continue
+        kinds = {type(value): value for value in table[axis] if not pd.api.types.is_scalar(value) or pd.notna(value)}
+        wrong = next((value for kind, value in kinds.items() if not issubclass(kind, SCALARS)), None)
+        if wrong is not None:
+            said = " ".join(repr(wrong).split())[:80]
+            raise UsageError(f"axis {axis} holds {said}, a {type(wrong).__name__}; numbers or text are needed")
+        if len({issubclass(kind, str) for kind in kinds}) > 1:
+            raise UsageError(f"axis {axis} holds both text and numbers; one of these is needed")
 
 
 def _check_complete(table: pd.DataFrame, axes: tuple[str, ...]) -> None:

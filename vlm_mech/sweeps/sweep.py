@@ -23,10 +23,11 @@ from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Each
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Replace, Together
-from vlm_mech.interventions.trace import run
+from vlm_mech.interventions.trace import refuse_open_trace, run
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.runs.workspace import Workspace
+from vlm_mech.sweeps.axis_labels import axis_table
 from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
@@ -129,18 +130,20 @@ def sweep(
         work: where finished batches are kept, so that an interrupted sweep goes on (see `workspace.prepare`).
 
     Returns:
-        A `Result` with the grid's axes; its provenance holds the plan (`result.plan`), the summary of all receipts and
-        the largest difference that the check found.
+        A `Result` with the grid's axes (labels where values are no numbers or text, see `axis_labels`); its provenance
+        holds the plan (`result.plan`), the summary of all receipts and the largest difference that the check found.
 
     Raises:
-        UsageError: an intervention does not fit, or answers are missing.
+        UsageError: an intervention does not fit, answers are missing, the points make no table, or a trace is open.
         TooLargeError: a single point of a single example does not fit into the memory.
         ReceiptError: an intervention did not take effect.
         WorkError: the two engines disagree.
     """
     measures = (measure,) if isinstance(measure, Measure) else tuple(measure)
     job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm.device, memory))
+    refuse_open_trace(vlm)
     _check(job.prompts, points, measures)
+    job.places  # noqa: B018 - points that make no table are refused before any work
     planned = job.plan(batch) if engine == "fast" else None
     checked = random.Random(seed).sample(range(len(points)), min(check, len(points)))
     parts: list[tuple[pd.DataFrame, dict[str, Any]]] = []
@@ -220,6 +223,12 @@ class _Job:
         return [str(number) for number in range(len(self.prompts))]
 
     @functools.cached_property
+    def places(self) -> pd.DataFrame:
+        """The axes of the table, a row for each point."""
+        columns = [name for each in self.measures for name in (each.metric.name, f"{each.metric.name}_baseline")]
+        return axis_table([point.axes for point in self.points], columns)
+
+    @functools.cached_property
     def planned(self) -> list[Intervention]:
         """The intervention at each point, over all the data."""
         return [self.intervention(point) for point in self.points]
@@ -252,7 +261,7 @@ class _Job:
         runner = engine_of(self.vlm, encoded, self.engine, budget=self.budget)
         logits, receipts = runner.answers(edits, max_cells=self.max_cells)
         worst = _agree(self.vlm, encoded, edits, logits, checked) if self.engine == "fast" else 0.0
-        table = _table(self.points, self.measures, ids, self.names[rows], runner.baseline, logits)
+        table = _table(self.places, self.measures, ids, self.names[rows], runner.baseline, logits)
         if isinstance(self.data, Pairs):
             groups = {pair.id: pair.group or pair.id for pair in self.data}
             table = table.assign(group=table["example"].map(groups))
@@ -327,18 +336,17 @@ def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, 
 
 
 def _table(
-    points: Sequence[Point],
+    places: pd.DataFrame,
     measures: tuple[Measure, ...],
     ids: Sequence[Sequence[Tensor]],
     names: list[str],
     clean: Tensor,
     logits: Tensor,
 ) -> pd.DataFrame:
-    places = pd.DataFrame([dict(point.axes) for point in points])
     columns = places.loc[places.index.repeat(len(names))].reset_index(drop=True)
-    columns.insert(0, "example", names * len(points))
+    columns.insert(0, "example", names * len(places))
     for each, own in zip(measures, ids, strict=True):
         edited = torch.cat([each.of(logits_of_one, *own) for logits_of_one in logits])
         columns[each.metric.name] = edited.double().cpu().numpy()
-        columns[f"{each.metric.name}_baseline"] = np.tile(each.of(clean, *own).double().cpu().numpy(), len(points))
+        columns[f"{each.metric.name}_baseline"] = np.tile(each.of(clean, *own).double().cpu().numpy(), len(places))
     return columns

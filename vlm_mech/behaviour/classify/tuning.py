@@ -1,7 +1,7 @@
 """Fine-tuning on class names: the projector alone, or with LoRA on the decoder (after arXiv 2405.18415).
 
 LoRA is peft's; afterwards it is merged into the weights, so that the model is an ordinary one again. The model is
-changed in place.
+changed in place. What is trained is moved in float32 whatever the model's data type.
 """
 
 import math
@@ -18,6 +18,7 @@ from torch.nn import functional
 from tqdm import trange
 
 from vlm_mech.behaviour.answering.answers import open_prompt
+from vlm_mech.behaviour.answering.master_weights import Descent
 from vlm_mech.behaviour.answering.names import Ids, Names, names_after
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.errors import UsageError, WorkError
@@ -59,6 +60,8 @@ def tune(
 ) -> dict[str, Any]:
     """Trains the model in place to answer the question with the class name and an end; what it was and the losses.
 
+    `n_moved` counts the trained numbers that are others than before, as the model keeps them.
+
     Raises:
         UsageError: peft is not installed, or the tokenizer has no end token.
         WorkError: the loss is not finite.
@@ -75,7 +78,9 @@ def tune(
     adapted = _adapted(vlm, tuning) if tuning.what == "lora" else None
     vlm.model.get_submodule(vlm.family.projector).requires_grad_(True)
     trained = [parameter for parameter in vlm.model.parameters() if parameter.requires_grad]
+    loaded = [parameter.detach().clone() for parameter in trained]
     losses = _descend(vlm, train, question, names, trained, tuning)
+    moved = [(now.detach() != then).sum().item() for now, then in zip(trained, loaded, strict=True)]
     if adapted is not None:
         adapted.merge_and_unload()
     for parameter, needed in frozen.items():
@@ -83,6 +88,7 @@ def tune(
     return {
         "what": "projector and LoRA on the decoder" if adapted is not None else "projector",
         "n_trained": sum(parameter.numel() for parameter in trained),
+        "n_moved": int(sum(moved)),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "validation_loss_before": before,
@@ -99,9 +105,8 @@ def _adapted(vlm: "VLM", tuning: Tuning) -> Any:
         f"{vlm.family.llm.path}.{name}" for name, module in blocks.named_modules() if isinstance(module, nn.Linear)
     ]
     torch.manual_seed(tuning.seed)
-    return get_peft_model(
-        vlm.model, LoraConfig(r=tuning.rank, lora_alpha=2 * tuning.rank, lora_dropout=0.0, target_modules=paths)
-    )
+    config = LoraConfig(r=tuning.rank, lora_alpha=2 * tuning.rank, lora_dropout=0.0, target_modules=paths)
+    return get_peft_model(vlm.model, config, autocast_adapter_dtype=True)
 
 
 def _descend(
@@ -113,22 +118,17 @@ def _descend(
     tuning: Tuning,
 ) -> list[float]:
     """The loss of every step. A step's pictures depend on seed and step alone."""
-    adam = torch.optim.AdamW(trained, lr=tuning.rate, weight_decay=0.0)
+    descent = Descent(trained, dtype=vlm.dtype, rate=tuning.rate)
     losses: list[float] = []
     for step in trange(tuning.n_steps, desc=f"tuning ({tuning.what})", disable=None):
         some = random.Random(f"{tuning.seed}/{step}").sample(list(train), min(tuning.batch, len(train)))
-        for group in adam.param_groups:
-            group["lr"] = tuning.rate_at(step)
         with torch.enable_grad():
             loss = _loss(vlm, some, question, names)
         if not bool(torch.isfinite(loss)):
             raise WorkError(f"the loss is {loss.item()} at step {step}; a smaller --tune-rate may hold")
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        adam.step()
+        descent.step(loss, rate=tuning.rate_at(step))
         losses.append(loss.item())
-    adam.zero_grad(set_to_none=True)
+    descent.forget_gradients()
     return losses
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlm_mech.architectures.site import Site
+from vlm_mech.behaviour.answering.master_weights import Descent
 from vlm_mech.behaviour.erroneous_agreement.data import Case
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Prompt
@@ -190,18 +191,18 @@ def part(some: Material, n: int) -> Material:
 
 
 def image_embeddings(tuned: Tuned, pixels: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row d_embed"]:
-    """Embeddings of pictures, of length 1."""
-    return functional.normalize(tuned.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+    """Embeddings of pictures, of length 1, in float32."""
+    return functional.normalize(tuned.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
 
 
 def text_embeddings(tuned: Tuned, words: dict[str, Tensor], states: Tensor | None) -> Float[Tensor, "row d_embed"]:
-    """Embeddings of captions, of length 1, by the text tower, or by the head from a decoder's states.
+    """Embeddings of captions, of length 1, in float32, by the text tower, or by the head from a decoder's states.
 
     Raises:
         UsageError: the head has no states to read.
     """
     if tuned.head is None:
-        return functional.normalize(tuned.model.get_text_features(**words).pooler_output, dim=-1)
+        return functional.normalize(tuned.model.get_text_features(**words).pooler_output.float(), dim=-1)
     if states is None:
         raise UsageError("the text tower is a decoder, but its states of the captions are missing")
     return functional.normalize(tuned.head(states), dim=-1)
@@ -243,7 +244,8 @@ def tuned_by(
 ) -> tuple[Tuned, list[float]]:
     """A tuned copy of a contrastive model, and the loss of every step; the model itself stays as it is.
 
-    AdamW with warm-up and cosine. What a step sees depends on seed and step alone.
+    AdamW with warm-up and cosine, in float32 whatever the model's data type. What a step sees depends on seed and step
+    alone.
 
     Args:
         rate: peak learning rate.
@@ -261,19 +263,15 @@ def tuned_by(
         raise UsageError(f"{len(some)} pairs are fewer than the {n_pairs} of a step; more pairs or a smaller batch")
     some = some if variant.shuffled == "no" else shuffled(some, variant.shuffled, seed=recipe.seed)
     tuned = _fresh(model, some, variant, width=known.shape[-1], seed=recipe.seed)
-    trained = trainable(tuned, variant)
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=recipe.weight_decay)
+    dtype = next(tuned.model.parameters()).dtype
+    descent = Descent(trainable(tuned, variant), dtype=dtype, rate=rate, weight_decay=recipe.weight_decay)
     losses = []
     for step in range(recipe.n_steps) if progress is None else progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, n_steps=recipe.n_steps, peak=rate, warmup=recipe.warmup)
-        loss = _loss(tuned, some, variant, recipe, step, known if variant.locked else None)
+        with torch.enable_grad():
+            loss = _loss(tuned, some, variant, recipe, step, known if variant.locked else None)
         if not torch.isfinite(loss):
             raise WorkError(f"{variant.name}: the loss of step {step} is {loss.item()} at rate {rate:g}; lower it")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        descent.step(loss, rate=learning_rate(step, n_steps=recipe.n_steps, peak=rate, warmup=recipe.warmup))
         losses.append(loss.item())
     tuned.model.eval()
     return tuned, losses
@@ -321,7 +319,7 @@ def _loss(
     else:
         sides = rng.integers(0, 2, n_pairs)
     images = image_embeddings(tuned, some.pixels[rows, sides]) if known is None else known[rows, sides]
-    scale = tuned.model.get_parameter("logit_scale").exp().clamp(max=LARGEST_SCALE)
+    scale = tuned.model.get_parameter("logit_scale").float().exp().clamp(max=LARGEST_SCALE)
     logits = scale * images @ _texts(tuned, some, rows, sides).T
     if variant.objective == "negatives":
         return negatives_loss(logits, scale * images @ _texts(tuned, some, rows, 1 - sides).T)

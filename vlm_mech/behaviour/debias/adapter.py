@@ -27,7 +27,8 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 def with_adapter(vlm: "VLM", *, rank: int, seed: int) -> Any:
     """The peft model of a LoRA adapter in every linear map of the decoder's blocks; all else is frozen.
 
-    It is put into the model, begins as no change at all, and its draw depends on the seed alone.
+    It is put into the model, begins as no change at all, and its draw depends on the seed alone. It is in float32
+    whatever the model's data type.
 
     Raises:
         UsageError: peft is not installed, or the rank is above the width of a map.
@@ -48,7 +49,7 @@ def with_adapter(vlm: "VLM", *, rank: int, seed: int) -> Any:
         config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(maps))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
-            made = get_peft_model(vlm.model, config)
+            made = get_peft_model(vlm.model, config, autocast_adapter_dtype=True)
     vlm.model.eval()
     return made
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from vlm_mech.behaviour.answering.master_weights import Descent
 from vlm_mech.behaviour.answering.names import Ids, names_after
 from vlm_mech.behaviour.answering.reading import says
 from vlm_mech.behaviour.classify.tuning import IGNORED, Tuning, with_answers
@@ -177,20 +178,16 @@ def sampled(vlm: "VLM", lessons: Sequence[Lesson], recipe: Recipe, step: int) ->
 # Steps
 
 
-def supervised_step(
-    vlm: "VLM", lessons: Sequence[Lesson], end: int | None, adam: torch.optim.Optimizer
-) -> dict[str, Any]:
+def supervised_step(vlm: "VLM", lessons: Sequence[Lesson], end: int | None, descent: Descent) -> dict[str, Any]:
     """One step down the cross-entropy of the true answers; what it says of itself."""
     encoded = vlm.encode([each.prompt for each in lessons])
     with torch.enable_grad():
         loss = cross_entropy(*token_log_probs(vlm, encoded, true_tokens(vlm, lessons, end)))
-    _descend(loss, adam)
+    _descend(loss, descent)
     return {"loss": loss.item()}
 
 
-def reward_step(
-    vlm: "VLM", lessons: Sequence[Lesson], recipe: Recipe, step: int, adam: torch.optim.Optimizer
-) -> dict[str, Any]:
+def reward_step(vlm: "VLM", lessons: Sequence[Lesson], recipe: Recipe, step: int, descent: Descent) -> dict[str, Any]:
     """The inner steps on one draw of answers; what they say of themselves.
 
     Groups whose rewards are all equal have no advantage: only the divergence from the base model moves them.
@@ -208,7 +205,7 @@ def reward_step(
             seen.append(now.detach())
             # What sampled the answers is the model of the first inner step.
             loss = grpo_loss(now, seen[0], base, advantage, mask, clip=recipe.clip, beta=recipe.beta)
-        _descend(loss, adam)
+        _descend(loss, descent)
         losses.append(loss.item())
     told = {"loss": losses[0], "reward": drawn.rewards.mean().item(), "n_groups": len(lessons)}
     told |= {"n_equal": n_equal(drawn.rewards), "kl": (k3(seen[0], base).sum() / mask.sum()).item()}
@@ -216,13 +213,10 @@ def reward_step(
     return told | {"reward_conflict": drawn.rewards[::2].mean().item()}
 
 
-def _descend(loss: Float[Tensor, ""], adam: torch.optim.Optimizer) -> None:
+def _descend(loss: Float[Tensor, ""], descent: Descent) -> None:
     if not bool(torch.isfinite(loss)):
         raise WorkError(f"the loss is {loss.item()}; a smaller --rate may hold")
-    adam.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_([each for group in adam.param_groups for each in group["params"]], 1.0)
-    adam.step()
+    descent.step(loss)
 
 
 def train(
@@ -249,16 +243,18 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     named = trained_of(adapter)
-    adam = torch.optim.AdamW(list(named.values()), lr=recipe.rate, weight_decay=0.0)
+    # The adapter is in float32 itself (see `with_adapter`), so that checkpoints hold what is moved.
+    descent = Descent(named.values(), dtype=vlm.dtype, rate=recipe.rate)
+    adam = descent.adam
     end, history = _beginning(vlm, pairs, recipe), taken_up(named, adam, folder / STATE)
     pace = Tuning("lora", n_steps=recipe.n_steps, rate=recipe.rate, batch=recipe.batch, rank=recipe.rank)
     for step in progress(range(len(history), recipe.n_steps), "tuning"):
         lessons = lessons_of(pairs, recipe, step)
         adam.param_groups[0]["lr"] = pace.rate_at(step)
         if recipe.objective == "supervised":
-            told = supervised_step(vlm, lessons, end, adam)
+            told = supervised_step(vlm, lessons, end, descent)
         else:
-            told = reward_step(vlm, lessons, recipe, step, adam)
+            told = reward_step(vlm, lessons, recipe, step, descent)
         history.append({"step": step + 1, **told})
         if (step + 1) % every == 0 or step + 1 == recipe.n_steps:
             history[-1] |= validate()

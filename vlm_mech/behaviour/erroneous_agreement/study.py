@@ -65,9 +65,8 @@ def looked_at(encoder: "DualEncoder", vlm: "VLM", cases: Sequence[Case], after: 
     """
     images = [image for case in cases for image in case.images]
     captions = [caption for case in cases for caption in case.captions]
-    if encoder.tokenizer.is_fast:
-        # Others give no offsets, and know every letter. The check asks for a tokenizer alone.
-        check_known(cast(Any, encoder), captions, "caption")
+    # The check asks for a tokenizer alone.
+    check_known(cast(Any, encoder), captions, "caption")
     more = [*images, after.images[1]]
     view = contrastive_view(encoder, more, captions)
     columns = _answers(vlm, cases) | _patches(cases, after, view.patches, tower_patches(vlm, more))

@@ -85,10 +85,11 @@ def gradient(made: Pass, measure: Measure, ids: Sequence[Tensor]) -> dict[Site, 
     """
     with torch.enable_grad():
         values = measure.of(made.logits, *ids)
+        total = values.sum()
     if not values.requires_grad:
         raise UsageError(f"{measure.metric.name} has no gradient; logit_diff and prob have one")
     # Examples do not see each other, so the gradient of their sum is each one's own.
-    slopes = torch.autograd.grad(values.sum(), list(made.states.values()), allow_unused=True)
+    slopes = torch.autograd.grad(total, list(made.states.values()), allow_unused=True)
     by_site = zip(made.states.items(), slopes, strict=True)
     return {site: torch.zeros_like(states) if slope is None else slope for (site, states), slope in by_site}
 

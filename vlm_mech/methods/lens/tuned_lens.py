@@ -250,9 +250,11 @@ def _trained(
         chosen = torch.randint(len(train), (training.batch_tokens,), generator=generator).to(weight.device)
         with torch.no_grad():
             final = readout(train.finals[chosen])
-        ours = readout(_translated(train.states[chosen], weight, bias).to(train.finals.dtype))
+        with torch.enable_grad():
+            ours = readout(_translated(train.states[chosen], weight, bias).to(train.finals.dtype))
+            distance = metrics.kl(ours, final).mean()
         # Of the translator only: the model's own parameters must gather nothing.
-        gradients = torch.autograd.grad(metrics.kl(ours, final).mean(), parameters)
+        gradients = torch.autograd.grad(distance, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimiser.step()

@@ -168,6 +168,7 @@ def _minibatch(
     return order.gather(1, places.clamp(max=order.shape[1] - 1)), places < stop[:, None]
 
 
+@torch.enable_grad()
 def _step(
     adam: torch.optim.Adam,
     state: list[Tensor],
