@@ -78,3 +78,27 @@ def test_two_pictures_of_the_same_pixels_are_no_pair(tmp_path):
     pairs = load_pairs(tmp_path)
     assert [pair.id for pair in pairs] == ["pair"]
     assert pairs.refused == (Refused("copy", "both pictures have the same pixels"),)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_number_gives_a_pair_and_a_slice_gives_pairs():
+    pairs = some(3)
+    assert pairs[0] is pairs.pairs[0] and pairs[-1] is pairs.pairs[2]
+    assert isinstance(pairs[:2], Pairs) and [pair.id for pair in pairs[:2]] == ["p0", "p1"]
+    with pytest.raises(IndexError):
+        pairs[3]
+    with pytest.raises(UsageError, match=r"'p0' is no row of pairs; a number gives a pair, a slice such as \[:8\]"):
+        pairs["p0"]
+
+
+@pytest.mark.usefixtures("untyped")
+def test_what_is_no_pair_is_refused_where_it_is_given():
+    made = some(2)
+    assert Pairs("x", list(made)).pairs == made.pairs, "a list will do"
+    for given, what in (("anything", "str"), (some(1)[0], "Pair"), ([some(1)[0], 3], "int"), (some(1), "Pairs")):
+        with pytest.raises(UsageError, match=f"pairs of 'x' holds a {what}; a tuple of Pair is needed"):
+            Pairs("x", given)
+    with pytest.raises(UsageError, match="refused of 'x' holds a str; a tuple of Refused is needed"):
+        Pairs("x", (), ("p1",))
+    with pytest.raises(UsageError, match="answer of a pair is 3; a text is needed"):
+        Pair("a", picture(1), picture(2), "how many?", 3, "2")

@@ -11,8 +11,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 from PIL import Image
@@ -43,6 +44,9 @@ class Pair:
     group: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("id", "question", "answer", "counterfactual_answer"):
+            if not isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} of a pair is {getattr(self, name)!r}; a text is needed")
         if self.answer.strip() == self.counterfactual_answer.strip():
             raise UsageError(f"pair {self.id}: both answers are {self.answer!r}; they must differ")
 
@@ -63,14 +67,34 @@ class Pairs:
     pairs: tuple[Pair, ...]
     refused: tuple[Refused, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name, kind in (("pairs", Pair), ("refused", Refused)):
+            given = getattr(self, name)
+            odd = [each for each in given if not isinstance(each, kind)] if isinstance(given, list | tuple) else [given]
+            if odd:
+                what = type(odd[0]).__name__
+                raise UsageError(f"{name} of {self.name!r} holds a {what}; a tuple of {kind.__name__} is needed")
+            object.__setattr__(self, name, tuple(given))
+
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
 
-    def __getitem__(self, rows: slice) -> "Pairs":
-        return dataclasses.replace(self, pairs=self.pairs[rows])
+    @overload
+    def __getitem__(self, rows: int) -> Pair: ...
+
+    @overload
+    def __getitem__(self, rows: slice) -> "Pairs": ...
+
+    def __getitem__(self, rows: int | slice) -> "Pair | Pairs":
+        """One pair by its number, or some of them as `Pairs`."""
+        if isinstance(rows, slice):
+            return dataclasses.replace(self, pairs=self.pairs[rows])
+        if not isinstance(rows, Integral):
+            raise UsageError(f"{rows!r} is no row of pairs; a number gives a pair, a slice such as [:8] gives Pairs")
+        return self.pairs[rows]
 
     @property
     def base(self) -> list[Prompt]:
