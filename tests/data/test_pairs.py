@@ -5,9 +5,23 @@ import json
 
 import pytest
 
+from tests.helpers import as_folder
 from tests.zoo.tiny import picture
-from vlm_mech.data.pairs import Pair, Pairs, Refused, about_others, by_groups, load_pairs, partners, turned
+from vlm_mech.data.pairs import (
+    Pair,
+    Pairs,
+    Refused,
+    about_others,
+    by_groups,
+    conflict_first,
+    load_pairs,
+    partners,
+    turned,
+    with_conflict,
+)
 from vlm_mech.errors import UsageError
+
+SOME_SIDES = ("first", "second", None)
 
 
 def some(n, *, groups=None):
@@ -27,6 +41,22 @@ def test_turned_pairs_ask_about_the_other_picture():
     assert other.answer == ["b0", "b1"] and other.counterfactual_answer == ["a0", "a1"]
     assert [each.images for each in other.base] == [each.images for each in pairs.counterfactual]
     assert other.refused == pairs.refused and turned(other).digest == pairs.digest
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_pair_says_which_of_its_pictures_is_in_conflict(tmp_path):
+    unlike = [dataclasses.replace(pair, conflict=side) for pair, side in zip(some(3), SOME_SIDES, strict=True)]
+    pairs = Pairs("some", tuple(unlike))
+    assert [pair.conflict for pair in turned(pairs)] == ["second", "first", None]
+    faced = conflict_first(with_conflict(pairs))
+    assert [(pair.conflict, pair.answer) for pair in faced] == [("first", "a0"), ("first", "b1")]
+    assert [each.id for each in faced.refused] == ["p2"] and "conflict is not given" in faced.refused[0].reason
+    assert conflict_first(pairs).answer == ["a0", "b1", "a2"] and conflict_first(faced) is faced
+    with pytest.raises(UsageError, match='pair p0: conflict is .*both.*; "first", "second" or null is needed'):
+        dataclasses.replace(unlike[0], conflict="both")
+    assert [pair.conflict for pair in load_pairs(as_folder(tmp_path / "pairs", pairs))] == ["first", "second", None]
+    for name, told in (("colour-conflict", "second"), ("colour", None), ("left-right", None), ("count", None)):
+        assert {pair.conflict for pair in load_pairs(f"scenes/{name}", n=4)} == {told}
 
 
 def test_every_pair_borrows_another_ones_pictures():

@@ -1,7 +1,8 @@
 """Counterfactual pairs: two images, one question, two answers - generated scenes or a folder of the user's own.
 
 A folder holds `pairs.jsonl`, one object a line with `image`, `counterfactual_image` (paths from the folder),
-`question`, `answer` and `counterfactual_answer`, and optionally `id` and `group` (pairs of one group share a scene).
+`question`, `answer` and `counterfactual_answer`, and optionally `id`, `group` (pairs of one group share a scene) and
+`conflict` (see `Pair`).
 """
 
 import dataclasses
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 FIELDS = ("image", "counterfactual_image", "question", "answer", "counterfactual_answer")
+Side = Literal["first", "second"]
+SIDES: tuple[Side, ...] = ("first", "second")
 Direction = Literal["noising", "denoising"]
 DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 """Noising puts states of the counterfactual into the run on the image, denoising the reverse."""
@@ -33,7 +36,11 @@ DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One question about an image and about its counterfactual, which has another answer."""
+    """One question about an image and about its counterfactual, which has another answer.
+
+    `conflict` says which of the two pictures, first or second, shows something that contradicts the usual answer; the
+    answer to the other picture is the usual one. None: neither does, or it is not known.
+    """
 
     id: str
     image: ImageLike
@@ -42,6 +49,7 @@ class Pair:
     answer: str
     counterfactual_answer: str
     group: str | None = None
+    conflict: Side | None = None
 
     def __post_init__(self) -> None:
         for name in ("id", "question", "answer", "counterfactual_answer"):
@@ -49,6 +57,8 @@ class Pair:
                 raise UsageError(f"{name} of a pair is {getattr(self, name)!r}; a text is needed")
         if self.answer.strip() == self.counterfactual_answer.strip():
             raise UsageError(f"pair {self.id}: both answers are {self.answer!r}; they must differ")
+        if self.conflict not in (None, *SIDES):
+            raise UsageError(f'pair {self.id}: conflict is {self.conflict!r}; "first", "second" or null is needed')
 
 
 @dataclass(frozen=True)
@@ -166,6 +176,7 @@ def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
                 question=found.question.text,
                 answer=found.question.answer,
                 counterfactual_answer=found.twin_answer,
+                conflict=found.conflict,
             )
         )
     return Pairs(name, tuple(pairs))
@@ -215,6 +226,7 @@ def _parsed(folder: Path, number: int, line: str) -> Pair:
         answer=row["answer"],
         counterfactual_answer=row["counterfactual_answer"],
         group=None if row.get("group") is None else str(row["group"]),
+        conflict=row.get("conflict"),
     )
 
 
@@ -241,17 +253,42 @@ def about_others(pairs: Pairs, others: Sequence[Pair]) -> Pairs:
 
 def turned(pairs: Pairs) -> Pairs:
     """The pairs the other way round: the counterfactual image is the first."""
-    changed = [
-        dataclasses.replace(
-            pair,
-            image=pair.counterfactual_image,
-            counterfactual_image=pair.image,
-            answer=pair.counterfactual_answer,
-            counterfactual_answer=pair.answer,
-        )
-        for pair in pairs
-    ]
+    return dataclasses.replace(pairs, pairs=tuple(_turned(pair) for pair in pairs))
+
+
+def _turned(pair: Pair) -> Pair:
+    return dataclasses.replace(
+        pair,
+        image=pair.counterfactual_image,
+        counterfactual_image=pair.image,
+        answer=pair.counterfactual_answer,
+        counterfactual_answer=pair.answer,
+        conflict=None if pair.conflict is None else SIDES[1 - SIDES.index(pair.conflict)],
+    )
+
+
+def conflict_first(pairs: Pairs) -> Pairs:
+    """The pairs, those whose second picture is in conflict turned, so that it is asked about; others as they are."""
+    if all(pair.conflict != "second" for pair in pairs):
+        return pairs
+    changed = (_turned(pair) if pair.conflict == "second" else pair for pair in pairs)
     return dataclasses.replace(pairs, pairs=tuple(changed))
+
+
+def with_conflict(pairs: Pairs) -> Pairs:
+    """The pairs that say which of their pictures is in conflict; the others move to `refused`.
+
+    Raises:
+        UsageError: none says it.
+    """
+    return checked(pairs, _check_conflict, "says which picture is in conflict with the usual answer")
+
+
+def _check_conflict(pair: Pair) -> None:
+    if pair.conflict is None:
+        raise UsageError(
+            'conflict is not given; "first" or "second" is needed in its line (scenes/colour-conflict has "second")'
+        )
 
 
 def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pairs, ...]:
