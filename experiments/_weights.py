@@ -19,7 +19,7 @@ class WeightSwapConfig(SweepConfig):
     """Options of an exchange of weights, some of which a swap of states has too."""
 
     data: str = ""
-    """Generated pairs or a folder with pairs.jsonl; by default scenes/colour, for weights scenes/colour-conflict."""
+    """Generated pairs or a folder; by default scenes/colour, for weights (in conflict alone) scenes/colour-conflict."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     batch: int = 32
@@ -38,17 +38,17 @@ class WeightSwapConfig(SweepConfig):
 
 def run_weights(config: WeightSwapConfig, work: Workspace) -> Outcome:
     """The result, its figures by schedule and donor, and example pictures."""
-    from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.data.pairs import conflict_first, fitting, load_pairs, with_conflict
     from vlm_mech.inputs.image import load_image
-    from vlm_mech.methods.visual_flow.data import cases_of
     from vlm_mech.methods.weight_swap import figures, findings, study
     from vlm_mech.methods.weight_swap.data import exchanges
     from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
     pairs = load_pairs(config.data or "scenes/colour-conflict", n=config.n, seed=config.seed, split=config.split)
+    pairs = conflict_first(with_conflict(pairs))
     base = VLM.load(config.model, **config.loading)
-    pairs = fitting(base, cases_of(pairs).pairs)
+    pairs = fitting(base, pairs)
     sides = study.two_sides(base, _tuned(config), part=config.part, second=_second(config), seed=config.seed)
     chosen = [each for schedule in config.schedules for each in exchanges(schedule, sides.n_layers, size=config.window)]
     for start in work.progress(range(0, len(pairs), config.batch), "exchanges"):

@@ -24,7 +24,7 @@ class Config(RunConfig):
     """Options of the tuning."""
 
     data: str = CONFLICT
-    """Pairs in conflict with a prior, or a folder of such: the first picture unusual, the second answer the prior's."""
+    """Pairs that say which of their pictures is in conflict with a prior; it is tuned on, and so is the usual one."""
     n_train: int = 256
     """Pairs to tune on; of a folder 60 %."""
     n_validation: int = 64

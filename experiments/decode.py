@@ -24,7 +24,7 @@ class Config(RunConfig):
     """Options of contrastive decoding."""
 
     data: str = "scenes/colour-conflict"
-    """Pairs; the second picture of each is asked about: in this set, a thing in an unusual colour."""
+    """Pairs that say which of their pictures is in conflict; it is asked about: here, a thing in an unusual colour."""
     methods: tuple[Literal["M3ID", "VCD"], ...] = ("M3ID", "VCD")
     """Methods; M3ID and the dependency along the answer need a model that can run without a picture."""
     alphas: tuple[float, ...] = (0.6, 1.0)
@@ -81,20 +81,20 @@ def run(config: Config, work: Workspace) -> Outcome:
 def _splits(config: Config, vlm: Any) -> tuple[Any, Any]:
     """Validation and test pairs: splits of the scenes, or halves of a folder."""
     from vlm_mech.behaviour.decoding import study
-    from vlm_mech.data.pairs import by_groups, fitting, load_pairs, turned
+    from vlm_mech.data.pairs import by_groups, conflict_first, fitting, load_pairs, with_conflict
     from vlm_mech.errors import UsageError
 
     if len(set(config.methods)) != len(config.methods) or not config.methods:
         raise UsageError(f"methods {' '.join(config.methods) or '(none)'}: M3ID, VCD or both are needed, each once")
-    given = {"n": config.n, "seed": config.seed}
-    if config.data.startswith("scenes/"):
-        both = [fitting(vlm, load_pairs(config.data, split=split, **given)) for split in (study.VALIDATION, study.TEST)]
-    else:
-        both = list(by_groups(fitting(vlm, load_pairs(config.data, **given)), (0.5,), seed=config.seed))
-    for pairs, split in zip(both, (study.VALIDATION, study.TEST), strict=True):
+    given, splits = {"n": config.n, "seed": config.seed}, (study.VALIDATION, study.TEST)
+    scenes = config.data.startswith("scenes/")
+    loaded = [load_pairs(config.data, split=split, **given) for split in splits[not scenes :]]
+    both = [conflict_first(fitting(vlm, with_conflict(pairs))) for pairs in loaded]
+    both = both if scenes else list(by_groups(both[0], (0.5,), seed=config.seed))
+    for pairs, split in zip(both, splits, strict=True):
         if len(pairs) < 2:
             raise UsageError(f"{pairs.name} gives {len(pairs)} example for {split}; at least two are needed")
-    return turned(both[0]), turned(both[1])
+    return both[0], both[1]
 
 
 def _kept(config: Config, work: Workspace, vlm: Any, pairs: Any, settings: Any, split: str, options: Any) -> None:

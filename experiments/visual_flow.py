@@ -27,7 +27,7 @@ class Config(SweepConfig):
     """Options of the map."""
 
     data: str = CONFLICT
-    """Pairs; of scenes in conflict the unusual one is asked about, and its rival is the usual answer."""
+    """Pairs; where one says which picture is in conflict, it is asked about, and its rival is the usual answer."""
     probe: bool = True
     """Fit probes (--no-probe leaves them out)."""
     probe_data: str | None = None

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -11,6 +12,14 @@ from vlm_mech.models.vlm import VLM
 
 # Models this small gain nothing from threads, and on a busy machine threads that wait for each other cost seconds.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def untyped():
+    """Calls are as users make them: nothing checks the types of arguments but the library itself."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
 """Running an experiment as a user does, and killing it on the way."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.inputs.image import load_image
 from vlm_mech.runs import contract
 
 
@@ -49,3 +52,23 @@ def assert_help_is_light(experiment: Any, shown: Sequence[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert [each for each in shown if each not in done.stdout] == []
+
+
+def as_folder(folder: Path, *parts: Pairs, more: Sequence[dict[str, Any]] = ()) -> Path:
+    """Pairs written as a user has them; of several parts each pair has its part's number as its group.
+
+    Args:
+        more: further fields of each line.
+    """
+    folder.mkdir()
+    lines = []
+    numbered = [(part, pair) for part, pairs in enumerate(parts) for pair in pairs]
+    for number, (part, pair) in enumerate(numbered):
+        line = {name: getattr(pair, name) for name in ("id", "question", "answer", "counterfactual_answer", "conflict")}
+        for field in ("image", "counterfactual_image"):
+            line[field] = f"{number} {field}.png"
+            load_image(getattr(pair, field)).save(folder / line[field])
+        line |= {"group": f"{part}"} if len(parts) > 1 else {}
+        lines.append(json.dumps(line | (more[number] if more else {})) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    return folder

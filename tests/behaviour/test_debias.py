@@ -312,7 +312,7 @@ def test_wrong_use_is_one_line(model_folder, tmp_path, capsys, monkeypatch):
         (["--rate", "0"], "rate is 0.0; a number above 0 is needed"),
         (["--beta", "-1"], "beta is -1.0; 0 or more is needed"),
         (["--every", "0"], "every is 0; at least 1 is needed"),
-        (["--data", "scenes/colour"], "has no pictures in conflict with a prior; scenes/colour-conflict has"),
+        (["--data", "scenes/colour"], "says which picture is in conflict with the usual answer"),
         (["--model", "organism-grounded"], "nothing to tune away"),
         (["--objective", "hope"], "hope"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0; at least 1 is needed"),

@@ -500,7 +500,7 @@ def test_a_folder_is_halved_and_vcd_needs_no_run_without_picture(tmp_path, vlm, 
             image.save(tmp_path / name)
         answers = {"answer": pair.answer, "counterfactual_answer": pair.counterfactual_answer}
         files = dict(zip(("image", "counterfactual_image"), names, strict=True))
-        rows.append(json.dumps({"id": pair.id, "question": pair.question} | files | answers))
+        rows.append(json.dumps({"id": pair.id, "question": pair.question, "conflict": "second"} | files | answers))
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
     given = ["--model", model_folder, "--data", tmp_path, "--methods", "VCD", "--strengths", "1", "--batch", "3"]
     assert command(experiment, *given, "--out", tmp_path / "out") == 0

@@ -53,6 +53,7 @@ def folder(tmp_path_factory):
             image.save(found / f"{name}{side}.{kind}")
         row = {"id": name, "image": f"{name}a.{kind}", "counterfactual_image": f"{name}b.{kind}"}
         row |= {"question": pair.question, "answer": pair.answer, "counterfactual_answer": pair.counterfactual_answer}
+        row |= {"conflict": pair.conflict}
         row |= {"counterfactual_answer": f"{pair.answer} star"} if name == "tokens" else {}
         rows.append(row)
     (found / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

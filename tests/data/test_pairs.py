@@ -5,9 +5,23 @@ import json
 
 import pytest
 
+from tests.helpers import as_folder
 from tests.zoo.tiny import picture
-from vlm_mech.data.pairs import Pair, Pairs, Refused, about_others, by_groups, load_pairs, partners, turned
+from vlm_mech.data.pairs import (
+    Pair,
+    Pairs,
+    Refused,
+    about_others,
+    by_groups,
+    conflict_first,
+    load_pairs,
+    partners,
+    turned,
+    with_conflict,
+)
 from vlm_mech.errors import UsageError
+
+SOME_SIDES = ("first", "second", None)
 
 
 def some(n, *, groups=None):
@@ -27,6 +41,22 @@ def test_turned_pairs_ask_about_the_other_picture():
     assert other.answer == ["b0", "b1"] and other.counterfactual_answer == ["a0", "a1"]
     assert [each.images for each in other.base] == [each.images for each in pairs.counterfactual]
     assert other.refused == pairs.refused and turned(other).digest == pairs.digest
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_pair_says_which_of_its_pictures_is_in_conflict(tmp_path):
+    unlike = [dataclasses.replace(pair, conflict=side) for pair, side in zip(some(3), SOME_SIDES, strict=True)]
+    pairs = Pairs("some", tuple(unlike))
+    assert [pair.conflict for pair in turned(pairs)] == ["second", "first", None]
+    faced = conflict_first(with_conflict(pairs))
+    assert [(pair.conflict, pair.answer) for pair in faced] == [("first", "a0"), ("first", "b1")]
+    assert [each.id for each in faced.refused] == ["p2"] and "conflict is not given" in faced.refused[0].reason
+    assert conflict_first(pairs).answer == ["a0", "b1", "a2"] and conflict_first(faced) is faced
+    with pytest.raises(UsageError, match='pair p0: conflict is .*both.*; "first", "second" or null is needed'):
+        dataclasses.replace(unlike[0], conflict="both")
+    assert [pair.conflict for pair in load_pairs(as_folder(tmp_path / "pairs", pairs))] == ["first", "second", None]
+    for name, told in (("colour-conflict", "second"), ("colour", None), ("left-right", None), ("count", None)):
+        assert {pair.conflict for pair in load_pairs(f"scenes/{name}", n=4)} == {told}
 
 
 def test_every_pair_borrows_another_ones_pictures():
@@ -78,3 +108,27 @@ def test_two_pictures_of_the_same_pixels_are_no_pair(tmp_path):
     pairs = load_pairs(tmp_path)
     assert [pair.id for pair in pairs] == ["pair"]
     assert pairs.refused == (Refused("copy", "both pictures have the same pixels"),)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_number_gives_a_pair_and_a_slice_gives_pairs():
+    pairs = some(3)
+    assert pairs[0] is pairs.pairs[0] and pairs[-1] is pairs.pairs[2]
+    assert isinstance(pairs[:2], Pairs) and [pair.id for pair in pairs[:2]] == ["p0", "p1"]
+    with pytest.raises(IndexError):
+        pairs[3]
+    with pytest.raises(UsageError, match=r"'p0' is no row of pairs; a number gives a pair, a slice such as \[:8\]"):
+        pairs["p0"]
+
+
+@pytest.mark.usefixtures("untyped")
+def test_what_is_no_pair_is_refused_where_it_is_given():
+    made = some(2)
+    assert Pairs("x", list(made)).pairs == made.pairs, "a list will do"
+    for given, what in (("anything", "str"), (some(1)[0], "Pair"), ([some(1)[0], 3], "int"), (some(1), "Pairs")):
+        with pytest.raises(UsageError, match=f"pairs of 'x' holds a {what}; a tuple of Pair is needed"):
+            Pairs("x", given)
+    with pytest.raises(UsageError, match="refused of 'x' holds a str; a tuple of Refused is needed"):
+        Pairs("x", (), ("p1",))
+    with pytest.raises(UsageError, match="answer of a pair is 3; a text is needed"):
+        Pair("a", picture(1), picture(2), "how many?", 3, "2")

@@ -1,5 +1,6 @@
 """Interventions are what they say: identities, independence, both back ends, single heads, generation."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -294,3 +295,29 @@ def test_generated_tokens_lose_edges_only_where_they_are_named(vlm, prompts, spa
     for row in range(len(encoded)):
         found = blocked[row, 1, 0].nonzero()[:, 0].tolist()
         assert found == ([] if spans == "last" else sorted(encoded.positions("image", row)))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_what_is_no_intervention_is_refused_where_it_is_made(vlm, prompts, donors):
+    """A name in place of a site, pairs or a text in place of a source, letters in place of layers."""
+    site = Site("llm.resid_post", 1)
+    two, together = [Ablate(site, "image"), Ablate(site, "last")], "of 2 interventions was given; a & b does both"
+    cases = [
+        (lambda: Replace("llm.resid_post", "image", source=donors), r"'llm.resid_post' as a site.*Site\('llm.res"),
+        (lambda: Ablate((site, "mlp"), "image"), r"Ablate is given 'mlp' as a site; a Site is needed"),
+        (lambda: Replace(site, "image", source="prompts"), "source of Replace is a str.*such as pairs.counterfactual"),
+        (lambda: Replace(site, "image", source=donors[0]), "source of Replace is a Prompt.*a list of Prompts is"),
+        (lambda: Ablate(site, "image", to="mean", reference=[1]), "reference of Ablate is a list; Activations"),
+        (lambda: Steer(site, "last", vector=[0.0] * 32), "vector of Steer is a list; a torch tensor is needed"),
+        (lambda: Knockout("last", "image", "all"), "layers of Knockout are 'all'; whole numbers are needed"),
+        (lambda: Knockout("last", "image", [0.5]), r"layers of Knockout are \(0.5,\); whole numbers are needed"),
+        (lambda: Knockout("last", "image", 1, heads=0), "heads of Knockout are 0; whole numbers are needed"),
+        (lambda: Ablate(site, "image") & two, together),
+        (lambda: run(vlm, prompts, two), f"a list {together}"),
+        (lambda: generate(vlm, prompts, tuple(two)), f"a tuple {together}"),
+        (lambda: read(vlm, prompts, site, "zero"), "'zero' is no intervention; Replace, Ablate, Steer, Knockout are"),
+    ]  # fmt: skip
+    for make, message in cases:
+        with pytest.raises(UsageError, match=message):
+            make()
+    assert Knockout("last", "image", np.int64(2)).each_layer == (2,)

@@ -64,7 +64,8 @@ def data_folder(tmp_path_factory):
             scene(colour, row, column, number).save(folder / f"{number}{name}.png")
         question = f"what colour is the {KINDS[number % 3]}?"
         line = {"image": f"{number}a.png", "counterfactual_image": f"{number}b.png", "question": question}
-        rows.append(line | {"id": f"pair {number}", "answer": colours[0], "counterfactual_answer": colours[1]})
+        rows.append(line | {"id": f"pair {number}", "answer": colours[0], "counterfactual_answer": colours[1],
+                            "conflict": "second"})  # fmt: skip
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

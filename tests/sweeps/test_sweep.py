@@ -21,7 +21,7 @@ from vlm_mech.models.vlm import VLM
 from vlm_mech.sweeps import suffix_attention
 from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.recorded_pass import record
-from vlm_mech.sweeps.sweep import Measure, grid, logit_diff, prob, sweep
+from vlm_mech.sweeps.sweep import Measure, grid, logit_diff, plan_sweep, prob, sweep
 
 POINTS = ("head_out", "attn_out", "mlp_out", "resid_pre")
 
@@ -332,6 +332,36 @@ def test_wrong_sweeps_are_one_line():
         sweep(vlm, pairs, points, lambda point: Knockout(point.span, "image", 1), prob(pairs.answer))
     with pytest.raises(UsageError, match="needs prompts, points of a grid and a measure"):
         sweep(vlm, [], points, cut, [])
+
+
+@pytest.mark.usefixtures("untyped")
+def test_arguments_that_are_none_are_refused_where_they_are_given():
+    vlm, pairs = wrapped("llava_clip"), pairs_of(2)
+    points, edits = grid(layer=(1,)), [Knockout("last", "image", 1)]
+
+    def cut(point):
+        return Knockout("last", "image", point.layer)
+
+    for measure in (lambda logits: logits.amax(-1), [prob(pairs.answer), torch.mean]):
+        with pytest.raises(UsageError, match=r"measure is a function; logit_diff.* or a Measure is needed, such as"):
+            sweep(vlm, pairs, points, cut, measure)
+    with pytest.raises(UsageError, match="measure is 'prob'; logit_diff"):
+        sweep(vlm, pairs, points, cut, "prob")
+    for edit, what in ((edits, "list"), (edits[0], "Knockout")):
+        for call, more in ((sweep, [prob(pairs.answer)]), (plan_sweep, [])):
+            with pytest.raises(UsageError, match=f"of a sweep is a {what}; a function of a point is needed"):
+                call(vlm, pairs, points, edit, *more)
+    with pytest.raises(UsageError, match="a list of 1 interventions was given; a & b does both"):
+        sweep(vlm, pairs, points, lambda point: edits, prob(pairs.answer))
+    with pytest.raises(UsageError, match="is no intervention"):
+        sweep(vlm, pairs, points, lambda point: None, prob(pairs.answer))
+    with pytest.raises(UsageError, match="a Measure is a Metric"):
+        Measure("entropy", torch.mean)
+    with pytest.raises(UsageError, match="prob is given the answer 'no'; a list is needed, one an example"):
+        sweep(vlm, pairs, points, cut, prob("no"))
+    for span in ("image", 3):
+        with pytest.raises(UsageError, match=f"axis 'span' is {span!r}; a list of values is needed"):
+            grid(layer=(1,), span=span)
 
 
 def test_measures_of_ones_own():

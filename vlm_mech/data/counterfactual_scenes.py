@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from vlm_mech.data.scene_questions import Question, questions
 from vlm_mech.data.scene_sampling import sample_scene
@@ -24,6 +25,11 @@ class ScenePair:
     def attribute(self) -> str:
         """What the twin changes."""
         return differing(self.scene, self.twin)[0]
+
+    @property
+    def conflict(self) -> Literal["second"] | None:
+        """Whether the twin shows something unusual; the scene itself never does."""
+        return "second" if in_conflict(self.twin) else None
 
 
 def differing(scene: Scene, twin: Scene) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Counterfactual pairs: two images, one question, two answers - generated scenes or a folder of the user's own.
 
 A folder holds `pairs.jsonl`, one object a line with `image`, `counterfactual_image` (paths from the folder),
-`question`, `answer` and `counterfactual_answer`, and optionally `id` and `group` (pairs of one group share a scene).
+`question`, `answer` and `counterfactual_answer`, and optionally `id`, `group` (pairs of one group share a scene) and
+`conflict` (see `Pair`).
 """
 
 import dataclasses
@@ -11,8 +12,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 from PIL import Image
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 FIELDS = ("image", "counterfactual_image", "question", "answer", "counterfactual_answer")
+Side = Literal["first", "second"]
+SIDES: tuple[Side, ...] = ("first", "second")
 Direction = Literal["noising", "denoising"]
 DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 """Noising puts states of the counterfactual into the run on the image, denoising the reverse."""
@@ -33,7 +37,11 @@ DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One question about an image and about its counterfactual, which has another answer."""
+    """One question about an image and about its counterfactual, which has another answer.
+
+    `conflict` says which of the two pictures, first or second, shows something that contradicts the usual answer; the
+    answer to the other picture is the usual one. None: neither does, or it is not known.
+    """
 
     id: str
     image: ImageLike
@@ -42,10 +50,16 @@ class Pair:
     answer: str
     counterfactual_answer: str
     group: str | None = None
+    conflict: Side | None = None
 
     def __post_init__(self) -> None:
+        for name in ("id", "question", "answer", "counterfactual_answer"):
+            if not isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} of a pair is {getattr(self, name)!r}; a text is needed")
         if self.answer.strip() == self.counterfactual_answer.strip():
             raise UsageError(f"pair {self.id}: both answers are {self.answer!r}; they must differ")
+        if self.conflict not in (None, *SIDES):
+            raise UsageError(f'pair {self.id}: conflict is {self.conflict!r}; "first", "second" or null is needed')
 
 
 @dataclass(frozen=True)
@@ -71,14 +85,34 @@ class Pairs:
     told: dict[str, float] = dataclasses.field(default_factory=dict)
     """Mean probability of the right answers' first tokens by spelling, where several were possible."""
 
+    def __post_init__(self) -> None:
+        for name, kind in (("pairs", Pair), ("refused", Refused)):
+            given = getattr(self, name)
+            odd = [each for each in given if not isinstance(each, kind)] if isinstance(given, list | tuple) else [given]
+            if odd:
+                what = type(odd[0]).__name__
+                raise UsageError(f"{name} of {self.name!r} holds a {what}; a tuple of {kind.__name__} is needed")
+            object.__setattr__(self, name, tuple(given))
+
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
 
-    def __getitem__(self, rows: slice) -> "Pairs":
-        return dataclasses.replace(self, pairs=self.pairs[rows])
+    @overload
+    def __getitem__(self, rows: int) -> Pair: ...
+
+    @overload
+    def __getitem__(self, rows: slice) -> "Pairs": ...
+
+    def __getitem__(self, rows: int | slice) -> "Pair | Pairs":
+        """One pair by its number, or some of them as `Pairs`."""
+        if isinstance(rows, slice):
+            return dataclasses.replace(self, pairs=self.pairs[rows])
+        if not isinstance(rows, Integral):
+            raise UsageError(f"{rows!r} is no row of pairs; a number gives a pair, a slice such as [:8] gives Pairs")
+        return self.pairs[rows]
 
     @property
     def base(self) -> list[Prompt]:
@@ -154,6 +188,7 @@ def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
                 question=found.question.text,
                 answer=found.question.answer,
                 counterfactual_answer=found.twin_answer,
+                conflict=found.conflict,
             )
         )
     return Pairs(name, tuple(pairs))
@@ -203,6 +238,7 @@ def _parsed(folder: Path, number: int, line: str) -> Pair:
         answer=row["answer"],
         counterfactual_answer=row["counterfactual_answer"],
         group=None if row.get("group") is None else str(row["group"]),
+        conflict=row.get("conflict"),
     )
 
 
@@ -229,17 +265,42 @@ def about_others(pairs: Pairs, others: Sequence[Pair]) -> Pairs:
 
 def turned(pairs: Pairs) -> Pairs:
     """The pairs the other way round: the counterfactual image is the first."""
-    changed = [
-        dataclasses.replace(
-            pair,
-            image=pair.counterfactual_image,
-            counterfactual_image=pair.image,
-            answer=pair.counterfactual_answer,
-            counterfactual_answer=pair.answer,
-        )
-        for pair in pairs
-    ]
+    return dataclasses.replace(pairs, pairs=tuple(_turned(pair) for pair in pairs))
+
+
+def _turned(pair: Pair) -> Pair:
+    return dataclasses.replace(
+        pair,
+        image=pair.counterfactual_image,
+        counterfactual_image=pair.image,
+        answer=pair.counterfactual_answer,
+        counterfactual_answer=pair.answer,
+        conflict=None if pair.conflict is None else SIDES[1 - SIDES.index(pair.conflict)],
+    )
+
+
+def conflict_first(pairs: Pairs) -> Pairs:
+    """The pairs, those whose second picture is in conflict turned, so that it is asked about; others as they are."""
+    if all(pair.conflict != "second" for pair in pairs):
+        return pairs
+    changed = (_turned(pair) if pair.conflict == "second" else pair for pair in pairs)
     return dataclasses.replace(pairs, pairs=tuple(changed))
+
+
+def with_conflict(pairs: Pairs) -> Pairs:
+    """The pairs that say which of their pictures is in conflict; the others move to `refused`.
+
+    Raises:
+        UsageError: none says it.
+    """
+    return checked(pairs, _check_conflict, "says which picture is in conflict with the usual answer")
+
+
+def _check_conflict(pair: Pair) -> None:
+    if pair.conflict is None:
+        raise UsageError(
+            'conflict is not given; "first" or "second" is needed in its line (scenes/colour-conflict has "second")'
+        )
 
 
 def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pairs, ...]:

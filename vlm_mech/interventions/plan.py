@@ -20,7 +20,16 @@ from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Cells, Span
 from vlm_mech.interventions.passes import Batch, Window
-from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Knockout, Replace, StateEdit, Steer
+from vlm_mech.interventions.specification import (
+    Ablate,
+    Activations,
+    Intervention,
+    Knockout,
+    Replace,
+    StateEdit,
+    Steer,
+    as_intervention,
+)
 
 GENERATED = "generated"
 ReadStates = Callable[[Batch, tuple[Site, ...]], Activations]
@@ -153,7 +162,7 @@ def plan(vlm: TracedModel, encoded: Batch, intervention: Intervention | None, re
             back end that takes no mask.
     """
     made = Plan({}, {})
-    for part in () if intervention is None else intervention.flat():
+    for part in () if intervention is None else as_intervention(intervention).flat():
         if isinstance(part, Knockout):
             for cut in _cuts(vlm, encoded, part):
                 made.cuts.setdefault((cut.stream, cut.layer), []).append(cut)

@@ -6,9 +6,10 @@ return a receipt for each part.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
-from vlm_mech.architectures.site import Site
+from vlm_mech.architectures.site import NAMES, Site
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
@@ -44,7 +45,7 @@ class Intervention:
     """Something done during a forward pass. `a & b` does both in one pass."""
 
     def __and__(self, other: "Intervention") -> "Together":
-        return Together(parts=(*self.flat(), *other.flat()))
+        return Together(parts=(*self.flat(), *as_intervention(other).flat()))
 
     def flat(self) -> tuple["Intervention", ...]:
         """The single interventions this one consists of, in the order in which they are applied."""
@@ -62,6 +63,24 @@ class Together(Intervention):
         return self.parts
 
 
+def as_intervention(given: object) -> Intervention:
+    """What was given, if it is an intervention.
+
+    Raises:
+        UsageError: it is none, such as a list of them.
+    """
+    if isinstance(given, Intervention):
+        return given
+    if isinstance(given, list | tuple) and given and all(isinstance(each, Intervention) for each in given):
+        raise UsageError(f"a {type(given).__name__} of {len(given)} interventions was given; a & b does both in a pass")
+    raise UsageError(f"{_shown(given)} is no intervention; Replace, Ablate, Steer, Knockout are, and a & b of them")
+
+
+def _shown(given: object) -> str:
+    text = repr(given)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 @dataclass(frozen=True, eq=False)
 class StateEdit(Intervention):
     """An intervention on the tensor at one or several sites, at the positions of a span, for some heads or all."""
@@ -72,16 +91,37 @@ class StateEdit(Intervention):
     """Heads to edit, at `head_out` sites only; None means all."""
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         if not self.sites:
-            raise UsageError(f"{type(self).__name__} names no site")
+            raise UsageError(f"{name} names no site")
         for site in self.sites:
+            if not isinstance(site, Site):
+                example = site if site in NAMES else "llm.resid_post"
+                raise UsageError(f"{name} is given {_shown(site)} as a site; a Site is needed: Site({example!r}, 3)")
             if self.heads is not None and site.point != "head_out":
                 raise UsageError(f"heads can be chosen at head_out sites only, not at {site}")
+        _whole_numbers(f"heads of {name}", () if self.heads is None else self.heads)
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The sites as a tuple."""
-        return (self.site,) if isinstance(self.site, Site) else tuple(self.site)
+        return tuple(self.site) if isinstance(self.site, list | tuple) else (self.site,)
+
+
+def _whole_numbers(what: str, given: object) -> None:
+    if not isinstance(given, Iterable) or any(not isinstance(each, Integral) for each in given):
+        raise UsageError(f"{what} are {_shown(given)}; whole numbers are needed, such as (0, 1)")
+
+
+def _check_source(what: str, given: object) -> None:
+    """States come from activations, from a batch, or from prompts."""
+    if isinstance(given, Activations | Encoded | DualEncoded):
+        return
+    if not isinstance(given, list | tuple) or not all(isinstance(each, Prompt) for each in given):
+        raise UsageError(
+            f"{what} is a {type(given).__name__}; Activations, a batch made by encode, or a list of Prompts is needed, "
+            "such as pairs.counterfactual"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +134,10 @@ class Replace(StateEdit):
 
     source: Source = field(kw_only=True)
     source_span: Span | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_source("the source of Replace", self.source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +156,8 @@ class Ablate(StateEdit):
         super().__post_init__()
         if self.to not in ("zero", "mean", "resample"):
             raise UsageError(f"Ablate(to={self.to!r}) is not known; one of zero, mean, resample is")
+        if self.reference is not None:
+            _check_source("the reference of Ablate", self.reference)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +166,13 @@ class Steer(StateEdit):
 
     vector: "torch.Tensor" = field(kw_only=True)
     scale: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        from torch import Tensor
+
+        super().__post_init__()
+        if not isinstance(self.vector, Tensor):
+            raise UsageError(f"the vector of Steer is a {type(self.vector).__name__}; a torch tensor is needed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +193,10 @@ class Knockout(Intervention):
 
     def __post_init__(self) -> None:
         # An iterator would be used up by the first look.
-        object.__setattr__(self, "layers", self.layers if isinstance(self.layers, int) else tuple(self.layers))
+        given = tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,)
+        _whole_numbers("layers of Knockout", self.layers if isinstance(self.layers, str) else given)
+        _whole_numbers("heads of Knockout", () if self.heads is None else self.heads)
+        object.__setattr__(self, "layers", given)
         if not self.each_layer:
             raise UsageError("Knockout names no layer")
         if self.stream not in ("vision", "text", "llm"):

@@ -22,7 +22,14 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Each
 from vlm_mech.interventions.receipt import add_up, summarise
-from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Replace, Together
+from vlm_mech.interventions.specification import (
+    Ablate,
+    Activations,
+    Intervention,
+    Replace,
+    Together,
+    as_intervention,
+)
 from vlm_mech.interventions.trace import refuse_open_trace, run
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric, Result
@@ -53,8 +60,11 @@ def grid(**axes: Iterable[Any]) -> tuple[Point, ...]:
     """Every combination of the values, the last axis changing fastest.
 
     Raises:
-        UsageError: no axis, or one without values.
+        UsageError: no axis, one without values, or one that is a single value.
     """
+    single = [name for name, each in axes.items() if isinstance(each, str) or not isinstance(each, Iterable)]
+    if single:
+        raise UsageError(f"axis {single[0]!r} is {axes[single[0]]!r}; a list of values is needed, of one it may be")
     values = {name: tuple(each) for name, each in axes.items()}
     empty = [name for name, each in values.items() if not each]
     if not values or empty:
@@ -69,6 +79,13 @@ class Measure:
     metric: Metric
     of: Callable[..., Tensor]
     answers: tuple[Sequence[str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, Metric) or not callable(self.of):
+            raise UsageError("a Measure is a Metric(name, unit, what it is) and a function of logits and ids")
+        single = [each for each in self.answers if isinstance(each, str)]
+        if single:
+            raise UsageError(f"{self.metric.name} is given the answer {single[0]!r}; a list is needed, one an example")
 
     def ids(self, vlm: "VLM", encoded: Encoded, rows: slice = slice(None)) -> list[Tensor]:
         """First tokens of the answers of some rows, each of shape batch.
@@ -139,7 +156,7 @@ def sweep(
         ReceiptError: an intervention did not take effect.
         WorkError: the two engines disagree.
     """
-    measures = (measure,) if isinstance(measure, Measure) else tuple(measure)
+    measures = _measures(measure)
     job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm.device, memory))
     refuse_open_trace(vlm)
     _check(job.prompts, points, measures)
@@ -186,6 +203,18 @@ def plan_sweep(
     return job.plan(batch)
 
 
+def _measures(given: Any) -> tuple[Measure, ...]:
+    found = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for each in found:
+        if not isinstance(each, Measure):
+            what = "a function" if callable(each) else repr(each)
+            raise UsageError(
+                f"measure is {what}; logit_diff(answers, others), prob(answers) or a Measure is needed, such as "
+                "Measure(Metric('name', 'logits', 'what it is'), function, (answers,))"
+            )
+    return found
+
+
 def _together(done: list[tuple[pd.DataFrame, dict[str, Any]]]) -> dict[str, Any]:
     notes = [each for _, each in done]
     worst = max(each["disagreement"] for each in notes)
@@ -210,6 +239,13 @@ class _Job:
     budget: int
     last: tuple[slice, Encoded] | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.intervention, Intervention) or not callable(self.intervention):
+            raise UsageError(
+                f"the intervention of a sweep is a {type(self.intervention).__name__}; a function of a point is "
+                "needed, such as lambda point: Ablate(Site('llm.resid_post', point.layer), 'image')"
+            )
+
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
         """The prompts that are run."""
@@ -231,7 +267,7 @@ class _Job:
     @functools.cached_property
     def planned(self) -> list[Intervention]:
         """The intervention at each point, over all the data."""
-        return [self.intervention(point) for point in self.points]
+        return [as_intervention(self.intervention(point)) for point in self.points]
 
     def edits(self, rows: slice) -> list[Intervention]:
         """The interventions as they concern some rows."""

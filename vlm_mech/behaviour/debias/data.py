@@ -5,9 +5,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_mech.data.pairs import Pairs, by_groups, load_pairs, turned
+from vlm_mech.data.pairs import Pairs, by_groups, conflict_first, load_pairs, turned, with_conflict
 from vlm_mech.errors import UsageError
-from vlm_mech.methods.visual_flow.data import CONFLICT, cases_of
 
 IN_CONFLICT, USUAL = "in conflict", "usual"
 SHARES = (0.6, 0.2)
@@ -24,21 +23,23 @@ class Parts:
 
 
 def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed: int) -> Parts:
-    """The pairs of a set in conflict, turned so that the picture in conflict is asked about first.
+    """The pairs of a set in conflict, turned where needed so that the picture in conflict is asked about first.
 
-    Generated scenes have splits of their own. The pairs of a folder, whose first picture is in conflict and whose
-    second answer is the prior's, are cut by groups: 60 % to train, 20 % to validate, the rest to test.
+    Generated scenes have splits of their own. The pairs of a folder are cut by groups: 60 % to train, 20 % to validate,
+    the rest to test.
 
     Raises:
-        UsageError: generated pairs without conflict, or a folder with too few groups.
+        UsageError: no pair says which picture is in conflict, or a folder with too few groups.
     """
     if not data.startswith("scenes/"):
-        return Parts(*by_groups(load_pairs(data, n=n), SHARES, seed=seed))
-    if not data.endswith(CONFLICT):
-        raise UsageError(f"data {data!r} has no pictures in conflict with a prior; scenes/colour{CONFLICT} has")
+        return Parts(*by_groups(_faced(load_pairs(data, n=n)), SHARES, seed=seed))
     wanted = {"train": n_train, "validation": n_validation, "test": n}
     found = {split: load_pairs(data, n=count, seed=seed, split=split) for split, count in wanted.items()}
-    return Parts(**{split: cases_of(pairs).pairs for split, pairs in found.items()})
+    return Parts(**{split: _faced(pairs) for split, pairs in found.items()})
+
+
+def _faced(pairs: Pairs) -> Pairs:
+    return conflict_first(with_conflict(pairs))
 
 
 def with_answers_of_others(pairs: Pairs, *, seed: int) -> Pairs:

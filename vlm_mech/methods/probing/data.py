@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pair, Pairs, checked
+from vlm_mech.data.pairs import Pair, Pairs, checked, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.extraction.extract import NAMED, extract
 from vlm_mech.inputs.image import load_image
@@ -78,11 +78,15 @@ def examples_of(vlm: "VLM", pairs: Pairs) -> Examples:
 
 
 def conflicts_of(vlm: "VLM", pairs: Pairs) -> Examples:
-    """The counterfactual images alone; the prior is the answer to the usual image they come from."""
+    """The images in conflict alone; the prior is the answer to the other image of their pair.
+
+    Raises:
+        UsageError: a pair does not say which image is in conflict.
+    """
     made = []
-    for pair in pairs:
-        first, second = _sides(vlm, pair)
-        made.append((second | {"prior": first["label"]},))
+    for pair in with_conflict(pairs):
+        usual, unusual = _sides(vlm, pair) if pair.conflict == "second" else _sides(vlm, pair)[::-1]
+        made.append((unusual | {"prior": usual["label"]},))
     return _joined(pairs.name, made)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from vlm_mech.data.pairs import Pairs
+from vlm_mech.data.pairs import Pairs, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.crossfit import METRICS
 from vlm_mech.methods.probing.data import conflicts_of, examples_of, probe_sites, spots_of, spread, with_objects
@@ -42,7 +42,8 @@ def probe(
     Accuracy says what could be read there, not what the model uses; compare it with the controls.
 
     Args:
-        conflict: pairs that show something unusual; the same probes then tell what is shown from what is usual.
+        conflict: pairs that say which of their pictures is unusual; the same probes then tell what it shows from what
+            is usual.
         spans: where the states are read (see `spots_of`).
         probes: `linear`, `mlp`, or recipes of one's own.
         controls: of `shuffled`, `control task`, `no image`, `random weights`.
@@ -57,7 +58,7 @@ def probe(
         UsageError: a span, probe or control that is not known, or too few examples for the folds.
     """
     examples = examples_of(vlm, with_objects(pairs))
-    conflicts = None if conflict is None else conflicts_of(vlm, with_objects(conflict))
+    conflicts = None if conflict is None else conflicts_of(vlm, with_conflict(with_objects(conflict)))
     spots = spots_of(probe_sites(vlm, every=every), spread(vlm, tuple(spans), examples))
     design = Design(
         spots, tuple(map(recipe_of, probes)), tuple(controls), grouping, n_folds, n_seeds, seed, batch, device=device

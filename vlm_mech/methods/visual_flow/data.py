@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlm_mech.data.pairs import Pairs, turned
+from vlm_mech.data.pairs import Pairs, conflict_first
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.knockout.data import EDGE, Scan, scan_of
 from vlm_mech.methods.knockout.edges import parse_edge, visible_edges
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 SPANS = ("image", "question", "last")
 EDGES = ("last<-image", "question<-image", "last<-question")
-CONFLICT = "-conflict"
-"""Ending of generated sets whose counterfactual shows something unusual."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +41,11 @@ class Cases:
 def cases_of(pairs: Pairs) -> Cases:
     """The pairs with the other image's answer as the rival.
 
-    Generated sets of scenes in conflict are turned round: the unusual scene is asked about, its twin in the usual
-    colour is the other image, and the rival is the usual answer.
+    Where a pair says which picture is in conflict, this one is asked about, and its rival is the usual answer.
     """
-    if not (pairs.name.startswith("scenes/") and pairs.name.endswith(CONFLICT)):
-        return Cases(pairs, tuple(pairs.counterfactual_answer), "the other image's answer")
-    return Cases(turned(pairs), tuple(pairs.answer), "the usual answer")
+    faced = conflict_first(pairs)
+    usual = len(pairs) and all(pair.conflict for pair in pairs)
+    return Cases(faced, tuple(faced.counterfactual_answer), "the usual answer" if usual else "the other image's answer")
 
 
 def flow_edges(vlm: "VLM", pairs: Pairs) -> tuple[str, ...]:
