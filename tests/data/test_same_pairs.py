@@ -28,7 +28,7 @@ from vlm_mech.results.result import Result
 CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
 N = 8
 SWAP = ("--swap", "weights", "--schedules", "suffix")
-PROBES = ("--probes", "linear", "--controls", "shuffled", "--folds", "3", "--seeds", "1", "--every", "4")
+PROBES = ("--probes", "linear", "--controls", "shuffled", "--folds", "4", "--seeds", "1", "--grouping", "scene")
 RUNS = {
     "layer_swap": (layer_swap, CONFLICT, ("--spans", "image", "--all")),
     "layer_swap of weights": (layer_swap, CONFLICT, SWAP),
@@ -66,16 +66,21 @@ def test_commands_over_pairs(name, tmp_path):
 
 @pytest.mark.parametrize("side", ["second", "first"])
 def test_the_picture_in_conflict_is_found_on_either_side(side, tmp_path):
-    """Weights, map and probes ask the pair, not the set's name; `first` writes the pairs the other way round."""
+    """Weights and map ask the pair, not the set's name; `first` writes the pairs the other way round."""
     pairs = load_pairs(CONFLICT, n=N)
     folder = as_folder(tmp_path / "pairs", pairs if side == "second" else turned(pairs))
     for experiment, more in ((layer_swap, SWAP), (visual_flow, RUNS["visual_flow"][2])):
         own, other = tmp_path / f"{experiment.__name__} own", tmp_path / f"{experiment.__name__} folder"
         one, two = table_of(experiment, CONFLICT, own, "--n", N, *more), table_of(experiment, folder, other, *more)
         pd.testing.assert_frame_equal(one, two, check_exact=True)
-    read = []
+
+
+@pytest.mark.parametrize("side", ["second", "first"])
+def test_probes_read_the_picture_in_conflict_on_either_side(side, tmp_path):
+    pairs, read = load_pairs(CONFLICT, n=N), []
+    folder = as_folder(tmp_path / "pairs", pairs if side == "second" else turned(pairs))
     for conflict in (CONFLICT, folder):
-        more = ("--n", 32, "--n-conflict", N, "--conflict", conflict, *PROBES)
+        more = ("--n", 48, "--every", 4, "--n-conflict", N, "--conflict", conflict, *PROBES)
         read.append(table_of(probing, COLOURS, tmp_path / f"probing {len(read)}", *more))
     read = [table.assign(example=table["example"].str.rstrip("'")) for table in read]
     pd.testing.assert_frame_equal(*read, check_exact=True)

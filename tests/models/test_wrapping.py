@@ -72,7 +72,7 @@ def test_a_peft_model_is_unwrapped_with_its_adapter_active():
         with wrapper.disable_adapter():
             bare = wrapper(**inputs).logits
     assert torch.equal(run(vlm, batch()).logits, adapted) and (adapted - bare).abs().max() > 0.01
-    assert run(vlm, batch(), Knockout("last", "image", 1)).receipts[0].readout_change > 0
+    assert run(vlm, batch(), Knockout("last", "image", 1)).receipts[0].pass_readout_change > 0
     vlm.config._commit_hash = "main"
     assert "weights" in vlm.identity() and fresh().identity()["weights"] != vlm.identity()["weights"]
 

@@ -93,7 +93,9 @@ class Passes:
         Raises:
             WorkError: it does not follow the passes before it, so that nobody can say what its rows and positions are.
         """
-        rows, length = given["inputs_embeds"].shape[:2]
+        # Some decoders are given embeddings with the prompt, and token ids afterwards.
+        tokens = given.get("inputs_embeds")
+        rows, length = (given["input_ids"] if tokens is None else tokens).shape[:2]
         cache = given.get("past_key_values")
         first = 0 if cache is None else int(cache.get_seq_length())
         stop = 0 if self.now is None else self.now.stop

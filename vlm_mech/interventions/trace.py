@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.traced_model import TracedModel
+from vlm_mech.architectures.traced_model import PASSES, TracedModel
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
@@ -81,7 +81,10 @@ class Generation:
 
 def refuse_open_trace(vlm: TracedModel) -> None:
     """Raise `UsageError` within a trace of the model: what opens one of its own cannot run there."""
-    if vlm.nn.interleaver.interleaving:
+    with PASSES:
+        # Of this thread: another one's ends before the lock is free.
+        is_open = vlm.nn.interleaver.interleaving
+    if is_open:
         raise UsageError(
             f"a trace of {vlm.name} is open; run, read, generate and sweep open one of their own, so call them before "
             "or after the `with` block"

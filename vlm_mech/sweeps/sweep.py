@@ -79,6 +79,8 @@ class Measure:
     metric: Metric
     of: Callable[..., Tensor]
     answers: tuple[Sequence[str], ...] = ()
+    apart: bool = True
+    """Whether the answers of an example must begin with different tokens."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, Metric) or not callable(self.of):
@@ -95,7 +97,7 @@ class Measure:
         """
         texts = [list(answers[rows]) for answers in self.answers]
         ids = [vlm.answer_ids(encoded, each) for each in texts]
-        for one, other in itertools.combinations(range(len(ids)), 2):
+        for one, other in itertools.combinations(range(len(ids)), 2) if self.apart else ():
             for row in (ids[one] == ids[other]).nonzero().flatten().tolist():
                 token = vlm.tokenizer.convert_ids_to_tokens(ids[one][row].item())
                 raise UsageError(
