@@ -429,8 +429,12 @@ def test_the_choice_looks_at_validation_alone_and_changes_little():
          "truth": truths.get((each.alpha, each.dose), 0.0) if split == VALIDATION else float(each.dose == 1.0)}
         for split in (VALIDATION, TEST) for each in settings
     ]  # fmt: skip
-    chosen = study.chosen(pd.DataFrame(rows), settings)
+    table = pd.DataFrame(rows)
+    chosen = study.chosen(table.assign(exact=table["truth"]), settings)
     assert chosen == [Setting("M3ID", 0.5, 1.0)]
+    assert study.chosen(table.assign(exact=0.0), settings) == chosen, "a model that answers in sentences"
+    derailed = table["truth"].where(table["dose"] < 1, 0.1).where(table["method"] != settings[-1].method, 0.3)
+    assert study.chosen(table.assign(exact=derailed), settings) == [Setting("M3ID", 0.5, 0.6)]
     tested = study.tested(chosen)
     assert tested[0] == Setting() and Setting("M3ID", 0.15, 0.6) in tested and Setting("M3ID", 0.0, 1.0) in tested
     assert len(set(tested)) == len(tested)

@@ -75,19 +75,6 @@ def test_the_picture_in_conflict_is_found_on_either_side(side, tmp_path):
         pd.testing.assert_frame_equal(one, two, check_exact=True)
 
 
-@pytest.mark.parametrize("side", ["second", "first"])
-def test_probes_read_the_picture_in_conflict_on_either_side(side, tmp_path):
-    pairs, read = load_pairs(CONFLICT, n=N), []
-    folder = as_folder(tmp_path / "pairs", pairs if side == "second" else turned(pairs))
-    for conflict in (CONFLICT, folder):
-        more = ("--n", 48, "--every", 4, "--n-conflict", N, "--conflict", conflict, *PROBES)
-        read.append(table_of(probing, COLOURS, tmp_path / f"probing {len(read)}", *more))
-    read = [table.assign(example=table["example"].str.rstrip("'")) for table in read]
-    pd.testing.assert_frame_equal(*read, check_exact=True)
-    shown = read[0][(read[0]["read_on"] == "conflict") & (read[0]["control"] == "none")]
-    assert len(shown) and set(shown["example"]) == {pair.id for pair in pairs}
-
-
 def parted(tmp_path, *splits, seed=0):
     """A folder that is cut by its groups just as scenes are by their splits."""
     order = np.random.default_rng(seed).permutation(len(splits))

@@ -360,5 +360,5 @@ def family_of(config: Any) -> Family:
     nearest = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.0)[0]
     raise UsageError(
         f"architecture {model_type!r} is not supported (nearest: {nearest!r}; all: {', '.join(known)}); a record in "
-        "vlm_mech/families.py adds it, see 'Adding a family' in docs/architecture.md"
+        "vlm_mech/architectures/families.py adds it, see 'Adding a family' in docs/architecture.md"
     )

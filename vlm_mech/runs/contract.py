@@ -281,7 +281,7 @@ def _provenance(result: "Result", config: RunConfig, seconds: float, figures: li
             versions[package] = importlib.metadata.version(package)
     return result.provenance | {
         "versions": versions,
-        "commit": _commit(Path(__file__).parents[1]),
+        "commit": _commit(Path(__file__).parents[2]),
         "seed": config.seed,
         "device": config.device,
         "dtype": config.dtype,
