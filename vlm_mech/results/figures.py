@@ -17,6 +17,8 @@ from vlm_mech.results.result import Metric, Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+__all__ = ["COLOURS", "heatmap", "lines", "redraw", "save_figure"]
+
 # Okabe & Ito: distinguishable with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SIGNIFICANCE = 0.05
@@ -29,6 +31,10 @@ USUAL_NAME = 16
 SAME = 1e-9
 
 Value = Literal["mean", "effect"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _text(value: Any) -> str:
@@ -394,4 +400,7 @@ def _drawer(said: str | None, name: str) -> "Callable[..., go.Figure]":
         return {"heatmap": heatmap, "lines": lines}[said]
     if not said or not re.fullmatch(r"vlm_mech(\.\w+)+:\w+", said):
         raise UsageError(f"figure {name!r} does not say which function of vlm_mech drew it; open its json with plotly")
-    return pkgutil.resolve_name(said)
+    try:
+        return pkgutil.resolve_name(said)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"figure {name!r} was drawn by another version's {said}; open its json with plotly") from error

@@ -20,6 +20,8 @@ from vlm_mech.results.result import Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+__all__ = ["conflict_lines", "confusion", "depth_lines", "drawn", "patch_picture"]
+
 CONTROL_LINES = {
     "shuffled": {"dash": "dot"},
     "control task": {"dash": "dash"},
@@ -29,6 +31,10 @@ CONTROL_LINES = {
 GREY = "#666666"
 STREAMS = {"vision": "vision tower", "projector": "", "llm": "language model"}
 WIDTH_A_PLACE, MOST_TICKS = 34, 40
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def drawn(result: Result, notes: Sequence[dict[str, Any]]) -> "dict[str, go.Figure]":
