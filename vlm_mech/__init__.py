@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from vlm_mech.results.overlays import laid_over as laid_over
     from vlm_mech.results.result import Metric as Metric
     from vlm_mech.results.result import Result as Result
+    from vlm_mech.results.saved_figures import redraw as redraw
     from vlm_mech.sweeps.sweep import Measure as Measure
     from vlm_mech.sweeps.sweep import Point as Point
     from vlm_mech.sweeps.sweep import grid as grid
@@ -105,6 +106,7 @@ _HOMES = {
     "models.vlm": ("VLM",),
     "results.overlays": ("laid_over",),
     "results.result": ("Metric", "Result"),
+    "results.saved_figures": ("redraw",),
     "sweeps.sweep": ("Measure", "Point", "grid", "logit_diff", "plan_sweep", "prob", "sweep"),
 }
 _MODULES = {

@@ -213,7 +213,7 @@ def _slider(places: list[str]) -> dict[str, Any]:
 
 
 def _recipe(name: str, **options: Any) -> dict[str, Any]:
-    """What `figures.redraw` needs to draw a figure again."""
+    """What `redraw` needs to draw a figure again."""
     return {"drawn_by": f"{__name__}:{name}", "options": options}
 
 
