@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from scipy.stats import binomtest
 
 from vlm_mech.behaviour.erroneous_agreement.study import AMONG, POOLED, SIMILARITIES, TO_TEXT
-from vlm_mech.results.result import N_RESAMPLES, Result
-from vlm_mech.results.statistics import corrected, expanded_tail
+from vlm_mech.results.result import Result
+from vlm_mech.results.statistics import corrected
 
 FEW = 5
 """Right or wrong pairs below which a correlation with being right is not told."""
@@ -109,34 +109,6 @@ def _correlation(values: np.ndarray, right: np.ndarray, groups: Int[np.ndarray, 
         return f"not told ({n_right} of {len(right)} right)"
     value, low, high = point_biserial(values, right, groups)
     return f"{value:+.2f} ({low:+.2f} to {high:+.2f}, n = {len(right)})"
-
-
-def point_biserial(
-    values: Float[np.ndarray, "pair"],
-    right: Float[np.ndarray, "pair"],
-    groups: Int[np.ndarray, "pair"],
-    *,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Correlation of a number with right (1) or wrong (0), and its expanded 95 % bootstrap interval over groups.
-
-    Resamples in which nothing varies have no correlation and are left out.
-    """
-    n_groups = int(groups.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=N_RESAMPLES)
-    weights = np.vstack([np.ones(len(values)), drawn[:, groups]])
-    weights = weights / weights.sum(1, keepdims=True)
-    one, other = values - values.mean(), right - right.mean()
-    means = weights @ one, weights @ other
-    covariance = weights @ (one * other) - means[0] * means[1]
-    variance = (weights @ one**2 - means[0] ** 2) * (weights @ other**2 - means[1] ** 2)
-    held = variance > 1e-20
-    found = covariance[held] / np.sqrt(variance[held])
-    if not held[0]:
-        return float("nan"), float("nan"), float("nan")
-    tail = 100 * expanded_tail(n_groups, 0.95)
-    low, high = np.percentile(found[1:], [tail, 100 - tail])
-    return float(found[0]), float(low), float(high)
 
 
 def _row(summary: pd.DataFrame, data: str, view: str, metric: str) -> pd.Series:
