@@ -16,7 +16,7 @@ from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import SPECIALS, WORDS, picture, tiny_model, tiny_processor
 from vlm_mech.behaviour.classify.tuning import with_answers
-from vlm_mech.behaviour.scoring import findings, study
+from vlm_mech.behaviour.scoring import comparisons, study
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTER_NAMES,
@@ -320,15 +320,15 @@ def verdicts(one: list[int], other: list[int]) -> Result:
 def test_two_scorings_are_compared_by_mcnemar_and_paired_bootstrap():
     one, other = [1] * 9 + [0] * 4 + [1] * 7, [0] * 8 + [1] * 5 + [1] * 7
     result = verdicts(one, other)
-    found = findings.compared(result, {"scoring": GENERATION}, {"scoring": OPTIONS})
+    found = comparisons.compared(result, {"scoring": GENERATION}, {"scoring": OPTIONS})
     assert (found.counts.only_one, found.counts.only_other, found.counts.n) == (8, 4, 20)
     assert found.counts.p == pytest.approx(binomtest(8, 12, 0.5).pvalue)
     assert found.counts.p == pytest.approx(2 * sum(math.comb(12, k) for k in range(5)) / 2**12)
     assert found.difference["mean"] == pytest.approx(0.2) and found.difference["n"] == 20
     assert found.difference["ci_low"] < 0.2 < found.difference["ci_high"]
     with pytest.raises(UsageError, match="is no verdict of 0 or 1"):
-        findings.compared(result, {"scoring": GENERATION}, {"scoring": RANDOM})
-    made = findings.comparisons(result)
+        comparisons.compared(result, {"scoring": GENERATION}, {"scoring": RANDOM})
+    made = comparisons.comparisons(result)
     assert [(each.one["scoring"], each.other["scoring"]) for each in made] == [(OPTIONS, GENERATION)]
 
 

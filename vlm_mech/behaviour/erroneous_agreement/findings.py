@@ -1,4 +1,4 @@
-"""What a run of erroneous agreements says, in sentences made from its numbers, with its tests."""
+"""What a run of erroneous agreements says, in sentences made from its numbers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,17 +6,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
-from scipy.stats import binomtest
 
-from vlm_mech.behaviour.erroneous_agreement.study import AMONG, POOLED, SIMILARITIES, TO_TEXT
+from vlm_mech.behaviour.erroneous_agreement.study import AMONG, POOLED, TO_TEXT
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import corrected
 
 FEW = 5
 """Right or wrong pairs below which a correlation with being right is not told."""
-
-
-# What follows
 
 
 def findings(result: Result, *, tau: float, floors: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -32,35 +28,11 @@ def findings(result: Result, *, tau: float, floors: Sequence[dict[str, Any]]) ->
         found += [text, *_sets_told(summary, name), _similarity_told(summary, result, name, tau, floors)]
     verdict = (
         "the contrastive model near chance on pairs that the VLM tells apart (its pair accuracy not above chance, the "
-        f"VLM's above it and above the contrastive one, p < 0.05): {', '.join(shown) or 'on no data set'}; not: "
+        f"VLM's above it and above the contrastive one, p < {LEVEL}): {', '.join(shown) or 'on no data set'}; not: "
         f"{', '.join(hidden) or 'on none'}. No second tower is asked, as MMVP does with DINO."
     )
     n = result.table["example"].nunique()
     return (f"{n} pairs of {len(data)} data sets.", verdict, *found)
-
-
-def paired_test(result: Result, data: str) -> dict[str, Any]:
-    """Pairs that the VLM or the contrastive model alone gets right, and p of their being as many.
-
-    McNemar's exact test; where pairs share a set it is a sign-flip test of whole sets.
-    """
-    chosen = _right(result, data)
-    alone = int((chosen[AMONG] > chosen[TO_TEXT]).sum()), int((chosen[TO_TEXT] > chosen[AMONG]).sum())
-    table = {"n": len(chosen), "groups": chosen["group"].nunique(), "vlm": alone[0], "contrastive": alone[1]}
-    if chosen["group"].is_unique:
-        p = binomtest(alone[0], sum(alone)).pvalue if sum(alone) else 1.0
-        return table | {"p": float(p), "test": "McNemar's exact test"}
-    difference = result.contrast({"data": data, "view": AMONG}, {"data": data, "view": TO_TEXT}, "pair")
-    return table | {"p": float(difference["p"]), "test": "sign-flip test of whole groups"}
-
-
-def _right(result: Result, data: str) -> pd.DataFrame:
-    """A row per pair of a data set: right by `TO_TEXT` and `AMONG` or not, its similarities and its `group`."""
-    table = result.table[(result.table["data"] == data)]
-    right = table.pivot(index="example", columns="view", values="pair")
-    likeness = table.pivot(index="example", columns="view", values="similarity")
-    joint = pd.concat([right[[TO_TEXT, AMONG]], likeness[list(SIMILARITIES)]], axis=1).dropna(subset=[AMONG])
-    return joint.assign(group=table.drop_duplicates("example").set_index("example")["group"])
 
 
 def _accuracy_told(summary: pd.DataFrame, data: str, test: dict[str, Any], p: float) -> tuple[str, bool]:
@@ -73,7 +45,7 @@ def _accuracy_told(summary: pd.DataFrame, data: str, test: dict[str, Any], p: fl
         f"alone right on {test['vlm']}, the contrastive model alone on {test['contrastive']} of {test['n']} "
         f"({test['test']}, Holm over data sets: p = {p:.2g})."
     )
-    higher = rows[AMONG]["mean"] > rows[TO_TEXT]["mean"] and p < 0.05
+    higher = rows[AMONG]["mean"] > rows[TO_TEXT]["mean"] and p < LEVEL
     return text, bool(higher and rows[TO_TEXT]["ci_low"] <= chance < rows[AMONG]["ci_low"])
 
 
@@ -90,7 +62,7 @@ def _similarity_told(
 ) -> str:
     row, above, place = (_row(summary, data, POOLED, name) for name in ("similarity", "above_tau", "place"))
     floor = next(each for each in floors if each["data"] == data and each["view"] == POOLED)
-    joint = _right(result, data)
+    joint = right_by_pair(result, data)
     groups = pd.factorize(joint["group"])[0]
     told = [
         f"{name} {_correlation(joint[POOLED].to_numpy(), joint[view].to_numpy(), groups)}"
@@ -107,7 +79,7 @@ def _correlation(values: np.ndarray, right: np.ndarray, groups: Int[np.ndarray, 
     n_right = int(right.sum())
     if min(n_right, len(right) - n_right) < FEW:
         return f"not told ({n_right} of {len(right)} right)"
-    value, low, high = point_biserial(values, right, groups)
+    value, low, high = point_biserial(values, right, groups, n_resamples=N_RESAMPLES)
     return f"{value:+.2f} ({low:+.2f} to {high:+.2f}, n = {len(right)})"
 
 

@@ -22,7 +22,8 @@ from vlm_mech.behaviour.erroneous_agreement.similarity import (
     tower_patches,
 )
 from vlm_mech.inputs.prompt import Prompt
-from vlm_mech.results.result import Metric
+from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.statistics import mcnemar
 
 if TYPE_CHECKING:
     from vlm_mech.models.dual_encoder import DualEncoder
@@ -235,3 +236,29 @@ def alignments(images: pd.DataFrame, *, seed: int = 0) -> list[dict[str, Any]]:
                 where = {"data": data, "pooled": str(column).removeprefix("states of "), "layer": layer}
                 found.append(where | {"n": len(groups)} | values)
     return found
+
+
+# The tests
+
+
+def paired_test(result: Result, data: str) -> dict[str, Any]:
+    """Pairs that the VLM or the contrastive model alone gets right, and p of their being as many.
+
+    McNemar's exact test; where pairs share a set it is a sign-flip test of whole sets.
+    """
+    chosen = right_by_pair(result, data)
+    found = mcnemar(*(chosen[view].eq(1).to_numpy() for view in (AMONG, TO_TEXT)), (AMONG, TO_TEXT))
+    table = {"n": found.n, "groups": chosen["group"].nunique(), "vlm": found.only_one, "contrastive": found.only_other}
+    if chosen["group"].is_unique:
+        return table | {"p": found.p, "test": "McNemar's exact test"}
+    difference = result.contrast({"data": data, "view": AMONG}, {"data": data, "view": TO_TEXT}, "pair")
+    return table | {"p": float(difference["p"]), "test": "sign-flip test of whole groups"}
+
+
+def right_by_pair(result: Result, data: str) -> pd.DataFrame:
+    """A row per pair of a data set: right by `TO_TEXT` and `AMONG` or not, its similarities and its `group`."""
+    table = result.table[(result.table["data"] == data)]
+    right = table.pivot(index="example", columns="view", values="pair")
+    likeness = table.pivot(index="example", columns="view", values="similarity")
+    joint = pd.concat([right[[TO_TEXT, AMONG]], likeness[list(SIMILARITIES)]], axis=1).dropna(subset=[AMONG])
+    return joint.assign(group=table.drop_duplicates("example").set_index("example")["group"])

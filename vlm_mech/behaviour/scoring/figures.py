@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from vlm_mech.behaviour.scoring.findings import UNDECIDED, decided
+from vlm_mech.behaviour.scoring.comparisons import UNDECIDED, decided
 from vlm_mech.behaviour.scoring.measures import RANDOM, STARTS, SUBSTRING
 from vlm_mech.behaviour.scoring.study import AXES, BEST, BOTH, CHANCE, MEAN, OWN, STRANGER
 from vlm_mech.results.figures import COLOURS
