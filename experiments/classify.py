@@ -73,7 +73,7 @@ class Config(RunConfig):
 
 
 def _loaded(config: Config) -> "tuple[Any, Design]":
-    from vlm_mech.behaviour.answering.answers import WORDINGS
+    from vlm_mech.behaviour.answering.prompts import WORDINGS
     from vlm_mech.behaviour.classify.data import design_of
     from vlm_mech.data.image_classes import load_classes
     from vlm_mech.models.vlm import VLM

@@ -152,7 +152,7 @@ def test_options_need_tokens_of_their_own(vlm, monkeypatch):
         option_tokens(vlm, prompt, ("red", "purple"))
     names = option_tokens(vlm, prompt, ("red", "green triangle"))
     assert [ids[-1] for ids in names.ids] == [vlm.tokenizer.eos_token_id] * 2 and names.lengths == (2, 3)
-    monkeypatch.setattr("vlm_mech.behaviour.answering.names._ids_after", lambda *_: (5,))
+    monkeypatch.setattr("vlm_mech.behaviour.answering.class_name_scores._ids_after", lambda *_: (5,))
     with pytest.raises(UsageError, match="options 'red', 'blue': .* become the same tokens"):
         option_tokens(vlm, prompt, ("red", "blue"))
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.behaviour.answering.answers import check_known, open_prompt
+from vlm_mech.behaviour.answering.prompts import check_known, open_prompt
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.table import CLASSES, CONTRASTIVE, GENERATION, LOADED, NO_ORDER, OPEN, Cell, score_rows
 from vlm_mech.data.image_classes import Labelled

@@ -111,7 +111,7 @@ def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:
 
 
 def _first_prompt(design: Design) -> Any:
-    from vlm_mech.behaviour.answering.answers import open_prompt
+    from vlm_mech.behaviour.answering.prompts import open_prompt
 
     return open_prompt(design.question, design.data.test[0].image)
 

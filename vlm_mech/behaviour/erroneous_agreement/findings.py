@@ -1,29 +1,22 @@
 """What a run of erroneous agreements says, in sentences made from its numbers."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from jaxtyping import Int
 
-from vlm_mech.behaviour.erroneous_agreement.study import AMONG, POOLED, TO_TEXT
+from vlm_mech.behaviour.erroneous_agreement.study import AMONG, POOLED, TO_TEXT, likeness_with_right, paired_tests
+from vlm_mech.results.claim import LEVEL
 from vlm_mech.results.result import Result
-from vlm_mech.results.statistics import corrected
-
-FEW = 5
-"""Right or wrong pairs below which a correlation with being right is not told."""
 
 
 def findings(result: Result, *, tau: float, floors: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """Who tells the pairs apart, how alike they are beside unpaired images, and whether the one follows the other."""
-    data = list(result.table["data"].drop_duplicates())
-    summary = result.summary()
-    tests = [paired_test(result, name) for name in data]
-    p = corrected(np.array([each["p"] for each in tests]), "holm")
+    summary, tests = result.summary(), paired_tests(result)
     found, shown, hidden = [], [], []
-    for name, test, value in zip(data, tests, p, strict=True):
-        text, is_so = _accuracy_told(summary, name, test, value)
+    for name, test in tests.items():
+        text, is_so = _accuracy_told(summary, name, test)
         (shown if is_so else hidden).append(name)
         found += [text, *_sets_told(summary, name), _similarity_told(summary, result, name, tau, floors)]
     verdict = (
@@ -32,10 +25,10 @@ def findings(result: Result, *, tau: float, floors: Sequence[dict[str, Any]]) ->
         f"{', '.join(hidden) or 'on none'}. No second tower is asked, as MMVP does with DINO."
     )
     n = result.table["example"].nunique()
-    return (f"{n} pairs of {len(data)} data sets.", verdict, *found)
+    return (f"{n} pairs of {len(tests)} data sets.", verdict, *found)
 
 
-def _accuracy_told(summary: pd.DataFrame, data: str, test: dict[str, Any], p: float) -> tuple[str, bool]:
+def _accuracy_told(summary: pd.DataFrame, data: str, test: dict[str, Any]) -> tuple[str, bool]:
     rows = {view: _row(summary, data, view, "pair") for view in (TO_TEXT, AMONG)}
     single = [_row(summary, data, view, "individual")["mean"] for view in (TO_TEXT, AMONG)]
     chance = float(rows[AMONG]["baseline"])
@@ -43,9 +36,9 @@ def _accuracy_told(summary: pd.DataFrame, data: str, test: dict[str, Any], p: fl
         f"{data}: pair accuracy of the contrastive model {_told(rows[TO_TEXT])}, of the VLM "
         f"{_told(rows[AMONG])}; chance {chance:.3g} (single images {single[0]:.3f} and {single[1]:.3f}); the VLM "
         f"alone right on {test['vlm']}, the contrastive model alone on {test['contrastive']} of {test['n']} "
-        f"({test['test']}, Holm over data sets: p = {p:.2g})."
+        f"({test['test']}, Holm over data sets: p = {test['p_corrected']:.2g})."
     )
-    higher = rows[AMONG]["mean"] > rows[TO_TEXT]["mean"] and p < LEVEL
+    higher = rows[AMONG]["mean"] > rows[TO_TEXT]["mean"] and test["p_corrected"] < LEVEL
     return text, bool(higher and rows[TO_TEXT]["ci_low"] <= chance < rows[AMONG]["ci_low"])
 
 
@@ -62,10 +55,8 @@ def _similarity_told(
 ) -> str:
     row, above, place = (_row(summary, data, POOLED, name) for name in ("similarity", "above_tau", "place"))
     floor = next(each for each in floors if each["data"] == data and each["view"] == POOLED)
-    joint = right_by_pair(result, data)
-    groups = pd.factorize(joint["group"])[0]
     told = [
-        f"{name} {_correlation(joint[POOLED].to_numpy(), joint[view].to_numpy(), groups)}"
+        f"{name} {_correlation(likeness_with_right(result, data, view))}"
         for view, name in ((TO_TEXT, "contrastive"), (AMONG, "VLM"))
     ]
     return (
@@ -75,12 +66,10 @@ def _similarity_told(
     )
 
 
-def _correlation(values: np.ndarray, right: np.ndarray, groups: Int[np.ndarray, "pair"]) -> str:
-    n_right = int(right.sum())
-    if min(n_right, len(right) - n_right) < FEW:
-        return f"not told ({n_right} of {len(right)} right)"
-    value, low, high = point_biserial(values, right, groups, n_resamples=N_RESAMPLES)
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f}, n = {len(right)})"
+def _correlation(found: dict[str, float]) -> str:
+    if math.isnan(found["value"]):
+        return f"not told ({found['n_right']} of {found['n']} right)"
+    return f"{found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, n = {found['n']})"
 
 
 def _row(summary: pd.DataFrame, data: str, view: str, metric: str) -> pd.Series:

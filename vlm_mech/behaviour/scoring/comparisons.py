@@ -1,4 +1,4 @@
-"""Any two scorings, prompts, orders or models compared on the same pairs, and matching by either sign."""
+"""Any two scorings, prompts, orders or models compared on the same pairs; matching by either sign."""
 
 import itertools
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from vlm_mech.behaviour.scoring.measures import GENERATION, RANDOM, SIMILARITY, STARTS, SUBSTRING, relaxed
 from vlm_mech.behaviour.scoring.study import AS_GIVEN, AXES, BEST, MEAN, OWN, SCORES
@@ -86,3 +87,18 @@ def matched(result: Result, cell: Cell) -> tuple[float, float]:
     scores = rows[list(SCORES)].to_numpy().reshape(-1, 2, 2)
     ours, printed = (relaxed(scores, kind="perplexity", as_printed=sign).mean() for sign in (False, True))
     return ours, printed
+
+
+def same_verdicts(result: Result) -> tuple[list[Cell], Float[np.ndarray, "cell cell"], int]:
+    """Share of pictures on which two scorings give the same verdict, each with its first prompt, options as given.
+
+    Returns:
+        The cells of `decided` whose verdicts are decided, the share of any two, and the number of pairs.
+    """
+    cells = [cell for cell in decided(result) if cell["scoring"] not in UNDECIDED]
+    table, verdicts = result.table, []
+    for cell in cells:
+        rows = table[(table[list(AXES)] == pd.Series(cell)).all(axis=1)]
+        verdicts.append(rows.set_index("example")[["right_1", "right_2"]].to_numpy().ravel())
+    shares = [[float((one == other).mean()) for other in verdicts] for one in verdicts]
+    return cells, np.array(shares), len(verdicts[0]) // 2
