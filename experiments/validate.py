@@ -12,7 +12,7 @@ from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
 if TYPE_CHECKING:
-    from vlm_mech.validate.job import Job
+    from vlm_mech.validate.examination import Job
 
 QUESTION = (
     "Models are planted at random: which heads read the picture, which way the answer goes and with which weights is "
@@ -49,7 +49,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, with its figure and findings; `overview.grades` makes the table of grades from it."""
     from vlm_mech.results.result import Result
     from vlm_mech.validate import overview
-    from vlm_mech.validate.job import completed, examine_all
+    from vlm_mech.validate.examination import completed, examine_all
 
     jobs = _jobs(config)
     open_jobs = [job for job in jobs if job.key not in work]
@@ -70,7 +70,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 def _jobs(config: Config) -> "list[Job]":
     from vlm_mech.errors import UsageError
     from vlm_mech.validate.adapters import METHODS
-    from vlm_mech.validate.job import Job
+    from vlm_mech.validate.examination import Job
 
     n = 20 if config.n is None else config.n
     if config.model != "planted" or config.data != "planted" or config.device != "cpu":

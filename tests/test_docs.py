@@ -1,6 +1,9 @@
 """What the documents say runs: the code of the README, and every notebook."""
 
+import ast
+import importlib.util
 import re
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -8,16 +11,41 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
+CARDS = sorted((ROOT / "vlm_mech" / "organism" / "weights").glob("*/README.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
 
 
-def test_the_readme_runs(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks))
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "docs" / "transformer_lens.md", *CARDS],
+    ids=lambda page: f"{page.parent.name}-{page.stem}",
+)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    assert blocks(page)
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks(page)))
     monkeypatch.chdir(tmp_path)
     # nnsight reads the source of a trace from its file, so the code must live in one.
-    exec(compile(script.read_text(), str(script), "exec"), {"__name__": "readme"})
+    exec(compile(script.read_text(), str(script), "exec"), {"__name__": "page"})
+
+
+def test_pages_import_what_there_is():
+    """Of all pages, those too whose code needs a model of seven billion parameters."""
+    imports = [
+        (page.name, node.module, name.name)
+        for page in PAGES
+        for block in blocks(page)
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    ]
+    assert len(imports) > 20
+    for page, module, name in imports:
+        assert hasattr(importlib.import_module(module), name), f"{page} imports {name} from {module}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
@@ -35,9 +63,23 @@ def test_notebooks_run(path):
 
 def test_pages_name_only_what_exists():
     """Every module and command that a page names in code is there."""
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in PAGES:
         text = page.read_text()
         for name in re.findall(r"python -m ([a-z_.]+)", text):
-            assert (ROOT / (name.replace(".", "/") + ".py")).is_file(), f"{page.name} names {name}"
+            assert importlib.util.find_spec(name), f"{page.name} names {name}"
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for path in re.findall(r"`([\w./-]+\.(?:py|md|toml|ipynb|txt))`", prose):
+            assert is_there(path), f"{page.name} names {path}"
+
+
+def is_there(path):
+    """By its path in the repository, or by the last parts of it."""
+    return any(found.match(path) for found in files())
+
+
+@cache
+def files():
+    folders = [ROOT / name for name in ("vlm_mech", "experiments", "tests", "docs")]
+    return [found for folder in folders for found in folder.rglob("*") if found.is_file()] + list(ROOT.glob("*.*"))

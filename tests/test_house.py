@@ -2,9 +2,11 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import grimp
 import pytest
@@ -39,22 +41,103 @@ def test_there_are_at_most_18_entries_in_the_package():
 
 
 def opened(tree: ast.AST) -> list[int]:
-    """Lines at which a trace is opened: `with` on a call of `trace` or `generate` of an nnsight model, or a wrapper."""
-    calls = [
-        item.context_expr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.With)
-        for item in node.items
-        if isinstance(item.context_expr, ast.Call)
+    """Lines that open a trace: a call of `trace`, `session`, `invoke` or `scan`, or `generate` as a context."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    contexts = [item.context_expr for node in ast.walk(tree) if isinstance(node, ast.With) for item in node.items]
+    contexts += [argument for call in calls if call.func.attr == "enter_context" for argument in call.args]
+    return [
+        call.lineno
+        for call in calls
+        if call.func.attr in ("trace", "session", "invoke", "scan")
+        or (call.func.attr == "generate" and call in contexts)
     ]
-    functions = [(call.lineno, call.func) for call in calls if isinstance(call.func, ast.Attribute)]
-    return [line for line, function in functions if function.attr in ("trace", "generate", "session", "invoke", "scan")]
 
 
 def test_one_file_opens_traces():
-    """Beside it, only the benchmark: the nnsight loops that the engine is held against."""
-    found = {path.relative_to(ROOT) for path in SOURCES if opened(ast.parse(path.read_text()))}
-    assert {path for path in found if "benchmark" not in path.parts} == {Path("vlm_mech/interventions/trace.py")}
+    """Beside it, only the benchmark (the nnsight loops it holds the engine against) and the wrappers' own `trace`."""
+    found = {str(path.relative_to(ROOT / "vlm_mech")) for path in SOURCES if opened(ast.parse(path.read_text()))}
+    wrappers = {"models/vlm.py", "models/dual_encoder.py"}
+    assert {path for path in found if "benchmark" not in path} == {"interventions/trace.py"} | wrappers
+    for path in wrappers:
+        methods = {node.name: node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef)}
+        assert opened(parsed(path)) == opened(methods["trace"]), path
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "with vlm.trace(**inputs):\n    pass",
+        "stack.enter_context(vlm.trace())",
+        "tracer = vlm.nn.trace()",
+        "with vlm.generate(prompts) as tracer:\n    pass",
+        "stack.enter_context(nn.generate())",
+        "with vlm.nn.session():\n    pass",
+    ],
+)
+def test_every_way_to_open_a_trace_is_seen(code):
+    assert opened(ast.parse(code)) == [1]
+
+
+def test_a_call_of_generate_is_no_trace():
+    assert opened(ast.parse("made = vlm.model.generate(**inputs)")) == []
+
+
+def test_rooms_do_not_come_in_by_the_front_door():
+    """`from vlm_mech import VLM` in a room would go past every contract; rooms name the module they need."""
+    graph = grimp.build_graph("vlm_mech", cache_dir=None)
+    assert not graph.find_modules_that_directly_import("vlm_mech")
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "vlm_mech") and path != ROOT / "vlm_mech" / "__init__.py":
+            assert "import_module(" not in path.read_text(), path
+
+
+def test_every_folder_with_code_is_a_package():
+    """A folder without `__init__.py` is seen by no contract, and is not in the wheel."""
+    folders = {path.parent for folder in ("vlm_mech", "experiments", "tests") for path in (ROOT / folder).rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_table_of_rooms_says_what_they_import():
+    """Each room imports only what its row in docs/architecture.md names, and what stands below that."""
+    arrows = rooms_drawn().arrows()
+    named = rows_of_rooms((ROOT / "docs" / "architecture.md").read_text())
+    assert set(named) == set(arrows) - {"errors"}
+    reach: dict[str, set[str]] = {}
+    while ready := [room for room in named if room not in reach and named[room] <= set(reach)]:
+        reach |= {room: named[room].union(*(reach[below] for below in named[room])) for room in ready}
+    assert set(reach) == set(named), "the table has a circle"
+    assert {room: below - reach[room] - {"errors"} for room, below in arrows.items() if room in reach} == {
+        room: set() for room in reach
+    }
+
+
+def rows_of_rooms(page: str) -> dict[str, set[str]]:
+    """Of each row `| `room/` | what | `below`, ... |` the rooms named in the third column."""
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `") and "/` |" in line]
+    return {cells[1].strip(" `/"): set(re.findall(r"`(\w+)`", cells[3])) for cells in rows}
+
+
+def parsed(path: str) -> ast.AST:
+    return ast.parse((ROOT / "vlm_mech" / path).read_text())
+
+
+def rooms_drawn() -> SimpleNamespace:
+    """The names of docs/draw_rooms.py, which is a script."""
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "draw_rooms.py")))
+
+
+ASKS_FOR_AN_ARCHITECTURE = re.compile(
+    r"""\bmodel_type\b\W*(==|!=|(not )?in\b(?! CONTRASTIVE_TYPES))|__class__\.__name__\s*(==|in\b)"""
+)
+
+
+def test_only_the_records_of_families_ask_which_architecture_it_is():
+    found = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if "architectures" not in path.parts and ASKS_FOR_AN_ARCHITECTURE.search(path.read_text())
+    }
+    assert found == set()
 
 
 FOLDERS = [
@@ -122,9 +205,7 @@ def test_mcnemar_is_written_once():
     assert [path.relative_to(ROOT).as_posix() for path in found] == ["vlm_mech/results/statistics.py"]
 
 
-def test_the_picture_of_the_rooms_is_drawn_from_the_imports(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    import draw_rooms
-
+def test_the_picture_of_the_rooms_is_drawn_from_the_imports():
+    draw_rooms = rooms_drawn()
     page = draw_rooms.PAGE.read_text()
     assert draw_rooms.with_picture(page) == page, "run: python docs/draw_rooms.py"

@@ -1,8 +1,13 @@
 """The package as a whole: light to import, complete, and open to static checks."""
 
+import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 import vlm_mech
 
@@ -19,6 +24,38 @@ def test_every_name_it_lists_exists():
     for name in vlm_mech.__all__:
         assert getattr(vlm_mech, name) is not None
     assert set(vlm_mech.__all__) == set(dir(vlm_mech))
+
+
+def test_type_checkers_and_python_see_the_same_names_in_the_same_places():
+    tree = ast.parse(Path(vlm_mech.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    said = {
+        each.asname: (node.module, each.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for each in node.names
+    }
+    assert set(said) == set(vlm_mech.__all__)
+    for name, (module, original) in said.items():
+        assert getattr(importlib.import_module(module), original) is getattr(vlm_mech, name)
+
+
+@pytest.mark.parametrize("module", ["figures", "metrics", "probe_figures"])
+def test_tab_completion_in_a_module_shows_what_it_is_for(module):
+    named = getattr(vlm_mech, module)
+    assert set(dir(named)) == set(named.__all__)
+    for name in named.__all__:
+        value = getattr(named, name)
+        assert not callable(value) or (value.__doc__ and value.__module__ == named.__name__)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_logits_are_not_taken_for_the_texts_of_a_measure():
+    ids = torch.tensor([1, 2])
+    with pytest.raises(
+        vlm_mech.UsageError, match="takes the texts of answers; for logits and ids use vlm_mech.metrics"
+    ):
+        vlm_mech.logit_diff(ids, ids)
 
 
 def test_nnsight_and_the_vision_stack_need_no_torchvision():

@@ -9,47 +9,68 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlm_mech.architectures.site import Site as Site
     from vlm_mech.architectures.site import sites as sites
+    from vlm_mech.behaviour.decoding.processors import M3ID as M3ID
+    from vlm_mech.behaviour.decoding.processors import VCD as VCD
+    from vlm_mech.data.image_classes import load_classes as load_classes
     from vlm_mech.data.pairs import Pair as Pair
     from vlm_mech.data.pairs import Pairs as Pairs
     from vlm_mech.data.pairs import load_pairs as load_pairs
+    from vlm_mech.errors import TooLargeError as TooLargeError
     from vlm_mech.errors import UsageError as UsageError
     from vlm_mech.errors import WorkError as WorkError
     from vlm_mech.extraction.extract import extract as extract
     from vlm_mech.extraction.saved_states import Extracted as Extracted
+    from vlm_mech.inputs.prompt import Encoded as Encoded
     from vlm_mech.inputs.prompt import Prompt as Prompt
     from vlm_mech.inputs.span import Each as Each
     from vlm_mech.inputs.span import OneImage as OneImage
     from vlm_mech.inputs.span import Patches as Patches
     from vlm_mech.inputs.span import Positions as Positions
+    from vlm_mech.inputs.span import Span as Span
     from vlm_mech.inputs.span import Tokens as Tokens
     from vlm_mech.inputs.span import Words as Words
+    from vlm_mech.interventions.attention_weights import attention_from as attention_from
+    from vlm_mech.interventions.receipt import KnockoutReceipt as KnockoutReceipt
+    from vlm_mech.interventions.receipt import Receipt as Receipt
     from vlm_mech.interventions.receipt import ReceiptError as ReceiptError
+    from vlm_mech.interventions.receipt import WriteReceipt as WriteReceipt
+    from vlm_mech.interventions.receipt import receipts_table as receipts_table
     from vlm_mech.interventions.specification import Ablate as Ablate
     from vlm_mech.interventions.specification import Activations as Activations
+    from vlm_mech.interventions.specification import Intervention as Intervention
     from vlm_mech.interventions.specification import Knockout as Knockout
     from vlm_mech.interventions.specification import Replace as Replace
     from vlm_mech.interventions.specification import Steer as Steer
     from vlm_mech.interventions.specification import window as window
+    from vlm_mech.interventions.trace import Generation as Generation
+    from vlm_mech.interventions.trace import Run as Run
     from vlm_mech.interventions.trace import generate as generate
     from vlm_mech.interventions.trace import read as read
     from vlm_mech.interventions.trace import run as run
+    from vlm_mech.methods.attribution.study import Attribution as Attribution
     from vlm_mech.methods.attribution.study import attribute as attribute
     from vlm_mech.methods.layer_swap.layer_swap import layer_swap as layer_swap
     from vlm_mech.methods.lens.figures import patch_words as patch_words
+    from vlm_mech.methods.lens.identifiability import identifiability as identifiability
     from vlm_mech.methods.lens.logit_lens import Lens as Lens
     from vlm_mech.methods.lens.logit_lens import lens as lens
     from vlm_mech.methods.lens.tuned_lens import TunedLens as TunedLens
     from vlm_mech.methods.lens.tuned_lens import compare_lenses as compare_lenses
     from vlm_mech.methods.lens.tuned_lens import train_tuned_lens as train_tuned_lens
     from vlm_mech.methods.probing import figures as probe_figures  # noqa: F401
+    from vlm_mech.methods.probing.data import changed_patches as changed_patches
     from vlm_mech.methods.probing.probe import probe as probe
     from vlm_mech.models.dual_encoder import DualEncoder as DualEncoder
+    from vlm_mech.models.embedded import weights_folder as weights_folder
     from vlm_mech.models.vlm import VLM as VLM
     from vlm_mech.results import figures as figures
     from vlm_mech.results import metrics as metrics
+    from vlm_mech.results.overlays import laid_over as laid_over
     from vlm_mech.results.result import Metric as Metric
     from vlm_mech.results.result import Result as Result
+    from vlm_mech.results.saved_figures import redraw as redraw
     from vlm_mech.sweeps.sweep import Measure as Measure
+    from vlm_mech.sweeps.sweep import Point as Point
     from vlm_mech.sweeps.sweep import grid as grid
     from vlm_mech.sweeps.sweep import logit_diff as logit_diff
     from vlm_mech.sweeps.sweep import plan_sweep as plan_sweep
@@ -60,25 +81,33 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "architectures.site": ("Site", "sites"),
+    "behaviour.decoding.processors": ("M3ID", "VCD"),
+    "data.image_classes": ("load_classes",),
     "data.pairs": ("Pair", "Pairs", "load_pairs"),
-    "errors": ("UsageError", "WorkError"),
+    "errors": ("TooLargeError", "UsageError", "WorkError"),
     "extraction.extract": ("extract",),
     "extraction.saved_states": ("Extracted",),
-    "inputs.prompt": ("Prompt",),
-    "inputs.span": ("Each", "OneImage", "Patches", "Positions", "Tokens", "Words"),
-    "interventions.receipt": ("ReceiptError",),
-    "interventions.specification": ("Ablate", "Activations", "Knockout", "Replace", "Steer", "window"),
-    "interventions.trace": ("generate", "read", "run"),
-    "methods.attribution.study": ("attribute",),
+    "inputs.prompt": ("Encoded", "Prompt"),
+    "inputs.span": ("Each", "OneImage", "Patches", "Positions", "Span", "Tokens", "Words"),
+    "interventions.attention_weights": ("attention_from",),
+    "interventions.receipt": ("KnockoutReceipt", "Receipt", "ReceiptError", "WriteReceipt", "receipts_table"),
+    "interventions.specification": ("Ablate", "Activations", "Intervention", "Knockout", "Replace", "Steer", "window"),
+    "interventions.trace": ("Generation", "Run", "generate", "read", "run"),
+    "methods.attribution.study": ("Attribution", "attribute"),
     "methods.layer_swap.layer_swap": ("layer_swap",),
     "methods.lens.figures": ("patch_words",),
+    "methods.lens.identifiability": ("identifiability",),
     "methods.lens.logit_lens": ("Lens", "lens"),
     "methods.lens.tuned_lens": ("TunedLens", "compare_lenses", "train_tuned_lens"),
+    "methods.probing.data": ("changed_patches",),
     "methods.probing.probe": ("probe",),
     "models.dual_encoder": ("DualEncoder",),
+    "models.embedded": ("weights_folder",),
     "models.vlm": ("VLM",),
+    "results.overlays": ("laid_over",),
     "results.result": ("Metric", "Result"),
-    "sweeps.sweep": ("Measure", "grid", "logit_diff", "plan_sweep", "prob", "sweep"),
+    "results.saved_figures": ("redraw",),
+    "sweeps.sweep": ("Measure", "Point", "grid", "logit_diff", "plan_sweep", "prob", "sweep"),
 }
 _MODULES = {
     "figures": "results.figures",

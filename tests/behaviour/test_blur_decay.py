@@ -18,8 +18,8 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.models.vlm import VLM
 from vlm_mech.organism.train_vlm import HEARSAY_SHARE, planted_prior
-from vlm_mech.results import figures
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import redraw
 
 
 def by_hand(image, size, weights):
@@ -161,7 +161,7 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     swaps = result.summary("recovered").query("view == 'swap of last' and n > 0")
     assert set(swaps["level"]) == {"1", "61"} and len(swaps) == 2 * 6
     drawn = {"unchanged", "same", "correct", "correct_unchanged", "read_layers", "decoded"}
-    assert set(figures.redraw(tmp_path / "one")) == drawn
+    assert set(redraw(tmp_path / "one")) == drawn
     decoded = result.summary("decoded").query("n > 0").set_index(["view", "level", "layer"])["mean"].sort_index()
     assert len(decoded) == 4 * 2 * 6
     assert decoded["probe of object", "1"].mean() > 0.9 and decoded["shuffled labels, object", "1"].mean() < 0.4

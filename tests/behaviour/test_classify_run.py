@@ -25,8 +25,8 @@ from vlm_mech.behaviour.classify.table import (
 )
 from vlm_mech.data.image_classes import Labelled, class_names, from_splits, load_classes, normalised
 from vlm_mech.errors import UsageError
-from vlm_mech.results import figures
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import redraw
 
 # Data
 
@@ -187,7 +187,7 @@ def test_a_run_leaves_every_method_with_its_chance_and_draws_from_the_file_alone
     assert about["refused"][0]["id"] == "blue/3.png" and about["tuned"]["n_trained"] > 0
     assert about["frequency"]["counts"] == {"blue": 0, "green triangle": 100, "red circle": 5}
     assert all(each["p_corrected"] >= each["p"] for each in about["comparisons"])
-    drawn = figures.redraw(finished)
+    drawn = redraw(finished)
     assert set(drawn) == {"accuracy", "candidates", "frequency", "positions", "tuning"}
     for name, figure in drawn.items():
         assert json.loads(figure.to_json()) == json.loads((finished / "figures" / f"{name}.json").read_text()), name

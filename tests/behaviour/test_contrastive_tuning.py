@@ -19,8 +19,8 @@ from vlm_mech.behaviour.erroneous_agreement.data import Asked, Case, Cases, load
 from vlm_mech.errors import UsageError
 from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.models.vlm import VLM
-from vlm_mech.results import figures
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import redraw
 
 LOGITS = np.array([[2.0, 0.5, -1.0], [0.0, 1.0, 3.0], [1.5, -0.5, 0.25]])
 SWAPPED = np.array([[1.0, 0.0, 2.0], [-1.0, 0.5, 0.0], [0.75, 1.25, -2.0]])
@@ -203,7 +203,7 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
         "none", "locked: negatives", "unlocked, decoder: twins", "VLM",
     ]  # fmt: skip
     assert set(held["n"]) == {6} and set(held["baseline"]) == {0.25} and len(held) == 8
-    assert set(figures.redraw(tmp_path / "one")) == {"pair", "individual"}
+    assert set(redraw(tmp_path / "one")) == {"pair", "individual"}
     calls = killed_at(monkeypatch, study, "tried", 2)
     assert command(experiment, *given, "--out", tmp_path / "two") == 130
     assert command(experiment, *given, "--out", tmp_path / "two", "--resume") == 0

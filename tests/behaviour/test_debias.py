@@ -24,8 +24,8 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.methods.weight_swap.blocks import adapted, switched
 from vlm_mech.models.vlm import VLM
-from vlm_mech.results import figures
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import redraw
 
 pytest.importorskip("peft")
 SMALL = ["--n", "8", "--n-train", "12", "--n-validation", "4", "--untouched", "scenes/colour"]
@@ -281,7 +281,7 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     result = Result.load(tmp_path / "one")
     means = result.summary("truth").set_index(["state", "task"])["mean"].to_dict()
     assert means[TUNED, IN_CONFLICT] - means[BASE, IN_CONFLICT] >= 0.25 and means[BASE, USUAL] == 1.0
-    assert set(figures.redraw(tmp_path / "one")) == {"before_after", "training"}
+    assert set(redraw(tmp_path / "one")) == {"before_after", "training"}
     killed_at(monkeypatch, training, "supervised_step", 6)
     assert command(experiment, *given, "--out", tmp_path / "two") == 130
     assert command(experiment, *given, "--out", tmp_path / "two", "--resume") == 0
@@ -301,7 +301,7 @@ def test_rewards_tell_how_many_groups_teach_nothing(tmp_path, capsys):
     assert "of 4 groups had equal rewards and taught nothing" in capsys.readouterr().out
     history = Result.load(tmp_path / "one").provenance["training"]["history"]
     assert history[0]["kl"] == pytest.approx(0, abs=1e-6) and {0 <= each["reward"] <= 1 for each in history} == {True}
-    assert set(figures.redraw(tmp_path / "one")) == {"before_after", "training"}
+    assert set(redraw(tmp_path / "one")) == {"before_after", "training"}
 
 
 def test_wrong_use_is_one_line(model_folder, tmp_path, capsys, monkeypatch):

@@ -40,8 +40,8 @@ from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace
 from vlm_mech.interventions.trace import generate
 from vlm_mech.models.vlm import VLM
-from vlm_mech.results import figures
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import redraw
 
 SEEDS = (1, 2, 3)
 N_NEW = 5
@@ -492,7 +492,7 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
         "dependency",
         *(f"dose_{kind}_{name}" for kind in ("m3id", "vcd") for name in ("truth", "prior")),
     }
-    assert set(figures.redraw(tmp_path / "one")) == expected
+    assert set(redraw(tmp_path / "one")) == expected
     # One batch of the test is done before the kill; the choice must not look at it.
     killed_at(monkeypatch, study, "contrast", 4)
     assert command(experiment, *given, "--out", tmp_path / "two") == 130
@@ -516,7 +516,7 @@ def test_a_folder_is_halved_and_vcd_needs_no_run_without_picture(tmp_path, vlm, 
     assert "4 test examples" in capsys.readouterr().out
     result = Result.load(tmp_path / "out")
     assert [each.name for each in result.metrics] == ["truth", "prior"]
-    assert set(figures.redraw(tmp_path / "out")) == {"methods", "dose_vcd_truth", "dose_vcd_prior"}
+    assert set(redraw(tmp_path / "out")) == {"methods", "dose_vcd_truth", "dose_vcd_prior"}
 
 
 def test_wrong_use_is_one_line(tmp_path, capsys):

@@ -42,8 +42,8 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.models.dual_encoder import DualEncoder
-from vlm_mech.results import figures
 from vlm_mech.results.result import N_RESAMPLES, Result
+from vlm_mech.results.saved_figures import redraw
 from vlm_mech.results.statistics import expanded_tail, point_biserial
 
 
@@ -292,7 +292,7 @@ def test_the_experiment_on_the_embedded_models(tmp_path, monkeypatch, capsys):
     )
     sets = result.summary("set").query("n > 0")
     assert set(sets["n"]) == {5} and np.allclose(sets["baseline"], 1 / 256)
-    assert "set" in figures.redraw(tmp_path / "one") and len(figures.redraw(tmp_path / "one")) == 7
+    assert "set" in redraw(tmp_path / "one") and len(redraw(tmp_path / "one")) == 7
     killed_at(monkeypatch, study, "looked_at", 3)
     assert command(erroneous_agreement, *given, "--out", tmp_path / "two") == 130
     assert command(erroneous_agreement, *given, "--out", tmp_path / "two", "--resume") == 0

@@ -46,8 +46,8 @@ from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import Generation
 from vlm_mech.models.vlm import VLM
 from vlm_mech.organism.build import word_tokenizer
-from vlm_mech.results import figures
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import redraw
 
 LISTED = Template("letters", "{question} (a) {first} or (b) {second}?")
 
@@ -344,7 +344,7 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     assert set(result.table["scoring"]) == {GENERATION, SUBSTRING, STARTS, RANDOM, OPTIONS, SIMILARITY}
     summary = result.summary("individual").set_index(["view", "scoring", "order", "prompt"])["mean"]
     assert summary[OWN, OPTIONS, BOTH, "open"] >= 0.8 and abs(summary[STRANGER, OPTIONS, BOTH, "open"] - 0.5) < 0.35
-    drawn = figures.redraw(tmp_path / "one")
+    drawn = redraw(tmp_path / "one")
     assert set(drawn) == {"accuracies", "prompts", "order_bias", "agreement"}
     agreed = np.array(drawn["agreement"].data[0].z, float)
     assert np.allclose(np.diag(agreed), 1) and np.allclose(agreed, agreed.T)

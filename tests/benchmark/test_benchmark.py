@@ -25,8 +25,8 @@ from vlm_mech.benchmark.timing import Entry, clock, difference, interleaved, sub
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.methods.probing.descent import LINEAR
-from vlm_mech.results import figures
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import redraw
 
 SMALL = {"width": 64, "n_heads": 4, "n_groups": 2, "intermediate": 96, "tile": 56, "tower": Tower(4, 32, 4, 48)}
 PICTURES = {"llava15": (56, 56), "next": (112, 98), "qwen": (140, 112)}
@@ -407,7 +407,7 @@ def test_probes_need_no_model_and_no_gpu(tmp_path, capsys, monkeypatch):
     result = Result.load(tmp_path / "run")
     assert [metric.name for metric in result.metrics] == ["seconds", "ratio", "memory", "difference"]
     assert result.provenance["model"] is None
-    drawn = figures.redraw(tmp_path / "run")
+    drawn = redraw(tmp_path / "run")
     assert drawn["bars"].layout.yaxis.title.text == "times ours (log scale)"
     assert drawn["bars"].data[0].y[0] == 1.0
 

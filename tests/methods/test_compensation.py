@@ -572,7 +572,7 @@ def test_the_command_runs_on_the_embedded_model_and_can_be_resumed(organism, tmp
     assert command(experiment, *options, "--out", broken) == 130
     assert command(experiment, *options, "--out", broken, "--resume") == 0
     pd.testing.assert_frame_equal(Result.load(broken).table, result.table)
-    from vlm_mech.results.figures import redraw
+    from vlm_mech.results.saved_figures import redraw
 
     assert set(redraw(whole)) == set(result.provenance["figures"])
 

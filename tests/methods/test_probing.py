@@ -30,8 +30,8 @@ from vlm_mech.methods.probing.data import (
 from vlm_mech.methods.probing.figures import confusion, depth_lines
 from vlm_mech.methods.probing.probe import probe
 from vlm_mech.models.vlm import VLM
-from vlm_mech.results import figures
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import redraw
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 LINEAR = ("--mdl", "--probes", "linear")
@@ -203,7 +203,7 @@ def test_one_call_gives_the_table_of_the_experiment(model_folder, data_folder, f
 
 
 def test_figures_come_from_the_saved_file_alone(finished):
-    result, drawn = Result.load(finished), figures.redraw(finished)
+    result, drawn = Result.load(finished), redraw(finished)
     names = {"depth_linear", "conflict_linear", "confusion_0", "patches_0"}
     assert names == set(drawn)
     for name in names:

@@ -35,8 +35,9 @@ from vlm_mech.methods.visual_flow.study import (
 from vlm_mech.models.vlm import VLM
 from vlm_mech.organism.planted import Planted, coloured_cells, plant
 from vlm_mech.organism.planted_recipe import Head, Recipe, matched_null
-from vlm_mech.results import figures, metrics
+from vlm_mech.results import metrics
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import redraw
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.validate.grading import grade
 from vlm_mech.validate.visual_flow import flow_map as graded_map
@@ -345,7 +346,7 @@ def test_a_run_leaves_a_map_and_a_page(finished):
     assert any(
         "read: what a swap of the image does is lost, in logits, across layers 2 (" in each for each in result.findings
     )
-    drawn = figures.redraw(finished)
+    drawn = redraw(finished)
     assert set(drawn) == {"flow_map", "examples"}
     for name, figure in drawn.items():
         saved = json.loads((finished / "figures" / f"{name}.json").read_text())
@@ -358,7 +359,7 @@ def test_the_page_shows_one_example_at_a_time_and_knows_the_reading_head(finishe
     pages = Result.load(finished).provenance["pages"]
     assert [page["example"] for page in pages] == ["0", "1"]
     assert pages[0]["head"].startswith("layer 2 head 1, from question (cut alone: -")
-    figure = figures.redraw(finished)["examples"]
+    figure = redraw(finished)["examples"]
     buttons, steps = figure.layout.updatemenus[0].buttons, figure.layout.sliders[0].steps
     assert [sum(button.args[0]["visible"]) for button in buttons] == [8, 8] and len(steps) == 7
     assert not any(one and other for one, other in zip(*(b.args[0]["visible"] for b in buttons), strict=True))
@@ -379,7 +380,7 @@ def test_without_probes_and_pages(folders, capsys):
     given = ["--model", folders / "model", "--data", folders / "data", "--no-probe", "--pages", "0", "--n", "6"]
     assert command(experiment, *given, "--out", folders / "bare") == 0
     result = Result.load(folders / "bare")
-    assert PROBE not in set(result.table["method"]) and set(figures.redraw(folders / "bare")) == {"flow_map"}
+    assert PROBE not in set(result.table["method"]) and set(redraw(folders / "bare")) == {"flow_map"}
     assert not any(each.startswith("decodable") for each in result.findings)
     assert command(experiment, *given, "--dry-run") == 0
     assert "57 cells x 6 examples" in capsys.readouterr().out

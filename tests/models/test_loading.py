@@ -8,7 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from tests.zoo import ZOO
-from tests.zoo.others import build
+from tests.zoo.gemma_idefics_blip import build
 from tests.zoo.tiny import picture, tiny_config, tiny_model, tiny_processor
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError

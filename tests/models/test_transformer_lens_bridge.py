@@ -8,9 +8,7 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from tests.zoo import ZOO
-from tests.zoo import grids as zoo_grids
-from tests.zoo import others as zoo_others
+from tests.zoo import ZOO, gemma_idefics_blip, llava_qwen_glm
 from tests.zoo.tiny import COMBINATIONS, picture, tiny_config, tiny_model, tiny_processor
 from vlm_mech.architectures.site import Site, sites
 from vlm_mech.errors import UsageError
@@ -206,7 +204,7 @@ def test_altered_modules_are_refused():
 @functools.cache
 def bridged(name):
     """A tiny model of a family, its bridge, and inputs with one picture that is wider than high."""
-    model, processor = ({"llava": llava} | zoo_grids.FAMILIES | zoo_others.FAMILIES)[name]("eager", 0)
+    model, processor = ({"llava": llava} | llava_qwen_glm.FAMILIES | gemma_idefics_blip.FAMILIES)[name]("eager", 0)
     parts = [{"type": "image"}, {"type": "text", "text": "what colour is the circle ?"}]
     text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
     inputs = processor(images=[picture(1, 80, 56)], text=[text], return_tensors="pt")

@@ -13,6 +13,7 @@ from tests.runs.fake_run import METRICS, swap_result, swapped
 from vlm_mech.errors import UsageError
 from vlm_mech.results import figures
 from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.saved_figures import redraw, save_figure
 
 BY_DIRECTION = {"x": "layer", "facet": "direction"}
 
@@ -132,7 +133,7 @@ def test_names_are_texts_and_never_markup(tmp_path):
         written = shown.to_json().replace("\\u003c", "<").replace("\\u003e", ">")
         for tag in ("<b>", "<i>", "<u>", "<a ", "<script>"):
             assert tag not in written, tag
-        figures.save_figure(figure, tmp_path, "figure")
+        save_figure(figure, tmp_path, "figure")
         assert "alert(1)</script>" not in (tmp_path / "figure.html").read_text(encoding="utf-8")
 
 
@@ -154,7 +155,7 @@ def test_captions_say_how_many_examples():
 
 def test_saved_figures_open_without_a_network_and_load_again(tmp_path):
     figure = heat(swap_result(6))
-    figures.save_figure(figure, tmp_path / "new", "heat")
+    save_figure(figure, tmp_path / "new", "heat")
     page = (tmp_path / "new" / "heat.html").read_text(encoding="utf-8")
     assert len(page) > 1_000_000 and "cdn.plot.ly/plotly" not in page.split("<body>")[1][:2000]
     assert '<script src="http' not in page and "<link" not in page.split("<script")[0]
@@ -167,14 +168,18 @@ def test_redraw_from_the_folder_alone(tmp_path):
     drawn = {"heat": heat(result, metric="logit_diff", value="effect"), "curves": curves(result, title="a <title>")}
     result.save(tmp_path)
     for name, figure in drawn.items():
-        figures.save_figure(figure, tmp_path / "figures", name)
-    again = figures.redraw(tmp_path)
+        save_figure(figure, tmp_path / "figures", name)
+    again = redraw(tmp_path)
     assert list(again) == ["heat", "curves"]
     for name, figure in drawn.items():
         assert json.loads(again[name].to_json()) == json.loads(figure.to_json())
-    figures.save_figure(go.Figure(), tmp_path / "figures", "heat")
+    drawn["heat"].layout.meta["drawn_by"] = "vlm_mech.swap_figures:heat"
+    save_figure(drawn["heat"], tmp_path / "figures", "heat")
+    with pytest.raises(UsageError, match="'heat' was drawn by another version's vlm_mech.swap_figures:heat; open its"):
+        redraw(tmp_path)
+    save_figure(go.Figure(), tmp_path / "figures", "heat")
     with pytest.raises(UsageError, match="figure 'heat' does not say which function of vlm_mech drew it"):
-        figures.redraw(tmp_path)
+        redraw(tmp_path)
 
 
 def test_some_of_the_cells_can_be_drawn_and_redrawn(tmp_path):
@@ -186,8 +191,8 @@ def test_some_of_the_cells_can_be_drawn_and_redrawn(tmp_path):
     assert np.allclose([trace for trace in figure.data if trace.name == "last"][-1].y, summary["mean"])
     saved = dataclasses.replace(result, provenance={"figures": ["some"]})
     saved.save(tmp_path)
-    figures.save_figure(figure, tmp_path / "figures", "some")
-    assert figures.redraw(tmp_path)["some"].to_json() == figure.to_json()
+    save_figure(figure, tmp_path / "figures", "some")
+    assert redraw(tmp_path)["some"].to_json() == figure.to_json()
     with pytest.raises(UsageError, match="'place' is no axis of"):
         heat(result, where={"place": 1})
     with pytest.raises(UsageError, match="no cell of .* has span 'answer'"):

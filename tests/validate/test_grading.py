@@ -17,6 +17,7 @@ from vlm_mech.results import claim as finding
 from vlm_mech.results.claim import Claims, counted, differences
 from vlm_mech.validate import adapters, grading
 from vlm_mech.validate.adapters import METHODS
+from vlm_mech.validate.examination import random_answers
 from vlm_mech.validate.grading import (  # fmt: skip
     CARRYING,
     HEADS,
@@ -32,7 +33,6 @@ from vlm_mech.validate.grading import (  # fmt: skip
     WRITING,
     grade,
 )
-from vlm_mech.validate.job import random_answers
 from vlm_mech.validate.probes import blurred, dealt
 
 TWO_HOP = Recipe(3, 6, reads=(Head(2, 1),), carries=(Head(4, 3),), decoys=(Head(1, 0, 0),), priors=(3, 1, 0, 5, 4, 2))

@@ -17,14 +17,14 @@ from vlm_mech.errors import UsageError
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.organism.planted import true_effect
 from vlm_mech.organism.planted_recipe import COLOURS
-from vlm_mech.results import figures
 from vlm_mech.results.claim import WHOLE
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import redraw
 from vlm_mech.validate import grading, overview
 from vlm_mech.validate.adapters import EDITS, METHODS
+from vlm_mech.validate.examination import Job, _environment, completed, examine, examine_all, random_answers, shown
 from vlm_mech.validate.grading import CARRYING, COVERAGE, MATCHED, SHARP, SUPPRESSING, TOP, WRITING  # fmt: skip
-from vlm_mech.validate.job import Job, _environment, completed, examine, examine_all, random_answers, shown
-from vlm_mech.validate.population import planted_points, population, true_cells
+from vlm_mech.validate.true_effects import planted_points, population, true_cells
 
 # True effects
 
@@ -164,9 +164,9 @@ def test_the_command_line_leaves_a_table_of_grades_and_resumes(tmp_path, capsys,
     assert set(graded["method"]) == {"knockout", "logit lens"} and set(graded["set"]) == {"plain", "matched null"}
     assert [each["recipe"] for each in result.provenance["plantings"]] == [0, 0]
     assert (tmp_path / "out" / "figures" / "grades.html").stat().st_size > 10_000
-    drawn = figures.redraw(tmp_path / "out")["grades"]
+    drawn = redraw(tmp_path / "out")["grades"]
     assert drawn.to_json() == (tmp_path / "out" / "figures" / "grades.json").read_text()
-    monkeypatch.setattr("vlm_mech.validate.job.examine", None)
+    monkeypatch.setattr("vlm_mech.validate.examination.examine", None)
     assert command(validate, *options, "--resume") == 0, "a finished run is not run again"
 
 

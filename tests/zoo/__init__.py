@@ -2,9 +2,9 @@
 
 from transformers import PreTrainedModel, VipLlavaConfig, VipLlavaForConditionalGeneration
 
-from tests.zoo.grids import FAMILIES as GRIDS
-from tests.zoo.others import FAMILIES as OTHERS
-from tests.zoo.others import build
+from tests.zoo.gemma_idefics_blip import FAMILIES as GEMMA_IDEFICS_BLIP
+from tests.zoo.gemma_idefics_blip import build
+from tests.zoo.llava_qwen_glm import FAMILIES as LLAVA_QWEN_GLM
 from tests.zoo.tiny import tiny_config, tiny_model, tiny_processor
 
 
@@ -28,8 +28,8 @@ ZOO = {
         tiny_processor("siglip"),
     ),
     "vipllava": vipllava,
-    **GRIDS,
-    **OTHERS,
+    **LLAVA_QWEN_GLM,
+    **GEMMA_IDEFICS_BLIP,
 }
 ONE_IMAGE = ("instructblip", "blip2")
 """Families that take one image a prompt."""

@@ -6,14 +6,13 @@ from typing import Literal
 
 import tyro
 
-from vlm_mech.architectures.families import CONTRASTIVE_TYPES
 from vlm_mech.checks.dual_encoder import find_dual_encoder
 from vlm_mech.checks.finding import Finding, findings_table
 from vlm_mech.checks.structure import find_structure
 from vlm_mech.checks.vlm import find_vlm
 from vlm_mech.errors import WorkError, one_line_errors
 from vlm_mech.models.dual_encoder import DualEncoder
-from vlm_mech.models.loading import load_config, skeleton
+from vlm_mech.models.loading import is_contrastive, load_config, skeleton
 from vlm_mech.models.vlm import VLM
 
 
@@ -44,7 +43,7 @@ def answers(config: Check) -> Iterator[Finding]:
         yield from find_structure(skeleton(load_config(config.model, **hub)))
         return
     how = {"device": config.device, "dtype": config.dtype, "attn": config.attn, "check": False}
-    if load_config(config.model, **hub).model_type in CONTRASTIVE_TYPES:
+    if is_contrastive(load_config(config.model, **hub)):
         encoder = DualEncoder.load(config.model, revision=config.revision, **how)
         print(encoder)
         yield from find_dual_encoder(encoder)

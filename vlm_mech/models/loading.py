@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlm_mech.architectures.families import family_of
+from vlm_mech.architectures.families import CONTRASTIVE_TYPES, family_of
 from vlm_mech.architectures.weights import kept_in_place
 from vlm_mech.checks.finding import refuse_unless_all_hold
 from vlm_mech.checks.structure import find_structure
@@ -235,6 +235,11 @@ def load_config(name_or_folder: str, **hub: Any) -> Any:
         return AutoConfig.from_pretrained(source, **hub)
     except (OSError, ValueError) as error:
         raise UsageError(f"no configuration of {name_or_folder!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def is_contrastive(config: Any) -> bool:
+    """Whether a configuration is of a model with two towers and no decoder, which `DualEncoder` loads."""
+    return config.model_type in CONTRASTIVE_TYPES
 
 
 def skeleton(config: Any) -> "PreTrainedModel":

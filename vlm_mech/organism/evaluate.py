@@ -17,6 +17,7 @@ from vlm_mech.data.scene_sampling import sample_scenes
 from vlm_mech.data.scenes import PRIORS, Family, Scene, Split, in_conflict
 from vlm_mech.errors import UsageError, one_line_errors
 from vlm_mech.models.embedded import NAMES, weights_folder
+from vlm_mech.models.loading import is_contrastive, load_config
 from vlm_mech.organism.score import Score, score
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def measure(folder: str | Path, *, n: int = 500, seed: int = 1) -> list[Score]:
     from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(path)
-    if json.loads((path / "config.json").read_text())["model_type"] == "clip":
+    if is_contrastive(load_config(str(path))):
         from vlm_mech.organism.linear_readouts import score_clip
 
         return score_clip(AutoModel.from_pretrained(path), processor, n=n, seed=seed)

@@ -2,11 +2,7 @@
 
 import dataclasses
 import html
-import json
 import math
-import pkgutil
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
@@ -16,6 +12,8 @@ from vlm_mech.results.result import Metric, Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+__all__ = ["COLOURS", "heatmap", "lines"]
 
 # Okabe & Ito: distinguishable with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -29,6 +27,10 @@ USUAL_NAME = 16
 SAME = 1e-9
 
 Value = Literal["mean", "effect"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _text(value: Any) -> str:
@@ -365,33 +367,3 @@ def _dotted(rows: pd.DataFrame, x: str, colour: str, name: str) -> "go.Scatter":
         hovertemplate=f"{name}: %{{y:.3g}}<extra></extra>",
         legendgroup=name,
     )
-
-
-def save_figure(figure: "go.Figure", folder: Path, name: str) -> None:
-    """Writes `NAME.html`, which opens without a network, and `NAME.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.write_html(folder / f"{name}.html", include_plotlyjs=True)
-    figure.write_json(folder / f"{name}.json")
-
-
-def redraw(folder: str | Path) -> "dict[str, go.Figure]":
-    """The figures of a finished run by name, drawn anew from the table it saved.
-
-    Raises:
-        UsageError: the folder holds no result, or a figure that does not say which function of this package drew it.
-    """
-    result, drawn = Result.load(folder), {}
-    for name in result.provenance.get("figures", []):
-        saved = json.loads((Path(folder) / "figures" / f"{name}.json").read_text(encoding="utf-8"))
-        recipe = saved["layout"].get("meta", {})
-        drawn[name] = _drawer(recipe.get("drawn_by"), name)(result, **recipe["options"])
-    return drawn
-
-
-def _drawer(said: str | None, name: str) -> "Callable[..., go.Figure]":
-    """The function that drew a figure: one of this file, or `package.module:function` of this package."""
-    if said in ("heatmap", "lines"):
-        return {"heatmap": heatmap, "lines": lines}[said]
-    if not said or not re.fullmatch(r"vlm_mech(\.\w+)+:\w+", said):
-        raise UsageError(f"figure {name!r} does not say which function of vlm_mech drew it; open its json with plotly")
-    return pkgutil.resolve_name(said)

@@ -9,6 +9,13 @@ from torch.nn.functional import kl_div, log_softmax
 
 from vlm_mech.errors import UsageError
 
+__all__ = ["correct", "flip", "kl", "logit_diff", "prob", "rank", "recovered"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 LOGITS = "logits"
 
 
@@ -19,7 +26,9 @@ def _at(logits: Float[Tensor, "batch vocab"], ids: Int[Tensor, "batch"]) -> Floa
 def logit_diff(
     logits: Float[Tensor, "batch vocab"], answer: Int[Tensor, "batch"], other: Int[Tensor, "batch"]
 ) -> Float[Tensor, "batch"]:
-    """`logit(answer) - logit(other)`, in logits (Zhang & Nanda 2023).
+    """`logit(answer) - logit(other)`, in logits (Zhang & Nanda 2023), of logits and token ids.
+
+    `vlm_mech.logit_diff(answer, other)`, of texts, is the same as a measure of a sweep.
 
     Raises:
         UsageError: both answers of an example are the same token.

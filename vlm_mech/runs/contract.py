@@ -261,7 +261,7 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
 
 
 def _store(work: Workspace, outcome: Outcome, name: str) -> None:
-    from vlm_mech.results.figures import save_figure
+    from vlm_mech.results.saved_figures import save_figure
     from vlm_mech.runs.report import write_report
 
     made = work.staging()

@@ -85,6 +85,8 @@ class Measure:
     def __post_init__(self) -> None:
         if not isinstance(self.metric, Metric) or not callable(self.of):
             raise UsageError("a Measure is a Metric(name, unit, what it is) and a function of logits and ids")
+        if any(isinstance(each, Tensor) for each in self.answers):
+            raise UsageError(f"{self.metric.name} takes the texts of answers; for logits and ids use vlm_mech.metrics")
         single = [each for each in self.answers if isinstance(each, str)]
         if single:
             raise UsageError(f"{self.metric.name} is given the answer {single[0]!r}; a list is needed, one an example")
@@ -108,7 +110,10 @@ class Measure:
 
 
 def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
-    """Logit of each example's answer less that of another answer."""
+    """Logit of each example's answer less that of another answer, by their first tokens.
+
+    `metrics.logit_diff(logits, answer_ids, other_ids)` takes the same from logits at hand.
+    """
     metric = Metric("logit_diff", "logits", "logit of the answer less that of the other answer", signed=True)
     return Measure(metric, metrics.logit_diff, (answer, other))
 

@@ -18,6 +18,8 @@ from vlm_mech.results.result import Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+__all__ = ["conflict_lines", "confusion", "depth_lines", "drawn", "patch_picture"]
+
 CONTROL_LINES = {
     "shuffled": {"dash": "dot"},
     "control task": {"dash": "dash"},
@@ -27,6 +29,10 @@ CONTROL_LINES = {
 GREY = "#666666"
 STREAMS = {"vision": "vision tower", "projector": "", "llm": "language model"}
 WIDTH_A_PLACE, MOST_TICKS = 34, 40
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
@@ -205,7 +211,7 @@ def _slider(places: list[str]) -> dict[str, Any]:
 
 
 def _recipe(name: str, **options: Any) -> dict[str, Any]:
-    """What `figures.redraw` needs to draw a figure again."""
+    """What `redraw` needs to draw a figure again."""
     return {"drawn_by": f"{__name__}:{name}", "options": options}
 
 

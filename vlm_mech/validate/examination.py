@@ -21,7 +21,7 @@ from vlm_mech.organism.planted import examples, plant
 from vlm_mech.organism.planted_recipe import COLOURS, Recipe, draw
 from vlm_mech.validate.adapters import METHODS
 from vlm_mech.validate.grading import GRADES, NULLS, SHARP, grade
-from vlm_mech.validate.population import true_cells
+from vlm_mech.validate.true_effects import true_cells
 
 N_ACCURACY = 64
 """Prompts from which the accuracy noted beside a planting comes."""

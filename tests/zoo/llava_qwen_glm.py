@@ -37,7 +37,7 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
-from tests.zoo.others import (
+from tests.zoo.gemma_idefics_blip import (
     N_IMAGE_TOKENS,
     VISION,
     Family,

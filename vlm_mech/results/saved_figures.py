@@ -1,0 +1,48 @@
+"""Figures on disk: written beside the table they were drawn from, and drawn again from it."""
+
+import json
+import pkgutil
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm_mech.errors import UsageError
+from vlm_mech.results.figures import heatmap, lines
+from vlm_mech.results.result import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+def save_figure(figure: "go.Figure", folder: Path, name: str) -> None:
+    """Writes `NAME.html`, which opens without a network, and `NAME.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.write_html(folder / f"{name}.html", include_plotlyjs=True)
+    figure.write_json(folder / f"{name}.json")
+
+
+def redraw(folder: str | Path) -> "dict[str, go.Figure]":
+    """The figures of a finished run by name, drawn anew from the table it saved.
+
+    Raises:
+        UsageError: the folder holds no result, or a figure that does not say which function of this package drew it.
+    """
+    result, drawn = Result.load(folder), {}
+    for name in result.provenance.get("figures", []):
+        saved = json.loads((Path(folder) / "figures" / f"{name}.json").read_text(encoding="utf-8"))
+        recipe = saved["layout"].get("meta", {})
+        drawn[name] = _drawer(recipe.get("drawn_by"), name)(result, **recipe["options"])
+    return drawn
+
+
+def _drawer(said: str | None, name: str) -> "Callable[..., go.Figure]":
+    """The function that drew a figure: `heatmap` or `lines`, or `package.module:function` of this package."""
+    if said in ("heatmap", "lines"):
+        return {"heatmap": heatmap, "lines": lines}[said]
+    if not said or not re.fullmatch(r"vlm_mech(\.\w+)+:\w+", said):
+        raise UsageError(f"figure {name!r} does not say which function of vlm_mech drew it; open its json with plotly")
+    try:
+        return pkgutil.resolve_name(said)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"figure {name!r} was drawn by another version's {said}; open its json with plotly") from error
