@@ -415,14 +415,15 @@ def pairs_of(n: int, groups: int | None = None) -> Pairs:
 
 
 def test_mcnemar_by_hand():
-    truth = {GREEDY: [0, 0, 0, 0, 1, 1, 0], "M3ID": [1, 1, 1, 1, 0, 1, 0]}
+    greedy, other = Setting(), Setting("M3ID", 1.0)
+    truth = {greedy: [0, 0, 0, 0, 1, 1, 0], other: [1, 1, 1, 1, 0, 1, 0]}
     answers = {
-        (study.OWN, method, dose): pd.DataFrame({"truth": values}, dtype=float)
-        for (method, values), dose in zip(truth.items(), (0.0, 1.0), strict=True)
+        (study.OWN, setting.method, setting.dose): pd.DataFrame({"truth": values}, dtype=float)
+        for setting, values in truth.items()
     }
-    (found,) = study.against_greedy(answers, [Setting("M3ID", 1.0)])
+    found, same = study.against_greedy(answers, [other, greedy])
     assert (found.only_one, found.only_other) == (4, 1) and found.p == pytest.approx(2 * (1 + 5) / 2**5)
-    (same,) = study.against_greedy(answers, [Setting()])
+    assert found.p_corrected == pytest.approx(2 * found.p)
     assert (same.only_one, same.only_other, same.p) == (0, 0, 1.0)
 
 
