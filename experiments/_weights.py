@@ -61,7 +61,7 @@ def run_weights(config: WeightSwapConfig, work: Workspace) -> Outcome:
     result = Result(f"block swap ({config.part})", table, study.AXES, study.METRICS, {}, provenance)
     result = dataclasses.replace(result, findings=findings.findings(result))
     pictures = tuple((f"{pair.question} {pair.answer}", load_image(pair.image)) for pair in list(pairs)[:4])
-    return Outcome(result, figures.figures_of(result), pictures)
+    return Outcome(result, figures.drawn(result), pictures)
 
 
 def _tuned(config: WeightSwapConfig) -> Any:

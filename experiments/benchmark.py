@@ -60,14 +60,11 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.benchmark.cases import PROBES
     from vlm_mech.benchmark.compare import check
     from vlm_mech.benchmark.model_shapes import identity
-    from vlm_mech.benchmark.overview import as_figure, bars, findings, metrics, overview
+    from vlm_mech.benchmark.overview import drawn, findings, metrics, overview
     from vlm_mech.benchmark.timing import machine
-    from vlm_mech.errors import UsageError
     from vlm_mech.results.result import Result
 
-    check(config.cases, config.rivals)
-    if config.data != "noise":
-        raise UsageError(f"data {config.data!r} is not known; the benchmark takes noise only")
+    check(config.cases, config.rivals, config.data)
     torch.set_num_threads(config.threads)
     about: dict[str, Any] = {"question": QUESTION, "machine": machine()}
     subject = None if set(config.cases) == {PROBES} else _subject(config)
@@ -82,7 +79,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     result = dataclasses.replace(result, findings=findings(result, notes))
     print(overview(result).to_string(index=False))
     pictures = tuple((prompt.question, prompt.images[0]) for prompt in (subject[1][:1] if subject else ()))
-    return Outcome(result, {"bars": bars(result, title=name), "table": as_figure(result)}, pictures)
+    return Outcome(result, drawn(result), pictures)
 
 
 def _measured(config: Config, case: str, subject: Any) -> "tuple[pd.DataFrame, dict[str, Any]]":

@@ -56,6 +56,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     from vlm_mech.behaviour.blur_decay import figures, findings, study
     from vlm_mech.behaviour.blur_decay.blur import levels_of
+    from vlm_mech.behaviour.blur_decay.data import ladder
     from vlm_mech.data.pairs import fitting, load_pairs
     from vlm_mech.errors import UsageError
     from vlm_mech.methods.probing.data import with_objects
@@ -89,7 +90,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     metrics = tuple(metric for metric in study.METRICS if metric.name in table)
     result = Result("visual decay", table, study.AXES, metrics, {}, told)
     result = dataclasses.replace(result, findings=findings.findings(result, pairs, levels))
-    return Outcome(result, figures.drawn(result), figures.ladder(pairs, levels))
+    return Outcome(result, figures.drawn(result), figures.pictures(ladder(pairs, levels)))
 
 
 def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tuple[str, ...]) -> None:

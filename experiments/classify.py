@@ -4,7 +4,7 @@ Classification by generation (open and closed world) and by log-probabilities of
 model and probes, with frequency, two-hop questions and fine-tuning (after Zhang et al. 2024).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,7 +73,7 @@ class Config(RunConfig):
 
 
 def _loaded(config: Config) -> "tuple[Any, Design]":
-    from vlm_mech.behaviour.answering.answers import WORDINGS
+    from vlm_mech.behaviour.answering.prompts import WORDINGS
     from vlm_mech.behaviour.classify.data import design_of
     from vlm_mech.data.image_classes import load_classes
     from vlm_mech.models.vlm import VLM
@@ -89,11 +89,16 @@ def _loaded(config: Config) -> "tuple[Any, Design]":
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its figures, and some pictures with their answers."""
-    from vlm_mech.behaviour.classify import job
+    from vlm_mech.behaviour.classify import figures, findings, steps
+    from vlm_mech.behaviour.classify.baselines import comparisons
 
-    options = job.options_of(config, QUESTION)
+    options = steps.options_of(config, QUESTION)
     vlm, design = _loaded(config)
-    return job.run_all(vlm, design, options, work)
+    result, calibrations = steps.run_all(vlm, design, options, work)
+    paired = comparisons(result, design.question, len(design.data.names))
+    told = result.provenance | {"comparisons": [asdict(each) for each in paired]}
+    result = replace(result, provenance=told, findings=findings.findings(result, design, paired, calibrations))
+    return Outcome(result, figures.drawn(result), figures.pictures(result, design.data.test))
 
 
 if __name__ == "__main__":

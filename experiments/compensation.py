@@ -24,8 +24,6 @@ QUESTION = (
     "Is the part still named at its patches (logit lens), and the question about it answered? Where a cut in the tower "
     "does less damage while the decoder is free than while it is blocked, the decoder made up for it."
 )
-SOME = 32
-"""Scenes by default."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +49,22 @@ class Config(SweepConfig):
 
 
 def _loaded(config: Config) -> "tuple[Any, Examples, tuple[Cell, ...]]":
-    from vlm_mech.methods.compensation import study
-    from vlm_mech.methods.compensation import variants as compensation_variants
+    from vlm_mech.methods.compensation.study import cells_of
+    from vlm_mech.methods.compensation.variants import layer_ranges, variants_of
     from vlm_mech.models.vlm import VLM
 
     vlm = VLM.load(config.model, **config.loading)
     examples = _examples(config, vlm, config.split)
     encoded = vlm.encode([examples.examples[0].prompt])
-    variants = compensation_variants.variants_of(vlm, encoded, config.variants)
-    return vlm, examples, study.cells_of(variants, compensation_variants.layer_ranges(vlm, config.layers))
+    variants = variants_of(vlm, encoded, config.variants)
+    return vlm, examples, cells_of(variants, layer_ranges(vlm, config.layers))
 
 
 def _examples(config: Config, vlm: Any, split: str) -> "Examples":
-    from vlm_mech.data.pairs import fitting, load_pairs
-    from vlm_mech.methods.compensation.data import examples_of, shown_parts
+    from vlm_mech.methods.compensation.data import load_examples
 
-    n = SOME if config.n is None and config.data.startswith("scenes/") else config.n
-    pairs = load_pairs(config.data, n=n, seed=config.seed, split=split)
-    shown = shown_parts(pairs, seed=config.seed, split=split)
-    return examples_of(vlm, fitting(vlm, pairs), shown, min_share=config.min_share, seed=config.seed)
+    options = {"n": config.n, "min_share": config.min_share, "seed": config.seed, "split": split}
+    return load_examples(vlm, config.data, **options)
 
 
 def plan(config: Config) -> Any:
@@ -83,40 +78,41 @@ def plan(config: Config) -> Any:
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its figures, and pictures of examples."""
     from vlm_mech.interventions.receipt import add_up
-    from vlm_mech.methods.compensation import figures, index, study
-    from vlm_mech.methods.compensation import findings as compensation_findings
+    from vlm_mech.methods.compensation import figures, findings, study
+    from vlm_mech.methods.compensation.compensated_share import every_compensation
+    from vlm_mech.methods.compensation.data import part_maps
     from vlm_mech.models.readout import readout_of
     from vlm_mech.results.result import Result
 
     vlm, examples, cells = _loaded(config)
     readout = readout_of(vlm, examples.examples[0].prompt)
-    if config.site is None and not config.data.startswith("scenes/"):
-        raise UsageError("a folder has no validation part on which to choose a site; name one, as --site projector.out")
-    if config.site is None:
-        others = _examples(config, vlm, "validation")
-        site = study.best_site(vlm, others, readout, batch=config.batch, seed=config.seed)
-        chosen_on = f"the best site on {len(others.examples)} validation scenes"
-    else:
-        site, chosen_on = study.check_site(vlm, examples, config.site), "as asked for"
+    site, chosen_on = _site(config, vlm, examples, readout)
     options = {"seed": config.seed, "engine": config.engine, "memory": config.memory}
     for number, some in enumerate(work.progress(examples.batches(config.batch), "batches")):
         if f"{number:08d}" not in work:
             work.keep(f"{number:08d}", *study.measure(vlm, some, cells, readout, **options))
     table, receipts = work.collect()
-    provenance = {
-        "question": QUESTION,
-        "model": vlm.identity(),
-        "data": {"name": examples.name, "n": len(examples.examples), "hash": examples.digest},
-        "refused": [dataclasses.asdict(each) for each in examples.refused],
-        "receipts": add_up(receipts),
-        "site": site,
-    }
-    result = Result("compensation", table, study.AXES, study.METRICS, provenance=provenance)
-    shares = index.every_compensation(result, site)
-    findings = compensation_findings.told(result, examples, site, chosen_on, shares)
-    provenance["compensated"] = [dataclasses.asdict(each) for each in shares]
-    result = dataclasses.replace(result, provenance=provenance, findings=findings)
-    return Outcome(result, figures.drawn(result), figures.pictures(vlm, examples))
+    told = {"question": QUESTION, "model": vlm.identity()} | examples.told
+    told |= {"receipts": add_up(receipts), "site": site}
+    result = Result("compensation", table, study.AXES, study.METRICS, provenance=told)
+    shares = every_compensation(result, site)
+    told["compensated"] = [dataclasses.asdict(each) for each in shares]
+    said = findings.findings(result, examples, site, chosen_on, shares)
+    result = dataclasses.replace(result, provenance=told, findings=said)
+    return Outcome(result, figures.drawn(result), figures.pictures(part_maps(vlm, examples)))
+
+
+def _site(config: Config, vlm: Any, examples: "Examples", readout: Any) -> tuple[str, str]:
+    """Where parts are read for the findings, and how that was chosen."""
+    from vlm_mech.methods.compensation import study
+
+    if config.site is not None:
+        return study.check_site(vlm, examples, config.site), "as asked for"
+    if not config.data.startswith("scenes/"):
+        raise UsageError("a folder has no validation part on which to choose a site; name one, as --site projector.out")
+    others = _examples(config, vlm, "validation")
+    site = study.best_site(vlm, others, readout, batch=config.batch, seed=config.seed)
+    return site, f"the best site on {len(others.examples)} validation scenes"
 
 
 if __name__ == "__main__":

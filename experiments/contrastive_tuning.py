@@ -82,7 +82,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     }  # fmt: skip
     table = study.completed(work.collect()[0])
     result = Result("contrastive tuning", table, study.AXES, study.METRICS, {}, told)
-    told["tests"] = findings.tests(result).to_dict("records")
+    told["tests"] = study.tests(result).to_dict("records")
     result = dataclasses.replace(result, findings=findings.findings(result))
     return Outcome(result, figures.drawn(result), erroneous_agreement_data.shown(test))
 

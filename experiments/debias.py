@@ -65,8 +65,6 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.behaviour.debias import data as debias_data
     from vlm_mech.behaviour.debias import figures, findings, study, training
     from vlm_mech.data.pairs import fitting
-    from vlm_mech.errors import UsageError
-    from vlm_mech.inputs.image import load_image
     from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
@@ -84,10 +82,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         training.check_room(vlm, each, max_new_tokens=config.max_new_tokens)
     options: dict[str, Any] = {"batch": 32, "max_new_tokens": config.max_new_tokens}
     with study.without_adapter(vlm):
-        before = study.validated(vlm, parts.validation, **options)
-    if before["conflict"] == 1:
-        raise UsageError(f"{config.model} is right on every validation picture of {config.data}: nothing to tune away")
-    with study.without_adapter(vlm):
+        before = study.validated_before(vlm, parts.validation, **options)
         study.keep_answers(work, vlm, tasks, study.BASE, **options)
     tuned = study.tuned(work, vlm, adapter, parts, recipe, every=config.every, **options)
     told["training"] = {"before": before, "answers": config.answers, **tuned}
@@ -97,8 +92,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     table = study.completed(work.collect()[0])
     result = Result(f"debias ({config.objective})", table, study.AXES, study.METRICS, {}, told)
     result = dataclasses.replace(result, findings=findings.findings(result, str(work.folder / "adapter")))
-    pictures = tuple((findings.caption(table, pair), load_image(pair.image)) for pair in parts.test[:4])
-    return Outcome(result, figures.drawn(result), pictures)
+    return Outcome(result, figures.drawn(result), figures.pictures(result, parts.test))
 
 
 def _recipe(config: Config) -> Any:

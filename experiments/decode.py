@@ -50,8 +50,7 @@ class Config(RunConfig):
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, rates by method, curves of the dose, and the dependency on the picture along the answer."""
     from vlm_mech.behaviour.decoding import data as decoding_data
-    from vlm_mech.behaviour.decoding import findings, study
-    from vlm_mech.behaviour.decoding.figures import drawn
+    from vlm_mech.behaviour.decoding import figures, findings, study
     from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
@@ -75,7 +74,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     metrics = tuple(each for each in study.METRICS if each.name in table)
     result = Result("contrastive decoding", table, study.AXES, metrics, {}, told)
     result = dataclasses.replace(result, findings=findings.findings(result, settings, choice))
-    return Outcome(result, drawn(result))
+    return Outcome(result, figures.drawn(result))
 
 
 def _splits(config: Config, vlm: Any) -> tuple[Any, Any]:

@@ -69,8 +69,8 @@ def plan(config: Config) -> Any:
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its heatmaps and line figure, and pictures of examples or of what heads attend to."""
     from vlm_mech.interventions.receipt import add_up
-    from vlm_mech.methods.knockout import study, summary
-    from vlm_mech.results import figures
+    from vlm_mech.methods.knockout import figures, findings, study
+    from vlm_mech.methods.knockout.follow_up import follow_up
     from vlm_mech.results.result import Result
 
     vlm, pairs, scan, masks = _loaded(config)
@@ -82,19 +82,10 @@ def run(config: Config, work: Workspace) -> Outcome:
             work.keep(key, *study.knock_out(vlm, batch, scan, masks=masks, **how))
     table, receipts = work.collect()
     result = Result("attention knockout", table, scan.axes, study.METRICS)
-    told = summary.told(vlm, result, pairs, scan, masks, n_generated=config.generate)
-    provenance = about(QUESTION, vlm, pairs, add_up(receipts)) | {"generated": told.texts}
-    result = dataclasses.replace(result, provenance=provenance, findings=told.findings)
-    across, down = ("head", "layer") if config.heads else ("layer", "edge")
-    drawn = {
-        f"{metric}_heatmap": figures.heatmap(result, x=across, y=down, metric=metric, facet="cut")
-        for metric in ("relative_change", "logit_diff")
-    }
-    if not config.heads:
-        drawn["relative_change_lines"] = figures.lines(
-            result, x="layer", colour="edge", metric="relative_change", facet="cut"
-        )
-    return Outcome(result, drawn, told.pictures)
+    more = follow_up(vlm, result, pairs, scan, masks, n_generated=config.generate)
+    provenance = about(QUESTION, vlm, pairs, add_up(receipts)) | {"generated": more.generated}
+    result = dataclasses.replace(result, provenance=provenance, findings=findings.findings(result, pairs, scan, more))
+    return Outcome(result, figures.drawn(result), figures.pictures(pairs, scan, more))
 
 
 if __name__ == "__main__":

@@ -57,9 +57,8 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, accuracy over depth, conflict, confusion, and the map of a picture's patches."""
     import dataclasses
 
+    from vlm_mech.methods.probing import figures, findings
     from vlm_mech.methods.probing.crossfit import METRICS
-    from vlm_mech.methods.probing.figures import drawn
-    from vlm_mech.methods.probing.findings import findings
     from vlm_mech.methods.probing.study import AXES, completed, study
     from vlm_mech.results.result import Result
 
@@ -74,7 +73,8 @@ def run(config: Config, work: Workspace) -> Outcome:
                 work.keep(key, *study(vlm, examples, conflicts, design, step, folder=folder))
     table, notes = work.collect()
     result = Result("probes", completed(table), AXES, METRICS, {}, about | {"steps": notes})
-    return Outcome(dataclasses.replace(result, findings=findings(result, notes)), drawn(result, notes))
+    result = dataclasses.replace(result, findings=findings.findings(result, notes))
+    return Outcome(result, figures.drawn(result))
 
 
 def _loaded(config: Config, name: str) -> tuple[Any, ...]:

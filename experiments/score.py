@@ -59,13 +59,13 @@ def _loaded(config: Config) -> "Plan":
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its figures, and some pairs."""
-    from vlm_mech.behaviour.scoring import figures, findings, job, study
+    from vlm_mech.behaviour.scoring import figures, findings, steps, study
     from vlm_mech.data.pairs import pictures
     from vlm_mech.results.result import Result
 
     plan = _loaded(config)
-    job.score_all(plan, work)
-    table, best = job.collected(work)
+    steps.score_all(plan, work)
+    table, best = steps.collected(work)
     told: dict[str, Any] = about(QUESTION, plan.vlms[0], plan.test, {})
     told |= plan.told | {"best": [{"model": one, "scoring": two, "prompt": best[one, two]} for one, two in best]}
     result = Result("ways of scoring", table, study.AXES, study.METRICS, {}, told)

@@ -75,11 +75,9 @@ def plan(config: Config) -> Any:
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, the map, the page of single examples, and findings made from the numbers."""
     from vlm_mech.interventions.receipt import add_up
-    from vlm_mech.methods.visual_flow import study as made
+    from vlm_mech.methods.visual_flow import figures, findings, study
     from vlm_mech.methods.visual_flow.claims import claims
-    from vlm_mech.methods.visual_flow.example_pages import example_pages, pages
-    from vlm_mech.methods.visual_flow.figures import flow_map
-    from vlm_mech.methods.visual_flow.findings import findings
+    from vlm_mech.methods.visual_flow.patch_readings import patch_readings
     from vlm_mech.results.result import Result
 
     vlm, cases, scan = _loaded(config)
@@ -87,18 +85,18 @@ def run(config: Config, work: Workspace) -> Outcome:
     for start in work.progress(range(0, len(cases), config.batch), "swaps, knockouts, lens"):
         key = f"{start:08d}"
         if key not in work:
-            work.keep(key, *made.flow(vlm, cases[start : start + config.batch], scan, **how))
+            work.keep(key, *study.flow(vlm, cases[start : start + config.batch], scan, **how))
     fitted = _probed(config, work, vlm, cases) if config.probe else None
     table, notes = work.collect()
     told = about(QUESTION, vlm, cases.pairs, add_up([each for each in notes if "own" not in each]))
     told |= {"rival": cases.rival, "probes": [each for each in notes if "own" in each], "edges": scan.about}
-    result = Result("visual flow", table, made.AXES, made.METRICS, {}, told)
+    result = Result("visual flow", table, study.AXES, study.METRICS, {}, told)
     said = claims(result)
     told |= {"claims": dataclasses.asdict(said) | {"cells": said.cells.to_dict("records")}}
-    told |= {"pages": pages(vlm, cases, said, fitted, n=config.pages, folder=work.partial) if config.pages else []}
-    result = dataclasses.replace(result, provenance=told, findings=findings(result, cases, said))
-    drawn = {"flow_map": flow_map(result)} | ({"examples": example_pages(result)} if config.pages else {})
-    return Outcome(result, drawn)
+    options = {"n": config.pages, "folder": work.partial}
+    told |= {"pages": patch_readings(vlm, cases, said, fitted, **options) if config.pages else []}
+    result = dataclasses.replace(result, provenance=told, findings=findings.findings(result, cases, said))
+    return Outcome(result, figures.drawn(result))
 
 
 def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:

@@ -140,17 +140,69 @@ def test_only_the_records_of_families_ask_which_architecture_it_is():
     assert found == set()
 
 
-@pytest.mark.parametrize("folder", ["methods", "behaviour"])
-def test_every_method_has_the_same_anatomy(folder):
-    """Data, study, figures and findings, but where a method has none of its own: said in docs/architecture.md."""
+FOLDERS = [
+    room
+    for name in ("methods", "behaviour")
+    for room in sorted((ROOT / "vlm_mech" / name).iterdir())
+    if room.is_dir() and room.name not in ("__pycache__", "answering")
+]
+WITHOUT = {"lens": {"study.py", "findings.py"}}
+"""What a method has none of: said in docs/architecture.md. The lens has no table, and so nothing to draw from one."""
+TABLED = [room for room in FOLDERS if room.name not in WITHOUT]
+
+
+def functions(path: Path) -> dict[str, list[str]]:
+    """The public functions of a file with their positional arguments."""
+    found = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return {each.name: [argument.arg for argument in each.args.args] for each in found}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports anywhere, those for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", FOLDERS, ids=lambda room: room.name)
+def test_every_method_has_the_same_anatomy(room):
+    """Data, study, figures and findings, but where a method has none of its own."""
     parts = {"data.py", "study.py", "figures.py", "findings.py"}
-    missing = {
-        room.name: parts - {path.name for path in room.iterdir()}
-        for room in (ROOT / "vlm_mech" / folder).iterdir()
-        if room.is_dir() and room.name not in ("__pycache__", "answering")
-    }
-    own = {"lens": {"study.py", "findings.py"}}
-    assert {name: lacks for name, lacks in missing.items() if lacks} == (own if folder == "methods" else {})
+    assert parts - {path.name for path in room.iterdir()} == WITHOUT.get(room.name, set())
+
+
+@pytest.mark.parametrize("room", TABLED, ids=lambda room: room.name)
+def test_every_method_is_drawn_and_told_by_the_same_names(room):
+    """`drawn(result)` gives all figures of a result, `findings(result, ...)` its sentences."""
+    drawn, told = functions(room / "figures.py").get("drawn"), functions(room / "findings.py").get("findings")
+    assert drawn == ["result"], f"{room.name}: figures.drawn takes {drawn}"
+    assert told and told[0] == "result", f"{room.name}: findings.findings takes {told}"
+
+
+@pytest.mark.parametrize("room", TABLED, ids=lambda room: room.name)
+def test_figures_and_findings_run_no_model_and_make_no_test(room):
+    for name in ("figures.py", "findings.py"):
+        found = imported(room / name)
+        runs = [each for each in found if re.match(r"vlm_mech\.(models|interventions|sweeps|extraction)\b", each)]
+        assert not runs, f"{room.name}/{name} imports {runs}"
+        assert not {each for each in found if each.startswith(("scipy", "torch"))}, f"{room.name}/{name} computes"
+
+
+def test_experiments_draw_and_tell_by_these_names():
+    """But for what has no folder of a method: the benchmark and the validation, whose overview has both."""
+    for path in sorted((ROOT / "experiments").glob("[!_]*.py")):
+        text = path.read_text()
+        assert re.search(r"\bdrawn\(result\)|overview\.dots\(", text), f"{path.name} draws otherwise"
+        assert len(text.splitlines()) <= 120, f"{path.name} has more lines than wiring takes"
+
+
+def test_mcnemar_is_written_once():
+    found = [path for path in SOURCES if re.search(r"\bbinomtest\(.*\)\.pvalue", path.read_text())]
+    assert [path.relative_to(ROOT).as_posix() for path in found] == ["vlm_mech/results/statistics.py"]
 
 
 def test_the_picture_of_the_rooms_is_drawn_from_the_imports():

@@ -12,7 +12,7 @@ from tests.zoo import ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.blur_decay import blur, data, study
 from vlm_mech.behaviour.blur_decay.blur import MEAN, NONE, blurred, decayed, kernel, levels_of, resized
-from vlm_mech.behaviour.blur_decay.data import compared
+from vlm_mech.behaviour.blur_decay.study import compared
 from vlm_mech.data.pairs import load_pairs, partners
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image

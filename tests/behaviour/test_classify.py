@@ -9,7 +9,8 @@ import torch
 
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
-from vlm_mech.behaviour.answering.answers import (
+from vlm_mech.behaviour.answering.class_name_scores import Names, names_after, score_names
+from vlm_mech.behaviour.answering.prompts import (
     WORDINGS,
     candidates,
     check_known,
@@ -17,7 +18,6 @@ from vlm_mech.behaviour.answering.answers import (
     stemmed,
     too_long,
 )
-from vlm_mech.behaviour.answering.names import Names, names_after, score_names
 from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify import study
 from vlm_mech.behaviour.classify.data import design_of

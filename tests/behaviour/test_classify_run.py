@@ -10,7 +10,7 @@ from experiments import classify
 from tests.behaviour.test_classify import QUESTIONS
 from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo.tiny import picture
-from vlm_mech.behaviour.classify import job
+from vlm_mech.behaviour.classify import steps
 from vlm_mech.behaviour.classify.table import (
     AXES,
     CLASSES,
@@ -198,9 +198,9 @@ def test_a_run_leaves_every_method_with_its_chance_and_draws_from_the_file_alone
 def test_a_killed_run_goes_on_to_the_same_bytes(model_folder, data_folder, finished, tmp_path, monkeypatch):
     options = asked_of(model_folder, data_folder, tmp_path / "out", "--config", finished / "config.json")
     with monkeypatch.context() as patch:
-        killed_at(patch, job, "score_tables", 2)
+        killed_at(patch, steps, "score_tables", 2)
         assert command(classify, *options) == 130
-    calls = killed_at(monkeypatch, job, "generated", -1)
+    calls = killed_at(monkeypatch, steps, "generated", -1)
     assert command(classify, *options, "--resume") == 0
     assert not calls, "no answer is generated again"
     assert (tmp_path / "out" / "result.parquet").read_bytes() == (finished / "result.parquet").read_bytes()

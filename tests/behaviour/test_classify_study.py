@@ -9,8 +9,8 @@ import torch
 
 from tests.behaviour.test_classify import prompts, scenes_of
 from tests.zoo.tiny import picture, tiny_model, tiny_processor
-from vlm_mech.behaviour.answering.answers import WORDINGS
-from vlm_mech.behaviour.answering.names import names_after, score_names
+from vlm_mech.behaviour.answering.class_name_scores import names_after, score_names
+from vlm_mech.behaviour.answering.prompts import WORDINGS
 from vlm_mech.behaviour.classify import frequency
 from vlm_mech.behaviour.classify.baselines import contrastive_scores
 from vlm_mech.behaviour.classify.table import CLASSES, MEAN, OPEN, Cell, score_rows

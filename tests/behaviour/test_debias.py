@@ -14,7 +14,7 @@ from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.debias import adapter as debias_adapter
-from vlm_mech.behaviour.debias import data, findings, study, training
+from vlm_mech.behaviour.debias import data, study, training
 from vlm_mech.behaviour.debias.data import IN_CONFLICT, USUAL
 from vlm_mech.behaviour.debias.losses import advantages, cross_entropy, grpo_loss, k3, n_equal
 from vlm_mech.behaviour.debias.study import BASE, TUNED
@@ -236,9 +236,9 @@ def test_mcnemar_and_missing_values_by_hand():
     summary = result.summary("truth").set_index(["state", "task"])
     assert set(summary["n"]) == {4} and summary["mean"].tolist() == [0.25, 0.25, 0.75, 0.75]
     assert summary.loc[(TUNED, USUAL), "baseline"] == 0.25
-    found = findings.changes(result.table, TUNED).loc[IN_CONFLICT]
+    found = study.changes(result.table, TUNED)[IN_CONFLICT]
     # Three became right and one wrong: the two-sided p is 2 (1 + 4) / 16.
-    assert (found["won"], found["lost"], found["p"]) == (3, 1, pytest.approx(10 / 16))
+    assert (found.only_one, found.only_other, found.p) == (3, 1, pytest.approx(10 / 16))
     assert result.summary("prior").set_index(["state", "task"])["n"].tolist() == [4, 0, 4, 0]
 
 

@@ -17,7 +17,7 @@ from tests.zoo import ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
 from vlm_mech.behaviour.answering.without_image import without_images
-from vlm_mech.behaviour.decoding import data, findings, study
+from vlm_mech.behaviour.decoding import data, study
 from vlm_mech.behaviour.decoding import processors as decoding_processors
 from vlm_mech.behaviour.decoding.data import GREEDY, Setting
 from vlm_mech.behaviour.decoding.processors import (
@@ -415,10 +415,16 @@ def pairs_of(n: int, groups: int | None = None) -> Pairs:
 
 
 def test_mcnemar_by_hand():
-    values, reference = pd.Series([1, 1, 1, 1, 0, 1, 0.0]), pd.Series([0, 0, 0, 0, 1, 1, 0.0])
-    gained, lost, p = findings.mcnemar(values, reference)
-    assert (gained, lost) == (4, 1) and p == pytest.approx(2 * (1 + 5) / 2**5)
-    assert findings.mcnemar(values, values) == (0, 0, 1.0)
+    greedy, other = Setting(), Setting("M3ID", 1.0)
+    truth = {greedy: [0, 0, 0, 0, 1, 1, 0], other: [1, 1, 1, 1, 0, 1, 0]}
+    answers = {
+        (study.OWN, setting.method, setting.dose): pd.DataFrame({"truth": values}, dtype=float)
+        for setting, values in truth.items()
+    }
+    found, same = study.against_greedy(answers, [other, greedy])
+    assert (found.only_one, found.only_other) == (4, 1) and found.p == pytest.approx(2 * (1 + 5) / 2**5)
+    assert found.p_corrected == pytest.approx(2 * found.p)
+    assert (same.only_one, same.only_other, same.p) == (0, 0, 1.0)
 
 
 def test_the_choice_looks_at_validation_alone_and_changes_little():

@@ -15,7 +15,7 @@ from experiments import erroneous_agreement
 from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
-from vlm_mech.behaviour.erroneous_agreement import findings, study
+from vlm_mech.behaviour.erroneous_agreement import study
 from vlm_mech.behaviour.erroneous_agreement.data import (
     RELATIONS,
     Asked,
@@ -44,7 +44,7 @@ from vlm_mech.interventions.trace import read, run
 from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.results.result import N_RESAMPLES, Result
 from vlm_mech.results.saved_figures import redraw
-from vlm_mech.results.statistics import expanded_tail
+from vlm_mech.results.statistics import expanded_tail, point_biserial
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_correlation_with_being_right():
     rng = np.random.default_rng(0)
     values, groups = rng.normal(size=40), np.arange(40)
     right = (values + rng.normal(size=40) > 0).astype(float)
-    value, low, high = findings.point_biserial(values, right, groups)
+    value, low, high = point_biserial(values, right, groups, n_resamples=N_RESAMPLES)
     assert value == pytest.approx(pearsonr(values, right).statistic) and -1 < low < value < high < 1
     some, said = values[:8], np.array([1.0, 0, 1, 0, 0, 1, 0, 0])
     drawn = np.random.default_rng(0).multinomial(8, np.full(8, 1 / 8), size=N_RESAMPLES)
@@ -160,8 +160,8 @@ def test_correlation_with_being_right():
     found = [pearsonr(some[row], said[row]).statistic for row in rows if len(set(said[row])) == 2]
     tail = 100 * expanded_tail(8, 0.95)
     expected = np.percentile(found, [tail, 100 - tail])
-    assert findings.point_biserial(some, said, np.arange(8))[1:] == pytest.approx(expected, abs=1e-9)
-    assert np.isnan(findings.point_biserial(values, np.ones(40), groups)).all()
+    assert point_biserial(some, said, np.arange(8), n_resamples=N_RESAMPLES)[1:] == pytest.approx(expected, abs=1e-9)
+    assert np.isnan(point_biserial(values, np.ones(40), groups, n_resamples=N_RESAMPLES)).all()
 
 
 def test_what_models_see_is_what_a_trace_reads(clip, vlm):
@@ -284,7 +284,7 @@ def test_the_experiment_on_the_embedded_models(tmp_path, monkeypatch, capsys):
     assert np.allclose(tower[:, 0], tower[:, 1], atol=1e-6), "the organism reads the tower of the contrastive model"
     right = result.table[result.table["data"] == data[0]].pivot(index="example", columns="view", values="pair")
     right = right[[study.AMONG, study.TO_TEXT]].dropna().to_numpy()
-    test = findings.paired_test(result, data[0])
+    test = study.paired_test(result, data[0])
     alone = [int(((right[:, one] == 1) & (right[:, 1 - one] == 0)).sum()) for one in (0, 1)]
     assert [test["n"], test["vlm"], test["contrastive"]] == [5, *alone] and sum(alone) > 0
     assert test["p"] == pytest.approx(

@@ -6,7 +6,7 @@ import pytest
 
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.answering.reading import letters_of, mentions, read_answer, says
-from vlm_mech.behaviour.blur_decay.data import compared
+from vlm_mech.behaviour.blur_decay.study import compared
 from vlm_mech.behaviour.debias import study as debias_study
 from vlm_mech.behaviour.decoding import study as decoding_study
 from vlm_mech.behaviour.decoding.data import Options

@@ -16,7 +16,7 @@ from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import SPECIALS, WORDS, picture, tiny_model, tiny_processor
 from vlm_mech.behaviour.classify.tuning import with_answers
-from vlm_mech.behaviour.scoring import findings, study
+from vlm_mech.behaviour.scoring import comparisons, study
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTER_NAMES,
@@ -152,7 +152,7 @@ def test_options_need_tokens_of_their_own(vlm, monkeypatch):
         option_tokens(vlm, prompt, ("red", "purple"))
     names = option_tokens(vlm, prompt, ("red", "green triangle"))
     assert [ids[-1] for ids in names.ids] == [vlm.tokenizer.eos_token_id] * 2 and names.lengths == (2, 3)
-    monkeypatch.setattr("vlm_mech.behaviour.answering.names._ids_after", lambda *_: (5,))
+    monkeypatch.setattr("vlm_mech.behaviour.answering.class_name_scores._ids_after", lambda *_: (5,))
     with pytest.raises(UsageError, match="options 'red', 'blue': .* become the same tokens"):
         option_tokens(vlm, prompt, ("red", "blue"))
 
@@ -320,15 +320,15 @@ def verdicts(one: list[int], other: list[int]) -> Result:
 def test_two_scorings_are_compared_by_mcnemar_and_paired_bootstrap():
     one, other = [1] * 9 + [0] * 4 + [1] * 7, [0] * 8 + [1] * 5 + [1] * 7
     result = verdicts(one, other)
-    found = findings.compared(result, {"scoring": GENERATION}, {"scoring": OPTIONS})
+    found = comparisons.compared(result, {"scoring": GENERATION}, {"scoring": OPTIONS})
     assert (found.counts.only_one, found.counts.only_other, found.counts.n) == (8, 4, 20)
     assert found.counts.p == pytest.approx(binomtest(8, 12, 0.5).pvalue)
     assert found.counts.p == pytest.approx(2 * sum(math.comb(12, k) for k in range(5)) / 2**12)
     assert found.difference["mean"] == pytest.approx(0.2) and found.difference["n"] == 20
     assert found.difference["ci_low"] < 0.2 < found.difference["ci_high"]
     with pytest.raises(UsageError, match="is no verdict of 0 or 1"):
-        findings.compared(result, {"scoring": GENERATION}, {"scoring": RANDOM})
-    made = findings.comparisons(result)
+        comparisons.compared(result, {"scoring": GENERATION}, {"scoring": RANDOM})
+    made = comparisons.comparisons(result)
     assert [(each.one["scoring"], each.other["scoring"]) for each in made] == [(OPTIONS, GENERATION)]
 
 

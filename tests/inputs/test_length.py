@@ -6,7 +6,7 @@ from tests.zoo import ZOO
 from tests.zoo.batches import wrapped
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
-from vlm_mech.behaviour.answering.names import Names, score_names
+from vlm_mech.behaviour.answering.class_name_scores import Names, score_names
 from vlm_mech.behaviour.classify.tuning import with_answers
 from vlm_mech.behaviour.decoding.processors import decode
 from vlm_mech.errors import UsageError

@@ -7,8 +7,8 @@ import pytest
 from tests.zoo import ONE_IMAGE, ZOO
 from tests.zoo.batches import wrapped
 from tests.zoo.tiny import picture
-from vlm_mech.behaviour.answering.answers import stemmed
-from vlm_mech.behaviour.answering.names import names_after
+from vlm_mech.behaviour.answering.class_name_scores import names_after
+from vlm_mech.behaviour.answering.prompts import stemmed
 from vlm_mech.behaviour.answering.without_image import needed_inputs, without_images
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt, render

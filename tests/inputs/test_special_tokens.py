@@ -6,7 +6,7 @@ import torch
 from tests.zoo import ONE_IMAGE, ZOO
 from tests.zoo.batches import wrapped
 from tests.zoo.tiny import picture
-from vlm_mech.behaviour.answering.names import names_after
+from vlm_mech.behaviour.answering.class_name_scores import names_after
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt, render, written
 

@@ -20,9 +20,9 @@ from vlm_mech.interventions.plan import plan
 from vlm_mech.interventions.specification import Knockout
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.methods.compensation import study as method
+from vlm_mech.methods.compensation.compensated_share import UP, _share, compensation, every_compensation
 from vlm_mech.methods.compensation.data import Example, Examples, Shown, examples_of, places_of, shown_parts
 from vlm_mech.methods.compensation.findings import sentence
-from vlm_mech.methods.compensation.index import UP, _share, compensation, every_compensation
 from vlm_mech.methods.compensation.study import ANSWER, METRICS, cells_of, identified, measure, read_sites
 from vlm_mech.methods.compensation.variants import (
     ALL,

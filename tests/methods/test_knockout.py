@@ -32,7 +32,8 @@ from vlm_mech.methods.knockout.edges import (
     object_masks,
     parse_edge,
 )
-from vlm_mech.methods.knockout.findings import by_edge, missing, top_heads, used
+from vlm_mech.methods.knockout.findings import by_edge, by_head, missing, used
+from vlm_mech.methods.knockout.follow_up import top_heads
 from vlm_mech.methods.knockout.study import METRICS, OUT_OF_SIGHT, knock_out
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.overlays import DARKEST, laid_over
@@ -373,8 +374,9 @@ def test_heads_are_chosen_on_one_half_and_told_of_on_the_other():
     )
     heads = top_heads(result, 1)
     assert [(head.layer, head.head) for head in heads] == [(0, 1)]
-    assert "-0.0 % " in heads[0].change or "+0.0 % " in heads[0].change
-    assert "n = 10" in heads[0].change
+    _, sentence = by_head(result, heads)
+    assert "-0.0 % " in sentence or "+0.0 % " in sentence
+    assert "n = 10" in sentence
 
 
 # Attention

@@ -11,7 +11,7 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.interventions.trace import run
 from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
-from vlm_mech.methods.layer_swap.findings import takeover, usable_share
+from vlm_mech.methods.layer_swap.findings import findings, takeover, usable_share
 from vlm_mech.methods.layer_swap.layer_swap import layer_swap
 from vlm_mech.methods.layer_swap.study import METRICS, WRONG, swap_states
 from vlm_mech.results.result import Result
@@ -153,4 +153,4 @@ def test_one_call_gives_the_table_of_the_study(vlm, pairs, site):
     pd.testing.assert_frame_equal(result.table, table)
     assert result.axes == ("direction", "span", "point" if site == "projector" else "layer")
     assert result.provenance["receipts"]["receipts"] == len(receipts)
-    assert result.findings == (usable_share(result, pairs), *takeover(result))
+    assert result.findings == findings(result, pairs) == (usable_share(result, pairs), *takeover(result))

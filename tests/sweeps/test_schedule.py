@@ -17,8 +17,8 @@ from vlm_mech.interventions.specification import Ablate, Knockout, Replace, wind
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.layer_swap.study import plan_swap, swap_states
 from vlm_mech.runs.workspace import prepare
+from vlm_mech.sweeps.branching import branch_of, outline
 from vlm_mech.sweeps.cost import pass_flops, sizes
-from vlm_mech.sweeps.divergence import divergence_of, outline
 from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.memory import parse_bytes, peak_memory, readable
 from vlm_mech.sweeps.recorded_pass import record
@@ -98,7 +98,7 @@ def test_where_cells_leave_the_pass_is_known_without_running_it(family):
     for span in ("image", "question", "last"):
         edit = Replace(Site("llm.resid_post", 2), span, source=donors)
         made = plan(vlm, encoded, edit, lambda source, sites: read(vlm, source, sites))
-        found = [divergence_of(each, made, edit, lambda source: source) for each in (clean, before)]
+        found = [branch_of(each, made, edit, lambda source: source) for each in (clean, before)]
         assert (found[0].entry, found[0].start, found[0].taken) == (found[1].entry, found[1].start, found[1].taken)
 
 

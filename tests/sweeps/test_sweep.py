@@ -300,7 +300,7 @@ def test_spans_of_each_example_are_taken_in_step():
 
 def test_a_wrong_engine_is_caught_by_the_reference(monkeypatch):
     vlm, pairs = wrapped("llava_clip"), pairs_of(2)
-    monkeypatch.setattr("vlm_mech.sweeps.divergence._entry", lambda site, n_added: min(3, site.layer + 1))
+    monkeypatch.setattr("vlm_mech.sweeps.branching._entry", lambda site, n_added: min(3, site.layer + 1))
     with pytest.raises((WorkError, UsageError)):
         sweep(
             vlm, pairs, grid(layer=range(4)), lambda point: Ablate(Site("llm.mlp_out", point.layer), "question"),

@@ -25,14 +25,16 @@ PLAIN_PASSES = 3
 NAN = float("nan")
 
 
-def check(cases: Sequence[str], rivals: Sequence[str]) -> None:
-    """Raises `UsageError` for a case or rival that is not known, or none."""
+def check(cases: Sequence[str], rivals: Sequence[str], data: str) -> None:
+    """Raises `UsageError` for a case, rival or data that are not known, or no case."""
     for kind, given, known in (("case", cases, tuple(CASES)), ("rival", rivals, RIVALS)):
         unknown = [each for each in given if each not in known]
         if unknown:
             raise UsageError(f"{kind} {unknown[0]!r} is not known; one of {', '.join(known)} is")
     if not cases:
         raise UsageError(f"no case is given; one of {', '.join(CASES)} is needed")
+    if data != "noise":
+        raise UsageError(f"data {data!r} is not known; the benchmark takes noise only")
 
 
 def sweep_case(

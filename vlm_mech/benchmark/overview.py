@@ -126,6 +126,11 @@ def _text(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def drawn(result: Result) -> "dict[str, go.Figure]":
+    """Bars, and the table as a figure."""
+    return {"bars": bars(result, title=result.name), "table": as_figure(result)}
+
+
 def bars(result: Result, *, title: str) -> "go.Figure":
     """Plain forwards of every case, one bar a contender on a logarithmic axis, from smallest to largest repeat.
 

@@ -1,17 +1,17 @@
-"""Intervals and tests over examples: paired bootstrap, sign-flip test, correction over cells.
+"""Intervals and tests over examples: paired bootstrap, sign-flip test, McNemar's test, correction over cells.
 
 Examples are the rows of a matrix and cells its columns; all cells see the same resampled examples, so that differences
 between cells are paired. Examples of one group (a scene, say) are drawn and flipped together.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 from scipy.stats import binomtest, false_discovery_control, norm, t
 
 from vlm_mech.errors import UsageError
@@ -79,6 +79,24 @@ def percentile_interval(
         cells, tail = n_groups == n, 100 * expanded_tail(int(n), level)
         low[cells], high[cells] = np.nanpercentile(means[:, cells], [tail, 100 - tail], axis=0)
     return low, high
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def estimate(value: float, draws: Float[np.ndarray, "draw"]) -> Estimate:
+    """The value with the 95 % percentile interval of its bootstrap draws."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(value, float(low), float(high))
 
 
 def share_interval(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -171,5 +189,41 @@ def mcnemar(
 ) -> Paired:
     """McNemar's exact test: of the pictures that the two judge unlike, is either right more often (binomial, 1/2)?"""
     first, second = int((one & ~other).sum()), int((other & ~one).sum())
-    p = float(stats.binomtest(first, first + second).pvalue) if first + second else 1.0
+    p = float(binomtest(first, first + second).pvalue) if first + second else 1.0
     return Paired(*names, len(one), first, second, p)
+
+
+def holm(tests: Sequence[Paired]) -> list[Paired]:
+    """The tests with their p corrected over all of them by Holm's method."""
+    adjusted = corrected(np.array([each.p for each in tests], float), "holm")
+    return [dataclasses.replace(each, p_corrected=float(p)) for each, p in zip(tests, adjusted, strict=True)]
+
+
+def point_biserial(
+    values: Float[np.ndarray, "example"],
+    right: Float[np.ndarray, "example"],
+    groups: Int[np.ndarray, "example"],
+    *,
+    n_resamples: int,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Correlation of a number with right (1) or wrong (0), and its expanded 95 % bootstrap interval over groups.
+
+    Resamples in which nothing varies have no correlation and are left out; all three numbers are NaN where the values
+    themselves do not vary.
+    """
+    n_groups = int(groups.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_resamples)
+    weights = np.vstack([np.ones(len(values)), drawn[:, groups]])
+    weights = weights / weights.sum(1, keepdims=True)
+    one, other = values - values.mean(), right - right.mean()
+    means = weights @ one, weights @ other
+    covariance = weights @ (one * other) - means[0] * means[1]
+    variance = (weights @ one**2 - means[0] ** 2) * (weights @ other**2 - means[1] ** 2)
+    held = variance > 1e-20
+    found = covariance[held] / np.sqrt(variance[held])
+    if not held[0]:
+        return float("nan"), float("nan"), float("nan")
+    tail = 100 * expanded_tail(n_groups, 0.95)
+    low, high = np.percentile(found[1:], [tail, 100 - tail])
+    return float(found[0]), float(low), float(high)

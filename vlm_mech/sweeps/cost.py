@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.sweeps.divergence import Divergence, rows_of
+from vlm_mech.sweeps.branching import Branch, rows_of
 from vlm_mech.sweeps.suffix_attention import FAST_BYTES, FLOAT, shares_prefix
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def wave_bytes(size: Sizes, n_cells: int, n_suffix: int, *, cut: bool, written: 
     )
 
 
-def wave_flops(size: Sizes, places: Sequence[Divergence]) -> int:
+def wave_flops(size: Sizes, places: Sequence[Branch]) -> int:
     """Operations of some cells that share a start, from their entry into the decoder to the next token's logits."""
     n_suffix = size.n_pos - places[0].start
     block = 2 * size.weights * n_suffix + 4 * size.n_heads * size.d_head * n_suffix * size.n_pos

@@ -20,8 +20,8 @@ from vlm_mech.interventions.plan import Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
 from vlm_mech.interventions.trace import Run, edited_embeddings, read, run
+from vlm_mech.sweeps.branching import Branch, branch_of
 from vlm_mech.sweeps.cost import Sizes, answer_bytes, pass_bytes, sizes
-from vlm_mech.sweeps.divergence import Divergence, divergence_of
 from vlm_mech.sweeps.memory import default_budget, is_out_of_memory
 from vlm_mech.sweeps.recorded_pass import RecordedPass, record
 from vlm_mech.sweeps.replay import Cell, Wave
@@ -86,7 +86,7 @@ class Engine:
         if not self.provable(interventions):
             return self._by_reference(interventions)
         self._read_ahead(interventions)
-        places = [divergence_of(self.clean, plan(self.vlm, self.encoded, each, self._read), each, self._encoded)
+        places = [branch_of(self.clean, plan(self.vlm, self.encoded, each, self._read), each, self._encoded)
                   for each in interventions]  # fmt: skip
         own = sum(value.nbytes for key, (_, value) in self.states.items() if key[0] not in self.known)
         held = len(self.known) * pass_bytes(self.size) + own + len(places) * answer_bytes(self.size)
@@ -102,7 +102,7 @@ class Engine:
     def _run(
         self,
         numbers: list[int],
-        places: list[Divergence],
+        places: list[Branch],
         found: Float[Tensor, "cell batch vocab"],
         proofs: list[tuple[Receipt, ...]],
     ) -> None:
@@ -190,7 +190,7 @@ class Engine:
 
     # Cells
 
-    def _cell(self, where: Divergence) -> Cell:
+    def _cell(self, where: Branch) -> Cell:
         """The edited version, ready to run; if its image is edited, tower and projector run for it here."""
         if where.tower is not None:
             hidden, added, receipts = edited_embeddings(self.vlm, self.encoded, where.tower)

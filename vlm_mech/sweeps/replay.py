@@ -22,7 +22,7 @@ from vlm_mech.interventions.plan import Cut, Write
 from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.timeline import Seen
 from vlm_mech.interventions.verification import write_receipt
-from vlm_mech.sweeps.divergence import alike
+from vlm_mech.sweeps.branching import alike
 from vlm_mech.sweeps.recorded_pass import RecordedPass, read_out
 from vlm_mech.sweeps.suffix_attention import SuffixAttention
 

@@ -11,6 +11,7 @@ from vlm_mech.errors import TooLargeError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.plan import plan
 from vlm_mech.interventions.specification import Activations, Intervention, Replace, Source
+from vlm_mech.sweeps.branching import RESIDUAL, Branch, branch_of, outline
 from vlm_mech.sweeps.cost import (
     Sizes,
     answer_bytes,
@@ -22,7 +23,6 @@ from vlm_mech.sweeps.cost import (
     wave_bytes,
     wave_flops,
 )
-from vlm_mech.sweeps.divergence import RESIDUAL, Divergence, divergence_of, outline
 from vlm_mech.sweeps.memory import readable
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def recorded(sites: set[Site], n_added: int) -> bool:
 
 
 def waves(
-    size: Sizes, places: Sequence[Divergence], *, held: int, budget: int, max_cells: int
+    size: Sizes, places: Sequence[Branch], *, held: int, budget: int, max_cells: int
 ) -> tuple[list[list[int]], int]:
     """Numbers of the cells that run together, and the bytes at the peak.
 
@@ -176,7 +176,7 @@ def forecast(
         return Activations({site: _nothing(batch, site) for site in sites}, batch)
 
     sources = sources_of(interventions, encoded)
-    places = [divergence_of(before, plan(vlm, encoded, each, unread), each, encoded_of) for each in interventions]
+    places = [branch_of(before, plan(vlm, encoded, each, unread), each, encoded_of) for each in interventions]
     kept = {key for key, (_, sites) in sources.items() if recorded(sites, before.n_added)} - {id(encoded)}
     others = sum(len(sites) for key, (_, sites) in sources.items() if key not in kept)
     check_pass(size, budget, n_passes=1 + len(kept))

@@ -82,3 +82,8 @@ def levels_of(vlm: "VLM", kernels: Sequence[int] = KERNELS) -> tuple[str, ...]:
     except UsageError:
         return (*map(str, kernels), MEAN)
     return (*map(str, kernels), MEAN, NONE)
+
+
+def level_name(level: str) -> str:
+    """A level as figures and findings name it."""
+    return f"kernel {level}" if level.isdigit() else level

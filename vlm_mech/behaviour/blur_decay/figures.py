@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from vlm_mech.behaviour.blur_decay.blur import NONE, decayed, resized
-from vlm_mech.behaviour.blur_decay.findings import level_name
+from vlm_mech.behaviour.blur_decay.blur import level_name
 from vlm_mech.behaviour.blur_decay.probes import CONTROLS, DECODED, PROBES
 from vlm_mech.behaviour.blur_decay.study import FLOORS, SWAPS, WHOLE
-from vlm_mech.data.pairs import Pairs
-from vlm_mech.inputs.image import load_image
+from vlm_mech.data.pairs import Pair
 from vlm_mech.results import figures
 from vlm_mech.results.result import Result
 
@@ -43,12 +41,6 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
     return found
 
 
-def ladder(pairs: Pairs, levels: Sequence[str], *, n: int = 3) -> tuple[tuple[str, Image.Image], ...]:
-    """The pictures of some pairs at every level."""
-    shown = []
-    for pair in list(pairs)[:n]:
-        whole = resized(load_image(pair.image))
-        for level in levels:
-            if level != NONE:
-                shown.append((f"{pair.question} {pair.answer}: {level_name(level)}", decayed(whole, level)))
-    return tuple(shown)
+def pictures(ladder: Sequence[tuple[Pair, str, Image.Image]]) -> tuple[tuple[str, Image.Image], ...]:
+    """Each picture with its question, answer and level."""
+    return tuple((f"{pair.question} {pair.answer}: {level_name(level)}", image) for pair, level, image in ladder)

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from vlm_mech.behaviour.blur_decay.blur import level_name
 from vlm_mech.behaviour.blur_decay.probes import CONTROLS, DECODED, PROBES
 from vlm_mech.behaviour.blur_decay.study import FLOORS, OWN, SWAPS, TWIN, WHOLE
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import share_interval
-
-# What follows
 
 
 def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, ...]:
@@ -95,10 +94,6 @@ def _decoded(result: Result) -> tuple[str, ...]:
             f"at most {worst:.3f}, chance {rows['baseline'].iloc[0]:.3f}."
         )
     return tuple(found)
-
-
-def level_name(level: str) -> str:
-    return f"kernel {level}" if level.isdigit() else level
 
 
 def _row(summary: pd.DataFrame, view: str, level: str, metric: str) -> pd.Series:

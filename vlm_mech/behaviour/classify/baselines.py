@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.behaviour.answering.answers import check_known, open_prompt
+from vlm_mech.behaviour.answering.prompts import check_known, open_prompt
 from vlm_mech.behaviour.classify.data import Design
-from vlm_mech.behaviour.classify.table import CLASSES, CONTRASTIVE, LOADED, NO_ORDER, OPEN, Cell, score_rows
+from vlm_mech.behaviour.classify.table import CLASSES, CONTRASTIVE, GENERATION, LOADED, NO_ORDER, OPEN, Cell, score_rows
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import Patches
@@ -21,6 +21,8 @@ from vlm_mech.methods.probing.crossfit import by_width, stacked_states
 from vlm_mech.methods.probing.data import POSITION, Features, Spot, read_states
 from vlm_mech.methods.probing.descent import LINEAR
 from vlm_mech.methods.probing.training import Split, probabilities, train
+from vlm_mech.results.result import Result
+from vlm_mech.results.statistics import Paired, holm, mcnemar
 
 if TYPE_CHECKING:
     from vlm_mech.models.dual_encoder import DualEncoder
@@ -145,3 +147,23 @@ def _fitted(
                 fit = {name: getattr(stack, name)[entry, 0].item() for name in ("l2", "epoch", "loss")}
                 found.append((spots[numbers[feature]], said[entry, 0].double().cpu().numpy(), fit))
     return found
+
+
+# The comparison
+
+
+def comparisons(result: Result, question: str, n_classes: int) -> list[Paired]:
+    """Every method against open generation and against the contrastive model, among all classes, on one question."""
+    table = result.table
+    chosen = (table["task"] == CLASSES) & (table["model"] == LOADED) & (table["question"] == question)
+    chosen &= (table["world"] == OPEN) & (table["k"] == n_classes) & table["accuracy"].notna()
+    right = table[chosen].pivot(index="example", columns="method", values="accuracy").astype(bool)
+    methods = [str(name) for name in table[chosen]["method"].drop_duplicates() if not str(name).startswith(AT)]
+    pairs = [
+        (one, other)
+        for number, other in enumerate(methods)
+        if other in (GENERATION, CONTRASTIVE)
+        for one in methods
+        if one != other and not (one == GENERATION and other == CONTRASTIVE)
+    ]
+    return holm([mcnemar(right[one].to_numpy(), right[other].to_numpy(), (one, other)) for one, other in pairs])

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlm_mech.behaviour.answering.answers import (
+from vlm_mech.behaviour.answering.class_name_scores import Names, names_after
+from vlm_mech.behaviour.answering.prompts import (
     Wording,
     check_known,
     longest,
@@ -12,7 +13,6 @@ from vlm_mech.behaviour.answering.answers import (
     stemmed,
     too_long,
 )
-from vlm_mech.behaviour.answering.names import Names, names_after
 from vlm_mech.data.image_classes import Classes
 from vlm_mech.errors import UsageError
 

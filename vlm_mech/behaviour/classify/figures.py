@@ -1,16 +1,20 @@
-"""Figures of a classification run, drawn from a saved `Result` alone."""
+"""Figures of a classification run, drawn from a saved `Result` alone, and pictures with what was said of them."""
 
 import dataclasses
 import html
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from PIL import Image
 
 from vlm_mech.behaviour.classify.baselines import AT, PROBES
 from vlm_mech.behaviour.classify.frequency import per_class
 from vlm_mech.behaviour.classify.study import MEAN_IMAGE
 from vlm_mech.behaviour.classify.table import CLASSES, CLOSED, CONTRASTIVE, GENERATION, LOADED, OPEN, SUM
+from vlm_mech.data.image_classes import Labelled
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import load_image
 from vlm_mech.results import figures
 from vlm_mech.results.figures import COLOURS
 from vlm_mech.results.result import Result
@@ -18,11 +22,41 @@ from vlm_mech.results.result import Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-GREY = "#888888"
+GREY, N_SHOWN = "#888888", 6
 CALIBRATED = f"{SUM} less {MEAN_IMAGE}"
 DRAWN = (GENERATION, SUM, CALIBRATED, CONTRASTIVE, PROBES["tower"], PROBES["last"])
 """Methods that figures with many parts are about; the table has all."""
 A_ROW = 30
+
+
+def drawn(result: Result) -> "dict[str, go.Figure]":
+    """Accuracy by method and by candidates; frequency, positions and tuning where a run has them."""
+    asked = {"question": first_question(result)}
+    found = {"accuracy": accuracy_bars(result, **asked), "candidates": candidate_lines(result, **asked)}
+    if result.provenance["frequency"]:
+        found["frequency"] = frequency_scatter(result, **asked)
+    if _positions(result).any():
+        found["positions"] = position_lines(result, **asked)
+    if result.provenance["tuned"]:
+        found["tuning"] = tuning_dots(result)
+    return found
+
+
+def pictures(result: Result, examples: Sequence[Labelled]) -> tuple[tuple[str, Image.Image], ...]:
+    """Some test pictures with what each model generates in the open."""
+    table, question = result.table, first_question(result)
+    rows = table[(table["question"] == question) & (table["world"] == OPEN) & (table["method"] == GENERATION)]
+    shown = []
+    for each in examples[:N_SHOWN]:
+        said = rows[rows["example"] == each.id]
+        texts = [f"{row['model']}: {row['answer']!r}" for _, row in said.iterrows()]
+        shown.append((f"{each.label}; {', '.join(texts)}", load_image(each.image)))
+    return tuple(shown)
+
+
+def first_question(result: Result) -> str:
+    """The question that everything is compared on."""
+    return result.provenance["wording"]["questions"][0]
 
 
 def accuracy_bars(result: Result, *, question: str, title: str | None = None) -> "go.Figure":

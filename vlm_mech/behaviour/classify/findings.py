@@ -1,10 +1,8 @@
-"""What a classification run says, in sentences made from its numbers; methods are compared on the same pictures."""
+"""What a classification run says, in sentences made from its numbers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from vlm_mech.behaviour.classify.baselines import AT, PROBES
@@ -13,28 +11,7 @@ from vlm_mech.behaviour.classify.study import Calibration
 from vlm_mech.behaviour.classify.table import CLASSES, CLOSED, CONTRASTIVE, GENERATION, LOADED, MEAN, OPEN, SUM
 from vlm_mech.behaviour.classify.two_hops import FIRST_HOP, NAMED, OTHERS, TWO_HOP, UNSEEN
 from vlm_mech.results.result import Result
-from vlm_mech.results.statistics import Paired, corrected, mcnemar
-
-
-def comparisons(result: Result, question: str, n_classes: int) -> list[Paired]:
-    """Every method against open generation and against the contrastive model, among all classes, on one question."""
-    table = result.table
-    chosen = (table["task"] == CLASSES) & (table["model"] == LOADED) & (table["question"] == question)
-    chosen &= (table["world"] == OPEN) & (table["k"] == n_classes) & table["accuracy"].notna()
-    right = table[chosen].pivot(index="example", columns="method", values="accuracy").astype(bool)
-    methods = [str(name) for name in table[chosen]["method"].drop_duplicates() if not str(name).startswith(AT)]
-    pairs = [
-        (one, other)
-        for number, other in enumerate(methods)
-        if other in (GENERATION, CONTRASTIVE)
-        for one in methods
-        if one != other and not (one == GENERATION and other == CONTRASTIVE)
-    ]
-    found = [mcnemar(right[one].to_numpy(), right[other].to_numpy(), (one, other)) for one, other in pairs]
-    if not found:
-        return []
-    adjusted = corrected(np.array([each.p for each in found]), "holm")
-    return [Paired(**asdict(each) | {"p_corrected": float(p)}) for each, p in zip(found, adjusted, strict=True)]
+from vlm_mech.results.statistics import Paired
 
 
 def findings(
@@ -42,14 +19,13 @@ def findings(
     design: Design,
     paired: Sequence[Paired],
     calibrations: Sequence[Calibration],
-    correlations: Sequence[Mapping[str, Any]],
-    tuned: Mapping[str, Any] | None,
 ) -> tuple[str, ...]:
     """Sentences: what is generated and what it names, scores, comparisons, candidates, frequency, two hops, tuning."""
     summary = result.summary("accuracy")
+    correlations = (result.provenance["frequency"] or {}).get("correlations", ())
     found = [_data(design), *_open(result, summary, design), *_scores(summary, design, calibrations)]
     found += [*_others(summary, design, paired), *_candidates(summary, design), *_frequency(correlations, design)]
-    return (*found, *_two_hops(summary), *_tuned(summary, design, tuned))
+    return (*found, *_two_hops(summary), *_tuned(summary, design, result.provenance["tuned"]))
 
 
 def _told(row: pd.Series) -> str:

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm_mech.behaviour.answering.answers import candidates, open_prompt, stemmed
-from vlm_mech.behaviour.answering.names import score_names
+from vlm_mech.behaviour.answering.class_name_scores import score_names
+from vlm_mech.behaviour.answering.prompts import candidates, open_prompt, stemmed
 from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.table import (

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from vlm_mech.behaviour.answering.answers import candidates
+from vlm_mech.behaviour.answering.prompts import candidates
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.errors import UsageError
 from vlm_mech.results.result import Metric

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from vlm_mech.behaviour.answering.answers import Wording
-from vlm_mech.behaviour.answering.names import names_after, score_names
+from vlm_mech.behaviour.answering.class_name_scores import names_after, score_names
+from vlm_mech.behaviour.answering.prompts import Wording
 from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify.table import GENERATION, MEAN, NO_ORDER, OPEN, Cell, best, rows
 from vlm_mech.data.image_classes import Labelled, check_names

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.behaviour.answering.answers import check_known
+from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.behaviour.contrastive_tuning.training import Variant
 from vlm_mech.behaviour.erroneous_agreement.data import Case, Cases
 from vlm_mech.errors import UsageError

@@ -1,45 +1,16 @@
-"""What a tuning of a contrastive model says, in sentences made from its numbers, with its tests."""
+"""What a tuning of a contrastive model says, in sentences made from its numbers."""
 
 from typing import Any
 
 import pandas as pd
-from scipy.stats import binomtest
 
 from vlm_mech.behaviour.contrastive_tuning.data import NONE, READER
-from vlm_mech.behaviour.contrastive_tuning.study import CHANCE
+from vlm_mech.behaviour.contrastive_tuning.study import CHANCE, tests
+from vlm_mech.results.claim import LEVEL
 from vlm_mech.results.result import Result
-from vlm_mech.results.statistics import corrected
 
-SURE = 0.05
 LEARNED = 0.9
 """Share of the pairs tuned on from which on they count as learned."""
-
-
-def tests(result: Result) -> pd.DataFrame:
-    """McNemar's exact tests of every tuning on every data set, against no tuning and against the VLM.
-
-    One row each: `n`, pairs that it alone (`won`) and the other alone (`lost`) gets right, `p`, and `p_corrected` by
-    Holm's method over all tests against the same other.
-    """
-    held = result.table[result.table["skipped"] == ""]
-    right = held.pivot(index=["data", "example"], columns="tuning", values="pair")
-    tables = []
-    for other in (NONE, READER):
-        rows = []
-        for data in held["data"].drop_duplicates():
-            for tuning in held["tuning"].drop_duplicates():
-                if tuning not in (other, READER):
-                    one, two = right.loc[data, tuning], right.loc[data, other]
-                    won, lost = int((one > two).sum()), int((two > one).sum())
-                    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-                    row = {"data": data, "tuning": tuning, "other": other, "n": len(one)}
-                    rows.append(row | {"won": won, "lost": lost, "p": p})
-        table = pd.DataFrame(rows)
-        tables.append(table.assign(p_corrected=corrected(table["p"].to_numpy(), "holm")))
-    return pd.concat(tables, ignore_index=True)
-
-
-# What follows
 
 
 def findings(result: Result) -> tuple[str, ...]:
@@ -70,7 +41,7 @@ def _verdict(summary: pd.DataFrame, tested: pd.DataFrame, told: dict[str, Any]) 
     rows: list[dict[str, Any]] = tested[tested["other"] == NONE].to_dict("records")
     for test in rows:
         where = f"{test['tuning']} on {test['data']}"
-        if test["p_corrected"] >= SURE:
+        if test["p_corrected"] >= LEVEL:
             continue
         low = float(_row(summary, test["tuning"], test["data"])["ci_low"])
         if test["won"] > test["lost"] and low > CHANCE["pair"]:
@@ -84,7 +55,7 @@ def _verdict(summary: pd.DataFrame, tested: pd.DataFrame, told: dict[str, Any]) 
         else "where this is low too, the tuning was too short or the tower does not show it, which is not told apart"
     )
     return (
-        f"above chance and above no tuning (McNemar, Holm over tunings and data sets, p < {SURE}): "
+        f"above chance and above no tuning (McNemar, Holm over tunings and data sets, p < {LEVEL}): "
         f"{', '.join(lifted) or 'none'}; worse than before on what was not tuned on: {', '.join(lost) or 'none'}. "
         f"Most is learned of the pairs tuned on by {best['tuning']}: {best['fitted']:.2f} of {told['n_fitted']} asked "
         f"again; {carried}."
@@ -94,10 +65,10 @@ def _verdict(summary: pd.DataFrame, tested: pd.DataFrame, told: dict[str, Any]) 
 def _beside_vlm(summary: pd.DataFrame, tested: pd.DataFrame, data: str) -> str:
     """What the model does untuned and the VLM, and which tunings do not stay behind the VLM."""
     own = tested[(tested["data"] == data) & (tested["other"] == READER) & (tested["tuning"] != NONE)]
-    behind = (own["p_corrected"] < SURE) & (own["lost"] > own["won"])
+    behind = (own["p_corrected"] < LEVEL) & (own["lost"] > own["won"])
     near = ", ".join(own["tuning"][~behind]) or "none"
     untuned, reader = (_told(_row(summary, tuning, data)) for tuning in (NONE, READER))
-    return f"{data}: no tuning {untuned}; the VLM {reader}; not below it (McNemar, Holm, p < {SURE}): {near}."
+    return f"{data}: no tuning {untuned}; the VLM {reader}; not below it (McNemar, Holm, p < {LEVEL}): {near}."
 
 
 def _moved(summary: pd.DataFrame, tested: pd.DataFrame, tuning: str, data: str) -> str:

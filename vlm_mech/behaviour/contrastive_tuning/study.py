@@ -24,6 +24,8 @@ from vlm_mech.behaviour.erroneous_agreement.data import Cases
 from vlm_mech.behaviour.erroneous_agreement.similarity import answer_scores, picks
 from vlm_mech.behaviour.erroneous_agreement.study import INDIVIDUAL, PAIR
 from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.results.result import Result
+from vlm_mech.results.statistics import holm, mcnemar
 from vlm_mech.runs.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -149,3 +151,24 @@ def completed(table: pd.DataFrame) -> pd.DataFrame:
         whole[f"{name}_baseline"] = np.where(other, np.nan, chance)
     skipped = other.map({True: "a pair of another data set", False: ""})
     return whole.assign(skipped=skipped).drop(columns="own")
+
+
+def tests(result: Result) -> pd.DataFrame:
+    """McNemar's exact tests of every tuning on every data set, against no tuning and against the VLM.
+
+    One row each: `n`, pairs that it alone (`won`) and the other alone (`lost`) gets right, `p`, and `p_corrected` by
+    Holm's method over all tests against the same other.
+    """
+    held = result.table[result.table["skipped"] == ""]
+    right = held.pivot(index=["data", "example"], columns="tuning", values="pair") == 1
+    data, tunings = (held[name].drop_duplicates().tolist() for name in ("data", "tuning"))
+    rows = []
+    for other in (NONE, READER):
+        places = [(name, tuning) for name in data for tuning in tunings if tuning not in (other, READER)]
+        found = [
+            mcnemar(*(right.loc[name, each].to_numpy(bool) for each in (tuning, other))) for name, tuning in places
+        ]
+        for (name, tuning), test in zip(places, holm(found), strict=True):
+            row = {"data": name, "tuning": tuning, "other": other, "n": test.n, "won": test.only_one}
+            rows.append(row | {"lost": test.only_other, "p": test.p, "p_corrected": test.p_corrected})
+    return pd.DataFrame(rows)

@@ -1,11 +1,14 @@
-"""Pictures of a tuning towards looking: answers before and after, and the tuning itself."""
+"""Figures of a tuning towards looking: answers before and after, and the tuning itself; pictures with their answers."""
 
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from PIL import Image
 
 from vlm_mech.behaviour.debias.data import IN_CONFLICT
-from vlm_mech.behaviour.debias.study import PRIOR, TRUTH
+from vlm_mech.behaviour.debias.study import BASE, PRIOR, TRUTH, TUNED
+from vlm_mech.data.pairs import Pairs
+from vlm_mech.inputs.image import load_image
 from vlm_mech.results.figures import COLOURS
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import share_interval
@@ -23,8 +26,18 @@ STYLE: dict[str, Any] = {
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
-    """Both pictures."""
+    """Both figures."""
     return {"before_after": before_after(result), "training": training(result)}
+
+
+def pictures(result: Result, pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]:
+    """Some pictures in conflict with the question, the true answer, and what was said before and after."""
+    table, shown = result.table[result.table["task"] == IN_CONFLICT], []
+    for pair in list(pairs)[:n]:
+        rows = table[table["example"] == f"{IN_CONFLICT}/{pair.id}"]
+        before, after = (rows[rows["state"] == state]["answer"].iloc[0] for state in (BASE, TUNED))
+        shown.append((f"{pair.question} {pair.answer} (before: {before}; after: {after})", load_image(pair.image)))
+    return tuple(shown)
 
 
 def before_after(result: Result) -> "go.Figure":

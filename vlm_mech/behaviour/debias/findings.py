@@ -3,52 +3,29 @@
 from typing import Any
 
 import pandas as pd
-from scipy.stats import binomtest
 
 from vlm_mech.behaviour.debias.data import IN_CONFLICT
-from vlm_mech.behaviour.debias.study import BASE, RANDOM, STATES, TUNED
-from vlm_mech.data.pairs import Pair
+from vlm_mech.behaviour.debias.study import BASE, RANDOM, STATES, TUNED, changes
 from vlm_mech.results.result import Result
-from vlm_mech.results.statistics import corrected, share_interval
-
-
-def changes(table: pd.DataFrame, after: str, *, metric: str = "truth") -> pd.DataFrame:
-    """By task: counts of answers that became right and wrong, and McNemar's exact p, corrected by Holm's method."""
-    rows = []
-    for task, some in table[(table["state"] == after) & (table["skipped"] == "")].groupby("task", sort=False):
-        won = int(((some[metric] == 1) & (some[f"{metric}_baseline"] == 0)).sum())
-        lost = int(((some[metric] == 0) & (some[f"{metric}_baseline"] == 1)).sum())
-        p = binomtest(won, won + lost).pvalue if won + lost else 1.0
-        shares = {"before": share(some[f"{metric}_baseline"]), "after": share(some[metric])}
-        rows.append({"task": task, "won": won, "lost": lost, "p": p, **shares})
-    found = pd.DataFrame(rows).set_index("task")
-    return found.assign(p_corrected=corrected(found["p"].to_numpy(), "holm"))
-
-
-def share(values: pd.Series) -> str:
-    """A share with its 95 % Wilson interval and n, in words."""
-    n, hits = len(values), int(values.sum())
-    low, high = share_interval(hits, n)
-    return f"{hits / n:.3f} ({low:.3f} to {high:.3f}, n = {n})"
-
-
-# What follows
+from vlm_mech.results.statistics import share_interval
 
 
 def findings(result: Result, adapter: str) -> tuple[str, ...]:
     """What was tuned how, what it changed in conflict and elsewhere, what chance changes do, and how to go on."""
     told: dict[str, Any] = result.provenance["training"]
     table, found = result.table, [_tuning(told)]
-    turned, random_ones = changes(table, TUNED), changes(table, RANDOM)
+    asked = table[table["skipped"] == ""].groupby(["task", "state"], sort=False)["truth"]
+    shares = {key: _share(values) for key, values in asked}
     shown = table[table["prior"].notna()]
-    priors = {state: share(shown[shown["state"] == state]["prior"]) for state in STATES}
-    for task, row in turned.iterrows():
+    priors = {state: _share(shown[shown["state"] == state]["prior"]) for state in STATES}
+    turned = changes(table, TUNED)
+    for task, test in turned.items():
         found.append(
-            f"{task}: right answers from {row['before']} to {row['after']}; {row['won']} became right and "
-            f"{row['lost']} wrong, McNemar p = {row['p']:.2g} ({row['p_corrected']:.2g} after Holm's correction)."
+            f"{task}: right answers from {shares[task, BASE]} to {shares[task, TUNED]}; {test.only_one} became right "
+            f"and {test.only_other} wrong, McNemar p = {test.p:.2g} ({test.p_corrected:.2g} after Holm's correction)."
         )
     found.insert(2, f"{IN_CONFLICT}: the prior's answer from {priors[BASE]} to {priors[TUNED]}.")
-    elsewhere = "; ".join(f"{task} {row['after']}" for task, row in random_ones.iterrows())
+    elsewhere = "; ".join(f"{task} {shares[task, RANDOM]}" for task in turned)
     found.append(
         f"control, an adapter of the same rank and singular values in random directions: right answers {elsewhere}; "
         f"the prior's answer in conflict {priors[RANDOM]}."
@@ -83,8 +60,8 @@ def _tuning(told: dict[str, Any]) -> str:
     return text
 
 
-def caption(table: pd.DataFrame, pair: Pair) -> str:
-    """The question and the true answer of a picture in conflict, and what was said before and after."""
-    rows = table[(table["example"] == f"{IN_CONFLICT}/{pair.id}") & (table["task"] == IN_CONFLICT)]
-    before, after = (rows[rows["state"] == state]["answer"].iloc[0] for state in (BASE, TUNED))
-    return f"{pair.question} {pair.answer} (before: {before}; after: {after})"
+def _share(values: pd.Series) -> str:
+    """A share with its 95 % Wilson interval and n, in words."""
+    n, hits = len(values), int(values.sum())
+    low, high = share_interval(hits, n)
+    return f"{hits / n:.3f} ({low:.3f} to {high:.3f}, n = {n})"

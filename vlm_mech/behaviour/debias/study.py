@@ -15,10 +15,12 @@ from vlm_mech.behaviour.debias.adapter import History, checkpoint_at, put_back, 
 from vlm_mech.behaviour.debias.data import IN_CONFLICT, USUAL, Parts, tasks_of
 from vlm_mech.behaviour.debias.training import Recipe, train
 from vlm_mech.data.pairs import Pairs
+from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.weight_swap.blocks import switched
 from vlm_mech.results.result import Metric
+from vlm_mech.results.statistics import Paired, holm, mcnemar
 from vlm_mech.runs.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -68,6 +70,18 @@ def validated(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> d
     table = asked(vlm, tasks, "", batch=batch, max_new_tokens=max_new_tokens)
     conflict, usual = (float(table[table["task"] == task]["truth"].mean()) for task in (IN_CONFLICT, USUAL))
     return {"conflict": conflict, "usual": usual, "n": len(pairs)}
+
+
+def validated_before(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> dict[str, Any]:
+    """What `validated` gives of the model as it is.
+
+    Raises:
+        UsageError: it is right on every picture in conflict.
+    """
+    before = validated(vlm, pairs, batch=batch, max_new_tokens=max_new_tokens)
+    if before["conflict"] == 1:
+        raise UsageError(f"{vlm.name} is right on every validation picture of {pairs.name}: nothing to tune away")
+    return before
 
 
 def chosen_step(history: History) -> int:
@@ -164,3 +178,13 @@ def completed(table: pd.DataFrame) -> pd.DataFrame:
         whole[f"{name}_baseline"] = whole["example"].map(before[name]).where(whole["own"] == whole["task"])
     whole["skipped"] = (whole["own"] != whole["task"]).map({True: "an example of another task", False: ""})
     return whole.drop(columns="own").assign(answer=whole["answer"].fillna(""))
+
+
+def changes(table: pd.DataFrame, after: str) -> dict[str, Paired]:
+    """By task McNemar's test of right answers in a state against those of the base, Holm over tasks."""
+    held = table[(table["state"] == after) & (table["skipped"] == "")]
+    tests = [
+        mcnemar(rows["truth"].eq(1).to_numpy(), rows["truth_baseline"].eq(1).to_numpy(), (after, BASE))
+        for _, rows in held.groupby("task", sort=False)
+    ]
+    return dict(zip(held["task"].drop_duplicates().tolist(), holm(tests), strict=True))

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vlm_mech.behaviour.answering.class_name_scores import Ids, names_after
 from vlm_mech.behaviour.answering.master_weights import Descent
-from vlm_mech.behaviour.answering.names import Ids, names_after
 from vlm_mech.behaviour.answering.reading import says
 from vlm_mech.behaviour.classify.tuning import IGNORED, Tuning, with_answers
 from vlm_mech.behaviour.debias.adapter import STATE, History, keep_state, taken_up, trained_of

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 
 from vlm_mech.behaviour.answering.reading import letters_of, read_answer, says
-from vlm_mech.behaviour.decoding.data import PAPER, PLAIN, Options, Setting
+from vlm_mech.behaviour.decoding.data import GREEDY, PAPER, PLAIN, Options, Setting, label
 from vlm_mech.behaviour.decoding.processors import ALPHA, M3ID, VCD, Dependency, Drawn, decode, seeds_of
 from vlm_mech.data.pairs import Pair, Pairs, about_others, turned
-from vlm_mech.results.result import Metric
+from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.statistics import Paired, holm, mcnemar
 
 if TYPE_CHECKING:
     from vlm_mech.inputs.prompt import Encoded
@@ -165,3 +166,27 @@ def tested(choice: Sequence[Setting]) -> list[Setting]:
     found += choice
     found += [dataclasses.replace(each, dose=0.0) for each in choice if not each.sampled]
     return list(dict.fromkeys(found))
+
+
+# The tests
+
+Answers = dict[tuple[str, str, float], pd.DataFrame]
+"""By picture, method and dose: truth, prior and the answer itself of each test example."""
+
+
+def answers_on_test(result: Result) -> Answers:
+    """Whole answers to the test examples, those of other splits left out."""
+    answers = result.table[(result.table["step"] == WHOLE) & (result.table["split"] == TEST)]
+    cells = answers.groupby(["picture", "method", "dose"], sort=False)
+    return {key: rows.set_index("example")[["truth", "prior", "answer"]].dropna() for key, rows in cells}  # type: ignore
+
+
+def against_greedy(answers: Answers, settings: Sequence[Setting]) -> list[Paired]:
+    """McNemar's test of each setting's right answers about the own pictures against greedy ones, Holm over all."""
+    plain = answers[OWN, GREEDY, 0.0]["truth"]
+    tests = []
+    for setting in settings:
+        truth = answers[OWN, setting.method, setting.dose]["truth"]
+        right = [each.eq(1).to_numpy() for each in (truth, plain.loc[truth.index])]
+        tests.append(mcnemar(*right, (label(setting.method, setting.dose), GREEDY)))
+    return holm(tests)

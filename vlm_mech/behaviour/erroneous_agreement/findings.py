@@ -1,69 +1,34 @@
-"""What a run of erroneous agreements says, in sentences made from its numbers, with its tests."""
+"""What a run of erroneous agreements says, in sentences made from its numbers."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
-from scipy.stats import binomtest
 
-from vlm_mech.behaviour.erroneous_agreement.study import AMONG, POOLED, SIMILARITIES, TO_TEXT
-from vlm_mech.results.result import N_RESAMPLES, Result
-from vlm_mech.results.statistics import corrected, expanded_tail
-
-FEW = 5
-"""Right or wrong pairs below which a correlation with being right is not told."""
-
-
-# What follows
+from vlm_mech.behaviour.erroneous_agreement.study import AMONG, POOLED, TO_TEXT, likeness_with_right, paired_tests
+from vlm_mech.results.claim import LEVEL
+from vlm_mech.results.result import Result
 
 
 def findings(result: Result, *, tau: float, floors: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """Who tells the pairs apart, how alike they are beside unpaired images, and whether the one follows the other."""
-    data = list(result.table["data"].drop_duplicates())
-    summary = result.summary()
-    tests = [paired_test(result, name) for name in data]
-    p = corrected(np.array([each["p"] for each in tests]), "holm")
+    summary, tests = result.summary(), paired_tests(result)
     found, shown, hidden = [], [], []
-    for name, test, value in zip(data, tests, p, strict=True):
-        text, is_so = _accuracy_told(summary, name, test, value)
+    for name, test in tests.items():
+        text, is_so = _accuracy_told(summary, name, test)
         (shown if is_so else hidden).append(name)
         found += [text, *_sets_told(summary, name), _similarity_told(summary, result, name, tau, floors)]
     verdict = (
         "the contrastive model near chance on pairs that the VLM tells apart (its pair accuracy not above chance, the "
-        f"VLM's above it and above the contrastive one, p < 0.05): {', '.join(shown) or 'on no data set'}; not: "
+        f"VLM's above it and above the contrastive one, p < {LEVEL}): {', '.join(shown) or 'on no data set'}; not: "
         f"{', '.join(hidden) or 'on none'}. No second tower is asked, as MMVP does with DINO."
     )
     n = result.table["example"].nunique()
-    return (f"{n} pairs of {len(data)} data sets.", verdict, *found)
+    return (f"{n} pairs of {len(tests)} data sets.", verdict, *found)
 
 
-def paired_test(result: Result, data: str) -> dict[str, Any]:
-    """Pairs that the VLM or the contrastive model alone gets right, and p of their being as many.
-
-    McNemar's exact test; where pairs share a set it is a sign-flip test of whole sets.
-    """
-    chosen = _right(result, data)
-    alone = int((chosen[AMONG] > chosen[TO_TEXT]).sum()), int((chosen[TO_TEXT] > chosen[AMONG]).sum())
-    table = {"n": len(chosen), "groups": chosen["group"].nunique(), "vlm": alone[0], "contrastive": alone[1]}
-    if chosen["group"].is_unique:
-        p = binomtest(alone[0], sum(alone)).pvalue if sum(alone) else 1.0
-        return table | {"p": float(p), "test": "McNemar's exact test"}
-    difference = result.contrast({"data": data, "view": AMONG}, {"data": data, "view": TO_TEXT}, "pair")
-    return table | {"p": float(difference["p"]), "test": "sign-flip test of whole groups"}
-
-
-def _right(result: Result, data: str) -> pd.DataFrame:
-    """A row per pair of a data set: right by `TO_TEXT` and `AMONG` or not, its similarities and its `group`."""
-    table = result.table[(result.table["data"] == data)]
-    right = table.pivot(index="example", columns="view", values="pair")
-    likeness = table.pivot(index="example", columns="view", values="similarity")
-    joint = pd.concat([right[[TO_TEXT, AMONG]], likeness[list(SIMILARITIES)]], axis=1).dropna(subset=[AMONG])
-    return joint.assign(group=table.drop_duplicates("example").set_index("example")["group"])
-
-
-def _accuracy_told(summary: pd.DataFrame, data: str, test: dict[str, Any], p: float) -> tuple[str, bool]:
+def _accuracy_told(summary: pd.DataFrame, data: str, test: dict[str, Any]) -> tuple[str, bool]:
     rows = {view: _row(summary, data, view, "pair") for view in (TO_TEXT, AMONG)}
     single = [_row(summary, data, view, "individual")["mean"] for view in (TO_TEXT, AMONG)]
     chance = float(rows[AMONG]["baseline"])
@@ -71,9 +36,9 @@ def _accuracy_told(summary: pd.DataFrame, data: str, test: dict[str, Any], p: fl
         f"{data}: pair accuracy of the contrastive model {_told(rows[TO_TEXT])}, of the VLM "
         f"{_told(rows[AMONG])}; chance {chance:.3g} (single images {single[0]:.3f} and {single[1]:.3f}); the VLM "
         f"alone right on {test['vlm']}, the contrastive model alone on {test['contrastive']} of {test['n']} "
-        f"({test['test']}, Holm over data sets: p = {p:.2g})."
+        f"({test['test']}, Holm over data sets: p = {test['p_corrected']:.2g})."
     )
-    higher = rows[AMONG]["mean"] > rows[TO_TEXT]["mean"] and p < 0.05
+    higher = rows[AMONG]["mean"] > rows[TO_TEXT]["mean"] and test["p_corrected"] < LEVEL
     return text, bool(higher and rows[TO_TEXT]["ci_low"] <= chance < rows[AMONG]["ci_low"])
 
 
@@ -90,10 +55,8 @@ def _similarity_told(
 ) -> str:
     row, above, place = (_row(summary, data, POOLED, name) for name in ("similarity", "above_tau", "place"))
     floor = next(each for each in floors if each["data"] == data and each["view"] == POOLED)
-    joint = _right(result, data)
-    groups = pd.factorize(joint["group"])[0]
     told = [
-        f"{name} {_correlation(joint[POOLED].to_numpy(), joint[view].to_numpy(), groups)}"
+        f"{name} {_correlation(likeness_with_right(result, data, view))}"
         for view, name in ((TO_TEXT, "contrastive"), (AMONG, "VLM"))
     ]
     return (
@@ -103,40 +66,10 @@ def _similarity_told(
     )
 
 
-def _correlation(values: np.ndarray, right: np.ndarray, groups: Int[np.ndarray, "pair"]) -> str:
-    n_right = int(right.sum())
-    if min(n_right, len(right) - n_right) < FEW:
-        return f"not told ({n_right} of {len(right)} right)"
-    value, low, high = point_biserial(values, right, groups)
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f}, n = {len(right)})"
-
-
-def point_biserial(
-    values: Float[np.ndarray, "pair"],
-    right: Float[np.ndarray, "pair"],
-    groups: Int[np.ndarray, "pair"],
-    *,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Correlation of a number with right (1) or wrong (0), and its expanded 95 % bootstrap interval over groups.
-
-    Resamples in which nothing varies have no correlation and are left out.
-    """
-    n_groups = int(groups.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=N_RESAMPLES)
-    weights = np.vstack([np.ones(len(values)), drawn[:, groups]])
-    weights = weights / weights.sum(1, keepdims=True)
-    one, other = values - values.mean(), right - right.mean()
-    means = weights @ one, weights @ other
-    covariance = weights @ (one * other) - means[0] * means[1]
-    variance = (weights @ one**2 - means[0] ** 2) * (weights @ other**2 - means[1] ** 2)
-    held = variance > 1e-20
-    found = covariance[held] / np.sqrt(variance[held])
-    if not held[0]:
-        return float("nan"), float("nan"), float("nan")
-    tail = 100 * expanded_tail(n_groups, 0.95)
-    low, high = np.percentile(found[1:], [tail, 100 - tail])
-    return float(found[0]), float(low), float(high)
+def _correlation(found: dict[str, float]) -> str:
+    if math.isnan(found["value"]):
+        return f"not told ({found['n_right']} of {found['n']} right)"
+    return f"{found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, n = {found['n']})"
 
 
 def _row(summary: pd.DataFrame, data: str, view: str, metric: str) -> pd.Series:

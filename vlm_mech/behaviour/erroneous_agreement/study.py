@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from vlm_mech.behaviour.answering.answers import check_known
+from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.behaviour.erroneous_agreement.data import Case
 from vlm_mech.behaviour.erroneous_agreement.similarity import (
     alignment_with_floor,
@@ -22,7 +22,8 @@ from vlm_mech.behaviour.erroneous_agreement.similarity import (
     tower_patches,
 )
 from vlm_mech.inputs.prompt import Prompt
-from vlm_mech.results.result import Metric
+from vlm_mech.results.result import N_RESAMPLES, Metric, Result
+from vlm_mech.results.statistics import corrected, mcnemar, point_biserial
 
 if TYPE_CHECKING:
     from vlm_mech.models.dual_encoder import DualEncoder
@@ -235,3 +236,53 @@ def alignments(images: pd.DataFrame, *, seed: int = 0) -> list[dict[str, Any]]:
                 where = {"data": data, "pooled": str(column).removeprefix("states of "), "layer": layer}
                 found.append(where | {"n": len(groups)} | values)
     return found
+
+
+# The tests
+
+FEW = 5
+"""Right or wrong pairs below which a correlation with being right is not given."""
+
+
+def paired_test(result: Result, data: str) -> dict[str, Any]:
+    """Pairs that the VLM or the contrastive model alone gets right, and p of their being as many.
+
+    McNemar's exact test; where pairs share a set it is a sign-flip test of whole sets.
+    """
+    chosen = right_by_pair(result, data)
+    found = mcnemar(*(chosen[view].eq(1).to_numpy() for view in (AMONG, TO_TEXT)), (AMONG, TO_TEXT))
+    table = {"n": found.n, "groups": chosen["group"].nunique(), "vlm": found.only_one, "contrastive": found.only_other}
+    if chosen["group"].is_unique:
+        return table | {"p": found.p, "test": "McNemar's exact test"}
+    difference = result.contrast({"data": data, "view": AMONG}, {"data": data, "view": TO_TEXT}, "pair")
+    return table | {"p": float(difference["p"]), "test": "sign-flip test of whole groups"}
+
+
+def paired_tests(result: Result) -> dict[str, dict[str, Any]]:
+    """`paired_test` of every data set, with `p_corrected` by Holm's method over all of them."""
+    tests = {str(name): paired_test(result, str(name)) for name in result.table["data"].drop_duplicates()}
+    adjusted = corrected(np.array([each["p"] for each in tests.values()]), "holm").tolist()
+    return {name: test | {"p_corrected": p} for (name, test), p in zip(tests.items(), adjusted, strict=True)}
+
+
+def likeness_with_right(result: Result, data: str, view: str) -> dict[str, float]:
+    """How a pair's pooled cosine correlates with its being right in a view: `value`, its 95 % interval, `n`, `n_right`.
+
+    Value and interval are NaN where fewer than `FEW` pairs are right, or wrong.
+    """
+    joint = right_by_pair(result, data)
+    right, groups = joint[view].to_numpy(), pd.factorize(joint["group"])[0]
+    n, n_right = len(right), int(right.sum())
+    found = (np.nan,) * 3
+    if min(n_right, n - n_right) >= FEW:
+        found = point_biserial(joint[POOLED].to_numpy(), right, groups, n_resamples=N_RESAMPLES)
+    return dict(zip(("value", "low", "high"), found, strict=True)) | {"n": n, "n_right": n_right}
+
+
+def right_by_pair(result: Result, data: str) -> pd.DataFrame:
+    """A row per pair of a data set: right by `TO_TEXT` and `AMONG` or not, its similarities and its `group`."""
+    table = result.table[(result.table["data"] == data)]
+    right = table.pivot(index="example", columns="view", values="pair")
+    likeness = table.pivot(index="example", columns="view", values="similarity")
+    joint = pd.concat([right[[TO_TEXT, AMONG]], likeness[list(SIMILARITIES)]], axis=1).dropna(subset=[AMONG])
+    return joint.assign(group=table.drop_duplicates("example").set_index("example")["group"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.behaviour.answering.answers import check_known
+from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.behaviour.answering.reading import check_options
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from vlm_mech.behaviour.scoring.findings import UNDECIDED, decided
+from vlm_mech.behaviour.scoring.comparisons import same_verdicts
 from vlm_mech.behaviour.scoring.measures import RANDOM, STARTS, SUBSTRING
-from vlm_mech.behaviour.scoring.study import AXES, BEST, BOTH, CHANCE, MEAN, OWN, STRANGER
+from vlm_mech.behaviour.scoring.study import BEST, BOTH, CHANCE, MEAN, OWN, STRANGER
 from vlm_mech.results.figures import COLOURS
 from vlm_mech.results.result import Result
 
@@ -78,16 +78,10 @@ def prompts(result: Result) -> "go.Figure":
 
 def agreement(result: Result) -> "go.Figure":
     """Share of pictures on which two scorings give the same verdict, each with its first prompt, options as given."""
-    cells = [cell for cell in decided(result) if cell["scoring"] not in UNDECIDED]
-    table = result.table
-    verdicts = []
-    for cell in cells:
-        rows = table[(table[list(AXES)] == pd.Series(cell)).all(axis=1)]
-        verdicts.append(rows.set_index("example")[["right_1", "right_2"]].to_numpy().ravel())
+    cells, values, n_pairs = same_verdicts(result)
     labels = _labels(result, pd.DataFrame(cells))
     names = [labels[cell["model"], cell["scoring"]] for cell in cells]
-    values = np.array([[float((one == other).mean()) for other in verdicts] for one in verdicts])
-    shown = pd.DataFrame({"n": [len(verdicts[0]) // 2]})
+    shown = pd.DataFrame({"n": [n_pairs]})
     title = "same verdict on a picture (share)"
     return _matrix(values, names, dict.fromkeys(names), title, "agreement", shown, down=names)
 

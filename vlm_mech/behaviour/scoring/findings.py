@@ -1,100 +1,14 @@
-"""What a scoring run says, in sentences made from its numbers, and any two scorings or models compared."""
+"""What a scoring run says, in sentences made from its numbers."""
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
-from vlm_mech.behaviour.scoring.measures import (
-    GENERATION,
-    LETTERS,
-    OPTIONS,
-    RANDOM,
-    SIMILARITY,
-    STARTS,
-    SUBSTRING,
-    relaxed,
-)
-from vlm_mech.behaviour.scoring.study import AS_GIVEN, AXES, BEST, BOTH, CHANCE, MEAN, OWN, SCORES, STRANGER
+from vlm_mech.behaviour.scoring.comparisons import comparisons, decided, matched
+from vlm_mech.behaviour.scoring.measures import GENERATION, LETTERS, OPTIONS, RANDOM, SIMILARITY, STARTS, SUBSTRING
+from vlm_mech.behaviour.scoring.study import BEST, BOTH, CHANCE, MEAN, OWN, STRANGER
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.errors import UsageError
 from vlm_mech.results.result import Result
-from vlm_mech.results.statistics import Paired, corrected, mcnemar
-
-Cell = dict[str, str]
-UNDECIDED = (RANDOM,)
-"""Scorings whose verdicts are expected values, which McNemar's test does not take."""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Two cells on the same pairs: McNemar's exact test of a verdict, and the paired difference of its share."""
-
-    one: Cell
-    other: Cell
-    metric: str
-    counts: Paired
-    difference: Mapping[str, float]
-    p_corrected: float = float("nan")
-
-
-def compared(result: Result, one: Cell, other: Cell, metric: str = "pair") -> Compared:
-    """Any two scorings, prompts, orders or models compared on the same pairs.
-
-    Returns:
-        How many pairs only one of them has right with McNemar's exact two-sided p, and `one - other` with its paired
-        bootstrap interval.
-
-    Raises:
-        UsageError: a cell that does not exist, or holds shares instead of verdicts.
-    """
-    difference = result.contrast(one, other, metric)
-    values, cells = result.matrix(metric), result.cells
-    verdicts = []
-    for cell in (one, other):
-        held = values[:, (cells[list(cell)] == pd.Series(cell)).all(axis=1).to_numpy()][:, 0]
-        if not np.isin(held, (0, 1)).all():
-            raise UsageError(f"{metric} of {cell} is no verdict of 0 or 1 for every pair; McNemar's test needs one")
-        verdicts.append(held.astype(bool))
-    return Compared(one, other, metric, mcnemar(*verdicts), difference)
-
-
-def comparisons(result: Result) -> list[Compared]:
-    """Each scoring against the model's word-boundary reading, and each model against the first; Holm over all.
-
-    Both pictures of a pair have to be right. Each scoring is taken with its first prompt, options as given: what was
-    fixed before looking.
-    """
-    held = [cell for cell in decided(result) if cell["scoring"] not in UNDECIDED]
-    found = []
-    for one, other in itertools.combinations(held, 2):
-        models, scorings = one["model"] == other["model"], one["scoring"] == other["scoring"]
-        contrastive = SIMILARITY in (one["scoring"], other["scoring"])
-        loose = one["scoring"] in (SUBSTRING, STARTS)
-        if (one["scoring"] == GENERATION and (models or contrastive)) or (scorings and not models and not loose):
-            found.append(compared(result, other, one))
-    if not found:
-        return []
-    adjusted = corrected(np.array([each.counts.p for each in found]), "holm")
-    return [Compared(each.one, each.other, each.metric, each.counts, each.difference, float(p))
-            for each, p in zip(found, adjusted, strict=True)]  # fmt: skip
-
-
-def decided(result: Result) -> list[Cell]:
-    """For each model and scoring the cell of its first prompt, options as given where they are listed."""
-    cells = result.cells
-    cells = cells[(cells["view"] == OWN) & ~cells["prompt"].isin([MEAN, BEST])]
-    found = []
-    for _, rows in cells.groupby(["model", "scoring"], sort=False):
-        rows = rows[rows["prompt"] == rows["prompt"].iloc[0]]
-        given = rows[rows["order"] == AS_GIVEN]
-        found.append({str(name): str(value) for name, value in (given if len(given) else rows).iloc[0].items()})
-    return found
-
-
-# Sentences
 
 
 def findings(
@@ -168,9 +82,7 @@ def _matching(result: Result, summary: pd.DataFrame, model: str, scoring: str) -
         refused = f"; {missing} pairs with a similarity of 0 or less have none" if missing else ""
         return [f"{text}That is the sum of cosines; their ratio matches {ratio}{refused}."]
     cell = next(each for each in decided(result) if each["model"] == model and each["scoring"] == scoring)
-    rows = result.table[(result.table[list(AXES)] == pd.Series(cell)).all(axis=1)]
-    scores = rows[list(SCORES)].to_numpy().reshape(-1, 2, 2)
-    ours, printed = (relaxed(scores, kind="perplexity", as_printed=sign).mean() for sign in (False, True))
+    ours, printed = matched(result, cell)
     return [
         f"{text}With prompt {cell['prompt']!r} alone {ours:.3f}; the inequality as the paper prints it would have "
         f"given {printed:.3f}, the pairs that are not matched."
@@ -218,7 +130,7 @@ def _comparisons(result: Result) -> list[str]:
         found.append(
             f"pairs with both pictures right: only by {names[0]} {each.counts.only_one}, only by {names[1]} "
             f"{each.counts.only_other}; difference {by['mean']:+.3f} ({by['ci_low']:+.3f} to {by['ci_high']:+.3f}, "
-            f"n = {by['n']}), McNemar's exact p {_p(each.p_corrected)} (Holm over {len(made)})."
+            f"n = {by['n']}), McNemar's exact p {_p(each.counts.p_corrected)} (Holm over {len(made)})."
         )
     return [*found, f"the same verdict on every pair: {'; '.join(same)}."] if same else found
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vlm_mech.behaviour.answering.answers import check_known
-from vlm_mech.behaviour.answering.names import Names, names_after, score_names
+from vlm_mech.behaviour.answering.class_name_scores import Names, names_after, score_names
+from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.behaviour.answering.reading import ALPHABET, check_options, mentions, read_answer
 from vlm_mech.errors import UsageError
 
@@ -141,7 +141,8 @@ def mean_nll(
 ) -> Float[np.ndarray, "batch n_options"]:
     """Mean negative log-probability per token, in nats, of each prompt's own options, end of sequence included.
 
-    Its exponential is the perplexity. Prompts run once; options continue them from one cache (`answering.names`).
+    Its exponential is the perplexity. Prompts run once; options continue them from one cache (see
+    `answering.class_name_scores`).
 
     Raises:
         UsageError: as for `option_tokens`, or prompts with unlike numbers of options.

@@ -36,6 +36,13 @@ def agreement_of(checked: Result) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def larger_than(checked: Result, direction: str, effect: float) -> tuple[int, int]:
+    """How many of the random cells of a direction have a true effect of larger size, and how many there are."""
+    table = checked.table[(checked.table["direction"] == direction) & (checked.table["chosen"] == "random")]
+    sizes = table.groupby(list(checked.axes), sort=False)["effect"].mean().abs()
+    return int((sizes > effect).sum()), len(sizes)
+
+
 def _compared(values: dict[str, np.ndarray], groups: Int[np.ndarray, "example"]) -> dict[str, float]:
     """Agreement of estimate and effect over cells, with an interval over pairs."""
     means = {name: value.mean(0) for name, value in values.items()}

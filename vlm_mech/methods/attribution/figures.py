@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 LEGENDS = {"top": "largest estimates", "random": "random sample of the rest"}
 
 
+def drawn(result: Result) -> "dict[str, go.Figure]":
+    """What was estimated beside what patching found; `result` is what an `Attribution` has `checked`."""
+    return {"estimate_against_effect": estimate_against_effect(result)}
+
+
 def estimate_against_effect(checked: Result, *, title: str | None = None) -> "go.Figure":
     """Each re-checked cell: the estimate across, the true effect with its 95 % interval up; a panel a direction.
 

@@ -5,12 +5,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vlm_mech.methods.attribution.agreement import larger_than
 from vlm_mech.results.result import Result
 
 
-def sentences(checked: Result, agreement: pd.DataFrame) -> tuple[str, ...]:
-    """What the agreement says, one sentence a direction; cells of the largest estimate are named a selected set."""
-    n_pairs = checked.table["example"].nunique()
+def findings(result: Result, agreement: pd.DataFrame) -> tuple[str, ...]:
+    """What the agreement says, one sentence a direction; cells of the largest estimate are named a selected set.
+
+    Args:
+        result: what an `Attribution` has `checked`.
+        agreement: of `agreement_of`.
+    """
+    n_pairs = result.table["example"].nunique()
     found = []
     for direction, rows in agreement.groupby("direction", sort=False):
         kinds = {row["chosen"]: row for row in rows.to_dict("records")}
@@ -24,7 +30,7 @@ def sentences(checked: Result, agreement: pd.DataFrame) -> tuple[str, ...]:
         top = kinds["top"]
         parts.append(f"over the {top['n']} cells of the largest estimate (a selected set), {_sentence(top)}")
         if "random" in kinds:
-            parts.append(_missed(checked, str(direction), top["median_effect"]))
+            parts.append(_missed(result, str(direction), top["median_effect"]))
         found.append(f"{direction}, {n_pairs} pairs: " + "; ".join(parts) + ".")
     return tuple(found)
 
@@ -39,7 +45,5 @@ def _sentence(row: dict[str, Any]) -> str:
 
 
 def _missed(checked: Result, direction: str, median: float) -> str:
-    table = checked.table[(checked.table["direction"] == direction) & (checked.table["chosen"] == "random")]
-    sizes = table.groupby(list(checked.axes), sort=False)["effect"].mean().abs()
-    n_missed = int((sizes > median).sum())
-    return f"{n_missed} of the {len(sizes)} random cells have a larger true effect than half of the top cells"
+    n_missed, n = larger_than(checked, direction, median)
+    return f"{n_missed} of the {n} random cells have a larger true effect than half of the top cells"

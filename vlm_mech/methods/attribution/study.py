@@ -29,7 +29,7 @@ from vlm_mech.interventions.specification import Activations, Replace
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.attribution.agreement import NUMBERS, agreement_of
 from vlm_mech.methods.attribution.data import Cell, cells_of, check, chosen_cells, exchanged
-from vlm_mech.methods.attribution.findings import sentences
+from vlm_mech.methods.attribution.findings import findings
 from vlm_mech.methods.attribution.gradient import Pass, forward, frozen, gradient
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.sweep import Measure, Point, sweep
@@ -131,9 +131,9 @@ def _found(
     tables = [each.assign(**{f"{name}_baseline": 0.0 for name in NUMBERS if name in each}) for each in tables]
     truth = Result("attribution patching, re-checked", tables[1], axes, (effect, estimate, distance), config, about)
     agreement = agreement_of(truth)
-    findings = sentences(truth, agreement)
-    screen = Result("attribution patching", tables[0], axes, (estimate, distance), config, about, findings)
-    return Attribution(screen, dataclasses.replace(truth, findings=findings), agreement)
+    said = findings(truth, agreement)
+    screen = Result("attribution patching", tables[0], axes, (estimate, distance), config, about, said)
+    return Attribution(screen, dataclasses.replace(truth, findings=said), agreement)
 
 
 def _of(measure: Measure, rows: slice) -> Measure:

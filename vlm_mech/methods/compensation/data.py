@@ -10,15 +10,15 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool
 
-from vlm_mech.data.pairs import Pair, Pairs, Refused
+from vlm_mech.data.pairs import Pair, Pairs, Refused, fitting, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling
-from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.image import Box, load_image
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
 from vlm_mech.methods.compensation.variants import Cell, Places
@@ -27,6 +27,8 @@ from vlm_mech.methods.lens.identifiability import patches_of_mask
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
+SOME = 32
+"""Scenes by default."""
 MIN_SHARE = 0.25
 """Share of a patch's pixels that the part must cover; with half, two of five parts of the scenes have no patch."""
 
@@ -57,6 +59,17 @@ class Example:
         return Prompt(self.pair.question, self.pair.image)
 
 
+@dataclass(frozen=True, eq=False)
+class PartMap:
+    """One example's patches of the first view with their pixel boxes: which show the part, its object, background."""
+
+    pair: Pair
+    boxes: tuple[Box, ...]
+    part: tuple[bool, ...]
+    object: tuple[bool, ...]
+    background: tuple[bool, ...]
+
+
 @dataclass(frozen=True)
 class Examples:
     """All examples of a data set that can be used, and why others cannot."""
@@ -65,6 +78,12 @@ class Examples:
     examples: tuple[Example, ...]
     refused: tuple[Refused, ...]
     digest: str
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the provenance says of them."""
+        data = {"name": self.name, "n": len(self.examples), "hash": self.digest}
+        return {"data": data, "refused": [dataclasses.asdict(each) for each in self.refused]}
 
     def batches(self, size: int) -> list[tuple[Example, ...]]:
         """Examples of equally many tokens together, at most `size` of them."""
@@ -75,6 +94,20 @@ class Examples:
             alike = [each for each in self.examples if each.n_tokens == length]
             found += [tuple(alike[start : start + size]) for start in range(0, len(alike), size)]
         return found
+
+
+def load_examples(
+    vlm: "VLM", data: str, *, n: int | None, seed: int = 0, split: str = "test", min_share: float = MIN_SHARE
+) -> Examples:
+    """The examples of generated scenes (`SOME` by default) or of a folder; those that do not fit the model are refused.
+
+    Raises:
+        UsageError: see `shown_parts` and `examples_of`.
+    """
+    n = SOME if n is None and data.startswith("scenes/") else n
+    pairs = load_pairs(data, n=n, seed=seed, split=split)
+    shown = shown_parts(pairs, seed=seed, split=split)
+    return examples_of(vlm, fitting(vlm, pairs), shown, min_share=min_share, seed=seed)
 
 
 def shown_parts(pairs: Pairs, *, seed: int, split: str) -> dict[str, Shown]:
@@ -181,3 +214,14 @@ def _tokens_before(encoded: Encoded, part: tuple[Cell, ...], outside: list[Cell]
     """How many patches outside the object come before the part's last one in the prompt."""
     last = max(encoded.positions(Patches(part)))
     return sum(position < last for position in encoded.positions(Patches(tuple(outside))))
+
+
+def part_maps(vlm: "VLM", examples: Examples, *, n: int = 4) -> tuple[PartMap, ...]:
+    """Where the patches of the first `n` examples lie in their pictures, and what they show."""
+    found = []
+    for example in examples.examples[:n]:
+        encoded, places = vlm.encode(example.prompt), example.places
+        every = list(np.ndindex(*encoded.rows[0].images[0].layout.views[0].grid))
+        held = [tuple(each in some for each in every) for some in (places.part, places.object, places.background)]
+        found.append(PartMap(example.pair, encoded.boxes(0), *held))
+    return tuple(found)

@@ -1,24 +1,23 @@
 """Figures of a compensation run, and pictures of which patches show what."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from vlm_mech.inputs.image import load_image
-from vlm_mech.methods.compensation.data import Examples
+from vlm_mech.methods.compensation.data import PartMap
 from vlm_mech.methods.compensation.variants import BACKGROUND
 from vlm_mech.results import figures
 from vlm_mech.results.overlays import laid_over
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
-    from vlm_mech.models.vlm import VLM
-
-N_SHOWN = 4
+    import plotly.graph_objects as go
 
 
-def drawn(result: Result) -> dict[str, Any]:
+def drawn(result: Result) -> "dict[str, go.Figure]":
     """What each variant changes at each site as heatmaps, and reciprocal ranks as lines, tower and decoder apart.
 
     The lines show the first range of layers only: all thirds in one figure could not be told apart.
@@ -40,17 +39,12 @@ def drawn(result: Result) -> dict[str, Any]:
     return found
 
 
-def pictures(vlm: "VLM", examples: Examples) -> tuple[tuple[str, Image.Image], ...]:
+def pictures(maps: Sequence[PartMap]) -> tuple[tuple[str, Image.Image], ...]:
     """Some examples: the part's patches framed, the object's bright, the background patches in between."""
     shown = []
-    for example in examples.examples[:N_SHOWN]:
-        encoded, places = vlm.encode(example.prompt), example.places
-        every = list(np.ndindex(*encoded.rows[0].images[0].layout.views[0].grid))
-        levels = np.array([1.0 if each in places.object else 0.5 * (each in places.background) for each in every])
-        framed = [each in places.part for each in every]
-        picture = laid_over(load_image(example.pair.image), encoded.boxes(0), levels, most=1.0, outlined=framed)
-        caption = (
-            f"{example.pair.question} {example.pair.answer}: its patches framed, its object's bright, the control's dim"
-        )
+    for each in maps:
+        levels = np.where(each.object, 1.0, np.where(each.background, 0.5, 0.0))
+        picture = laid_over(load_image(each.pair.image), each.boxes, levels, most=1.0, outlined=each.part)
+        caption = f"{each.pair.question} {each.pair.answer}: its patches framed, its object's bright, the control's dim"
         shown.append((caption, picture))
     return tuple(shown)

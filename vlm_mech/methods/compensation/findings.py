@@ -5,20 +5,14 @@ from typing import Any
 
 import pandas as pd
 
+from vlm_mech.methods.compensation.compensated_share import Compensation
 from vlm_mech.methods.compensation.data import Examples
-from vlm_mech.methods.compensation.index import Compensation, Estimate, estimate
-from vlm_mech.methods.compensation.study import ANSWER, LOGIT_DIFF, RECIPROCAL
+from vlm_mech.methods.compensation.study import ANSWER, LOGIT_DIFF, RECIPROCAL, differences
 from vlm_mech.methods.compensation.variants import BACKGROUND, NONE
-from vlm_mech.results.result import N_RESAMPLES, Result
-from vlm_mech.results.statistics import bootstrap_means
-
-CONTROLS = ("random_patches", "background", "other_label")
+from vlm_mech.results.result import Result
 
 
-# Sentences
-
-
-def told(
+def findings(
     result: Result, examples: Examples, site: str, chosen_on: str, shares: Sequence[Compensation]
 ) -> tuple[str, ...]:
     """What a run says: examples, whether parts are named at all, what each cut does, how much is made up for."""
@@ -45,12 +39,12 @@ def named(result: Result, summary: pd.DataFrame, site: str, chosen_on: str) -> t
         f"unedited, parts are named at {site} ({chosen_on}) with a mean reciprocal rank of {_interval(row)}, at rank 1 "
         f"in {_interval(hit)} of {row['n']} examples"
     )
-    differences = {name: _difference(result, name, site) for name in CONTROLS}
+    beside = differences(result, site)
     against = [
         f"{name.replace('_', ' ')} {_row(summary, name, site)['mean']:.3f}, difference {difference}"
-        for name, difference in differences.items()
+        for name, difference in beside.items()
     ]
-    better = all(difference.low > 0 for difference in differences.values())
+    better = all(difference.low > 0 for difference in beside.values())
     verdict = "parts are named better than every control" if better else "parts are not named better than every control"
     answer = _row(summary, "hit@1", ANSWER)
     return (
@@ -67,15 +61,6 @@ def _row(summary: pd.DataFrame, metric: str, site: str) -> Any:
 
 def _interval(row: Any) -> str:
     return f"{row['mean']:.3f} (95 % interval {row['ci_low']:.3f} to {row['ci_high']:.3f})"
-
-
-def _difference(result: Result, control: str, site: str) -> Estimate:
-    """Reciprocal rank of the parts less a control, paired."""
-    cells = result.cells
-    column = cells[(cells["variant"] == NONE.name) & (cells["site"] == site)].index[0]
-    values = (result.matrix(RECIPROCAL.name) - result.matrix(control))[:, [column]]
-    draws = bootstrap_means(values, result.groups(), n_resamples=N_RESAMPLES, seed=0)
-    return estimate(float(values.mean()), draws[:, 0])
 
 
 def _damage(summary: pd.DataFrame, site: str, metric: str, layers: str) -> tuple[str, ...]:

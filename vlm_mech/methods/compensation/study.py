@@ -29,7 +29,8 @@ from vlm_mech.methods.lens.identifiability import HITS, Part, identifiability
 from vlm_mech.methods.lens.logit_lens import Lens, lens_of
 from vlm_mech.models.readout import Readout
 from vlm_mech.results import metrics
-from vlm_mech.results.result import Metric
+from vlm_mech.results.result import N_RESAMPLES, Metric, Result
+from vlm_mech.results.statistics import Estimate, bootstrap_means, estimate
 from vlm_mech.sweeps.sweep import Measure, Point, logit_diff, plan_sweep, sweep
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ METRICS = (
     Metric("background", "share", "reciprocal rank of the part's word at as many patches of the background"),
 )
 """What is measured; each with its value in the unedited run as baseline."""
+CONTROLS = ("random_patches", "background", "other_label")
+"""Metrics that the unedited run's naming of parts is held against."""
 
 
 @dataclass(frozen=True)
@@ -276,3 +279,18 @@ def check_site(vlm: "VLM", examples: Examples, site: str) -> str:
     if site not in known:
         raise UsageError(f"site {site!r} is not read; one of {', '.join(known)} is")
     return site
+
+
+# What it is held against
+
+
+def differences(result: Result, site: str) -> dict[str, Estimate]:
+    """Reciprocal rank of the parts less that of each control in the unedited run at a site, paired by example."""
+    cells = result.cells
+    column = cells[(cells["variant"] == NONE.name) & (cells["site"] == site)].index[0]
+    found = {}
+    for control in CONTROLS:
+        values = (result.matrix(RECIPROCAL.name) - result.matrix(control))[:, [column]]
+        draws = bootstrap_means(values, result.groups(), n_resamples=N_RESAMPLES, seed=0)
+        found[control] = estimate(float(values.mean()), draws[:, 0])
+    return found

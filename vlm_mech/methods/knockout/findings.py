@@ -1,35 +1,37 @@
 """What a knockout run says, in sentences made from its numbers."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
-from PIL import Image
 
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import WorkError
-from vlm_mech.methods.knockout.data import CONTROL, EDGE, WRONG, Layers
+from vlm_mech.methods.knockout.data import CONTROL, EDGE, WRONG, Layers, Scan
+from vlm_mech.methods.knockout.edges import Edge
+from vlm_mech.methods.knockout.follow_up import FollowUp, Head, HeadAttention
 from vlm_mech.methods.knockout.study import NO_PROB, OUT_OF_SIGHT, RELATIVE
+from vlm_mech.results.claim import LEVEL
 from vlm_mech.results.result import Result
 
-if TYPE_CHECKING:
-    from vlm_mech.data.pairs import Pairs
-
-SIGNIFICANT = 0.05
-CORRECTED = "p < 0.05, sign-flip test, Holm over all cells"
+CORRECTED = f"p < {LEVEL}, sign-flip test, Holm over all cells"
 
 
-@dataclass(frozen=True, eq=False)
-class Told:
-    """Findings as sentences, pictures with captions, and texts that were generated."""
+def findings(result: Result, pairs: Pairs, scan: Scan, more: FollowUp) -> tuple[str, ...]:
+    """Everything a run says: what was used, what each edge or head does, and what is written without it.
 
-    findings: tuple[str, ...]
-    pictures: tuple[tuple[str, Image.Image], ...]
-    texts: list[dict[str, Any]] = field(default_factory=list)
+    Raises:
+        WorkError: fewer than two examples count, so that nothing can be said.
+    """
+    found = [used(result, pairs), scan.about, *missing(result)]
+    if scan.heads is None:
+        found += by_edge(result, scan.layers)
+    else:
+        found += [*by_head(result, more.heads), *(attended(scan.edges[0], each) for each in more.attention)]
+    return tuple(found) if more.texts is None else (*found, continued(more.texts))
 
 
-def used(result: Result, pairs: "Pairs") -> str:
+def used(result: Result, pairs: Pairs) -> str:
     """How many examples count, in a sentence.
 
     Raises:
@@ -74,7 +76,7 @@ def _edge_sentence(result: Result, summary: pd.DataFrame, edge: str, layers: Lay
     rows = summary[(summary["edge"] == edge) & (summary["cut"] == EDGE)]
     if int(rows["n"].max()) < 2:
         return f"{edge}: too few examples have this edge ({rows['n'].max()})."
-    marked = rows[rows["p_corrected"] < SIGNIFICANT]
+    marked = rows[rows["p_corrected"] < LEVEL]
     strongest = (rows if marked.empty else marked).sort_values("effect", key=abs, kind="stable").iloc[-1]
     place = f"{layers.where} layer {strongest['layer']}"
     if marked.empty:
@@ -103,45 +105,22 @@ def _amount(row: Any) -> str:
     return f"{row['effect']:+.1f} % (95 % interval {low:+.1f} to {high:+.1f} %, n = {row['n']})"
 
 
-@dataclass(frozen=True)
-class Head:
-    """A head that was chosen on half of the examples, with the relative change on the other half in words."""
-
-    layer: int
-    head: int
-    change: str
-
-    def __str__(self) -> str:
-        return f"layer {self.layer} head {self.head}"
-
-
-def top_heads(result: Result, n: int) -> tuple[Head, ...]:
-    """The heads whose knockout lowers the answer's probability most, chosen on every other example.
-
-    What is said of them is measured on the other half: the largest of many cells would flatter itself. None when that
-    half has fewer than two examples.
-    """
-    table = result.table[(result.table["cut"] == EDGE) & result.table[RELATIVE.name].notna()]
-    number = pd.Series(pd.factorize(table["example"])[0], index=table.index)
-    held_out = table[number % 2 == 1]
-    if len(set(held_out["example"])) < 2:
-        return ()
-    chosen = table[number % 2 == 0].groupby(["layer", "head"])[RELATIVE.name].mean().nsmallest(n)
-    measured = dataclasses.replace(result, table=held_out).summary(RELATIVE.name)
-    found = []
-    for layer, head in chosen.reset_index()[["layer", "head"]].to_numpy(int).tolist():
-        row = measured[(measured["layer"] == layer) & (measured["head"] == head)].iloc[0]
-        found.append(Head(layer, head, _amount(row)))
-    return tuple(found)
-
-
 def by_head(result: Result, heads: Sequence[Head]) -> tuple[str, ...]:
     """How many heads matter, and the strongest ones on examples that did not choose them."""
     summary = result.summary(RELATIVE.name)
-    marked, own = summary["p_corrected"] < SIGNIFICANT, summary["cut"] == EDGE
+    marked, own = summary["p_corrected"] < LEVEL, summary["cut"] == EDGE
     counts = f"{(marked & own).sum()} of {own.sum()} heads, and {(marked & ~own).sum()} of their controls,"
     text = f"{summary['edge'].iloc[0]}: {counts} change the answer's probability ({CORRECTED})."
-    return (text, *(f"{head}, chosen on half of the examples; on the others: {head.change}." for head in heads))
+    return (text, *(f"{head}, chosen on half of the examples; on the others: {_amount(head.row)}." for head in heads))
+
+
+def attended(edge: Edge, head: HeadAttention) -> str:
+    """How much of a head's attention the image gets, and the object where it is known."""
+    text = f"{head.head}: {100 * head.on_image:.0f} % of the attention of {edge.query} is on the image"
+    if head.object_known:
+        share = f"which {100 * head.object_share:.0f} % of the image tokens show"
+        text += f", {100 * head.on_object:.0f} % on the object, {share}"
+    return f"{text} (means, n = {head.n})."
 
 
 def continued(texts: pd.DataFrame) -> str:

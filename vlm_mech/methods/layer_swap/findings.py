@@ -6,6 +6,15 @@ from vlm_mech.methods.layer_swap.study import NO_GAP, WRONG
 from vlm_mech.results.result import Result
 
 
+def findings(result: Result, pairs: Pairs) -> tuple[str, ...]:
+    """How many pairs count, and at which layers the answer turns.
+
+    Raises:
+        WorkError: fewer than two pairs count, so that nothing can be said.
+    """
+    return (usable_share(result, pairs), *takeover(result))
+
+
 def usable_share(result: Result, pairs: Pairs) -> str:
     """How many pairs count, in a sentence.
 

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +10,7 @@ import pandas as pd
 
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.controls import NONE
-from vlm_mech.methods.probing.findings import best_spot, summary_of
-from vlm_mech.methods.probing.study import CONFLICT
+from vlm_mech.methods.probing.study import CONFLICT, best_spot, summary_of
 from vlm_mech.results.figures import COLOURS
 from vlm_mech.results.overlays import VEIL, lay_out
 from vlm_mech.results.result import Result
@@ -37,13 +35,13 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def drawn(result: Result, notes: Sequence[dict[str, Any]]) -> "dict[str, go.Figure]":
+def drawn(result: Result) -> "dict[str, go.Figure]":
     """Accuracy over depth and what is read in conflict by each kind of probe; confusion and a picture for each model.
 
-    Args:
-        notes: of the steps of the study.
+    Places, and what was read at patches, come from `provenance["steps"]`.
     """
     probes, found = list(result.table["probe"].drop_duplicates()), {}
+    notes = result.provenance["steps"]
     for probe in probes:
         found[f"depth_{probe}"] = depth_lines(result, probe=probe)
     if CONFLICT in set(result.table["read_on"]):

@@ -1,29 +1,12 @@
 """What the probes found, in sentences made from the numbers; places are chosen on validation losses."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
 from vlm_mech.methods.probing.controls import NONE, TASK
-from vlm_mech.methods.probing.study import CONFLICT, TEST
+from vlm_mech.methods.probing.study import CONFLICT, TEST, Notes, best_spot, summary_of
 from vlm_mech.results.result import Result
-
-Notes = dict[str, Any]
-
-
-@functools.lru_cache(maxsize=1)
-def summary_of(result: Result) -> pd.DataFrame:
-    """The summary of all metrics, made once for the sentences and figures of one result."""
-    return result.summary()
-
-
-def best_spot(notes: Notes, probe: str) -> tuple[str, str]:
-    """Place and span with the lowest mean validation loss: test accuracy has no say in it."""
-    losses = notes[probe]["validation_loss"]
-    place, _, span = min(losses, key=losses.get).partition(" at ")
-    return place, span
 
 
 def findings(result: Result, notes: list[Notes]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Each control is a step of its own, so that a killed run goes on where it was. Ex
 table: those on which the probes were cross-fitted (`test`), and scenes in conflict with what is usual (`conflict`).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from vlm_mech.methods.probing.descent import Recipe
 from vlm_mech.methods.probing.description_length import online_code
 from vlm_mech.methods.probing.patch_map import patch_map
 from vlm_mech.methods.probing.splits import grouped, make_splits, numbered
+from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 AXES = ("model", "probe", "control", "read_on", "span", "place")
 TEST, CONFLICT = "test", "conflict"
 ELSEWHERE = "not an example of this data set"
+
+Notes = dict[str, Any]
+"""What a step of the study tells beside its rows."""
 
 
 @dataclass(frozen=True)
@@ -219,3 +224,19 @@ def completed(table: pd.DataFrame) -> pd.DataFrame:
     whole = people.merge(cells, how="cross").merge(table.drop(columns="group"), on=["example", *axes], how="left")
     texts = {"label": "", "predicted": "", "skipped": ELSEWHERE}
     return whole.fillna(texts)
+
+
+# What figures and findings take from it
+
+
+@functools.lru_cache(maxsize=1)
+def summary_of(result: Result) -> pd.DataFrame:
+    """The summary of all metrics, made once for the sentences and figures of one result."""
+    return result.summary()
+
+
+def best_spot(notes: Notes, probe: str) -> tuple[str, str]:
+    """Place and span with the lowest mean validation loss: test accuracy has no say in it."""
+    losses = notes[probe]["validation_loss"]
+    place, _, span = min(losses, key=losses.get).partition(" at ")
+    return place, span

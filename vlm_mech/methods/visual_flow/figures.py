@@ -1,4 +1,4 @@
-"""The map as a figure: decodable, used, must flow and preferred over one axis of depth, with the layers it names."""
+"""The figures of a map: decodable, used, must flow and preferred over depth with the layers named; single examples."""
 
 import html
 from typing import TYPE_CHECKING, Any
@@ -7,6 +7,7 @@ import pandas as pd
 
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.visual_flow.data import EDGES, SPANS
+from vlm_mech.methods.visual_flow.example_pages import example_pages
 from vlm_mech.methods.visual_flow.study import CONTROL, INPUT, KNOCKOUT, LENS, PROBE, SHUFFLED, SWAP
 from vlm_mech.results.figures import COLOURS
 from vlm_mech.results.result import Result
@@ -24,6 +25,12 @@ ROWS = {
 }
 MOST_TICKS = 40
 Place = tuple[str, int]
+
+
+def drawn(result: Result) -> "dict[str, go.Figure]":
+    """The map, and the page of single examples where the result holds any."""
+    found = {"flow_map": flow_map(result)}
+    return found | ({"examples": example_pages(result)} if result.provenance.get("pages") else {})
 
 
 def flow_map(result: Result, *, title: str | None = None) -> "go.Figure":

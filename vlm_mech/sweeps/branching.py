@@ -1,4 +1,4 @@
-"""Where each edited version leaves the unedited pass: at which block, from which position on, and with whose prefix.
+"""Where each edited version branches off the unedited pass: at which block, from which position, with whose prefix.
 
 All of it follows from the prompts and the model's wiring, so a sweep can be planned before anything runs.
 """
@@ -101,7 +101,7 @@ def _unbroken(positions: list[int]) -> list[range]:
 
 
 @dataclass(frozen=True, eq=False)
-class Divergence:
+class Branch:
     """Where an edited version leaves the unedited pass, and what is done to it in the decoder from there on.
 
     It enters at block `entry`, and everything from position `start` on is computed. `tower` are edits of the image
@@ -128,9 +128,7 @@ class Divergence:
         return {site: each for site, each in self.writes.items() if site != self.taken}
 
 
-def divergence_of(
-    clean: Pass, made: Plan, intervention: Intervention, encoded_of: Callable[[Source], Encoded]
-) -> Divergence:
+def branch_of(clean: Pass, made: Plan, intervention: Intervention, encoded_of: Callable[[Source], Encoded]) -> Branch:
     """Where the version with these edits leaves the unedited pass.
 
     Args:
@@ -145,13 +143,13 @@ def divergence_of(
     first = [_first(each) for each in writes.values()] + [_first_cut(each) for each in cuts.values()]
     if tower.writes or tower.cuts:
         # The few tokens before the image are computed too: whole rows go through the kernel for causal attention.
-        return Divergence(writes, cuts, 0, 0, tower)
+        return Branch(writes, cuts, 0, 0, tower)
     entry = min([_entry(site, clean.n_added) for site in writes] + list(cuts))
     found = _donor(clean, writes, cuts, intervention, encoded_of)
     if found is not None:
         source, start, site = found
-        return Divergence(writes, cuts, entry, start, None, source, site)
-    return Divergence(writes, cuts, entry, clean.widened(min(first)))
+        return Branch(writes, cuts, entry, start, None, source, site)
+    return Branch(writes, cuts, entry, clean.widened(min(first)))
 
 
 def _donor(

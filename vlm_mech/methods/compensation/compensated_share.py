@@ -12,22 +12,10 @@ from vlm_mech.errors import UsageError
 from vlm_mech.methods.compensation.study import ANSWER, LOGIT_DIFF, RECIPROCAL
 from vlm_mech.methods.compensation.variants import CUTS, NONE
 from vlm_mech.results.result import N_RESAMPLES, Result
-from vlm_mech.results.statistics import bootstrap_means
+from vlm_mech.results.statistics import Estimate, bootstrap_means, estimate
 
 UP = ("reciprocal_rank", "logit_diff", "hit@1", "hit@5", "hit@10")
 """Metrics of which more is better."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 @dataclass(frozen=True)
@@ -99,11 +87,6 @@ def compensation(
         share=share,
         reason=reason,
     )
-
-
-def estimate(value: float, draws: Float[np.ndarray, "draw"]) -> Estimate:
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
 
 
 def _share(ratio: float, free: Float[np.ndarray, "draw"], blocked: Float[np.ndarray, "draw"]) -> Estimate:

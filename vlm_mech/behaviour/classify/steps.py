@@ -1,6 +1,5 @@
 """The steps of a classification run, each kept when it is done: before tuning, tuning, and after it."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,19 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_mech.behaviour.classify import figures
 from vlm_mech.behaviour.classify.baselines import contrastive_table, probe_table
 from vlm_mech.behaviour.classify.data import Design
-from vlm_mech.behaviour.classify.findings import comparisons, findings
 from vlm_mech.behaviour.classify.frequency import Rule, binned, correlations, counted, read_counts, training_texts
 from vlm_mech.behaviour.classify.study import Calibration, all_scores, averaged, generated, kept, score_tables
-from vlm_mech.behaviour.classify.table import AXES, LOADED, METRICS, OPEN, completed
+from vlm_mech.behaviour.classify.table import AXES, LOADED, METRICS, completed
 from vlm_mech.behaviour.classify.tuning import Tuning, tune
 from vlm_mech.behaviour.classify.two_hops import Asked, answered, load_questions, other_questions, scene_questions
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.image import load_image
 from vlm_mech.results.result import Result
-from vlm_mech.runs.outcome import Outcome
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -28,7 +23,6 @@ if TYPE_CHECKING:
 
 N_PICTURES = 2000
 """Pictures whose training text is counted; the embedded models saw 109,056."""
-N_SHOWN = 6
 SCENES = "scenes/"
 EMBEDDED = ("organism", "organism-grounded")
 
@@ -78,8 +72,12 @@ def options_of(config: Any, question: str) -> Options:
     )
 
 
-def run_all(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> Outcome:
-    """Everything, in the order in which it can be taken up again; tuning is done anew when a killed run goes on."""
+def run_all(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> tuple[Result, list[Calibration]]:
+    """Everything, in the order in which it can be taken up again; tuning is done anew when a killed run goes on.
+
+    Returns:
+        The result without its findings, whose provenance says what was counted, tuned and compared; the calibrations.
+    """
     counts = _counts(design, options)
     about = _about(vlm, design, options)
     asked = _asked(design, options)
@@ -94,11 +92,7 @@ def run_all(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> 
     table = completed(work.collect()[0])
     frequency = _frequency(table, design, options, counts)
     about |= others | {"calibrations": [asdict(each) for each in calibrations], "tuned": tuned, "frequency": frequency}
-    result = Result("classification", table, AXES, METRICS, provenance=about)
-    paired = comparisons(result, design.question, len(design.data.names))
-    about["comparisons"] = [asdict(each) for each in paired]
-    told = findings(result, design, paired, calibrations, (frequency or {}).get("correlations", ()), tuned)
-    return Outcome(dataclasses.replace(result, findings=told), _drawn(result, design), _pictures(result, design))
+    return Result("classification", table, AXES, METRICS, provenance=about), calibrations
 
 
 def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:
@@ -117,7 +111,7 @@ def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:
 
 
 def _first_prompt(design: Design) -> Any:
-    from vlm_mech.behaviour.answering.answers import open_prompt
+    from vlm_mech.behaviour.answering.prompts import open_prompt
 
     return open_prompt(design.question, design.data.test[0].image)
 
@@ -195,30 +189,3 @@ def _frequency(
     found = {"text": text, "rule": "as given" if options.counts else options.rule, "counts": counts}
     found |= {"correlations": correlations(table, counts, seed=design.seed)}
     return found | {"bins": binned(table, counts, seed=design.seed)}
-
-
-def _drawn(result: Result, design: Design) -> dict[str, Any]:
-    asked = {"question": design.question}
-    drawn = {
-        "accuracy": figures.accuracy_bars(result, **asked),
-        "candidates": figures.candidate_lines(result, **asked),
-    }
-    if result.provenance["frequency"]:
-        drawn["frequency"] = figures.frequency_scatter(result, **asked)
-    if result.table["method"].str.startswith("probe, position").any():
-        drawn["positions"] = figures.position_lines(result, **asked)
-    if result.provenance["tuned"]:
-        drawn["tuning"] = figures.tuning_dots(result)
-    return drawn
-
-
-def _pictures(result: Result, design: Design) -> tuple[tuple[str, Any], ...]:
-    """Some test pictures with what each model generates in the open."""
-    table = result.table
-    rows = table[(table["question"] == design.question) & (table["world"] == OPEN) & (table["method"] == "generation")]
-    shown = []
-    for each in design.data.test[:N_SHOWN]:
-        said = rows[rows["example"] == each.id]
-        texts = [f"{row['model']}: {row['answer']!r}" for _, row in said.iterrows()]
-        shown.append((f"{each.label}; {', '.join(texts)}", load_image(each.image)))
-    return tuple(shown)

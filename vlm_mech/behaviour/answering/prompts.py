@@ -1,4 +1,4 @@
-"""Asking what is in an image, in the open or among candidates."""
+"""Prompts that ask what is in an image, in the open or among candidates, and whether they fit the model."""
 
 import random
 from collections.abc import Sequence

@@ -1,0 +1,193 @@
+"""What is measured once the table of a knockout is there: where the strongest heads look, texts without an edge."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.attention_weights import attention_from
+from vlm_mech.methods.knockout.data import EDGE, Masks, Scan
+from vlm_mech.methods.knockout.edges import Edge, Ends, ends_of, object_positions, visible_edges
+from vlm_mech.methods.knockout.study import RELATIVE, texts_without
+from vlm_mech.results.result import Result
+from vlm_mech.sweeps.recorded_pass import record
+
+if TYPE_CHECKING:
+    from vlm_mech.data.pairs import Pair, Pairs
+    from vlm_mech.inputs.image import Box
+    from vlm_mech.models.vlm import VLM
+
+N_SHOWN, N_HEADS, N_MAPPED = 4, 3, 32
+"""Examples shown, heads told of, and examples on which these heads' attention is averaged, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A head that was chosen on half of the examples; `row` is its row of the summary of the other half."""
+
+    layer: int
+    head: int
+    row: pd.Series
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} head {self.head}"
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMap:
+    """What one head attends to in one example: a weight for each patch of the first image's first view.
+
+    `most` is the largest weight on any token, `on_image` the sum over image tokens; `of_object` says which patches show
+    the object.
+    """
+
+    pair: "Pair"
+    boxes: "tuple[Box, ...]"
+    weights: Float[np.ndarray, "patch"]
+    most: float
+    on_image: float
+    of_object: tuple[bool, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadAttention:
+    """Where a head looks from the queries of an edge, with nothing cut: means over `n` examples, and maps of some.
+
+    `on_image` and `on_object` are shares of its attention, `object_share` that of the image tokens which show the
+    object. Where the object is not known in every example, `object_known` is false.
+    """
+
+    head: Head
+    on_image: float
+    on_object: float
+    object_share: float
+    object_known: bool
+    n: int
+    maps: tuple[AttentionMap, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FollowUp:
+    """The strongest heads with what they attend to, and a row a text that was generated with and without an edge.
+
+    `heads` is empty where edges were cut for all heads, `texts` None where none were asked for.
+    """
+
+    heads: tuple[Head, ...] = ()
+    attention: tuple[HeadAttention, ...] = ()
+    texts: pd.DataFrame | None = None
+
+    @property
+    def generated(self) -> list[dict[str, Any]]:
+        """The texts as JSON values."""
+        rows = [] if self.texts is None else self.texts.to_dict("records")
+        return [{str(name): value for name, value in row.items()} for row in rows]
+
+
+def follow_up(
+    vlm: "VLM", result: Result, pairs: "Pairs", scan: Scan, masks: Masks, *, n_generated: int = 0
+) -> FollowUp:
+    """What heads attend to, where heads were cut, and `n_generated` examples written out without each edge."""
+    counted = result.table[result.table[RELATIVE.name].notna()]["example"].drop_duplicates().tolist()
+    heads: tuple[Head, ...] = ()
+    attention: tuple[HeadAttention, ...] = ()
+    if scan.heads is not None:
+        heads = top_heads(result, N_HEADS)
+        # The half of the examples that did not choose the heads.
+        attention = attention_of(vlm, _named(pairs, counted[1::2][:N_MAPPED]), scan.edges[0], heads, masks)
+    texts = texts_without(vlm, _named(pairs, counted[:n_generated]), scan.edges, masks) if n_generated else None
+    return FollowUp(heads, attention, texts)
+
+
+def _named(pairs: "Pairs", names: Sequence[str]) -> "Pairs":
+    return dataclasses.replace(pairs, pairs=tuple(pair for pair in pairs if pair.id in set(names)))
+
+
+def top_heads(result: Result, n: int) -> tuple[Head, ...]:
+    """The heads whose knockout lowers the answer's probability most, chosen on every other example.
+
+    What is said of them is measured on the other half: the largest of many cells would flatter itself. None when that
+    half has fewer than two examples.
+    """
+    table = result.table[(result.table["cut"] == EDGE) & result.table[RELATIVE.name].notna()]
+    number = pd.Series(pd.factorize(table["example"])[0], index=table.index)
+    held_out = table[number % 2 == 1]
+    if len(set(held_out["example"])) < 2:
+        return ()
+    chosen = table[number % 2 == 0].groupby(["layer", "head"])[RELATIVE.name].mean().nsmallest(n)
+    measured = dataclasses.replace(result, table=held_out).summary(RELATIVE.name)
+    found = []
+    for layer, head in chosen.reset_index()[["layer", "head"]].to_numpy(int).tolist():
+        found.append(Head(layer, head, measured[(measured["layer"] == layer) & (measured["head"] == head)].iloc[0]))
+    return tuple(found)
+
+
+def attention_of(
+    vlm: "VLM", pairs: "Pairs", edge: Edge, heads: Sequence[Head], masks: Masks, *, n_maps: int = N_SHOWN
+) -> tuple[HeadAttention, ...]:
+    """Where these heads look from the queries of an edge (the mean over them), with nothing cut.
+
+    Args:
+        masks: pixels of the object by pair, where they are known.
+        n_maps: examples of each head whose patches are given.
+
+    Returns:
+        One for each head; none where image tokens are no patches.
+    """
+    if not heads or not len(pairs):
+        return ()
+    encoded = vlm.encode(pairs.base)
+    if not all(row.images[0].layout.views for row in encoded.rows):
+        return ()
+    clean = record(vlm, encoded)
+    ends = [ends_of(encoded, at, edge, visible_edges(clean, at), masks.get(pair.id)) for at, pair in enumerate(pairs)]
+    queries = [
+        [row.present[number] for number in each.query] if isinstance(each, Ends) else [encoded.n_pos - 1]
+        for row, each in zip(encoded.rows, ends, strict=True)
+    ]
+    held = [(at, pair) for at, (pair, each) in enumerate(zip(pairs, ends, strict=True)) if isinstance(each, Ends)]
+    if not held:
+        return ()
+    shown = {at: _object_positions(encoded, at, pair, masks) for at, pair in held}
+    weights = attention_from(vlm, encoded, queries, [head.layer for head in heads])
+    found = []
+    for head in heads:
+        own = {at: weights[head.layer][at, head.head].numpy() for at, _ in held}
+        means = np.array([_shares(encoded, at, own[at], shown[at]) for at, _ in held]).mean(0).tolist()
+        maps = tuple(_map(encoded, at, pair, own[at], shown[at]) for at, pair in held[:n_maps])
+        found.append(HeadAttention(head, *means, all(pair.id in masks for _, pair in held), len(held), maps))
+    return tuple(found)
+
+
+def _object_positions(encoded: Encoded, example: int, pair: "Pair", masks: Masks) -> set[int]:
+    """Positions that show the object; empty where it is not known."""
+    mask = masks.get(pair.id)
+    return set() if mask is None else object_positions(encoded, example, mask)
+
+
+def _shares(
+    encoded: Encoded, example: int, weights: Float[np.ndarray, "pos"], shown: set[int]
+) -> tuple[float, float, float]:
+    """Attention on the image, on the object, and the object's share of the image tokens."""
+    image = list(encoded.rows[example].image)
+    return float(weights[image].sum()), float(weights[sorted(shown)].sum()), len(shown) / len(image)
+
+
+def _map(
+    encoded: Encoded, example: int, pair: "Pair", weights: Float[np.ndarray, "pos"], shown: set[int]
+) -> AttentionMap:
+    picture = encoded.rows[example].images[0]
+    positions = [picture.positions[slot] for slot in picture.layout.views[0].slots]
+    return AttentionMap(
+        pair,
+        encoded.boxes(example),
+        weights[positions],
+        most=float(weights.max()),
+        on_image=float(weights[list(encoded.rows[example].image)].sum()),
+        of_object=tuple(position in shown for position in positions),
+    )
