@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from vlm_mech.behaviour.answering.answers import open_prompt
 from vlm_mech.behaviour.classify import figures
 from vlm_mech.behaviour.classify.baselines import contrastive_table, probe_table
 from vlm_mech.behaviour.classify.data import Design
@@ -19,6 +20,7 @@ from vlm_mech.behaviour.classify.tuning import Tuning, tune
 from vlm_mech.behaviour.classify.two_hops import Asked, answered, load_questions, other_questions, scene_questions
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
+from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.results.result import Result
 from vlm_mech.runs.outcome import Outcome
 
@@ -117,8 +119,6 @@ def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:
 
 
 def _first_prompt(design: Design) -> Any:
-    from vlm_mech.behaviour.answering.answers import open_prompt
-
     return open_prompt(design.question, design.data.test[0].image)
 
 
@@ -155,8 +155,6 @@ def _model_steps(
 def _other_steps(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> dict[str, Any]:
     about: dict[str, Any] = {}
     if options.contrastive is not None:
-        from vlm_mech.models.dual_encoder import DualEncoder
-
         encoder = DualEncoder.load(options.contrastive, **options.loading)
         about["contrastive"] = encoder.identity()
         if "0-3-contrastive" not in work:
