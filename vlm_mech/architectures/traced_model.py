@@ -1,6 +1,7 @@
 """`TracedModel`: what reading, editing and sweeping need of a model, whatever it is; `VLM` and `DualEncoder` fulfil it.
 
-Interventions, checks and sweeps are written for this class, so that they need not know how a model is loaded.
+Interventions, checks and extraction are written for this class, so that they need not know how a model is loaded; it
+declares all that they and `inputs/` read. Sweeps need a decoder, and so a `VLM`.
 """
 
 import contextlib

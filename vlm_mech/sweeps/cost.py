@@ -8,14 +8,16 @@ model itself is not among them.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.sweeps.divergence import Divergence, rows_of
 from vlm_mech.sweeps.suffix_attention import FAST_BYTES, FLOAT, shares_prefix
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Sizes:
         return self.batch * self.n_pos * self.d_model * self.itemsize
 
 
-def sizes(vlm: TracedModel, encoded: Encoded) -> Sizes:
+def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
     """The sizes of a model and a batch, from its modules and its configuration."""
     blocks = vlm.family.llm
     block = vlm.model.get_submodule(f"{blocks.path}.0")
@@ -87,7 +89,7 @@ def sizes(vlm: TracedModel, encoded: Encoded) -> Sizes:
     )
 
 
-def _tower(vlm: TracedModel, encoded: Encoded) -> tuple[int, int]:
+def _tower(vlm: "VLM", encoded: Encoded) -> tuple[int, int]:
     """Operations and peak bytes of vision tower and projector over the images of a batch.
 
     Images packed into one row are counted as attending within themselves; windows within an image are not counted.

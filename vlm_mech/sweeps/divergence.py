@@ -5,16 +5,18 @@ All of it follows from the prompts and the model's wiring, so a sweep can be pla
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.plan import Cut, Plan, Write
 from vlm_mech.interventions.specification import Activations, Intervention, Replace, Source
 from vlm_mech.sweeps.recorded_pass import RecordedPass
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
 
 RESIDUAL = ("llm.resid_pre", "llm.resid_post")
 
@@ -77,7 +79,7 @@ Pass = RecordedPass | Outline
 """An unedited pass that has been run, or one that has not."""
 
 
-def outline(vlm: TracedModel, encoded: Encoded) -> Outline:
+def outline(vlm: "VLM", encoded: Encoded) -> Outline:
     """What is known of the unedited pass over a batch without running it."""
     ranges: list[range] = []
     if vlm.family.both_ways == "prefix":
