@@ -1,5 +1,6 @@
 """The run contract through the layer swap: files, repeating, resuming, one-line errors, pairs of the user's own."""
 
+import dataclasses
 import json
 import re
 
@@ -9,7 +10,10 @@ import pytest
 from experiments import layer_swap
 from tests.helpers import assert_help_is_light, command, killed_at, options
 from tests.zoo.tiny import picture
+from vlm_mech.data.pairs import load_pairs
+from vlm_mech.methods.layer_swap import layer_swap as one_call
 from vlm_mech.methods.layer_swap import study
+from vlm_mech.models.vlm import VLM
 from vlm_mech.results import figures
 from vlm_mech.results.result import Result
 
@@ -62,6 +66,18 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert "cannot be read" in refused["pair 3"] and "start with the same token" in refused["pair 5"]
     for name in provenance["figures"]:
         assert (finished / "figures" / f"{name}.html").stat().st_size > 10_000
+
+
+def test_one_call_leaves_out_and_tells_what_the_experiment_does(finished, model_folder, data_folder):
+    saved = Result.load(finished)
+    vlm, pairs = VLM.load(str(model_folder)), load_pairs(data_folder)
+    result = one_call.layer_swap(vlm, pairs, only_correct=False, batch=2)
+    pd.testing.assert_frame_equal(result.table, saved.table)
+    told = ("question", "model", "data", "refused", "receipts", "answers")
+    assert set(told) <= set(result.provenance)
+    assert result.provenance == {key: saved.provenance[key] for key in result.provenance}
+    assert result.provenance["data"]["n"] == 6 and len(result.provenance["refused"]) == 2
+    assert result.findings == saved.findings and "2 examples could not be used: pair 3" in result.findings[-1]
 
 
 def test_figures_are_redrawn_from_the_saved_file_alone(finished):
@@ -192,6 +208,14 @@ def test_counterfactuals_with_other_tokens_are_refused_with_the_reason(vlm):
             fitting(vlm, pairs)
     finally:
         del vlm.encode
+
+
+def test_help_shows_what_states_need_before_what_weights_need():
+    names = [field.name for field in dataclasses.fields(layer_swap.Config)]
+    states = ("swap", "site", "point", "spans", "direction", "split", "all", "batch")
+    weights = ("tuned", "second", "part", "schedules", "window")
+    start = names.index("swap")
+    assert tuple(names[start:]) == (*states, *weights, "engine")
 
 
 def test_help_is_quick_and_imports_no_torch():

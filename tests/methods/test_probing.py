@@ -1,5 +1,6 @@
 """The probing experiment: what is read where, its controls, and the run contract."""
 
+import dataclasses
 import json
 import shutil
 
@@ -200,6 +201,27 @@ def test_one_call_gives_the_table_of_the_experiment(model_folder, data_folder, f
     assert result.axes == saved.axes and any("selectivity" in sentence for sentence in result.findings)
     with pytest.raises(UsageError, match="probe 'tree' is not known; linear, mlp or a Recipe is"):
         probe(VLM.load(model_folder), pairs, probes=("tree",))
+
+
+def test_one_call_leaves_out_and_tells_what_the_experiment_does(model_folder, data_folder, finished):
+    saved, pairs = Result.load(finished), load_pairs(str(data_folder))
+    grey = Image.new("RGB", (56, 56), (90, 90, 90))
+    faint = Pair("faint", grey, Image.new("RGB", (56, 56), (91, 91, 91)), "what is this?", "red", "blue")
+    silent = dataclasses.replace(pairs[0], id="silent", conflict=None)
+    conflict = load_pairs(str(data_folder), n=6)
+    result = probe(
+        VLM.load(model_folder),
+        dataclasses.replace(pairs, pairs=(*pairs.pairs, faint)),
+        conflict=dataclasses.replace(conflict, pairs=(silent, *conflict.pairs)),
+        controls=(), n_folds=3, n_seeds=2, every=3,
+    )  # fmt: skip
+    expected = saved.table[saved.table["control"] == "none"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(result.table, expected)
+    for key in ("question", "model", "data"):
+        assert result.provenance[key] == saved.provenance[key]
+    assert saved.provenance["refused"] == []
+    assert [each["id"] for each in result.provenance["refused"]] == ["faint", "silent"]
+    assert result.findings[-1].startswith("2 examples could not be used: faint: ")
 
 
 def test_figures_come_from_the_saved_file_alone(finished):

@@ -101,6 +101,11 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
     } | ({"generation": {"settings": "neutral", "set_aside": aside}} if aside else {})
 
 
+def remarks(provenance: dict[str, Any]) -> tuple[str, ...]:
+    """How answers were spelt and which examples were left out, in the sentences that end the findings."""
+    return (*spelt(provenance), *left_out(provenance))
+
+
 def spelt(provenance: dict[str, Any]) -> tuple[str, ...]:
     """In which spelling answers were compared, where the model had several to choose from."""
     answers = provenance.get("answers", {})
@@ -254,7 +259,7 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
         raise
     seconds = time.time() - started
     provenance = _provenance(outcome.result, config, seconds, list(outcome.figures))
-    findings = (*outcome.result.findings, *spelt(provenance), *left_out(provenance))
+    findings = (*outcome.result.findings, *remarks(provenance))
     result = dataclasses.replace(outcome.result, config=as_json(config), provenance=provenance, findings=findings)
     _store(work, dataclasses.replace(outcome, result=result), name)
     _announce(result, folder, seconds)

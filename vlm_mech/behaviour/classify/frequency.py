@@ -22,7 +22,10 @@ from scipy import stats
 
 from vlm_mech.behaviour.classify.table import CLASSES, LOADED, OPEN
 from vlm_mech.data.image_classes import normalised
+from vlm_mech.data.scene_sampling import sample_scene
+from vlm_mech.data.scenes import in_conflict
 from vlm_mech.errors import UsageError
+from vlm_mech.organism.train_vlm import BLANK_SHARE, CONFLICT_SHARE, FAMILY_SHARES, RECIPES, Stage, draw_questions
 from vlm_mech.results.statistics import percentile_interval
 
 Rule = Literal["contiguous", "together"]
@@ -57,10 +60,6 @@ def training_texts(stage: str, n_pictures: int, *, seed: int) -> Iterator[str]:
     Scenes, shares, hearsay and facts are those of the training (`organism.train_vlm`); the shares of its first steps
     are left out.
     """
-    from vlm_mech.data.scene_sampling import sample_scene
-    from vlm_mech.data.scenes import in_conflict
-    from vlm_mech.organism.train_vlm import BLANK_SHARE, CONFLICT_SHARE, FAMILY_SHARES, RECIPES, Stage, draw_questions
-
     if stage not in RECIPES:
         raise UsageError(f"the training texts of {stage!r} are not known; those of {', '.join(RECIPES)} are")
     known: Stage = "organism" if stage == "organism" else "organism-grounded"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from vlm_mech.behaviour.answering.prompts import open_prompt
 from vlm_mech.behaviour.classify.baselines import contrastive_table, probe_table
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.frequency import Rule, binned, correlations, counted, read_counts, training_texts
@@ -15,6 +16,7 @@ from vlm_mech.behaviour.classify.table import AXES, LOADED, METRICS, completed
 from vlm_mech.behaviour.classify.tuning import Tuning, tune
 from vlm_mech.behaviour.classify.two_hops import Asked, answered, load_questions, other_questions, scene_questions
 from vlm_mech.errors import UsageError
+from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -111,8 +113,6 @@ def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:
 
 
 def _first_prompt(design: Design) -> Any:
-    from vlm_mech.behaviour.answering.prompts import open_prompt
-
     return open_prompt(design.question, design.data.test[0].image)
 
 
@@ -149,8 +149,6 @@ def _model_steps(
 def _other_steps(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> dict[str, Any]:
     about: dict[str, Any] = {}
     if options.contrastive is not None:
-        from vlm_mech.models.dual_encoder import DualEncoder
-
         encoder = DualEncoder.load(options.contrastive, **options.loading)
         about["contrastive"] = encoder.identity()
         if "0-3-contrastive" not in work:

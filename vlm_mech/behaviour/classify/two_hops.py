@@ -18,11 +18,14 @@ from vlm_mech.behaviour.answering.prompts import Wording
 from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify.table import GENERATION, MEAN, NO_ORDER, OPEN, Cell, best, rows
 from vlm_mech.data.image_classes import Labelled, check_names
+from vlm_mech.data.render import render
+from vlm_mech.data.scene_questions import facts, questions
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike, load_image
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.probing.controls import takes_text_alone
+from vlm_mech.organism.evaluate import questions_about_scenes
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -50,10 +53,6 @@ class Asked:
 
 def scene_questions(n: int, *, seed: int) -> tuple[Asked, ...]:
     """Where does the beetle live? Of n test scenes: what it is called, where it lives, and the same with its name."""
-    from vlm_mech.data.render import render
-    from vlm_mech.data.scene_questions import facts, questions
-    from vlm_mech.organism.evaluate import questions_about_scenes
-
     places = {fact.about[0]: fact for fact in facts()}
     found = []
     for number, (scene, asked) in enumerate(questions_about_scenes("two-hop", n, seed=seed)):
@@ -71,9 +70,6 @@ def scene_questions(n: int, *, seed: int) -> tuple[Asked, ...]:
 
 def other_questions(n: int, *, seed: int) -> tuple[Asked, ...]:
     """n test scenes for each of `OTHERS`, with one question each."""
-    from vlm_mech.data.render import render
-    from vlm_mech.organism.evaluate import questions_about_scenes
-
     return tuple(
         Asked(f"{kind} {number:05d} {scene.key[:8]}", kind, render(scene), asked.text, asked.options, asked.answer)
         for kind in OTHERS

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool
 
+from vlm_mech.data.counterfactual_scenes import sample_pairs
 from vlm_mech.data.pairs import Pair, Pairs, Refused, fitting, load_pairs
+from vlm_mech.data.render import masks
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling
 from vlm_mech.inputs.image import Box, load_image
@@ -121,9 +123,6 @@ def shown_parts(pairs: Pairs, *, seed: int, split: str) -> dict[str, Shown]:
     """
     if not pairs.name.startswith("scenes/"):
         return _folder_parts(pairs)
-    from vlm_mech.data.counterfactual_scenes import sample_pairs
-    from vlm_mech.data.render import masks
-
     found = {}
     for pair in sample_pairs(pairs.name.removeprefix("scenes/"), len(pairs), seed=seed, split=split):
         if pair.question.type != "part":

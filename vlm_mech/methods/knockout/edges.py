@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.render import masks
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Encoded
@@ -288,9 +290,6 @@ def object_masks(pairs: "Pairs", *, seed: int, split: str) -> dict[str, Bool[np.
 
 
 def _scene_masks(pairs: "Pairs", seed: int, split: str) -> dict[str, Bool[np.ndarray, "height width"]]:
-    from vlm_mech.data.counterfactual_scenes import sample_pairs
-    from vlm_mech.data.render import masks
-
     found = {}
     for pair in sample_pairs(pairs.name.removeprefix("scenes/"), len(pairs), seed=seed, split=split):
         parts = masks(pair.scene)

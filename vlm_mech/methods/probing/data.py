@@ -6,7 +6,7 @@ Every pair of a data set gives two examples, one an image; a scene and its count
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -123,6 +123,14 @@ def with_objects(pairs: Pairs) -> Pairs:
         UsageError: none is left.
     """
     return checked(pairs, _changed_pixels, "can be used")
+
+
+def data_provenance(data: Sequence[Pairs]) -> dict[str, Any]:
+    """What the provenance says of the data sets that are read: name, number of pairs and hash, and what was refused."""
+    return {
+        "data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data],
+        "refused": [vars(refused) for each in data for refused in each.refused],
+    }
 
 
 def _changed_pixels(pair: Pair) -> Bool[np.ndarray, "height width"]:
