@@ -106,7 +106,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     provenance = {
         "question": QUESTION,
         "model": vlm.identity(),
-        "data": {"name": examples.name, "n": len(examples.examples), "hash": examples.digest},
+        "data": examples.described,
         "refused": [dataclasses.asdict(each) for each in examples.refused],
         "receipts": add_up(receipts),
         "site": site,

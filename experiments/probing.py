@@ -95,7 +95,7 @@ def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     recipes = tuple(recipe_of(probe, hidden=config.hidden) for probe in config.probes)
     options = {"grouping": config.grouping, "n_folds": config.folds, "n_seeds": config.seeds, "seed": config.seed}
     options |= {"batch": config.batch, "mdl": config.mdl, "device": config.device}
-    known: dict[str, Any] = {"data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data]}
+    known: dict[str, Any] = {"data": [each.described for each in data]}
     known["refused"] = [vars(refused) for each in data for refused in each.refused]
     return vlm, examples, conflicts, Design(spots, recipes, config.controls, **options), known
 

@@ -14,6 +14,7 @@ from vlm_mech.data.pairs import (
     about_others,
     by_groups,
     conflict_first,
+    linked,
     load_pairs,
     partners,
     turned,
@@ -89,6 +90,25 @@ def test_parts_share_no_group(n, groups, shares, sizes):
     assert [len(part.refused) for part in parts] == [0] * len(shares) + [1], "what is broken is told once"
     again = by_groups(some(n, groups=groups), shares, seed=1)
     assert [part.digest for part in again] == [part.digest for part in parts]
+
+
+def test_pairs_that_share_a_picture_stay_in_one_part():
+    """The picture of pair n is the counterfactual of pair n + 1, in twos; ids and groups do not say so."""
+    made = [
+        Pair(f"p{n}", picture(n), picture(n - 1 if n % 2 else 100 + n), "what?", f"a{n}", f"b{n}", group=f"g{n}")
+        for n in range(12)
+    ]
+    pairs = Pairs("some", tuple(made))
+    assert [pair.group for pair in linked(pairs)] == [f"g{n - n % 2}" for n in range(12)]
+    for seed in range(8):
+        parts = by_groups(pairs, (0.5,), seed=seed)
+        shown = [
+            {image.tobytes() for pair in part for image in (pair.image, pair.counterfactual_image)} for part in parts
+        ]
+        assert not shown[0] & shown[1] and [len(part) for part in parts] == [6, 6]
+        assert {pair.group for part in parts for pair in part} == {pair.group for pair in pairs}, "pairs are as given"
+    apart = some(6, groups=3)
+    assert [pair.group for pair in linked(apart)] == [pair.group for pair in apart]
 
 
 @pytest.mark.parametrize(("groups", "shares"), [(1, (0.5,)), (4, (0.6, 0.2)), (6, (1.0,)), (6, (0.0,))])

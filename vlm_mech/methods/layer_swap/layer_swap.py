@@ -49,7 +49,7 @@ def layer_swap(
     sites = swap_sites(vlm, site, point)
     how: dict[str, Any] = {"directions": directions, "only_correct": only_correct, "engine": engine, "memory": memory}
     table, receipts = swap_states(vlm, pairs, sites, spans or default_spans(vlm, site), **how)
-    provenance = {"model": vlm.identity(), "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest}}
+    provenance = {"model": vlm.identity(), "data": pairs.described}
     return told(swap_result(site, table, provenance | {"receipts": summarise(receipts)}), pairs)
 
 

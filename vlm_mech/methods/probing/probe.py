@@ -70,7 +70,7 @@ def probe(
     data = [each for each in (pairs, conflict) if each is not None]
     about = {
         "model": [vlm.identity()],
-        "data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data],
+        "data": [each.described for each in data],
     }
     result = Result("probes", table, AXES, METRICS, {}, about | {"steps": notes})
     return dataclasses.replace(result, findings=findings(result, notes))
