@@ -1,8 +1,11 @@
 """Pairs: turned round, asked about pictures of others, cut by groups, and what a folder may hold."""
 
+import base64
 import dataclasses
+import io
 import json
 
+import numpy as np
 import pytest
 
 from tests.helpers import as_folder
@@ -21,6 +24,7 @@ from vlm_mech.data.pairs import (
     with_conflict,
 )
 from vlm_mech.errors import UsageError
+from vlm_mech.methods.layer_swap.layer_swap import layer_swap
 
 SOME_SIDES = ("first", "second", None)
 
@@ -128,6 +132,21 @@ def test_two_pictures_of_the_same_pixels_are_no_pair(tmp_path):
     pairs = load_pairs(tmp_path)
     assert [pair.id for pair in pairs] == ["pair"]
     assert pairs.refused == (Refused("copy", "both pictures have the same pixels"),)
+
+
+def test_pairs_made_in_python_take_pictures_in_every_form(vlm):
+    buffers = [io.BytesIO() for _ in range(2)]
+    for number, buffer in enumerate(buffers, 1):
+        picture(number).save(buffer, "PNG")
+    contents = [buffer.getvalue() for buffer in buffers]
+    texts = [base64.b64encode(content).decode() for content in contents]
+    other = Pair("1", picture(3), picture(4), "what is this?", "red", "blue")
+    expected = Pairs("mine", (Pair("0", picture(1), picture(2), "what is this?", "red", "blue"), other))
+    swapped = layer_swap(vlm, expected, only_correct=False).table
+    for forms in (contents, texts, [np.asarray(picture(1)), {"bytes": contents[1], "path": None}]):
+        pairs = Pairs("mine", (Pair("0", *forms, "what is this?", "red", "blue"), other))
+        assert pairs.digest == expected.digest and linked(pairs).pairs == pairs.pairs
+        assert layer_swap(vlm, pairs, only_correct=False).table.equals(swapped)
 
 
 @pytest.mark.usefixtures("untyped")

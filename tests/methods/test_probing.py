@@ -310,7 +310,9 @@ def test_pairs_without_an_object_are_counted_and_the_rest_is_read(model_folder, 
     with Image.open(own / "0b.png") as opened:
         opened.resize((40, 56)).save(own / "0b.png")
     (own / "1a.png").write_bytes(b"no picture")
-    assert command(probing, *options(model_folder, own, tmp_path / "run", "--probes", "linear", "--n-conflict", "18")) == 0
+    assert (
+        command(probing, *options(model_folder, own, tmp_path / "run", "--probes", "linear", "--n-conflict", "18")) == 0
+    )
     assert "4 examples could not be used: pair 1: image" in capsys.readouterr().out
     refused = json.loads((tmp_path / "run" / "provenance.json").read_text())["refused"]
     # Once among those the probes are fitted on, once among those in conflict.

@@ -45,7 +45,7 @@ class RunConfig:
     n: int | None = None
     """Number of examples; 64 scenes by default, all of a folder."""
     seed: int = 0
-    """Draws the examples."""
+    """Draws the examples, of a folder too where n is given."""
     device: str = "cpu"
     """Where the model runs, such as cpu or cuda; auto spreads it over what there is (needs accelerate)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
