@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import SiteHandle, TracedModel
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.extraction.saved_states import Extracted, Pool, add_shard, file_hash, label, resumed
-from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.image import ADDRESSES, load_image
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import LLM_SPANS, PROJECTOR_SPANS, VISION_SPANS, Cells, Each, OneImage, Patches, Span, Words
 from vlm_mech.interventions.timeline import rows_of
@@ -360,14 +361,18 @@ def _prompts_hash(prompts: Sequence[Prompt]) -> str:
 
 def _image_hash(image: Any) -> str:
     """Hash of a file's or picture's content; addresses, and what cannot be read, stand for themselves."""
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
+    if isinstance(image, str) and image.startswith(ADDRESSES):
         return image
     try:
-        if isinstance(image, str | Path):
+        if isinstance(image, str | Path) and Path(image).is_file():
             return file_hash(Path(image))
-        return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
-    except OSError as error:
-        return f"unreadable: {type(error).__name__}"
+    except OSError:  # a picture in base64 is longer than a name may be
+        pass
+    try:
+        opened = image if isinstance(image, Image.Image) else load_image(image)
+        return hashlib.sha256(f"{opened.mode} {opened.size}".encode() + opened.tobytes()).hexdigest()
+    except (UsageError, OSError) as error:
+        return f"unreadable: {error}"
 
 
 def _nonempty(states: Extracted) -> Extracted:

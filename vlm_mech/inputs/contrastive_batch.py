@@ -138,7 +138,7 @@ def encode(
         UsageError: no image, no text, an unreadable image, an empty text, one too long for the tower or one with a
             special token.
     """
-    if isinstance(images, str) or isinstance(texts, str):
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence) or isinstance(texts, str):
         raise UsageError("encode takes a list of images and a list of texts")
     if not images or not texts:
         raise UsageError(f"{len(images)} image(s) and {len(texts)} text(s) were given; at least one of each is needed")

@@ -1,6 +1,7 @@
 """What probes are fitted on: labelled prompts, and their states at the places and spans that are read.
 
-Every pair of a data set gives two examples, one an image; a scene and its counterfactual twin share a group.
+Every pair of a data set gives two examples, one an image; a scene and its counterfactual twin share a group, and so do
+pairs that share a picture.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pair, Pairs, checked, with_conflict
+from vlm_mech.data.pairs import Pair, Pairs, checked, linked, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.extraction.extract import NAMED, extract
 from vlm_mech.inputs.image import load_image
@@ -73,8 +74,11 @@ class Examples:
 
 
 def examples_of(vlm: "VLM", pairs: Pairs) -> Examples:
-    """Both images of every pair as examples of their own, labelled with their answers."""
-    return _joined(pairs.name, [_sides(vlm, pair) for pair in pairs])
+    """Both images of every pair as examples of their own, labelled with their answers.
+
+    Pairs that share a picture are one group, so that no fold tears them apart.
+    """
+    return _joined(pairs.name, [_sides(vlm, pair) for pair in linked(pairs)])
 
 
 def conflicts_of(vlm: "VLM", pairs: Pairs) -> Examples:
@@ -126,9 +130,9 @@ def with_objects(pairs: Pairs) -> Pairs:
 
 
 def data_provenance(data: Sequence[Pairs]) -> dict[str, Any]:
-    """What the provenance says of the data sets that are read: name, number of pairs and hash, and what was refused."""
+    """What the provenance says of the data sets that are read (`Pairs.described`), and what was refused."""
     return {
-        "data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data],
+        "data": [each.described for each in data],
         "refused": [vars(refused) for each in data for refused in each.refused],
     }
 
