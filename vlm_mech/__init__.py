@@ -54,11 +54,13 @@ if TYPE_CHECKING:
     from vlm_mech.methods.lens.identifiability import identifiability as identifiability
     from vlm_mech.methods.lens.logit_lens import Lens as Lens
     from vlm_mech.methods.lens.logit_lens import lens as lens
+    from vlm_mech.methods.lens.tuned_lens import LensTraining as LensTraining
     from vlm_mech.methods.lens.tuned_lens import TunedLens as TunedLens
     from vlm_mech.methods.lens.tuned_lens import compare_lenses as compare_lenses
     from vlm_mech.methods.lens.tuned_lens import train_tuned_lens as train_tuned_lens
     from vlm_mech.methods.probing import figures as probe_figures  # noqa: F401
     from vlm_mech.methods.probing.data import changed_patches as changed_patches
+    from vlm_mech.methods.probing.descent import ProbeRecipe as ProbeRecipe
     from vlm_mech.methods.probing.probe import probe as probe
     from vlm_mech.models.dual_encoder import DualEncoder as DualEncoder
     from vlm_mech.models.embedded import weights_folder as weights_folder
@@ -98,8 +100,9 @@ _HOMES = {
     "methods.lens.figures": ("patch_words",),
     "methods.lens.identifiability": ("identifiability",),
     "methods.lens.logit_lens": ("Lens", "lens"),
-    "methods.lens.tuned_lens": ("TunedLens", "compare_lenses", "train_tuned_lens"),
+    "methods.lens.tuned_lens": ("LensTraining", "TunedLens", "compare_lenses", "train_tuned_lens"),
     "methods.probing.data": ("changed_patches",),
+    "methods.probing.descent": ("ProbeRecipe",),
     "methods.probing.probe": ("probe",),
     "models.dual_encoder": ("DualEncoder",),
     "models.embedded": ("weights_folder",),

@@ -16,9 +16,8 @@ from vlm_mech.behaviour.erroneous_agreement.data import load_cases
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.methods.attribution.gradient import forward, frozen, gradient
-from vlm_mech.methods.lens.tuned_lens import Training, train_tuned_lens
-from vlm_mech.methods.probing.descent import LINEAR
-from vlm_mech.methods.probing.descent import Recipe as ProbeRecipe
+from vlm_mech.methods.lens.tuned_lens import LensTraining, train_tuned_lens
+from vlm_mech.methods.probing.descent import LINEAR, ProbeRecipe
 from vlm_mech.methods.probing.training import Split
 from vlm_mech.methods.probing.training import train as train_probes
 from vlm_mech.models.dual_encoder import DualEncoder
@@ -38,7 +37,7 @@ def of_gradient(_):
 def of_tuned_lens(_):
     prompts = [Prompt("what colour is the circle?", picture(number)) for number in range(4)]
     lens = train_tuned_lens(
-        fresh(), prompts[:3], prompts[3:], [SITE], "all", training=Training(n_steps=5, check_every=1)
+        fresh(), prompts[:3], prompts[3:], [SITE], "all", training=LensTraining(n_steps=5, check_every=1)
     )
     return list(lens.weights.values())
 

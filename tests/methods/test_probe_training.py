@@ -16,7 +16,7 @@ from vlm_mech.methods.probing import descent, standardisation, training
 from vlm_mech.methods.probing.controls import control_task, shuffled
 from vlm_mech.methods.probing.crossfit import crossfit, is_first, over_seeds, reference
 from vlm_mech.methods.probing.data import Examples, Spot
-from vlm_mech.methods.probing.descent import LINEAR, MLP, Recipe, fast_mlp, small_mlp
+from vlm_mech.methods.probing.descent import LINEAR, MLP, ProbeRecipe, fast_mlp, small_mlp
 from vlm_mech.methods.probing.description_length import online_code
 from vlm_mech.methods.probing.splits import check_leaks, grouped, make_splits, numbered
 from vlm_mech.methods.probing.standardisation import broken_example
@@ -182,7 +182,7 @@ def test_early_stopping_keeps_the_validation_optimum():
     """With few noisy examples a probe overfits; what is kept must be the best of all its epochs."""
     states, labels = clusters(1.0, n=80, width=60)
     split, longest = one_split(80), 25
-    base = Recipe(l2=(0.0,), learning_rate=3e-2, batch_size=16, patience=longest, tolerance=0.0)
+    base = ProbeRecipe(l2=(0.0,), learning_rate=3e-2, batch_size=16, patience=longest, tolerance=0.0)
     target = torch.from_numpy(labels)[None]
 
     def validated(recipe):
@@ -270,7 +270,7 @@ def test_the_rate_falls_in_a_straight_line(monkeypatch):
         descent, "_step", lambda adam, *rest: rates.append(adam.param_groups[0]["lr"]) or real(adam, *rest)
     )
     states, labels = clusters(1.0, n=80, width=6)
-    recipe = Recipe(learning_rate=0.08, batch_size=20, max_epochs=2, patience=2, falling=True)
+    recipe = ProbeRecipe(learning_rate=0.08, batch_size=20, max_epochs=2, patience=2, falling=True)
     list(train(states[None], torch.from_numpy(labels)[None], [one_split(80)], recipe, n_classes=2))
     assert rates == pytest.approx([0.08, 0.06, 0.04, 0.02])
     assert fast_mlp(1200).max_epochs == 4 and fast_mlp(100).max_epochs == 48 and fast_mlp(10**6).max_epochs == 2
@@ -391,8 +391,8 @@ def test_wrong_input_is_one_clear_line():
     with pytest.raises(UsageError, match="is tested 0 times in repeat 0"):
         crossfit({spot(0): states}, labels[None], split[1:], LINEAR, groups=range(40))
     with pytest.raises(UsageError, match="must be at least 1"):
-        Recipe(hidden=(0,))
+        ProbeRecipe(hidden=(0,))
     with pytest.raises(UsageError, match="l2 needs values from 0 up"):
-        Recipe(l2=())
+        ProbeRecipe(l2=())
     with pytest.raises(UsageError, match="at least one hidden layer"):
         small_mlp(())

@@ -11,13 +11,13 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.methods.lens.logit_lens import lens
-from vlm_mech.methods.lens.tuned_lens import Training, TunedLens, compare_lenses, train_tuned_lens
+from vlm_mech.methods.lens.tuned_lens import LensTraining, TunedLens, compare_lenses, train_tuned_lens
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results import metrics
 
 LAYERS = sites("llm.resid_post", [2, 0])
 LAST = Site("llm.resid_post", 3)
-QUICK = Training(n_steps=120, learning_rate=1e-2, batch_tokens=128, check_every=20)
+QUICK = LensTraining(n_steps=120, learning_rate=1e-2, batch_tokens=128, check_every=20)
 
 
 def asked(first: int, n: int) -> list[Prompt]:
@@ -166,4 +166,4 @@ def test_wrong_training_is_refused(vlm):
     with pytest.raises(UsageError, match="0 held-out"):
         train_tuned_lens(vlm, TRAIN, [], LAYERS, "all")
     with pytest.raises(UsageError, match="n_steps is 0"):
-        Training(n_steps=0)
+        LensTraining(n_steps=0)

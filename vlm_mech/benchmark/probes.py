@@ -19,7 +19,7 @@ from vlm_mech.benchmark.cases import PROBES
 from vlm_mech.benchmark.compare import OURS
 from vlm_mech.benchmark.timing import Entry, Timed, interleaved, subset
 from vlm_mech.errors import UsageError
-from vlm_mech.methods.probing.descent import LINEAR, Recipe, fast_mlp
+from vlm_mech.methods.probing.descent import LINEAR, ProbeRecipe, fast_mlp
 from vlm_mech.methods.probing.training import Split, own_probabilities, train
 
 LOOP = "scikit-learn loop"
@@ -51,7 +51,7 @@ class Task:
     labels: Int[np.ndarray, "example"]
     split: Split
     size: Size
-    recipe: Recipe
+    recipe: ProbeRecipe
 
     @property
     def n_cells(self) -> int:

@@ -72,6 +72,11 @@ Span = Union[str, Words, Patches, OneImage, Positions, Tokens, Each, tuple["Span
 """A named span, `Words`, `Patches`, `OneImage`, `Positions`, `Tokens`, `Each`, or a tuple of spans: their union."""
 
 
+def listed(names: str | Sequence[Any]) -> tuple[Any, ...]:
+    """Names given one alone (`"image"`) or several together, as a tuple."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """One image of a prompt: width and height as given, positions of its tokens in the prompt, and how it was cut.

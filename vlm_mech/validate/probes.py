@@ -19,7 +19,7 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.probing.crossfit import crossfit
 from vlm_mech.methods.probing.data import Features, Spot
-from vlm_mech.methods.probing.descent import Recipe
+from vlm_mech.methods.probing.descent import ProbeRecipe
 from vlm_mech.methods.probing.splits import make_splits, numbered
 from vlm_mech.methods.probing.training import Split
 from vlm_mech.organism.planted import Planted
@@ -27,7 +27,7 @@ from vlm_mech.results.claim import LEVEL, Claims, cells_of
 from vlm_mech.results.result import Metric, Result
 
 SPANS = ("last", "image")
-RECIPE = Recipe(l2=(1e-2,), learning_rate=3e-2, max_epochs=20)
+RECIPE = ProbeRecipe(l2=(1e-2,), learning_rate=3e-2, max_epochs=20)
 """A linear probe, cheap: one penalty, large steps."""
 N_FOLDS = 5
 DRAWS = 20

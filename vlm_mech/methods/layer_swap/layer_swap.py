@@ -8,6 +8,7 @@ import pandas as pd
 
 from vlm_mech.data.pairs import DIRECTIONS, Pairs, fitting
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.span import listed
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
 from vlm_mech.methods.layer_swap.findings import takeover, usable_share
@@ -31,8 +32,8 @@ def layer_swap(
     *,
     site: str = "llm",
     point: str = "resid_post",
-    spans: Sequence[str] = (),
-    directions: Sequence[str] = DIRECTIONS,
+    spans: str | Sequence[str] = (),
+    directions: str | Sequence[str] = DIRECTIONS,
     only_correct: bool = True,
     batch: int = 32,
     engine: str = "fast",
@@ -63,7 +64,8 @@ def layer_swap(
     if batch < 1:
         raise UsageError(f"batch is {batch}; at least 1 is needed")
     pairs = fitting(vlm, pairs)
-    sites, spans = swap_sites(vlm, site, point), spans or default_spans(vlm, site)
+    sites, spans = swap_sites(vlm, site, point), listed(spans) or default_spans(vlm, site)
+    directions = listed(directions)
     how: dict[str, Any] = {"directions": directions, "only_correct": only_correct, "engine": engine, "memory": memory}
     starts = range(0, len(pairs), batch)
     done = [swap_states(vlm, pairs[start : start + batch], sites, spans, **how) for start in starts]

@@ -41,7 +41,7 @@ SMALLEST_GAIN = 1e-6
 
 
 @dataclass(frozen=True)
-class Training:
+class LensTraining:
     """How translators are trained.
 
     `sgd` with `learning_rate` 0.1, `momentum` 0.9, `weight_decay` 1e-3 and 250 steps is what the original code does
@@ -176,7 +176,7 @@ def train_tuned_lens(
     sites: Sequence[Site],
     span: Span,
     *,
-    training: Training | None = None,
+    training: LensTraining | None = None,
     batch_size: int = 8,
 ) -> TunedLens:
     """Translators for the sites, trained on every token of the span and stopped by the held-out prompts.
@@ -190,7 +190,7 @@ def train_tuned_lens(
         UsageError: an image (or text without image) is in both sets of prompts, a site that the head cannot read, the
             last `resid_post` (which needs no translator), or an empty span.
     """
-    training, sites = training or Training(), tuple(sites)
+    training, sites = training or LensTraining(), tuple(sites)
     used = [{fingerprint(prompt) for prompt in prompts} for prompts in (train, held_out)]
     if not all(used) or used[0] & used[1]:
         raise UsageError(
@@ -235,7 +235,7 @@ class _Tokens:
 
 
 def _trained(
-    readout: Readout, train: _Tokens, held_out: _Tokens, training: Training
+    readout: Readout, train: _Tokens, held_out: _Tokens, training: LensTraining
 ) -> tuple[tuple[Tensor, Tensor], dict[str, float]]:
     """Weight and bias that were best on the held-out tokens, and the divergences there without and with them."""
     width = train.states.shape[1]
@@ -271,7 +271,7 @@ def _trained(
 
 
 def _optimiser(
-    parameters: list[Tensor], training: Training
+    parameters: list[Tensor], training: LensTraining
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     shared = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     if training.optimiser == "sgd":

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.data import Features, Spot
-from vlm_mech.methods.probing.descent import Recipe
+from vlm_mech.methods.probing.descent import ProbeRecipe
 from vlm_mech.methods.probing.splits import check_leaks
 from vlm_mech.methods.probing.standardisation import broken_example
 from vlm_mech.methods.probing.training import Split, own_probabilities, probabilities, train
@@ -78,7 +78,7 @@ def crossfit(
     features: Features,
     labels: Int[np.ndarray, "variant example"],
     splits: Sequence[Split],
-    recipe: Recipe,
+    recipe: ProbeRecipe,
     *,
     groups: Sequence[Any],
     elsewhere: Features | None = None,
@@ -189,7 +189,7 @@ def _fits(entries: Any, stack: Any, spots: Sequence[Spot], splits: Sequence[Spli
     return pd.DataFrame(rows)
 
 
-def reference(recipe: Recipe, n_train: int, *, seed: int = 0) -> Any:
+def reference(recipe: ProbeRecipe, n_train: int, *, seed: int = 0) -> Any:
     """scikit-learn's counterpart of one probe: standardisation and LogisticRegression or MLPClassifier.
 
     The first penalty of the recipe is taken; `n_train` turns it into scikit-learn's C.

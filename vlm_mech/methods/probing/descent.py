@@ -13,7 +13,7 @@ from vlm_mech.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ProbeRecipe:
     """How probes are trained: widths of the hidden layers (none: linear), penalties to choose from, and the schedule.
 
     The loss is the mean cross-entropy plus half the penalty times the squared weights (biases are free). `patience`
@@ -42,22 +42,22 @@ class Recipe:
         return "mlp" if self.hidden else "linear"
 
 
-LINEAR = Recipe()
-MLP = Recipe(hidden=(512, 128), l2=(1e-4,), learning_rate=2e-3)
+LINEAR = ProbeRecipe()
+MLP = ProbeRecipe(hidden=(512, 128), l2=(1e-4,), learning_rate=2e-3)
 """Three weight layers, as arXiv 2606.06890 is said to have; the widths are ours."""
 
 
-def fast_mlp(n_train: int) -> Recipe:
+def fast_mlp(n_train: int) -> ProbeRecipe:
     """`MLP` in few passes: batches of 100, a falling rate, and as many epochs as show each probe some 4,800 examples.
 
     Passes over the data are what probes of many layers thousands wide cost. Where `MLP` has a much lower validation
     loss, these were too few.
     """
     epochs = max(2, -(-4800 // n_train))
-    return Recipe(MLP.hidden, MLP.l2, 2e-3, batch_size=100, max_epochs=epochs, patience=2, falling=True)
+    return ProbeRecipe(MLP.hidden, MLP.l2, 2e-3, batch_size=100, max_epochs=epochs, patience=2, falling=True)
 
 
-def small_mlp(hidden: tuple[int, ...]) -> Recipe:
+def small_mlp(hidden: tuple[int, ...]) -> ProbeRecipe:
     """The MLP for states a hundred or so wide.
 
     Raises:
@@ -65,7 +65,7 @@ def small_mlp(hidden: tuple[int, ...]) -> Recipe:
     """
     if not hidden:
         raise UsageError("an mlp needs at least one hidden layer, such as 64 32")
-    return Recipe(hidden=hidden, l2=MLP.l2, learning_rate=1e-2, patience=6)
+    return ProbeRecipe(hidden=hidden, l2=MLP.l2, learning_rate=1e-2, patience=6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def descend(
     validation: Part,
     penalties: Float[Tensor, "variant"],
     seeds: Sequence[int],
-    recipe: Recipe,
+    recipe: ProbeRecipe,
     n_steps: int,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Adam on all probes at once: the weights at each one's best validation loss, that loss, and its epoch.
@@ -202,7 +202,7 @@ def _keep(best: list[Tensor], state: Sequence[Tensor], better: Bool[Tensor, "som
 
 
 def _narrowed(
-    adam: torch.optim.Adam, state: list[Tensor], some: Int[Tensor, "some"], recipe: Recipe
+    adam: torch.optim.Adam, state: list[Tensor], some: Int[Tensor, "some"], recipe: ProbeRecipe
 ) -> tuple[list[Tensor], torch.optim.Adam]:
     """The weights of some entries, and Adam with its memory of them."""
     fewer = [each.detach()[some].requires_grad_() for each in state]

@@ -14,7 +14,7 @@ from vlm_mech.data.shared_pictures import components
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.crossfit import by_width, is_first, said, stacked_states
 from vlm_mech.methods.probing.data import Features, Spot
-from vlm_mech.methods.probing.descent import Recipe
+from vlm_mech.methods.probing.descent import ProbeRecipe
 from vlm_mech.methods.probing.training import Split, train
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -44,7 +44,7 @@ class CodeLength:
 def online_code(
     features: Features,
     labels: Int[np.ndarray, "variant example"],
-    recipe: Recipe,
+    recipe: ProbeRecipe,
     *,
     groups: Sequence[Any],
     fractions: Sequence[float] = FRACTIONS,

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from vlm_mech.inputs.image import load_image
 from vlm_mech.methods.probing.crossfit import by_width, stacked_states
 from vlm_mech.methods.probing.data import OBJECT, PATCH, Examples, Features, Spot, read_states
-from vlm_mech.methods.probing.descent import Recipe
+from vlm_mech.methods.probing.descent import ProbeRecipe
 from vlm_mech.methods.probing.training import Split, probabilities, train
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def patch_map(
     classes: Sequence[str],
     features: Features,
     split: Split,
-    recipe: Recipe,
+    recipe: ProbeRecipe,
     *,
     folder: Path,
 ) -> dict[str, Any] | None:

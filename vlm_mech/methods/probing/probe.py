@@ -10,6 +10,7 @@ import pandas as pd
 
 from vlm_mech.data.pairs import Pairs, with_conflict
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.span import listed
 from vlm_mech.methods.probing.crossfit import METRICS
 from vlm_mech.methods.probing.data import (
     conflicts_of,
@@ -20,7 +21,7 @@ from vlm_mech.methods.probing.data import (
     spread,
     with_objects,
 )
-from vlm_mech.methods.probing.descent import LINEAR, Recipe, small_mlp
+from vlm_mech.methods.probing.descent import LINEAR, ProbeRecipe, small_mlp
 from vlm_mech.methods.probing.findings import findings
 from vlm_mech.methods.probing.study import AXES, Design, completed, study
 from vlm_mech.results.result import Result
@@ -41,9 +42,9 @@ def probe(
     pairs: Pairs,
     *,
     conflict: Pairs | None = None,
-    spans: Sequence[str] = ("last", "image", "object"),
-    probes: Sequence[str | Recipe] = ("linear",),
-    controls: Sequence[str] = ("shuffled", "control task"),
+    spans: str | Sequence[str] = ("last", "image", "object"),
+    probes: str | Sequence[str | ProbeRecipe] = ("linear",),
+    controls: str | Sequence[str] = ("shuffled", "control task"),
     every: int = 1,
     grouping: str = "both",
     n_folds: int = 4,
@@ -76,10 +77,9 @@ def probe(
     """
     data = [with_objects(pairs)] + ([] if conflict is None else [with_conflict(with_objects(conflict))])
     examples, conflicts = examples_of(vlm, data[0]), None if conflict is None else conflicts_of(vlm, data[1])
-    spots = spots_of(probe_sites(vlm, every=every), spread(vlm, tuple(spans), examples))
-    design = Design(
-        spots, tuple(map(recipe_of, probes)), tuple(controls), grouping, n_folds, n_seeds, seed, batch, device=device
-    )
+    spots = spots_of(probe_sites(vlm, every=every), spread(vlm, listed(spans), examples))
+    recipes = tuple(map(recipe_of, listed(probes)))
+    design = Design(spots, recipes, listed(controls), grouping, n_folds, n_seeds, seed, batch, device=device)
     with tempfile.TemporaryDirectory() as folder:
         steps = [study(vlm, examples, conflicts, design, step, folder=Path(folder)) for step in design.steps]
     notes = [note for _, note in steps]
@@ -89,7 +89,7 @@ def probe(
     return dataclasses.replace(result, findings=(*findings(result, notes), *remarks(provenance)))
 
 
-def recipe_of(name: str | Recipe, *, hidden: Sequence[int] = (64, 32)) -> Recipe:
+def recipe_of(name: str | ProbeRecipe, *, hidden: Sequence[int] = (64, 32)) -> ProbeRecipe:
     """The recipe of a kind of probe by name.
 
     Args:
@@ -98,8 +98,8 @@ def recipe_of(name: str | Recipe, *, hidden: Sequence[int] = (64, 32)) -> Recipe
     Raises:
         UsageError: there is no such kind.
     """
-    if isinstance(name, Recipe):
+    if isinstance(name, ProbeRecipe):
         return name
     if name not in ("linear", "mlp"):
-        raise UsageError(f"probe {name!r} is not known; linear, mlp or a Recipe is")
+        raise UsageError(f"probe {name!r} is not known; linear, mlp or a ProbeRecipe is")
     return LINEAR if name == "linear" else small_mlp(tuple(hidden))

@@ -29,7 +29,7 @@ from vlm_mech.methods.probing.controls import (
 )
 from vlm_mech.methods.probing.crossfit import Readings, crossfit, is_first, over_seeds
 from vlm_mech.methods.probing.data import Examples, Features, Spot, read_states
-from vlm_mech.methods.probing.descent import Recipe
+from vlm_mech.methods.probing.descent import ProbeRecipe
 from vlm_mech.methods.probing.description_length import online_code
 from vlm_mech.methods.probing.patch_map import patch_map
 from vlm_mech.methods.probing.splits import grouped, make_splits, numbered
@@ -51,7 +51,7 @@ class Design:
     """What is probed and how: the spots, the recipes, the controls, the folds and seeds."""
 
     spots: tuple[Spot, ...]
-    recipes: tuple[Recipe, ...]
+    recipes: tuple[ProbeRecipe, ...]
     controls: tuple[str, ...] = CONTROLS
     grouping: str = "both"
     n_folds: int = 4

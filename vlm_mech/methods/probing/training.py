@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlm_mech.errors import UsageError
-from vlm_mech.methods.probing.descent import Part, Recipe, descend, scores
+from vlm_mech.methods.probing.descent import Part, ProbeRecipe, descend, scores
 from vlm_mech.methods.probing.standardisation import Scaling, broken_example, fit, rotation
 
 COPIES = 8
@@ -72,7 +72,7 @@ def train(
     features: Float[Tensor, "feature example width"],
     labels: Int[Tensor, "variant labelled"],
     splits: Sequence[Split],
-    recipe: Recipe,
+    recipe: ProbeRecipe,
     *,
     n_classes: int,
     memory: int = 2**28,
@@ -153,7 +153,9 @@ def _bytes_of_fit(features: Tensor, n_most: int) -> int:
     return 4 * (scaled + turned)
 
 
-def _bytes_per_entry(features: Tensor, labels: Tensor, splits: Sequence[Split], recipe: Recipe, n_classes: int) -> int:
+def _bytes_per_entry(
+    features: Tensor, labels: Tensor, splits: Sequence[Split], recipe: ProbeRecipe, n_classes: int
+) -> int:
     n_train = max(len(split.train) for split in splits)
     n_held = max(len(split.validation) for split in splits)
     widths = [min(features.shape[-1], n_train), *recipe.hidden, n_classes]
@@ -186,7 +188,7 @@ def _trained(
     fitted: Sequence[tuple[Scaling, Tensor]],
     labels: Tensor,
     splits: Sequence[Split],
-    recipe: Recipe,
+    recipe: ProbeRecipe,
     entries: Entries,
     n_classes: int,
     n_steps: int,
@@ -231,7 +233,7 @@ def _shares(part: Part, n_classes: int) -> Float[Tensor, "entry variant n_classe
 
 
 def _initial(
-    seeds: Sequence[int], recipe: Recipe, width: int, n_rank: int, n_variants: int, n_classes: int
+    seeds: Sequence[int], recipe: ProbeRecipe, width: int, n_rank: int, n_variants: int, n_classes: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases; those of one seed start alike, and the weights of the last layer at zero.
 
