@@ -79,7 +79,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     """A model, its examples, the scenes in conflict, what is done with them, and what is known of the data."""
-    from vlm_mech.data.pairs import load_pairs, with_conflict
+    from vlm_mech.data.pairs import linked, load_pairs, with_conflict
     from vlm_mech.methods.probing.data import conflicts_of, examples_of, probe_sites, spots_of, spread, with_objects
     from vlm_mech.methods.probing.probe import recipe_of
     from vlm_mech.methods.probing.study import Design
@@ -88,7 +88,7 @@ def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     vlm, drawn = VLM.load(name, **config.loading), {"seed": config.seed, "split": config.split}
     n = 128 if config.n is None and config.data.startswith("scenes/") else config.n
     named = [(config.data, n), *((name, config.n_conflict) for name in _conflict(config))]
-    data = [with_objects(load_pairs(name, n=count, **drawn)) for name, count in named]
+    data = [linked(with_objects(load_pairs(name, n=count, **drawn))) for name, count in named]
     data[1:] = [with_conflict(each) for each in data[1:]]
     examples, conflicts = examples_of(vlm, data[0]), conflicts_of(vlm, data[1]) if len(data) > 1 else None
     spots = spots_of(probe_sites(vlm, every=config.every), spread(vlm, config.spans, examples))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from vlm_mech.data.pairs import Pairs, with_conflict
+from vlm_mech.data.pairs import Pairs, linked, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.crossfit import METRICS
 from vlm_mech.methods.probing.data import conflicts_of, examples_of, probe_sites, spots_of, spread, with_objects
@@ -57,8 +57,8 @@ def probe(
     Raises:
         UsageError: a span, probe or control that is not known, or too few examples for the folds.
     """
-    examples = examples_of(vlm, with_objects(pairs))
-    conflicts = None if conflict is None else conflicts_of(vlm, with_conflict(with_objects(conflict)))
+    examples = examples_of(vlm, linked(with_objects(pairs)))
+    conflicts = None if conflict is None else conflicts_of(vlm, with_conflict(linked(with_objects(conflict))))
     spots = spots_of(probe_sites(vlm, every=every), spread(vlm, tuple(spans), examples))
     design = Design(
         spots, tuple(map(recipe_of, probes)), tuple(controls), grouping, n_folds, n_seeds, seed, batch, device=device
