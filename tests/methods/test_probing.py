@@ -13,7 +13,7 @@ from PIL import Image
 from experiments import probing
 from tests.helpers import assert_help_is_light, command
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pair, Pairs, load_pairs
+from vlm_mech.data.pairs import Pair, Pairs, linked, load_pairs
 from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
@@ -122,7 +122,7 @@ def test_pairs_that_share_a_picture_are_in_one_fold(vlm):
         Pair(f"{n} {asked}", scene("red", n, 0, n), scene("blue", n, 0, n + 50), asked, "red", "blue")
         for asked in ("what is this?", "what colour is the circle?") for n in range(4)
     ]  # fmt: skip
-    examples = examples_of(vlm, Pairs("mine", tuple(made)))
+    examples = examples_of(vlm, linked(Pairs("mine", tuple(made))))
     numbers = grouped(examples, "scene")
     assert len(set(numbers.tolist())) == 4
     labels = np.array([label == "red" for label in examples.labels], dtype=int)

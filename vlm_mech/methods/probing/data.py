@@ -1,7 +1,6 @@
 """What probes are fitted on: labelled prompts, and their states at the places and spans that are read.
 
-Every pair of a data set gives two examples, one an image; a scene and its counterfactual twin share a group, and so do
-pairs that share a picture.
+Every pair of a data set gives two examples, one an image; a scene and its counterfactual twin share a group.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pair, Pairs, checked, linked, with_conflict
+from vlm_mech.data.pairs import Pair, Pairs, checked, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.extraction.extract import NAMED, extract
 from vlm_mech.inputs.image import load_image
@@ -76,9 +75,9 @@ class Examples:
 def examples_of(vlm: "VLM", pairs: Pairs) -> Examples:
     """Both images of every pair as examples of their own, labelled with their answers.
 
-    Pairs that share a picture are one group, so that no fold tears them apart.
+    Groups are those of the pairs; `data.pairs.linked` gives pairs that share a picture the same one.
     """
-    return _joined(pairs.name, [_sides(vlm, pair) for pair in linked(pairs)])
+    return _joined(pairs.name, [_sides(vlm, pair) for pair in pairs])
 
 
 def conflicts_of(vlm: "VLM", pairs: Pairs) -> Examples:
