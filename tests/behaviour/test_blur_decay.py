@@ -10,7 +10,7 @@ from experiments import blur_decay
 from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
-from vlm_mech.behaviour.blur_decay import blur, data, study
+from vlm_mech.behaviour.blur_decay import blur, study
 from vlm_mech.behaviour.blur_decay.blur import MEAN, NONE, blurred, decayed, kernel, levels_of, resized
 from vlm_mech.behaviour.blur_decay.study import compared
 from vlm_mech.data.pairs import load_pairs, partners
@@ -139,8 +139,8 @@ def test_answers_are_held_against_those_about_their_own_clear_picture(vlm):
     options = [(pair.answer, pair.counterfactual_answer) for pair in pairs]
     for (view, floor), both in zip(study.FLOORS.items(), (options, [each[::-1] for each in options]), strict=True):
         shown = [resized(load_image(image)) for image in images[view]]
-        clear = data.answers_at(vlm, pairs, shown, max_new_tokens=8)
-        strange = data.answers_at(vlm, pairs, [shown[other] for other in others], max_new_tokens=8)
+        clear = study.answers_at(vlm, pairs, shown, max_new_tokens=8)
+        strange = study.answers_at(vlm, pairs, [shown[other] for other in others], max_new_tokens=8)
         for name, texts in ((view, clear), (floor, strange)):
             rows = table[(table["view"] == name) & (table["level"] == "1")]
             assert rows["answer"].tolist() == texts
