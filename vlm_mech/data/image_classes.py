@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_mech.data.picture_parts import SHARES, Labelled, deal, draw_parts
+from vlm_mech.data.render import render
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import CLASSES, COLOURS, PRIORS, SHAPES, SPLITS, Scene, Split
 from vlm_mech.data.user_files import Refused, read_cells
@@ -159,8 +160,6 @@ def _scenes(data: str, sizes: dict[str, int | None], seed: int) -> Classes:
 
 def _sampled(data: str, names: tuple[str, ...], part: str, split: Split, n: int, seed: int) -> Iterator[Labelled]:
     """Scenes with one thing (beetles may have another beside them), classes in turn, in an order drawn anew a round."""
-    from vlm_mech.data.render import render
-
     rng, made = random.Random(f"{data}/{part}/{seed}"), 0
     while made < n:
         for name in rng.sample(names, min(len(names), n - made)):

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from PIL import Image
 
+from vlm_mech.data.counterfactual_scenes import PAIR_SETS, sample_pairs
 from vlm_mech.data.pair import SIDES, Pair
 from vlm_mech.data.pair_folder import FILE, read_pairs
+from vlm_mech.data.render import render
 from vlm_mech.data.shared_pictures import components, pixel_hash
 from vlm_mech.data.user_files import Refused
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.models.spelling import spelling_of
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -136,8 +139,6 @@ def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 
         return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split)
     folder = Path(name_or_folder)
     if not (folder / FILE).is_file():
-        from vlm_mech.data.counterfactual_scenes import PAIR_SETS
-
         names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
         raise UsageError(f"data {str(name_or_folder)!r} is neither a folder with {FILE} nor one of {names}")
     drawn = read_pairs(folder, n=n, seed=seed)
@@ -145,9 +146,6 @@ def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 
 
 
 def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
-    from vlm_mech.data.counterfactual_scenes import sample_pairs
-    from vlm_mech.data.render import render
-
     pairs = []
     for found in sample_pairs(name.removeprefix("scenes/"), n, seed=seed, split=split):
         pairs.append(
@@ -301,7 +299,6 @@ def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
     Raises:
         UsageError: none fits.
     """
-    from vlm_mech.models.spelling import spelling_of
 
     what = f"fits {vlm.name}"
     pairs = checked(pairs, lambda pair: _check_prompts(vlm, pair), what)
