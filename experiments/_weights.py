@@ -1,10 +1,11 @@
 """The wiring of `python -m experiments.layer_swap --swap weights`: blocks of a checkpoint and its tune exchanged."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from vlm_mech.runs.contract import SweepConfig, about
+from experiments._swap_config import Config
+from vlm_mech.runs.contract import about
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
@@ -14,29 +15,7 @@ QUESTION = (
 )
 
 
-@dataclass(frozen=True)
-class WeightSwapConfig(SweepConfig):
-    """Options of an exchange of weights, some of which a swap of states has too."""
-
-    data: str = ""
-    """Generated pairs or a folder; by default scenes/colour, for weights (in conflict alone) scenes/colour-conflict."""
-    split: Literal["test", "validation", "train"] = "test"
-    """Split of the generated scenes."""
-    batch: int = 32
-    """Pairs a forward pass."""
-    tuned: str = "organism-grounded"
-    """Weights: the tune of the model, or a folder with its adapter (needs peft)."""
-    second: str | None = None
-    """Weights: another tune, as a further control."""
-    part: Literal["block", "attention", "mlp"] = "block"
-    """Weights: whole blocks, or their attention or MLP only (each with the norm before it)."""
-    schedules: tuple[Literal["suffix", "prefix", "single", "window"], ...] = ("suffix", "prefix", "single", "window")
-    """Weights: layers from each on, up to each, each alone, or a window around it."""
-    window: int = 3
-    """Weights: layers of a window."""
-
-
-def run_weights(config: WeightSwapConfig, work: Workspace) -> Outcome:
+def swap_weights(config: Config, work: Workspace) -> Outcome:
     """The result, its figures by schedule and donor, and example pictures."""
     from vlm_mech.data.pairs import conflict_first, fitting, load_pairs, with_conflict
     from vlm_mech.inputs.image import load_image
@@ -64,27 +43,25 @@ def run_weights(config: WeightSwapConfig, work: Workspace) -> Outcome:
     return Outcome(result, figures.drawn(result), pictures)
 
 
-def _tuned(config: WeightSwapConfig) -> Any:
+def _tuned(config: Config) -> Any:
     """The tuned model, or the folder of its adapter."""
-    return config.tuned if _is_adapter(config.tuned) else _loaded(config, config.tuned)
+    return config.tuned if _is_adapter(config.tuned) else _model(config, config.tuned)
 
 
-def _second(config: WeightSwapConfig) -> Any:
+def _second(config: Config) -> Any:
     """Another tuned model, or the blocks of the base with another adapter."""
     from vlm_mech.methods.weight_swap.blocks import adapted
 
     if config.second is None or not _is_adapter(config.second):
-        return _loaded(config, config.second)
-    return dataclasses.replace(adapted(_loaded(config, config.model), config.second)[1], name="second")
+        return _model(config, config.second)
+    return dataclasses.replace(adapted(_model(config, config.model), config.second)[1], name="second")
 
 
 def _is_adapter(name: str) -> bool:
-    from pathlib import Path
-
     return (Path(name) / "adapter_config.json").is_file()
 
 
-def _loaded(config: WeightSwapConfig, name: str | None) -> Any:
+def _model(config: Config, name: str | None) -> Any:
     from vlm_mech.models.vlm import VLM
 
     return None if name is None else VLM.load(name, **config.loading)

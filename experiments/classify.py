@@ -59,7 +59,7 @@ class Config(RunConfig):
     qa: Path | None = None
     """jsonl of questions about the class (image, class, question, options, answer); beetles for the scenes."""
     n_qa: int = 64
-    """Number of two-hop questions, and of other questions of each type around tuning."""
+    """Number of two-hop questions (drawn with the seed), and of other questions of each type around tuning."""
     tune: Literal["none", "projector", "lora"] = "none"
     """Fine-tune on the training pictures, and ask everything again; lora trains the projector too (needs peft)."""
     tune_steps: int = 200

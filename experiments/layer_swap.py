@@ -6,39 +6,29 @@ directions, and measures how much of the way to the other answer that goes (coun
 2606.06890).
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from experiments._weights import WeightSwapConfig, run_weights
+from experiments._swap_config import Config
+from experiments._weights import swap_weights
+from vlm_mech.errors import UsageError
 from vlm_mech.runs.contract import about, main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
-QUESTION = (
-    "Each question is asked about an image and about its counterfactual, which differs in one attribute and so has "
-    "another answer. One run's hidden states replace the other's at one layer and one span of tokens; the recovered "
-    "fraction says how far the answer moves, 0 (its own) to 1 (the other image's)."
-)
+
+def plan(config: Config) -> Any:
+    """What the run will need."""
+    from vlm_mech.methods.layer_swap.study import plan_swap
+
+    if config.swap == "weights":
+        raise UsageError("--dry-run foresees swaps of states only; an exchange of weights keeps one pass a hybrid")
+    *what, directions = _loaded(config)
+    return plan_swap(*what, directions=directions, batch=config.batch, memory=config.memory)
 
 
-@dataclass(frozen=True)
-class Config(WeightSwapConfig):
-    """Options of the layer swap."""
-
-    swap: Literal["state", "weights"] = "state"
-    """What is exchanged: hidden states of a run and its counterfactual, or decoder blocks of a model and its tune."""
-    site: Literal["llm", "projector", "vision"] = "llm"
-    """Where: the decoder, the projector, or the vision tower."""
-    point: Literal["resid_post", "resid_pre", "attn_out", "mlp_out"] = "resid_post"
-    """Which tensor of each block."""
-    spans: tuple[str, ...] = ()
-    """Spans of tokens to swap; for llm: image question last all."""
-    direction: Literal["both", "noising", "denoising"] = "both"
-    """Noising puts the counterfactual's states into the image's run, denoising the reverse."""
-    all: bool = False
-    """Keep pairs that the model answers wrongly on either image."""
-    engine: Literal["fast", "trace"] = "fast"
-    """The fast one computes only what can change; trace runs a whole pass for every cell."""
+def run(config: Config, work: Workspace) -> Outcome:
+    """The result, its figures, and example pictures."""
+    return swap_weights(config, work) if config.swap == "weights" else _swap_states(config, work)
 
 
 def _loaded(config: Config) -> tuple[Any, ...]:
@@ -54,26 +44,12 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     return vlm, fitting(vlm, pairs), sites, config.spans or default_spans(vlm, config.site), directions
 
 
-def plan(config: Config) -> Any:
-    """What the run will need."""
-    from vlm_mech.errors import UsageError
-    from vlm_mech.methods.layer_swap.study import plan_swap
-
-    if config.swap == "weights":
-        raise UsageError("--dry-run foresees swaps of states only; an exchange of weights keeps one pass a hybrid")
-
-    *what, directions = _loaded(config)
-    return plan_swap(*what, directions=directions, batch=config.batch, memory=config.memory)
-
-
-def run(config: Config, work: Workspace) -> Outcome:
+def _swap_states(config: Config, work: Workspace) -> Outcome:
     """The result, its heatmap and line figure, and example pictures."""
-    if config.swap == "weights":
-        return run_weights(config, work)
     from vlm_mech.data.pairs import pictures
     from vlm_mech.interventions.receipt import add_up, summarise
     from vlm_mech.methods.layer_swap.figures import drawn
-    from vlm_mech.methods.layer_swap.layer_swap import swap_result, told
+    from vlm_mech.methods.layer_swap.layer_swap import QUESTION, swap_result, told
     from vlm_mech.methods.layer_swap.study import swap_states
 
     vlm, pairs, sites, spans, directions = _loaded(config)

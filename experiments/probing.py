@@ -10,12 +10,6 @@ from vlm_mech.runs.contract import RunConfig, main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
-QUESTION = (
-    "Probes are fitted on hidden states of some scenes and tested on others, with other things in them. Accuracy says "
-    "what could be read there, not what the model uses: compare it with the controls. In scenes that show an unusual "
-    "colour, the probabilities say whether a place holds what is shown or what is usual."
-)
-
 
 @dataclass(frozen=True)
 class Config(RunConfig):
@@ -59,6 +53,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     from vlm_mech.methods.probing import figures, findings
     from vlm_mech.methods.probing.crossfit import METRICS
+    from vlm_mech.methods.probing.probe import QUESTION
     from vlm_mech.methods.probing.study import AXES, completed, study
     from vlm_mech.results.result import Result
 
@@ -80,7 +75,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     """A model, its examples, the scenes in conflict, what is done with them, and what is known of the data."""
     from vlm_mech.data.pairs import load_pairs, with_conflict
-    from vlm_mech.methods.probing.data import conflicts_of, examples_of, probe_sites, spots_of, spread, with_objects
+    from vlm_mech.methods.probing import data as probing_data
     from vlm_mech.methods.probing.probe import recipe_of
     from vlm_mech.methods.probing.study import Design
     from vlm_mech.models.vlm import VLM
@@ -88,16 +83,17 @@ def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     vlm, drawn = VLM.load(name, **config.loading), {"seed": config.seed, "split": config.split}
     n = 128 if config.n is None and config.data.startswith("scenes/") else config.n
     named = [(config.data, n), *((name, config.n_conflict) for name in _conflict(config))]
-    data = [with_objects(load_pairs(name, n=count, **drawn)) for name, count in named]
+    data = [probing_data.with_objects(load_pairs(name, n=count, **drawn)) for name, count in named]
     data[1:] = [with_conflict(each) for each in data[1:]]
-    examples, conflicts = examples_of(vlm, data[0]), conflicts_of(vlm, data[1]) if len(data) > 1 else None
-    spots = spots_of(probe_sites(vlm, every=config.every), spread(vlm, config.spans, examples))
+    examples = probing_data.examples_of(vlm, data[0])
+    conflicts = probing_data.conflicts_of(vlm, data[1]) if len(data) > 1 else None
+    sites, spans = probing_data.probe_sites(vlm, every=config.every), probing_data.spread(vlm, config.spans, examples)
+    spots = probing_data.spots_of(sites, spans)
     recipes = tuple(recipe_of(probe, hidden=config.hidden) for probe in config.probes)
     options = {"grouping": config.grouping, "n_folds": config.folds, "n_seeds": config.seeds, "seed": config.seed}
     options |= {"batch": config.batch, "mdl": config.mdl, "device": config.device}
-    known: dict[str, Any] = {"data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data]}
-    known["refused"] = [vars(refused) for each in data for refused in each.refused]
-    return vlm, examples, conflicts, Design(spots, recipes, config.controls, **options), known
+    design = Design(spots, recipes, config.controls, **options)
+    return vlm, examples, conflicts, design, probing_data.data_provenance(data)
 
 
 def _conflict(config: Config) -> list[str]:

@@ -1,4 +1,4 @@
-"""The two ways in which a call can go wrong through no fault of this library, and how a command ends then."""
+"""The two ways in which a call can go wrong through no fault of this library, and how they are told."""
 
 import contextlib
 import sys
@@ -16,6 +16,17 @@ class TooLargeError(UsageError):
 
 class WorkError(RuntimeError):
     """Work that failed although it was asked for rightly. Commands exit with status 1."""
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """The text on one line of at most so many characters; of a longer one, its beginning and its end."""
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    gap = f" [... of {len(line)} characters ...] "
+    kept = max(most - len(gap), 0)
+    end = kept // 3
+    return line[: kept - end] + gap + line[len(line) - end :]
 
 
 @contextlib.contextmanager

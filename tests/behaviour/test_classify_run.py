@@ -60,7 +60,7 @@ def test_a_folder_may_have_parts_and_names_of_its_own(tmp_path):
     for part in ("train", "val", "test"):
         for name in ("n01", "n02"):
             (tmp_path / part / name).mkdir(parents=True)
-            picture(1).save(tmp_path / part / name / "a.png")
+            picture(len(part) + 20 * int(name[-1])).save(tmp_path / part / name / "a.png")
     table = tmp_path / "names.csv"
     table.write_text('n01,red circle\nn02,"blue star"\n')
     data = load_classes(str(tmp_path), names=table)
@@ -70,9 +70,8 @@ def test_a_folder_may_have_parts_and_names_of_its_own(tmp_path):
     table.write_text("n01,red circle\n")
     with pytest.raises(UsageError, match="no line for the class 'n02'"):
         load_classes(str(tmp_path), names=table)
-    table.write_text("n01,red circle\nn02,Red  Circle\n")
-    with pytest.raises(UsageError, match="'red circle' and 'Red  Circle' are the same words"):
-        load_classes(str(tmp_path), names=table)
+    table.write_bytes(b"\xef\xbb\xbfn01,red circle\r\nn02,blue star\r\n")
+    assert load_classes(str(tmp_path), names=table).names == ("red circle", "blue star"), "a byte order mark hides none"
 
 
 def test_folders_that_hold_no_classes_are_refused(tmp_path):
@@ -88,7 +87,6 @@ def test_folders_that_hold_no_classes_are_refused(tmp_path):
     with pytest.raises(UsageError, match="there is only the class red; at least two are needed"):
         load_classes(str(tmp_path))
     for other, text in (
-        ("Red_", "are the same words 'red'"),
         ("...", "holds no picture|holds no word"),
         ("blue", "'blue' has 1 picture"),
     ):
@@ -123,15 +121,15 @@ def test_a_dataset_of_the_hub_takes_the_same_path():
     features = datasets.Features({"img": datasets.Image(), "fine": datasets.ClassLabel(names=["red_circle", "blue"])})
     made = {
         name: datasets.Dataset.from_dict(
-            {"img": [picture(number) for number in range(8)], "fine": [0, 1] * 4}, features=features
+            {"img": [picture(first + number) for number in range(8)], "fine": [0, 1] * 4}, features=features
         )
-        for name in ("train", "test")
+        for name, first in (("train", 20), ("test", 0))
     }
     table = made["test"].cast_column("img", datasets.Image(decode=False)).to_list()
     table[0]["img"]["bytes"] = b"no picture"
     made["test"] = datasets.Dataset.from_list(table, features=features)
     data = from_splits("hf:a/b", datasets.DatasetDict(made), {"train": None, "validation": None, "test": None}, seed=0)
-    assert data.names == ("red circle", "blue") or data.names == ("blue", "red circle")
+    assert data.names == ("red circle", "blue")
     assert len(data.train) + len(data.validation) == 8 and len(data.test) == 7 and data.refused[0].id == "test 0"
     assert (
         np.abs(np.asarray(data.test[0].image, int) - np.asarray(picture(int(data.test[0].id.split()[1])), int)).max()

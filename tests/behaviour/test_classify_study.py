@@ -144,12 +144,18 @@ def test_questions_of_the_users_own(vlm, tmp_path):
     path = tmp_path / "qa.jsonl"
     told = row | {"question": "what is there?", "options": ["red", "blue", "green"], "answer": "green"}
     path.write_text(json.dumps(row | {"answer": "blue"}) + "\n\n" + json.dumps(told) + "\n")
-    asked = load_questions(path, WORDINGS["plain"])
+    asked = load_questions(path, WORDINGS["plain"]).asked
     assert asked[1].question == "what colour is the cat? answer with one of: red, blue."
     assert asked[4].question.startswith("The object is a cat. what is there? answer")
-    assert [each.task for each in asked[:3]] == [TWO_HOP, NAMED, UNSEEN] and len(
-        load_questions(path, WORDINGS["plain"], n=1)
-    ) == 3
+    assert [each.task for each in asked[:3]] == [TWO_HOP, NAMED, UNSEEN]
+    drawn = [load_questions(path, WORDINGS["plain"], n=1, seed=seed) for seed in range(8)]
+    assert {len(each.asked) for each in drawn} == {3} and {each.asked[0].answer for each in drawn} == {"blue", "green"}
+    assert drawn[0].drawn == "1 of 2 rows, drawn with seed 0"
+    with path.open("a") as lines:
+        lines.write(json.dumps(told | {"image": "none.png"}) + "\n")
+    found = load_questions(path, WORDINGS["plain"])
+    assert len(found.asked) == 6 and [each.id for each in found.refused] == ["4"], "one bad line, the rest is asked"
+    assert "does not exist" in found.refused[0].reason
     for change, text in (
         ({"answer": "green"}, "answer 'green' is none of the options red, blue"),
         ({"answer": "red", "options": ["red"]}, "only the class red"),

@@ -1,8 +1,11 @@
 """Pairs: turned round, asked about pictures of others, cut by groups, and what a folder may hold."""
 
+import base64
 import dataclasses
+import io
 import json
 
+import numpy as np
 import pytest
 
 from tests.helpers import as_folder
@@ -14,12 +17,14 @@ from vlm_mech.data.pairs import (
     about_others,
     by_groups,
     conflict_first,
+    linked,
     load_pairs,
     partners,
     turned,
     with_conflict,
 )
 from vlm_mech.errors import UsageError
+from vlm_mech.methods.layer_swap.layer_swap import layer_swap
 
 SOME_SIDES = ("first", "second", None)
 
@@ -91,6 +96,25 @@ def test_parts_share_no_group(n, groups, shares, sizes):
     assert [part.digest for part in again] == [part.digest for part in parts]
 
 
+def test_pairs_that_share_a_picture_stay_in_one_part():
+    """The picture of pair n is the counterfactual of pair n + 1, in twos; ids and groups do not say so."""
+    made = [
+        Pair(f"p{n}", picture(n), picture(n - 1 if n % 2 else 100 + n), "what?", f"a{n}", f"b{n}", group=f"g{n}")
+        for n in range(12)
+    ]
+    pairs = Pairs("some", tuple(made))
+    assert [pair.group for pair in linked(pairs)] == [f"g{n - n % 2}" for n in range(12)]
+    for seed in range(8):
+        parts = by_groups(pairs, (0.5,), seed=seed)
+        shown = [
+            {image.tobytes() for pair in part for image in (pair.image, pair.counterfactual_image)} for part in parts
+        ]
+        assert not shown[0] & shown[1] and [len(part) for part in parts] == [6, 6]
+        assert {pair.group for part in parts for pair in part} == {pair.group for pair in pairs}, "pairs are as given"
+    apart = some(6, groups=3)
+    assert [pair.group for pair in linked(apart)] == [pair.group for pair in apart]
+
+
 @pytest.mark.parametrize(("groups", "shares"), [(1, (0.5,)), (4, (0.6, 0.2)), (6, (1.0,)), (6, (0.0,))])
 def test_a_part_without_a_group_is_refused(groups, shares):
     with pytest.raises(UsageError, match=f"some has {groups} groups of pairs; too few for {len(shares) + 1} parts"):
@@ -108,6 +132,21 @@ def test_two_pictures_of_the_same_pixels_are_no_pair(tmp_path):
     pairs = load_pairs(tmp_path)
     assert [pair.id for pair in pairs] == ["pair"]
     assert pairs.refused == (Refused("copy", "both pictures have the same pixels"),)
+
+
+def test_pairs_made_in_python_take_pictures_in_every_form(vlm):
+    buffers = [io.BytesIO() for _ in range(2)]
+    for number, buffer in enumerate(buffers, 1):
+        picture(number).save(buffer, "PNG")
+    contents = [buffer.getvalue() for buffer in buffers]
+    texts = [base64.b64encode(content).decode() for content in contents]
+    other = Pair("1", picture(3), picture(4), "what is this?", "red", "blue")
+    expected = Pairs("mine", (Pair("0", picture(1), picture(2), "what is this?", "red", "blue"), other))
+    swapped = layer_swap(vlm, expected, only_correct=False).table
+    for forms in (contents, texts, [np.asarray(picture(1)), {"bytes": contents[1], "path": None}]):
+        pairs = Pairs("mine", (Pair("0", *forms, "what is this?", "red", "blue"), other))
+        assert pairs.digest == expected.digest and linked(pairs).pairs == pairs.pairs
+        assert layer_swap(vlm, pairs, only_correct=False).table.equals(swapped)
 
 
 @pytest.mark.usefixtures("untyped")

@@ -1,6 +1,8 @@
 """Extraction over data sets: equal to `trace.read`, resumable to the byte, bounded in memory."""
 
+import base64
 import gc
+import io
 import json
 import weakref
 
@@ -247,6 +249,19 @@ def test_unreadable_images_are_listed(wrapped, tmp_path, pool):
             assert torch.equal(states.whole(site, "last", 3), by_hand(vlm, [prompts[3]], site, "last", 0))
             with pytest.raises(UsageError, match="prompt 4 was refused"):
                 states.whole(site, "last", 4)
+
+
+def test_pictures_in_base64_are_told_apart(wrapped, tmp_path):
+    """Other pictures are another extraction; as file names too long to look up they all were the same."""
+    given = []
+    for prompt in some(2):
+        buffer = io.BytesIO()
+        prompt.images[0].resize((200, 200)).save(buffer, "PNG")
+        given.append(Prompt("what?", base64.b64encode(buffer.getvalue()).decode()))
+    options = {"spans": "last", "folder": tmp_path / "states"}
+    assert len(extract(wrapped("llava_clip"), given[:1], RESIDUALS, **options)) == 1
+    with pytest.raises(UsageError, match="prompts"):
+        extract(wrapped("llava_clip"), given[1:], RESIDUALS, **options)
 
 
 def test_no_readable_image_at_all(wrapped, tmp_path):

@@ -1,5 +1,7 @@
 """Prompts and spans, on pictures of every shape, and the way back from a patch to its pixels."""
 
+import base64
+import io
 import zlib
 
 import numpy as np
@@ -146,8 +148,8 @@ def test_images_from_paths_and_what_is_no_image(vlm, tmp_path):
         load_image(tmp_path / "half.png")
     with pytest.raises(UsageError, match="does not exist"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(UsageError, match="not ndarray"):
-        load_image(np.zeros((4, 4, 3)))
+    with pytest.raises(UsageError, match="not int"):
+        load_image(3)
 
 
 def test_images_of_every_kind_are_upright_rgb_or_refused(tmp_path):
@@ -178,6 +180,40 @@ def test_images_of_every_kind_are_upright_rgb_or_refused(tmp_path):
         with pytest.raises(UsageError, match=f"{name}' has {values}; 8 bits") as caught:
             load_image(tmp_path / name)
         assert "cannot be read" not in str(caught.value)
+
+
+def test_pictures_in_memory_are_pictures_in_every_form(vlm):
+    buffer = io.BytesIO()
+    picture(1).save(buffer, "PNG")
+    content, pixels = buffer.getvalue(), np.asarray(picture(1))
+    text = base64.b64encode(content).decode()
+    expected = vlm.encode(Prompt("what is this?", picture(1))).inputs["pixel_values"]
+    for given in (
+        content, text, f"data:image/png;base64,{text}", "\n".join(text[at : at + 76] for at in range(0, len(text), 76)),
+        pixels, {"bytes": content, "path": None}, {"bytes": None, "path": "a.png", "array": 1} | {"bytes": text},
+    ):  # fmt: skip
+        assert load_image(given).tobytes() == picture(1).tobytes()
+        assert (vlm.encode(Prompt("what is this?", given)).inputs["pixel_values"] == expected).all()
+        assert (vlm.encode(Prompt("what is this?", [given])).inputs["pixel_values"] == expected).all()
+    assert load_image(pixels[..., 0]).tobytes() == picture(1).getchannel(0).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (b"no picture", "the image cannot be read: it is in no format that Pillow knows"),
+        ("data:image/png;base64,AAAA", "cannot be read"),
+        ("A" * 23_247, r"image 'AAA.* \[... of 23249 characters ...\] A+' does not exist"),
+        (np.zeros((4, 4, 3)), r"array of float64 of shape \(4, 4, 3\); uint8 of"),
+        (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\); uint8 of \(height, width\), \(height, width, 3\)"),
+        ({"pixels": 1}, "a mapping of pixels; bytes or path is needed"),
+        ({"bytes": None, "path": "none.png"}, "'none.png' does not exist"),
+    ],
+)
+def test_what_is_no_picture_is_one_short_line(given, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        load_image(given)
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
 
 def test_a_file_that_claims_to_be_huge_is_refused_before_it_is_unpacked(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import Pair, Pairs, fitting
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.interventions.trace import run
@@ -118,7 +118,7 @@ def test_wrongly_answered_pairs_are_counted_and_left_out(vlm, pairs):
     wrong = table["skipped"] == WRONG
     assert wrong.any() and table[wrong]["logit_diff"].isna().all()
     result = Result("swap", table, ("direction", "span", "layer"), METRICS)
-    with pytest.raises(WorkError, match="--all keeps the others too"):
+    with pytest.raises(WorkError, match=r"\(only_correct=False, or --all of the command, keeps the others too\)"):
         usable_share(result, pairs)
 
 
@@ -148,9 +148,11 @@ def test_nothing_is_claimed_without_values(table):
 @pytest.mark.parametrize("site", ["llm", "projector", "vision"])
 def test_one_call_gives_the_table_of_the_study(vlm, pairs, site):
     result = layer_swap(vlm, pairs, site=site, only_correct=False)
-    sites = swap_sites(vlm, site, "resid_post")
+    pairs, sites = fitting(vlm, pairs), swap_sites(vlm, site, "resid_post")
     table, receipts = swap_states(vlm, pairs, sites, default_spans(vlm, site), only_correct=False)
     pd.testing.assert_frame_equal(result.table, table)
     assert result.axes == ("direction", "span", "point" if site == "projector" else "layer")
     assert result.provenance["receipts"]["receipts"] == len(receipts)
     assert result.findings == findings(result, pairs) == (usable_share(result, pairs), *takeover(result))
+    with pytest.raises(UsageError, match="batch is 0; at least 1 is needed"):
+        layer_swap(vlm, pairs, batch=0)

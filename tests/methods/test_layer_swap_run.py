@@ -1,5 +1,6 @@
 """The run contract through the layer swap: files, repeating, resuming, one-line errors, pairs of the user's own."""
 
+import dataclasses
 import json
 import re
 
@@ -9,7 +10,10 @@ import pytest
 from experiments import layer_swap
 from tests.helpers import assert_help_is_light, command, killed_at, options
 from tests.zoo.tiny import picture
+from vlm_mech.data.pairs import load_pairs
+from vlm_mech.methods.layer_swap import layer_swap as one_call
 from vlm_mech.methods.layer_swap import study
+from vlm_mech.models.vlm import VLM
 from vlm_mech.results import figures
 from vlm_mech.results.result import Result
 
@@ -64,6 +68,18 @@ def test_a_run_leaves_what_the_contract_says(finished):
         assert (finished / "figures" / f"{name}.html").stat().st_size > 10_000
 
 
+def test_one_call_leaves_out_and_tells_what_the_experiment_does(finished, model_folder, data_folder):
+    saved = Result.load(finished)
+    vlm, pairs = VLM.load(str(model_folder)), load_pairs(data_folder)
+    result = one_call.layer_swap(vlm, pairs, only_correct=False, batch=2)
+    pd.testing.assert_frame_equal(result.table, saved.table)
+    told = ("question", "model", "data", "refused", "receipts", "answers")
+    assert set(told) <= set(result.provenance)
+    assert result.provenance == {key: saved.provenance[key] for key in result.provenance}
+    assert result.provenance["data"]["n"] == 6 and len(result.provenance["refused"]) == 2
+    assert result.findings == saved.findings and "2 examples could not be used: pair 3" in result.findings[-1]
+
+
 def test_figures_are_redrawn_from_the_saved_file_alone(finished):
     result = Result.load(finished)
     again = figures.heatmap(result, x="layer", y="span", metric="recovered", facet="direction")
@@ -82,8 +98,10 @@ def test_a_saved_config_repeats_the_numbers(finished, tmp_path):
     assert command(layer_swap, "--config", finished / "config.json", "--out", tmp_path / "again") == 0
     assert (tmp_path / "again" / "result.parquet").read_bytes() == (finished / "result.parquet").read_bytes()
     assert (tmp_path / "again" / "summary.csv").read_bytes() == (finished / "summary.csv").read_bytes()
-    assert command(layer_swap, "--config", finished / "config.json", "--n", "2", "--out", tmp_path / "two") == 0
-    assert Result.load(tmp_path / "two").table["example"].nunique() == 2
+    assert command(layer_swap, "--config", finished / "config.json", "--n", "4", "--out", tmp_path / "some") == 0
+    some = Result.load(tmp_path / "some")
+    assert 2 <= some.table["example"].nunique() <= 4
+    assert some.provenance["data"]["drawn"] == "4 of 8 rows, drawn with seed 0"
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(model_folder, data_folder, finished, tmp_path, monkeypatch, capsys):
@@ -101,15 +119,15 @@ def test_a_killed_run_resumes_to_the_same_bytes(model_folder, data_folder, finis
 
 def test_nothing_is_overwritten_unless_asked_and_then_only_our_own(model_folder, data_folder, tmp_path, capsys):
     out = tmp_path / "out"
-    assert command(layer_swap, *options(model_folder, data_folder, out, "--n", "2")) == 0
+    assert command(layer_swap, *options(model_folder, data_folder, out, "--n", "4")) == 0
     (out / "notes.txt").write_text("mine")
     (out / "figures" / "mine.html").write_text("mine")
     before = (out / "result.parquet").read_bytes()
-    assert command(layer_swap, *options(model_folder, data_folder, out, "--n", "4")) == 2
+    assert command(layer_swap, *options(model_folder, data_folder, out, "--n", "8")) == 2
     assert "is not empty" in capsys.readouterr().err
     assert (out / "result.parquet").read_bytes() == before
-    assert command(layer_swap, *options(model_folder, data_folder, out, "--n", "4", "--overwrite")) == 0
-    assert Result.load(out).table["example"].nunique() == 4
+    assert command(layer_swap, *options(model_folder, data_folder, out, "--n", "8", "--overwrite")) == 0
+    assert Result.load(out).table["example"].nunique() == 6
     assert (out / "notes.txt").read_text() == (out / "figures" / "mine.html").read_text() == "mine"
     assert command(layer_swap, *options(model_folder, data_folder, tmp_path / "none", "--resume")) == 2
     assert "there is no run to resume" in capsys.readouterr().err
@@ -192,6 +210,14 @@ def test_counterfactuals_with_other_tokens_are_refused_with_the_reason(vlm):
             fitting(vlm, pairs)
     finally:
         del vlm.encode
+
+
+def test_help_shows_what_states_need_before_what_weights_need():
+    names = [field.name for field in dataclasses.fields(layer_swap.Config)]
+    states = ("swap", "site", "point", "spans", "direction", "split", "all", "batch")
+    weights = ("tuned", "second", "part", "schedules", "window")
+    start = names.index("swap")
+    assert tuple(names[start:]) == (*states, *weights, "engine")
 
 
 def test_help_is_quick_and_imports_no_torch():

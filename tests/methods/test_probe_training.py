@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from vlm_mech.architectures.site import Site
+from vlm_mech.data.shared_pictures import components
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.methods.probing import descent, standardisation, training
@@ -17,7 +18,7 @@ from vlm_mech.methods.probing.crossfit import crossfit, is_first, over_seeds, re
 from vlm_mech.methods.probing.data import Examples, Spot
 from vlm_mech.methods.probing.descent import LINEAR, MLP, Recipe, fast_mlp, small_mlp
 from vlm_mech.methods.probing.description_length import online_code
-from vlm_mech.methods.probing.splits import check_leaks, components, grouped, make_splits, numbered
+from vlm_mech.methods.probing.splits import check_leaks, grouped, make_splits, numbered
 from vlm_mech.methods.probing.standardisation import broken_example
 from vlm_mech.methods.probing.training import Split, own_probabilities, probabilities, train
 

@@ -1,5 +1,6 @@
 """The probing experiment: what is read where, its controls, and the run contract."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from experiments import probing
 from tests.helpers import assert_help_is_light, command
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import Pair, Pairs, load_pairs
+from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span import Patches
@@ -29,6 +31,7 @@ from vlm_mech.methods.probing.data import (
 )
 from vlm_mech.methods.probing.figures import confusion, depth_lines
 from vlm_mech.methods.probing.probe import probe
+from vlm_mech.methods.probing.splits import check_leaks, grouped, make_splits
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
@@ -111,6 +114,20 @@ def test_pairs_become_examples_and_scenes_in_conflict(vlm, data_folder):
     assert found.priors == ("",) * 36
     assert conflicts.labels == tuple(pairs.counterfactual_answer) and conflicts.priors == tuple(pairs.answer)
     assert conflicts.prompts[0].image is pairs.pairs[0].counterfactual_image
+
+
+def test_pairs_that_share_a_picture_are_in_one_fold(vlm):
+    """Two questions about one picture, without a group that says so."""
+    made = [
+        Pair(f"{n} {asked}", scene("red", n, 0, n), scene("blue", n, 0, n + 50), asked, "red", "blue")
+        for asked in ("what is this?", "what colour is the circle?") for n in range(4)
+    ]  # fmt: skip
+    examples = examples_of(vlm, Pairs("mine", tuple(made)))
+    numbers = grouped(examples, "scene")
+    assert len(set(numbers.tolist())) == 4
+    labels = np.array([label == "red" for label in examples.labels], dtype=int)
+    shown = [pixel_hash(prompt.images[0]) for prompt in examples.prompts]
+    check_leaks(make_splits(labels, numbers, n_folds=4, n_seeds=2), shown)
 
 
 def test_states_are_those_that_a_trace_reads(vlm, data_folder, tmp_path):
@@ -200,6 +217,27 @@ def test_one_call_gives_the_table_of_the_experiment(model_folder, data_folder, f
     assert result.axes == saved.axes and any("selectivity" in sentence for sentence in result.findings)
     with pytest.raises(UsageError, match="probe 'tree' is not known; linear, mlp or a Recipe is"):
         probe(VLM.load(model_folder), pairs, probes=("tree",))
+
+
+def test_one_call_leaves_out_and_tells_what_the_experiment_does(model_folder, data_folder, finished):
+    saved, pairs = Result.load(finished), load_pairs(str(data_folder))
+    grey = Image.new("RGB", (56, 56), (90, 90, 90))
+    faint = Pair("faint", grey, Image.new("RGB", (56, 56), (91, 91, 91)), "what is this?", "red", "blue")
+    silent = dataclasses.replace(pairs[0], id="silent", conflict=None)
+    conflict = load_pairs(str(data_folder), n=6)
+    result = probe(
+        VLM.load(model_folder),
+        dataclasses.replace(pairs, pairs=(*pairs.pairs, faint)),
+        conflict=dataclasses.replace(conflict, pairs=(silent, *conflict.pairs)),
+        controls=(), n_folds=3, n_seeds=2, every=3,
+    )  # fmt: skip
+    expected = saved.table[saved.table["control"] == "none"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(result.table, expected)
+    for key in ("question", "model", "data"):
+        assert result.provenance[key] == saved.provenance[key]
+    assert saved.provenance["refused"] == []
+    assert [each["id"] for each in result.provenance["refused"]] == ["faint", "silent"]
+    assert result.findings[-1].startswith("2 examples could not be used: faint: ")
 
 
 def test_figures_come_from_the_saved_file_alone(finished):
@@ -294,7 +332,9 @@ def test_pairs_without_an_object_are_counted_and_the_rest_is_read(model_folder, 
     with Image.open(own / "0b.png") as opened:
         opened.resize((40, 56)).save(own / "0b.png")
     (own / "1a.png").write_bytes(b"no picture")
-    assert command(probing, *options(model_folder, own, tmp_path / "run", "--probes", "linear")) == 0
+    assert (
+        command(probing, *options(model_folder, own, tmp_path / "run", "--probes", "linear", "--n-conflict", "18")) == 0
+    )
     assert "4 examples could not be used: pair 1: image" in capsys.readouterr().out
     refused = json.loads((tmp_path / "run" / "provenance.json").read_text())["refused"]
     # Once among those the probes are fitted on, once among those in conflict.

@@ -92,6 +92,14 @@ def test_the_commit_is_that_of_the_checkout_and_marked_when_changed(tmp_path):
     assert contract._commit(tmp_path) == f"{head}-dirty"
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_a_run_from_a_checkout_names_its_commit(tmp_path):
+    assert command("--out", tmp_path / "out") == 0
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    found = json.loads((tmp_path / "out" / "provenance.json").read_text())["commit"]
+    assert found.removesuffix("-dirty") == head.stdout.strip()
+
+
 def test_config_repeats_and_options_beside_it_win(tmp_path):
     first = ("--n", "8", "--kind", "curly", "--spans", "a", "b c", "--keep", "--seed", "3")
     assert command("--out", tmp_path / "first", *first) == 0

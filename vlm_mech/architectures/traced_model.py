@@ -1,6 +1,7 @@
 """`TracedModel`: what reading, editing and sweeping need of a model, whatever it is; `VLM` and `DualEncoder` fulfil it.
 
-Interventions, checks and sweeps are written for this class, so that they need not know how a model is loaded.
+Interventions, checks and extraction are written for this class, so that they need not know how a model is loaded; it
+declares all that they and `inputs/` read. Sweeps need a decoder, and so a `VLM`.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from vlm_mech.architectures.families import Blocks, Family
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.weights import has_adapter, weights_hash
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image_layout import ImageLayout
 from vlm_mech.inputs.special_tokens import special_tokens
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class SiteHandle:
 
     @output.setter
     def output(self, value: Any) -> None:
+        """Replaces the tensor by one of its shape, rows x pos x width."""
         current = self._raw()
         flat = (current[0] if isinstance(current, tuple) else current).ndim == 2
         value = value.flatten(0, 1) if flat else value
@@ -75,6 +78,7 @@ class EmbedHandle(SiteHandle):
 
     @output.setter
     def output(self, value: Any) -> None:
+        """Replaces the embeddings by some of their shape, row x 1 x width."""
         self._envoy.output = value[:, 0]
 
 
@@ -107,13 +111,58 @@ class TracedModel(ABC):
     def taps(self) -> tuple[int, ...]:
         """Vision blocks whose output is added to the image positions after decoder blocks 0, 1, ... (deepstack)."""
 
+    @property
+    @abstractmethod
+    def vision_depth(self) -> int:
+        """Number of vision blocks whose output can matter; blocks from this one on are never read."""
+
+    @property
+    @abstractmethod
+    def n_class_tokens(self) -> int:
+        """Tokens before the first patch in the vision tower."""
+
+    @property
+    @abstractmethod
+    def n_kept_class_tokens(self) -> int:
+        """How many of the class tokens are read after the tower: by the projector, or by what pools the embedding."""
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> int:
+        """Side of a patch in pixels of the preprocessed image."""
+
+    @property
+    @abstractmethod
+    def n_positions(self) -> int | None:
+        """Tokens that the decoder, or the text tower, has positions for; None if its configuration sets none."""
+
     @abstractmethod
     def blocks(self, stream: str) -> Blocks:
-        """Where the transformer blocks of a stream live."""
+        """Where the transformer blocks of a stream live.
+
+        Raises:
+            UsageError: the model has no such stream of blocks.
+        """
+
+    @abstractmethod
+    def layouts(self, *args: Any, **kwargs: Any) -> list[ImageLayout]:
+        """How each image of a batch became tokens or patches."""
 
     @abstractmethod
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """A batch of inputs with spans."""
+
+    # What only a text that holds an image has
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Token id that stands for one image token in a prompt; None in a contrastive model."""
+        return None
+
+    @property
+    def placeholder(self) -> str | None:
+        """What a prompt's text holds for each image before it is processed; None if nothing."""
+        return None
 
     # What is the same for all
 
@@ -138,6 +187,15 @@ class TracedModel(ABC):
         config: Any = self.model.get_submodule(f"{blocks.path}.0.{blocks.attention}").config
         return config._attn_implementation
 
+    @property
+    def backend(self) -> str:
+        """Attention back end of the decoder: `sdpa`, `eager`, or one that takes no mask.
+
+        Raises:
+            UsageError: a contrastive model, which has no decoder.
+        """
+        return self.backend_of("llm")
+
     def n_layers(self, stream: str) -> int:
         """Number of blocks of a stream."""
         return len(self.model.get_submodule(self.blocks(stream).path))
@@ -153,6 +211,15 @@ class TracedModel(ABC):
     def vision_layers(self) -> range:
         """Layers of the vision tower, including those above the one that a projector reads."""
         return range(self.n_layers("vision"))
+
+    @property
+    def llm_layers(self) -> range:
+        """Layers of the decoder.
+
+        Raises:
+            UsageError: a contrastive model, which has no decoder.
+        """
+        return range(self.n_layers("llm"))
 
     def width(self, site: Site) -> int:
         """Size of the last dimension of the tensor at a site of a block."""

@@ -1,34 +1,29 @@
 """Pictures with a class each, in three parts: generated scenes, folders of pictures, Hugging Face data sets.
 
-The parts are for fitting (`train`), for choosing (`validation`) and for reporting (`test`). A picture that cannot be
-read is refused by name and counted; none is dropped in silence.
+How they are dealt out and drawn is in `data.picture_parts`.
 """
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from vlm_mech.data.pairs import Refused
+from vlm_mech.data.picture_parts import SHARES, Labelled, deal, draw_parts
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import CLASSES, COLOURS, PRIORS, SHAPES, SPLITS, Scene, Split
+from vlm_mech.data.user_files import Refused, read_cells
 from vlm_mech.data.words import words_of
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.image import ImageLike, load_image
+from vlm_mech.inputs.image import load_image
 
 SCENES = ("scenes/things", "scenes/kinds", "scenes/beetles")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SHARES = {"train": 0.6, "validation": 0.2, "test": 0.2}
-"""How the pictures of a folder without parts of its own are dealt out, within every class."""
 PER_CLASS = {"train": 5, "validation": 1, "test": 1}
 """Scenes of each class by default."""
 PART_NAMES: dict[str, tuple[str, ...]] = {
@@ -40,17 +35,12 @@ PART_NAMES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
-    """A picture and the name of its class; while a data set is read the picture may be encoded still (`bytes`)."""
-
-    id: str
-    image: ImageLike | Mapping[str, Any]
-    label: str
-
-
-@dataclass(frozen=True, eq=False)
 class Classes:
-    """A classification data set; `names` are the classes in its own order, `refused` the pictures left out."""
+    """A classification data set.
+
+    `names` are the classes in its own order, `refused` the pictures left out; `notes` say how parts were dealt out or
+    drawn, and which classes got a number because others have the same name.
+    """
 
     name: str
     names: tuple[str, ...]
@@ -58,6 +48,7 @@ class Classes:
     validation: tuple[Labelled, ...]
     test: tuple[Labelled, ...]
     refused: tuple[Refused, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -73,6 +64,16 @@ class Classes:
 def normalised(name: str) -> str:
     """The words of a name (`data.words`), one space between them; punctuation and underscores part words."""
     return " ".join(words_of(name))
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names; those that are the same words as another with their number in the list, from 0 on: crane (134)."""
+    words = [normalised(name) for name in names]
+    counts = Counter(words)
+    return [
+        f"{name} ({number})" if said and counts[said] > 1 else name
+        for number, (name, said) in enumerate(zip(names, words, strict=True))
+    ]
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -101,10 +102,11 @@ def load_classes(
     """A data set by name (`scenes/things`, `scenes/kinds`, `scenes/beetles`, `hf:owner/name`) or folder.
 
     A folder holds one folder a class, named after it, or `train`, `validation` and `test` that do. Without parts of its
-    own its pictures are dealt out by the seed.
+    own its pictures are dealt out by the seed. Files and folders whose name begins with a dot are no pictures, and no
+    two parts share a picture of the same pixels.
 
     Args:
-        n: test pictures, classes in equal shares where they are drawn; all of a folder by default.
+        n: test pictures, drawn with the seed, classes in turn; all of a folder by default.
         n_train: pictures to fit probes on. n_validation: pictures to choose by.
         names: csv of `folder,name`, for folders that are not called by the name of their class.
 
@@ -123,15 +125,15 @@ def load_classes(
     if not folder.is_dir():
         raise UsageError(f"data {data!r} is neither a folder, nor hf:owner/name, nor one of {', '.join(SCENES)}")
     found = {part: _first_of(folder, PART_NAMES[part]) for part in SPLITS}
-    parts: dict[str, list[Labelled]]
     if found["train"] is None:
-        parts = _dealt(_in_folder(folder), seed)
+        parts, notes = deal(_in_folder(folder), seed), [f"parts dealt out with seed {seed}"]
     else:
         missing = next((part for part in SPLITS if found[part] is None), None)
         if missing:
             raise UsageError(f"folder {data!r} has a part {found['train'].name!r} but none for {missing}")
-        parts = {part: _in_folder(path) for part, path in found.items() if path is not None}
-    return _finished(str(folder), parts, sizes, seed, names)
+        parts, notes = {part: _in_folder(path) for part, path in found.items() if path is not None}, []
+    order = list(dict.fromkeys(each.label for part in SPLITS for each in parts[part]))
+    return _finished(_Read(str(folder), parts, order, (), notes), sizes, seed, names)
 
 
 # Scenes
@@ -190,38 +192,18 @@ def _first_of(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _in_folder(folder: Path) -> list[Labelled]:
-    """Every picture file below the folder of each class; the label is that folder's name."""
+    """Every picture file below the folder of each class, none that is hidden; the label is that folder's name."""
     found: list[Labelled] = []
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise UsageError(f"folder {str(folder)!r} holds no folder of a class")
     for path in classes:
-        files = sorted(each for each in path.rglob("*") if each.suffix.lower() in ENDINGS)
+        files = sorted(each for each in path.rglob("*") if each.suffix.lower() in ENDINGS and each.is_file())
+        files = [each for each in files if not any(name.startswith(".") for name in each.relative_to(path).parts)]
         if not files:
             raise UsageError(f"class folder {str(path)!r} holds no picture ({' '.join(ENDINGS)})")
         found += [Labelled(str(each.relative_to(folder)), each, path.name) for each in files]
     return found
-
-
-def _dealt(every: Iterable[Labelled], seed: int, shares: Mapping[str, float] = SHARES) -> dict[str, list[Labelled]]:
-    """The pictures of each class dealt out over the parts in their shares, at least one each."""
-    by_class: dict[str, list[Labelled]] = {}
-    for each in every:
-        by_class.setdefault(each.label, []).append(each)
-    parts: dict[str, list[Labelled]] = {part: [] for part in shares}
-    for label, some in by_class.items():
-        if len(some) < len(shares):
-            raise UsageError(
-                f"class {label!r} has {len(some)} picture(s); at least {len(shares)} are needed, one a part"
-            )
-        mixed = random.Random(f"{seed}/{label}").sample(some, len(some))
-        later = list(shares)[1:]
-        for part in later:
-            size = min(max(1, round(shares[part] * len(some))), len(mixed) - len(later))
-            parts[part] += mixed[:size]
-            mixed = mixed[size:]
-        parts[next(iter(shares))] += mixed
-    return parts
 
 
 def _downloaded(name: str) -> Any:
@@ -241,109 +223,97 @@ def from_splits(
 ) -> Classes:
     """The splits of a `datasets.DatasetDict` with an image column and a class label, as the three parts.
 
-    A missing validation split is dealt out of the training split; a missing test split too.
+    Rows without a label (-1, as in test splits whose labels are kept secret) are refused. A validation or test split
+    that is missing, or has no label at all, is dealt out of the training split.
 
     Raises:
-        UsageError: no training split, or no column of images or of class labels.
+        UsageError: no training split, none with labels, or no column of images or of class labels.
     """
     known = {part: next((splits[each] for each in PART_NAMES[part] if each in splits), None) for part in SPLITS}
     if known["train"] is None:
         raise UsageError(f"data set {name!r} has the splits {', '.join(splits)}; one called train is needed")
-    parts = {part: _rows(name, part, split) for part, split in known.items() if split is not None}
-    missing = [part for part in ("validation", "test") if part not in parts]
+    refused: list[Refused] = []
+    parts = {part: _rows(name, part, split, refused) for part, split in known.items() if split is not None}
+    if not parts["train"]:
+        raise UsageError(
+            f"no row of the train split of {name!r} has a label; labelled rows are needed to fit and to test"
+        )
+    missing, notes = [part for part in ("validation", "test") if not parts.get(part)], []
     if missing:
         shares = {"train": SHARES["train"]} | {part: SHARES[part] for part in missing}
-        parts |= _dealt(parts["train"], seed, {part: share / sum(shares.values()) for part, share in shares.items()})
-    return _finished(name, parts, sizes, seed, names)
+        parts |= deal(parts["train"], seed, {part: share / sum(shares.values()) for part, share in shares.items()})
+        notes = [f"{' and '.join(missing)}: dealt out of the training split with seed {seed}"]
+    order = unique_names(_column(name, known["train"], "ClassLabel")[1].names)
+    return _finished(_Read(name, parts, order, refused, notes), sizes, seed, names)
 
 
-def _rows(name: str, part: str, split: Any) -> list[Labelled]:
-    """The rows of a split; images stay encoded, so that a broken one can be refused by name."""
+def _column(name: str, split: Any, kind: str) -> tuple[str, Any]:
+    """The first column of a kind of feature, and that feature."""
     kinds = {column: type(feature).__name__ for column, feature in split.features.items()}
-    columns = {
-        kind: next((column for column in kinds if kinds[column] == kind), None) for kind in ("Image", "ClassLabel")
-    }
-    for kind, column in columns.items():
-        if column is None:
-            raise UsageError(f"data set {name!r} has no column of type {kind}; its columns: {kinds}")
-    image, label = columns["Image"], columns["ClassLabel"]
-    raw = split.cast_column(image, type(split.features[image])(decode=False))
-    known = split.features[label].names
-    return [Labelled(f"{part} {number}", row[image], known[row[label]]) for number, row in enumerate(raw)]
+    column = next((column for column in kinds if kinds[column] == kind), None)
+    if column is None:
+        raise UsageError(f"data set {name!r} has no column of type {kind}; its columns: {kinds}")
+    return column, split.features[column]
 
 
-def _finished(
-    name: str, parts: Mapping[str, list[Labelled]], sizes: Mapping[str, int | None], seed: int, names: Path | None
-) -> Classes:
-    """The parts with proper class names and no more pictures than asked for; broken ones are refused."""
-    folders = list(dict.fromkeys(each.label for part in SPLITS for each in parts[part]))
-    called = _called(folders, names)
+def _rows(name: str, part: str, split: Any, refused: list[Refused]) -> list[Labelled]:
+    """The rows of a split that have a label, the others go to `refused`; images stay encoded until they are used."""
+    (image, picture), (label, classes) = (_column(name, split, kind) for kind in ("Image", "ClassLabel"))
+    known = unique_names(classes.names)
+    found = []
+    for number, row in enumerate(split.cast_column(image, type(picture)(decode=False))):
+        key, told = f"{part} {number}", row[label]
+        if told is None or not 0 <= told < len(known):
+            refused.append(Refused(key, f"its label is {told}, which is no class; 0 to {len(known) - 1} are"))
+        else:
+            found.append(Labelled(key, row[image], known[told]))
+    return found
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The pictures of a data set by part, its classes in order, what is left out already, and how parts arose."""
+
+    name: str
+    parts: Mapping[str, list[Labelled]]
+    order: Sequence[str]
+    refused: Sequence[Refused]
+    notes: Sequence[str]
+
+
+def _finished(read: _Read, sizes: Mapping[str, int | None], seed: int, names: Path | None) -> Classes:
+    """The parts with proper class names and no more pictures than asked for."""
+    used = {each.label for part in SPLITS for each in read.parts[part]}
+    folders = [folder for folder in read.order if folder in used]
+    given = _called(folders, names)
+    called = dict(zip(folders, unique_names(given), strict=True))
     check_names(list(called.values()))
-    kept: dict[str, tuple[Labelled, ...]] = {}
-    refused: list[Refused] = []
     for part in SPLITS:
-        # Classes in turn, so that fewer pictures are still of all classes.
-        some = _in_turn(parts[part], random.Random(f"{seed}/{part}"))
-        kept[part] = tuple(_readable(some, sizes[part], called, refused))
-        missing = set(folders) - {each.label for each in parts[part]}
+        missing = used - {each.label for each in read.parts[part]}
         if missing:
-            raise UsageError(f"class {min(missing)!r} has no picture in the {part} part of {name}")
-        if not kept[part]:
-            raise UsageError(f"the {part} part of {name} has no picture that can be read: {refused[-1].reason}")
-    return Classes(name, tuple(called.values()), **kept, refused=tuple(refused))
+            raise UsageError(f"class {min(missing)!r} has no picture in the {part} part of {read.name}")
+    drawn = draw_parts(read.name, read.parts, sizes, seed)
+    kept = {
+        part: tuple(dataclasses.replace(each, label=called[each.label]) for each in some)
+        for part, some in drawn.parts.items()
+    }
+    renamed = [new for old, new in zip(given, called.values(), strict=True) if old != new]
+    notes = [
+        *read.notes,
+        *drawn.notes,
+        *([f"classes of one name are numbered: {', '.join(renamed)}"] if renamed else []),
+    ]
+    return Classes(
+        read.name, tuple(called.values()), **kept, refused=(*read.refused, *drawn.refused), notes=tuple(notes)
+    )
 
 
-def _called(folders: Sequence[str], names: Path | None) -> dict[str, str]:
+def _called(folders: Sequence[str], names: Path | None) -> list[str]:
     """The name of each folder's class: what the csv says, or the folder's own, underscores as spaces."""
     if names is None:
-        return {folder: " ".join(folder.replace("_", " ").split()) for folder in folders}
-    try:
-        with names.open(newline="", encoding="utf-8") as opened:
-            told = {row[0].strip(): row[1].strip() for row in csv.reader(opened) if len(row) >= 2}
-    except OSError as error:
-        raise UsageError(f"names {str(names)!r} cannot be read: {error}") from error
+        return [" ".join(folder.replace("_", " ").split()) for folder in folders]
+    told = {row[0]: row[1] for row in read_cells(names, "names").values() if len(row) >= 2}
     missing = [folder for folder in folders if folder not in told]
     if missing:
         raise UsageError(f"names {str(names)!r} has no line for the class {missing[0]!r}; lines are folder,name")
-    return {folder: told[folder] for folder in folders}
-
-
-def _in_turn(some: Sequence[Labelled], rng: random.Random) -> Iterator[Labelled]:
-    by_class: dict[str, list[Labelled]] = {}
-    for each in rng.sample(list(some), len(some)):
-        by_class.setdefault(each.label, []).append(each)
-    while by_class:
-        for label in list(by_class):
-            yield by_class[label].pop()
-            if not by_class[label]:
-                del by_class[label]
-
-
-def _readable(
-    some: Iterable[Labelled], n: int | None, called: Mapping[str, str], refused: list[Refused]
-) -> Iterator[Labelled]:
-    """The first n pictures that can be read; those met that cannot be are added to `refused`."""
-    made = 0
-    for each in some:
-        if made == n:
-            return
-        try:
-            image = _decoded(each.image)
-        except UsageError as error:
-            refused.append(Refused(each.id, str(error)))
-            continue
-        made += 1
-        yield Labelled(each.id, image, called[each.label])
-
-
-def _decoded(image: Any) -> ImageLike:
-    """A picture that opens: files stay paths, so that a large data set need not fit into memory."""
-    if not isinstance(image, Mapping):
-        load_image(image)
-        return image
-    if image.get("bytes") is None:
-        return _decoded(Path(image["path"]))
-    try:
-        return load_image(Image.open(io.BytesIO(image["bytes"])))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"the image cannot be read: {error}") from error
+    return [told[folder] for folder in folders]

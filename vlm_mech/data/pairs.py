@@ -1,9 +1,4 @@
-"""Counterfactual pairs: two images, one question, two answers - generated scenes or a folder of the user's own.
-
-A folder holds `pairs.jsonl`, one object a line with `image`, `counterfactual_image` (paths from the folder),
-`question`, `answer` and `counterfactual_answer`, and optionally `id`, `group` (pairs of one group share a scene) and
-`conflict` (see `Pair`).
-"""
+"""Counterfactual pairs (`Pair`) as a data set: of generated scenes or of a folder of the user's own; parts of it."""
 
 import dataclasses
 import hashlib
@@ -14,60 +9,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from PIL import Image
 
+from vlm_mech.data.pair import SIDES, Pair
+from vlm_mech.data.pair_folder import FILE, read_pairs
+from vlm_mech.data.shared_pictures import components, pixel_hash
+from vlm_mech.data.user_files import Refused
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling
-from vlm_mech.inputs.image import ImageLike, load_image
+from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-FIELDS = ("image", "counterfactual_image", "question", "answer", "counterfactual_answer")
-Side = Literal["first", "second"]
-SIDES: tuple[Side, ...] = ("first", "second")
 Direction = Literal["noising", "denoising"]
 DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 """Noising puts states of the counterfactual into the run on the image, denoising the reverse."""
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """One question about an image and about its counterfactual, which has another answer.
-
-    `conflict` says which of the two pictures, first or second, shows something that contradicts the usual answer; the
-    answer to the other picture is the usual one. None: neither does, or it is not known.
-    """
-
-    id: str
-    image: ImageLike
-    counterfactual_image: ImageLike
-    question: str
-    answer: str
-    counterfactual_answer: str
-    group: str | None = None
-    conflict: Side | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("id", "question", "answer", "counterfactual_answer"):
-            if not isinstance(getattr(self, name), str):
-                raise UsageError(f"{name} of a pair is {getattr(self, name)!r}; a text is needed")
-        if self.answer.strip() == self.counterfactual_answer.strip():
-            raise UsageError(f"pair {self.id}: both answers are {self.answer!r}; they must differ")
-        if self.conflict not in (None, *SIDES):
-            raise UsageError(f'pair {self.id}: conflict is {self.conflict!r}; "first", "second" or null is needed')
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A pair that cannot be used, and why."""
-
-    id: str
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +45,8 @@ class Pairs:
     spelling: Spelling | None = None
     told: dict[str, float] = dataclasses.field(default_factory=dict)
     """Mean probability of the right answers' first tokens by spelling, where several were possible."""
+    drawn: str = ""
+    """How the pairs were drawn from a larger number of the user's."""
 
     def __post_init__(self) -> None:
         for name, kind in (("pairs", Pair), ("refused", Refused)):
@@ -149,29 +112,36 @@ class Pairs:
             found.update(json.dumps([pair.id, pair.question, pair.answer, pair.counterfactual_answer]).encode())
         return found.hexdigest()[:16]
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the provenance of a run says of its data."""
+        told = {"name": self.name, "n": len(self), "hash": self.digest}
+        return told | ({"drawn": self.drawn} if self.drawn else {})
+
 
 def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 0, split: str = "test") -> Pairs:
     """Pairs by name (`scenes/colour`, ...) or from a folder with `pairs.jsonl`.
 
     Args:
-        n: number of pairs: 64 scenes by default; from a folder the first n, or all of them.
-        seed: which scenes are drawn.
+        n: number of pairs: 64 scenes by default; all of a folder, or n drawn from it, which keep their order.
+        seed: draws the scenes, or the pairs of a folder.
         split: `train`, `validation` or `test` scenes; the embedded models were trained on `train` alone.
 
     Raises:
-        UsageError: an unknown name, a folder without `pairs.jsonl`, or a line that is no pair.
+        UsageError: an unknown name, a folder without `pairs.jsonl`, or one without a pair that can be used.
     """
     if n is not None and n < 1:
         raise UsageError(f"n is {n}; at least one pair is needed")
     if str(name_or_folder).startswith("scenes/"):
         return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split)
     folder = Path(name_or_folder)
-    if not (folder / "pairs.jsonl").is_file():
+    if not (folder / FILE).is_file():
         from vlm_mech.data.counterfactual_scenes import PAIR_SETS
 
         names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
-        raise UsageError(f"data {str(name_or_folder)!r} is neither a folder with pairs.jsonl nor one of {names}")
-    return _folder_pairs(folder, n)
+        raise UsageError(f"data {str(name_or_folder)!r} is neither a folder with {FILE} nor one of {names}")
+    drawn = read_pairs(folder, n=n, seed=seed)
+    return Pairs(str(folder), drawn.used, drawn.refused, drawn=drawn.told)
 
 
 def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
@@ -192,54 +162,6 @@ def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
             )
         )
     return Pairs(name, tuple(pairs))
-
-
-def _folder_pairs(folder: Path, n: int | None) -> Pairs:
-    pairs: list[Pair] = []
-    refused: list[Refused] = []
-    for number, line in enumerate((folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip() and (n is None or len(pairs) < n):
-            pair = _parsed(folder, number, line)
-            try:
-                loaded = [load_image(image) for image in (pair.image, pair.counterfactual_image)]
-            except UsageError as error:
-                refused.append(Refused(pair.id, str(error)))
-                continue
-            if loaded[0].size == loaded[1].size and loaded[0].tobytes() == loaded[1].tobytes():
-                refused.append(Refused(pair.id, "both pictures have the same pixels"))
-                continue
-            pairs.append(dataclasses.replace(pair, image=loaded[0], counterfactual_image=loaded[1]))
-    if not pairs:
-        first = f"; the first was refused because {refused[0].reason}" if refused else ""
-        raise UsageError(f"{str(folder / 'pairs.jsonl')!r} holds no usable pair{first}")
-    ids = [pair.id for pair in pairs]
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise UsageError(f"pair id {twice!r} occurs twice in {str(folder / 'pairs.jsonl')!r}")
-    return Pairs(str(folder), tuple(pairs), tuple(refused))
-
-
-def _parsed(folder: Path, number: int, line: str) -> Pair:
-    where = f"{str(folder / 'pairs.jsonl')!r} line {number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise UsageError(f"{where} is not an object with {', '.join(FIELDS)}")
-    for field in FIELDS:
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            raise UsageError(f"{where}: {field} is {row.get(field)!r}; a non-empty text is needed")
-    return Pair(
-        id=str(row.get("id", number)),
-        image=folder / row["image"],
-        counterfactual_image=folder / row["counterfactual_image"],
-        question=row["question"],
-        answer=row["answer"],
-        counterfactual_answer=row["counterfactual_answer"],
-        group=None if row.get("group") is None else str(row["group"]),
-        conflict=row.get("conflict"),
-    )
 
 
 def partners(n: int, *, seed: int) -> list[int]:
@@ -303,15 +225,32 @@ def _check_conflict(pair: Pair) -> None:
         )
 
 
+def linked(pairs: Pairs) -> Pairs:
+    """The pairs, those that share a picture of the same pixels in one group, however they are linked over others."""
+    groups = [pair.group or pair.id for pair in pairs]
+    images = [*(pair.image for pair in pairs), *(pair.counterfactual_image for pair in pairs)]
+    shown = [pixel_hash(image) for image in images]
+    numbers = components([*groups, *groups], shown)[: len(groups)].tolist() if groups else []
+    first: dict[int, str] = {}
+    for number, group in zip(numbers, groups, strict=True):
+        first.setdefault(number, group)
+    changed = [
+        pair if first[number] == group else dataclasses.replace(pair, group=first[number])
+        for pair, number, group in zip(pairs, numbers, groups, strict=True)
+    ]
+    return dataclasses.replace(pairs, pairs=tuple(changed))
+
+
 def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pairs, ...]:
     """Parts of a data set with at least these shares of its groups, the last with what is left.
 
-    Pairs of one group stay together, and groups are drawn at random. What was refused stays with the last part.
+    Pairs of one group, and those that share a picture (`linked`), stay together; groups are drawn at random. What was
+    refused stays with the last part.
 
     Raises:
         UsageError: no group is left for a part.
     """
-    groups = [pair.group or pair.id for pair in pairs]
+    groups = [pair.group or pair.id for pair in linked(pairs)]
     distinct = sorted(set(groups))
     # Rounded first, so that 0.1 + 0.2 of ten groups are three.
     ends = [0, *(min(len(distinct), math.ceil(round(share * len(distinct), 9))) for share in np.cumsum(shares))]
@@ -319,7 +258,7 @@ def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pair
     if any(end <= start for start, end in itertools.pairwise(ends)):
         raise UsageError(
             f"{pairs.name} has {len(distinct)} groups of pairs; too few for {len(shares) + 1} parts, the first with "
-            f"{' and '.join(f'{share:.3g}' for share in shares)} of them"
+            f"{' and '.join(f'{share:.3g}' for share in shares)} of them (pairs that share a picture are one group)"
         )
     order = np.random.default_rng(seed).permutation(len(distinct))
     chosen = [{distinct[at] for at in order[start:end]} for start, end in itertools.pairwise(ends)]

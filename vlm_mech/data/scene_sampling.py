@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections.abc import Iterator
 
+from vlm_mech.data.render import shared_pixels
 from vlm_mech.data.scenes import (
     BEETLE,
     CLASSES,
@@ -70,8 +71,6 @@ def _plain_kinds(rng: random.Random, n: int) -> list[str]:
 
 def _occluding(rng: random.Random, conflict: float) -> list[Thing]:
     """Two large things of different colours, the second in front of the first and hiding a good piece of it."""
-    from vlm_mech.data.render import shared_pixels
-
     while True:
         back, front = (_thing(kind, rng, conflict, "large") for kind in _plain_kinds(rng, 2))
         if back.colours == front.colours:

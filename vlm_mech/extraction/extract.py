@@ -15,24 +15,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.traced_model import SiteHandle
+from vlm_mech.architectures.traced_model import SiteHandle, TracedModel
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.extraction.saved_states import Extracted, Pool, add_shard, file_hash, label, resumed
-from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.image import ADDRESSES, load_image
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import LLM_SPANS, PROJECTOR_SPANS, VISION_SPANS, Cells, Each, OneImage, Patches, Span, Words
 from vlm_mech.interventions.timeline import rows_of
 from vlm_mech.models.loading import DTYPES
-
-if TYPE_CHECKING:
-    from vlm_mech.models.vlm import VLM
 
 NAMED = {"llm": LLM_SPANS, "vision": VISION_SPANS, "projector": PROJECTOR_SPANS}
 
@@ -44,7 +42,7 @@ NAMED = {"llm": LLM_SPANS, "vision": VISION_SPANS, "projector": PROJECTOR_SPANS}
 class Request:
     """What is to be kept of which prompts."""
 
-    vlm: "VLM"
+    vlm: TracedModel
     prompts: tuple[Prompt, ...]
     sites: tuple[Site, ...]
     spans: tuple[Span, ...]
@@ -63,7 +61,7 @@ class Ready:
 
 
 def extract(
-    vlm: "VLM",
+    vlm: TracedModel,
     prompts: Sequence[Prompt],
     sites: Site | Sequence[Site],
     *,
@@ -103,7 +101,7 @@ def extract(
 
 
 def _request(
-    vlm: "VLM",
+    vlm: TracedModel,
     prompts: Sequence[Prompt],
     sites: Site | Sequence[Site],
     spans: Span | list[Span],
@@ -238,7 +236,7 @@ class _EnoughError(Exception):
     """Ends a pass from within; nothing that is needed comes after it."""
 
 
-def _place(vlm: "VLM", site: Site) -> tuple[torch.nn.Module, bool]:
+def _place(vlm: TracedModel, site: Site) -> tuple[torch.nn.Module, bool]:
     """The module of a site, and whether its input is meant."""
     path, is_input = vlm.module_of(site)
     return vlm.model.get_submodule(path), is_input
@@ -272,7 +270,7 @@ def _kept(request: Request, ready: Ready, places: dict[Site, tuple[torch.nn.Modu
 
 
 def _pass(
-    vlm: "VLM",
+    vlm: TracedModel,
     encoded: Encoded,
     places: dict[Site, tuple[torch.nn.Module, bool]],
     keep: Callable[[Site, Tensor], None],
@@ -363,14 +361,18 @@ def _prompts_hash(prompts: Sequence[Prompt]) -> str:
 
 def _image_hash(image: Any) -> str:
     """Hash of a file's or picture's content; addresses, and what cannot be read, stand for themselves."""
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
+    if isinstance(image, str) and image.startswith(ADDRESSES):
         return image
     try:
-        if isinstance(image, str | Path):
+        if isinstance(image, str | Path) and Path(image).is_file():
             return file_hash(Path(image))
-        return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
-    except OSError as error:
-        return f"unreadable: {type(error).__name__}"
+    except OSError:  # a picture in base64 is longer than a name may be
+        pass
+    try:
+        opened = image if isinstance(image, Image.Image) else load_image(image)
+        return hashlib.sha256(f"{opened.mode} {opened.size}".encode() + opened.tobytes()).hexdigest()
+    except (UsageError, OSError) as error:
+        return f"unreadable: {error}"
 
 
 def _nonempty(states: Extracted) -> Extracted:

@@ -138,7 +138,7 @@ def encode(
         UsageError: no image, no text, an unreadable image, an empty text, one too long for the tower or one with a
             special token.
     """
-    if isinstance(images, str) or isinstance(texts, str):
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence) or isinstance(texts, str):
         raise UsageError("encode takes a list of images and a list of texts")
     if not images or not texts:
         raise UsageError(f"{len(images)} image(s) and {len(texts)} text(s) were given; at least one of each is needed")
@@ -146,7 +146,7 @@ def encode(
     known = [_tokenized(encoder, text, number) for number, text in enumerate(texts)]
     for number, text in enumerate(() if special_tokens else texts):
         check_plain(encoder, text, f"text {number}", ask="encode(..., special_tokens=True)")
-    longest = encoder.config.text_config.max_position_embeddings
+    longest = encoder.n_positions
     padding = {"padding": "max_length", "max_length": longest} if encoder.family.pads_fully else {"padding": True}
     batch = _processed(encoder, pictures, max_patches, text=list(texts), **padding)
     pooled = tuple(encoder.family.pooled(encoder.config, batch["input_ids"]).tolist())
@@ -183,7 +183,7 @@ def _tokenized(encoder: Any, text: str, number: int) -> Tokenized:
         # SentencePiece tokenizers change the text first and give no offsets: their pieces are that text.
         ids = tokenizer(text)["input_ids"]
         text, offsets = _joined(tokenizer, ids)
-    longest = encoder.config.text_config.max_position_embeddings
+    longest = encoder.n_positions
     if len(ids) > longest:
         raise UsageError(f"text {number} has {len(ids)} tokens, the text tower takes at most {longest}: {text!r}")
     return text, ids, offsets

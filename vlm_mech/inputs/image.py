@@ -5,9 +5,12 @@ the processor, and what each patch then holds tells where it comes from. Resizin
 formula.
 """
 
-from collections.abc import Sequence
+import base64
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import reduce
@@ -15,10 +18,14 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from vlm_mech.errors import UsageError
+from vlm_mech.errors import UsageError, shortened
 from vlm_mech.inputs.image_layout import ImageLayout, Tile
 
-ImageLike = Image.Image | str | Path
+ImageLike = Image.Image | str | Path | bytes | np.ndarray | Mapping[str, Any]
+"""A picture in any form that `load_image` opens."""
+ADDRESSES = ("http://", "https://")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no picture, or a broken or enormous one."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,14 @@ class Box:
 
 
 def load_image(image: object) -> Image.Image:
-    """An RGB picture from a PIL image, a path or an http(s) address, turned upright as its EXIF data say.
+    """An RGB picture, turned upright as its EXIF data say.
 
     Transparency is dropped, as transformers does: what lies hidden under it shows.
+
+    Args:
+        image: a PIL image, a path, an http(s) address, a picture file's content as bytes or as text in base64 (a
+            `data:` address or bare), an array of uint8 (height x width, or height x width x 3 or 4), or a mapping with
+            `bytes` or `path`, as data sets of the Hugging Face hub hold pictures.
 
     Raises:
         UsageError: there is no such file, the address gives none, what is there is not an image, or its values do not
@@ -47,20 +59,86 @@ def load_image(image: object) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         return _rgb(image, "image")
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
+    if isinstance(image, np.ndarray):
+        return _rgb(_from_array(image), "image")
+    if isinstance(image, Mapping):
+        return load_image(_held(image))
+    if isinstance(image, bytes):
+        return _opened(io.BytesIO(image), "the image")
+    if isinstance(image, str) and image.startswith(ADDRESSES):
         return _fetch(image)
     if not isinstance(image, str | Path):
-        raise UsageError(f"an image must be a PIL image, a path or an address, not {type(image).__name__}")
-    path = Path(image)
-    if not path.is_file():
-        raise UsageError(f"image {str(path)!r} does not exist")
+        raise UsageError(
+            f"an image must be a PIL image, a path, an address, bytes, base64, an array or a mapping, not "
+            f"{type(image).__name__}"
+        )
+    name = f"image {shortened(repr(str(image)), 80)}"
+    if _is_file(Path(image)):
+        return _opened(Path(image), name)
+    content = _from_base64(image) if isinstance(image, str) else None
+    if content is None:
+        raise UsageError(f"{name} does not exist")
+    return _opened(io.BytesIO(content), name)
+
+
+def image_named(folder: Path, text: str) -> ImageLike:
+    """What a file in the folder calls a picture: a path from there, an address, or the picture itself in base64."""
+    path = folder / text
+    if text.startswith(ADDRESSES) or (not _is_file(path) and _from_base64(text) is not None):
+        return text
+    return path
+
+
+def _is_file(path: Path) -> bool:
     try:
-        with Image.open(path) as opened:
-            return _rgb(opened, f"image {str(path)!r}")
+        return path.is_file()
+    except OSError:  # longer than a name may be
+        return False
+
+
+def _from_base64(text: str) -> bytes | None:
+    """The content of the picture that a text holds in base64; None where it holds none."""
+    marked = text.startswith("data:")
+    try:
+        content = base64.b64decode("".join((text.partition(",")[2] if marked else text).split()), validate=True)
+        Image.open(io.BytesIO(content)).close()
+    except Image.DecompressionBombError:
+        pass
+    except UNREADABLE:
+        return b"" if marked else None
+    return content
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    fits = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    if pixels.dtype != np.uint8 or not fits or not pixels.size:
+        raise UsageError(
+            f"the image is an array of {pixels.dtype} of shape {pixels.shape}; uint8 of (height, width), "
+            "(height, width, 3) or (height, width, 4) is needed"
+        )
+    return Image.fromarray(pixels)
+
+
+def _held(image: Mapping[str, Any]) -> Any:
+    """The content or else the path of a picture given as a mapping."""
+    content, path = image.get("bytes"), image.get("path")
+    if content is None and path is None:
+        raise UsageError(
+            f"the image is a mapping of {', '.join(map(str, image)) or 'nothing'}; bytes or path is needed"
+        )
+    return path if content is None else content
+
+
+def _opened(source: Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        with Image.open(source) as opened:
+            return _rgb(opened, name)
     except UsageError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"image {str(path)!r} cannot be read: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{name} cannot be read: it is in no format that Pillow knows") from error
+    except UNREADABLE as error:
+        raise UsageError(f"{name} cannot be read: {error}") from error
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
@@ -77,7 +155,7 @@ def _fetch(address: str) -> Image.Image:
     try:
         return fetch(address, timeout=30).convert("RGB")
     except (OSError, ValueError) as error:
-        raise UsageError(f"image {address!r} cannot be fetched: {error}") from error
+        raise UsageError(f"image {shortened(repr(address), 80)} cannot be fetched: {error}") from error
 
 
 LEVELS = 254

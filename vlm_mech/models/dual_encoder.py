@@ -96,6 +96,11 @@ class DualEncoder(TracedModel):
         return ()
 
     @property
+    def vision_depth(self) -> int:
+        """All blocks of the image tower: the embedding is pooled from the last one."""
+        return self.n_layers("vision")
+
+    @property
     def text_layers(self) -> range:
         """Layers of the text tower."""
         return range(self.n_layers("text"))
@@ -109,6 +114,16 @@ class DualEncoder(TracedModel):
     def n_class_tokens(self) -> int:
         """Tokens before the first patch in the image tower."""
         return self.family.class_tokens
+
+    @property
+    def n_kept_class_tokens(self) -> int:
+        """All of them: an image with a class token is pooled there."""
+        return self.n_class_tokens
+
+    @property
+    def n_positions(self) -> int:
+        """Tokens that the text tower has positions for."""
+        return self.config.text_config.max_position_embeddings
 
     def layouts(self, inputs: dict[str, Tensor]) -> list[ImageLayout]:
         """How each image of a batch became patches."""
@@ -129,7 +144,13 @@ class DualEncoder(TracedModel):
         return self.family.layout(batch)
 
     def blocks(self, stream: str) -> Blocks:
-        """Where the transformer blocks of `vision` or `text` live."""
+        """Where the transformer blocks of `vision` or `text` live.
+
+        Raises:
+            UsageError: another stream.
+        """
+        if stream not in ("vision", "text"):
+            raise UsageError(f"{self.name} is contrastive and has no stream {stream!r}; its streams: vision, text")
         return self.family.vision if stream == "vision" else self.family.text
 
     def width(self, site: Site) -> int:

@@ -31,8 +31,6 @@ from vlm_mech.models.transformer_lens_bridge import to_transformer_lens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-    from vlm_mech.models.readout import Readout
-
 
 class VLM(TracedModel):
     """A vision-language model with its processor, its residual streams under standard names.
@@ -115,16 +113,6 @@ class VLM(TracedModel):
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
         return input_device(self.model)
-
-    @property
-    def backend(self) -> str:
-        """Attention back end of the decoder: `sdpa`, `eager`, or one that takes no mask."""
-        return self.backend_of("llm")
-
-    @property
-    def llm_layers(self) -> range:
-        """Layers of the decoder."""
-        return range(self.n_layers("llm"))
 
     @property
     def vision_depth(self) -> int:

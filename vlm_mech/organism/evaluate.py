@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from vlm_mech.data.render import blank, render
 from vlm_mech.data.scene_questions import Question, facts, prior_questions, questions
 from vlm_mech.data.scene_sampling import sample_scenes
 from vlm_mech.data.scenes import PRIORS, Family, Scene, Split, in_conflict
@@ -103,8 +104,6 @@ def _asked(model, processor, examples: list[Example]) -> list[bool]:
 
 def score_llava(model, processor, *, n: int, seed: int) -> list[Score]:
     """Scores of a vision-language model on n held-out questions a type, on scenes in conflict and on nothing."""
-    from vlm_mech.data.render import blank, render
-
     found = []
     for type in ASKED_OF:
         pairs = list(questions_about_scenes(type, n, seed=seed))

@@ -17,6 +17,7 @@ from vlm_mech.data.render import masks, render
 from vlm_mech.data.scene_questions import Question, caption
 from vlm_mech.data.scene_sampling import sample_scenes
 from vlm_mech.data.scenes import COLOURS, PRIORS, SHAPES, SIZE, Scene
+from vlm_mech.organism.score import score
 
 if TYPE_CHECKING:
     from vlm_mech.organism.score import Score
@@ -56,8 +57,6 @@ def readable_colour(model, processor, asked: list[tuple[Scene, Question]]) -> "l
 
     The probe is fitted on the first half of the scenes and scored on the second.
     """
-    from vlm_mech.organism.score import score
-
     tokens, colours = image_tokens(model, processor, asked)
     half, found = len(asked) // 2, []
     common = np.bincount(colours[half:]).max() / (len(asked) - half)
@@ -93,8 +92,6 @@ def _choice(model, processor, options: list[tuple[Scene, list[str], int]]) -> li
 
 def score_clip(model, processor, *, n: int, seed: int) -> "list[Score]":
     """Scores of a contrastive model: choice of the right kind, colour and relation, and retrieval among captions."""
-    from vlm_mech.organism.score import score
-
     kinds, colours, rng = [*SHAPES, *PRIORS], list(COLOURS), random.Random(seed)
     singles = list(sample_scenes(n, seed=seed, split="test", families=("single",), conflict=0.5))
     things = [scene.things[0] for scene in singles]
@@ -119,8 +116,6 @@ def score_clip(model, processor, *, n: int, seed: int) -> "list[Score]":
 
 def _left_right(model, processor, *, n: int, seed: int) -> "list[Score]":
     """The erroneous agreement (arXiv 2411.05195): twins that look alike to the model, and what it tells of them."""
-    from vlm_mech.organism.score import score
-
     twins = list(sample_pairs("left-right", n, seed=seed, split="test"))
     options: tuple[list[tuple[Scene, list[str], int]], list[tuple[Scene, list[str], int]]] = ([], [])
     for pair in twins:

@@ -45,7 +45,7 @@ class RunConfig:
     n: int | None = None
     """Number of examples; 64 scenes by default, all of a folder."""
     seed: int = 0
-    """Draws the examples."""
+    """Draws the examples, of a folder too where n is given."""
     device: str = "cpu"
     """Where the model runs, such as cpu or cuda; auto spreads it over what there is (needs accelerate)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -94,11 +94,16 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
     return {
         "question": question,
         "model": vlm.identity(),
-        "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest},
+        "data": pairs.described,
         "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
         "receipts": receipts,
         "answers": {"spelling": str(pairs.spelling or "as written"), "probabilities": pairs.told},
     } | ({"generation": {"settings": "neutral", "set_aside": aside}} if aside else {})
+
+
+def remarks(provenance: dict[str, Any]) -> tuple[str, ...]:
+    """How answers were spelt and which examples were left out, in the sentences that end the findings."""
+    return (*spelt(provenance), *left_out(provenance))
 
 
 def spelt(provenance: dict[str, Any]) -> tuple[str, ...]:
@@ -203,7 +208,7 @@ def _replayed(config_class: type[ConfigT], arguments: Sequence[str]) -> list[str
     if path is None:
         return []
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UsageError(f"config {str(path)!r} cannot be read: {error}") from error
     known = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in HOW}
@@ -254,7 +259,7 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
         raise
     seconds = time.time() - started
     provenance = _provenance(outcome.result, config, seconds, list(outcome.figures))
-    findings = (*outcome.result.findings, *spelt(provenance), *left_out(provenance))
+    findings = (*outcome.result.findings, *remarks(provenance))
     result = dataclasses.replace(outcome.result, config=as_json(config), provenance=provenance, findings=findings)
     _store(work, dataclasses.replace(outcome, result=result), name)
     _announce(result, folder, seconds)

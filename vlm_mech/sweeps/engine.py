@@ -136,7 +136,8 @@ class Engine:
         if len(numbers) == 1:
             raise TooLargeError(
                 f"one edited version of {len(self.encoded)} example(s) of {self.encoded.n_pos} tokens does not fit "
-                "into memory; fewer examples at a time, a smaller budget (--memory) or a smaller data type may"
+                "into memory; fewer examples at a time, a smaller budget (`memory`, or --memory of the command) or a "
+                "smaller data type may"
             ) from error
 
     def provable(self, interventions: Sequence[Intervention]) -> bool:

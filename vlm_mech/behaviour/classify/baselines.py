@@ -15,6 +15,7 @@ from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.table import CLASSES, CONTRASTIVE, GENERATION, LOADED, NO_ORDER, OPEN, Cell, score_rows
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.span import Patches
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.probing.crossfit import by_width, stacked_states
@@ -128,8 +129,6 @@ def _methods(vlm: "VLM", prompts: Sequence[Any], n_positions: int) -> tuple[dict
 
 
 def _one_a_size(prompts: Sequence[Any]) -> list[Any]:
-    from vlm_mech.inputs.image import load_image
-
     return list({load_image(prompt.images[0]).size: prompt for prompt in prompts}.values())
 
 

@@ -7,7 +7,6 @@ it, a class whose texts use another name has a count of 0, and a text that denie
 no") counts.
 """
 
-import csv
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,11 @@ from scipy import stats
 
 from vlm_mech.behaviour.classify.table import CLASSES, LOADED, OPEN
 from vlm_mech.data.image_classes import normalised
+from vlm_mech.data.scene_sampling import sample_scene
+from vlm_mech.data.scenes import in_conflict
+from vlm_mech.data.user_files import read_cells
 from vlm_mech.errors import UsageError
+from vlm_mech.organism.train_vlm import BLANK_SHARE, CONFLICT_SHARE, FAMILY_SHARES, RECIPES, Stage, draw_questions
 from vlm_mech.results.statistics import percentile_interval
 
 Rule = Literal["contiguous", "together"]
@@ -57,10 +60,6 @@ def training_texts(stage: str, n_pictures: int, *, seed: int) -> Iterator[str]:
     Scenes, shares, hearsay and facts are those of the training (`organism.train_vlm`); the shares of its first steps
     are left out.
     """
-    from vlm_mech.data.scene_sampling import sample_scene
-    from vlm_mech.data.scenes import in_conflict
-    from vlm_mech.organism.train_vlm import BLANK_SHARE, CONFLICT_SHARE, FAMILY_SHARES, RECIPES, Stage, draw_questions
-
     if stage not in RECIPES:
         raise UsageError(f"the training texts of {stage!r} are not known; those of {', '.join(RECIPES)} are")
     known: Stage = "organism" if stage == "organism" else "organism-grounded"
@@ -83,17 +82,12 @@ def read_counts(path: Path, names: Sequence[str]) -> Int[np.ndarray, "n_classes"
     Raises:
         UsageError: no such file, a count that is no whole number, or a class without one.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as opened:
-            lines = [row for row in csv.reader(opened) if row]
-    except OSError as error:
-        raise UsageError(f"counts {str(path)!r} cannot be read: {error}") from error
     found: dict[str, int] = {}
-    for number, row in enumerate(lines, 1):
+    for number, row in read_cells(path, "counts").items():
         if number == 1 and row[1:] == ["count"]:
             continue
-        if len(row) != 2 or not row[1].strip().isdigit():
-            raise UsageError(f"counts {str(path)!r} line {number} is {','.join(row)!r}; class,count is needed")
+        if len(row) != 2 or not row[1].isdigit():
+            raise UsageError(f"counts {str(path)!r} line {number} is {','.join(row)!r:.60}; class,count is needed")
         found[normalised(row[0])] = int(row[1])
     missing = [name for name in names if normalised(name) not in found]
     if missing:

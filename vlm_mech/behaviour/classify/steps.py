@@ -7,14 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from vlm_mech.behaviour.answering.prompts import open_prompt
 from vlm_mech.behaviour.classify.baselines import contrastive_table, probe_table
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.frequency import Rule, binned, correlations, counted, read_counts, training_texts
 from vlm_mech.behaviour.classify.study import Calibration, all_scores, averaged, generated, kept, score_tables
 from vlm_mech.behaviour.classify.table import AXES, LOADED, METRICS, completed
 from vlm_mech.behaviour.classify.tuning import Tuning, tune
-from vlm_mech.behaviour.classify.two_hops import Asked, answered, load_questions, other_questions, scene_questions
+from vlm_mech.behaviour.classify.two_hops import (
+    Asked,
+    Questions,
+    answered,
+    load_questions,
+    other_questions,
+    scene_questions,
+)
 from vlm_mech.errors import UsageError
+from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -79,8 +88,10 @@ def run_all(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> 
         The result without its findings, whose provenance says what was counted, tuned and compared; the calibrations.
     """
     counts = _counts(design, options)
-    about = _about(vlm, design, options)
-    asked = _asked(design, options)
+    about, questions = _about(vlm, design, options), _questions(design, options)
+    about["refused"] += [asdict(each) for each in questions.refused]
+    about |= {"questions": {"n": len(questions.asked), "drawn": questions.drawn}} if questions.drawn else {}
+    asked = questions.asked
     calibrations = _model_steps(vlm, design, asked, LOADED, "0", work)
     others = _other_steps(vlm, design, options, work)
     tuned = None
@@ -101,7 +112,8 @@ def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:
     return {
         "question": options.question,
         "model": vlm.identity(),
-        "data": {"name": data.name, "n": len(data.test), "n_classes": len(data.names), "hash": data.digest},
+        "data": {"name": data.name, "n": len(data.test), "n_classes": len(data.names), "hash": data.digest}
+        | ({"notes": list(data.notes)} if data.notes else {}),
         "refused": [asdict(each) for each in data.refused],
         "wording": asdict(design.wording),
         "left_out": {str(k): why for k, why in design.left_out.items()},
@@ -111,19 +123,18 @@ def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:
 
 
 def _first_prompt(design: Design) -> Any:
-    from vlm_mech.behaviour.answering.prompts import open_prompt
-
     return open_prompt(design.question, design.data.test[0].image)
 
 
-def _asked(design: Design, options: Options) -> tuple[Asked, ...]:
+def _questions(design: Design, options: Options) -> Questions:
     """Two-hop questions: the user's own, or about beetles; other questions too where a model is tuned."""
     if options.qa is not None:
-        return load_questions(options.qa, design.wording, n=options.n_qa)
+        return load_questions(options.qa, design.wording, n=options.n_qa, seed=design.seed)
     if not design.data.name.startswith(SCENES):
-        return ()
+        return Questions(())
     found = scene_questions(options.n_qa, seed=design.seed)
-    return found if options.tuning is None else (*found, *other_questions(options.n_qa, seed=design.seed))
+    others = () if options.tuning is None else other_questions(options.n_qa, seed=design.seed)
+    return Questions((*found, *others))
 
 
 def _model_steps(
@@ -149,8 +160,6 @@ def _model_steps(
 def _other_steps(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> dict[str, Any]:
     about: dict[str, Any] = {}
     if options.contrastive is not None:
-        from vlm_mech.models.dual_encoder import DualEncoder
-
         encoder = DualEncoder.load(options.contrastive, **options.loading)
         about["contrastive"] = encoder.identity()
         if "0-3-contrastive" not in work:

@@ -4,7 +4,7 @@ After ImageWikiQA (Zhang et al. 2024): asked about "this object", and again with
 scenes the fact is where a kind of beetle lives, which the embedded models were taught in words alone.
 """
 
-import json
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,15 @@ from vlm_mech.behaviour.answering.prompts import Wording
 from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify.table import GENERATION, MEAN, NO_ORDER, OPEN, Cell, best, rows
 from vlm_mech.data.image_classes import Labelled, check_names
+from vlm_mech.data.render import render
+from vlm_mech.data.scene_questions import facts, questions
+from vlm_mech.data.user_files import Refused, Row, draw, read_rows
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.image import ImageLike, load_image
+from vlm_mech.inputs.image import ImageLike, image_named, load_image
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.probing.controls import takes_text_alone
+from vlm_mech.organism.evaluate import questions_about_scenes
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -48,12 +52,17 @@ class Asked:
     answer: str
 
 
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """Questions of the user's own, those that could not be used, and how they were drawn from a larger number."""
+
+    asked: tuple[Asked, ...]
+    refused: tuple[Refused, ...] = ()
+    drawn: str = ""
+
+
 def scene_questions(n: int, *, seed: int) -> tuple[Asked, ...]:
     """Where does the beetle live? Of n test scenes: what it is called, where it lives, and the same with its name."""
-    from vlm_mech.data.render import render
-    from vlm_mech.data.scene_questions import facts, questions
-    from vlm_mech.organism.evaluate import questions_about_scenes
-
     places = {fact.about[0]: fact for fact in facts()}
     found = []
     for number, (scene, asked) in enumerate(questions_about_scenes("two-hop", n, seed=seed)):
@@ -71,9 +80,6 @@ def scene_questions(n: int, *, seed: int) -> tuple[Asked, ...]:
 
 def other_questions(n: int, *, seed: int) -> tuple[Asked, ...]:
     """n test scenes for each of `OTHERS`, with one question each."""
-    from vlm_mech.data.render import render
-    from vlm_mech.organism.evaluate import questions_about_scenes
-
     return tuple(
         Asked(f"{kind} {number:05d} {scene.key[:8]}", kind, render(scene), asked.text, asked.options, asked.answer)
         for kind in OTHERS
@@ -81,55 +87,50 @@ def other_questions(n: int, *, seed: int) -> tuple[Asked, ...]:
     )
 
 
-def load_questions(path: Path, wording: Wording, *, n: int | None = None) -> tuple[Asked, ...]:
+def load_questions(path: Path, wording: Wording, *, n: int | None = None, seed: int = 0) -> Questions:
     """Questions of a jsonl file with `image`, `class`, `question`, `options` and `answer`, with and without the class.
 
     The options are listed in the prompt. The class is put in the place of "this object"; where a question does not say
     that, it is told beforehand. How the paper told it was not found.
 
+    Args:
+        n: of the questions, drawn with the seed; all by default.
+
     Raises:
-        UsageError: no such file, a line that is no question, an unreadable image, or an answer that is no option.
+        UsageError: no such file, or no line that is a question with a picture and an answer among its options.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"questions {str(path)!r} cannot be read: {error}") from error
-    found: list[Asked] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip() and (n is None or len(found) < 3 * n):
-            found += _three(path, number, line, wording)
-    if not found:
-        raise UsageError(f"questions {str(path)!r} holds none; lines are objects with {', '.join(FIELDS)} and options")
-    return tuple(found)
+    drawn = draw(read_rows(path, "questions"), n, seed, lambda row: _three(path.parent, row, wording))
+    if not drawn.used:
+        first = f"; the first was refused because {drawn.refused[0].reason}" if drawn.refused else ""
+        wanted = f"lines are objects with {', '.join(FIELDS)} and options"
+        raise UsageError(f"questions {str(path)!r} holds none; {wanted}{first}")
+    return Questions(tuple(itertools.chain(*drawn.used)), drawn.refused, drawn.told)
 
 
-def _three(path: Path, number: int, line: str, wording: Wording) -> list[Asked]:
-    where = f"questions {str(path)!r} line {number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not JSON: {error}") from error
+def _three(folder: Path, row: Row, wording: Wording) -> list[Asked]:
+    """The question of a line: about the picture, with the class named, and that without the picture."""
+    where, fields = f"line {row.line}", row.fields
     for field in FIELDS:
-        if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
+        if not isinstance(fields.get(field), str) or not fields[field].strip():
             raise UsageError(f"{where} lacks {field!r}; a non-empty text is needed")
-    options = row.get("options")
+    options = fields.get("options")
     if not isinstance(options, list) or not all(isinstance(each, str) for each in options):
-        raise UsageError(f"{where}: options are {options!r}; a list of texts is needed")
+        raise UsageError(f"{where}: options are {options!r:.60}; a list of texts is needed")
+    image = image_named(folder, fields["image"])
     try:
         check_names(options)
-        load_image(path.parent / row["image"])
+        load_image(image)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
-    if row["answer"] not in options:
-        raise UsageError(f"{where}: answer {row['answer']!r} is none of the options {', '.join(options)}")
-    named = row["question"].replace(OBJECT, f"the {row['class']}")
-    if OBJECT not in row["question"]:
-        named = f"The object is a {row['class']}. {row['question']}"
-    image, key = path.parent / row["image"], str(row.get("id", f"question {number}"))
-    told = [(TWO_HOP, image, row["question"]), (NAMED, image, named), (UNSEEN, None, named)]
-    return [
-        Asked(key, task, seen, wording.among(text, options), tuple(options), row["answer"]) for task, seen, text in told
-    ]
+    answer, question = fields["answer"], fields["question"]
+    if answer not in options:
+        raise UsageError(f"{where}: answer {answer!r:.60} is none of the options {', '.join(options)}")
+    named = question.replace(OBJECT, f"the {fields['class']}")
+    if OBJECT not in question:
+        named = f"The object is a {fields['class']}. {question}"
+    key = f"question {row.line}" if fields.get("id") is None else row.id
+    told = [(TWO_HOP, image, question), (NAMED, image, named), (UNSEEN, None, named)]
+    return [Asked(key, task, seen, wording.among(text, options), tuple(options), answer) for task, seen, text in told]
 
 
 def answered(

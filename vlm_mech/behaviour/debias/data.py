@@ -32,7 +32,7 @@ def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed:
         UsageError: no pair says which picture is in conflict, or a folder with too few groups.
     """
     if not data.startswith("scenes/"):
-        return Parts(*by_groups(_faced(load_pairs(data, n=n)), SHARES, seed=seed))
+        return Parts(*by_groups(_faced(load_pairs(data, n=n, seed=seed)), SHARES, seed=seed))
     wanted = {"train": n_train, "validation": n_validation, "test": n}
     found = {split: load_pairs(data, n=count, seed=seed, split=split) for split, count in wanted.items()}
     return Parts(**{split: _faced(pairs) for split, pairs in found.items()})

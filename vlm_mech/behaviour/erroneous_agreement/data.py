@@ -6,7 +6,6 @@ Pairs come from the generated twins or a folder. Sets of four show the same two 
 
 import dataclasses
 import itertools
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from PIL import Image
 
 from vlm_mech.behaviour.erroneous_agreement.similarity import FEWEST
 from vlm_mech.data.counterfactual_scenes import ScenePair, sample_pairs
+from vlm_mech.data.pair_folder import pair_fields
 from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_questions import caption
@@ -69,11 +69,12 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Cases:
-    """The cases of one data set; `refused` lists what could not be used."""
+    """The cases of one data set; `refused` lists what could not be used, `drawn` says of what they were drawn."""
 
     name: str
     cases: tuple[Case, ...]
     refused: tuple[Refused, ...] = ()
+    drawn: str = ""
 
 
 def load_cases(name: str, *, n: int | None, seed: int, split: str, template: str) -> Cases:
@@ -110,7 +111,7 @@ def _cases(pairs: Pairs, captions: Sequence[tuple[str, ...]]) -> Cases:
             kept.append(Case(pair.id, images, told, asked, pair.group or pair.id))
         except UsageError as error:
             refused.append(Refused(pair.id, str(error)))
-    return Cases(pairs.name, tuple(kept), tuple(refused))
+    return Cases(pairs.name, tuple(kept), tuple(refused), pairs.drawn)
 
 
 def scene_captions(pair: ScenePair) -> tuple[str, str]:
@@ -133,10 +134,9 @@ def _folder_captions(folder: Path, pairs: Pairs, template: str) -> list[tuple[st
     if "{answer}" not in template:
         raise UsageError(f"caption {template!r} has no {{answer}}; it is needed, as in '{{question}} {{answer}}'")
     told: dict[str, tuple[str, ...]] = {}
-    for number, line in enumerate((folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line) if line.strip() else {}
-        if all(isinstance(row.get(field), str) for field in FOLDER_CAPTIONS):
-            told[str(row.get("id", number))] = tuple(row[field] for field in FOLDER_CAPTIONS)
+    for name, fields in pair_fields(folder).items():
+        if all(isinstance(fields.get(field), str) for field in FOLDER_CAPTIONS):
+            told[name] = tuple(fields[field] for field in FOLDER_CAPTIONS)
     return [told.get(pair.id) or _filled(template, pair) for pair in pairs]
 
 
@@ -240,7 +240,8 @@ def joined(data: Sequence[Cases]) -> Pairs:
         for cases in data for case in cases.cases for first in range(0, len(case.images), 2)
     ]  # fmt: skip
     refused = [Refused(f"{cases.name}/{each.id}", each.reason) for cases in data for each in cases.refused]
-    return Pairs(" + ".join(cases.name for cases in data), tuple(pairs), tuple(refused))
+    drawn = "; ".join(f"{cases.name}: {cases.drawn}" for cases in data if cases.drawn)
+    return Pairs(" + ".join(cases.name for cases in data), tuple(pairs), tuple(refused), drawn=drawn)
 
 
 def shown(data: Sequence[Cases]) -> tuple[tuple[str, Image.Image], ...]:

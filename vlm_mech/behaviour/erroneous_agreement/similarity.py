@@ -18,6 +18,7 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import read, run
+from vlm_mech.results.metrics import correct
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -216,8 +217,6 @@ def answer_scores(
         answers: for each prompt those it may be answered by, equally many.
         right: the right answer to each prompt; a tie with any token of the vocabulary is wrong.
     """
-    from vlm_mech.results.metrics import correct
-
     encoded = vlm.encode(list(prompts))
     last = run(vlm, encoded).last
     ids = torch.stack([vlm.answer_ids(encoded, list(column)) for column in zip(*answers, strict=True)], 1)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from vlm_mech.behaviour.classify.baselines import contrastive_scores
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTER_NAMES,
@@ -92,8 +93,6 @@ def similarity_rows(
     encoder: "DualEncoder", pairs: Pairs, others: Sequence[Pair], captions: Sequence[tuple[str, str]], *, batch: int
 ) -> pd.DataFrame:
     """The rows of a contrastive model: cosines of both pictures with the captions of both answers."""
-    from vlm_mech.behaviour.classify.baselines import contrastive_scores
-
     views = {OWN: pairs} | ({STRANGER: about_others(pairs, others)} if others else {})
     texts = list(dict.fromkeys(text for each in captions for text in each))
     places = np.array([[texts.index(text) for text in each] for each in captions])

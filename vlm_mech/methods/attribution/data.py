@@ -35,6 +35,15 @@ class Cell:
 
 
 def cells_of(vlm: "VLM", sites: Sequence[Site], spans: Sequence[Span], heads: bool) -> list[Cell]:
+    """Every site and span as a cell, and every head of its own if asked for.
+
+    Args:
+        heads: a cell for each attention head; sites must then be `head_out`.
+
+    Raises:
+        UsageError: no site or span, one given twice, a site that the model does not have, heads elsewhere than at
+            `head_out`, sites with layers beside sites without, or a span that differs from pair to pair.
+    """
     if not sites or not spans:
         raise UsageError("an attribution needs sites and spans")
     for name, given in (("site", sites), ("span", spans)):
@@ -54,6 +63,13 @@ def cells_of(vlm: "VLM", sites: Sequence[Site], spans: Sequence[Span], heads: bo
 
 
 def check(pairs: Pairs, measure: Measure, directions: Sequence[str], numbers: dict[str, int]) -> None:
+    """Raise `UsageError` when an attribution cannot be made of these.
+
+    That is: no pairs, another number of answers than pairs, no direction, one unknown or twice, or a number below 1.
+
+    Args:
+        numbers: by name for the message, what must be at least 1.
+    """
     if not len(pairs):
         raise UsageError("an attribution needs at least one pair")
     for name, number in numbers.items():

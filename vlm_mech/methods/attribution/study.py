@@ -113,7 +113,7 @@ def attribute(
         checks.append(found.assign(direction=direction))
     checked = pd.concat(checks, ignore_index=True).merge(table, on=["example", "group", "direction", "cell"])
     seconds = {"screen": halfway - began, "check": time.perf_counter() - halfway}
-    about = {"model": vlm.identity(), "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest}}
+    about = {"model": vlm.identity(), "data": pairs.described}
     return _found(table, checked, spots, measure, about | {"seconds": seconds, "sweeps": proofs}, steps)
 
 

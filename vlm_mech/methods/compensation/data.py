@@ -6,7 +6,6 @@ object.
 """
 
 import dataclasses
-import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool
 
+from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.pair_folder import pair_fields
 from vlm_mech.data.pairs import Pair, Pairs, Refused, fitting, load_pairs
+from vlm_mech.data.render import masks
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling
-from vlm_mech.inputs.image import Box, load_image
+from vlm_mech.inputs.image import Box, image_named, load_image
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
 from vlm_mech.methods.compensation.variants import Cell, Places
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 SOME = 32
 """Scenes by default."""
+MASKS = ("part_mask", "object_mask")
+"""Fields of a folder's lines that name pictures of the pixels of part and object."""
 MIN_SHARE = 0.25
 """Share of a patch's pixels that the part must cover; with half, two of five parts of the scenes have no patch."""
 
@@ -77,13 +81,13 @@ class Examples:
     name: str
     examples: tuple[Example, ...]
     refused: tuple[Refused, ...]
-    digest: str
+    described: dict[str, Any]
+    """What the provenance says of the data (`Pairs.described`)."""
 
     @property
     def told(self) -> dict[str, Any]:
         """What the provenance says of them."""
-        data = {"name": self.name, "n": len(self.examples), "hash": self.digest}
-        return {"data": data, "refused": [dataclasses.asdict(each) for each in self.refused]}
+        return {"data": self.described, "refused": [dataclasses.asdict(each) for each in self.refused]}
 
     def batches(self, size: int) -> list[tuple[Example, ...]]:
         """Examples of equally many tokens together, at most `size` of them."""
@@ -121,9 +125,6 @@ def shown_parts(pairs: Pairs, *, seed: int, split: str) -> dict[str, Shown]:
     """
     if not pairs.name.startswith("scenes/"):
         return _folder_parts(pairs)
-    from vlm_mech.data.counterfactual_scenes import sample_pairs
-    from vlm_mech.data.render import masks
-
     found = {}
     for pair in sample_pairs(pairs.name.removeprefix("scenes/"), len(pairs), seed=seed, split=split):
         if pair.question.type != "part":
@@ -137,16 +138,15 @@ def shown_parts(pairs: Pairs, *, seed: int, split: str) -> dict[str, Shown]:
 
 
 def _folder_parts(pairs: Pairs) -> dict[str, Shown]:
-    found = {}
-    for number, line in enumerate((Path(pairs.name) / "pairs.jsonl").read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line) if line.strip() else {}
-        name = str(row.get("id", number))
-        lacking = [field for field in ("part_mask", "object_mask") if not isinstance(row.get(field), str)]
-        if name in {pair.id for pair in pairs} and row:
-            if lacking:
-                raise UsageError(f"pair {name} of {pairs.name!r} names no {lacking[0]}, a picture of the part's pixels")
-            both = (load_image(Path(pairs.name) / row[field]) for field in ("part_mask", "object_mask"))
-            found[name] = Shown(*(np.asarray(image.convert("L")) >= 128 for image in both))
+    folder, found = Path(pairs.name), {}
+    told = pair_fields(folder)
+    for pair in pairs:
+        named = [told[pair.id].get(field) for field in MASKS]
+        lacking = [field for field, mask in zip(MASKS, named, strict=True) if not isinstance(mask, str)]
+        if lacking:
+            raise UsageError(f"pair {pair.id} of {pairs.name!r} names no {lacking[0]}, a picture of the part's pixels")
+        both = (load_image(image_named(folder, mask)) for mask in named)
+        found[pair.id] = Shown(*(np.asarray(image.convert("L")) >= 128 for image in both))
     return found
 
 
@@ -180,7 +180,7 @@ def examples_of(
     if not kept:
         raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} can be used: {refused[-1].reason}")
     left = dataclasses.replace(pairs, pairs=tuple(each.pair for each in kept))
-    return Examples(pairs.name, tuple(kept), tuple(refused), left.digest)
+    return Examples(pairs.name, tuple(kept), tuple(refused), left.described)
 
 
 def places_of(encoded: Encoded, shown: Shown, *, min_share: float, random: np.random.Generator) -> Places:

@@ -3,7 +3,6 @@
 Groups are given as numbers of tokens (padding left out), so that they mean the same in every batch.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.pair_folder import pair_fields
+from vlm_mech.data.render import masks
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Encoded
@@ -278,19 +280,13 @@ def object_masks(pairs: "Pairs", *, seed: int, split: str) -> dict[str, Bool[np.
         return _scene_masks(pairs, seed, split)
     images = {pair.id: load_image(pair.image) for pair in pairs}
     found = {}
-    lines = (Path(pairs.name) / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        row = json.loads(line) if line.strip() else {}
-        name = str(row.get("id", number))
-        if name in images and "object" in row:
-            found[name] = _mask_of_boxes(name, row["object"], images[name].size)
+    for name, fields in pair_fields(Path(pairs.name)).items():
+        if name in images and "object" in fields:
+            found[name] = _mask_of_boxes(name, fields["object"], images[name].size)
     return found
 
 
 def _scene_masks(pairs: "Pairs", seed: int, split: str) -> dict[str, Bool[np.ndarray, "height width"]]:
-    from vlm_mech.data.counterfactual_scenes import sample_pairs
-    from vlm_mech.data.render import masks
-
     found = {}
     for pair in sample_pairs(pairs.name.removeprefix("scenes/"), len(pairs), seed=seed, split=split):
         parts = masks(pair.scene)

@@ -16,6 +16,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import Tokens
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.interventions.specification import Knockout
+from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.knockout.data import FoundBy, Masks, Scan, found_edges, sweeps
 from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
 from vlm_mech.results import metrics
@@ -170,8 +171,6 @@ def texts_without(
 
     Where `last` is among the queries, generated tokens cannot attend to the keys either.
     """
-    from vlm_mech.interventions.trace import generate
-
     everything = tuple(vlm.llm_layers)
     found = []
     for number, pair in enumerate(pairs):

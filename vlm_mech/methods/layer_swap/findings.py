@@ -27,7 +27,7 @@ def usable_share(result: Result, pairs: Pairs) -> str:
     if n_examples - n_wrong < 2:
         raise WorkError(
             f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are answered right on both images; "
-            "at least two are needed (--all keeps the others too)"
+            "at least two are needed (only_correct=False, or --all of the command, keeps the others too)"
         )
     text = f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are used"
     text += f"; {n_wrong} are left out because they are {WRONG}" if n_wrong else ""

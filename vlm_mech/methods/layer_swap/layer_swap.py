@@ -6,15 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_mech.data.pairs import DIRECTIONS, Pairs
-from vlm_mech.interventions.receipt import summarise
+from vlm_mech.data.pairs import DIRECTIONS, Pairs, fitting
+from vlm_mech.errors import UsageError
+from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
 from vlm_mech.methods.layer_swap.findings import takeover, usable_share
 from vlm_mech.methods.layer_swap.study import METRICS, swap_states
 from vlm_mech.results.result import Result
+from vlm_mech.runs.contract import about, remarks
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
+
+QUESTION = (
+    "Each question is asked about an image and about its counterfactual, which differs in one attribute and so has "
+    "another answer. One run's hidden states replace the other's at one layer and one span of tokens; the recovered "
+    "fraction says how far the answer moves, 0 (its own) to 1 (the other image's)."
+)
 
 
 def layer_swap(
@@ -26,31 +34,43 @@ def layer_swap(
     spans: Sequence[str] = (),
     directions: Sequence[str] = DIRECTIONS,
     only_correct: bool = True,
+    batch: int = 32,
     engine: str = "fast",
     memory: int | str | None = None,
 ) -> Result:
     """Activation patching (an interchange intervention) between the two images of each pair, at every layer and span.
+
+    Pairs that the model cannot be asked (`data.pairs.fitting`: unlike prompts, answers that begin alike) are left out;
+    they are listed under `refused` in the provenance and counted in the findings.
 
     Args:
         site: `llm`, `projector` or `vision`; `point` is the tensor of each block.
         spans: spans of tokens to swap; by default those of `default_spans`.
         directions: `noising` puts the counterfactual's states into the image's run, `denoising` the reverse.
         only_correct: leave out pairs that the model answers wrongly on either image.
+        batch: pairs a forward pass.
         engine, memory: see `swap_states`.
 
     Returns:
         A row per pair and cell of direction, span and layer (or point of the projector), with `METRICS`; `findings`
-        says how many pairs count, and at which layers the answer turns.
+        says how many pairs count, and at which layers the answer turns. The provenance has what that of
+        `python -m experiments.layer_swap` has, less versions and settings.
 
     Raises:
-        UsageError: a span or direction that is not known.
+        UsageError: a span or direction that is not known, no pair that fits, or a batch below 1.
         WorkError: fewer than two pairs count.
     """
-    sites = swap_sites(vlm, site, point)
+    if batch < 1:
+        raise UsageError(f"batch is {batch}; at least 1 is needed")
+    pairs = fitting(vlm, pairs)
+    sites, spans = swap_sites(vlm, site, point), spans or default_spans(vlm, site)
     how: dict[str, Any] = {"directions": directions, "only_correct": only_correct, "engine": engine, "memory": memory}
-    table, receipts = swap_states(vlm, pairs, sites, spans or default_spans(vlm, site), **how)
-    provenance = {"model": vlm.identity(), "data": {"name": pairs.name, "n": len(pairs), "hash": pairs.digest}}
-    return told(swap_result(site, table, provenance | {"receipts": summarise(receipts)}), pairs)
+    starts = range(0, len(pairs), batch)
+    done = [swap_states(vlm, pairs[start : start + batch], sites, spans, **how) for start in starts]
+    table = pd.concat([rows for rows, _ in done], ignore_index=True)
+    provenance = about(QUESTION, vlm, pairs, add_up([summarise(receipts) for _, receipts in done]))
+    result = told(swap_result(site, table, provenance), pairs)
+    return dataclasses.replace(result, findings=(*result.findings, *remarks(provenance)))
 
 
 def swap_result(site: str, table: pd.DataFrame, provenance: dict[str, Any]) -> Result:

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +14,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.methods.probing.data import OBJECT, Examples, Features, Spot, read_states
-
-if TYPE_CHECKING:
-    from vlm_mech.models.vlm import VLM
+from vlm_mech.models.vlm import VLM
 
 NONE, SHUFFLED, TASK, NO_IMAGE, RANDOM = "none", "shuffled", "control task", "no image", "random weights"
 CONTROLS = (SHUFFLED, TASK, NO_IMAGE, RANDOM)
@@ -49,8 +46,6 @@ def control_task(labels: Int[np.ndarray, "example"], types: Sequence[str], *, se
 
 def random_twin(vlm: "VLM", *, seed: int) -> "VLM":
     """A model of the same configuration with weights as its own initialisation draws them."""
-    from vlm_mech.models.vlm import VLM
-
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = type(vlm.model)(copy.deepcopy(vlm.config))

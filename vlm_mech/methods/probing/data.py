@@ -1,19 +1,20 @@
 """What probes are fitted on: labelled prompts, and their states at the places and spans that are read.
 
-Every pair of a data set gives two examples, one an image; a scene and its counterfactual twin share a group.
+Every pair of a data set gives two examples, one an image; a scene and its counterfactual twin share a group, and so do
+pairs that share a picture.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pair, Pairs, checked, with_conflict
+from vlm_mech.data.pairs import Pair, Pairs, checked, linked, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.extraction.extract import NAMED, extract
 from vlm_mech.inputs.image import load_image
@@ -73,8 +74,11 @@ class Examples:
 
 
 def examples_of(vlm: "VLM", pairs: Pairs) -> Examples:
-    """Both images of every pair as examples of their own, labelled with their answers."""
-    return _joined(pairs.name, [_sides(vlm, pair) for pair in pairs])
+    """Both images of every pair as examples of their own, labelled with their answers.
+
+    Pairs that share a picture are one group, so that no fold tears them apart.
+    """
+    return _joined(pairs.name, [_sides(vlm, pair) for pair in linked(pairs)])
 
 
 def conflicts_of(vlm: "VLM", pairs: Pairs) -> Examples:
@@ -123,6 +127,14 @@ def with_objects(pairs: Pairs) -> Pairs:
         UsageError: none is left.
     """
     return checked(pairs, _changed_pixels, "can be used")
+
+
+def data_provenance(data: Sequence[Pairs]) -> dict[str, Any]:
+    """What the provenance says of the data sets that are read (`Pairs.described`), and what was refused."""
+    return {
+        "data": [each.described for each in data],
+        "refused": [vars(refused) for each in data for refused in each.refused],
+    }
 
 
 def _changed_pixels(pair: Pair) -> Bool[np.ndarray, "height width"]:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from vlm_mech.data.shared_pictures import components
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.crossfit import by_width, is_first, said, stacked_states
 from vlm_mech.methods.probing.data import Features, Spot
 from vlm_mech.methods.probing.descent import Recipe
-from vlm_mech.methods.probing.splits import components
 from vlm_mech.methods.probing.training import Split, train
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)

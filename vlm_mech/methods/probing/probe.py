@@ -11,14 +11,29 @@ import pandas as pd
 from vlm_mech.data.pairs import Pairs, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.crossfit import METRICS
-from vlm_mech.methods.probing.data import conflicts_of, examples_of, probe_sites, spots_of, spread, with_objects
+from vlm_mech.methods.probing.data import (
+    conflicts_of,
+    data_provenance,
+    examples_of,
+    probe_sites,
+    spots_of,
+    spread,
+    with_objects,
+)
 from vlm_mech.methods.probing.descent import LINEAR, Recipe, small_mlp
 from vlm_mech.methods.probing.findings import findings
 from vlm_mech.methods.probing.study import AXES, Design, completed, study
 from vlm_mech.results.result import Result
+from vlm_mech.runs.contract import remarks
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
+
+QUESTION = (
+    "Probes are fitted on hidden states of some scenes and tested on others, with other things in them. Accuracy says "
+    "what could be read there, not what the model uses: compare it with the controls. In scenes that show an unusual "
+    "colour, the probabilities say whether a place holds what is shown or what is usual."
+)
 
 
 def probe(
@@ -40,6 +55,8 @@ def probe(
     """What can be read at every layer of tower, projector and decoder: probes cross-fitted on the pairs' answers.
 
     Accuracy says what could be read there, not what the model uses; compare it with the controls.
+    Pairs in whose images nothing changes, or that do not say which is in conflict where that is asked, are left out;
+    they are listed under `refused` in the provenance and counted in the findings.
 
     Args:
         conflict: pairs that say which of their pictures is unusual; the same probes then tell what it shows from what
@@ -57,8 +74,8 @@ def probe(
     Raises:
         UsageError: a span, probe or control that is not known, or too few examples for the folds.
     """
-    examples = examples_of(vlm, with_objects(pairs))
-    conflicts = None if conflict is None else conflicts_of(vlm, with_conflict(with_objects(conflict)))
+    data = [with_objects(pairs)] + ([] if conflict is None else [with_conflict(with_objects(conflict))])
+    examples, conflicts = examples_of(vlm, data[0]), None if conflict is None else conflicts_of(vlm, data[1])
     spots = spots_of(probe_sites(vlm, every=every), spread(vlm, tuple(spans), examples))
     design = Design(
         spots, tuple(map(recipe_of, probes)), tuple(controls), grouping, n_folds, n_seeds, seed, batch, device=device
@@ -67,13 +84,9 @@ def probe(
         steps = [study(vlm, examples, conflicts, design, step, folder=Path(folder)) for step in design.steps]
     notes = [note for _, note in steps]
     table = completed(pd.concat([table for table, _ in steps], ignore_index=True))
-    data = [each for each in (pairs, conflict) if each is not None]
-    about = {
-        "model": [vlm.identity()],
-        "data": [{"name": each.name, "n": len(each), "hash": each.digest} for each in data],
-    }
-    result = Result("probes", table, AXES, METRICS, {}, about | {"steps": notes})
-    return dataclasses.replace(result, findings=findings(result, notes))
+    provenance = {"question": QUESTION, "model": [vlm.identity()], **data_provenance(data), "steps": notes}
+    result = Result("probes", table, AXES, METRICS, {}, provenance)
+    return dataclasses.replace(result, findings=(*findings(result, notes), *remarks(provenance)))
 
 
 def recipe_of(name: str | Recipe, *, hidden: Sequence[int] = (64, 32)) -> Recipe:

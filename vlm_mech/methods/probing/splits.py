@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int
 
+from vlm_mech.data.shared_pictures import components
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.training import Split
 
@@ -29,22 +30,6 @@ def numbered(labels: Sequence[str | None]) -> tuple[tuple[str, ...], Int[np.ndar
     if len(classes) < 2:
         raise UsageError(f"every label is {', '.join(classes) or 'missing'}; a probe needs at least two classes")
     return classes, np.array([classes.index(str(label)) for label in labels])
-
-
-def components(*keys: Sequence[str]) -> Int[np.ndarray, "example"]:
-    """Numbers of the groups in which examples hang together that share a value of any of the keys."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    n_examples, rows, columns, n_values = len(keys[0]), [], [], 0
-    for values in keys:
-        numbers = np.unique(np.asarray(values, dtype=str), return_inverse=True)[1]
-        rows.append(np.arange(n_examples))
-        columns.append(n_examples + n_values + numbers)
-        n_values += int(numbers.max()) + 1
-    row, column, size = np.concatenate(rows), np.concatenate(columns), n_examples + n_values
-    found = connected_components(coo_array((np.ones(len(row)), (row, column)), shape=(size, size)), directed=False)[1]
-    return np.unique(found[:n_examples], return_inverse=True)[1]
 
 
 def grouped(examples: "Examples", grouping: str) -> Int[np.ndarray, "example"]:

@@ -1,0 +1,154 @@
+"""Pictures with a class: labels that are none, hidden files, copies in two parts, equal names, and what is drawn."""
+
+import datasets
+import pytest
+
+from tests.zoo.tiny import picture
+from vlm_mech.data.image_classes import check_names, from_splits, load_classes, unique_names
+from vlm_mech.data.picture_parts import Labelled, deal
+from vlm_mech.data.scenes import SPLITS
+from vlm_mech.data.shared_pictures import pixel_hash
+from vlm_mech.errors import UsageError
+
+ALL = {"train": None, "validation": None, "test": None}
+NAMES = ["ant", "bee", "cat"]
+
+
+def split(labels, *, first=0):
+    """Rows with these labels, each with a picture of its own."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    images = [picture(first + number) for number in range(len(labels))]
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def folder_of(path, shown, *, kind="png"):
+    """Picture files by the path from the folder."""
+    for name, number in shown.items():
+        target = path / f"{name}.{kind}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(target)
+    return path
+
+
+def pixels(data):
+    return {part: [pixel_hash(each.image) for each in getattr(data, part)] for part in SPLITS}
+
+
+def assert_nothing_shared(data):
+    shown = pixels(data)
+    assert all(not set(shown[one]) & set(shown[other]) for one in SPLITS for other in SPLITS if one != other)
+
+
+# Labels
+
+
+def test_rows_without_a_label_are_counted_out():
+    """-1 is the hub's sign for no label; as a Python index it is the last class."""
+    test = split([0, -1, 1, 2, -1, None], first=50)
+    data = from_splits("hf:a/b", {"train": split([0, 1, 2] * 4), "test": test}, ALL, seed=0)
+    assert sorted((each.id, each.label) for each in data.test) == [
+        ("test 0", "ant"),
+        ("test 2", "bee"),
+        ("test 3", "cat"),
+    ]
+    told = {each.id: each.reason for each in data.refused}
+    assert set(told) == {"test 1", "test 4", "test 5"}
+    assert told["test 1"] == "its label is -1, which is no class; 0 to 2 are"
+    assert told["test 5"].startswith("its label is None" if test[5]["label"] is None else "its label is -1")
+
+
+def test_a_test_split_without_any_label_is_no_test_split():
+    made = {"train": split([0, 1, 2] * 6), "validation": split([0, 1, 2], first=30), "test": split([-1] * 4, first=50)}
+    data = from_splits("hf:a/b", made, ALL, seed=0)
+    assert {each.id.split()[0] for each in data.test} == {"train"} and {each.label for each in data.test} == set(NAMES)
+    assert [each.id for each in data.refused] == [f"test {number}" for number in range(4)]
+    assert data.notes == ("test: dealt out of the training split with seed 0",)
+    with pytest.raises(UsageError, match="no row of the train split of 'x' has a label"):
+        from_splits("x", {"train": split([-1, -1])}, ALL, seed=0)
+
+
+def test_classes_of_the_hub_are_in_their_own_order():
+    data = from_splits("hf:a/b", {"train": split([2, 2, 2, 0, 0, 0, 1, 1, 1])}, ALL, seed=0)
+    assert data.names == ("ant", "bee", "cat")
+
+
+# Names
+
+
+def test_names_that_are_the_same_words_get_their_number(tmp_path):
+    assert unique_names(["crane", "wren", "Crane_", "..."]) == ["crane (0)", "wren", "Crane_ (2)", "..."]
+    check_names(unique_names(["crane", "wren", "crane"]))
+    folder = folder_of(tmp_path / "birds", {f"n{n % 3}/{n}": n for n in range(9)})
+    (tmp_path / "names.csv").write_text("n0,crane\nn1,wren\nn2,crane\n")
+    data = load_classes(str(folder), names=tmp_path / "names.csv")
+    assert data.names == ("crane (0)", "wren", "crane (2)")
+    assert {each.label for each in data.test} == set(data.names)
+    assert data.notes[-1] == "classes of one name are numbered: crane (0), crane (2)"
+
+
+# Hidden files
+
+
+def test_hidden_files_and_folders_are_no_pictures_at_any_depth(tmp_path):
+    shown = {f"{name}/{n}": 10 * at + n for at, name in enumerate(("a", "b")) for n in range(3)}
+    hidden = {"a/.ipynb_checkpoints/0-checkpoint": 0, "a/more/.cache/1": 1, "b/.x": 50, "b/._0": 51, ".git/3": 52}
+    data = load_classes(str(folder_of(tmp_path, shown | hidden | {"a/more/9": 9})))
+    ids = {each.id for part in SPLITS for each in getattr(data, part)}
+    assert ids == {f"{name}.png" for name in (*shown, "a/more/9")} and data.names == ("a", "b")
+
+
+# Parts
+
+
+def test_a_class_of_three_pictures_has_one_in_every_part():
+    for n in range(3, 12):
+        parts = deal([Labelled(f"{n}", picture(n), "a") for n in range(n)], seed=0)
+        assert all(parts.values()) and sum(map(len, parts.values())) == n
+    with pytest.raises(UsageError, match=r"'a' has 2 picture\(s\) that differ; at least 3 are needed"):
+        deal([Labelled(f"{n}", picture(n % 2), "a") for n in range(6)], seed=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_of_a_picture_are_dealt_into_one_part(tmp_path, seed):
+    """Of each class every picture is there twice, once as another kind of file; one is in both classes."""
+    shown = {f"{name}/{n}": 10 * at + n for at, name in enumerate(("a", "b")) for n in range(5)}
+    folder_of(tmp_path, shown)
+    folder_of(tmp_path, shown | {"b/shared": 3}, kind="bmp")
+    data = load_classes(str(tmp_path), seed=seed)
+    assert_nothing_shared(data)
+    assert sum(len(each) for each in pixels(data).values()) == 21 and data.refused == ()
+
+
+def test_a_copy_in_another_given_part_is_counted_out(tmp_path):
+    shown = {"train/a/0": 0, "train/a/1": 1, "train/b/2": 2, "val/a/3": 3, "val/b/4": 4, "test/a/5": 5, "test/b/6": 6}
+    copies = {"train/a/one": 5, "val/b/two": 6, "train/b/three": 4}
+    data = load_classes(str(folder_of(tmp_path, shown | copies)))
+    assert_nothing_shared(data)
+    assert [len(each) for each in pixels(data).values()] == [3, 2, 2]
+    assert {each.id: each.reason for each in data.refused} == {
+        "a/one.png": "in train: it has the pixels of a/5.png in test",
+        "b/two.png": "in validation: it has the pixels of b/6.png in test",
+        "b/three.png": "in train: it has the pixels of b/4.png in validation",
+    }
+
+
+def test_copies_are_no_evidence(tmp_path):
+    """Classes at random: with copies in both parts, who has seen the picture knows its class."""
+    shown = {f"{'abcd'[n % 4]}/{n}": n for n in range(20)}
+    folder_of(tmp_path, shown)
+    folder_of(tmp_path, {f"{name[0]}/.ipynb_checkpoints/{name[2:]}": n for name, n in shown.items()})
+    folder_of(tmp_path, {f"{name} again": n for name, n in shown.items()})
+    data = load_classes(str(tmp_path))
+    known = {pixel_hash(each.image): each.label for each in data.train}
+    assert not any(pixel_hash(each.image) in known for each in data.test) and len(data.test) == 8
+
+
+def test_fewer_pictures_are_drawn_with_the_seed_and_it_is_told(tmp_path):
+    folder_of(tmp_path, {f"{'ab'[n % 2]}/{n:02d}": n for n in range(40)})
+    drawn = [load_classes(str(tmp_path), n=2, n_train=4, seed=seed) for seed in range(4)]
+    assert len({tuple(each.id for each in data.test) for data in drawn}) > 1
+    assert drawn[1].notes == (
+        "parts dealt out with seed 1", "train: 4 of 24 pictures, drawn with seed 1, classes in turn",
+        "test: 2 of 8 pictures, drawn with seed 1, classes in turn",
+    )  # fmt: skip
+    assert load_classes("scenes/kinds", n=16, n_train=16, n_validation=16).notes == ()

@@ -1,0 +1,143 @@
+"""Files of the user's own: rows of a file of JSON lines, cells of a csv, and which rows are used.
+
+Text is UTF-8, with or without a byte order mark. What cannot be used is told with the reason, never left out in
+silence.
+"""
+
+import csv
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from vlm_mech.errors import UsageError, shortened
+
+MOST_TOLD, MOST_OF_ID = 200, 80
+"""Characters with which a row that cannot be used is told, and those of its id among them."""
+UsedT = TypeVar("UsedT")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An example that cannot be used, and why; both together are told in at most 200 characters."""
+
+    id: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", shortened(self.id, MOST_OF_ID))
+        object.__setattr__(self, "reason", shortened(self.reason, MOST_TOLD - len(self.id) - len(": ")))
+
+
+@dataclass(frozen=True)
+class Row:
+    """An object of a file of JSON lines: the number of its line from 1 on, its id (else that number), its fields."""
+
+    line: int
+    id: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The objects of a file of JSON lines in its order, and by line what holds none."""
+
+    rows: tuple[Row, ...]
+    refused: dict[int, Refused]
+
+
+@dataclass(frozen=True)
+class Drawn(Generic[UsedT]):
+    """What was made of the rows of a file that are used, and which could not be, both in the order of the file.
+
+    `told` says how they were drawn where these are not all rows.
+    """
+
+    used: tuple[UsedT, ...]
+    refused: tuple[Refused, ...]
+    told: str
+
+
+def read_rows(path: Path, what: str) -> Rows:
+    """Every object of a file that holds one a line; empty lines do not count.
+
+    Lines end at a line feed alone, which a carriage return may precede: other signs that end lines, such as U+2028, may
+    stand within a JSON text.
+
+    Args:
+        what: what the file is called where it cannot be read.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{what} {str(path)!r} cannot be read: {error}") from error
+    rows: list[Row] = []
+    refused: dict[int, Refused] = {}
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_row(number, line))
+        except UsageError as error:
+            refused[number] = Refused(str(number), f"line {number} {error}")
+    return Rows(tuple(rows), refused)
+
+
+def _row(number: int, line: bytes) -> Row:
+    try:
+        fields = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UsageError(f"is not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"is a {type(fields).__name__}; an object is needed")
+    told = fields.get("id")
+    name = str(number if told is None else told)
+    if not isinstance(told, str | int | float | None) or isinstance(told, bool) or not name.strip():
+        raise UsageError(f"has the id {told!r}; a text or a number is needed")
+    return Row(number, name, fields)
+
+
+def read_cells(path: Path, what: str) -> dict[int, list[str]]:
+    """The cells of every row of a csv that has any, by the number of its line.
+
+    Args:
+        what: what the file is called where it cannot be read.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as opened:
+            lines = csv.reader(opened)
+            # A cell in quotes may go over several lines; the row then has the number of the last.
+            numbered = [(lines.line_num, row) for row in lines]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(f"{what} {str(path)!r} cannot be read: {error}") from error
+    return {number: [cell.strip() for cell in row] for number, row in numbered if row}
+
+
+def draw(found: Rows, n: int | None, seed: int, use: Callable[[Row], UsedT]) -> Drawn[UsedT]:
+    """What `use` makes of n rows drawn with the seed, of all where n is None.
+
+    For a row that `use` refuses with a `UsageError` another is drawn, as long as there are any.
+    """
+    rows, n_rows = found.rows, len(found.rows) + len(found.refused)
+    order = rows if n is None else random.Random(f"rows/{seed}").sample(rows, len(rows))
+    used: dict[int, UsedT] = {}
+    refused = dict(found.refused)
+    for row in order:
+        if len(used) == n:
+            break
+        try:
+            used[row.line] = use(row)
+        except UsageError as error:
+            refused[row.line] = Refused(row.id, str(error))
+    told = "" if n is None or n >= n_rows else f"{len(used)} of {n_rows} rows, drawn with seed {seed}"
+    return Drawn(tuple(used[line] for line in sorted(used)), tuple(refused[line] for line in sorted(refused)), told)
