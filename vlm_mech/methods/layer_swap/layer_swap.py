@@ -11,7 +11,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
-from vlm_mech.methods.layer_swap.findings import takeover, usable_share
+from vlm_mech.methods.layer_swap.findings import findings
 from vlm_mech.methods.layer_swap.study import METRICS, swap_states
 from vlm_mech.results.result import Result
 from vlm_mech.runs.contract import about, remarks
@@ -83,4 +83,4 @@ def swap_result(site: str, table: pd.DataFrame, provenance: dict[str, Any]) -> R
 
 def told(result: Result, pairs: Pairs) -> Result:
     """The result with what it says."""
-    return dataclasses.replace(result, findings=(usable_share(result, pairs), *takeover(result)))
+    return dataclasses.replace(result, findings=findings(result, pairs))
