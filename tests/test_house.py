@@ -1,6 +1,7 @@
 """The walls of the house: contracts of imports, no rings of files, one file that opens traces, a true picture."""
 
 import ast
+import json
 import re
 import runpy
 import subprocess
@@ -89,6 +90,18 @@ def test_rooms_do_not_come_in_by_the_front_door():
     for path in SOURCES:
         if path.is_relative_to(ROOT / "vlm_mech") and path != ROOT / "vlm_mech" / "__init__.py":
             assert "import_module(" not in path.read_text(), path
+
+
+def test_no_name_is_undefined():
+    """Shape strings of one word look like names to ruff, so that its rule is off; names outside strings must exist."""
+    folders = ["vlm_mech", "experiments", "tests", "docs"]
+    asked = ["ruff", "check", "--isolated", "--select", "F821", "--output-format", "json", *folders]
+    done = subprocess.run([sys.executable, "-m", *asked], capture_output=True, text=True, cwd=ROOT)
+    found = [(Path(each["filename"]), each["location"]) for each in json.loads(done.stdout)]
+    assert len(found) > 100, done.stderr
+    lines = {path: path.read_text().splitlines() for path, _ in found}
+    before = {(path, at["row"]): lines[path][at["row"] - 1][: at["column"] - 1] for path, at in found}
+    assert [place for place, text in before.items() if text.count('"') % 2 == 0] == []
 
 
 def test_every_folder_with_code_is_a_package():

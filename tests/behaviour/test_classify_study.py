@@ -119,6 +119,9 @@ def test_counts_of_the_users_own(tmp_path):
     assert frequency.read_counts(path, ["blue", "red circle"]).tolist() == [0, 5]
     with pytest.raises(UsageError, match="no line for the class 'green'"):
         frequency.read_counts(path, ["green"])
+    path.write_text("class,count\nred circle,5\nred_Circle,6\n")
+    with pytest.raises(UsageError, match="lines 2 and 3 are both about 'red_Circle'"):
+        frequency.read_counts(path, ["red circle"])
     path.write_text("red,many\n")
     with pytest.raises(UsageError, match="line 1 is 'red,many'; class,count is needed"):
         frequency.read_counts(path, ["red"])

@@ -82,6 +82,12 @@ def test_names_that_are_the_same_words_get_their_number(tmp_path):
     (tmp_path / "names.csv").write_text("n0,crane\nn1,wren\nn2,crane\n")
     data = load_classes(str(folder), names=tmp_path / "names.csv")
     assert data.names == ("crane (0)", "wren", "crane (2)")
+    (tmp_path / "names.csv").write_text("n0,great white shark, white shark\nn1,wren\nn2,crane\n")
+    with pytest.raises(UsageError, match="line 1 is 'n0,great white shark,white shark'; folder,name is needed"):
+        load_classes(str(folder), names=tmp_path / "names.csv")
+    (tmp_path / "names.csv").write_text("n0,crane\nn1,wren\nn0,jay\nn2,crane\n")
+    with pytest.raises(UsageError, match="lines 1 and 3 are both about 'n0'"):
+        load_classes(str(folder), names=tmp_path / "names.csv")
     assert {each.label for each in data.test} == set(data.names)
     assert data.notes[-1] == "classes of one name are numbered: crane (0), crane (2)"
 

@@ -15,6 +15,7 @@ from vlm_mech.data.pairs import (
     Pairs,
     Refused,
     about_others,
+    apart,
     by_groups,
     conflict_first,
     linked,
@@ -111,8 +112,19 @@ def test_pairs_that_share_a_picture_stay_in_one_part():
         ]
         assert not shown[0] & shown[1] and [len(part) for part in parts] == [6, 6]
         assert {pair.group for part in parts for pair in part} == {pair.group for pair in pairs}, "pairs are as given"
-    apart = some(6, groups=3)
-    assert [pair.group for pair in linked(apart)] == [pair.group for pair in apart]
+    unlike = some(6, groups=3)
+    assert [pair.group for pair in linked(unlike)] == [pair.group for pair in unlike]
+
+
+def test_pairs_that_show_a_picture_of_another_set_are_left_out_and_counted():
+    """Probes fitted on one set are read on another: the third pair shows, as its counterfactual, a fitted picture."""
+    fitted = Pairs("fitted", tuple(Pair(f"f{n}", picture(n), picture(n + 50), "what?", "a", "b") for n in range(4)))
+    read = [Pair(f"r{n}", picture(n + 100), picture(50 if n == 2 else n + 150), "what?", "a", "b") for n in range(4)]
+    kept = apart(Pairs("read", tuple(read)), fitted)
+    assert [pair.id for pair in kept] == ["r0", "r1", "r3"]
+    assert [(each.id, each.reason) for each in kept.refused] == [("r2", "it shows a picture of pair f0 of fitted")]
+    with pytest.raises(UsageError, match="none of the 4 pairs of fitted shows pictures that fitted does not"):
+        apart(fitted, fitted)
 
 
 @pytest.mark.parametrize(("groups", "shares"), [(1, (0.5,)), (4, (0.6, 0.2)), (6, (1.0,)), (6, (0.0,))])

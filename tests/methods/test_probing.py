@@ -58,33 +58,31 @@ def model_folder(vlm, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory):
-    """Pairs about a patch that is red in one image and blue in the other."""
-    folder, rng, rows = tmp_path_factory.mktemp("data"), np.random.default_rng(0), []
+    """Pairs about a patch that is red in one image and blue in the other; in `conflict/` more, of other pictures."""
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder, first=0)
+    write_pairs(folder / "conflict", first=100)
+    return folder
+
+
+def write_pairs(folder, first):
+    folder.mkdir(exist_ok=True)
+    rng, rows = np.random.default_rng(first), []
     for number in range(18):
         row, column = (int(each) for each in rng.integers(0, 4, 2))
         colours = ("red", "blue") if number % 2 else ("blue", "red")
         for name, colour in zip("ab", colours, strict=True):
-            scene(colour, row, column, number).save(folder / f"{number}{name}.png")
+            scene(colour, row, column, first + number).save(folder / f"{number}{name}.png")
         question = f"what colour is the {KINDS[number % 3]}?"
         line = {"image": f"{number}a.png", "counterfactual_image": f"{number}b.png", "question": question}
         rows.append(line | {"id": f"pair {number}", "answer": colours[0], "counterfactual_answer": colours[1],
                             "conflict": "second"})  # fmt: skip
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def options(model_folder, data_folder, out, *more):
     small = ["--folds", "3", "--seeds", "2", "--hidden", "8", "--n-conflict", "6", "--every", "3"]
-    where = [
-        "--model",
-        str(model_folder),
-        "--data",
-        str(data_folder),
-        "--conflict",
-        str(data_folder),
-        "--out",
-        str(out),
-    ]
+    where = ["--model", f"{model_folder}", "--data", f"{data_folder}", "--conflict", f"{data_folder / 'conflict'}"]
     return [*where, "--out", str(out), *small, *more]
 
 
@@ -209,13 +207,13 @@ def test_one_call_gives_the_table_of_the_experiment(model_folder, data_folder, f
     saved, pairs = Result.load(finished), load_pairs(str(data_folder))
     controls = ("shuffled", "control task")
     result = probe(
-        VLM.load(model_folder), pairs, conflict=load_pairs(str(data_folder), n=6), controls=controls,
+        VLM.load(model_folder), pairs, conflict=load_pairs(str(data_folder / "conflict"), n=6), controls=controls,
         n_folds=3, n_seeds=2, every=3,
     )  # fmt: skip
     expected = saved.table[saved.table["control"].isin(["none", *controls])].reset_index(drop=True)
     pd.testing.assert_frame_equal(result.table, expected)
     assert result.axes == saved.axes and any("selectivity" in sentence for sentence in result.findings)
-    with pytest.raises(UsageError, match="probe 'tree' is not known; linear, mlp or a Recipe is"):
+    with pytest.raises(UsageError, match="probe 'tree' is not known; linear, mlp or a ProbeRecipe is"):
         probe(VLM.load(model_folder), pairs, probes=("tree",))
 
 
@@ -223,12 +221,13 @@ def test_one_call_leaves_out_and_tells_what_the_experiment_does(model_folder, da
     saved, pairs = Result.load(finished), load_pairs(str(data_folder))
     grey = Image.new("RGB", (56, 56), (90, 90, 90))
     faint = Pair("faint", grey, Image.new("RGB", (56, 56), (91, 91, 91)), "what is this?", "red", "blue")
-    silent = dataclasses.replace(pairs[0], id="silent", conflict=None)
-    conflict = load_pairs(str(data_folder), n=6)
+    conflict = load_pairs(str(data_folder / "conflict"), n=6)
+    silent = dataclasses.replace(conflict[0], id="silent", conflict=None)
+    known = dataclasses.replace(pairs[0], id="known")
     result = probe(
         VLM.load(model_folder),
         dataclasses.replace(pairs, pairs=(*pairs.pairs, faint)),
-        conflict=dataclasses.replace(conflict, pairs=(silent, *conflict.pairs)),
+        conflict=dataclasses.replace(conflict, pairs=(known, silent, *conflict.pairs)),
         controls=(), n_folds=3, n_seeds=2, every=3,
     )  # fmt: skip
     expected = saved.table[saved.table["control"] == "none"].reset_index(drop=True)
@@ -236,8 +235,8 @@ def test_one_call_leaves_out_and_tells_what_the_experiment_does(model_folder, da
     for key in ("question", "model", "data"):
         assert result.provenance[key] == saved.provenance[key]
     assert saved.provenance["refused"] == []
-    assert [each["id"] for each in result.provenance["refused"]] == ["faint", "silent"]
-    assert result.findings[-1].startswith("2 examples could not be used: faint: ")
+    assert [each["id"] for each in result.provenance["refused"]] == ["faint", "known", "silent"]
+    assert result.findings[-1].startswith("3 examples could not be used: faint: ")
 
 
 def test_figures_come_from_the_saved_file_alone(finished):
@@ -329,9 +328,10 @@ def test_two_models_stand_side_by_side(model_folder, data_folder, tmp_path):
 
 def test_pairs_without_an_object_are_counted_and_the_rest_is_read(model_folder, data_folder, tmp_path, capsys):
     own = shutil.copytree(data_folder, tmp_path / "own")
-    with Image.open(own / "0b.png") as opened:
-        opened.resize((40, 56)).save(own / "0b.png")
-    (own / "1a.png").write_bytes(b"no picture")
+    for folder in (own, own / "conflict"):
+        with Image.open(folder / "0b.png") as opened:
+            opened.resize((40, 56)).save(folder / "0b.png")
+        (folder / "1a.png").write_bytes(b"no picture")
     assert (
         command(probing, *options(model_folder, own, tmp_path / "run", "--probes", "linear", "--n-conflict", "18")) == 0
     )

@@ -18,7 +18,7 @@ from vlm_mech.data.picture_parts import SHARES, Labelled, deal, draw_parts
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import CLASSES, COLOURS, PRIORS, SHAPES, SPLITS, Scene, Split
-from vlm_mech.data.user_files import Refused, read_cells
+from vlm_mech.data.user_files import Refused, read_told
 from vlm_mech.data.words import words_of
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
@@ -311,8 +311,8 @@ def _called(folders: Sequence[str], names: Path | None) -> list[str]:
     """The name of each folder's class: what the csv says, or the folder's own, underscores as spaces."""
     if names is None:
         return [" ".join(folder.replace("_", " ").split()) for folder in folders]
-    told = {row[0]: row[1] for row in read_cells(names, "names").values() if len(row) >= 2}
+    told = read_told(names, "names", "folder,name")
     missing = [folder for folder in folders if folder not in told]
     if missing:
         raise UsageError(f"names {str(names)!r} has no line for the class {missing[0]!r}; lines are folder,name")
-    return [told[folder] for folder in folders]
+    return [told[folder][1] for folder in folders]

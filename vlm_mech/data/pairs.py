@@ -239,6 +239,22 @@ def linked(pairs: Pairs) -> Pairs:
     return dataclasses.replace(pairs, pairs=tuple(changed))
 
 
+def apart(pairs: Pairs, others: Pairs) -> Pairs:
+    """The pairs that show no picture of the others; the rest, equal to the pixel, move to `refused`.
+
+    Raises:
+        UsageError: none is left.
+    """
+    met = {pixel_hash(image): other.id for other in others for image in (other.image, other.counterfactual_image)}
+
+    def check(pair: Pair) -> None:
+        shared = [met[shown] for shown in map(pixel_hash, (pair.image, pair.counterfactual_image)) if shown in met]
+        if shared:
+            raise UsageError(f"it shows a picture of pair {shared[0]} of {others.name}")
+
+    return checked(pairs, check, f"shows pictures that {others.name} does not")
+
+
 def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pairs, ...]:
     """Parts of a data set with at least these shares of its groups, the last with what is left.
 
@@ -299,7 +315,6 @@ def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
     Raises:
         UsageError: none fits.
     """
-
     what = f"fits {vlm.name}"
     pairs = checked(pairs, lambda pair: _check_prompts(vlm, pair), what)
     asked = [each for both in zip(pairs.base, pairs.counterfactual, strict=True) for each in both]

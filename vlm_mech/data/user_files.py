@@ -123,6 +123,29 @@ def read_cells(path: Path, what: str) -> dict[int, list[str]]:
     return {number: [cell.strip() for cell in row] for number, row in numbered if row}
 
 
+def read_told(path: Path, what: str, columns: str, *, key: Callable[[str], str] = str) -> dict[str, tuple[int, str]]:
+    """What a csv of two cells a line says of each name, by `key` of that name: the number of the line, the second cell.
+
+    Args:
+        columns: what the cells are, as `class,count`; a first line that says so is left out.
+
+    Raises:
+        UsageError: the file cannot be read, a line has another number of cells, or two lines are about one name.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for number, row in read_cells(path, what).items():
+        if number == 1 and ",".join(row) == columns:
+            continue
+        if len(row) != 2:
+            said = ",".join(row)
+            raise UsageError(f"{what} {str(path)!r} line {number} is {said!r:.60}; {columns} is needed")
+        name = key(row[0])
+        if name in found:
+            raise UsageError(f"{what} {str(path)!r}: lines {found[name][0]} and {number} are both about {row[0]!r:.60}")
+        found[name] = number, row[1]
+    return found
+
+
 def draw(found: Rows, n: int | None, seed: int, use: Callable[[Row], UsedT]) -> Drawn[UsedT]:
     """What `use` makes of n rows drawn with the seed, of all where n is None.
 

@@ -204,14 +204,12 @@ class VLM(TracedModel):
     @functools.cached_property
     def _projector_widths(self) -> dict[str, int]:
         """Widths that no configuration gives in all families, read from one pass."""
-
         states = read(self, [example(self)], [Site("projector.in"), Site("projector.out")])
         return {site.point: value.shape[-1] for site, value in states.values.items()}
 
     @functools.cached_property
     def readout(self) -> Readout:
         """From the last block's output to logits, found by comparison with the model's own logits (one small pass)."""
-
         return readout_of(self, example(self))
 
     # Use

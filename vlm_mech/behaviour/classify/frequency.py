@@ -23,7 +23,7 @@ from vlm_mech.behaviour.classify.table import CLASSES, LOADED, OPEN
 from vlm_mech.data.image_classes import normalised
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import in_conflict
-from vlm_mech.data.user_files import read_cells
+from vlm_mech.data.user_files import read_told
 from vlm_mech.errors import UsageError
 from vlm_mech.organism.train_vlm import BLANK_SHARE, CONFLICT_SHARE, FAMILY_SHARES, RECIPES, Stage, draw_questions
 from vlm_mech.results.statistics import percentile_interval
@@ -80,15 +80,13 @@ def read_counts(path: Path, names: Sequence[str]) -> Int[np.ndarray, "n_classes"
     """Counts from a csv of `class,count`; classes are matched by their words.
 
     Raises:
-        UsageError: no such file, a count that is no whole number, or a class without one.
+        UsageError: no such file, a count that is no whole number, two for a class, or a class without one.
     """
-    found: dict[str, int] = {}
-    for number, row in read_cells(path, "counts").items():
-        if number == 1 and row[1:] == ["count"]:
-            continue
-        if len(row) != 2 or not row[1].isdigit():
-            raise UsageError(f"counts {str(path)!r} line {number} is {','.join(row)!r:.60}; class,count is needed")
-        found[normalised(row[0])] = int(row[1])
+    told = read_told(path, "counts", "class,count", key=normalised)
+    for name, (number, count) in told.items():
+        if not count.isdecimal():
+            raise UsageError(f"counts {str(path)!r} line {number} is '{name:.40},{count:.20}'; class,count is needed")
+    found = {name: int(count) for name, (_, count) in told.items()}
     missing = [name for name in names if normalised(name) not in found]
     if missing:
         raise UsageError(f"counts {str(path)!r} has no line for the class {missing[0]!r}")

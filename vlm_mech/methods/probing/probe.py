@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from vlm_mech.data.pairs import Pairs, linked, with_conflict
+from vlm_mech.data.pairs import Pairs, apart, linked, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.methods.probing.crossfit import METRICS
@@ -76,7 +76,7 @@ def probe(
         UsageError: a span, probe or control that is not known, or too few examples for the folds.
     """
     data = [linked(with_objects(pairs))]
-    data += [] if conflict is None else [with_conflict(linked(with_objects(conflict)))]
+    data += [] if conflict is None else [linked(with_conflict(apart(with_objects(conflict), data[0])))]
     examples, conflicts = examples_of(vlm, data[0]), None if conflict is None else conflicts_of(vlm, data[1])
     spots = spots_of(probe_sites(vlm, every=every), spread(vlm, listed(spans), examples))
     recipes = tuple(map(recipe_of, listed(probes)))

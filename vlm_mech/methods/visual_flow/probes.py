@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pairs
+from vlm_mech.data.pairs import Pairs, apart
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.controls import shuffled
 from vlm_mech.methods.probing.crossfit import crossfit, is_first, stacked_states
@@ -58,6 +58,14 @@ class Fitting:
     features: Features
     own: bool
     seed: int
+
+
+def check_apart(read: Pairs, fitted_on: Pairs) -> None:
+    """Raises `UsageError` when a pair that probes are fitted on shows a picture that they are to be read on."""
+    for refused in apart(fitted_on, read).refused[len(fitted_on.refused) :]:
+        raise UsageError(
+            f"probes are read on other pictures than they are fitted on; pair {refused.id}: {refused.reason}"
+        )
 
 
 def places_of(vlm: "VLM", *, every: int = 1) -> tuple[Site, ...]:
