@@ -143,6 +143,19 @@ def test_compensation_by_masks(tmp_path):
     pd.testing.assert_frame_equal(own, table_of(compensation, folder, tmp_path / "folder", *given), check_exact=True)
 
 
+def test_probes_of_usual_pictures_read_on_those_in_conflict(tmp_path):
+    """48 pairs: with fewer, a class may be missing from a fold."""
+    usual = as_folder(tmp_path / "usual", load_pairs(COLOURS, n=48))
+    unusual = as_folder(tmp_path / "unusual", load_pairs(CONFLICT, n=N))
+    more = (*PROBES, "--every", "3")
+    own = table_of(
+        probing, COLOURS, tmp_path / "own", "--n", 48, "--conflict", CONFLICT, "--n-conflict", N, *more
+    )  # fmt: skip
+    read = table_of(probing, usual, tmp_path / "folder", "--conflict", unusual, *more)
+    pd.testing.assert_frame_equal(own, read, check_exact=True)
+    assert set(own["read_on"]) == {"test", "conflict"}
+
+
 @pytest.mark.parametrize(
     ("experiment", "more"),
     [(decode, ()), (debias, ()), (layer_swap, ("--swap", "weights")), (probing, ("--conflict", COLOURS))],
