@@ -96,14 +96,14 @@ def run(config: Config, work: Workspace) -> Outcome:
 def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tuple[str, ...]) -> None:
     """Rows of probes, kept among the batches."""
     from vlm_mech.behaviour.blur_decay.probes import probed
-    from vlm_mech.data.pairs import linked, load_pairs
+    from vlm_mech.data.pairs import load_pairs
     from vlm_mech.methods.probing.data import with_objects
     from vlm_mech.methods.visual_flow.probes import check_apart
 
     name = _probe_data(config)
     if name is None or not mechanism or PROBES in work:
         return
-    others = linked(with_objects(load_pairs(name, n=config.n_probe, seed=config.seed, split=config.split)))
+    others = with_objects(load_pairs(name, n=config.n_probe, seed=config.seed, split=config.split))
     check_apart(pairs, others)
     options: dict[str, Any] = {"folder": work.partial, "seed": config.seed, "batch": config.batch}
     work.keep(PROBES, probed(vlm, pairs, others, mechanism, **options), {})

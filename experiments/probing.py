@@ -74,7 +74,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     """A model, its examples, the scenes in conflict, what is done with them, and what is known of the data."""
-    from vlm_mech.data.pairs import apart, linked, load_pairs, with_conflict
+    from vlm_mech.data.pairs import apart, load_pairs, with_conflict
     from vlm_mech.methods.probing import data as probing_data
     from vlm_mech.methods.probing.probe import recipe_of
     from vlm_mech.methods.probing.study import Design
@@ -84,7 +84,7 @@ def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     n = 128 if config.n is None and config.data.startswith("scenes/") else config.n
     named = [(config.data, n), *((name, config.n_conflict) for name in _conflict(config))]
     data = [probing_data.with_objects(load_pairs(name, n=count, **drawn)) for name, count in named]
-    data = [linked(data[0]), *(linked(with_conflict(apart(each, data[0]))) for each in data[1:])]
+    data[1:] = [with_conflict(apart(each, data[0])) for each in data[1:]]
     examples = probing_data.examples_of(vlm, data[0])
     conflicts = probing_data.conflicts_of(vlm, data[1]) if len(data) > 1 else None
     sites, spans = probing_data.probe_sites(vlm, every=config.every), probing_data.spread(vlm, config.spans, examples)

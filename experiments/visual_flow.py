@@ -50,7 +50,7 @@ class Config(SweepConfig):
 
 def _loaded(config: Config) -> tuple[Any, ...]:
     """The model, the examples and what is cut."""
-    from vlm_mech.data.pairs import fitting, linked, load_pairs
+    from vlm_mech.data.pairs import fitting, load_pairs
     from vlm_mech.errors import UsageError
     from vlm_mech.methods.probing.data import with_objects
     from vlm_mech.methods.visual_flow.data import cases_of, flow_scan
@@ -61,7 +61,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
     pairs = fitting(vlm, pairs)
-    cases = cases_of(linked(with_objects(pairs)) if config.probe else pairs)
+    cases = cases_of(with_objects(pairs) if config.probe else pairs)
     return vlm, cases, flow_scan(vlm, cases.pairs, window=config.window)
 
 
@@ -101,12 +101,12 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:
     """What probes are fitted on; their rows are kept among the batches."""
-    from vlm_mech.data.pairs import linked, load_pairs
+    from vlm_mech.data.pairs import load_pairs
     from vlm_mech.methods.visual_flow.probes import check_apart, fitting, probe_rows
 
     name = config.probe_data or (COLOURS if config.data == CONFLICT else None)
     n = 96 if config.n_probe is None and str(name).startswith("scenes/") else config.n_probe
-    others = None if name is None else linked(load_pairs(name, n=n, seed=config.seed, split=config.split))
+    others = None if name is None else load_pairs(name, n=n, seed=config.seed, split=config.split)
     if others is not None:
         check_apart(cases.pairs, others)
     options = {"folder": work.partial, "batch": config.batch}

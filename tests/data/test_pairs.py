@@ -97,7 +97,7 @@ def test_parts_share_no_group(n, groups, shares, sizes):
     assert [part.digest for part in again] == [part.digest for part in parts]
 
 
-def test_pairs_that_share_a_picture_stay_in_one_part():
+def test_pairs_that_share_a_picture_stay_in_one_part(tmp_path):
     """The picture of pair n is the counterfactual of pair n + 1, in twos; ids and groups do not say so."""
     made = [
         Pair(f"p{n}", picture(n), picture(n - 1 if n % 2 else 100 + n), "what?", f"a{n}", f"b{n}", group=f"g{n}")
@@ -112,6 +112,8 @@ def test_pairs_that_share_a_picture_stay_in_one_part():
         ]
         assert not shown[0] & shown[1] and [len(part) for part in parts] == [6, 6]
         assert {pair.group for part in parts for pair in part} == {pair.group for pair in pairs}, "pairs are as given"
+    folder = as_folder(tmp_path / "mine", pairs)
+    assert [pair.group for pair in load_pairs(folder)] == [f"p{n - n % 2}" if n % 2 else None for n in range(12)]
     unlike = some(6, groups=3)
     assert [pair.group for pair in linked(unlike)] == [pair.group for pair in unlike]
 

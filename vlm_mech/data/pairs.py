@@ -125,6 +125,8 @@ class Pairs:
 def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 0, split: str = "test") -> Pairs:
     """Pairs by name (`scenes/colour`, ...) or from a folder with `pairs.jsonl`.
 
+    Pairs of a folder that share a picture are one group, whatever the folder says: they are no independent examples.
+
     Args:
         n: number of pairs: 64 scenes by default; all of a folder, or n drawn from it, which keep their order.
         seed: draws the scenes, or the pairs of a folder.
@@ -142,7 +144,7 @@ def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 
         names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
         raise UsageError(f"data {str(name_or_folder)!r} is neither a folder with {FILE} nor one of {names}")
     drawn = read_pairs(folder, n=n, seed=seed)
-    return Pairs(str(folder), drawn.used, drawn.refused, drawn=drawn.told)
+    return linked(Pairs(str(folder), drawn.used, drawn.refused, drawn=drawn.told))
 
 
 def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
