@@ -107,8 +107,7 @@ def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:
     name = config.probe_data or (COLOURS if config.data == CONFLICT else None)
     n = 96 if config.n_probe is None and str(name).startswith("scenes/") else config.n_probe
     others = None if name is None else load_pairs(name, n=n, seed=config.seed, split=config.split)
-    if others is not None:
-        check_apart(cases.pairs, others)
+    check_apart(cases.pairs, others)
     options = {"folder": work.partial, "batch": config.batch}
     fitted = fitting(vlm, cases, others, every=config.every, seed=config.seed, **options)
     if PROBES not in work:

@@ -60,12 +60,14 @@ class Fitting:
     seed: int
 
 
-def check_apart(read: Pairs, fitted_on: Pairs) -> None:
-    """Raises `UsageError` when a pair that probes are fitted on shows a picture that they are to be read on."""
-    for refused in apart(fitted_on, read).refused[len(fitted_on.refused) :]:
-        raise UsageError(
-            f"probes are read on other pictures than they are fitted on; pair {refused.id}: {refused.reason}"
-        )
+def check_apart(read: Pairs, fitted_on: Pairs | None) -> None:
+    """Raises `UsageError` when a pair that probes are fitted on shows a picture that they are to be read on.
+
+    Args:
+        fitted_on: None where they are fitted on the pairs that are read, by folds.
+    """
+    for pair in apart(fitted_on, read).refused[len(fitted_on.refused) :] if fitted_on else ():
+        raise UsageError(f"probes are read on other pictures than they are fitted on; pair {pair.id}: {pair.reason}")
 
 
 def places_of(vlm: "VLM", *, every: int = 1) -> tuple[Site, ...]:
