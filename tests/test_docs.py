@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import pkgutil
 import re
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from tests.helpers import command
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "vlm_mech" / "organism" / "weights").glob("*/README.md"))
@@ -72,6 +75,32 @@ def test_pages_name_only_what_exists():
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         for path in re.findall(r"`([\w./-]+\.(?:py|md|toml|ipynb|txt))`", prose):
             assert is_there(path), f"{page.name} names {path}"
+
+
+def test_modules_that_pages_name_exist():
+    """Dotted names of ours, and the right column of the table of moves."""
+    for page in PAGES:
+        for name in re.findall(r"`(vlm_mech(?:\.\w+)+)", page.read_text()):
+            assert pkgutil.resolve_name(name), f"{page.name} names {name}"
+    rows = [line.split(" | ")[1] for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("| `")]
+    moved = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+    assert len(moved) > 100
+    assert [name for name in sorted(moved) if not importlib.util.find_spec(f"vlm_mech.{name}")] == []
+
+
+def test_options_that_pages_name_exist(capsys):
+    """Of every command in a page: what follows the name of an experiment up to the end of the line or the code."""
+    told = {
+        (name, option)
+        for page in PAGES
+        for name, rest in re.findall(r"python -m experiments\.(\w+)([^`\n#]*)", page.read_text())
+        for option in re.findall(r"(?<= )--[a-z][a-z-]*", rest)
+    }
+    assert len(told) > 10
+    for name in {name for name, _ in told}:
+        assert command(importlib.import_module(f"experiments.{name}"), "--help") == 0
+        known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+        assert {option for each, option in told if each == name} <= known, name
 
 
 def is_there(path):

@@ -1,4 +1,4 @@
-"""One planting examined by every method; many of them in processes of their own."""
+"""One planting examined by all methods that have an adapter; many of them in processes of their own."""
 
 import dataclasses
 import itertools
