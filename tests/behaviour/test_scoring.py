@@ -397,7 +397,7 @@ def test_letters_of_a_folder_by_a_model_that_has_them(folder, tmp_path, capsys):
         (["--prompts", "{question} zebra"], "none of the"),
         (["--compare", "organism"], "the model itself"),
         (["--n", "1"], "at least two are needed"),
-        (["--n-validation", "-1"], "--n-validation is -1"),
+        (["--n-validation", "-1"], "n_validation is -1"),
         (["--data", "scenes/kind", "--contrastive", "clip"], "has no {answer}"),
         (["--data", "scenes/kind", "--caption", "a {answer}"], "is for a contrastive model"),
     ],

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from vlm_mech.behaviour.decoding.data import DOSES, GREEDY, label
-from vlm_mech.behaviour.decoding.study import DEPENDENCY, OWN, STRANGER, TEST, USUAL, VALIDATION, WHOLE
+from vlm_mech.behaviour.decoding.data import DOSES, GREEDY, TEST, VALIDATION, label
+from vlm_mech.behaviour.decoding.study import DEPENDENCY, OWN, STRANGER, USUAL, WHOLE
 from vlm_mech.results import figures
 from vlm_mech.results.figures import drawn_by
 from vlm_mech.results.result import Result
