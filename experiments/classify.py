@@ -14,6 +14,7 @@ from vlm_mech.runs.workspace import Workspace
 
 if TYPE_CHECKING:
     from vlm_mech.behaviour.classify.data import Design
+    from vlm_mech.behaviour.classify.steps import Options
 
 QUESTION = (
     "What is in the picture? The model is asked in the open and among candidates; its probabilities of the class names "
@@ -87,12 +88,24 @@ def _loaded(config: Config) -> "tuple[Any, Design]":
     return vlm, design_of(vlm, data, wording, **how, batch=config.batch)
 
 
+def _options(config: Config) -> "Options":
+    from vlm_mech.behaviour.classify.steps import options_of
+    from vlm_mech.behaviour.classify.tuning import Tuning
+
+    tuning = None
+    if config.tune != "none":
+        tuning = Tuning(config.tune, n_steps=config.tune_steps, rate=config.tune_rate, seed=config.seed)
+    names = ("contrastive", "loading", "probes", "positions", "counts", "rule", "qa", "n_qa")
+    given = {name: getattr(config, name) for name in names}
+    return options_of(config.data, config.model, question=QUESTION, tuning=tuning, **given)
+
+
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its figures, and some pictures with their answers."""
     from vlm_mech.behaviour.classify import figures, findings, steps
     from vlm_mech.behaviour.classify.baselines import comparisons
 
-    options = steps.options_of(config, QUESTION)
+    options = _options(config)
     vlm, design = _loaded(config)
     result, calibrations = steps.run_all(vlm, design, options, work)
     paired = comparisons(result, design.question, len(design.data.names))

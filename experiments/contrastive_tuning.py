@@ -65,7 +65,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         for n, split in ((config.n_train, "train"), (config.n_validation, "validation"))
     )
     for some in (test, train, validation):
-        contrastive_tuning_data.check_twins(some)
+        contrastive_tuning_data.check_counterfactuals(some)
     loading = {name: value for name, value in config.loading.items() if name != "revision"}
     encoder = DualEncoder.load(config.contrastive, **loading)
     contrastive_tuning_data.check_words(encoder, [*test, *train, *validation])
@@ -97,7 +97,7 @@ def _variants(config: Config) -> list[Any]:
     folders = [name for name in config.train if not name.startswith("scenes/")]
     if folders or not config.train or not config.data:
         raise UsageError(
-            f"train {folders[0]!r} has no train split of twins; generated pairs are needed, as in {RELATIONS[0]}"
+            f"train {folders[0]!r} has no train split of pairs; generated ones are needed, as in {RELATIONS[0]}"
             if folders else "--data and --train need a data set each"
         )  # fmt: skip
     return variants_of(config.variants)

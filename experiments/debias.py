@@ -13,7 +13,7 @@ from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "A model that answers from its prior is tuned on pictures in conflict with it and on their usual twins. Does it "
+    "A model that answers from its prior is tuned on pictures in conflict with it and on the usual ones. Does it "
     "then say what unseen pictures show, also where nothing was wrong before, and would any adapter of equal size do?"
 )
 CONFLICT = "scenes/colour-conflict"

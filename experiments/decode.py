@@ -59,12 +59,12 @@ def run(config: Config, work: Workspace) -> Outcome:
         config.start, config.cutoff, config.noise_step, config.max_new_tokens, config.letters, config.seed
     )
     settings = decoding_data.grid(config.methods, config.alphas, config.rates, config.strengths)
-    validation, test = _splits(config, vlm)
-    _kept(config, work, vlm, validation, settings, study.VALIDATION, options)
+    validation, test = decoding_data.parts_of(vlm, config.data, n=config.n, seed=config.seed)
+    _kept(config, work, vlm, validation, settings, decoding_data.VALIDATION, options)
     # Test batches may be there already when a run is taken up; the choice looks at validation alone.
     choice = study.chosen(work.collect()[0], settings)
     settings = study.tested(choice)
-    _kept(config, work, vlm, test, settings, study.TEST, options)
+    _kept(config, work, vlm, test, settings, decoding_data.TEST, options)
     table = study.completed(work.collect()[0])
     told = about(QUESTION, vlm, test, {}) | {
         "validation": {"n": len(validation), "hash": validation.digest},
@@ -77,35 +77,17 @@ def run(config: Config, work: Workspace) -> Outcome:
     return Outcome(result, figures.drawn(result))
 
 
-def _splits(config: Config, vlm: Any) -> tuple[Any, Any]:
-    """Validation and test pairs: splits of the scenes, or halves of a folder."""
-    from vlm_mech.behaviour.decoding import study
-    from vlm_mech.data.pairs import by_groups, conflict_first, fitting, load_pairs, with_conflict
-    from vlm_mech.errors import UsageError
-
-    if len(set(config.methods)) != len(config.methods) or not config.methods:
-        raise UsageError(f"methods {' '.join(config.methods) or '(none)'}: M3ID, VCD or both are needed, each once")
-    given, splits = {"n": config.n, "seed": config.seed}, (study.VALIDATION, study.TEST)
-    scenes = config.data.startswith("scenes/")
-    loaded = [load_pairs(config.data, split=split, **given) for split in splits[not scenes :]]
-    both = [conflict_first(fitting(vlm, with_conflict(pairs))) for pairs in loaded]
-    both = both if scenes else list(by_groups(both[0], (0.5,), seed=config.seed))
-    for pairs, split in zip(both, splits, strict=True):
-        if len(pairs) < 2:
-            raise UsageError(f"{pairs.name} gives {len(pairs)} example for {split}; at least two are needed")
-    return both[0], both[1]
-
-
 def _kept(config: Config, work: Workspace, vlm: Any, pairs: Any, settings: Any, split: str, options: Any) -> None:
     """Does and stores the batches of a split that are not there yet; validation comes before test by its keys."""
     from vlm_mech.behaviour.decoding import study
+    from vlm_mech.behaviour.decoding.data import TEST, VALIDATION
     from vlm_mech.data.pairs import partners
 
     others = [pairs.pairs[other] for other in partners(len(pairs), seed=config.seed)]
     for start in work.progress(range(0, len(pairs), config.batch), split):
-        key, rows = f"{(study.VALIDATION, study.TEST).index(split)}-{start:08d}", slice(start, start + config.batch)
+        key, rows = f"{(VALIDATION, TEST).index(split)}-{start:08d}", slice(start, start + config.batch)
         if key not in work:
-            given = {"split": split, "options": options, "dependency": split == study.TEST and "M3ID" in config.methods}
+            given = {"split": split, "options": options, "dependency": split == TEST and "M3ID" in config.methods}
             work.keep(key, study.contrast(vlm, pairs[rows], others[rows], settings, **given), {})
 
 

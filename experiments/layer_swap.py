@@ -2,14 +2,14 @@
 
 Runs each question on an image with the hidden states of its counterfactual, layer by layer and span by span, in both
 directions, and measures how much of the way to the other answer that goes (counterfactual states). With
-`--swap weights` decoder blocks are exchanged with those of a tuned twin instead (counterfactual blocks, after arXiv
-2606.06890).
+`--swap weights` decoder blocks are exchanged with those of a tune of the model instead (counterfactual blocks, after
+arXiv 2606.06890).
 """
 
 from typing import Any
 
 from experiments._swap_config import Config
-from experiments._weights import swap_weights
+from experiments._weight_swap import swap_weights
 from vlm_mech.errors import UsageError
 from vlm_mech.runs.contract import about, main
 from vlm_mech.runs.outcome import Outcome

@@ -34,7 +34,7 @@ class Config(RunConfig):
     hidden: tuple[int, ...] = (64, 32)
     """Widths of the MLP's hidden layers; 512 128 for models thousands wide."""
     grouping: Literal["both", "scene", "template"] = "both"
-    """What no split tears apart: scenes with their twins (always), and all examples with the same question."""
+    """What no split tears apart: the two scenes of a pair (always), and all examples with the same question."""
     folds: int = 4
     """Parts of the data: one is for testing, one for validation, the others for training, in turn."""
     seeds: int = 5

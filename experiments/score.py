@@ -52,9 +52,11 @@ def _loaded(config: Config) -> "Plan":
     from vlm_mech.behaviour.scoring import data as scoring_data
     from vlm_mech.models.vlm import VLM
 
-    test, validation = scoring_data.load_parts(config)
-    names = [config.model, *([config.compare] if config.compare else [])]
-    return scoring_data.plan_of(config, [VLM.load(name, **config.loading) for name in names], test, validation)
+    sizes = {"n": config.n, "n_validation": config.n_validation}
+    parts = scoring_data.load_parts(config.data, **sizes, seed=config.seed, split=config.split)
+    vlms = [VLM.load(name, **config.loading) for name in (config.model, config.compare) if name]
+    names = ("prompts", "forms", "contrastive", "caption", "loading", "seed", "batch", "max_new_tokens")
+    return scoring_data.plan_of(vlms, *parts, **{name: getattr(config, name) for name in names})
 
 
 def run(config: Config, work: Workspace) -> Outcome:

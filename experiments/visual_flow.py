@@ -102,14 +102,14 @@ def run(config: Config, work: Workspace) -> Outcome:
 def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:
     """What probes are fitted on; their rows are kept among the batches."""
     from vlm_mech.data.pairs import load_pairs
-    from vlm_mech.methods.visual_flow.probes import check_apart, fitting, probe_rows
+    from vlm_mech.methods.visual_flow.probes import check_apart, probe_examples, probe_rows
 
     name = config.probe_data or (COLOURS if config.data == CONFLICT else None)
     n = 96 if config.n_probe is None and str(name).startswith("scenes/") else config.n_probe
     others = None if name is None else load_pairs(name, n=n, seed=config.seed, split=config.split)
     check_apart(cases.pairs, others)
     options = {"folder": work.partial, "batch": config.batch}
-    fitted = fitting(vlm, cases, others, every=config.every, seed=config.seed, **options)
+    fitted = probe_examples(vlm, cases, others, every=config.every, seed=config.seed, **options)
     if PROBES not in work:
         work.keep(PROBES, *probe_rows(vlm, cases, fitted, **options))
     return fitted

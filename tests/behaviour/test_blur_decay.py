@@ -122,9 +122,9 @@ def test_a_prior_never_changes_and_what_is_seen_does():
         table = study.decay(VLM.load(name), pairs, levels)
         last = table[table["level"] == NONE].groupby("view")[["unchanged", "correct"]].mean()
         found[name] = last.to_dict("index")
-    prior, grounded = (found[name][study.TWIN] for name in found)
+    prior, grounded = (found[name][study.COUNTERFACTUAL] for name in found)
     assert prior["unchanged"] > planted["in conflict"] and prior["correct"] < 0.1, "greedy answers take the likelier"
-    floor = found["organism-grounded"][study.STRANGE_TWIN]
+    floor = found["organism-grounded"][study.STRANGE_COUNTERFACTUAL]
     assert grounded["unchanged"] <= floor["unchanged"] + 0.05
     assert found["organism"][study.OWN]["unchanged"] > 0.9, "a usual colour is the prior"
 
@@ -135,7 +135,7 @@ def test_answers_are_held_against_those_about_their_own_clear_picture(vlm):
     table = study.decay(vlm, pairs, ("1", "5"), seed=3)
     others = partners(6, seed=3)
     images = {study.OWN: [pair.image for pair in pairs],
-              study.TWIN: [pair.counterfactual_image for pair in pairs]}  # fmt: skip
+              study.COUNTERFACTUAL: [pair.counterfactual_image for pair in pairs]}  # fmt: skip
     options = [(pair.answer, pair.counterfactual_answer) for pair in pairs]
     for (view, floor), both in zip(study.FLOORS.items(), (options, [each[::-1] for each in options]), strict=True):
         shown = [resized(load_image(image)) for image in images[view]]

@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model_folder, data_folder, finis
     [
         (("--k", "7"), "--k 7 is no number of candidates among 3 classes"),
         (("--questions", "what zebra is this?"), "'zebra', which"),
-        (("--n-qa", "0"), "--n-qa 0 must be at least 1"),
+        (("--n-qa", "0"), "n_qa is 0 and must be at least 1"),
         (("--wording", "paper"), "has no token for"),
         (("--counts", "none.csv"), "counts 'none.csv' cannot be read"),
         (("--qa", "none.jsonl"), "questions 'none.jsonl' cannot be read"),

@@ -217,8 +217,8 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         (["--contrastive", "organism"], "is no contrastive model"),
         (["--rates", "0"], "learning rates above zero are needed"),
         (["--steps", "0"], "steps is 0; at least 1 is needed"),
-        (["--train", "some_folder"], "has no train split of twins"),
-        (["--data", "scenes/relations"], "has no twins"),
+        (["--train", "some_folder"], "has no train split of pairs"),
+        (["--data", "scenes/relations"], "has no counterfactuals"),
         (["--data", "scenes/colour", "scenes/colour"], "is given twice"),
         (["--variants", "all"], "variant 'all' is not known"),
     ):
@@ -231,9 +231,9 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
 def test_what_was_learned_and_does_not_carry_over_is_told_from_what_was_not_learned(fitted, told):
     rows = [
         {"example": f"x/{n}", "group": f"x/{n}", "data": "x", "tuning": name, "pair": value, "individual": 1.0}
-        for name, value in (("none", 0), ("VLM", 1), (data.TWINS, 0)) for n in range(8)
+        for name, value in (("none", 0), ("VLM", 1), (data.COUNTERFACTUALS, 0)) for n in range(8)
     ]  # fmt: skip
-    notes = [{"tuning": data.TWINS, "rate": 1e-3, "fitted": fitted}]
+    notes = [{"tuning": data.COUNTERFACTUALS, "rate": 1e-3, "fitted": fitted}]
     about = {"n_train": 9, "train": ["x"], "n_validation": 4, "n_fitted": 9, "rates": [1e-3], "variants": notes}
     about["recipe"] = {"n_steps": 1, "batch": 4}
     table = study.completed(pd.DataFrame(rows))
@@ -243,11 +243,11 @@ def test_what_was_learned_and_does_not_carry_over_is_told_from_what_was_not_lear
 
 def test_a_control_takes_the_rate_of_what_it_repeats():
     by_name = {variant.name: variant for variant in data.VARIANTS}
-    control, rates, note = data.VARIANTS[-1], (1e-3, 1e-4), {"tuning": data.TWINS, "rate": 1e-4}
+    control, rates, note = data.VARIANTS[-1], (1e-3, 1e-4), {"tuning": data.COUNTERFACTUALS, "rate": 1e-4}
     assert control.shuffled == "captions"
     assert study.rates_for(control, rates, [{}]) == rates
     assert study.rates_for(control, rates, [{}, note]) == (1e-4,)
-    assert study.rates_for(by_name[data.TWINS], rates, [{}, note]) == rates
+    assert study.rates_for(by_name[data.COUNTERFACTUALS], rates, [{}, note]) == rates
 
 
 def test_help_is_light():

@@ -19,7 +19,7 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.behaviour.answering.without_image import without_images
 from vlm_mech.behaviour.decoding import data, study
 from vlm_mech.behaviour.decoding import processors as decoding_processors
-from vlm_mech.behaviour.decoding.data import GREEDY, Setting
+from vlm_mech.behaviour.decoding.data import GREEDY, TEST, VALIDATION, Setting
 from vlm_mech.behaviour.decoding.processors import (
     M3ID,
     VCD,
@@ -33,7 +33,7 @@ from vlm_mech.behaviour.decoding.processors import (
     noised,
     seeds_of,
 )
-from vlm_mech.behaviour.decoding.study import OWN, STRANGER, TEST, USUAL, VALIDATION, WHOLE
+from vlm_mech.behaviour.decoding.study import OWN, STRANGER, USUAL, WHOLE
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt

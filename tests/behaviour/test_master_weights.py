@@ -6,12 +6,12 @@ from torch import nn
 
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
-from vlm_mech.behaviour.answering.master_weights import Descent
 from vlm_mech.behaviour.classify.tuning import Tuning, tune
 from vlm_mech.behaviour.contrastive_tuning import training as contrastive
 from vlm_mech.behaviour.debias.adapter import trained_of, with_adapter
 from vlm_mech.behaviour.debias.training import Recipe, train
 from vlm_mech.behaviour.erroneous_agreement.data import load_cases
+from vlm_mech.behaviour.master_weights import Descent
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import WorkError

@@ -359,15 +359,15 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pairs of the user's own, for tiny models; the twin of the last is missing."""
+    """Pairs of the user's own, for tiny models; the counterfactual of the last is missing."""
     root = tmp_path_factory.mktemp("pairs")
     lines = []
     for number, pair in enumerate(some_pairs(7)):
         pair.image.save(root / f"{number}.png")
         pair.counterfactual_image.save(root / f"{number}b.png")
-        twin = f"{number}b.png" if number < 6 else "gone.png"
+        other = f"{number}b.png" if number < 6 else "gone.png"
         lines.append(
-            {"image": f"{number}.png", "counterfactual_image": twin, "question": "what is there?",
+            {"image": f"{number}.png", "counterfactual_image": other, "question": "what is there?",
              "answer": pair.answer, "counterfactual_answer": pair.counterfactual_answer}
         )  # fmt: skip
     (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -397,7 +397,7 @@ def test_letters_of_a_folder_by_a_model_that_has_them(folder, tmp_path, capsys):
         (["--prompts", "{question} zebra"], "none of the"),
         (["--compare", "organism"], "the model itself"),
         (["--n", "1"], "at least two are needed"),
-        (["--n-validation", "-1"], "--n-validation is -1"),
+        (["--n-validation", "-1"], "n_validation is -1"),
         (["--data", "scenes/kind", "--contrastive", "clip"], "has no {answer}"),
         (["--data", "scenes/kind", "--caption", "a {answer}"], "is for a contrastive model"),
     ],

@@ -1,4 +1,4 @@
-"""Scenes, pictures, questions and twins: what is claimed of them holds in the pixels."""
+"""Scenes, pictures, questions and counterfactuals: what is claimed of them holds in the pixels."""
 
 import hashlib
 import random
@@ -213,26 +213,30 @@ def test_captions_name_every_thing_and_seldom_sides():
 
 
 @pytest.mark.parametrize("name", PAIR_SETS)
-def test_twins_change_one_attribute_and_the_answer(name):
+def test_counterfactuals_change_one_attribute_and_the_answer(name):
     changed = {"presence": {"count"}, "count": {"count"}, "front-behind": {"order"}, "part": {"colours"}}.get(
         name, {"left-right": {"place", "x"}, "above-below": {"place", "y"}, "kind": {"kind"}}.get(name, {"colours"})
     )
     for pair in sample_pairs(name, 25, seed=2, split="test"):
-        assert pair.scene.split == pair.twin.split == "test"
-        assert len(differing(pair.scene, pair.twin)) == 1
+        assert pair.scene.split == pair.counterfactual.split == "test"
+        assert len(differing(pair.scene, pair.counterfactual)) == 1
         assert pair.attribute in changed
-        assert pair.twin_answer != pair.question.answer
-        assert {pair.twin_answer, pair.question.answer} <= set(pair.question.options)
+        assert pair.counterfactual_answer != pair.question.answer
+        assert {pair.counterfactual_answer, pair.question.answer} <= set(pair.question.options)
         if name != "presence":
-            same = [asked for asked in questions(pair.twin, (pair.question.type,)) if asked.text == pair.question.text]
-            assert {asked.answer for asked in same} == {pair.twin_answer}
+            same = [
+                asked
+                for asked in questions(pair.counterfactual, (pair.question.type,))
+                if asked.text == pair.question.text
+            ]
+            assert {asked.answer for asked in same} == {pair.counterfactual_answer}
 
 
-def test_twins_leave_every_other_pixel_as_it_was():
+def test_counterfactuals_leave_every_other_pixel_as_it_was():
     for pair in sample_pairs("colour", 25, seed=2, split="test"):
         kind = pair.question.about[0]
         here = np.any([mask for (n, _), mask in masks(pair.scene).items() if pair.scene.things[n].kind == kind], axis=0)
-        different = (np.asarray(render(pair.scene)) != np.asarray(render(pair.twin))).any(-1)
+        different = (np.asarray(render(pair.scene)) != np.asarray(render(pair.counterfactual))).any(-1)
         # Blended edge pixels lie just outside the mask.
         near = here.copy()
         for step in (1, -1):
@@ -246,8 +250,8 @@ def test_conflict_pairs_go_from_the_usual_colour_to_another():
     for pair in sample_pairs("colour-conflict", 30, seed=1, split="test"):
         kind = pair.question.about[0]
         assert pair.question.answer == PRIORS[kind]
-        assert pair.twin.of_kind(kind)[0].colour == pair.twin_answer != PRIORS[kind]
-        assert in_conflict(pair.twin)
+        assert pair.counterfactual.of_kind(kind)[0].colour == pair.counterfactual_answer != PRIORS[kind]
+        assert in_conflict(pair.counterfactual)
         assert not in_conflict(pair.scene)
 
 
@@ -258,7 +262,7 @@ def test_a_scene_does_not_differ_from_itself():
     assert differing(scene, other) == ("ground",)
 
 
-def test_a_twin_that_would_keep_the_answer_is_not_offered():
+def test_a_counterfactual_that_would_keep_the_answer_is_not_offered():
     circle = Thing("circle", ("red",), "small", 20, 30)
     asked = Question("what colour is the circle?", "red", "colour", tuple(COLOURS), ("circle",))
     assert {answer for _, answer in counterfactuals("colour", scene_of(circle), asked)} == set(COLOURS) - {"red"}

@@ -19,7 +19,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span import Patches
 from vlm_mech.interventions.trace import read
-from vlm_mech.methods.probing.controls import random_twin, read_without_image
+from vlm_mech.methods.probing.controls import read_without_image, with_random_weights
 from vlm_mech.methods.probing.data import (
     changed_patches,
     conflicts_of,
@@ -164,9 +164,9 @@ def test_without_its_image_a_prompt_says_nothing_of_it(vlm, data_folder, tmp_pat
     assert torch.allclose(states[spot][0], alone, atol=1e-4)
 
 
-def test_a_random_twin_has_the_shape_but_not_the_weights(vlm):
-    twin, again = random_twin(vlm, seed=3), random_twin(vlm, seed=3)
-    own, other = vlm.model.state_dict(), twin.model.state_dict()
+def test_a_model_with_random_weights_has_the_shape_but_not_the_weights(vlm):
+    random, again = with_random_weights(vlm, seed=3), with_random_weights(vlm, seed=3)
+    own, other = vlm.model.state_dict(), random.model.state_dict()
     assert {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in other.items()}
     name = next(name for name in own if name.endswith("layers.1.mlp.up_proj.weight"))
     assert not torch.equal(own[name], other[name]) and torch.equal(other[name], again.model.state_dict()[name])

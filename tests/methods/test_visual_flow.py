@@ -17,7 +17,7 @@ from vlm_mech.methods.visual_flow import study
 from vlm_mech.methods.visual_flow.claims import all_cells, claims, deepest, largest, layers_of, overtaken, where
 from vlm_mech.methods.visual_flow.data import EDGES, SPANS, Cases, cases_of, flow_edges, flow_scan
 from vlm_mech.methods.visual_flow.findings import findings
-from vlm_mech.methods.visual_flow.probes import fitting, patch_probabilities, probe_rows
+from vlm_mech.methods.visual_flow.probes import patch_probabilities, probe_examples, probe_rows
 from vlm_mech.methods.visual_flow.study import (
     AXES,
     CONTROL,
@@ -281,7 +281,7 @@ def test_probes_read_what_is_shown_at_the_object_and_patches_know_where(tmp_path
     """On their own examples, by folds: the colour is at its patch from the start, at `last` once it is carried."""
     planted = made("two-hop")
     cases = cases_of(planted.pairs(N_PROBED, seed=1))
-    fitted = fitting(planted.vlm, cases, None, folder=tmp_path)
+    fitted = probe_examples(planted.vlm, cases, None, folder=tmp_path)
     table, notes = probe_rows(planted.vlm, cases, fitted, folder=tmp_path)
     assert notes["own"] and table["example"].tolist()[:N_PROBED] == [pair.id for pair in cases.pairs]
     means = table.groupby(["method", "span", "stream", "layer"])["p_true"].mean()
@@ -296,12 +296,12 @@ def test_probes_read_what_is_shown_at_the_object_and_patches_know_where(tmp_path
         assert maps[number].argmax(1).tolist() == [4 * row + column] * 2
     # Probes of other pairs, read on these: the rows are of these examples.
     others = dataclasses.replace(planted.pairs(N_PROBED, seed=2), name="others")
-    elsewhere = fitting(planted.vlm, cases, others, folder=tmp_path / "other")
+    elsewhere = probe_examples(planted.vlm, cases, others, folder=tmp_path / "other")
     read, notes = probe_rows(planted.vlm, cases, elsewhere, folder=tmp_path / "other")
     assert not notes["own"] and notes["on"] == "others"
     assert read.groupby(["method", "span", "stream", "layer"])["p_true"].mean()[PROBE, "object", "llm", INPUT] > 0.8
     with pytest.raises(UsageError, match="a probe needs 4 of each answer: give more examples"):
-        fitting(planted.vlm, cases[:4], None, folder=tmp_path / "few")
+        probe_examples(planted.vlm, cases[:4], None, folder=tmp_path / "few")
 
 
 # The command

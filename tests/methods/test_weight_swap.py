@@ -28,7 +28,7 @@ from vlm_mech.methods.weight_swap.blocks import (
     check_alike,
     checkpoint,
     deltas,
-    random_twin,
+    moved_at_random,
 )
 from vlm_mech.methods.weight_swap.data import exchanges
 from vlm_mech.methods.weight_swap.findings import findings
@@ -149,15 +149,15 @@ def test_schedules():
 
 def test_the_control_moves_every_weight_as_far_in_another_direction(two):
     own, other = checkpoint(two[0], "base"), checkpoint(two[1], "tuned")
-    twin = random_twin(own, other, seed=3)
-    for one, theirs, control in zip(own.blocks, other.blocks, twin.blocks, strict=True):
+    drawn_anew = moved_at_random(own, other, seed=3)
+    for one, theirs, control in zip(own.blocks, other.blocks, drawn_anew.blocks, strict=True):
         for (name, weight), moved, drawn in zip(
             one.named_parameters(), theirs.parameters(), control.parameters(), strict=True
         ):
             assert (drawn - weight).norm().item() == pytest.approx((moved - weight).norm().item(), rel=1e-3), name
             cosine = torch.cosine_similarity((drawn - weight).flatten(), (moved - weight).flatten(), dim=0)
             assert weight.numel() < 500 or abs(cosine) < 0.2
-    assert deltas(own, twin) == pytest.approx(deltas(own, other), rel=1e-3) and min(deltas(own, other)) > 0.05
+    assert deltas(own, drawn_anew) == pytest.approx(deltas(own, other), rel=1e-3) and min(deltas(own, other)) > 0.05
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_an_adapter_is_switched_layer_by_layer(adapter):
         assert (one - other).abs().max() <= 1e-6
     assert not torch.equal(*by_part)
     assert min(deltas(off, on)) > 0 and deltas(off, on) == pytest.approx(deltas(off, checkpoint(merged, "m")), rel=1e-3)
-    assert deltas(off, random_twin(off, on, seed=0)) == pytest.approx(deltas(off, on), rel=1e-3)
+    assert deltas(off, moved_at_random(off, on, seed=0)) == pytest.approx(deltas(off, on), rel=1e-3)
     assert torch.equal(record(base, encoded).logits, plain), "it is left off"
 
 

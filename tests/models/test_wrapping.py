@@ -42,17 +42,17 @@ def logits_of(model):
 def test_a_deep_copy_is_a_model_of_its_own(make):
     model = make()
     before = logits_of(model)
-    twin = copy.deepcopy(model)
-    assert type(twin) is type(model) and twin.name == model.name and twin.model is not model.model
-    assert torch.equal(logits_of(twin), before)
+    copied = copy.deepcopy(model)
+    assert type(copied) is type(model) and copied.name == model.name and copied.model is not model.model
+    assert torch.equal(logits_of(copied), before)
     with torch.no_grad():
-        for parameter in twin.model.parameters():
+        for parameter in copied.model.parameters():
             parameter.mul_(1.5)
-    assert (logits_of(twin) - before).abs().max() > 0.01
+    assert (logits_of(copied) - before).abs().max() > 0.01
     assert torch.equal(logits_of(model), before)
     del model
-    assert logits_of(twin).isfinite().all()
-    assert copy.copy(twin).model is twin.model and torch.equal(logits_of(copy.copy(twin)), logits_of(twin))
+    assert logits_of(copied).isfinite().all()
+    assert copy.copy(copied).model is copied.model and torch.equal(logits_of(copy.copy(copied)), logits_of(copied))
 
 
 def test_pickling_is_refused_in_one_line():

@@ -26,7 +26,7 @@ from vlm_mech.organism.scene_pool import DEPTHS, INKS, LABELS, make_pool
 from vlm_mech.organism.scene_pool import NAMES as PARTS
 from vlm_mech.organism.score import score
 from vlm_mech.organism.sequence_packing import Packer, packed_logits
-from vlm_mech.organism.train import Config, train
+from vlm_mech.organism.train import TrainingConfig, train
 from vlm_mech.organism.train_clip import ClipRecipe, learning_rate, pixels, train_clip
 from vlm_mech.organism.train_vlm import RECIPES, VlmRecipe, by_hearsay, draw_questions, features_of, train_vlm
 
@@ -332,7 +332,7 @@ def test_twenty_steps_lower_the_loss(pool):
 
 def test_wrong_use_is_told_in_one_line(tmp_path):
     with pytest.raises(WorkError, match="stage organism starts from .*clip', which is not there; run clip first"):
-        train(Config(out=tmp_path, stage="organism"))
+        train(TrainingConfig(out=tmp_path, stage="organism"))
     with pytest.raises(UsageError, match="model 'nowhere' is neither a folder with config.json nor one of organism"):
         measure("nowhere")
     assert RECIPES["organism"].shortened(7).n_steps == 7

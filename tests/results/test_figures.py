@@ -177,9 +177,22 @@ def test_redraw_from_the_folder_alone(tmp_path):
     save_figure(drawn["heat"], tmp_path / "figures", "heat")
     with pytest.raises(UsageError, match="'heat' was drawn by another version's vlm_mech.swap_figures:heat; open its"):
         redraw(tmp_path)
-    save_figure(go.Figure(), tmp_path / "figures", "heat")
+    go.Figure().write_json(tmp_path / "figures" / "heat.json")
     with pytest.raises(UsageError, match="figure 'heat' does not say which function of vlm_mech drew it"):
         redraw(tmp_path)
+    drawn["heat"].layout.meta["drawn_by"] = "heatmap"
+    save_figure(drawn["heat"], tmp_path / "figures", "heat")
+    assert redraw(tmp_path)["heat"].layout.meta["drawn_by"] == "vlm_mech.results.figures:heatmap"
+
+
+def test_a_figure_that_does_not_say_how_it_is_drawn_again_is_not_saved(tmp_path):
+    for figure in (go.Figure(), go.Figure().update_layout(meta={"of": "mine"})):
+        with pytest.raises(UsageError, match=r"'mine' does not say which .*meta=drawn_by\(function, \*\*options"):
+            save_figure(figure, tmp_path, "mine")
+    assert list(tmp_path.iterdir()) == []
+    mine = go.Figure().update_layout(meta=figures.drawn_by(heat, metric="logit_diff"))
+    assert mine.layout.meta == {"drawn_by": f"{__name__}:heat", "options": {"metric": "logit_diff"}}
+    save_figure(mine, tmp_path, "mine")
 
 
 def test_some_of_the_cells_can_be_drawn_and_redrawn(tmp_path):

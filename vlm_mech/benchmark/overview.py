@@ -9,7 +9,7 @@ import pandas as pd
 
 from vlm_mech.benchmark.cases import EXTRACTION, PROBES
 from vlm_mech.benchmark.compare import OURS, PLAIN
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Metric, Result
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def bars(result: Result, *, title: str) -> "go.Figure":
         )
     figure.add_hline(y=1, line_dash="dot", annotation_text="one plain forward" if metric == "forwards" else "ours")
     figure.update_yaxes(type="log", title_text=f"{unit} (log scale)")
-    meta = {"drawn_by": f"{__name__}:bars", "options": {"title": title}}
+    meta = drawn_by(bars, title=title)
     figure.update_layout(template="plotly_white", barmode="group", title=title, width=960, height=480, meta=meta)
     return figure
 
@@ -171,6 +171,6 @@ def as_figure(result: Result) -> "go.Figure":
             columnwidth=[1, 1.3, 1.6, 1.2, 1.2, 1.2, 0.6, 0.6],
         )
     )
-    meta = {"drawn_by": f"{__name__}:as_figure", "options": {}}
+    meta = drawn_by(as_figure)
     figure.update_layout(title=result.name, width=1300, height=max(400, 34 * len(table) + 160), meta=meta)
     return figure

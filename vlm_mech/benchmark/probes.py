@@ -44,7 +44,7 @@ FULL = Size(n_layers=33, width=4096, n_examples=2000)
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class ProbeTask:
     """States of all layers, labels, who is trained on, validated and tested, and our recipe; cells are probes."""
 
     states: Float[Tensor, "layer example width"]
@@ -59,7 +59,7 @@ class Task:
         return self.size.n_layers * self.size.n_seeds
 
 
-def make_task(size: Size, *, seed: int = 0) -> Task:
+def make_task(size: Size, *, seed: int = 0) -> ProbeTask:
     """States whose label's first two bits stand along directions of their own, the third in the product of two."""
     if size.n_classes != 8:
         raise UsageError(f"n_classes is {size.n_classes}; the labels are made of three bits, so 8 it must be")
@@ -72,7 +72,7 @@ def make_task(size: Size, *, seed: int = 0) -> Task:
         states[layer] = _layer(size, bits, signs, np.random.default_rng((seed, layer)))
     order = rng.permutation(size.n_examples)
     parts = np.split(order, [round(0.6 * size.n_examples), round(0.8 * size.n_examples)])
-    return Task(states, labels, Split(*parts, seed=seed), size, fast_mlp(len(parts[0])))
+    return ProbeTask(states, labels, Split(*parts, seed=seed), size, fast_mlp(len(parts[0])))
 
 
 def _layer(
@@ -98,10 +98,10 @@ class Together:
 
     name = OURS
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: ProbeTask) -> None:
         """Nothing is done once."""
 
-    def answers(self, task: Task, begun: None, numbers: Sequence[int]) -> Float[np.ndarray, "cell"]:
+    def answers(self, task: ProbeTask, begun: None, numbers: Sequence[int]) -> Float[np.ndarray, "cell"]:
         """Test accuracies of the cells; all seeds of a layer are trained, whichever are asked for."""
         n_seeds, split = task.size.n_seeds, task.split
         layers = sorted({number // n_seeds for number in numbers})
@@ -121,17 +121,17 @@ class Loop:
 
     name = LOOP
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: ProbeTask) -> None:
         """Nothing is done once."""
 
-    def answers(self, task: Task, begun: None, numbers: Sequence[int]) -> Float[np.ndarray, "cell"]:
+    def answers(self, task: ProbeTask, begun: None, numbers: Sequence[int]) -> Float[np.ndarray, "cell"]:
         """Test accuracies of the cells, with as many threads as torch has."""
         from threadpoolctl import threadpool_limits
 
         with threadpool_limits(torch.get_num_threads()):
             return np.array([self._one(task, *divmod(number, task.size.n_seeds)) for number in numbers])
 
-    def _one(self, task: Task, layer: int, seed: int) -> float:
+    def _one(self, task: ProbeTask, layer: int, seed: int) -> float:
         from sklearn.neural_network import MLPClassifier
         from sklearn.preprocessing import StandardScaler
 
@@ -171,7 +171,7 @@ def probes_case(
     return pd.DataFrame(rows), notes
 
 
-def _compared(task: Task, timed: dict[str, Timed], chosen: Sequence[int]) -> dict[str, Any]:
+def _compared(task: ProbeTask, timed: dict[str, Timed], chosen: Sequence[int]) -> dict[str, Any]:
     """Mean test accuracies, and theirs minus ours with a 95 % t interval over the probes that both fitted."""
     from scipy import stats
 

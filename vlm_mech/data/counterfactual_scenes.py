@@ -14,46 +14,46 @@ from vlm_mech.errors import UsageError
 
 @dataclass(frozen=True)
 class ScenePair:
-    """A scene, its twin, the question asked of both, and its two answers."""
+    """A scene, its counterfactual, the question asked of both, and its two answers."""
 
     scene: Scene
-    twin: Scene
+    counterfactual: Scene
     question: Question
-    twin_answer: str
+    counterfactual_answer: str
 
     @property
     def attribute(self) -> str:
-        """What the twin changes."""
-        return differing(self.scene, self.twin)[0]
+        """What the counterfactual changes."""
+        return differing(self.scene, self.counterfactual)[0]
 
     @property
     def conflict(self) -> Literal["second"] | None:
-        """Whether the twin shows something unusual; the scene itself never does."""
-        return "second" if in_conflict(self.twin) else None
+        """Whether the counterfactual shows something unusual; the scene itself never does."""
+        return "second" if in_conflict(self.counterfactual) else None
 
 
-def differing(scene: Scene, twin: Scene) -> tuple[str, ...]:
+def differing(scene: Scene, counterfactual: Scene) -> tuple[str, ...]:
     """Names of the attributes in which two scenes differ, empty when they are the same.
 
     `order` means that the same things are drawn in another order, `count` that things were added or taken away,
     `place` that two things changed places, `ground` that background or grain differ.
     """
-    found = [] if (scene.background, scene.grain) == (twin.background, twin.grain) else ["ground"]
-    if len(scene.things) != len(twin.things):
-        fewer, more = sorted((scene.things, twin.things), key=len)
+    found = [] if (scene.background, scene.grain) == (counterfactual.background, counterfactual.grain) else ["ground"]
+    if len(scene.things) != len(counterfactual.things):
+        fewer, more = sorted((scene.things, counterfactual.things), key=len)
         return tuple([*found, "count"] if set(fewer) <= set(more) else [*found, "count", "things"])
-    if scene.things == twin.things:
+    if scene.things == counterfactual.things:
         return tuple(found)
-    if set(scene.things) == set(twin.things):
+    if set(scene.things) == set(counterfactual.things):
         return (*found, "order")
     changes = {
         field.name
-        for one, other in zip(scene.things, twin.things, strict=True)
+        for one, other in zip(scene.things, counterfactual.things, strict=True)
         for field in dataclasses.fields(Thing)
         if getattr(one, field.name) != getattr(other, field.name)
     }
     if changes and changes <= {"x", "y"}:
-        places, others = ({(thing.x, thing.y) for thing in each.things} for each in (scene, twin))
+        places, others = ({(thing.x, thing.y) for thing in each.things} for each in (scene, counterfactual))
         return (*found, "place") if places == others else (*found, *sorted(changes))
     return (*found, *sorted(changes))
 
@@ -143,23 +143,23 @@ PAIR_SETS: dict[str, PairSet] = {
     "count": PairSet(("count",), "count", _one_less),
     "part": PairSet(("parts",), "part", _part_colours_swapped),
 }
-"""Sets of counterfactual pairs by name. In `colour-conflict` the scene is usual and its twin in conflict."""
+"""Sets of counterfactual pairs by name. In `colour-conflict` the scene is usual and its counterfactual in conflict."""
 
 
 def counterfactuals(name: str, scene: Scene, asked: Question) -> list[tuple[Scene, str]]:
-    """Every twin of the set's change in which the same question has another answer, with that answer."""
+    """Every counterfactual of the set's change in which the same question has another answer, with that answer."""
     found = []
-    for twin in PAIR_SETS[name].change(scene, asked):
-        answers = {other.answer for other in questions(twin, (asked.type,)) if other.text == asked.text}
+    for counterfactual in PAIR_SETS[name].change(scene, asked):
+        answers = {other.answer for other in questions(counterfactual, (asked.type,)) if other.text == asked.text}
         if name == "presence":
             answers = {"no"}
-        if len(answers) == 1 and answers != {asked.answer} and len(differing(scene, twin)) == 1:
-            found.append((twin, answers.pop()))
+        if len(answers) == 1 and answers != {asked.answer} and len(differing(scene, counterfactual)) == 1:
+            found.append((counterfactual, answers.pop()))
     return found
 
 
 def sample_pairs(name: str, n: int, *, seed: int, split: str) -> Iterator[ScenePair]:
-    """Pairs of a set whose scene and twin both belong to the split; the same seed gives the same pairs everywhere."""
+    """Pairs of a set whose two scenes both belong to the split; the same seed gives the same pairs everywhere."""
     if name not in PAIR_SETS:
         raise UsageError(f"pair set {name!r} is not known; one of {', '.join(PAIR_SETS)} is")
     made, recipe, rng = 0, PAIR_SETS[name], random.Random(f"{name}/{seed}/{split}")
@@ -173,6 +173,6 @@ def sample_pairs(name: str, n: int, *, seed: int, split: str) -> Iterator[SceneP
         question = rng.choice(asked)
         found = [pair for pair in counterfactuals(name, scene, question) if pair[0].split == split]
         if found:
-            twin, answer = rng.choice(found)
+            counterfactual, answer = rng.choice(found)
             made += 1
-            yield ScenePair(scene, twin, question, answer)
+            yield ScenePair(scene, counterfactual, question, answer)

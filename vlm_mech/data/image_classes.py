@@ -1,6 +1,6 @@
 """Pictures with a class each, in three parts: generated scenes, folders of pictures, Hugging Face data sets.
 
-How they are dealt out and drawn is in `data.picture_parts`.
+How they are dealt out and drawn is in `data.picture_splits`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vlm_mech.data.picture_parts import SHARES, Labelled, deal, draw_parts
+from vlm_mech.data.picture_splits import SHARES, Labelled, deal, draw_parts
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import CLASSES, COLOURS, PRIORS, SHAPES, SPLITS, Scene, Split

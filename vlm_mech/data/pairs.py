@@ -154,10 +154,10 @@ def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
             Pair(
                 id=found.scene.key[:12],
                 image=render(found.scene),
-                counterfactual_image=render(found.twin),
+                counterfactual_image=render(found.counterfactual),
                 question=found.question.text,
                 answer=found.question.answer,
-                counterfactual_answer=found.twin_answer,
+                counterfactual_answer=found.counterfactual_answer,
                 conflict=found.conflict,
             )
         )

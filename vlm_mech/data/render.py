@@ -188,7 +188,7 @@ def render(scene: Scene) -> Image.Image:
     rng = random.Random(scene.grain)
     canvas = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), (scene.background,) * 3)
     for thing in scene.things:
-        # One draw of shades per part whatever the colour, so that a twin keeps the shades of everything else.
+        # One draw of shades per part whatever the colour, so that a counterfactual keeps the shades of everything else.
         states = [rng.getrandbits(32) for _ in range(4)]
         for part, colour, state in zip(thing.parts, thing.colours, states, strict=False):
             ink = _shade(colour, random.Random(state))

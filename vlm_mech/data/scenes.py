@@ -97,7 +97,7 @@ class Thing:
 class Scene:
     """Things in drawing order (later ones cover earlier ones), the ground's grey level, and the seed of the grain.
 
-    A twin keeps `background` and `grain`, so that only the attribute that differs changes pixels.
+    A counterfactual keeps `background` and `grain`, so that only the attribute that differs changes pixels.
     """
 
     things: tuple[Thing, ...]

@@ -43,14 +43,14 @@ def bridge_around(model: "PreTrainedModel", processor: "ProcessorMixin", name: s
         detect_tokenizer_bos_eos,
     )
 
-    twin = _twin(model)
-    adapter = make_adapter(build_bridge_config_from_hf(twin.config, type(model).__name__, name, model.dtype))
+    second = _second_tree(model)
+    adapter = make_adapter(build_bridge_config_from_hf(second.config, type(model).__name__, name, model.dtype))
     adapter.cfg.device = str(model.device)
-    adapter.prepare_model(twin)
+    adapter.prepare_model(second)
     # TransformerLens' own loaders read the tokenizer anew by its name, with another rule for the first token.
     tokenizer = copy.deepcopy(processor.tokenizer)
     adapter.cfg.tokenizer_prepends_bos, adapter.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
-    bridge = TransformerBridge(twin, adapter, tokenizer)
+    bridge = TransformerBridge(second, adapter, tokenizer)
     bridge.processor = processor
     return bridge
 
@@ -78,28 +78,28 @@ def _adapter_class(architecture: str) -> type["ArchitectureAdapter"]:
     return type(known_class.__name__, (known_class,), {"required_libraries": []})
 
 
-def _twin(model: "PreTrainedModel") -> "PreTrainedModel":
+def _second_tree(model: "PreTrainedModel") -> "PreTrainedModel":
     """A second tree of modules over the parameters and buffers of the model, with eager attention."""
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
-        twin = type(model)._from_config(config, attn_implementation="eager", dtype=model.dtype)
-    _refuse_other_modules(model, twin)
+        second = type(model)._from_config(config, attn_implementation="eager", dtype=model.dtype)
+    _refuse_other_modules(model, second)
     shared: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        copied = twin.get_submodule(path)
+        copied = second.get_submodule(path)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter not in shared:
                 # A parameter of its own, on the same memory: replacing its data does not reach the user's model.
                 shared[parameter] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
             copied._parameters[name] = None if parameter is None else shared[parameter]
         copied._buffers.update(module._buffers)
-    twin.generation_config = copy.deepcopy(model.generation_config)
-    return twin.eval()
+    second.generation_config = copy.deepcopy(model.generation_config)
+    return second.eval()
 
 
-def _refuse_other_modules(model: "PreTrainedModel", twin: "PreTrainedModel") -> None:
+def _refuse_other_modules(model: "PreTrainedModel", second: "PreTrainedModel") -> None:
     """Raises `UsageError` when the configuration alone does not give the modules of the model."""
-    expected = {path: type(module) for path, module in twin.named_modules(remove_duplicate=False)}
+    expected = {path: type(module) for path, module in second.named_modules(remove_duplicate=False)}
     found = {path: type(module) for path, module in model.named_modules(remove_duplicate=False)}
     if expected != found:
         path = min(path for path in expected | found if expected.get(path) != found.get(path))

@@ -150,7 +150,7 @@ def table(scores: list[Score]) -> str:
 
 
 @dataclass(frozen=True)
-class Config:
+class EvaluationConfig:
     """What to measure."""
 
     model: Annotated[str, tyro.conf.Positional]
@@ -165,7 +165,7 @@ class Config:
 
 def main() -> None:
     """Prints the scores as a table."""
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(EvaluationConfig, description=__doc__)
     with one_line_errors():
         scores = measure(config.model, n=config.n, seed=config.seed)
     print(table(scores))

@@ -115,18 +115,18 @@ def score_clip(model, processor, *, n: int, seed: int) -> "list[Score]":
 
 
 def _left_right(model, processor, *, n: int, seed: int) -> "list[Score]":
-    """The erroneous agreement (arXiv 2411.05195): twins that look alike to the model, and what it tells of them."""
-    twins = list(sample_pairs("left-right", n, seed=seed, split="test"))
+    """The erroneous agreement (arXiv 2411.05195): pairs that look alike to the model, and what it tells of them."""
+    pairs = list(sample_pairs("left-right", n, seed=seed, split="test"))
     options: tuple[list[tuple[Scene, list[str], int]], list[tuple[Scene, list[str], int]]] = ([], [])
-    for pair in twins:
+    for pair in pairs:
         one, other = (pair.scene.of_kind(kind)[0] for kind in pair.question.about)
         names = [f"a {thing.colour} {thing.kind}" for thing in (one, other)]
         texts = [f"{names[0]} {side} of {names[1]}" for side in ("left", "right")]
         right = ["left", "right"].index(pair.question.answer)
         options[0].append((pair.scene, texts, right))
-        options[1].append((pair.twin, texts, 1 - right))
-    base, _ = _embedded(model, processor, [pair.scene for pair in twins], ["a"])
-    mirrored, _ = _embedded(model, processor, [pair.twin for pair in twins], ["a"])
+        options[1].append((pair.counterfactual, texts, 1 - right))
+    base, _ = _embedded(model, processor, [pair.scene for pair in pairs], ["a"])
+    mirrored, _ = _embedded(model, processor, [pair.counterfactual for pair in pairs], ["a"])
     alike = ((base * mirrored).sum(-1) > 0.95).tolist()
     hits = list(zip(*(_choice(model, processor, each) for each in options), strict=True))
     agreeing = [pair for pair, close in zip(hits, alike, strict=True) if close]

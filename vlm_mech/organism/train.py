@@ -19,7 +19,7 @@ STAGES: tuple[Stage, ...] = ("clip", "organism", "organism-grounded")
 
 
 @dataclass(frozen=True)
-class Config:
+class TrainingConfig:
     """How to train the embedded models."""
 
     out: Path
@@ -40,7 +40,7 @@ class Config:
     """Threads for PyTorch; its own choice by default."""
 
 
-def _clip(config: Config, pool, held_out) -> None:
+def _clip(config: TrainingConfig, pool, held_out) -> None:
     from vlm_mech.organism.train_clip import ClipRecipe, train_clip
 
     recipe = ClipRecipe(seed=config.seed)
@@ -49,7 +49,7 @@ def _clip(config: Config, pool, held_out) -> None:
     train_clip(config.out, pool, held_out, recipe, device=config.device)
 
 
-def _vlm(config: Config, stage: Literal["organism", "organism-grounded"], pool, held_out) -> None:
+def _vlm(config: TrainingConfig, stage: Literal["organism", "organism-grounded"], pool, held_out) -> None:
     from transformers import AutoModelForImageTextToText, CLIPModel
 
     from vlm_mech.organism.build import new_llava
@@ -63,7 +63,7 @@ def _vlm(config: Config, stage: Literal["organism", "organism-grounded"], pool, 
     train_vlm(config.out, model, pool, held_out, stage=stage, recipe=recipe, seed=config.seed, device=config.device)
 
 
-def train(config: Config) -> None:
+def train(config: TrainingConfig) -> None:
     """Runs the stages asked for, one after the other.
 
     Raises:
@@ -93,7 +93,7 @@ def train(config: Config) -> None:
 
 def main() -> None:
     """Trains as the command line says."""
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(TrainingConfig, description=__doc__)
     try:
         train(config)
     except WorkError as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
@@ -13,7 +14,7 @@ from vlm_mech.results.result import Metric, Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["COLOURS", "heatmap", "lines"]
+__all__ = ["COLOURS", "drawn_by", "heatmap", "lines"]
 
 # Okabe & Ito: distinguishable with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -31,6 +32,11 @@ Value = Literal["mean", "effect"]
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def drawn_by(function: "Callable[..., go.Figure]", /, **options: Any) -> dict[str, Any]:
+    """The `layout.meta` of a figure, by which `redraw` draws it again: as `function(result, **options)`."""
+    return {"drawn_by": f"{function.__module__}:{function.__name__}", "options": options}
 
 
 def _text(value: Any) -> str:
@@ -197,9 +203,8 @@ def heatmap(
     figure.update_yaxes(title_text=_label(y), col=1)
     dots = f"dot: difference from {_held_against(chosen)} has p < 0.05 after Holm's correction"
     _caption(figure, f"{_counts(summary)} per cell; {dots}")
-    recipe = {"x": x, "y": y, "metric": chosen.name, "facet": facet, "value": value}
-    recipe |= {"where": where, "title": title}
-    figure.update_layout(meta={"drawn_by": "heatmap", "options": recipe})
+    options = {"metric": chosen.name, "facet": facet, "value": value, "where": where, "title": title}
+    figure.update_layout(meta=drawn_by(heatmap, x=x, y=y, **options))
     height = 220 + 56 * summary[y].nunique()
     made = _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), height)
     return _with_room(made, summary[x])
@@ -293,9 +298,10 @@ def lines(
         low, high = _range(chosen, value, summary[["ci_low", "ci_high", "mean", "baseline"]].stack())
         figure.update_yaxes(range=[low - 0.05 * (high - low), high + 0.05 * (high - low)])
     _caption(figure, f"{_counts(summary)} per point; bands: 95 % interval of the mean over examples")
-    recipe = {"x": x, "colour": colour, "metric": chosen.name, "facet": facet, "value": value}
-    recipe |= {"where": where, "title": title}
-    figure.update_layout(legend={"title": {"text": _label(colour)}}, meta={"drawn_by": "lines", "options": recipe})
+    options = {"metric": chosen.name, "facet": facet, "value": value, "where": where, "title": title}
+    figure.update_layout(
+        legend={"title": {"text": _label(colour)}}, meta=drawn_by(lines, x=x, colour=colour, **options)
+    )
     made = _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), 470)
     return _with_room(made, summary[x])
 

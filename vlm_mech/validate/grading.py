@@ -16,7 +16,7 @@ NULLS = (MATCHED, SHARP)
 """Not called null alone, which tables read back from a file take for a missing value."""
 LEAST = SHARE * UNEMBEDDING * ANSWER
 """Logits. What an effect in a null must exceed to be one of a size that was planted: a twentieth of the logit
-difference that the reading heads of its twin write."""
+difference that the reading heads of the planted model it is matched with write."""
 
 READING, CARRYING, WRITING = "reading layers", "carrying layers", "writing layers"
 SUPPRESSING, UNSUPPRESSED = "suppressing layer", "suppression where none is"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from scipy.stats import binomtest
 
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.validate.grading import BEYOND, CLAIMS, COVERAGE, FALSE, FALSE_ALARMS, GRADES, RANKS
 
@@ -121,7 +121,7 @@ def dots(result: Result) -> "go.Figure":
     figure.update_layout(
         template="plotly_white", title={"text": title, "x": 0.01}, width=1180, height=90 + 300 * n_rows,
         font={"family": "Helvetica, Arial, sans-serif", "size": 12}, margin={"l": 110, "r": 30, "t": 90, "b": 50},
-        legend={"orientation": "h", "y": -0.04}, meta={"drawn_by": f"{__name__}:dots", "options": {}},
+        legend={"orientation": "h", "y": -0.04}, meta=drawn_by(dots),
     )  # fmt: skip
     return figure
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from vlm_mech.behaviour.blur_decay.blur import level_name
 from vlm_mech.behaviour.blur_decay.probes import CONTROLS, DECODED, PROBES
-from vlm_mech.behaviour.blur_decay.study import FLOORS, OWN, SWAPS, TWIN, WHOLE
+from vlm_mech.behaviour.blur_decay.study import COUNTERFACTUAL, FLOORS, OWN, SWAPS, WHOLE
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import share_interval
@@ -16,7 +16,7 @@ def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, 
     """How much stays unchanged under all decay, above which floor, for whom, and where the answer is read meanwhile."""
     found = [f"{len(pairs)} examples of {pairs.name}."]
     summary = result.summary()
-    for view, right in ((OWN, pairs.answer), (TWIN, pairs.counterfactual_answer)):
+    for view, right in ((OWN, pairs.answer), (COUNTERFACTUAL, pairs.counterfactual_answer)):
         answers = dict(zip([pair.id for pair in pairs], right, strict=True))
         found += _unchanged(result, summary, view, answers, levels[-1])
     unread = result.table[result.table["view"].isin(list(FLOORS)) & (result.table["unread"] == True)]  # noqa: E712

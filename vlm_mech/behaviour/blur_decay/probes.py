@@ -16,7 +16,7 @@ from vlm_mech.methods.probing.data import OBJECT, changed_patches, read_states
 from vlm_mech.methods.probing.descent import LINEAR
 from vlm_mech.methods.probing.splits import make_splits
 from vlm_mech.methods.visual_flow.data import Cases
-from vlm_mech.methods.visual_flow.probes import N_FOLDS, N_SEEDS, control_labels, fitting
+from vlm_mech.methods.visual_flow.probes import N_FOLDS, N_SEEDS, control_labels, probe_examples
 from vlm_mech.results.result import Metric
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def probed(
     """
     clear, first = with_images(pairs, str(KERNELS[0])), with_images(others, str(KERNELS[0]))
     cases = Cases(clear, tuple(pairs.counterfactual_answer), "the other answer")
-    fitted = fitting(vlm, cases, first, folder=folder, seed=seed, batch=batch)
+    fitted = probe_examples(vlm, cases, first, folder=folder, seed=seed, batch=batch)
     features = {spot: held for spot, held in fitted.features.items() if spot.site.name == "llm.resid_post"}
     objects = tuple(changed_patches(vlm, pair) for pair in clear)
     read = [

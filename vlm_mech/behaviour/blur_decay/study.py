@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 AXES = ("view", "level", "layer")
 OWN, STRANGER = "picture", "another's picture"
-TWIN, STRANGE_TWIN = "counterfactual", "another's counterfactual"
-FLOORS = {OWN: STRANGER, TWIN: STRANGE_TWIN}
+COUNTERFACTUAL, STRANGE_COUNTERFACTUAL = "counterfactual", "another's counterfactual"
+FLOORS = {OWN: STRANGER, COUNTERFACTUAL: STRANGE_COUNTERFACTUAL}
 """What is asked about: the pictures of the pairs, and beside them what shows how much never changes anyhow."""
 SWAPS = {"image": "swap of image", "last": "swap of last"}
 WHOLE = -1

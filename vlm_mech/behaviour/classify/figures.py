@@ -16,7 +16,7 @@ from vlm_mech.data.image_classes import Labelled
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.results import figures
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def accuracy_bars(result: Result, *, question: str, title: str | None = None) ->
     figure.update_yaxes(autorange="reversed", type="category", categoryarray=rows["name"].tolist())
     figure.update_xaxes(title_text="accuracy (share of test pictures)", range=[-0.02, 1.02])
     note = f"n = {rows['n'].min()}; bars: 95 % interval over pictures; dotted: chance"
-    figure.update_layout(meta=_recipe("accuracy_bars", question=question, title=title))
+    figure.update_layout(meta=drawn_by(accuracy_bars, question=question, title=title))
     return _dressed(figure, title or f"what is in the picture? {_n_classes(result)} classes", note, len(rows))
 
 
@@ -109,7 +109,7 @@ def candidate_lines(result: Result, *, question: str, title: str | None = None) 
     figure.update_xaxes(title_text="candidates", type="category")
     figure.update_layout(
         title_text=html.escape(title or "accuracy against the number of candidates"),
-        meta=_recipe("candidate_lines", question=question, title=title), width=900,
+        meta=drawn_by(candidate_lines, question=question, title=title), width=900,
     )  # fmt: skip
     return figure
 
@@ -153,7 +153,7 @@ def frequency_scatter(result: Result, *, question: str, title: str | None = None
     figure.update_xaxes(title_text="count + 1", row=n_lines)
     figure.update_yaxes(range=[-0.06, 1.06])
     figure.update_yaxes(title_text="accuracy on the class", col=1)
-    figure.update_layout(meta=_recipe("frequency_scatter", question=question, title=title))
+    figure.update_layout(meta=drawn_by(frequency_scatter, question=question, title=title))
     note = f"{len(frequency['counts'])} classes, counted {frequency['rule']}; orange: bins of classes, with 95 %"
     _dressed(figure, title or "is what was told of more often named better?", note, 0)
     return figure.update_layout(width=260 * n_columns + 160, height=240 * n_lines + 180)
@@ -185,7 +185,7 @@ def position_lines(result: Result, *, question: str, title: str | None = None) -
         )  # fmt: skip
     figure.update_xaxes(title_text="position in the prompt")
     figure.update_yaxes(title_text="accuracy", range=[-0.04, 1.04])
-    figure.update_layout(meta=_recipe("position_lines", question=question, title=title))
+    figure.update_layout(meta=drawn_by(position_lines, question=question, title=title))
     note = f"n = {rows['n'].min()}; bars: 95 % interval over pictures; dotted: chance"
     return _dressed(figure, title or "what a probe of the last block reads at each position", note, 10)
 
@@ -218,16 +218,12 @@ def tuning_dots(result: Result, *, title: str | None = None) -> "go.Figure":
     figure.add_trace(chance)
     figure.update_yaxes(autorange="reversed", type="category", categoryarray=first["name"].tolist())
     figure.update_xaxes(title_text="accuracy of generated answers", range=[-0.02, 1.02])
-    figure.update_layout(meta=_recipe("tuning_dots", title=title))
+    figure.update_layout(meta=drawn_by(tuning_dots, title=title))
     note = "bars: 95 % interval over pictures; grey: chance"
     return _dressed(figure, title or "before and after tuning on the classes", note, len(first))
 
 
 # Parts
-
-
-def _recipe(name: str, **options: Any) -> dict[str, Any]:
-    return {"drawn_by": f"{__name__}:{name}", "options": options}
 
 
 def _chosen(result: Result, **wanted: str) -> pd.Series:

@@ -53,31 +53,37 @@ class Options:
     tuning: Tuning | None
 
 
-def options_of(config: Any, question: str) -> Options:
-    """The options of the experiment's configuration, checked as far as they can be before anything is loaded.
+def options_of(
+    data: str,
+    model: str,
+    *,
+    contrastive: str | None,
+    loading: Mapping[str, Any],
+    positions: int,
+    n_qa: int,
+    **more: Any,
+) -> Options:
+    """The options of a run, checked as far as they can be before anything is loaded.
+
+    Args:
+        contrastive: by default clip for generated scenes; `none` leaves it out.
+        loading: how the contrastive model is loaded; the revision is that of the VLM.
+        more: options of `Options` that are taken as they are.
 
     Raises:
-        UsageError: a number that cannot be, or an option that needs another.
+        UsageError: a number that cannot be.
     """
-    scenes = config.data.startswith(SCENES)
-    contrastive = config.contrastive or ("clip" if scenes else "none")
-    if config.n_qa < 1 or config.positions < 0:
-        raise UsageError(f"--n-qa {config.n_qa} must be at least 1 and --positions {config.positions} at least 0")
-    tuning = None
-    if config.tune != "none":
-        tuning = Tuning(config.tune, n_steps=config.tune_steps, rate=config.tune_rate, seed=config.seed)
+    scenes = data.startswith(SCENES)
+    contrastive = contrastive or ("clip" if scenes else "none")
+    if n_qa < 1 or positions < 0:
+        raise UsageError(f"n_qa is {n_qa} and must be at least 1, positions is {positions} and must be at least 0")
     return Options(
-        question=question,
         contrastive=None if contrastive == "none" else contrastive,
-        loading={name: value for name, value in config.loading.items() if name != "revision"},
-        probes=config.probes,
-        positions=config.positions,
-        counts=config.counts,
-        rule=config.rule,
-        stage=config.model if scenes and config.model in EMBEDDED else None,
-        qa=config.qa,
-        n_qa=config.n_qa,
-        tuning=tuning,
+        loading={name: value for name, value in loading.items() if name != "revision"},
+        positions=positions,
+        stage=model if scenes and model in EMBEDDED else None,
+        n_qa=n_qa,
+        **more,
     )
 
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 from tqdm import trange
 
 from vlm_mech.behaviour.answering.class_name_scores import Ids, Names, names_after
-from vlm_mech.behaviour.answering.master_weights import Descent
 from vlm_mech.behaviour.answering.prompts import open_prompt
+from vlm_mech.behaviour.master_weights import Descent
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded

@@ -13,8 +13,8 @@ from vlm_mech.errors import UsageError
 if TYPE_CHECKING:
     from vlm_mech.models.dual_encoder import DualEncoder
 
-NONE, READER, TWINS = "none", "VLM", "unlocked: twins"
-"""The controls repeat `TWINS`, at the rate chosen for it."""
+NONE, READER, COUNTERFACTUALS = "none", "VLM", "unlocked: twins"
+"""The controls repeat `COUNTERFACTUALS`, at the rate chosen for it. In tables a pair is called twins."""
 VARIANTS = (
     Variant("locked: captions", "captions"),
     Variant("locked: negatives", "negatives"),
@@ -22,7 +22,7 @@ VARIANTS = (
     Variant("locked, decoder: twins", "twins", decoder=True),
     Variant("unlocked: captions", "captions", locked=False),
     Variant("unlocked: negatives", "negatives", locked=False),
-    Variant(TWINS, "twins", locked=False),
+    Variant(COUNTERFACTUALS, "twins", locked=False),
     Variant("unlocked, decoder: twins", "twins", locked=False, decoder=True),
     Variant("control, unlocked: sides at random", "twins", locked=False, shuffled="sides"),
     Variant("control, unlocked: shuffled captions", "twins", locked=False, shuffled="captions"),
@@ -65,7 +65,7 @@ def without_repeats(data: Sequence[Cases], held: Sequence[Cases] = ()) -> list[C
     for cases in data:
         for case in cases.cases:
             if len(case.images) != 2:
-                raise UsageError(f"{cases.name} has sets of {len(case.images)} pictures; pairs of twins are needed")
+                raise UsageError(f"{cases.name} has sets of {len(case.images)} pictures; pairs are needed")
             words = tuple(sorted(" ".join(case.captions).split()))
             if _pixels(case) not in held_pixels:
                 kept.setdefault(words, case)
@@ -76,7 +76,7 @@ def _pixels(case: Case) -> bytes:
     return b"".join(image.tobytes() for image in case.images)
 
 
-def check_twins(data: Sequence[Cases]) -> None:
+def check_counterfactuals(data: Sequence[Cases]) -> None:
     """Raise `UsageError` where a data set is given twice or has no pairs."""
     twice = [name for name, count in Counter(cases.name for cases in data).items() if count > 1]
     if twice:
@@ -84,7 +84,7 @@ def check_twins(data: Sequence[Cases]) -> None:
     for cases in data:
         if not cases.cases or any(len(case.images) != 2 for case in cases.cases):
             raise UsageError(
-                f"data {cases.name!r} has no twins: each case needs two pictures, one caption true of each"
+                f"data {cases.name!r} has no counterfactuals: each case needs two pictures, one caption true of each"
             )
 
 

@@ -4,7 +4,7 @@ import html
 from typing import TYPE_CHECKING
 
 from vlm_mech.behaviour.contrastive_tuning.data import NONE, READER
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def before_after(result: Result, *, metric: str, title: str) -> "go.Figure":
         margin={"l": 240, "r": 30, "t": 80, "b": 80}, font={"family": "Helvetica, Arial, sans-serif", "size": 13},
         title={"text": html.escape(title), "x": 0.01, "xanchor": "left", "y": 0.98, "yanchor": "top"},
         legend={"orientation": "h", "y": 1.0, "yref": "container", "yanchor": "top", "x": 1, "xanchor": "right"},
-        meta={"drawn_by": f"{__name__}:before_after", "options": {"metric": metric, "title": title}},
+        meta=drawn_by(before_after, metric=metric, title=title),
     )  # fmt: skip
 
 

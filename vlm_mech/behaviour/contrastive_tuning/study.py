@@ -8,7 +8,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm_mech.behaviour.contrastive_tuning.data import NONE, READER, TWINS, Parts
+from vlm_mech.behaviour.contrastive_tuning.data import COUNTERFACTUALS, NONE, READER, Parts
 from vlm_mech.behaviour.contrastive_tuning.training import (
     Material,
     Recipe,
@@ -55,7 +55,7 @@ def scored(data: Sequence[Cases], scores: Sequence[Float[np.ndarray, "_ 2 2"]], 
 
 
 def read_by_vlm(vlm: "VLM", data: Sequence[Cases], *, batch: int = BATCH) -> pd.DataFrame:
-    """The same pairs asked of a VLM: whether each picture makes its own answer likelier than its twin's."""
+    """The same pairs asked of a VLM: whether each picture makes its own answer likelier than its counterfactual's."""
     scores = []
     for cases in data:
         prompts = [Prompt(case.asked[0].question, image) for case in cases.cases for image in case.images]
@@ -104,7 +104,7 @@ def kept(
 def rates_for(variant: Variant, rates: Sequence[float], notes: Sequence[dict[str, Any]]) -> Sequence[float]:
     """The rates to choose among; a control takes the one chosen for what it repeats, if that was tuned."""
     chosen = {note["tuning"]: note["rate"] for note in notes if note}
-    return (chosen[TWINS],) if variant.shuffled != "no" and TWINS in chosen else rates
+    return (chosen[COUNTERFACTUALS],) if variant.shuffled != "no" and COUNTERFACTUALS in chosen else rates
 
 
 def tried(

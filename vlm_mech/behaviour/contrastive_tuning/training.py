@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.behaviour.answering.master_weights import Descent
 from vlm_mech.behaviour.erroneous_agreement.data import Case
+from vlm_mech.behaviour.master_weights import Descent
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import read
@@ -140,7 +140,7 @@ def material(encoder: "DualEncoder", cases: Sequence[Case], vlm: "VLM | None" = 
     """
     wrong = [case.id for case in cases if len(case.images) != 2]
     if wrong:
-        raise UsageError(f"{wrong[0]} has no twin: {len(cases[0].images)} pictures belong together; pairs are needed")
+        raise UsageError(f"{wrong[0]} is no pair: {len(cases[0].images)} pictures belong together; pairs are needed")
     images = [image for case in cases for image in case.images]
     captions = [caption for case in cases for caption in case.captions]
     inputs = dict(encoder.encode(images, captions).inputs)

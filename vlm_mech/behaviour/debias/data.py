@@ -63,5 +63,5 @@ def with_answers_of_others(pairs: Pairs, *, seed: int) -> Pairs:
 
 
 def tasks_of(test: Pairs, untouched: Sequence[Pairs]) -> dict[str, Pairs]:
-    """What is asked before and after: pictures in conflict, their usual twins, and what nothing was tuned on."""
+    """What is asked before and after: pictures in conflict, their usual counterfactuals, and what was not tuned on."""
     return {IN_CONFLICT: test, USUAL: turned(test), **{pairs.name: pairs for pairs in untouched}}

@@ -9,7 +9,7 @@ from vlm_mech.behaviour.debias.data import IN_CONFLICT
 from vlm_mech.behaviour.debias.study import BASE, PRIOR, TRUTH, TUNED
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.inputs.image import load_image
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import share_interval
 
@@ -62,7 +62,7 @@ def before_after(result: Result) -> "go.Figure":
     return figure.update_layout(
         **STYLE, width=980, barmode="group", title={"text": "answers before and after tuning", "x": 0.01},
         legend={"orientation": "h", "y": 1.1, "yanchor": "bottom", "x": 1, "xanchor": "right"},
-        meta={"drawn_by": f"{__name__}:before_after", "options": {}},
+        meta=drawn_by(before_after),
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def training(result: Result) -> "go.Figure":
     _caption(figure, f"dotted: the checkpoint chosen; right: 95 % Wilson intervals, n = {int(held['n'].iloc[0])}")
     return figure.update_layout(
         **STYLE, width=1080, title={"text": f"tuning by {told['recipe']['objective']}", "x": 0.01},
-        meta={"drawn_by": f"{__name__}:training", "options": {}},
+        meta=drawn_by(training),
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def asked(vlm: "VLM", tasks: dict[str, Pairs], state: str, *, batch: int, max_ne
 
 
 def validated(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> dict[str, Any]:
-    """Shares of right answers on pictures in conflict and on their usual twins, with their number."""
+    """Shares of right answers on pictures in conflict and on their usual counterfactuals, with their number."""
     tasks = tasks_of(pairs, ())
     table = asked(vlm, tasks, "", batch=batch, max_new_tokens=max_new_tokens)
     conflict, usual = (float(table[table["task"] == task]["truth"].mean()) for task in (IN_CONFLICT, USUAL))

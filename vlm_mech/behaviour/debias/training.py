@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm_mech.behaviour.answering.class_name_scores import Ids, names_after
-from vlm_mech.behaviour.answering.master_weights import Descent
 from vlm_mech.behaviour.answering.reading import says
 from vlm_mech.behaviour.classify.tuning import IGNORED, Tuning, with_answers
 from vlm_mech.behaviour.debias.adapter import STATE, History, keep_state, taken_up, trained_of
 from vlm_mech.behaviour.debias.losses import advantages, cross_entropy, grpo_loss, k3, n_equal
+from vlm_mech.behaviour.master_weights import Descent
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded, Prompt
@@ -236,7 +236,7 @@ def train(
     it is then and all that is needed to go on (`STATE`).
 
     Args:
-        pairs: the pictures asked about come first in each pair, in conflict; their twins are usual.
+        pairs: the pictures asked about come first in each pair, in conflict; their counterfactuals are usual.
 
     Raises:
         WorkError: the loss is not finite.

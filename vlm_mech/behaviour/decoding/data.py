@@ -2,9 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vlm_mech.behaviour.decoding.processors import CUTOFF, NOISE_STEP, RATE, START, STRENGTH
+from vlm_mech.data.pairs import Pairs, by_groups, conflict_first, fitting, load_pairs, with_conflict
+from vlm_mech.errors import UsageError
 
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+VALIDATION, TEST = "validation", "test"
 PLAIN, GREEDY, SAMPLED = "plain", "greedy", "sampled"
 PAPER = {"M3ID": RATE, "VCD": STRENGTH}
 DOSES = {"M3ID": "lambda", "VCD": "a"}
@@ -43,7 +50,13 @@ class Options:
 def grid(kinds: Sequence[str], alphas: Sequence[float], rates: Sequence[float], strengths: Sequence[float]) -> list[
     Setting
 ]:  # fmt: skip
-    """Every setting to choose among, the plain ones first."""
+    """Every setting to choose among, the plain ones first.
+
+    Raises:
+        UsageError: no method, or one twice.
+    """
+    if len(set(kinds)) != len(kinds) or not kinds:
+        raise UsageError(f"methods {' '.join(kinds) or '(none)'}: M3ID, VCD or both are needed, each once")
     found = [Setting(sampled=sampled) for sampled in (False, True)]
     for sampled in (False, True):
         if "M3ID" in kinds:
@@ -51,6 +64,22 @@ def grid(kinds: Sequence[str], alphas: Sequence[float], rates: Sequence[float], 
         if "VCD" in kinds:
             found += [Setting("VCD", strength, 0.0, sampled) for strength in strengths]
     return found
+
+
+def parts_of(vlm: "VLM", data: str, *, n: int | None, seed: int) -> tuple[Pairs, Pairs]:
+    """Validation and test pairs in conflict that fit the model: splits of the scenes, or halves of a folder.
+
+    Raises:
+        UsageError: no pair says which picture is in conflict, or fewer than two pairs in a part.
+    """
+    scenes, parts = data.startswith("scenes/"), (VALIDATION, TEST)
+    loaded = [load_pairs(data, n=n, seed=seed, split=split) for split in (parts if scenes else (TEST,))]
+    both = [conflict_first(fitting(vlm, with_conflict(pairs))) for pairs in loaded]
+    validation, test = both if scenes else by_groups(both[0], (0.5,), seed=seed)
+    for pairs, part in ((validation, VALIDATION), (test, TEST)):
+        if len(pairs) < 2:
+            raise UsageError(f"{pairs.name} gives {len(pairs)} example for {part}; at least two are needed")
+    return validation, test
 
 
 # What follows

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from vlm_mech.behaviour.decoding.data import DOSES, GREEDY, label
-from vlm_mech.behaviour.decoding.study import DEPENDENCY, OWN, STRANGER, TEST, USUAL, VALIDATION, WHOLE
+from vlm_mech.behaviour.decoding.data import DOSES, GREEDY, TEST, VALIDATION, label
+from vlm_mech.behaviour.decoding.study import DEPENDENCY, OWN, STRANGER, USUAL, WHOLE
 from vlm_mech.results import figures
+from vlm_mech.results.figures import drawn_by
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def methods(result: Result) -> "go.Figure":
         font={"family": "Helvetica, Arial, sans-serif", "size": 13},
         margin={"l": 280, "r": 30, "t": 90, "b": 60}, legend={"orientation": "h", "y": 0.985, "yref": "container",
         "yanchor": "top", "x": 1, "xanchor": "right", "title": {"text": ""}},
-        meta={"drawn_by": f"{__name__}:methods", "options": {}},
+        meta=drawn_by(methods),
     )  # fmt: skip
     return figure
 
@@ -84,7 +85,7 @@ def doses(result: Result, *, kind: str, metric: str) -> "go.Figure":
         where={"split": VALIDATION, "picture": OWN, "step": WHOLE, "method": methods},
     )  # fmt: skip
     _renamed(figure, "greedy").update_xaxes(title_text=DOSES[kind])
-    recipe = {"drawn_by": f"{__name__}:doses", "options": {"kind": kind, "metric": metric}}
+    recipe = drawn_by(doses, kind=kind, metric=metric)
     return figure.update_layout(width=820, meta=recipe)
 
 
@@ -104,7 +105,7 @@ def along(result: Result) -> "go.Figure":
     )
     # Ticks of two lines push the title of the axis down to where the caption is otherwise.
     figure.update_annotations(selector={"name": "caption"}, yshift=-98)
-    return figure.update_layout(width=820, margin={"b": 130}, meta={"drawn_by": f"{__name__}:along", "options": {}})
+    return figure.update_layout(width=820, margin={"b": 130}, meta=drawn_by(along))
 
 
 def _renamed(figure: "go.Figure", name: str) -> "go.Figure":

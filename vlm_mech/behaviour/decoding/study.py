@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from vlm_mech.behaviour.answering.reading import letters_of, read_answer, says
-from vlm_mech.behaviour.decoding.data import GREEDY, PAPER, PLAIN, Options, Setting, label
+from vlm_mech.behaviour.decoding.data import GREEDY, PAPER, PLAIN, TEST, VALIDATION, Options, Setting, label
 from vlm_mech.behaviour.decoding.processors import ALPHA, M3ID, VCD, Dependency, Drawn, decode, seeds_of
 from vlm_mech.data.pairs import Pair, Pairs, about_others, turned
 from vlm_mech.results.result import Metric, Result
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 AXES = ("split", "picture", "step", "method", "dose")
-VALIDATION, TEST = "validation", "test"
 OWN, STRANGER, USUAL = "own picture", "another's picture", "usual picture"
 TRUE = {OWN: 0, STRANGER: 0, USUAL: 1}
 """Which of a pair's answers is the true one in each view."""

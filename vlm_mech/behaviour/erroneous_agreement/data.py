@@ -1,6 +1,6 @@
 """Images that differ in one thing, each with a caption and an answer that are true of it alone.
 
-Pairs come from the generated twins or a folder. Sets of four show the same two things in four relations (arXiv
+Pairs come from generated pairs or a folder. Sets of four show the same two things in four relations (arXiv
 2411.05195).
 """
 
@@ -115,13 +115,13 @@ def _cases(pairs: Pairs, captions: Sequence[tuple[str, ...]]) -> Cases:
 
 
 def scene_captions(pair: ScenePair) -> tuple[str, str]:
-    """Captions of a scene and its twin, alike but for what differs."""
+    """Captions of a scene and its counterfactual, alike but for what differs."""
     question = pair.question
     if question.answer in RELATIONS:
         one, other = (pair.scene.of_kind(kind)[0] for kind in question.about)
-        return relation_caption(one, other, question.answer), relation_caption(one, other, pair.twin_answer)
+        return relation_caption(one, other, question.answer), relation_caption(one, other, pair.counterfactual_answer)
     # The same draws for both: the order of things and which sizes are told must not tell the captions apart.
-    first, second = (caption(scene, random.Random(pair.scene.key)) for scene in (pair.scene, pair.twin))
+    first, second = (caption(scene, random.Random(pair.scene.key)) for scene in (pair.scene, pair.counterfactual))
     return first, second
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vlm_mech.behaviour.erroneous_agreement.study import AMONG, POOLED, READERS, SIMILARITIES, TO_TEXT
 from vlm_mech.errors import UsageError
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def dots(result: Result, *, metric: str, views: Sequence[str], title: str) -> "g
         figure.update_xaxes(range=[-0.02, 1.02])
     _named_rows(figure, data)
     note = f"{_n(rows['n'])}; bars: 95 % interval over {'sets' if metric == 'set' else 'pairs'}"
-    figure.update_layout(meta=_recipe("dots", metric=metric, views=list(views), title=title))
+    figure.update_layout(meta=drawn_by(dots, metric=metric, views=list(views), title=title))
     return _dressed(figure, title, note, max(len(data) * (A_SET + A_ROW * len(views)), AN_ENTRY * (len(views) + 1)))
 
 
@@ -116,7 +116,7 @@ def who_is_right(result: Result, *, view: str, title: str) -> "go.Figure":
             )  # fmt: skip
     figure.update_yaxes(tickvals=list(range(4)), ticktext=list(WHO), range=[3.5, -0.5], zeroline=False)
     figure.update_xaxes(title_text=f"similarity: {view}", row=n_rows)
-    figure.update_layout(meta=_recipe("who_is_right", view=view, title=title))
+    figure.update_layout(meta=drawn_by(who_is_right, view=view, title=title))
     note = f"numbers: pairs; unpaired images: 90 % of similarities, grey where within; dotted: tau = {told['tau']:g}"
     return _dressed(figure, title, note, 215 * n_rows).update_layout(width=330 * n_columns + 190)
 
@@ -180,7 +180,7 @@ def aligned_layers(result: Result, *, title: str) -> "go.Figure":
         title_text="layer of the tower (resid_post)", dtick=1 if int(table["layer"].max()) < 16 else None
     )
     figure.update_yaxes(title_text="debiased linear CKA", col=1)
-    figure.update_layout(meta=_recipe("aligned_layers", title=title))
+    figure.update_layout(meta=drawn_by(aligned_layers, title=title))
     n_pairs = _n(pd.Series(table["n"]))
     note = f"{n_pairs} pairs; bars: 95 % jackknife interval; grey: 95 % of shuffles"
     return _dressed(figure, title, note, 300).update_layout(width=420 * len(panels) + 220)
@@ -203,10 +203,6 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
     if bool(result.table["set"].notna().any()):
         found["set"] = dots(result, metric="set", views=views, title="all four images of a set right")
     return found
-
-
-def _recipe(name: str, **options: Any) -> dict[str, Any]:
-    return {"drawn_by": f"{__name__}:{name}", "options": options}
 
 
 def _dressed(figure: "go.Figure", title: str, note: str, height: int) -> "go.Figure":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,61 +61,78 @@ class Plan:
         return {"models": [each.identity() for each in models], "validation": validation, "prompts": prompts}
 
 
-def load_parts(config: Any) -> tuple[Pairs, Pairs | None]:
+def load_parts(
+    data: str, *, n: int | None, n_validation: int | None, seed: int, split: str = TEST
+) -> tuple[Pairs, Pairs | None]:
     """Pairs to test on, and to choose the best prompt on (None: that is left out).
+
+    Args:
+        n_validation: pairs to choose on; by default 32 of generated scenes, and a third of a folder.
+        split: of generated scenes.
 
     Raises:
         UsageError: as for `load_pairs`, a negative number, or fewer than two pairs to test on.
     """
-    n = config.n_validation
-    if n is not None and n < 0:
-        raise UsageError(f"--n-validation is {n}; 0 leaves the best prompt out, otherwise pairs are needed")
-    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
-    if config.data.startswith("scenes/"):
-        n = N_VALIDATION if n is None else n
-        return pairs, load_pairs(config.data, n=n, seed=config.seed, split=VALIDATION) if n else None
-    n = len(pairs) // 3 if n is None else n
-    if not n:
+    if n_validation is not None and n_validation < 0:
+        raise UsageError(f"n_validation is {n_validation}; 0 leaves the best prompt out, otherwise pairs are needed")
+    pairs = load_pairs(data, n=n, seed=seed, split=split)
+    scenes = data.startswith("scenes/")
+    if n_validation is None:
+        n_validation = N_VALIDATION if scenes else len(pairs) // 3
+    if not n_validation:
         return pairs, None
-    validation, test = by_groups(pairs, (n / len(pairs),), seed=config.seed)
+    if scenes:
+        return pairs, load_pairs(data, n=n_validation, seed=seed, split=VALIDATION)
+    validation, test = by_groups(pairs, (n_validation / len(pairs),), seed=seed)
     return test, validation
 
 
-def plan_of(config: Any, vlms: "Sequence[VLM]", test: Pairs, validation: Pairs | None) -> Plan:
-    """The run that the options ask for.
+def plan_of(
+    vlms: "Sequence[VLM]", test: Pairs, validation: Pairs | None, *, prompts: Sequence[str], forms: Sequence[str],
+    contrastive: str | None, caption: str, loading: Mapping[str, Any], seed: int, batch: int, max_new_tokens: int,
+) -> Plan:  # fmt: skip
+    """The run that these options ask for.
+
+    Args:
+        prompts, forms: none stands for all that the models have tokens for.
+        contrastive: by default clip for generated scenes with known captions; `none` leaves it out.
+        caption: of an answer, with `{answer}`; empty where captions are known.
+        loading: how the contrastive model is loaded; the revision is that of the VLM.
 
     Raises:
         UsageError: two models of one name, letters without tokens or prompt, or fewer than two pairs that fit.
     """
     if len({vlm.name for vlm in vlms}) < len(vlms):
-        raise UsageError(f"--compare is {config.compare!r}, the model itself; another one is needed")
-    templates, left_out = _templates(config, vlms)
+        raise UsageError(f"{vlms[-1].name!r} is compared with the model itself; another one is needed")
+    templates, left_out = _templates(prompts, forms, vlms)
     lettered = any(template.lettered for template in templates)
-    forms = tuple(dict.fromkeys(config.forms)) or (GENERATION, OPTIONS, *([LETTERS] if lettered else []))
+    forms = tuple(dict.fromkeys(forms)) or (GENERATION, OPTIONS, *([LETTERS] if lettered else []))
     test = usable(vlms, test, templates)
     if len(test) < 2:
         raise UsageError(f"{test.name} gives {len(test)} pair to test; at least two are needed")
     validation = None if validation is None else usable(vlms, validation, templates)
-    name = config.contrastive or ("clip" if config.data in SCENE_CAPTIONS else "none")
-    if config.caption and name == "none":
-        raise UsageError(f"--caption {config.caption!r} is for a contrastive model; --contrastive names one")
-    captions = () if name == "none" else tuple(captions_of(test, config.caption))
-    how = {"device": config.device, "dtype": config.dtype, "attn": config.attn}
+    name = contrastive or ("clip" if test.name in SCENE_CAPTIONS else "none")
+    if caption and name == "none":
+        raise UsageError(f"caption {caption!r} is for a contrastive model; contrastive names one")
+    captions = () if name == "none" else tuple(captions_of(test, caption))
+    how = {option: value for option, value in loading.items() if option != "revision"}
     encoder = None if name == "none" else DualEncoder.load(name, **how)
-    options = (config.seed, config.batch, config.max_new_tokens)
+    options = (seed, batch, max_new_tokens)
     return Plan(tuple(vlms), test, validation, templates, forms, left_out, encoder, captions, *options)
 
 
-def _templates(config: Any, vlms: "Sequence[VLM]") -> tuple[tuple[Template, ...], tuple[str, ...]]:
+def _templates(
+    prompts: Sequence[str], forms: Sequence[str], vlms: "Sequence[VLM]"
+) -> tuple[tuple[Template, ...], tuple[str, ...]]:
     """The prompts, and what had to be left out because a model has no tokens for it."""
-    own = tuple(Template(text, text) for text in config.prompts)
-    asked, lettered = LETTERS in config.forms, [template for template in own if template.lettered]
+    own = tuple(Template(text, text) for text in prompts)
+    asked, lettered = LETTERS in forms, [template for template in own if template.lettered]
     if len(set(own)) < len(own):
-        raise UsageError(f"--prompts has {next(each.text for each in own if own.count(each) > 1)!r} twice")
+        raise UsageError(f"prompts has {next(each.text for each in own if own.count(each) > 1)!r} twice")
     if own and asked and not lettered:
-        raise UsageError("--forms letters needs a prompt with '(a) {first}' and '(b) {second}'")
+        raise UsageError("the form letters needs a prompt with '(a) {first}' and '(b) {second}'")
     if own:
-        for vlm in vlms if lettered and (asked or not config.forms) else ():
+        for vlm in vlms if lettered and (asked or not forms) else ():
             check_letters(vlm, lettered[0])
         return own, ()
     try:
@@ -159,6 +176,6 @@ def captions_of(pairs: Pairs, caption: str) -> list[tuple[str, str]]:
         if not caption and pairs.name in SCENE_CAPTIONS:
             text = re.sub(*SCENE_CAPTIONS[pairs.name], pair.question)
         if "{answer}" not in text:
-            raise UsageError(f"caption {text!r} has no {{answer}}; --caption needs it, as in 'a {{answer}} thing'")
+            raise UsageError(f"caption {text!r} has no {{answer}}; a caption needs it, as in 'a {{answer}} thing'")
         found.append((text.replace("{answer}", pair.answer), text.replace("{answer}", pair.counterfactual_answer)))
     return found

@@ -1,6 +1,6 @@
 """Figures of a scoring run, drawn from its `Result` alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from vlm_mech.behaviour.scoring.comparisons import same_verdicts
 from vlm_mech.behaviour.scoring.measures import RANDOM, STARTS, SUBSTRING
 from vlm_mech.behaviour.scoring.study import BEST, BOTH, CHANCE, MEAN, OWN, STRANGER
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def accuracies(result: Result) -> "go.Figure":
         figure.add_vline(x=CHANCE[metric], line={"dash": "dot", "color": "#888888"}, row=1, col=column)
     figure.update_xaxes(range=[-0.04, 1.04], dtick=0.25, title_text="share")
     counts = f"n = {int(shown['n'].max())} pairs; bars: 95 % interval; dotted: chance of two options"
-    return _styled(figure, labels, "ways of scoring the same pairs", counts, "accuracies", width=1100)
+    return _styled(figure, labels, "ways of scoring the same pairs", counts, accuracies, width=1100)
 
 
 def order_bias(result: Result) -> "go.Figure":
@@ -61,7 +61,7 @@ def order_bias(result: Result) -> "go.Figure":
     figure.add_vline(x=0, line={"dash": "dot", "color": "#888888"})
     figure.update_xaxes(range=[-1.05, 1.05], title_text="chosen when listed first, less when listed second (share)")
     counts = f"n = {int(shown['n'].max())} pairs; bars: 95 % interval over pairs"
-    return _styled(figure, labels, "does the order of the options decide?", counts, "order_bias").update_layout(
+    return _styled(figure, labels, "does the order of the options decide?", counts, order_bias).update_layout(
         showlegend=False
     )
 
@@ -73,7 +73,7 @@ def prompts(result: Result) -> "go.Figure":
     labels = _labels(result, shown)
     across = [each for each in dict.fromkeys(shown["prompt"]) if each != MEAN] + [MEAN]
     values = _square(shown, labels, across)
-    return _matrix(values, across, labels, "right answers by prompt (share of pictures)", "prompts", shown)
+    return _matrix(values, across, labels, "right answers by prompt (share of pictures)", prompts, shown)
 
 
 def agreement(result: Result) -> "go.Figure":
@@ -83,7 +83,7 @@ def agreement(result: Result) -> "go.Figure":
     names = [labels[cell["model"], cell["scoring"]] for cell in cells]
     shown = pd.DataFrame({"n": [n_pairs]})
     title = "same verdict on a picture (share)"
-    return _matrix(values, names, dict.fromkeys(names), title, "agreement", shown, down=names)
+    return _matrix(values, names, dict.fromkeys(names), title, agreement, shown, down=names)
 
 
 def _labels(result: Result, shown: pd.DataFrame) -> dict[tuple[str, str], str]:
@@ -130,7 +130,7 @@ def _square(
 
 def _matrix(
     values: Float[np.ndarray, "down across"], across: Sequence[str], labels: Mapping[Any, str | None], title: str,
-    name: str, shown: pd.DataFrame, *, down: Sequence[str] | None = None,
+    function: "Callable[..., go.Figure]", shown: pd.DataFrame, *, down: Sequence[str] | None = None,
 ) -> "go.Figure":  # fmt: skip
     import plotly.graph_objects as go
 
@@ -144,7 +144,7 @@ def _matrix(
     # Shortened names may be alike: places are numbers.
     figure.update_xaxes(tickvals=list(range(len(across))), ticktext=[_short(each) for each in across], tickangle=90)
     figure.update_yaxes(type="category")
-    made = _styled(figure, dict.fromkeys(rows), title, f"n = {int(shown['n'].max())} pairs", name)
+    made = _styled(figure, dict.fromkeys(rows), title, f"n = {int(shown['n'].max())} pairs", function)
     return made.update_yaxes(autorange="reversed", tickmode="auto", range=None)
 
 
@@ -153,14 +153,20 @@ def _short(text: str) -> str:
 
 
 def _styled(
-    figure: "go.Figure", labels: Mapping[Any, str | None], title: str, caption: str, name: str, *, width: int = 760
+    figure: "go.Figure",
+    labels: Mapping[Any, str | None],
+    title: str,
+    caption: str,
+    function: "Callable[..., go.Figure]",
+    *,
+    width: int = 760,
 ) -> "go.Figure":
     rows = len(labels)
     text = {"text": title, "x": 0.01, "y": 0.98, "yanchor": "top", "font": {"size": 17}}
     figure.update_layout(
         template="plotly_white", title=text | {"subtitle": {"text": caption, "font": {"size": 11}}}, width=width,
         height=230 + 42 * rows, font={"family": "Helvetica, Arial, sans-serif", "size": 13},
-        margin={"l": 20, "r": 30, "t": 100, "b": 110}, meta={"drawn_by": f"{__name__}:{name}", "options": {}},
+        margin={"l": 20, "r": 30, "t": 100, "b": 110}, meta=drawn_by(function),
         legend={"orientation": "h", "y": 0.01, "yref": "container", "yanchor": "bottom", "x": 0},
     )  # fmt: skip
     if not all(labels.values()):

@@ -3,7 +3,7 @@
 import html
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def estimate_against_effect(checked: Result, *, title: str | None = None) -> "go
         margin={"l": 80, "r": 30, "t": 110, "b": 100}, font={"family": "Helvetica, Arial, sans-serif", "size": 13},
         title={"text": html.escape(shown, quote=False), "x": 0.01, "xanchor": "left", "y": 0.97, "yanchor": "top"},
         legend={"orientation": "h", "y": 0.91, "yref": "container", "yanchor": "top", "x": 0, "xanchor": "left"},
-        meta={"drawn_by": f"{__name__}:estimate_against_effect", "options": {"title": title}},
+        meta=drawn_by(estimate_against_effect, title=title),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from vlm_mech.inputs.answer import Spelling
 from vlm_mech.inputs.image import Box, image_named, load_image
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
-from vlm_mech.methods.compensation.variants import Cell, Places
+from vlm_mech.methods.compensation.variants import Patch, Places
 from vlm_mech.methods.lens.identifiability import patches_of_mask
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def places_of(encoded: Encoded, shown: Shown, *, min_share: float, random: np.ra
     return Places(part, whole, tuple(free[number] for number in drawn))
 
 
-def _tokens_before(encoded: Encoded, part: tuple[Cell, ...], outside: list[Cell]) -> int:
+def _tokens_before(encoded: Encoded, part: tuple[Patch, ...], outside: list[Patch]) -> int:
     """How many patches outside the object come before the part's last one in the prompt."""
     last = max(encoded.positions(Patches(part)))
     return sum(position < last for position in encoded.positions(Patches(tuple(outside))))

@@ -18,7 +18,7 @@ from vlm_mech.interventions.specification import Intervention, Knockout, Togethe
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-Cell = tuple[int, int]
+Patch = tuple[int, int]
 Tower = Literal["vision", "llm"]
 ALL, THIRDS = "all", ("first", "middle", "last")
 RANGES = (ALL, *THIRDS)
@@ -28,9 +28,9 @@ RANGES = (ALL, *THIRDS)
 class Places:
     """Patches (row, column) of the first view of the first image: of a part, its object, and as much background."""
 
-    part: tuple[Cell, ...]
-    object: tuple[Cell, ...]
-    background: tuple[Cell, ...]
+    part: tuple[Patch, ...]
+    object: tuple[Patch, ...]
+    background: tuple[Patch, ...]
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _knockout(
     return Knockout(query, Each(tuple(outside(encoded, *each) for each in enumerate(seen))), layers, stream=tower)
 
 
-def _outside_in_tower(encoded: Encoded, example: int, cells: tuple[Cell, ...]) -> Span:
+def _outside_in_tower(encoded: Encoded, example: int, cells: tuple[Patch, ...]) -> Span:
     """Every patch of the image but these, and its class token: that token looks at the whole image."""
     views = encoded.rows[example].images[0].layout.views
     spans: list[Span] = ["class"] if encoded.vlm.n_class_tokens else []
@@ -171,7 +171,7 @@ def _outside_in_tower(encoded: Encoded, example: int, cells: tuple[Cell, ...]) -
     return tuple(spans)
 
 
-def _outside_in_prompt(encoded: Encoded, example: int, cells: tuple[Cell, ...]) -> Span:
+def _outside_in_prompt(encoded: Encoded, example: int, cells: tuple[Patch, ...]) -> Span:
     inside = set(encoded.positions(Patches(cells), example))
     return Positions(tuple(position for position in encoded.rows[example].image if position not in inside))
 

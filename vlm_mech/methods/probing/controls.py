@@ -44,7 +44,7 @@ def control_task(labels: Int[np.ndarray, "example"], types: Sequence[str], *, se
     return drawn[numbers]
 
 
-def random_twin(vlm: "VLM", *, seed: int) -> "VLM":
+def with_random_weights(vlm: "VLM", *, seed: int) -> "VLM":
     """A model of the same configuration with weights as its own initialisation draws them."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,6 +1,6 @@
 """What probes are fitted on: labelled prompts, and their states at the places and spans that are read.
 
-Every pair of a data set gives two examples, one an image; a scene and its counterfactual twin share a group.
+Every pair of a data set gives two examples, one an image; a scene and its counterfactual share a group.
 """
 
 from collections.abc import Sequence

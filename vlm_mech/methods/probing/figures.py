@@ -11,7 +11,7 @@ import pandas as pd
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.controls import NONE
 from vlm_mech.methods.probing.study import CONFLICT, best_spot, summary_of
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.overlays import VEIL, lay_out
 from vlm_mech.results.result import Result
 
@@ -85,7 +85,7 @@ def depth_lines(result: Result, *, probe: str, title: str | None = None) -> "go.
             _legend_of(figure, control, CONTROL_LINES[control])
     figure.update_yaxes(title_text="accuracy (share of test examples)", col=1)
     note = f"n = {int(summary['n'].min())} examples; bands: 95 % interval over scenes, of the mean over seeds"
-    figure.update_layout(meta=_recipe("depth_lines", probe=probe, title=title))
+    figure.update_layout(meta=drawn_by(depth_lines, probe=probe, title=title))
     return _finished(figure, places, title or f"what probes ({probe}) read at every depth", note)
 
 
@@ -113,7 +113,7 @@ def conflict_lines(result: Result, *, probe: str, title: str | None = None) -> "
                 _line(figure, where, rows, metrics[metric], {"color": colour, "width": 2.5}, band=True)
     figure.update_yaxes(title_text="probability", col=1)
     note = f"n = {int(summary['n'].max())} scenes; bands: 95 % interval over scenes"
-    figure.update_layout(meta=_recipe("conflict_lines", probe=probe, title=title))
+    figure.update_layout(meta=drawn_by(conflict_lines, probe=probe, title=title))
     return _finished(figure, _order(result), title or f"seen or usual? probes ({probe}) in conflict", note)
 
 
@@ -150,7 +150,7 @@ def confusion(result: Result, *, model: str, probe: str, span: str, place: str, 
     text = f"{model}: {probe} probe at {place}, {span} ({read_on}, n = {int(counts.to_numpy().sum())})"
     side = 300 + 44 * len(classes)
     options = {"model": model, "probe": probe, "span": span, "place": place, "read_on": read_on}
-    figure.update_layout(meta=_recipe("confusion", **options))
+    figure.update_layout(meta=drawn_by(confusion, **options))
     return _dressed(figure, text, side + 120, side)
 
 
@@ -194,7 +194,7 @@ def patch_picture(result: Result, *, model: str) -> "go.Figure":
     lay_out(
         figure, picture, f"{found['model']}, {found['probe']} probe of the object: {found['question']} {found['label']}"
     )
-    figure.update_layout(meta=_recipe("patch_picture", model=model))
+    figure.update_layout(meta=drawn_by(patch_picture, model=model))
     return figure
 
 
@@ -208,11 +208,6 @@ def _slider(places: list[str]) -> dict[str, Any]:
 
 
 # Parts
-
-
-def _recipe(name: str, **options: Any) -> dict[str, Any]:
-    """What `redraw` needs to draw a figure again."""
-    return {"drawn_by": f"{__name__}:{name}", "options": options}
 
 
 def _of_probe(result: Result, metric: str, probe: str, read_on: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Classes, groups and splits: a scene and its counterfactual twin never stand on both sides of one."""
+"""Classes, groups and splits: a scene and its counterfactual never stand on both sides of one."""
 
 import warnings
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ def make_splits(
 
 
 def check_leaks(splits: Sequence[Split], groups: Sequence[object], *, name: str = "group") -> None:
-    """Raises `UsageError` when examples of one group (a scene and its twin, say) stand in two parts of a split."""
+    """Raises `UsageError` when examples of one group (the two scenes of a pair, say) stand in two parts of a split."""
     for number, split in enumerate(splits):
         parts = {
             part: {groups[example] for example in getattr(split, part)} for part in ("train", "validation", "test")

@@ -23,9 +23,9 @@ from vlm_mech.methods.probing.controls import (
     SHUFFLED,
     TASK,
     control_task,
-    random_twin,
     read_without_image,
     shuffled,
+    with_random_weights,
 )
 from vlm_mech.methods.probing.crossfit import Readings, crossfit, is_first, over_seeds
 from vlm_mech.methods.probing.data import Examples, Features, Spot, read_states
@@ -119,7 +119,7 @@ def _features(
     if step == NO_IMAGE:
         return read_without_image(vlm, examples, design.spots, folder=folder / step, batch=design.batch)
     if step == RANDOM:
-        vlm, folder = random_twin(vlm, seed=design.seed), folder / step
+        vlm, folder = with_random_weights(vlm, seed=design.seed), folder / step
     options = {"folder": folder / "states", "batch": design.batch}
     return read_states(vlm, examples.prompts, examples.objects, design.spots, **options), {}
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.lens.figures import LONGEST_WORD
 from vlm_mech.methods.visual_flow.study import INPUT, PROBE, SWAP
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.overlays import VEIL
 from vlm_mech.results.result import Result
 
@@ -48,7 +48,7 @@ def example_pages(result: Result, *, title: str | None = None) -> "go.Figure":
             figure.add_layout_image(_under(page, panel, visible=number == 0))
     _choosers(figure, held, owners)
     _laid_out(figure, held, title)
-    figure.update_layout(meta={"drawn_by": f"{__name__}:example_pages", "options": {"title": title}})
+    figure.update_layout(meta=drawn_by(example_pages, title=title))
     return figure
 
 

@@ -9,7 +9,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.methods.visual_flow.data import EDGES, SPANS
 from vlm_mech.methods.visual_flow.example_pages import example_pages
 from vlm_mech.methods.visual_flow.study import CONTROL, INPUT, KNOCKOUT, LENS, PROBE, SHUFFLED, SWAP
-from vlm_mech.results.figures import COLOURS
+from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def flow_map(result: Result, *, title: str | None = None) -> "go.Figure":
     _axis(figure, places, len(names))
     height = 165 + 190 * len(names)
     _dressed(figure, result, title, height, names)
-    figure.update_layout(meta={"drawn_by": f"{__name__}:flow_map", "options": {"title": title}})
+    figure.update_layout(meta=drawn_by(flow_map, title=title))
     return figure
 
 

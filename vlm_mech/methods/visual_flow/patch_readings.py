@@ -17,7 +17,7 @@ from vlm_mech.interventions.specification import Knockout
 from vlm_mech.methods.lens.logit_lens import lens
 from vlm_mech.methods.visual_flow.claims import FlowClaims
 from vlm_mech.methods.visual_flow.data import EDGES, Cases
-from vlm_mech.methods.visual_flow.probes import Fitting, patch_probabilities
+from vlm_mech.methods.visual_flow.probes import ProbeExamples, patch_probabilities
 from vlm_mech.methods.visual_flow.study import INPUT, swapped_sites
 from vlm_mech.sweeps.sweep import grid, logit_diff, sweep
 
@@ -33,7 +33,7 @@ N_CHOOSING = 32
 
 
 def patch_readings(
-    vlm: "VLM", cases: Cases, said: FlowClaims, fitted: Fitting | None, *, n: int, folder: Path
+    vlm: "VLM", cases: Cases, said: FlowClaims, fitted: ProbeExamples | None, *, n: int, folder: Path
 ) -> list[dict[str, Any]]:
     """What the page shows of the first `n` examples, as JSON values: picture, and at every patch and place the word of
     the lens, the probe's probability of the answer, and the attention of the reading head.

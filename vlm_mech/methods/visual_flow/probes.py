@@ -47,7 +47,7 @@ HINT = "give more examples, another --probe-data, or --no-probe"
 
 
 @dataclass(frozen=True, eq=False)
-class Fitting:
+class ProbeExamples:
     """What probes are fitted on: examples with the number of each one's class, and their states; `own` says that they
     are both images of the pairs that are read, `groups` what no split tears apart."""
 
@@ -80,9 +80,9 @@ def layer_of(site: Site) -> int:
     return INPUT if site.name == "llm.resid_pre" else site.layer or 0
 
 
-def fitting(
+def probe_examples(
     vlm: "VLM", cases: Cases, others: Pairs | None, *, folder: Path, every: int = 1, seed: int = 0, batch: int = 32
-) -> Fitting:
+) -> ProbeExamples:
     """The examples that probes are fitted on, with their states at all places (read once, kept in the folder).
 
     Args:
@@ -105,7 +105,7 @@ def fitting(
     groups = grouped(examples, "scene")
     spots = spots_of(places_of(vlm, every=every), READ_AT)
     states = read_states(vlm, examples.prompts, examples.objects, spots, folder=folder / "fitted", batch=batch)
-    return Fitting(examples, classes, labels, groups, states, others is None, seed)
+    return ProbeExamples(examples, classes, labels, groups, states, others is None, seed)
 
 
 def _check_answers(cases: Cases, examples: Examples) -> None:
@@ -121,7 +121,7 @@ def _check_answers(cases: Cases, examples: Examples) -> None:
 
 
 def probe_rows(
-    vlm: "VLM", cases: Cases, fitted: Fitting, *, folder: Path, batch: int = 32
+    vlm: "VLM", cases: Cases, fitted: ProbeExamples, *, folder: Path, batch: int = 32
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """What probes, and probes of shuffled labels, say of the images of a map: its rows, and notes on the fits."""
     splits = make_splits(fitted.labels, fitted.groups, n_folds=N_FOLDS, n_seeds=N_SEEDS, seed=fitted.seed)
@@ -146,7 +146,7 @@ def probe_rows(
     return as_rows(table.assign(group=table["example"].map(groups), skipped="")), notes
 
 
-def control_labels(fitted: Fitting, splits: Sequence[Split]) -> Int[np.ndarray, "example"]:
+def control_labels(fitted: ProbeExamples, splits: Sequence[Split]) -> Int[np.ndarray, "example"]:
     """Shuffled labels, drawn until every class is in every training part: folds are stratified by the real ones."""
     for draw in range(DRAWS):
         labels = shuffled(fitted.labels, seed=fitted.seed + draw)
@@ -176,14 +176,14 @@ def _rows(
 
 
 def patch_probabilities(
-    vlm: "VLM", cases: Cases, fitted: Fitting, sites: tuple[Site, ...], *, folder: Path
+    vlm: "VLM", cases: Cases, fitted: ProbeExamples, sites: tuple[Site, ...], *, folder: Path
 ) -> Float[np.ndarray, "example site patch"]:
     """Probability of the answer at every patch of the first images of a map, by probes that saw none of their scenes.
 
     Probes are fitted on the mean of the object's patches; of several that did not see a scene, the mean is given.
 
     Args:
-        cases: the first examples of those that the fitting was made for.
+        cases: the first examples of those that probes are fitted for.
 
     Raises:
         UsageError: images cut into unlike grids.

@@ -80,23 +80,23 @@ def deltas(own: Checkpoint, other: Checkpoint, *, parts: tuple[str, ...] = ("",)
     return found
 
 
-def random_twin(own: Checkpoint, other: Checkpoint, *, seed: int, name: str = "random") -> Checkpoint:
+def moved_at_random(own: Checkpoint, other: Checkpoint, *, seed: int, name: str = "random") -> Checkpoint:
     """A control for `other`: the blocks of `own`, each weight moved as far as in `other` but in a random direction.
 
     The blocks are copies; their adapters, if any, are left out.
     """
-    generator, twins = torch.Generator().manual_seed(seed), []
+    generator, blocks = torch.Generator().manual_seed(seed), []
     for one, two in zip(own.blocks, other.blocks, strict=True):
         weights, others = _effective(one, own.adapter), _effective(two, other.adapter)
-        twin = _without_adapter(copy.deepcopy(one))
-        state = dict(twin.named_parameters())
+        moved = _without_adapter(copy.deepcopy(one))
+        state = dict(moved.named_parameters())
         with torch.no_grad():
             for key, weight in weights.items():
                 noise = torch.randn(weight.shape, generator=generator).to(weight)
                 distance = (others[key] - weight).float().norm() / noise.float().norm().clamp(min=1e-12)
                 state[key].copy_(weight + noise * distance.to(weight.dtype))
-        twins.append(twin)
-    return Checkpoint(name, tuple(twins))
+        blocks.append(moved)
+    return Checkpoint(name, tuple(blocks))
 
 
 # Adapters (peft); their modules are told by what they offer, so that peft need not be there

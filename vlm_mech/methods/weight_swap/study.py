@@ -14,7 +14,15 @@ import torch
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.interventions.receipt import ReceiptError
-from vlm_mech.methods.weight_swap.blocks import Checkpoint, Hybrids, Part, adapted, check_alike, checkpoint, random_twin
+from vlm_mech.methods.weight_swap.blocks import (
+    Checkpoint,
+    Hybrids,
+    Part,
+    adapted,
+    check_alike,
+    checkpoint,
+    moved_at_random,
+)
 from vlm_mech.methods.weight_swap.data import Exchange
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
@@ -82,8 +90,8 @@ def two_sides(
         what = "decoder blocks" if part == "block" else f"{part} parts of the decoder blocks"
         raise UsageError(f"the {what} of {base.name} and its tune are equal; there is nothing to exchange")
     donors = {
-        REVERT: {PARENT: one, RANDOM: random_twin(two, one, seed=seed)},
-        GRAFT: {PARENT: two, RANDOM: random_twin(one, two, seed=seed + 1)},
+        REVERT: {PARENT: one, RANDOM: moved_at_random(two, one, seed=seed)},
+        GRAFT: {PARENT: two, RANDOM: moved_at_random(one, two, seed=seed + 1)},
     }
     if isinstance(second, Checkpoint):
         donors[REVERT][SECOND] = second

@@ -28,7 +28,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnParts:
     """The pictures that are used by part, those met that cannot be, and how parts smaller than what there is arose."""
 
     parts: dict[str, tuple[Labelled, ...]]
@@ -82,7 +82,9 @@ def _pixels(each: Labelled) -> str:
         return f"unreadable: {each.id}"
 
 
-def draw_parts(name: str, parts: Mapping[str, Sequence[Labelled]], sizes: Mapping[str, int | None], seed: int) -> Drawn:
+def draw_parts(
+    name: str, parts: Mapping[str, Sequence[Labelled]], sizes: Mapping[str, int | None], seed: int
+) -> DrawnParts:
     """As many pictures of each part as asked for, all where the size is None, classes in turn in an order drawn anew.
 
     A picture of the test part is no picture of another part, nor one of the validation part to train on: copies are
@@ -105,7 +107,7 @@ def draw_parts(name: str, parts: Mapping[str, Sequence[Labelled]], sizes: Mappin
         for part in SPLITS
         if sizes[part] is not None and len(kept[part]) < len(parts[part])
     ]
-    return Drawn(kept, tuple(each for part in SPLITS for each in refused[part]), tuple(notes))
+    return DrawnParts(kept, tuple(each for part in SPLITS for each in refused[part]), tuple(notes))
 
 
 def _in_turn(some: Sequence[Labelled], rng: random.Random) -> Iterator[Labelled]:

@@ -3,6 +3,7 @@
 A step of AdamW is about as large as its learning rate. At 2e-5 most steps are less than half the distance between
 neighbouring bfloat16 numbers, so that a weight updated in place stays where it is. What is moved here is a float32 copy
 of every such weight; the model gets its rounding after each step. Weights in float32 are moved themselves.
+`classify`, `contrastive_tuning` and `debias` tune so.
 """
 
 from collections.abc import Iterable, Sequence
