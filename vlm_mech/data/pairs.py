@@ -122,6 +122,19 @@ class Pairs:
         return told | ({"drawn": self.drawn} if self.drawn else {})
 
 
+def check_pairs(given: Any, call: str) -> None:
+    """Raises `UsageError` unless pairs are given.
+
+    Args:
+        call: that they are given to, for the error.
+    """
+    if not isinstance(given, Pairs):
+        raise UsageError(
+            f"{call} takes Pairs, not a {type(given).__name__}; load_pairs(name or folder) gives some, or Pairs(name, "
+            "[Pair(...), ...])"
+        )
+
+
 def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 0, split: str = "test") -> Pairs:
     """Pairs by name (`scenes/colour`, ...) or from a folder with `pairs.jsonl`.
 

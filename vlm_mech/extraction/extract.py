@@ -22,8 +22,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.traced_model import SiteHandle, TracedModel
+from vlm_mech.architectures.site import Site, listed_sites
+from vlm_mech.architectures.traced_model import SiteHandle, TracedModel, check_decoder
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.extraction.saved_states import Extracted, Pool, add_shard, file_hash, label, resumed
 from vlm_mech.inputs.image import ADDRESSES, load_image
@@ -109,10 +109,9 @@ def _request(
     dtype: str,
 ) -> Request:
     """The arguments, checked as far as they can be without running anything."""
-    sites = (sites,) if isinstance(sites, Site) else tuple(sites)
+    check_decoder(vlm, "extract")
+    sites = listed_sites(sites, "extract")
     chosen = tuple(spans) if isinstance(spans, list | tuple) else (spans,)
-    if vlm.is_contrastive:
-        raise UsageError(f"{vlm.name} is a contrastive model; extract takes models with a decoder")
     if not prompts or not sites or not chosen:
         raise UsageError("extract needs at least one prompt, one site and one span")
     if pool not in ("mean", None):

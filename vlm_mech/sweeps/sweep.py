@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded, Prompt
@@ -125,7 +126,7 @@ def prob(answer: Sequence[str]) -> Measure:
 
 def sweep(
     vlm: "VLM",
-    data: Pairs | Sequence[Prompt],
+    data: Pairs | Prompt | Sequence[Prompt],
     points: Sequence[Point],
     intervention: Callable[[Point], Intervention],
     measure: Measure | Sequence[Measure],
@@ -163,6 +164,7 @@ def sweep(
         ReceiptError: an intervention did not take effect.
         WorkError: the two engines disagree.
     """
+    check_decoder(vlm, "sweep")
     measures = _measures(measure)
     job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm.device, memory))
     refuse_open_trace(vlm)
@@ -190,7 +192,7 @@ def sweep(
 
 def plan_sweep(
     vlm: "VLM",
-    data: Pairs | Sequence[Prompt],
+    data: Pairs | Prompt | Sequence[Prompt],
     points: Sequence[Point],
     intervention: Callable[[Point], Intervention],
     *,
@@ -204,6 +206,7 @@ def plan_sweep(
         UsageError: an intervention does not fit.
         TooLargeError: a single point of a single example does not fit into the memory.
     """
+    check_decoder(vlm, "plan_sweep")
     job = _Job(vlm, data, points, intervention, (), "fast", max_cells, budget_of(vlm.device, memory))
     if not job.prompts or not points:
         raise UsageError("a sweep needs prompts and points of a grid")
@@ -237,7 +240,7 @@ class _Job:
     """A sweep's arguments, and what is done for some rows of its data."""
 
     vlm: "VLM"
-    data: Pairs | Sequence[Prompt]
+    data: Pairs | Prompt | Sequence[Prompt]
     points: Sequence[Point]
     intervention: Callable[[Point], Intervention]
     measures: tuple[Measure, ...]
@@ -256,7 +259,8 @@ class _Job:
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
         """The prompts that are run."""
-        return list(self.data.base) if isinstance(self.data, Pairs) else list(self.data)
+        given = self.data.base if isinstance(self.data, Pairs) else self.data
+        return [given] if isinstance(given, Prompt) else list(given)
 
     @functools.cached_property
     def names(self) -> list[str]:

@@ -20,10 +20,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import DIRECTIONS, Pairs
+from vlm_mech.architectures.site import Site, listed_sites
+from vlm_mech.architectures.traced_model import check_decoder
+from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs
 from vlm_mech.errors import WorkError
-from vlm_mech.inputs.span import Span
+from vlm_mech.inputs.span import Span, listed
 from vlm_mech.interventions.plan import plan
 from vlm_mech.interventions.specification import Activations, Replace
 from vlm_mech.interventions.trace import read
@@ -61,12 +62,12 @@ class Attribution:
 def attribute(
     vlm: "VLM",
     pairs: Pairs,
-    sites: Sequence[Site],
-    spans: Sequence[Span],
+    sites: Site | Sequence[Site],
+    spans: Span | Sequence[Span],
     measure: Measure,
     *,
     heads: bool = False,
-    directions: Sequence[str] = DIRECTIONS,
+    directions: str | Sequence[str] = DIRECTIONS,
     top_k: int = 10,
     n_random: int = 10,
     steps: int = 1,
@@ -97,7 +98,10 @@ def attribute(
         UsageError: a site, span or number that does not fit, or a measure that cannot be differentiated.
         WorkError: a gradient is NaN.
     """
-    spots = cells_of(vlm, sites, spans, heads)
+    check_decoder(vlm, "attribute")
+    check_pairs(pairs, "attribute")
+    several = spans if isinstance(spans, list | tuple) else (spans,)
+    spots, directions = cells_of(vlm, listed_sites(sites, "attribute"), several, heads), listed(directions)
     check(pairs, measure, directions, {"top_k": top_k, "n_random": n_random, "steps": steps, "batch": batch})
     began = time.perf_counter()
     rows = [slice(first, first + batch) for first in range(0, len(pairs), batch)]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_mech.data.pairs import DIRECTIONS, Pairs, fitting
+from vlm_mech.architectures.traced_model import check_decoder
+from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs, fitting
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.interventions.receipt import add_up, summarise
@@ -61,10 +62,12 @@ def layer_swap(
         UsageError: a span or direction that is not known, no pair that fits, or a batch below 1.
         WorkError: fewer than two pairs count.
     """
+    check_decoder(vlm, "layer_swap")
+    check_pairs(pairs, "layer_swap")
     if batch < 1:
         raise UsageError(f"batch is {batch}; at least 1 is needed")
-    pairs = fitting(vlm, pairs)
     sites, spans = swap_sites(vlm, site, point), listed(spans) or default_spans(vlm, site)
+    pairs = fitting(vlm, pairs)
     directions = listed(directions)
     how: dict[str, Any] = {"directions": directions, "only_correct": only_correct, "engine": engine, "memory": memory}
     starts = range(0, len(pairs), batch)

@@ -23,7 +23,7 @@ Cell = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Part:
+class MaskedPart:
     """A word and the patches, (row, column) in a view of an image, that show what it names."""
 
     example: int
@@ -70,7 +70,7 @@ def patches_of_mask(
 
 
 def identifiability(
-    lens: Lens, parts: Sequence[Part], *, hits: Sequence[int] = HITS, n_draws: int = 200, seed: int = 0
+    lens: Lens, parts: Sequence[MaskedPart], *, hits: Sequence[int] = HITS, n_draws: int = 200, seed: int = 0
 ) -> Result:
     """The best rank of each part's word over its patches, against equally many random patches outside the part.
 
@@ -82,6 +82,13 @@ def identifiability(
     Raises:
         UsageError: no parts, a word or patch that the lens did not read, or a part with fewer patches outside than in.
     """
+    if not isinstance(lens, Lens):
+        raise UsageError(f"identifiability takes what lens gives (a Lens), not a {type(lens).__name__}")
+    odd = [each for each in parts if not isinstance(each, MaskedPart)]
+    if odd:
+        raise UsageError(
+            f"a part is a {type(odd[0]).__name__}; a MaskedPart is needed: MaskedPart(example, word, patches)"
+        )
     if not parts or n_draws < 1:
         raise UsageError(f"{len(parts)} parts and {n_draws} draws were given; at least one of each is needed")
     rng = np.random.default_rng(seed)
@@ -96,7 +103,7 @@ def identifiability(
 
 
 def _of_part(
-    lens: Lens, number: int, part: Part, hits: Sequence[int], n_draws: int, rng: np.random.Generator
+    lens: Lens, number: int, part: MaskedPart, hits: Sequence[int], n_draws: int, rng: np.random.Generator
 ) -> list[dict[str, object]]:
     patches = {
         (token.row, token.column): place

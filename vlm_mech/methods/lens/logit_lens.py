@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlm_mech.architectures.site import Site
+from vlm_mech.architectures.site import Site, listed_sites
+from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Span
@@ -138,8 +139,9 @@ def lens(
         UsageError: another site, a layer out of range, an empty span, tokens of a span that `projector.out` does not
             have, a word that is no token, or a tuned lens made for another model or with these very prompts.
     """
+    check_decoder(vlm, "lens")
     prompts = (prompts,) if isinstance(prompts, Prompt) else tuple(prompts)
-    sites = (sites,) if isinstance(sites, Site) else tuple(sites)
+    sites = listed_sites(sites, "lens")
     labels = tuple(label_of(vlm, word, first_token=first_token) for word in words)
     _check(vlm, prompts, sites, top, batch_size)
     if tuned is not None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from vlm_mech.data.pairs import Pairs, apart, linked, with_conflict
+from vlm_mech.architectures.traced_model import check_decoder
+from vlm_mech.data.pairs import Pairs, apart, check_pairs, linked, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.methods.probing.crossfit import METRICS
@@ -75,6 +76,9 @@ def probe(
     Raises:
         UsageError: a span, probe or control that is not known, or too few examples for the folds.
     """
+    check_decoder(vlm, "probe")
+    for given in (pairs,) if conflict is None else (pairs, conflict):
+        check_pairs(given, "probe")
     data = [linked(with_objects(pairs))]
     data += [] if conflict is None else [linked(with_conflict(apart(with_objects(conflict), data[0])))]
     examples, conflicts = examples_of(vlm, data[0]), None if conflict is None else conflicts_of(vlm, data[1])
