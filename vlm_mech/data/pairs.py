@@ -38,8 +38,8 @@ DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 class Pairs:
     """Counterfactual pairs of one data set; `refused` lists those that could not be used.
 
-    `spelling` is how a model would begin the answers (`fitting`); `answer` and `counterfactual_answer` are written so,
-    while each pair keeps its own.
+    `spelling` is how a model would begin the answers, once that is known; `answer` and `counterfactual_answer` are
+    written so, while each pair keeps its own.
     """
 
     name: str

@@ -78,6 +78,7 @@ def extract(
         spans: what is kept of each prompt, in every stream that the sites are in. A list (or tuple) holds several
             spans; a union is a tuple within it.
         folder: where the files go; it holds one extraction.
+        batch_size: prompts a forward pass.
         pool: `mean` over each span's positions, taken in float32; None keeps every position.
         dtype: data type of the files: `float32`, `bfloat16` or `float16`.
         shard_mib: a shard is closed with the batch that brings it to this size.

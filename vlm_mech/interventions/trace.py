@@ -45,6 +45,10 @@ class Run:
     encoded: Encoded | DualEncoded
     receipts: tuple[Receipt, ...] = ()
 
+    def __repr__(self) -> str:
+        size, n = " x ".join(map(str, self.logits.shape)), len(self.receipts)
+        return f"Run(logits {size}, {n} receipt{'' if n == 1 else 's'}; {self.encoded!r})"
+
     @property
     def last(self) -> Float[Tensor, "batch vocab"]:
         """Logits of the next token after the prompt.

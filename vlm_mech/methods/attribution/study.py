@@ -46,7 +46,10 @@ class Attribution:
     `screen` has an `estimate` and the `distance` of the two runs' states for each pair and cell. `checked` has the true
     `effect` beside both; its column `chosen` says whether a cell is one of the `top` or of the `random` sample of the
     rest. `agreement` has a row for each direction and kind of cells (`top` is a selected set: its correlation says
-    nothing about the other cells); `agreement_of` tells its columns.
+    nothing about the other cells). Its columns, taken over means of examples: n cells; Spearman's `correlation` of
+    estimate and effect with a 95 % bootstrap over examples, and `p` over cells; `n_signed` cells with an effect,
+    `n_same_sign` of them; `slope` of estimate on effect; the correlation of sizes `absolute`, and of distance with size
+    of effect (`absolute_control`); largest and median size of the true effects.
     """
 
     screen: Result

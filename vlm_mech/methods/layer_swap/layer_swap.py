@@ -42,21 +42,23 @@ def layer_swap(
 ) -> Result:
     """Activation patching (an interchange intervention) between the two images of each pair, at every layer and span.
 
-    Pairs that the model cannot be asked (`data.pairs.fitting`: unlike prompts, answers that begin alike) are left out;
+    Pairs that the model cannot be asked (their prompts have unlike tokens, or their answers begin alike) are left out;
     they are listed under `refused` in the provenance and counted in the findings.
 
     Args:
         site: `llm`, `projector` or `vision`; `point` is the tensor of each block.
-        spans: spans of tokens to swap; by default those of `default_spans`.
+        spans: spans of tokens to swap; by default `image`, `question`, `last` and `all` in the decoder, `image` at the
+            projector, and `image`, `class` and `all` in a tower with class tokens (`image` in others).
         directions: `noising` puts the counterfactual's states into the image's run, `denoising` the reverse.
         only_correct: leave out pairs that the model answers wrongly on either image.
         batch: pairs a forward pass.
-        engine, memory: see `swap_states`.
+        engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
+        memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
 
     Returns:
-        A row per pair and cell of direction, span and layer (or point of the projector), with `METRICS`; `findings`
-        says how many pairs count, and at which layers the answer turns. The provenance has what that of
-        `python -m experiments.layer_swap` has, less versions and settings.
+        A row per pair and cell of direction, span and layer (or point of the projector), with the metrics `recovered`,
+        `logit_diff` and `flip`; `findings` says how many pairs count, and at which layers the answer turns. The
+        provenance has what that of `python -m experiments.layer_swap` has, less versions and settings.
 
     Raises:
         UsageError: a span or direction that is not known, no pair that fits, or a batch below 1.

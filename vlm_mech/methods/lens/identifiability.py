@@ -50,6 +50,9 @@ def patches_of_mask(
 
     Args:
         mask: of the image as it was given to the prompt.
+        example: number of the prompt in the batch.
+        image, view: which image of the prompt, and which of its grids of tokens.
+        min_share: the share.
 
     Raises:
         UsageError: the mask has another size than the image, or no patch holds that much of it.
@@ -78,6 +81,12 @@ def identifiability(
     geometric mean rank), whose baselines are their means over the draws, and the columns `rank`, `rank_null` (median
     over the draws), `n_patches` and `p_null` (share of draws at least as good, the part itself counted as one). The
     draws are the same at every site. Parts of one prompt form a group.
+
+    Args:
+        lens: read at the patches of the parts' images, with the parts' words.
+        hits: each k of `hit@k`.
+        n_draws: how often as many patches are drawn outside a part.
+        seed: of these draws.
 
     Raises:
         UsageError: no parts, a word or patch that the lens did not read, or a part with fewer patches outside than in.

@@ -128,12 +128,14 @@ def lens(
     Args:
         sites: of `projector.out`, `llm.resid_pre`, `llm.resid_post`. What the decoder receives is `llm.resid_pre` 0:
             `projector.out` may still be scaled, unpadded or put in another order.
-        words: words whose logit, log-probability and rank are kept (see `label_of`).
+        words: words whose logit, log-probability and rank are kept. A word stands for each way of writing it that is
+            one token: after a space or not, with a capital, with an s.
         first_token: whether a word of several tokens stands for its first one.
         top: how many of the likeliest words are kept.
         normed: whether the final norm is applied, once.
         tuned: translators to apply before the norm.
         whole_vocabulary: whether all logits are kept.
+        batch_size: prompts a forward pass.
 
     Raises:
         UsageError: another site, a layer out of range, an empty span, tokens of a span that `projector.out` does not

@@ -186,6 +186,8 @@ def train_tuned_lens(
 
     Args:
         span: `all` for every token, or for instance `question`, `image`.
+        training: optimiser, steps and when to stop; `LensTraining()` by default.
+        batch_size: prompts a forward pass.
 
     Raises:
         UsageError: an image (or text without image) is in both sets of prompts, a site that the head cannot read, the
@@ -301,6 +303,9 @@ def compare_lenses(
     """How far each lens is from the model's final distribution: metric `kl` (nats), the baseline is the plain lens.
 
     One row per prompt and site, the mean over the tokens of the span.
+
+    Args:
+        batch_size: prompts a forward pass.
 
     Raises:
         UsageError: a prompt had a part in training the lens, or the lens belongs to another model.

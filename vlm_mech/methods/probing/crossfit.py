@@ -2,7 +2,7 @@
 
 After arXiv 2606.06890 (three-layer MLP a layer) and 2405.18415 (linear layer on the last token or a mean), with what
 these lack: standardisation and early stopping that see no test example, splits by scene and question, several seeds,
-controls. Everything is trained by `probe_train`; scikit-learn is the reference for a single probe.
+controls. All probes are trained at once by `training.train`; scikit-learn is the reference for a single probe.
 """
 
 import math
