@@ -11,10 +11,12 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import vlm_mech
 from tests.helpers import command
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "vlm_mech" / "organism" / "weights").glob("*/README.md"))
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
 
 
@@ -36,22 +38,34 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     exec(compile(script.read_text(), str(script), "exec"), {"__name__": "page"})
 
 
-def test_pages_import_what_there_is():
-    """Of all pages, those too whose code needs a model of seven billion parameters."""
-    imports = [
+def imports():
+    """Page, module and name of every import from a module, of pages too that need a model of seven billion parameters.
+
+    Notebooks count as pages.
+    """
+    cells = [(page, cell) for page in NOTEBOOKS for cell in nbformat.read(page, 4).cells]
+    code = [(page, cell.source) for page, cell in cells if cell.cell_type == "code"]
+    return [
         (page.name, node.module, name.name)
-        for page in PAGES
-        for block in blocks(page)
+        for page, block in [*((page, block) for page in PAGES for block in blocks(page)), *code]
         for node in ast.walk(ast.parse(block))
         if isinstance(node, ast.ImportFrom)
         for name in node.names
     ]
-    assert len(imports) > 20
-    for page, module, name in imports:
+
+
+def test_pages_import_what_there_is():
+    assert len(imports()) > 20
+    for page, module, name in imports():
         assert hasattr(importlib.import_module(module), name), f"{page} imports {name} from {module}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_pages_import_public_names_from_the_front_door():
+    elsewhere = [each for each in imports() if each[1].startswith("vlm_mech.") and each[2] in vlm_mech.__all__]
+    assert elsewhere == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_run(path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()

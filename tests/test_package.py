@@ -2,9 +2,13 @@
 
 import ast
 import importlib
+import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +44,7 @@ def test_type_checkers_and_python_see_the_same_names_in_the_same_places():
         assert getattr(importlib.import_module(module), original) is getattr(vlm_mech, name)
 
 
-@pytest.mark.parametrize("module", ["figures", "metrics", "probe_figures"])
+@pytest.mark.parametrize("module", ["attribution_figures", "figures", "metrics", "probe_figures"])
 def test_tab_completion_in_a_module_shows_what_it_is_for(module):
     named = getattr(vlm_mech, module)
     assert set(dir(named)) == set(named.__all__)
@@ -61,3 +65,27 @@ def test_nnsight_and_the_vision_stack_need_no_torchvision():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "vision (clip)" in done.stdout and "Warning" not in done.stderr, done.stderr
+
+
+INNER = {"TracedModel", "Workspace"}
+"""What VLM and DualEncoder have in common, and the folder of a run from the command line."""
+
+
+def names_in_signature(function: Callable[..., Any]) -> set[str]:
+    """The names in its annotations, strings resolved."""
+    said = [str(each.annotation) for each in inspect.signature(function).parameters.values()]
+    said.append(str(inspect.signature(function).return_annotation))
+    return set(re.findall(r"[A-Za-z_]\w*", " ".join(said)))
+
+
+def test_what_public_functions_take_and_give_is_public():
+    """Every class of the library in the signature of a public function."""
+    classes = {
+        name
+        for path in sorted((ROOT / "vlm_mech").rglob("*.py"))
+        for name in re.findall(r"^class ([A-Z]\w*)", path.read_text(), re.MULTILINE)
+    }
+    for name in vlm_mech.__all__:
+        value = getattr(vlm_mech, name)
+        if inspect.isfunction(value):
+            assert (names_in_signature(value) & classes) - INNER <= set(vlm_mech.__all__), name

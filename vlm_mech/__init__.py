@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from vlm_mech.architectures.site import sites as sites
     from vlm_mech.behaviour.decoding.processors import M3ID as M3ID
     from vlm_mech.behaviour.decoding.processors import VCD as VCD
+    from vlm_mech.behaviour.decoding.processors import Drawn as Drawn
+    from vlm_mech.data.image_classes import Classes as Classes
     from vlm_mech.data.image_classes import load_classes as load_classes
     from vlm_mech.data.pairs import Pair as Pair
     from vlm_mech.data.pairs import Pairs as Pairs
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from vlm_mech.errors import WorkError as WorkError
     from vlm_mech.extraction.extract import extract as extract
     from vlm_mech.extraction.saved_states import Extracted as Extracted
+    from vlm_mech.inputs.contrastive_batch import DualEncoded as DualEncoded
+    from vlm_mech.inputs.image import Box as Box
     from vlm_mech.inputs.prompt import Encoded as Encoded
     from vlm_mech.inputs.prompt import Prompt as Prompt
     from vlm_mech.inputs.span import Each as Each
@@ -47,11 +51,14 @@ if TYPE_CHECKING:
     from vlm_mech.interventions.trace import generate as generate
     from vlm_mech.interventions.trace import read as read
     from vlm_mech.interventions.trace import run as run
+    from vlm_mech.methods.attribution import figures as attribution_figures  # noqa: F401
     from vlm_mech.methods.attribution.study import Attribution as Attribution
     from vlm_mech.methods.attribution.study import attribute as attribute
     from vlm_mech.methods.layer_swap.layer_swap import layer_swap as layer_swap
     from vlm_mech.methods.lens.figures import patch_words as patch_words
+    from vlm_mech.methods.lens.identifiability import MaskedPart as MaskedPart
     from vlm_mech.methods.lens.identifiability import identifiability as identifiability
+    from vlm_mech.methods.lens.identifiability import patches_of_mask as patches_of_mask
     from vlm_mech.methods.lens.logit_lens import Lens as Lens
     from vlm_mech.methods.lens.logit_lens import lens as lens
     from vlm_mech.methods.lens.tuned_lens import LensTraining as LensTraining
@@ -71,6 +78,7 @@ if TYPE_CHECKING:
     from vlm_mech.results.result import Metric as Metric
     from vlm_mech.results.result import Result as Result
     from vlm_mech.results.saved_figures import redraw as redraw
+    from vlm_mech.sweeps.schedule import SweepPlan as SweepPlan
     from vlm_mech.sweeps.sweep import Measure as Measure
     from vlm_mech.sweeps.sweep import Point as Point
     from vlm_mech.sweeps.sweep import grid as grid
@@ -83,12 +91,14 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "architectures.site": ("Site", "sites"),
-    "behaviour.decoding.processors": ("M3ID", "VCD"),
-    "data.image_classes": ("load_classes",),
+    "behaviour.decoding.processors": ("M3ID", "VCD", "Drawn"),
+    "data.image_classes": ("Classes", "load_classes"),
     "data.pairs": ("Pair", "Pairs", "load_pairs"),
     "errors": ("TooLargeError", "UsageError", "WorkError"),
     "extraction.extract": ("extract",),
     "extraction.saved_states": ("Extracted",),
+    "inputs.contrastive_batch": ("DualEncoded",),
+    "inputs.image": ("Box",),
     "inputs.prompt": ("Encoded", "Prompt"),
     "inputs.span": ("Each", "OneImage", "Patches", "Positions", "Span", "Tokens", "Words"),
     "interventions.attention_weights": ("attention_from",),
@@ -98,7 +108,7 @@ _HOMES = {
     "methods.attribution.study": ("Attribution", "attribute"),
     "methods.layer_swap.layer_swap": ("layer_swap",),
     "methods.lens.figures": ("patch_words",),
-    "methods.lens.identifiability": ("identifiability",),
+    "methods.lens.identifiability": ("MaskedPart", "identifiability", "patches_of_mask"),
     "methods.lens.logit_lens": ("Lens", "lens"),
     "methods.lens.tuned_lens": ("LensTraining", "TunedLens", "compare_lenses", "train_tuned_lens"),
     "methods.probing.data": ("changed_patches",),
@@ -110,9 +120,11 @@ _HOMES = {
     "results.overlays": ("laid_over",),
     "results.result": ("Metric", "Result"),
     "results.saved_figures": ("redraw",),
+    "sweeps.schedule": ("SweepPlan",),
     "sweeps.sweep": ("Measure", "Point", "grid", "logit_diff", "plan_sweep", "prob", "sweep"),
 }
 _MODULES = {
+    "attribution_figures": "methods.attribution.figures",
     "figures": "results.figures",
     "metrics": "results.metrics",
     "probe_figures": "methods.probing.figures",

@@ -328,7 +328,7 @@ def test_floors_are_images_of_other_groups(clip, vlm):
 
 
 def test_wrong_use_is_one_line(tmp_path, capsys):
-    lacking = written(tmp_path / "lacking", counterfactual_image=None)
+    lacking = written(tmp_path / "lacking", n=1, counterfactual_image=None)
     unknown = written(tmp_path / "unknown", caption="a picture of zebras")
     for given, message in (
         (["--tau", "1.5"], "tau is 1.5; a cosine above 0"),

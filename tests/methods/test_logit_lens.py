@@ -16,7 +16,7 @@ from vlm_mech.inputs.span import Each, Patches, Positions
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.methods.lens.data import Label
 from vlm_mech.methods.lens.figures import patch_words
-from vlm_mech.methods.lens.identifiability import Part, identifiability, patches_of_mask
+from vlm_mech.methods.lens.identifiability import MaskedPart, identifiability, patches_of_mask
 from vlm_mech.methods.lens.logit_lens import lens
 from vlm_mech.models.readout import Readout, readout_of
 from vlm_mech.models.vlm import VLM
@@ -267,7 +267,11 @@ def test_what_was_not_read_cannot_be_asked_for(vlm, prompts):
 def test_best_rank_over_the_patches_and_its_null(vlm, prompts):
     chosen = sites("llm.resid_post", [1, 3])
     found = lens(vlm, prompts, chosen, "image", words=COLOURS)
-    parts = [Part(0, "red", ((0, 0), (2, 3))), Part(2, "blue", ((1, 1),)), Part(2, "red", ((3, 0), (3, 1), (3, 2)))]
+    parts = [
+        MaskedPart(0, "red", ((0, 0), (2, 3))),
+        MaskedPart(2, "blue", ((1, 1),)),
+        MaskedPart(2, "red", ((3, 0), (3, 1), (3, 2))),
+    ]
     result = identifiability(found, parts, n_draws=4000, seed=3)
     assert len(result.table) == 6 and set(result.table["group"]) == {"0", "2"}
     for number, part in enumerate(parts):
@@ -287,7 +291,7 @@ def test_best_rank_over_the_patches_and_its_null(vlm, prompts):
             share = (chances[:-1] - chances[1:])[outside <= best].sum()
             assert row["p_null"] == pytest.approx(share, abs=0.03)
     # Half of the patches: drawn without replacement, the null is the other half every time.
-    half = Part(1, "green", tuple((row, column) for row in (0, 1) for column in range(4)))
+    half = MaskedPart(1, "green", tuple((row, column) for row in (0, 1) for column in range(4)))
     row = identifiability(found, [half], n_draws=50).table.iloc[1]
     best = int(found.rank("green")[1, 24:32].min())
     assert row["rank_null"] == best and row["log2_rank_baseline"] == pytest.approx(np.log2(best))
@@ -317,11 +321,11 @@ def test_parts_that_have_no_null_are_refused(vlm, prompts):
     found = lens(vlm, prompts, last_of(vlm), "image", words=("red",))
     nine = tuple((row, column) for row in range(3) for column in range(3))
     with pytest.raises(UsageError, match="covers 9 of 16 patches"):
-        identifiability(found, [Part(0, "red", nine)])
+        identifiability(found, [MaskedPart(0, "red", nine)])
     with pytest.raises(UsageError, match=r"did not read patch \(4, 0\) of example 0"):
-        identifiability(found, [Part(0, "red", ((4, 0),))])
+        identifiability(found, [MaskedPart(0, "red", ((4, 0),))])
     with pytest.raises(UsageError, match="no patch, or one twice"):
-        Part(0, "red", ())
+        MaskedPart(0, "red", ())
 
 
 # Maps

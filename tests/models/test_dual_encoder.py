@@ -387,7 +387,7 @@ def test_wrong_use_is_told_in_one_line(wrapped, vlm):
         run(dual, prompt)
     with pytest.raises(UsageError, match="takes prompts"):
         run(vlm, encoded)
-    with pytest.raises(UsageError, match="generates nothing"):
+    with pytest.raises(UsageError, match="generate takes models with a decoder"):
         generate(dual, encoded)
     with pytest.raises(UsageError, match="no last token"):
         _ = Run(torch.zeros(2, 3), encoded).last

@@ -5,8 +5,12 @@ A `Site` names one tensor: stream, point and layer. Layers count from 0; `resid_
 bare, because Hugging Face's `hidden_states[i]` is the input of block `i` and its last entry is already normed.
 """
 
+import operator
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 from vlm_mech.errors import UsageError
 
@@ -53,6 +57,10 @@ class Site:
             raise UsageError(f"site {self.name!r} has no layers, but layer {self.layer} was given")
         if point in BLOCK_POINTS and self.layer is None:
             raise UsageError(f"site {self.name!r} needs a layer, such as Site({self.name!r}, 0)")
+        if self.layer is not None:
+            if not isinstance(self.layer, Integral):
+                raise UsageError(f"layer {self.layer!r} of site {self.name!r}; a whole number is needed, such as 0")
+            object.__setattr__(self, "layer", operator.index(self.layer))
 
     @property
     def stream(self) -> str:
@@ -84,6 +92,25 @@ class Site:
         return self.name if self.layer is None else f"{self.name}[{self.layer}]"
 
 
-def sites(name: str, layers: "range | list[int] | tuple[int, ...]") -> tuple[Site, ...]:
+def sites(name: str, layers: int | Iterable[int]) -> tuple[Site, ...]:
     """The sites of that name at each of the layers, in the order given."""
-    return tuple(Site(name, layer) for layer in layers)
+    return tuple(Site(name, layer) for layer in (layers if isinstance(layers, Iterable) else (layers,)))
+
+
+def listed_sites(given: Any, what: str) -> tuple[Site, ...]:
+    """Sites given one alone or several together, as a tuple.
+
+    Args:
+        what: that they are given to, for the error.
+
+    Raises:
+        UsageError: something else is among them, such as the name of a site.
+    """
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    found: tuple[Any, ...] = tuple(given) if several else (given,)
+    for each in found:
+        if not isinstance(each, Site):
+            name = each if isinstance(each, str) and each in NAMES else "llm.resid_post"
+            layer = ", 3" if name.partition(".")[2] in BLOCK_POINTS else ""
+            raise UsageError(f"{what} is given {each!r:.60} as a site; a Site is needed: Site({name!r}{layer})")
+    return found

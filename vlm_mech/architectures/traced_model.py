@@ -333,3 +333,16 @@ class TracedModel(ABC):
             f"{self.name} cannot be pickled; give its name or folder and call {type(self).__name__}.load there "
             "(vlm.model.save_pretrained and vlm.processor.save_pretrained make a folder)"
         )
+
+
+def check_decoder(vlm: Any, call: str) -> None:
+    """Raises `UsageError` unless a loaded model with a decoder is given.
+
+    Args:
+        call: that it is given to, for the error.
+    """
+    if not isinstance(vlm, TracedModel):
+        kind = type(vlm).__name__
+        raise UsageError(f"{call} takes a loaded model, not a {kind}; VLM.load(name or folder) gives one")
+    if vlm.is_contrastive:
+        raise UsageError(f"{vlm.name} is a contrastive model; {call} takes models with a decoder (VLM)")

@@ -112,7 +112,8 @@ def load_classes(
         names: csv of `folder,name`, for folders that are not called by the name of their class.
 
     Raises:
-        UsageError: no such data, an empty class, a class with too few pictures, or names that `check_names` refuses.
+        UsageError: no such data, an empty class, a class with too few pictures, or names that are
+            the same words, or none.
     """
     sizes = {"train": n_train, "validation": n_validation, "test": n}
     for part, size in sizes.items():

@@ -38,8 +38,8 @@ DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 class Pairs:
     """Counterfactual pairs of one data set; `refused` lists those that could not be used.
 
-    `spelling` is how a model would begin the answers (`fitting`); `answer` and `counterfactual_answer` are written so,
-    while each pair keeps its own.
+    `spelling` is how a model would begin the answers, once that is known; `answer` and `counterfactual_answer` are
+    written so, while each pair keeps its own.
     """
 
     name: str
@@ -120,6 +120,19 @@ class Pairs:
         """What the provenance of a run says of its data."""
         told = {"name": self.name, "n": len(self), "hash": self.digest}
         return told | ({"drawn": self.drawn} if self.drawn else {})
+
+
+def check_pairs(given: Any, call: str) -> None:
+    """Raises `UsageError` unless pairs are given.
+
+    Args:
+        call: that they are given to, for the error.
+    """
+    if not isinstance(given, Pairs):
+        raise UsageError(
+            f"{call} takes Pairs, not a {type(given).__name__}; load_pairs(name or folder) gives some, or Pairs(name, "
+            "[Pair(...), ...])"
+        )
 
 
 def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 0, split: str = "test") -> Pairs:

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.traced_model import SiteHandle, TracedModel
+from vlm_mech.architectures.site import Site, listed_sites
+from vlm_mech.architectures.traced_model import SiteHandle, TracedModel, check_decoder
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.extraction.saved_states import Extracted, Pool, add_shard, file_hash, label, resumed
 from vlm_mech.inputs.image import ADDRESSES, load_image
@@ -78,6 +78,7 @@ def extract(
         spans: what is kept of each prompt, in every stream that the sites are in. A list (or tuple) holds several
             spans; a union is a tuple within it.
         folder: where the files go; it holds one extraction.
+        batch_size: prompts a forward pass.
         pool: `mean` over each span's positions, taken in float32; None keeps every position.
         dtype: data type of the files: `float32`, `bfloat16` or `float16`.
         shard_mib: a shard is closed with the batch that brings it to this size.
@@ -109,10 +110,9 @@ def _request(
     dtype: str,
 ) -> Request:
     """The arguments, checked as far as they can be without running anything."""
-    sites = (sites,) if isinstance(sites, Site) else tuple(sites)
+    check_decoder(vlm, "extract")
+    sites = listed_sites(sites, "extract")
     chosen = tuple(spans) if isinstance(spans, list | tuple) else (spans,)
-    if vlm.is_contrastive:
-        raise UsageError(f"{vlm.name} is a contrastive model; extract takes models with a decoder")
     if not prompts or not sites or not chosen:
         raise UsageError("extract needs at least one prompt, one site and one span")
     if pool not in ("mean", None):

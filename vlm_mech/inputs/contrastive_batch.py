@@ -41,6 +41,9 @@ class DualEncoded:
     max_patches: int | None
     encoder: Any = field(repr=False)
 
+    def __repr__(self) -> str:
+        return f"DualEncoded({len(self.rows)} images, {len(self.text_rows)} texts)"
+
     def cells(self, span: Span, *, place: str) -> Cells:
         """Rows and positions of a span in the tensors of `vision`, `text`, `vision.embed` or `text.embed`.
 

@@ -79,6 +79,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __repr__(self) -> str:
+        n_images = sum(len(row.images) for row in self.rows)
+        return f"Encoded({len(self)} prompts x {self.n_pos} positions, {n_images} images)"
+
     @property
     def generation_inputs(self) -> dict[str, "torch.Tensor"]:
         """What `generate` takes: it counts positions itself."""

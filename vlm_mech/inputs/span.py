@@ -1,5 +1,6 @@
 """Spans: which positions of each example a name, a word or a set of patches stands for."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Sequence
@@ -70,6 +71,15 @@ class Each:
 
 Span = Union[str, Words, Patches, OneImage, Positions, Tokens, Each, tuple["Span", ...]]  # noqa: UP007 - refers to itself
 """A named span, `Words`, `Patches`, `OneImage`, `Positions`, `Tokens`, `Each`, or a tuple of spans: their union."""
+with contextlib.suppress(AttributeError, TypeError):  # from Python 3.14 on a union has no text of its own
+    Span.__doc__ = f"""Which positions of each example are meant: a name, an object, or a tuple of spans (their union).
+
+    Names in the decoder: {", ".join(LLM_SPANS)}. In the vision tower: {", ".join(VISION_SPANS)}. At the projector:
+    {", ".join(PROJECTOR_SPANS)}. Generated tokens: generated.
+
+    Objects: Words("banana"), Patches(((2, 3),)), OneImage(1), Positions((4, 5)), Tokens((4, 5)), and Each((span, ...)),
+    which gives every example a span of its own.
+    """
 
 
 def listed(names: str | Sequence[Any]) -> tuple[Any, ...]:

@@ -1,7 +1,9 @@
 """What each intervention proved. A violated receipt raises: an intervention that does nothing must not pass unseen."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Union
 
 import pandas as pd
 
@@ -67,7 +69,14 @@ class KnockoutReceipt:
     rows: tuple[tuple[int, int], ...] = ()
 
 
-Receipt = WriteReceipt | KnockoutReceipt
+Receipt = Union[WriteReceipt, KnockoutReceipt]  # noqa: UP007 - this kind of union can have a text of its own
+"""What one part of an intervention proved."""
+with contextlib.suppress(AttributeError, TypeError):  # from Python 3.14 on none can
+    Receipt.__doc__ = """What one part of an intervention proved, at one site or layer.
+
+    WriteReceipt for states that were edited (Replace, Ablate, Steer), KnockoutReceipt for attention edges that were
+    cut. receipts_table puts them in a table.
+    """
 
 
 def verify(receipts: Sequence[Receipt]) -> None:

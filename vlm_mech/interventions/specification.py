@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
-from vlm_mech.architectures.site import NAMES, Site
+from vlm_mech.architectures.site import Site, listed_sites
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
@@ -94,10 +94,7 @@ class StateEdit(Intervention):
         name = type(self).__name__
         if not self.sites:
             raise UsageError(f"{name} names no site")
-        for site in self.sites:
-            if not isinstance(site, Site):
-                example = site if site in NAMES else "llm.resid_post"
-                raise UsageError(f"{name} is given {_shown(site)} as a site; a Site is needed: Site({example!r}, 3)")
+        for site in listed_sites(self.sites, name):
             if self.heads is not None and site.point != "head_out":
                 raise UsageError(f"heads can be chosen at head_out sites only, not at {site}")
         _whole_numbers(f"heads of {name}", () if self.heads is None else self.heads)

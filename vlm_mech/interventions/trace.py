@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.traced_model import PASSES, TracedModel
+from vlm_mech.architectures.site import Site, listed_sites
+from vlm_mech.architectures.traced_model import PASSES, TracedModel, check_decoder
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
@@ -44,6 +44,10 @@ class Run:
     logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "image text"]
     encoded: Encoded | DualEncoded
     receipts: tuple[Receipt, ...] = ()
+
+    def __repr__(self) -> str:
+        size, n = " x ".join(map(str, self.logits.shape)), len(self.receipts)
+        return f"Run(logits {size}, {n} receipt{'' if n == 1 else 's'}; {self.encoded!r})"
 
     @property
     def last(self) -> Float[Tensor, "batch vocab"]:
@@ -120,8 +124,9 @@ def read(
         ReceiptError: the intervention did not take effect.
         WorkError: a state is NaN.
     """
+    chosen = listed_sites(sites, "read")
     encoded = _as_encoded(vlm, prompts)
-    wanted = sorted({sites} if isinstance(sites, Site) else set(sites), key=lambda site: site.order)
+    wanted = sorted(set(chosen), key=lambda site: site.order)
     for site in wanted:
         vlm.check_site(site)
         if site.stream != "llm" and "pixel_values" not in encoded.inputs:
@@ -236,8 +241,7 @@ def generate(
         UsageError: as for `run`, or prompt and `max_new_tokens` outgrow the decoder's positions.
         ReceiptError: the intervention did not take effect.
     """
-    if vlm.is_contrastive:
-        raise UsageError(f"{vlm.name} is a contrastive model, which generates nothing")
+    check_decoder(vlm, "generate")
     encoded = _as_encoded(vlm, prompts, max_new_tokens)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
     options = decoding_options(options, settings=settings, max_new_tokens=max_new_tokens)

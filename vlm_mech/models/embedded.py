@@ -7,6 +7,8 @@ from nothing. Each folder opens with Hugging Face's auto classes.
 
 from pathlib import Path
 
+from vlm_mech.errors import UsageError
+
 NAMES = ("organism", "organism-grounded", "clip")
 
 
@@ -14,8 +16,8 @@ def weights_folder(name: str) -> Path:
     """The folder of an embedded model.
 
     Raises:
-        ValueError: there is no embedded model of that name.
+        UsageError: there is no embedded model of that name.
     """
     if name not in NAMES:
-        raise ValueError(f"embedded model {name!r} does not exist; there are {', '.join(NAMES)}")
+        raise UsageError(f"embedded model {name!r} does not exist; there are {', '.join(NAMES)}")
     return Path(__file__).parents[1] / "organism" / "weights" / name

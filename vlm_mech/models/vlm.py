@@ -226,7 +226,7 @@ class VLM(TracedModel):
         return Prompt(question, image, system, special_tokens=special_tokens)
 
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> Encoded:
-        """The prompts as model inputs with spans (see `prompt.encode`)."""
+        """The prompts as model inputs with spans (see `Encoded`)."""
         return encode(self, prompts)
 
     def module_of(self, site: Site) -> tuple[str, bool]:
@@ -249,7 +249,7 @@ class VLM(TracedModel):
     def answer_ids(self, encoded: Encoded, answers: Sequence[str]) -> torch.Tensor:
         """The first token of each answer as it would follow its prompt, shape batch.
 
-        A space is put before an answer unless its prompt ends with one, or it is `Attached`.
+        A space is put before an answer unless its prompt ends with one, or the answer was written to stand without.
 
         Raises:
             UsageError: another number of answers than prompts, an answer that changes the prompt's own tokens or is not

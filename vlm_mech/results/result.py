@@ -129,10 +129,9 @@ class Result:
     ) -> pd.DataFrame:
         """One row per cell and metric: n, mean, interval, baseline, paired effect with interval, p and corrected p.
 
-        Intervals are expanded percentile bootstrap over examples (paired: all cells see the same draws; see
-        `statistics.percentile_interval`). Where all values of a share are 0, or all are 1, resampling gives no width
-        and Wilson's interval over groups stands. p is from a two-sided sign-flip test of the effect (value less
-        baseline), corrected over the cells of a metric.
+        Intervals are expanded percentile bootstrap over examples (paired: all cells see the same draws). Where all
+        values of a share are 0, or all are 1, resampling gives no width and Wilson's interval over groups stands. p is
+        from a two-sided sign-flip test of the effect (value less baseline), corrected over the cells of a metric.
         """
         if not 0 < level < 1:
             raise UsageError(f"level is {level}; a number between 0 and 1 is needed, such as 0.95")

@@ -17,19 +17,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded, Prompt
-from vlm_mech.inputs.span import Each
 from vlm_mech.interventions.receipt import add_up, summarise
-from vlm_mech.interventions.specification import (
-    Ablate,
-    Activations,
-    Intervention,
-    Replace,
-    Together,
-    as_intervention,
-)
+from vlm_mech.interventions.specification import Intervention, as_intervention
 from vlm_mech.interventions.trace import refuse_open_trace, run
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric, Result
@@ -37,6 +30,7 @@ from vlm_mech.runs.workspace import Workspace
 from vlm_mech.sweeps.axis_labels import axis_table
 from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.memory import budget_of
+from vlm_mech.sweeps.rows_of_edits import RowsOfEdits
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
 
 if TYPE_CHECKING:
@@ -74,13 +68,19 @@ def grid(**axes: Iterable[Any]) -> tuple[Point, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """A number per example: `of(logits, *ids)` of next-token logits batch x vocab and first tokens of answers."""
+    """A number per example: `of(logits, *ids)` of next-token logits batch x vocab and first tokens of answers.
+
+    Args:
+        metric: what the number is called, its unit and what it is.
+        of: the function; it gives a tensor of shape batch.
+        answers: for each ids that the function takes, the answers' texts, one an example.
+        apart: whether the answers of an example must begin with different tokens; those that do not are refused.
+    """
 
     metric: Metric
     of: Callable[..., Tensor]
     answers: tuple[Sequence[str], ...] = ()
     apart: bool = True
-    """Whether the answers of an example must begin with different tokens."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, Metric) or not callable(self.of):
@@ -125,7 +125,7 @@ def prob(answer: Sequence[str]) -> Measure:
 
 def sweep(
     vlm: "VLM",
-    data: Pairs | Sequence[Prompt],
+    data: Pairs | Prompt | Sequence[Prompt],
     points: Sequence[Point],
     intervention: Callable[[Point], Intervention],
     measure: Measure | Sequence[Measure],
@@ -151,10 +151,12 @@ def sweep(
             default. Fewer points and examples run together to stay below it; results do not depend on it.
         max_cells: points that run together at most in the fast engine.
         check: points of the first batch that are run through `trace` too.
-        work: where finished batches are kept, so that an interrupted sweep goes on (see `workspace.prepare`).
+        seed: draws these points.
+        work: where finished batches are kept, so that an interrupted sweep goes on; commands give the folder of their
+            run. Nothing is kept by default.
 
     Returns:
-        A `Result` with the grid's axes (labels where values are no numbers or text, see `axis_labels`); its provenance
+        A `Result` with the grid's axes (labels where values are no numbers or text); its provenance
         holds the plan (`result.plan`), the summary of all receipts and the largest difference that the check found.
 
     Raises:
@@ -163,6 +165,7 @@ def sweep(
         ReceiptError: an intervention did not take effect.
         WorkError: the two engines disagree.
     """
+    check_decoder(vlm, "sweep")
     measures = _measures(measure)
     job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm.device, memory))
     refuse_open_trace(vlm)
@@ -190,7 +193,7 @@ def sweep(
 
 def plan_sweep(
     vlm: "VLM",
-    data: Pairs | Sequence[Prompt],
+    data: Pairs | Prompt | Sequence[Prompt],
     points: Sequence[Point],
     intervention: Callable[[Point], Intervention],
     *,
@@ -200,10 +203,18 @@ def plan_sweep(
 ) -> SweepPlan:
     """What `sweep` with these arguments will need, found without running anything.
 
+    Args:
+        data, points, intervention: as for `sweep`.
+        batch: examples that run together at most.
+        memory: bytes that the sweep may take beyond the model, as a number or such as "2GiB"; half of what there is by
+            default.
+        max_cells: points that run together at most.
+
     Raises:
         UsageError: an intervention does not fit.
         TooLargeError: a single point of a single example does not fit into the memory.
     """
+    check_decoder(vlm, "plan_sweep")
     job = _Job(vlm, data, points, intervention, (), "fast", max_cells, budget_of(vlm.device, memory))
     if not job.prompts or not points:
         raise UsageError("a sweep needs prompts and points of a grid")
@@ -237,7 +248,7 @@ class _Job:
     """A sweep's arguments, and what is done for some rows of its data."""
 
     vlm: "VLM"
-    data: Pairs | Sequence[Prompt]
+    data: Pairs | Prompt | Sequence[Prompt]
     points: Sequence[Point]
     intervention: Callable[[Point], Intervention]
     measures: tuple[Measure, ...]
@@ -256,7 +267,8 @@ class _Job:
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
         """The prompts that are run."""
-        return list(self.data.base) if isinstance(self.data, Pairs) else list(self.data)
+        given = self.data.base if isinstance(self.data, Pairs) else self.data
+        return [given] if isinstance(given, Prompt) else list(given)
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -278,7 +290,7 @@ class _Job:
 
     def edits(self, rows: slice) -> list[Intervention]:
         """The interventions as they concern some rows."""
-        own = _Rows(rows, self.prompts)
+        own = RowsOfEdits(rows, self.prompts)
         return [own.of(each) for each in self.planned]
 
     def encoded(self, rows: slice) -> Encoded:
@@ -319,42 +331,6 @@ def _check(prompts: list[Prompt], points: Sequence[Point], measures: tuple[Measu
         for answers in each.answers:
             if len(answers) != len(prompts):
                 raise UsageError(f"{each.metric.name} has {len(answers)} answers for {len(prompts)} prompts")
-
-
-@dataclass(eq=False)
-class _Rows:
-    """Interventions as they concern some rows of the data; the same source stays the same object."""
-
-    rows: slice
-    prompts: list[Prompt]
-    taken: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
-
-    def of(self, intervention: Intervention) -> Intervention:
-        parts = tuple(self._part(part) for part in intervention.flat())
-        return parts[0] if len(parts) == 1 else Together(parts=parts)
-
-    def _part(self, part: Intervention) -> Intervention:
-        changes: dict[str, Any] = {
-            field.name: Each(getattr(part, field.name).spans[self.rows])
-            for field in dataclasses.fields(part)
-            if isinstance(getattr(part, field.name), Each)
-        }
-        if isinstance(part, Replace):
-            changes["source"] = self._source(part.source)
-        elif isinstance(part, Ablate) and part.to != "zero" and part.reference is None:
-            changes["reference"] = self.prompts
-        return dataclasses.replace(part, **changes) if changes else part
-
-    def _source(self, source: Any) -> Any:
-        if isinstance(source, Activations) or not isinstance(source, Sequence):
-            if len(self.prompts) > self.rows.stop - self.rows.start:
-                raise UsageError("in a sweep of several batches a source is given as prompts, one for each example")
-            return source
-        if len(source) != len(self.prompts):
-            raise UsageError(f"a source has {len(source)} prompts for {len(self.prompts)} examples")
-        if id(source) not in self.taken:
-            self.taken[id(source)] = (source, list(source[self.rows]))
-        return self.taken[id(source)][1]
 
 
 ROUNDING = 1e-5 / torch.finfo(torch.float32).eps

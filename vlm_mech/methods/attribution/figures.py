@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+__all__ = ["drawn", "estimate_against_effect"]
+
 LEGENDS = {"top": "largest estimates", "random": "random sample of the rest"}
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":

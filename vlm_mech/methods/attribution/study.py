@@ -20,10 +20,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import DIRECTIONS, Pairs
+from vlm_mech.architectures.site import Site, listed_sites
+from vlm_mech.architectures.traced_model import check_decoder
+from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs
 from vlm_mech.errors import WorkError
-from vlm_mech.inputs.span import Span
+from vlm_mech.inputs.span import Span, listed
 from vlm_mech.interventions.plan import plan
 from vlm_mech.interventions.specification import Activations, Replace
 from vlm_mech.interventions.trace import read
@@ -45,7 +46,10 @@ class Attribution:
     `screen` has an `estimate` and the `distance` of the two runs' states for each pair and cell. `checked` has the true
     `effect` beside both; its column `chosen` says whether a cell is one of the `top` or of the `random` sample of the
     rest. `agreement` has a row for each direction and kind of cells (`top` is a selected set: its correlation says
-    nothing about the other cells); `agreement_of` tells its columns.
+    nothing about the other cells). Its columns, taken over means of examples: n cells; Spearman's `correlation` of
+    estimate and effect with a 95 % bootstrap over examples, and `p` over cells; `n_signed` cells with an effect,
+    `n_same_sign` of them; `slope` of estimate on effect; the correlation of sizes `absolute`, and of distance with size
+    of effect (`absolute_control`); largest and median size of the true effects.
     """
 
     screen: Result
@@ -61,12 +65,12 @@ class Attribution:
 def attribute(
     vlm: "VLM",
     pairs: Pairs,
-    sites: Sequence[Site],
-    spans: Sequence[Span],
+    sites: Site | Sequence[Site],
+    spans: Span | Sequence[Span],
     measure: Measure,
     *,
     heads: bool = False,
-    directions: Sequence[str] = DIRECTIONS,
+    directions: str | Sequence[str] = DIRECTIONS,
     top_k: int = 10,
     n_random: int = 10,
     steps: int = 1,
@@ -97,7 +101,10 @@ def attribute(
         UsageError: a site, span or number that does not fit, or a measure that cannot be differentiated.
         WorkError: a gradient is NaN.
     """
-    spots = cells_of(vlm, sites, spans, heads)
+    check_decoder(vlm, "attribute")
+    check_pairs(pairs, "attribute")
+    several = spans if isinstance(spans, list | tuple) else (spans,)
+    spots, directions = cells_of(vlm, listed_sites(sites, "attribute"), several, heads), listed(directions)
     check(pairs, measure, directions, {"top_k": top_k, "n_random": n_random, "steps": steps, "batch": batch})
     began = time.perf_counter()
     rows = [slice(first, first + batch) for first in range(0, len(pairs), batch)]

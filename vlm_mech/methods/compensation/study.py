@@ -25,7 +25,7 @@ from vlm_mech.interventions.trace import read
 from vlm_mech.methods.compensation.data import Example, Examples
 from vlm_mech.methods.compensation.variants import ALL, NONE, Layers, Variant, edit_of
 from vlm_mech.methods.lens.data import label_of
-from vlm_mech.methods.lens.identifiability import HITS, Part, identifiability
+from vlm_mech.methods.lens.identifiability import HITS, MaskedPart, identifiability
 from vlm_mech.methods.lens.logit_lens import Lens, lens_of
 from vlm_mech.models.readout import Readout
 from vlm_mech.results import metrics
@@ -149,11 +149,12 @@ def identified(
     words = {word for example in batch for word in (example.pair.answer, example.pair.counterfactual_answer)}
     labels = [label_of(vlm, word, first_token=True) for word in sorted(words)]
     found = lens_of(vlm, states, OneImage(0, 0), readout, labels)
-    own = [Part(number, each.pair.answer, each.places.part) for number, each in enumerate(batch)]
+    own = [MaskedPart(number, each.pair.answer, each.places.part) for number, each in enumerate(batch)]
     others = [
-        Part(part.example, each.pair.counterfactual_answer, part.cells) for part, each in zip(own, batch, strict=True)
+        MaskedPart(part.example, each.pair.counterfactual_answer, part.cells)
+        for part, each in zip(own, batch, strict=True)
     ]
-    far = [Part(part.example, part.word, each.places.background) for part, each in zip(own, batch, strict=True)]
+    far = [MaskedPart(part.example, part.word, each.places.background) for part, each in zip(own, batch, strict=True)]
     scores = identifiability(found, own, n_draws=N_DRAWS, seed=seed).table
     beside = [identifiability(found, parts, n_draws=1).table["reciprocal_rank"] for parts in (others, far)]
     kept = ["site", "word", "reciprocal_rank", *(f"hit@{k}" for k in HITS), "log2_rank", "whole", "n_patches"]
@@ -167,7 +168,7 @@ def identified(
     )
 
 
-def _best_logits(found: Lens, part: Part) -> Float[np.ndarray, "site"]:
+def _best_logits(found: Lens, part: MaskedPart) -> Float[np.ndarray, "site"]:
     """The word's logit at the part's best patch."""
     places = [
         place

@@ -2,10 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from vlm_mech.architectures.site import PROJECTOR_POINTS, Site
+from vlm_mech.architectures.site import BLOCK_POINTS, PROJECTOR_POINTS, Site
+from vlm_mech.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
+
+
+STREAMS = ("llm", "projector", "vision")
 
 
 def default_spans(vlm: "VLM", stream: str) -> tuple[str, ...]:
@@ -18,7 +22,15 @@ def default_spans(vlm: "VLM", stream: str) -> tuple[str, ...]:
 
 
 def swap_sites(vlm: "VLM", stream: str, point: str) -> list[Site]:
-    """The sites that a swap visits: every layer of a tower at one point, or both ends of the projector."""
+    """The sites that a swap visits: every layer of a tower at one point, or both ends of the projector.
+
+    Raises:
+        UsageError: another stream, or a point that blocks do not have.
+    """
+    if stream not in STREAMS:
+        raise UsageError(f"site {stream!r} of a layer swap is not known; {', '.join(STREAMS)} are")
+    if stream != "projector" and point not in BLOCK_POINTS:
+        raise UsageError(f"point {point!r} of a block is not known; {', '.join(BLOCK_POINTS)} are")
     if stream == "projector":
         return [Site(f"projector.{name}") for name in PROJECTOR_POINTS]
     return [Site(f"{stream}.{point}", layer) for layer in range(vlm.n_layers(stream))]

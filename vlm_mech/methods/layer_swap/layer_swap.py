@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_mech.data.pairs import DIRECTIONS, Pairs, fitting
+from vlm_mech.architectures.traced_model import check_decoder
+from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs, fitting
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.interventions.receipt import add_up, summarise
@@ -41,30 +42,34 @@ def layer_swap(
 ) -> Result:
     """Activation patching (an interchange intervention) between the two images of each pair, at every layer and span.
 
-    Pairs that the model cannot be asked (`data.pairs.fitting`: unlike prompts, answers that begin alike) are left out;
+    Pairs that the model cannot be asked (their prompts have unlike tokens, or their answers begin alike) are left out;
     they are listed under `refused` in the provenance and counted in the findings.
 
     Args:
         site: `llm`, `projector` or `vision`; `point` is the tensor of each block.
-        spans: spans of tokens to swap; by default those of `default_spans`.
+        spans: spans of tokens to swap; by default `image`, `question`, `last` and `all` in the decoder, `image` at the
+            projector, and `image`, `class` and `all` in a tower with class tokens (`image` in others).
         directions: `noising` puts the counterfactual's states into the image's run, `denoising` the reverse.
         only_correct: leave out pairs that the model answers wrongly on either image.
         batch: pairs a forward pass.
-        engine, memory: see `swap_states`.
+        engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
+        memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
 
     Returns:
-        A row per pair and cell of direction, span and layer (or point of the projector), with `METRICS`; `findings`
-        says how many pairs count, and at which layers the answer turns. The provenance has what that of
-        `python -m experiments.layer_swap` has, less versions and settings.
+        A row per pair and cell of direction, span and layer (or point of the projector), with the metrics `recovered`,
+        `logit_diff` and `flip`; `findings` says how many pairs count, and at which layers the answer turns. The
+        provenance has what that of `python -m experiments.layer_swap` has, less versions and settings.
 
     Raises:
         UsageError: a span or direction that is not known, no pair that fits, or a batch below 1.
         WorkError: fewer than two pairs count.
     """
+    check_decoder(vlm, "layer_swap")
+    check_pairs(pairs, "layer_swap")
     if batch < 1:
         raise UsageError(f"batch is {batch}; at least 1 is needed")
-    pairs = fitting(vlm, pairs)
     sites, spans = swap_sites(vlm, site, point), listed(spans) or default_spans(vlm, site)
+    pairs = fitting(vlm, pairs)
     directions = listed(directions)
     how: dict[str, Any] = {"directions": directions, "only_correct": only_correct, "engine": engine, "memory": memory}
     starts = range(0, len(pairs), batch)

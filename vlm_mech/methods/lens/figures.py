@@ -26,6 +26,9 @@ def patch_words(
     did not read stay empty.
 
     Args:
+        example: number of the prompt in the lens.
+        image: which image of the prompt.
+        title: of the figure; it names the question by default.
         view: of an image that became several grids of tokens, such as tiles and an overview.
 
     Raises:

@@ -23,7 +23,7 @@ Cell = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Part:
+class MaskedPart:
     """A word and the patches, (row, column) in a view of an image, that show what it names."""
 
     example: int
@@ -50,6 +50,9 @@ def patches_of_mask(
 
     Args:
         mask: of the image as it was given to the prompt.
+        example: number of the prompt in the batch.
+        image, view: which image of the prompt, and which of its grids of tokens.
+        min_share: the share.
 
     Raises:
         UsageError: the mask has another size than the image, or no patch holds that much of it.
@@ -70,7 +73,7 @@ def patches_of_mask(
 
 
 def identifiability(
-    lens: Lens, parts: Sequence[Part], *, hits: Sequence[int] = HITS, n_draws: int = 200, seed: int = 0
+    lens: Lens, parts: Sequence[MaskedPart], *, hits: Sequence[int] = HITS, n_draws: int = 200, seed: int = 0
 ) -> Result:
     """The best rank of each part's word over its patches, against equally many random patches outside the part.
 
@@ -79,9 +82,22 @@ def identifiability(
     over the draws), `n_patches` and `p_null` (share of draws at least as good, the part itself counted as one). The
     draws are the same at every site. Parts of one prompt form a group.
 
+    Args:
+        lens: read at the patches of the parts' images, with the parts' words.
+        hits: each k of `hit@k`.
+        n_draws: how often as many patches are drawn outside a part.
+        seed: of these draws.
+
     Raises:
         UsageError: no parts, a word or patch that the lens did not read, or a part with fewer patches outside than in.
     """
+    if not isinstance(lens, Lens):
+        raise UsageError(f"identifiability takes what lens gives (a Lens), not a {type(lens).__name__}")
+    odd = [each for each in parts if not isinstance(each, MaskedPart)]
+    if odd:
+        raise UsageError(
+            f"a part is a {type(odd[0]).__name__}; a MaskedPart is needed: MaskedPart(example, word, patches)"
+        )
     if not parts or n_draws < 1:
         raise UsageError(f"{len(parts)} parts and {n_draws} draws were given; at least one of each is needed")
     rng = np.random.default_rng(seed)
@@ -96,7 +112,7 @@ def identifiability(
 
 
 def _of_part(
-    lens: Lens, number: int, part: Part, hits: Sequence[int], n_draws: int, rng: np.random.Generator
+    lens: Lens, number: int, part: MaskedPart, hits: Sequence[int], n_draws: int, rng: np.random.Generator
 ) -> list[dict[str, object]]:
     patches = {
         (token.row, token.column): place

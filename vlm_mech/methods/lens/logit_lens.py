@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlm_mech.architectures.site import Site
+from vlm_mech.architectures.site import Site, listed_sites
+from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Span
@@ -127,19 +128,22 @@ def lens(
     Args:
         sites: of `projector.out`, `llm.resid_pre`, `llm.resid_post`. What the decoder receives is `llm.resid_pre` 0:
             `projector.out` may still be scaled, unpadded or put in another order.
-        words: words whose logit, log-probability and rank are kept (see `label_of`).
+        words: words whose logit, log-probability and rank are kept. A word stands for each way of writing it that is
+            one token: after a space or not, with a capital, with an s.
         first_token: whether a word of several tokens stands for its first one.
         top: how many of the likeliest words are kept.
         normed: whether the final norm is applied, once.
         tuned: translators to apply before the norm.
         whole_vocabulary: whether all logits are kept.
+        batch_size: prompts a forward pass.
 
     Raises:
         UsageError: another site, a layer out of range, an empty span, tokens of a span that `projector.out` does not
             have, a word that is no token, or a tuned lens made for another model or with these very prompts.
     """
+    check_decoder(vlm, "lens")
     prompts = (prompts,) if isinstance(prompts, Prompt) else tuple(prompts)
-    sites = (sites,) if isinstance(sites, Site) else tuple(sites)
+    sites = listed_sites(sites, "lens")
     labels = tuple(label_of(vlm, word, first_token=first_token) for word in words)
     _check(vlm, prompts, sites, top, batch_size)
     if tuned is not None:

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from vlm_mech.architectures.site import Site
+from vlm_mech.architectures.site import Site, listed_sites
+from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
@@ -173,7 +174,7 @@ def train_tuned_lens(
     vlm: "VLM",
     train: Sequence[Prompt],
     held_out: Sequence[Prompt],
-    sites: Sequence[Site],
+    sites: Site | Sequence[Site],
     span: Span,
     *,
     training: LensTraining | None = None,
@@ -185,12 +186,15 @@ def train_tuned_lens(
 
     Args:
         span: `all` for every token, or for instance `question`, `image`.
+        training: optimiser, steps and when to stop; `LensTraining()` by default.
+        batch_size: prompts a forward pass.
 
     Raises:
         UsageError: an image (or text without image) is in both sets of prompts, a site that the head cannot read, the
             last `resid_post` (which needs no translator), or an empty span.
     """
-    training, sites = training or LensTraining(), tuple(sites)
+    check_decoder(vlm, "train_tuned_lens")
+    training, sites = training or LensTraining(), listed_sites(sites, "train_tuned_lens")
     used = [{fingerprint(prompt) for prompt in prompts} for prompts in (train, held_out)]
     if not all(used) or used[0] & used[1]:
         raise UsageError(
@@ -300,9 +304,13 @@ def compare_lenses(
 
     One row per prompt and site, the mean over the tokens of the span.
 
+    Args:
+        batch_size: prompts a forward pass.
+
     Raises:
         UsageError: a prompt had a part in training the lens, or the lens belongs to another model.
     """
+    check_decoder(vlm, "compare_lenses")
     prompts, last = tuple(prompts), _last(vlm)
     tuned.check(vlm, prompts, tuned.sites, normed=True)
     readout = readout_of(vlm, prompts[0])

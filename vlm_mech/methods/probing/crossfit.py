@@ -2,7 +2,7 @@
 
 After arXiv 2606.06890 (three-layer MLP a layer) and 2405.18415 (linear layer on the last token or a mean), with what
 these lack: standardisation and early stopping that see no test example, splits by scene and question, several seeds,
-controls. Everything is trained by `probe_train`; scikit-learn is the reference for a single probe.
+controls. All probes are trained at once by `training.train`; scikit-learn is the reference for a single probe.
 """
 
 import math
@@ -81,6 +81,7 @@ def crossfit(
     recipe: ProbeRecipe,
     *,
     groups: Sequence[Any],
+    classes: Sequence[str] = (),
     elsewhere: Features | None = None,
     memory: int = 2**28,
     device: str = "cpu",
@@ -91,6 +92,7 @@ def crossfit(
         labels: class numbers from 0; several label sets (answers, shuffled answers) may share the splits.
         splits: partitions of the examples (`splits.make_splits`); each repeat tests every example once.
         groups: what must not be torn apart, checked in every split.
+        classes: names of the classes, for errors.
         elsewhere: states of other examples at the same spots, read by all probes.
         memory: bytes that training may take at a time beyond the states.
 
@@ -102,7 +104,7 @@ def crossfit(
     _check_tested(splits, labels.shape[1])
     n_classes, spots = int(labels.max()) + 1, tuple(features)
     for variant in labels:
-        _check_classes(variant, splits, n_classes)
+        _check_classes(variant, splits, n_classes, classes)
     n_repeats = max(split.repeat for split in splits) + 1
     tested = np.full((len(spots), len(labels), n_repeats, labels.shape[1], n_classes), np.nan, np.float32)
     n_others = 0 if elsewhere is None else len(next(iter(elsewhere.values())))
@@ -160,15 +162,18 @@ def _check_tested(splits: Sequence[Split], n_examples: int) -> None:
             raise UsageError(f"example {example} is tested {counts[example]} times in repeat {repeat}; once is needed")
 
 
-def _check_classes(labels: Int[np.ndarray, "example"], splits: Sequence[Split], n_classes: int) -> None:
+def _check_classes(
+    labels: Int[np.ndarray, "example"], splits: Sequence[Split], n_classes: int, names: Sequence[str]
+) -> None:
     if n_classes < 2:
         raise UsageError("every example has the same label; a probe needs at least two classes")
     for number, split in enumerate(splits):
         missing = np.setdiff1d(np.arange(n_classes), labels[split.train])
         if len(missing):
+            lacking = f"class {names[missing[0]]!r}" if names else f"class number {missing[0]}"
             raise UsageError(
-                f"class number {missing[0]} is in no training example of split {number}; give more examples, "
-                "fewer folds or a looser grouping"
+                f"{lacking} is in no training example of split {number}; give more examples, fewer folds (n_folds, at "
+                "least 3), or a grouping by scene alone"
             )
 
 

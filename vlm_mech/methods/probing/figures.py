@@ -157,7 +157,7 @@ def confusion(result: Result, *, model: str, probe: str, span: str, place: str, 
 def patch_picture(result: Result, *, model: str) -> "go.Figure":
     """What a probe of the object reads at every patch of a picture, shaded by the probability of the label.
 
-    A slider goes through the places (see `patch_map.patch_map`).
+    A slider goes through the places.
 
     Raises:
         UsageError: no patches of that model were read.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from vlm_mech.data.pairs import Pairs, apart, linked, with_conflict
+from vlm_mech.architectures.traced_model import check_decoder
+from vlm_mech.data.pairs import Pairs, apart, check_pairs, linked, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.methods.probing.crossfit import METRICS
@@ -62,11 +63,17 @@ def probe(
     Args:
         conflict: pairs that say which of their pictures is unusual; the same probes then tell what it shows from what
             is usual.
-        spans: where the states are read (see `spots_of`).
+        spans: where the states are read: names of spans, of which each stream takes those it has; `object` for the
+            patches that differ between the two images, `each` for every patch alone, `patch 2,3`, `position 5`.
         probes: `linear`, `mlp`, or recipes of one's own.
-        controls: of `shuffled`, `control task`, `no image`, `random weights`.
+        controls: what a probe finds where there is nothing to find; any of `shuffled`, `control task`, `no image`,
+            `random weights`.
         every: of the layers only each so many.
         grouping: what never stands on both sides of a split: `scene`, `template`, or `both`.
+        n_folds: parts into which the examples are cut, at least 3; in turn one is for testing, the next for stopping.
+        n_seeds: times that the folds are drawn and the probes fitted anew.
+        seed: of the first of these, and of controls.
+        batch: prompts a forward pass.
         device: where the probes are fitted.
 
     Returns:
@@ -75,6 +82,9 @@ def probe(
     Raises:
         UsageError: a span, probe or control that is not known, or too few examples for the folds.
     """
+    check_decoder(vlm, "probe")
+    for given in (pairs,) if conflict is None else (pairs, conflict):
+        check_pairs(given, "probe")
     data = [linked(with_objects(pairs))]
     data += [] if conflict is None else [linked(with_conflict(apart(with_objects(conflict), data[0])))]
     examples, conflicts = examples_of(vlm, data[0]), None if conflict is None else conflicts_of(vlm, data[1])

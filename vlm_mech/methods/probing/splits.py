@@ -53,7 +53,7 @@ def make_splits(
     Each fold is the test part once, the next one the validation part, the rest is for training.
 
     Raises:
-        UsageError: fewer than three folds, no seed, or fewer groups than folds.
+        UsageError: fewer than three folds, no seed, or fewer groups, or examples of every class, than folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -64,6 +64,11 @@ def make_splits(
         raise UsageError(
             f"{len(labels)} examples form {n_groups} group(s), fewer than {n_folds} folds; give more examples or fewer "
             "folds, or group by scene alone"
+        )
+    most = int(np.bincount(labels).max())
+    if most < n_folds:
+        raise UsageError(
+            f"no class has more than {most} of {len(labels)} examples; {n_folds} folds need {n_folds} of one"
         )
     found = []
     for repeat in range(n_seeds):

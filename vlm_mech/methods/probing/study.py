@@ -98,7 +98,7 @@ def study(
     tables, notes = [], {"step": step, "model": vlm.name, "how": how, "classes": classes, "grouping": grouping}
     for recipe in design.recipes:
         options = {"groups": groups.tolist(), "memory": design.memory, "device": design.device}
-        readings = crossfit(features, wanted[None], splits, recipe, elsewhere=elsewhere, **options)
+        readings = crossfit(features, wanted[None], splits, recipe, classes=classes, elsewhere=elsewhere, **options)
         where = {"model": vlm.name, "probe": recipe.name, "control": step}
         tables.append(_test_rows(readings, examples, classes, where))
         if conflicts is not None and readings.elsewhere is not None:
