@@ -26,7 +26,7 @@ def blocks(page):
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", ROOT / "docs" / "transformer_lens.md", *CARDS],
+    [ROOT / "README.md", ROOT / "docs" / "api.md", ROOT / "docs" / "transformer_lens.md", *CARDS],
     ids=lambda page: f"{page.parent.name}-{page.stem}",
 )
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
@@ -63,6 +63,14 @@ def test_pages_import_what_there_is():
 def test_pages_import_public_names_from_the_front_door():
     elsewhere = [each for each in imports() if each[1].startswith("vlm_mech.") and each[2] in vlm_mech.__all__]
     assert elsewhere == []
+
+
+def test_every_public_name_is_used_or_told_in_the_page_of_names():
+    """In its code, comments apart, or as a row of its table; no row is of a name that is not there."""
+    page = ROOT / "docs" / "api.md"
+    used = set(re.findall(r"\w+", re.sub(r"#.*", "", "\n".join(blocks(page)))))
+    told = re.findall(r"^\| `(\w+)` \| .+ \|$", page.read_text(), re.MULTILINE)
+    assert set(vlm_mech.__all__) - used == set(told) and len(told) == len(set(told))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
