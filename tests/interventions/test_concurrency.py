@@ -9,9 +9,9 @@ import torch
 from tests.zoo.tiny import tiny_model, tiny_processor
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
-from vlm_mech.interventions.attention import Router
+from vlm_mech.interventions.attention import Router, aside
 from vlm_mech.interventions.specification import Ablate, Knockout
-from vlm_mech.interventions.trace import aside, generate, read, run
+from vlm_mech.interventions.trace import generate, read, run
 from vlm_mech.models.vlm import VLM
 from vlm_mech.sweeps.engine import Engine
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.interventions.passes import Passes
 
@@ -35,14 +36,15 @@ def allowed_edges(
 
     Args:
         mask: what the attention module received: None, boolean (True = may attend) or additive float.
-        causal: what None means in this module: causal with the queries at the end of the keys, or everything.
+        causal: what None means in this module: causal, or everything. Causal, the first of several queries sees the
+            first key (so the kernel has it; a static cache has keys to spare after the last), a single one sees all.
 
     Returns:
         Boolean tensor, rows and heads of size 1 where the mask is shared.
     """
     if mask is None:
         everything = torch.ones(1, 1, n_query, n_key, dtype=torch.bool, device=device)
-        return everything.tril(n_key - n_query) if causal else everything
+        return everything.tril() if causal and n_query > 1 else everything
     mask = mask[..., :n_key]
     if mask.dtype == torch.bool:
         return mask
@@ -164,6 +166,22 @@ def own_attention() -> Iterator[None]:
         yield
     finally:
         _routes.reset(before)
+
+
+@contextlib.contextmanager
+def aside(vlm: TracedModel) -> Iterator[None]:
+    """Within the block the model runs as if nobody traced it: no intervention acts, and no pass of it is counted.
+
+    For what runs the model a second time while an answer is generated, such as a logits processor.
+    """
+    interleaver = vlm.nn.interleaver
+    before = interleaver.interleaving
+    interleaver.interleaving = False
+    try:
+        with own_attention():
+            yield
+    finally:
+        interleaver.interleaving = before
 
 
 @contextlib.contextmanager

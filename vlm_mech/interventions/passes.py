@@ -105,7 +105,8 @@ class Passes:
             raise WorkError(
                 f"a pass of {rows} rows and positions {first} to {first + length - 1} does not follow one of "
                 f"{self.n_prompts} prompts x {self.copies} rows that ended before position {stop}, so it is not known "
-                "what to edit in it; give generate no cache of your own, and run the model beside it within trace.aside"
+                "what to edit in it; give generate no cache of your own, and run the model beside it within "
+                "attention.aside"
             )
         new = stop < self.n_pos or (stop == self.n_pos and first + length > stop)
         self.now = Window(self.n_prompts, self.n_pos, self.copies, first, length, new)

@@ -21,7 +21,7 @@ from vlm_mech.architectures.traced_model import PASSES, TracedModel, check_decod
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
-from vlm_mech.interventions.attention import Cutting, cutting, own_attention
+from vlm_mech.interventions.attention import Cutting, cutting
 from vlm_mech.interventions.generating import check_generation, decoding_options, new_ids
 from vlm_mech.interventions.passes import Batch, Passes, Window, prompt_pass
 from vlm_mech.interventions.plan import Plan, plan
@@ -261,22 +261,6 @@ def generate(
     _, unedited = _generated(vlm, encoded, nothing, again, options | {"max_new_tokens": 1})
     moved = (first - unedited).abs().max().item()
     return dataclasses.replace(generation, receipts=_proved(proofs, cuts, moved))
-
-
-@contextlib.contextmanager
-def aside(vlm: TracedModel) -> Iterator[None]:
-    """Within the block the model runs as if nobody traced it: no intervention acts, and no pass of it is counted.
-
-    For what runs the model a second time while an answer is generated, such as a logits processor.
-    """
-    interleaver = vlm.nn.interleaver
-    before = interleaver.interleaving
-    interleaver.interleaving = False
-    try:
-        with own_attention():
-            yield
-    finally:
-        interleaver.interleaving = before
 
 
 def _generated(

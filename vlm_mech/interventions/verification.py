@@ -13,7 +13,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.span import Cells
-from vlm_mech.interventions.attention import AttentionCall, Cutting
+from vlm_mech.interventions.attention import AttentionCall, Cutting, aside
 from vlm_mech.interventions.passes import Batch, Window, prompt_pass
 from vlm_mech.interventions.plan import Plan, Write
 from vlm_mech.interventions.receipt import KnockoutReceipt, Receipt, ReceiptError, WriteReceipt
@@ -159,9 +159,9 @@ def _expected(vlm: TracedModel, encoded: Batch, site: Site, seen: Seen, window: 
             scale = weight_of(vlm.model, f"{block}.{name}")
         return seen.beside[site] + scale * written, False
     if site.point == "head_out":
-        return vlm.model.get_submodule(f"{block}.{blocks.attention}.{blocks.out}").forward(written), False
+        return _given_by(vlm, f"{block}.{blocks.attention}.{blocks.out}", written), False
     if site.name == "projector.in" and family.projector_first is None:
-        return vlm.model.get_submodule(family.projector).forward(written), False
+        return _given_by(vlm, family.projector, written), False
     if vlm.is_contrastive:
         # Of an image with a class token nothing else is pooled.
         last = site.name == "vision.resid_post" and site.layer == vlm.n_layers("vision") - 1
@@ -173,6 +173,12 @@ def _expected(vlm: TracedModel, encoded: Batch, site: Site, seen: Seen, window: 
         given = given[window.within(standing)[0]]
         return written[given[:, 0], given[:, 1]], True
     return written, True
+
+
+def _given_by(vlm: TracedModel, path: str, states: Tensor) -> Tensor:
+    """What a module makes of these states; in a generation the trace that proves the edit is still open."""
+    with aside(vlm):
+        return vlm.model.get_submodule(path).forward(states)
 
 
 def _plain_tokens(encoded: Encoded) -> tuple[Tensor, Cells]:

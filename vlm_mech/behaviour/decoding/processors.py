@@ -21,8 +21,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from vlm_mech.behaviour.answering.without_image import needed_inputs, without_images
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.attention import aside
 from vlm_mech.interventions.generating import decoding_options, in_force, new_ids, settings_of
-from vlm_mech.interventions.trace import Generation, aside
+from vlm_mech.interventions.trace import Generation
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
