@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm_mech.errors import UsageError, one_line_errors
+from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace, prepare
 
@@ -241,28 +242,38 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
     a complete run only says again what it found.
 
     Raises:
-        UsageError: the folder holds other files or another run.
+        UsageError: the folder holds other files or another run, or a model or data changed since that one began.
     """
     folder = config.out if config.out is not None else Path("runs") / name
     work = prepare(folder, as_json(config), resume=config.resume, overwrite=config.overwrite)
+    made_of = ingredients(as_json(config), besides=folder)
     if work.complete:
         from vlm_mech.results.result import Result
 
+        work.made_of(made_of)
         result = Result.load(folder)
         print("this run is complete already")
         return _announce(result, folder, result.provenance["seconds"])
-    started = time.time()
-    try:
-        outcome = run(config, work)
-    except Exception:
-        work.withdraw()
-        raise
-    seconds = time.time() - started
-    provenance = _provenance(outcome.result, config, seconds, list(outcome.figures))
+    with work.held():
+        started = time.time()
+        work.made_of(made_of)
+        try:
+            outcome = run(config, work)
+        except Exception:
+            work.withdraw()
+            raise
+        seconds = time.time() - started
+        provenance = _provenance(outcome.result, config, seconds, list(outcome.figures)) | {"made_of": made_of}
+        result = _finished(work, config, outcome, provenance, name)
+    _announce(result, folder, seconds)
+
+
+def _finished(work: Workspace, config: RunConfig, outcome: Outcome, provenance: dict[str, Any], name: str) -> "Result":
+    """The result with all that is said of it, put in place."""
     findings = (*outcome.result.findings, *remarks(provenance))
     result = dataclasses.replace(outcome.result, config=as_json(config), provenance=provenance, findings=findings)
     _store(work, dataclasses.replace(outcome, result=result), name)
-    _announce(result, folder, seconds)
+    return result
 
 
 def _store(work: Workspace, outcome: Outcome, name: str) -> None:

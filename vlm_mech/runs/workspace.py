@@ -1,19 +1,24 @@
 """The folder of a run: batches already done, taking up a killed run, and putting the finished files in place."""
 
+import contextlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.errors import UsageError
+from vlm_mech.errors import UsageError, WorkError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+MADE_OF = "made_of.json"
+"""What the batches are made of, beside them."""
+LOCK = "lock"
+"""Held by the process that writes the batches."""
 PARTIAL = "partial"
 """Sub-folder with the batches of an unfinished run; it is gone when the run is complete."""
 OWN_FILES = ("report.html", "summary.csv", "config.json", "provenance.json", "result.json", "result.parquet")
@@ -25,6 +30,8 @@ class Workspace:
     """A run's folder, with the tables of the batches already done, so that a killed run goes on where it was."""
 
     folder: Path
+    seen: set[str] = field(default_factory=set, compare=False, repr=False)
+    """Keys of the batches that are known to be kept."""
 
     @property
     def partial(self) -> Path:
@@ -37,7 +44,38 @@ class Workspace:
         return _holds_run(self.folder) and not self.partial.exists()
 
     def __contains__(self, key: str) -> bool:
-        return (self.partial / f"{key}.parquet").is_file()
+        kept = (self.partial / f"{key}.parquet").is_file()
+        if kept:
+            self.seen.add(key)
+        return kept
+
+    def made_of(self, found: Mapping[str, str]) -> None:
+        """Says what the batches are made of, as digests by name; it is kept with the first of them.
+
+        Raises:
+            UsageError: those already kept were made of something else.
+        """
+        path = self.partial / MADE_OF
+        record = _record(self.folder).get("made_of", {}) if self.complete else _json(path)
+        other = [name for name, value in found.items() if record.get(name, value) != value]
+        if other:
+            raise UsageError(
+                f"the run in {str(self.folder)!r} was made of another {' and another '.join(other)}, which changed "
+                "since; put it back to resume, or start in another --out"
+            )
+        if not self.complete and not found.items() <= record.items():
+            self.partial.mkdir(parents=True, exist_ok=True)
+            _write(path, json.dumps(record | dict(found)).encode())
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No other process may write the run meanwhile; the system lets go when this one ends, however it ends.
+
+        Raises:
+            UsageError: another holds it.
+        """
+        with _lock(self.partial):
+            yield
 
     def keep(self, key: str, table: "pd.DataFrame", notes: dict[str, Any]) -> None:
         """Stores the table of one batch, with its notes; afterwards `key in workspace`."""
@@ -47,14 +85,23 @@ class Workspace:
         table.to_parquet(buffer, index=False)
         # The table comes last: a batch counts as done once it is there.
         _write(self.partial / f"{key}.parquet", buffer.getvalue())
+        self.seen.add(key)
 
     def collect(self) -> tuple["pd.DataFrame", list[dict[str, Any]]]:
-        """All stored tables one after the other in the order of their keys, and their notes."""
+        """All stored tables one after the other in the order of their keys, and their notes.
+
+        Raises:
+            UsageError: none is stored.
+            WorkError: one that was there is gone.
+        """
         import pandas as pd
 
         paths = sorted(self.partial.glob("*.parquet"))
         if not paths:
             raise UsageError(f"no batch is stored in {str(self.partial)!r}; keep() comes before collect()")
+        gone = sorted(self.seen - {path.stem for path in paths})
+        if gone:
+            raise WorkError(f"batch {gone[0]} is gone from {str(self.partial)!r}; something else wrote there meanwhile")
         notes = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
         return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True), notes
 
@@ -100,13 +147,16 @@ def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bo
     What an earlier run left stays until the new one is complete.
 
     Raises:
-        UsageError: the folder holds something else, another run, or (with `resume`) none.
+        UsageError: the folder holds something else, another run, one that still goes on, or (with `resume`) none.
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{str(folder)!r} is a file; --out needs a folder")
     work = Workspace(folder)
+    if work.partial.is_dir():
+        with _lock(work.partial):
+            pass
     if resume:
         _check_same(folder, wanted)
         return work
@@ -140,15 +190,34 @@ def _holds_run(folder: Path) -> bool:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    path = folder / "provenance.json"
+    record = _json(folder / "provenance.json")
+    return record if {"versions", "finished", "figures"} <= set(record) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none."""
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except json.JSONDecodeError:
         return {}
-    ours = isinstance(record, dict) and {"versions", "finished", "figures"} <= set(record)
-    return record if ours else {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        yield
+        return
+    with (folder / LOCK).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another run is going on in {str(folder.parent)!r}; give another --out") from None
+        yield
 
 
 def _clear(folder: Path) -> None:
