@@ -197,7 +197,7 @@ def turned(image):
 
 
 @pytest.mark.parametrize(
-    "before, after",
+    ("before", "after"),
     [(palette((255, 0, 0)), palette((0, 0, 255))), (picture(0, 56, 56), turned(picture(0, 56, 56)))],
     ids=["palette", "orientation"],
 )

@@ -313,8 +313,8 @@ def checked(pairs: Pairs, check: Callable[[Pair], object], what: str) -> Pairs:
 def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
     """The pairs that this model can be asked: same tokens in both prompts, answers that start with different tokens.
 
-    Answers are compared in the spelling that the model would use (`models.spelling`), the same for all. The other
-    pairs move to `refused` with the reason.
+    Both pictures must give it pixel values that differ somewhere. Answers are compared in the spelling that the model
+    would use (`models.spelling`), the same for all. The other pairs move to `refused` with the reason.
 
     Raises:
         UsageError: none fits.
@@ -337,6 +337,8 @@ def _check_prompts(vlm: "VLM", pair: Pair) -> None:
         raise UsageError(
             f"the images are cut into grids {one.grids()} and {other.grids()}; counterfactuals need the same"
         )
+    if all(one.inputs[name].equal(other.inputs[name]) for name in one.inputs):
+        raise UsageError(f"both pictures give {vlm.name} the same pixel values; it cannot tell them apart")
 
 
 def _check_answers(vlm: "VLM", pair: Pair, spelling: Spelling) -> None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,10 +87,8 @@ def extract(
         WorkError: states that are not finite or that the data type cannot hold, or a shard that was changed.
     """
     request = _request(vlm, prompts, sites, spans, pool, dtype)
-    if not isinstance(batch_size, int) or batch_size < 1 or shard_mib <= 0:
-        raise UsageError(
-            f"batch_size {batch_size} and shard_mib {shard_mib} must be above zero, the first a whole number"
-        )
+    if not isinstance(batch_size, Integral) or batch_size < 1 or shard_mib <= 0:
+        raise UsageError(f"batch_size {batch_size}, a whole number, and shard_mib {shard_mib} must be above zero")
     settings = _settings(request, batch_size, shard_mib)
     folder = Path(folder)
     record = resumed(folder, settings)

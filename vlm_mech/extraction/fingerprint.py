@@ -1,4 +1,4 @@
-"""What the states depend on beside the weights, as hashes: the pictures as models see them, the texts, the processor."""
+"""What states depend on beside the weights, as hashes: the pictures as models see them, the texts, the processor."""
 
 import hashlib
 import json
