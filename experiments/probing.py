@@ -83,7 +83,7 @@ def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     vlm, drawn = VLM.load(name, **config.loading), {"seed": config.seed, "split": config.split}
     n = 128 if config.n is None and config.data.startswith("scenes/") else config.n
     named = [(config.data, n), *((name, config.n_conflict) for name in _conflict(config))]
-    data = [probing_data.with_objects(load_pairs(name, n=count, **drawn)) for name, count in named]
+    data = [probing_data.with_objects(vlm, load_pairs(name, n=count, **drawn)) for name, count in named]
     data[1:] = [with_conflict(apart(each, data[0])) for each in data[1:]]
     examples = probing_data.examples_of(vlm, data[0])
     conflicts = probing_data.conflicts_of(vlm, data[1]) if len(data) > 1 else None

@@ -61,7 +61,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
     pairs = fitting(vlm, pairs)
-    cases = cases_of(with_objects(pairs) if config.probe else pairs)
+    cases = cases_of(with_objects(vlm, pairs) if config.probe else pairs)
     return vlm, cases, flow_scan(vlm, cases.pairs, window=config.window)
 
 

@@ -99,7 +99,7 @@ def test_folders_that_hold_no_classes_are_refused(tmp_path):
         for path in (tmp_path / other).iterdir():
             path.unlink()
         (tmp_path / other).rmdir()
-    with pytest.raises(UsageError, match="0 test pictures are asked for"):
+    with pytest.raises(UsageError, match="number of test pictures is 0; at least one"):
         load_classes("scenes/beetles", n=0)
 
 

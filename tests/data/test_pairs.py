@@ -10,6 +10,9 @@ import pytest
 
 from tests.helpers import as_folder
 from tests.zoo.tiny import picture
+from vlm_mech.behaviour.erroneous_agreement.data import load_cases
+from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.image_classes import load_classes
 from vlm_mech.data.pairs import (
     Pair,
     Pairs,
@@ -185,3 +188,31 @@ def test_what_is_no_pair_is_refused_where_it_is_given():
         Pairs("x", (), ("p1",))
     with pytest.raises(UsageError, match="answer of a pair is 3; a text is needed"):
         Pair("a", picture(1), picture(2), "how many?", 3, "2")
+
+
+# Numbers and splits
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("split", ["val", "Test", "", None])
+def test_a_split_that_no_scene_belongs_to_is_refused(split):
+    """Scenes were drawn for ever."""
+    told = "split .* is not known; one of train, validation, test is"
+    with pytest.raises(UsageError, match=told):
+        load_pairs("scenes/colour", n=2, split=split)
+    with pytest.raises(UsageError, match=told):
+        next(sample_pairs("colour", 2, seed=0, split=split))
+    with pytest.raises(UsageError, match=told):
+        load_cases("scenes/relations", n=2, seed=0, split=split, template="")
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("n", [1.5, True, "2"])
+def test_a_number_of_examples_is_a_whole_number(n, tmp_path):
+    """1.5 of a folder gave all of it, True one pair."""
+    for name in ("scenes/colour", as_folder(tmp_path / "pairs", some(2))):
+        with pytest.raises(UsageError, match=f"n is {n!r}; a whole number is needed"):
+            load_pairs(name, n=n)
+    with pytest.raises(UsageError, match=f"number of test pictures is {n!r}; a whole number is needed"):
+        load_classes("scenes/kinds", n=n)
+    assert len(load_pairs("scenes/colour", n=np.int64(2))) == 2

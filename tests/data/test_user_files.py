@@ -36,6 +36,11 @@ def write(path, *rows, before=b"", end="\n"):
     return path
 
 
+def test_a_line_without_an_id_may_have_the_number_that_another_is_called_by(tmp_path):
+    write(tmp_path / "pairs.jsonl", row(0, id=2), row(1), row(2))
+    assert [pair.id for pair in load_pairs(tmp_path)] == ["2", "line 2", "3"]
+
+
 def test_lines_end_at_a_line_feed_alone(tmp_path):
     """U+2028 and U+0085 may stand inside a JSON text; str.splitlines would cut it there."""
     for end in ("\n", "\r\n"):

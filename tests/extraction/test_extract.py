@@ -8,10 +8,12 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import BLOCK_POINTS, Site, sites
+from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.extraction.extract import extract
 from vlm_mech.extraction.saved_states import Extracted
@@ -178,6 +180,62 @@ def test_a_finished_run_is_not_run_again(wrapped, tmp_path):
     extract(vlm, prompts, RESIDUALS, spans="last", folder=tmp_path)
     hook.remove()
     assert not passes
+
+
+def palette(colour):
+    """A picture whose indices are the same for every colour."""
+    made = Image.new("P", (56, 56))
+    made.putdata([int(20 < number % 56 < 40) for number in range(56 * 56)])
+    made.putpalette([0, 0, 0, *colour])
+    return made
+
+
+def turned(image):
+    image = image.copy()
+    image.getexif()[0x0112] = 6
+    return image
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(palette((255, 0, 0)), palette((0, 0, 255))), (picture(0, 56, 56), turned(picture(0, 56, 56)))],
+    ids=["palette", "orientation"],
+)
+def test_pictures_are_told_apart_by_the_pixels_that_a_model_gets(wrapped, tmp_path, before, after):
+    """The states of the first picture were given out for the second."""
+    options = {"sites": RESIDUALS, "spans": "image", "folder": tmp_path / "states"}
+    extract(wrapped("llava_clip"), [Prompt(QUESTIONS[0], before)], **options)
+    with pytest.raises(UsageError, match="had other arguments: prompts"):
+        extract(wrapped("llava_clip"), [Prompt(QUESTIONS[0], after)], **options)
+
+
+def test_a_processor_that_was_changed_is_noticed(wrapped, tmp_path, monkeypatch):
+    """Another mean of pixels or another chat template gave the states of the old one."""
+    vlm, options = wrapped("llava_clip"), {"sites": RESIDUALS, "spans": "image", "folder": tmp_path / "states"}
+    extract(vlm, some(2), **options)
+    template = vlm.processor.chat_template
+    for part, name, value in (
+        (vlm.processor.image_processor, "image_mean", [0.0, 0.0, 0.0]),
+        (vlm.processor, "chat_template", "describe: " + template),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(part, name, value)
+            with pytest.raises(UsageError, match="had other arguments: processor"):
+                extract(vlm, some(2), **options)
+    assert len(extract(vlm, some(2), **options)) == 2
+
+
+@pytest.mark.usefixtures("untyped")
+def test_prompts_may_come_one_by_one(wrapped, tmp_path):
+    """A generator was used up before the run; what holds no prompts ended in an AttributeError."""
+    vlm, options = wrapped("llava_clip"), {"sites": RESIDUALS, "spans": "image"}
+    assert len(extract(vlm, iter(some(3)), folder=tmp_path / "three", **options)) == 3
+    assert len(extract(vlm, some(1)[0], folder=tmp_path / "one", **options)) == 1
+    for given, told in ((load_pairs("scenes/colour", n=1), "give its .base"), (["a", "b"], "number 0 of the prompts")):
+        with pytest.raises(UsageError, match=told):
+            extract(vlm, given, folder=tmp_path / "none", **options)
+    with pytest.raises(UsageError, match="batch_size 1.5"):
+        extract(vlm, some(1), folder=tmp_path / "none", batch_size=1.5, **options)
 
 
 def test_other_arguments_are_named(wrapped, tmp_path):

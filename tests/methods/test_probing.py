@@ -13,7 +13,7 @@ from PIL import Image
 from experiments import probing
 from tests.helpers import assert_help_is_light, command
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pair, Pairs, linked, load_pairs
+from vlm_mech.data.pairs import Pair, Pairs, fitting, linked, load_pairs
 from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
@@ -28,6 +28,7 @@ from vlm_mech.methods.probing.data import (
     read_states,
     spots_of,
     spread,
+    with_objects,
 )
 from vlm_mech.methods.probing.figures import confusion, depth_lines
 from vlm_mech.methods.probing.probe import probe
@@ -103,6 +104,34 @@ def test_the_object_is_where_the_two_images_differ(vlm):
         changed_patches(vlm, Pair("two", scene("red", 1, 2, 0), scene("red", 1, 2, 0), "what is this?", "red", "blue"))
     with pytest.raises(UsageError, match="the same size is needed"):
         changed_patches(vlm, Pair("3", scene("red", 1, 2, 0), Image.new("RGB", (60, 56)), "what is this?", "a", "b"))
+
+
+def wide(column):
+    """A picture four times as wide as high, of which the model sees the middle, with a red stripe at the column."""
+    pixels = np.full((56, 224, 3), 200, dtype=np.uint8)
+    pixels[:, column : column + 14] = (255, 0, 0)
+    return Image.fromarray(pixels)
+
+
+def test_a_change_that_the_processor_crops_away_is_none(vlm):
+    """It counted as one of the whole picture."""
+    words = ("what is this?", "red", "blue")
+    aside, within = Pair("aside", wide(10), wide(30), *words), Pair("within", wide(112), wide(30), *words)
+    with pytest.raises(UsageError, match=f"differ only where {vlm.name} crops them away"):
+        changed_patches(vlm, aside)
+    assert len(changed_patches(vlm, within).cells) < 16
+    for kept in (with_objects(vlm, Pairs("p", (aside, within))), fitting(vlm, Pairs("p", (aside, within)))):
+        assert [pair.id for pair in kept] == ["within"] and kept.refused[0].id == "aside"
+    assert "the same pixel values" in kept.refused[0].reason
+
+
+def test_what_cannot_be_encoded_is_counted_out(vlm):
+    """One such question ended the run."""
+    images, answers = (scene("red", 1, 2, 0), scene("blue", 1, 2, 0)), ("red", "blue")
+    asked = {"plain": "what is this?", "special": "what is <image> this?", "long": "what is this? " * 4000}
+    pairs = Pairs("p", tuple(Pair(name, *images, question, *answers) for name, question in asked.items()))
+    kept = with_objects(vlm, pairs)
+    assert [pair.id for pair in kept] == ["plain"] and [each.id for each in kept.refused] == ["special", "long"]
 
 
 def test_pairs_become_examples_and_scenes_in_conflict(vlm, data_folder):

@@ -8,7 +8,18 @@ from typing import Literal
 
 from vlm_mech.data.scene_questions import Question, questions
 from vlm_mech.data.scene_sampling import sample_scene
-from vlm_mech.data.scenes import COLOURS, PRIORS, SHAPES, SIZE, Family, Scene, Thing, in_conflict, overlapping
+from vlm_mech.data.scenes import (
+    COLOURS,
+    PRIORS,
+    SHAPES,
+    SIZE,
+    Family,
+    Scene,
+    Thing,
+    check_split,
+    in_conflict,
+    overlapping,
+)
 from vlm_mech.errors import UsageError
 
 
@@ -162,6 +173,7 @@ def sample_pairs(name: str, n: int, *, seed: int, split: str) -> Iterator[SceneP
     """Pairs of a set whose two scenes both belong to the split; the same seed gives the same pairs everywhere."""
     if name not in PAIR_SETS:
         raise UsageError(f"pair set {name!r} is not known; one of {', '.join(PAIR_SETS)} is")
+    check_split(split)
     made, recipe, rng = 0, PAIR_SETS[name], random.Random(f"{name}/{seed}/{split}")
     while made < n:
         scene = sample_scene(rng.choice(recipe.families), rng)

@@ -18,7 +18,7 @@ from vlm_mech.data.picture_splits import SHARES, Labelled, deal, draw_parts
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import CLASSES, COLOURS, PRIORS, SHAPES, SPLITS, Scene, Split
-from vlm_mech.data.user_files import Refused, read_told
+from vlm_mech.data.user_files import Refused, check_count, read_told
 from vlm_mech.data.words import words_of
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
@@ -117,8 +117,8 @@ def load_classes(
     """
     sizes = {"train": n_train, "validation": n_validation, "test": n}
     for part, size in sizes.items():
-        if size is not None and size < 1:
-            raise UsageError(f"{size} {part} pictures are asked for; at least one is needed")
+        if size is not None:
+            check_count(size, f"the number of {part} pictures", "picture")
     if data in SCENES:
         return _scenes(data, sizes, seed)
     if data.startswith("hf:"):

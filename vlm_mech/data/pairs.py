@@ -18,8 +18,9 @@ from vlm_mech.data.counterfactual_scenes import PAIR_SETS, sample_pairs
 from vlm_mech.data.pair import SIDES, Pair
 from vlm_mech.data.pair_folder import FILE, read_pairs
 from vlm_mech.data.render import render
+from vlm_mech.data.scenes import check_split
 from vlm_mech.data.shared_pictures import components, pixel_hash
-from vlm_mech.data.user_files import Refused
+from vlm_mech.data.user_files import Refused, check_count
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling
 from vlm_mech.inputs.image import load_image
@@ -148,8 +149,9 @@ def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 
     Raises:
         UsageError: an unknown name, a folder without `pairs.jsonl`, or one without a pair that can be used.
     """
-    if n is not None and n < 1:
-        raise UsageError(f"n is {n}; at least one pair is needed")
+    if n is not None:
+        check_count(n, "n", "pair")
+    check_split(split)
     if str(name_or_folder).startswith("scenes/"):
         return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split)
     folder = Path(name_or_folder)
@@ -324,8 +326,8 @@ def checked(pairs: Pairs, check: Callable[[Pair], object], what: str) -> Pairs:
 def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
     """The pairs that this model can be asked: same tokens in both prompts, answers that start with different tokens.
 
-    Answers are compared in the spelling that the model would use (`models.spelling`), the same for all. The other
-    pairs move to `refused` with the reason.
+    Both pictures must give it pixel values that differ somewhere. Answers are compared in the spelling that the model
+    would use (`models.spelling`), the same for all. The other pairs move to `refused` with the reason.
 
     Raises:
         UsageError: none fits.
@@ -348,6 +350,8 @@ def _check_prompts(vlm: "VLM", pair: Pair) -> None:
         raise UsageError(
             f"the images are cut into grids {one.grids()} and {other.grids()}; counterfactuals need the same"
         )
+    if all(one.inputs[name].equal(other.inputs[name]) for name in one.inputs):
+        raise UsageError(f"both pictures give {vlm.name} the same pixel values; it cannot tell them apart")
 
 
 def _check_answers(vlm: "VLM", pair: Pair, spelling: Spelling) -> None:

@@ -14,10 +14,10 @@ from vlm_mech.data.scenes import (
     PRIORS,
     SHAPES,
     SIZE,
-    SPLITS,
     VISIBLE_OVERLAP,
     Scene,
     Thing,
+    check_split,
     overlapping,
 )
 from vlm_mech.errors import UsageError
@@ -120,8 +120,7 @@ def sample_scenes(
     n: int, *, seed: int, split: str, families: tuple[str, ...] = FAMILIES, conflict: float = 0.0
 ) -> Iterator[Scene]:
     """Scenes of a split, families in equal shares; the same seed gives the same scenes everywhere."""
-    if split not in SPLITS:
-        raise UsageError(f"split {split!r} is not known; one of {', '.join(SPLITS)} is")
+    check_split(split)
     rng = random.Random(f"{seed}/{split}")
     made = 0
     while made < n:

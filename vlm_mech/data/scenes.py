@@ -64,6 +64,12 @@ Family = Literal["single", "few", "occlusion", "count", "parts", "beetle"]
 FAMILIES: tuple[Family, ...] = ("single", "few", "occlusion", "count", "parts", "beetle")
 
 
+def check_split(split: str) -> None:
+    """Raises `UsageError` for a split that no scene belongs to."""
+    if split not in SPLITS:
+        raise UsageError(f"split {split!r} is not known; one of {', '.join(SPLITS)} is")
+
+
 @dataclass(frozen=True)
 class Thing:
     """One object: `x`, `y` is its centre in pixels; `colours` has one entry, or one per part in the kind's order."""

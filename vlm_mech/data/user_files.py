@@ -5,10 +5,12 @@ silence.
 """
 
 import csv
+import dataclasses
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -60,6 +62,18 @@ class Drawn(Generic[UsedT]):
     told: str
 
 
+def check_count(n: object, name: str, of: str) -> None:
+    """Raises `UsageError` unless n is a whole number of at least one.
+
+    Args:
+        name: what the number is called. of: what it counts.
+    """
+    if isinstance(n, bool) or not isinstance(n, Integral):
+        raise UsageError(f"{name} is {n!r:.60}; a whole number is needed")
+    if n < 1:
+        raise UsageError(f"{name} is {n}; at least one {of} is needed")
+
+
 def read_rows(path: Path, what: str) -> Rows:
     """Every object of a file that holds one a line; empty lines do not count.
 
@@ -85,7 +99,16 @@ def read_rows(path: Path, what: str) -> Rows:
             rows.append(_row(number, line))
         except UsageError as error:
             refused[number] = Refused(str(number), f"line {number} {error}")
-    return Rows(tuple(rows), refused)
+    return Rows(_named_apart(rows), refused)
+
+
+def _named_apart(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows; one that is called by its number, which another gives as its id, is called `line 2` instead."""
+    given = {row.id for row in rows if row.fields.get("id") is not None}
+    return tuple(
+        dataclasses.replace(row, id=f"line {row.line}") if row.id in given and row.fields.get("id") is None else row
+        for row in rows
+    )
 
 
 def _row(number: int, line: bytes) -> Row:

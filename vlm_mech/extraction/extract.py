@@ -7,27 +7,27 @@ goes to safetensors shards; a run that was killed goes on after its last finishe
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site, listed_sites
 from vlm_mech.architectures.traced_model import SiteHandle, TracedModel, check_decoder
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.extraction.saved_states import Extracted, Pool, add_shard, file_hash, label, resumed
-from vlm_mech.inputs.image import ADDRESSES, load_image
-from vlm_mech.inputs.prompt import Encoded, Prompt
+from vlm_mech.extraction.fingerprint import processor_hash, prompts_hash
+from vlm_mech.extraction.saved_states import Extracted, Pool, add_shard, label, resumed
+from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.prompt import Encoded, Prompt, prompts_in
 from vlm_mech.inputs.span import LLM_SPANS, PROJECTOR_SPANS, VISION_SPANS, Cells, Each, OneImage, Patches, Span, Words
 from vlm_mech.interventions.timeline import rows_of
 from vlm_mech.models.loading import DTYPES
@@ -62,7 +62,7 @@ class Ready:
 
 def extract(
     vlm: TracedModel,
-    prompts: Sequence[Prompt],
+    prompts: Prompt | Iterable[Prompt],
     sites: Site | Sequence[Site],
     *,
     spans: Span | list[Span],
@@ -88,8 +88,8 @@ def extract(
         WorkError: states that are not finite or that the data type cannot hold, or a shard that was changed.
     """
     request = _request(vlm, prompts, sites, spans, pool, dtype)
-    if batch_size < 1 or shard_mib <= 0:
-        raise UsageError(f"batch_size {batch_size} and shard_mib {shard_mib} must be above zero")
+    if not isinstance(batch_size, Integral) or batch_size < 1 or shard_mib <= 0:
+        raise UsageError(f"batch_size {batch_size}, a whole number, and shard_mib {shard_mib} must be above zero")
     settings = _settings(request, batch_size, shard_mib)
     folder = Path(folder)
     record = resumed(folder, settings)
@@ -103,7 +103,7 @@ def extract(
 
 def _request(
     vlm: TracedModel,
-    prompts: Sequence[Prompt],
+    prompts: Prompt | Iterable[Prompt],
     sites: Site | Sequence[Site],
     spans: Span | list[Span],
     pool: Pool,
@@ -113,8 +113,9 @@ def _request(
     check_decoder(vlm, "extract")
     sites = listed_sites(sites, "extract")
     chosen = tuple(spans) if isinstance(spans, list | tuple) else (spans,)
-    if not prompts or not sites or not chosen:
-        raise UsageError("extract needs at least one prompt, one site and one span")
+    asked = prompts_in(prompts)
+    if not sites or not chosen:
+        raise UsageError("extract needs at least one site and one span")
     if pool not in ("mean", None):
         raise UsageError(f"pool {pool!r} is not known; 'mean' and None are")
     if dtype not in DTYPES:
@@ -124,8 +125,8 @@ def _request(
     for site in sites:
         vlm.check_site(site)
         for span in chosen:
-            _check_span(site, span, prompts)
-    return Request(vlm, tuple(prompts), sites, chosen, pool, DTYPES[dtype])
+            _check_span(site, span, asked)
+    return Request(vlm, asked, sites, chosen, pool, DTYPES[dtype])
 
 
 def _check_span(site: Site, span: Span, prompts: Sequence[Prompt]) -> None:
@@ -346,33 +347,10 @@ def _settings(request: Request, batch_size: int, shard_mib: float) -> dict[str, 
         "batch_size": batch_size,
         "shard_mib": shard_mib,
         "n_prompts": len(request.prompts),
-        "prompts": _prompts_hash(request.prompts),
+        "prompts": prompts_hash(request.prompts),
+        "processor": processor_hash(vlm, request.prompts),
     }
     return json.loads(json.dumps(settings))
-
-
-def _prompts_hash(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        images = [_image_hash(image) for image in prompt.images]
-        digest.update(json.dumps([prompt.question, prompt.system, prompt.text, images]).encode())
-    return digest.hexdigest()
-
-
-def _image_hash(image: Any) -> str:
-    """Hash of a file's or picture's content; addresses, and what cannot be read, stand for themselves."""
-    if isinstance(image, str) and image.startswith(ADDRESSES):
-        return image
-    try:
-        if isinstance(image, str | Path) and Path(image).is_file():
-            return file_hash(Path(image))
-    except OSError:  # a picture in base64 is longer than a name may be
-        pass
-    try:
-        opened = image if isinstance(image, Image.Image) else load_image(image)
-        return hashlib.sha256(f"{opened.mode} {opened.size}".encode() + opened.tobytes()).hexdigest()
-    except (UsageError, OSError) as error:
-        return f"unreadable: {error}"
 
 
 def _nonempty(states: Extracted) -> Extracted:

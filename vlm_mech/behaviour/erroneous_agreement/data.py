@@ -21,7 +21,8 @@ from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_questions import caption
 from vlm_mech.data.scene_sampling import sample_scene
-from vlm_mech.data.scenes import SIZE, Scene, Thing, in_conflict
+from vlm_mech.data.scenes import SIZE, Scene, Thing, check_split, in_conflict
+from vlm_mech.data.user_files import check_count
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
@@ -149,8 +150,7 @@ def _filled(template: str, pair: Pair) -> tuple[str, ...]:
 
 
 def _sets(n: int, seed: int, split: str) -> Cases:
-    if n < 1:
-        raise UsageError(f"n is {n}; at least one set is needed")
+    check_count(n, "n", "set")
     return Cases(SETS, tuple(_set_of_four(scenes) for scenes in sample_sets(n, seed=seed, split=split)))
 
 
@@ -173,6 +173,7 @@ def sample_sets(n: int, *, seed: int, split: str) -> Iterator[tuple[Scene, ...]]
     No scene of a set is of the train split (all are, for `train`): four scenes that fall into one small split are too
     rare to wait for.
     """
+    check_split(split)
     rng, made = random.Random(f"relations/{seed}/{split}"), 0
     while made < n:
         scene = sample_scene("few", rng)

@@ -112,20 +112,27 @@ def changed_patches(vlm: "VLM", pair: Pair) -> Patches:
     """The image tokens (of the first view) over the pixels in which the two images of a pair differ.
 
     Raises:
-        UsageError: the images have unlike sizes or no pixel differs, or the image tokens are no patches.
+        UsageError: the images have unlike sizes, no pixel that the model sees differs, or image tokens are no patches.
     """
     shares = _shares(vlm, Prompt(pair.question, pair.image), _changed_pixels(pair))
+    if not shares.any():
+        raise UsageError(f"pair {pair.id}: its two images differ only where {vlm.name} crops them away")
     cells = np.argwhere(shares >= min(SHARE, shares.max()))
     return Patches(tuple((int(row), int(column)) for row, column in cells))
 
 
-def with_objects(pairs: Pairs) -> Pairs:
-    """The pairs in whose two images one can see what changed; the others move to `refused` with the reason.
+def with_objects(vlm: "VLM", pairs: Pairs) -> Pairs:
+    """The pairs that the model can be asked and in which it sees what changed; the others move to `refused`.
 
     Raises:
         UsageError: none is left.
     """
-    return checked(pairs, _changed_pixels, "can be used")
+
+    def check(pair: Pair) -> None:
+        vlm.encode(Prompt(pair.question, pair.counterfactual_image))
+        changed_patches(vlm, pair)
+
+    return checked(pairs, check, "can be used")
 
 
 def data_provenance(data: Sequence[Pairs]) -> dict[str, Any]:

@@ -85,8 +85,8 @@ def probe(
     check_decoder(vlm, "probe")
     for given in (pairs,) if conflict is None else (pairs, conflict):
         check_pairs(given, "probe")
-    data = [linked(with_objects(pairs))]
-    data += [] if conflict is None else [linked(with_conflict(apart(with_objects(conflict), data[0])))]
+    data = [linked(with_objects(vlm, pairs))]
+    data += [] if conflict is None else [linked(with_conflict(apart(with_objects(vlm, conflict), data[0])))]
     examples, conflicts = examples_of(vlm, data[0]), None if conflict is None else conflicts_of(vlm, data[1])
     spots = spots_of(probe_sites(vlm, every=every), spread(vlm, listed(spans), examples))
     recipes = tuple(map(recipe_of, listed(probes)))
