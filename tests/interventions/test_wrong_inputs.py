@@ -1,6 +1,7 @@
 """What would edit other tokens, or none, is refused, or does what it says."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span import Each, OneImage, Patches, Positions, Tokens
+from vlm_mech.interventions.receipt import ReceiptError
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace, Steer
-from vlm_mech.interventions.trace import run
+from vlm_mech.interventions.trace import read, run
 from vlm_mech.sweeps.sweep import grid, prob, sweep
 
 pytestmark = pytest.mark.usefixtures("untyped")
@@ -135,3 +137,28 @@ def test_a_baseline_is_the_plain_run_of_the_same_prompts():
     ):
         with pytest.raises(UsageError, match=message):
             run(vlm, prompts, edit, baseline=baseline)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_hook_of_the_users_is_named(before):
+    vlm = wrapped(FAMILY)
+    layers = vlm.blocks("llm").path
+    changed = vlm.model.get_submodule(f"{layers}.{2 if before else 1}")
+
+    def halved(module, given, result=None):
+        states = given if before else result
+        return tuple(each * 0.5 for each in states) if isinstance(states, tuple) else states * 0.5
+
+    register = changed.register_forward_pre_hook if before else changed.register_forward_hook
+    hook = register(halved)
+    try:
+        named = f"hook .*halved of {layers}.{2 if before else 1}"
+        with pytest.warns(UserWarning, match=named):
+            read(vlm, batch(), SITE)
+        with pytest.raises(ReceiptError, match=f"did not take effect: the forward .*{named} may change"):
+            run(vlm, batch(), Ablate(SITE, "image", to="mean", reference=read(vlm, batch(), SITE)))
+    finally:
+        hook.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        read(vlm, batch(), SITE)

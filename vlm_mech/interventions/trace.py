@@ -22,10 +22,11 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.attention import Cutting, cutting
+from vlm_mech.interventions.foreign_hooks import hooks_at
 from vlm_mech.interventions.generating import check_generation, decoding_options, new_ids, told
 from vlm_mech.interventions.passes import Batch, Passes, Window, prompt_pass
 from vlm_mech.interventions.plan import Plan, plan
-from vlm_mech.interventions.receipt import Receipt, verify
+from vlm_mech.interventions.receipt import Receipt, ReceiptError, verify
 from vlm_mech.interventions.specification import Activations, Intervention
 from vlm_mech.interventions.timeline import Step, decoder_inputs_key, read_site_step, steps_of
 from vlm_mech.interventions.verification import Proofs, receipts_of
@@ -126,6 +127,8 @@ def read(
         vlm.check_site(site)
         if site.stream != "llm" and "pixel_values" not in encoded.inputs:
             raise UsageError(f"{site} needs an image, but the prompts have none")
+        if hooks := hooks_at(vlm, site):
+            warnings.warn(f"{site} is read before {hooks} may change the states", stacklevel=2)
     values: dict[Site, Tensor] = {}
     reads = [read_site_step(vlm, encoded, site, values) for site in wanted]
     if intervention is None:
@@ -362,5 +365,11 @@ def _cuts(vlm: TracedModel, encoded: Batch, made: Plan, passes: Passes | None = 
 
 def _proved(proofs: Proofs, cuts: dict[torch.nn.Module, Cutting], moved: float) -> tuple[Receipt, ...]:
     receipts = receipts_of(proofs, list(cuts.values()), moved)
-    verify(receipts)
+    try:
+        verify(receipts)
+    except ReceiptError as error:
+        hooks = [hooks_at(proofs.vlm, site) for site in proofs.made.writes]
+        if not any(hooks):
+            raise
+        raise ReceiptError(f"{error}: {'; '.join(filter(None, hooks))} may change the states; remove it") from error
     return receipts
