@@ -288,7 +288,8 @@ def test_backends_without_masks_are_refused(vlm, prompts):
 @pytest.mark.parametrize("spans", ["last", ("last", "generated")])
 def test_generated_tokens_lose_edges_only_where_they_are_named(vlm, prompts, spans):
     encoded = vlm.encode(prompts)
-    (cut,) = plan(vlm, encoded, Knockout(spans, "image", 0, heads=(1,)), lambda *_: None).cuts["llm", 0]
+    edit = Knockout(spans, "image", 0, heads=(1,))
+    (cut,) = plan(vlm, encoded, edit, lambda *_: None, generating=True).cuts["llm", 0]
     new, seen = range(encoded.n_pos, encoded.n_pos + 1), range(encoded.n_pos + 1)
     blocked = cut.blocked(range(len(encoded)), new, seen, n_pos=encoded.n_pos, device=torch.device("cpu"))
     assert blocked.shape == (len(encoded), vlm.n_heads("llm"), 1, len(seen)) and not blocked[:, [0, 2, 3]].any()

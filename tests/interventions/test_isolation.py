@@ -80,7 +80,7 @@ def test_where_nothing_is_cut_the_run_is_the_unedited_one_to_the_bit(family, att
     blocks = vlm.blocks("llm")
     modules = {
         vlm.model.get_submodule(f"{blocks.path}.{layer}.{blocks.attention}"): Cutting(cuts, attn, *encoded.shape("llm"))
-        for (_, layer), cuts in plan(vlm, encoded, later, read).cuts.items()
+        for (_, layer), cuts in plan(vlm, encoded, later, read, generating=True).cuts.items()
     }
     with torch.no_grad(), cutting(modules):
         watched = vlm.model(**encoded.inputs).logits

@@ -9,7 +9,21 @@ import numpy as np
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
 from vlm_mech.inputs.image_layout import Batch, ImageLayout, Tile, View
-from vlm_mech.inputs.span import Cell, Cells, Each, Picture, Positions, Row, Span, Words, flatten, resolve, shown
+from vlm_mech.inputs.span import (
+    Cell,
+    Cells,
+    Each,
+    Picture,
+    Positions,
+    Row,
+    Span,
+    Words,
+    cells_of,
+    flatten,
+    resolve,
+    settled,
+    shown,
+)
 from vlm_mech.inputs.special_tokens import check_plain
 
 if TYPE_CHECKING:
@@ -44,22 +58,22 @@ class DualEncoded:
     def __repr__(self) -> str:
         return f"DualEncoded({len(self.rows)} images, {len(self.text_rows)} texts)"
 
-    def cells(self, span: Span, *, place: str) -> Cells:
+    def cells(self, span: Span, *, place: str, ordered: bool = False) -> Cells:
         """Rows and positions of a span in the tensors of `vision`, `text`, `vision.embed` or `text.embed`.
+
+        Args:
+            ordered: patches in the order in which the span gives them, instead of sorted; the words of a text are not.
 
         Raises:
             UsageError: the span is empty or ambiguous in an example, or unknown there.
         """
-        import torch
-
         if place == "vision":
-            return flatten(self.rows, span, place)
+            return flatten(self.rows, span, place, ordered=ordered)
+        span = settled(span)
         rows = self._rows(place)
         if isinstance(span, Each) and len(span.spans) != len(rows):
             raise UsageError(f"Each gives {len(span.spans)} spans for a batch of {len(rows)} examples")
-        found = [self._resolved(span, place, example) for example in range(len(rows))]
-        cells = torch.tensor([cell for each in found for cell in each]).reshape(-1, 2)
-        return Cells(cells[:, 0], cells[:, 1], tuple(len(each) for each in found))
+        return cells_of([self._resolved(span, place, example) for example in range(len(rows))])
 
     def positions(self, span: Span, example: int = 0, *, place: str = "text") -> tuple[int, ...]:
         """Positions of a span in one text, or with `place="vision"` in one image."""

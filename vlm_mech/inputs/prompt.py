@@ -14,7 +14,7 @@ from vlm_mech.inputs.chat_template import in_template
 from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
 from vlm_mech.inputs.image_layout import ImageLayout
 from vlm_mech.inputs.processing import Processed, laid_out, process
-from vlm_mech.inputs.span import Cells, Picture, Row, Span, flatten, resolve
+from vlm_mech.inputs.span import Cells, Picture, Row, Span, flatten, resolve, settled
 from vlm_mech.inputs.special_tokens import check_plain, tokenized
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Encoded:
     inputs: dict[str, "torch.Tensor"]
     rows: tuple[Row, ...]
     vlm: Any = field(repr=False)
-    known: dict[tuple[Span, str], Cells] = field(default_factory=dict, repr=False)
+    known: dict[tuple[Span, str, bool], Cells] = field(default_factory=dict, repr=False)
     """Cells of the spans asked for so far."""
 
     def __len__(self) -> int:
@@ -104,19 +104,23 @@ class Encoded:
                 "shorten the text, or give fewer or smaller pictures"
             )
 
-    def cells(self, span: Span, *, place: str = "llm") -> Cells:
+    def cells(self, span: Span, *, place: str = "llm", ordered: bool = False) -> Cells:
         """Rows and positions of a span in the tensors of a place: `llm`, `vision`, `projector.in` or `projector.out`.
+
+        Args:
+            ordered: in the order in which the span gives them, instead of sorted.
 
         Raises:
             UsageError: the span is empty or ambiguous in an example; the message prints its tokens.
         """
-        if (span, place) not in self.known:
-            self.known[span, place] = flatten(self.rows, span, place)
-        return self.known[span, place]
+        key = (settled(span), place, ordered)
+        if key not in self.known:
+            self.known[key] = flatten(self.rows, span, place, ordered=ordered)
+        return self.known[key]
 
     def positions(self, span: Span, example: int = 0, *, place: str = "llm") -> tuple[int, ...]:
         """Positions of a span in one example (in the tower, within the rows of its tiles)."""
-        return tuple(position for _, position in resolve(self.rows[example], span, place, example))
+        return tuple(position for _, position in resolve(self.rows[example], settled(span), place, example))
 
     def boxes(self, example: int = 0, *, image: int = 0, view: int = 0) -> tuple[Box, ...]:
         """The pixels of the given image behind each token of one of its views, row by row.

@@ -5,12 +5,13 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image_layout import ImageLayout, View
+from vlm_mech.inputs.span_kinds import Each, OneImage, Patches, Positions, Span, Tokens, Words, settled
 
 if TYPE_CHECKING:
     import torch
@@ -18,59 +19,11 @@ if TYPE_CHECKING:
 LLM_SPANS = ("all", "system", "image", "separator", "question", "answer_prompt", "last")
 VISION_SPANS = ("all", "class", "image")
 PROJECTOR_SPANS = ("image",)
+ONE_BY_ONE = (Patches, Positions, Tokens)
+"""Spans that name their tokens one by one."""
 PLACES = ("llm", "vision", "projector.in", "projector.out")
 
 
-@dataclass(frozen=True)
-class Words:
-    """The tokens of a sub-string of the question, which must occur in it exactly once."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Patches:
-    """Image tokens by (row, column) in the grid of one view of one image (in most families an image has one view).
-
-    In the tower and at the projector's input they mean the patches that those tokens are made from.
-    """
-
-    cells: tuple[tuple[int, int], ...]
-    image: int = 0
-    view: int = 0
-
-
-@dataclass(frozen=True)
-class OneImage:
-    """All tokens of one image of the prompt, or of one of its views."""
-
-    image: int = 0
-    view: int | None = None
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Positions as numbers in the padded row (the escape hatch: no check can tell what they mean)."""
-
-    positions: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens of the prompt by number, padding not counted (another escape hatch, the same in every batch)."""
-
-    numbers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Each:
-    """A span of its own for every example of the batch."""
-
-    spans: tuple["Span", ...]
-
-
-Span = Union[str, Words, Patches, OneImage, Positions, Tokens, Each, tuple["Span", ...]]  # noqa: UP007 - refers to itself
-"""A named span, `Words`, `Patches`, `OneImage`, `Positions`, `Tokens`, `Each`, or a tuple of spans: their union."""
 with contextlib.suppress(AttributeError, TypeError):  # from Python 3.14 on a union has no text of its own
     Span.__doc__ = f"""Which positions of each example are meant: a name, an object, or a tuple of spans (their union).
 
@@ -155,19 +108,57 @@ def resolve(row: Row, span: Span, place: str, example: int) -> tuple[Cell, ...]:
     Raises:
         UsageError: nothing matches, or a sub-string matches more than once; the tokens are printed.
     """
+    return tuple(sorted(set(_cells(row, span, place, example))))
+
+
+def resolve_in_order(row: Row, span: Span, place: str, example: int) -> tuple[Cell, ...]:
+    """The span's cells in the order in which it gives them; those of a whole image or of words are sorted.
+
+    Raises:
+        UsageError: as for `resolve`, or a token is named twice, so that its place in the order is not known.
+    """
+    if isinstance(span, Each):
+        span = span.spans[example]
+    given = []
+    for part in span if isinstance(span, tuple) else (span,):
+        cells = _cells(row, part, place, example)
+        given += cells if isinstance(part, ONE_BY_ONE) else sorted(set(cells))
+    once = tuple(dict.fromkeys(given))
+    if len(once) < len(given) and once != tuple(sorted(once)):
+        raise UsageError(f"span {span!r} names a token of example {example} twice, so its order is not known")
+    return once
+
+
+def in_order(span: Span, other: Span) -> bool:
+    """Whether two spans pair their tokens in the order given: both name tokens one by one, or whole images or words.
+
+    Other pairs of spans, with names such as `image` in them, pair the tokens from the first to the last.
+    """
+    kinds = _kinds(span) | _kinds(other)
+    return kinds <= set(ONE_BY_ONE) or kinds <= {OneImage, Words}
+
+
+def _kinds(span: Span) -> set[type]:
+    if isinstance(span, Each | tuple):
+        return {kind for part in (span.spans if isinstance(span, Each) else span) for kind in _kinds(part)}
+    return {type(span)}
+
+
+def _cells(row: Row, span: Span, place: str, example: int) -> Sequence[Cell]:
+    """The cells of a span in the order in which it gives them."""
     if isinstance(span, Each):
         span = span.spans[example]
     if isinstance(span, Positions):
         return _numbered(row, span, place, example)
     if isinstance(span, tuple):
-        return tuple(sorted({cell for part in span for cell in resolve(row, part, place, example)}))
+        return [cell for part in span for cell in _cells(row, part, place, example)]
     if place == "llm":
         cells = [(example, position) for position in _in_prompt(row, span, example)]
     else:
         cells = _in_tower(row, span, place, example)
     if not cells:
         raise UsageError(f"span {span!r} is empty in example {example}; its tokens: {shown(row)}")
-    return tuple(sorted(set(cells)))
+    return cells
 
 
 def _in_prompt(row: Row, span: Span, example: int) -> Sequence[int]:
@@ -264,8 +255,10 @@ def _numbered(row: Row, span: Positions, place: str, example: int) -> tuple[Cell
     if set(span.positions) - known or not span.positions:
         first, last = min(known), max(known)
         raise UsageError(f"{span!r} does not fit example {example}: its {place} positions are {first}..{last}")
-    wanted = set(span.positions)
-    return tuple(cell for cell in everything if cell[1] in wanted)
+    found: dict[int, list[Cell]] = {}
+    for cell in everything:
+        found.setdefault(cell[1], []).append(cell)
+    return tuple(cell for position in span.positions for cell in found[position])
 
 
 def _named(named: dict[str, Any], span: Span) -> Any:
@@ -287,7 +280,7 @@ def _covering(row: Row, characters: tuple[int, int]) -> list[int]:
 def _words(row: Row, span: Words, example: int) -> list[int]:
     start, end = row.question
     question = row.text[start:end]
-    found = question.count(span.text) if span.text else 0
+    found = sum(question.startswith(span.text, at) for at in range(len(question))) if span.text else 0
     if found != 1:
         raise UsageError(
             f"{span.text!r} occurs {found} times in the question of example {example}, once is needed; "
@@ -328,14 +321,37 @@ def shown(row: Row) -> str:
     return " ".join(repr(token) if length == 1 else f"{token!r} x {length}" for token, length in runs)
 
 
-def flatten(rows: Sequence[Row], span: Span, place: str) -> Cells:
-    """The span's cells in every example, as flat index tensors into rows x pos of that place."""
-    import torch
+def whole_images(row: Row, span: Span, example: int) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of the views that a span of an example holds all of by name, without naming their tokens."""
+    if isinstance(span, Each):
+        span = span.spans[example]
+    if isinstance(span, tuple):
+        return tuple(grid for part in span for grid in whole_images(row, part, example))
+    if isinstance(span, OneImage):
+        views = _picture(row, span.image, example).layout.views
+        return tuple(view.grid for view in (views if span.view is None else (_view(row, span, example)[1],)))
+    pictures = row.images if span in ("image", "all") else ()
+    return tuple(view.grid for picture in pictures for view in picture.layout.views)
 
+
+def flatten(rows: Sequence[Row], span: Span, place: str, *, ordered: bool = False) -> Cells:
+    """The span's cells in every example, as flat index tensors into rows x pos of that place.
+
+    Args:
+        ordered: in the order in which the span gives them, instead of sorted.
+    """
+    span = settled(span)
     if isinstance(span, Each) and len(span.spans) != len(rows):
         raise UsageError(f"Each gives {len(span.spans)} spans for a batch of {len(rows)} examples")
     if place not in PLACES:
         raise UsageError(f"place {place!r} is not known; one of {', '.join(PLACES)} is")
-    found = [resolve(row, span, place, example) for example, row in enumerate(rows)]
+    resolved = resolve_in_order if ordered else resolve
+    return cells_of([resolved(row, span, place, example) for example, row in enumerate(rows)])
+
+
+def cells_of(found: Sequence[Sequence[Cell]]) -> Cells:
+    """The cells of every example as flat index tensors."""
+    import torch
+
     cells = torch.tensor([cell for each in found for cell in each]).reshape(-1, 2)
     return Cells(cells[:, 0], cells[:, 1], tuple(len(each) for each in found))

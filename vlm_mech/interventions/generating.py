@@ -2,6 +2,10 @@
 
 import functools
 import inspect
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,11 +15,17 @@ from torch import Tensor
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.passes import Passes
 from vlm_mech.interventions.plan import Plan
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """What a generation config says of the vocabulary, which is no choice of how to decode."""
 SETTINGS = ("neutral", "checkpoint")
+ONLY_IN = {
+    "do_sample": ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    "num_beams": ("length_penalty", "early_stopping"),
+}
+"""Settings that do nothing unless another one is on."""
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
@@ -39,30 +49,76 @@ def decoding_options(options: dict[str, Any], *, settings: str, max_new_tokens: 
     """What `generate` is called with: neutral settings or the checkpoint's, and over them what is asked for.
 
     Raises:
-        UsageError: settings that are not known.
+        UsageError: settings that are not known, or not of their kind, or that would do nothing.
     """
     if settings not in SETTINGS:
         raise UsageError(f"settings={settings!r} is not known; {' or '.join(SETTINGS)} is")
     options = dict(options)
     config = options.pop("generation_config", None)
-    own = {} if config is None else config.to_dict()
-    asked = {name: value for name, value in own.items() if value is not None and name != "transformers_version"}
-    base = neutral() if settings == "neutral" else {}
+    asked = {"max_new_tokens": max_new_tokens, **_held(config), **options}
+    _check_kinds(asked)
+    if settings == "neutral":
+        _check_in_force(asked)
     # A compiled pass would leave the edits out.
-    return {**base, "max_new_tokens": max_new_tokens, **asked, **options, "disable_compile": True}
+    return {**(neutral() if settings == "neutral" else {}), **asked, "disable_compile": True}
+
+
+def _held(config: Any) -> dict[str, Any]:
+    """The settings of a generation config that are set."""
+    from transformers import GenerationConfig
+
+    if config is None:
+        return {}
+    if not isinstance(config, GenerationConfig):
+        raise UsageError(f"generation_config is a {type(config).__name__}; a GenerationConfig is needed, or options")
+    return {
+        name: value for name, value in config.to_dict().items() if value is not None and name != "transformers_version"
+    }
+
+
+def _check_kinds(asked: dict[str, Any]) -> None:
+    """What transformers takes without a word, or would stumble over later."""
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+        value = asked.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise UsageError(f"{name}={value!r:.40} is given to generate; a whole number from 1 on is needed")
+    for name in ("logits_processor", "stopping_criteria"):
+        if not isinstance(asked.get(name) or [], list):
+            raise UsageError(f"{name} is a {type(asked[name]).__name__}; a list of them is needed")
+    if asked.get("max_length") is not None:
+        raise UsageError("max_length counts the prompt too, and max_new_tokens goes before it; give max_new_tokens")
+    if asked.get("stop_strings") is not None and asked.get("tokenizer") is None:
+        raise UsageError("stop_strings need tokenizer=vlm.tokenizer beside them")
+
+
+def _check_in_force(asked: dict[str, Any]) -> None:
+    """Refuse what would be ignored, such as a temperature where nothing is drawn."""
+    plain = neutral()
+    for name in _idle(asked):
+        # The neutral value, or transformers' own, says nothing.
+        if asked.get(name) not in (None, plain[name], *((50,) if name == "top_k" else ())):
+            need = "do_sample=True" if name in ONLY_IN["do_sample"] else "num_beams above 1"
+            raise UsageError(f"{name}={asked[name]!r} does nothing without {need}; give both or none")
+
+
+def _idle(held: dict[str, Any]) -> tuple[str, ...]:
+    """Settings that do nothing beside those that are held."""
+    sampled, beams = bool(held.get("do_sample")), (held.get("num_beams") or 1) > 1
+    return (*(() if sampled else ONLY_IN["do_sample"]), *(() if beams else ONLY_IN["num_beams"]))
 
 
 def settings_of(config: Any) -> dict[str, Any]:
     """The settings in force: the greatest number of new tokens, and all that are not neutral."""
     held, plain = config.to_dict(), neutral() | {"disable_compile": True}
     # Of two limits the one on new tokens holds.
+    idle = _idle(held)
     ends = "max_length" if held.get("max_new_tokens") is not None else ""
     left = (*TOKENS, "transformers_version", ends)
     return {
         name: value
         for name, value in held.items()
         if value is not None
-        and name not in left
+        and name not in (*left, *idle)
         and not name.startswith("_")
         # What is off may be False, 0 or nothing.
         and (value or None) != (plain.get(name) or None)
@@ -114,6 +170,18 @@ def in_force(vlm: TracedModel, options: dict[str, Any]) -> Any:
         return vlm.model._prepare_generation_config(None, **settings)[0]
     except ValueError as error:
         raise UsageError(f"generate refuses its options: {error}") from error
+
+
+@contextmanager
+def told(passes: Passes) -> Iterator[None]:
+    """Within the block, what transformers says of options before the first pass is told as a fault of these."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, ImportError, AssertionError) as error:
+        within = any(frame.name == "_call_impl" for frame in traceback.extract_tb(error.__traceback__))
+        if isinstance(error, UsageError) or within or passes.now is not None:
+            raise
+        raise UsageError(f"generate refuses its options: {' '.join(str(error).split()):.300}") from error
 
 
 def _check_chunks(vlm: TracedModel, encoded: Encoded, config: Any) -> None:

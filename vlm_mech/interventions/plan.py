@@ -18,7 +18,7 @@ from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
-from vlm_mech.inputs.span import Cells, Span
+from vlm_mech.inputs.span import Cells, Each, Span, in_order, whole_images
 from vlm_mech.interventions.passes import Batch, Window
 from vlm_mech.interventions.specification import (
     Ablate,
@@ -151,11 +151,14 @@ class Plan:
         ]
 
 
-def plan(vlm: TracedModel, encoded: Batch, intervention: Intervention | None, read: ReadStates) -> Plan:
+def plan(
+    vlm: TracedModel, encoded: Batch, intervention: Intervention | None, read: ReadStates, *, generating: bool = False
+) -> Plan:
     """The concrete edits of an intervention on this batch.
 
     Args:
         read: reads states of a batch, for sources and references given as prompts.
+        generating: whether there will be generated tokens to edit.
 
     Raises:
         UsageError: a layer or head out of range, an empty span, a source of another length or with NaN, an attention
@@ -171,6 +174,9 @@ def plan(vlm: TracedModel, encoded: Batch, intervention: Intervention | None, re
                 made.writes.setdefault(write.site, []).append(write)
         else:
             raise UsageError(f"{type(part).__name__} is not an intervention; Replace, Ablate, Steer, Knockout are")
+    edits = [each for several in (*made.writes.values(), *made.cuts.values()) for each in several]
+    if not generating and any(each.generated for each in edits):
+        raise UsageError("generated tokens are edited by generate alone; a pass over prompts has none")
     return made
 
 
@@ -178,7 +184,15 @@ def _split_generated(span: Span) -> tuple[Span | None, bool]:
     if span == GENERATED:
         return None, True
     if isinstance(span, tuple) and GENERATED in span:
-        return tuple(part for part in span if part != GENERATED), True
+        left = tuple(part for part in span if part != GENERATED)
+        return left or None, True
+    if isinstance(span, Each):
+        parts = [_split_generated(part) for part in span.spans]
+        of_prompt = [part for part, _ in parts if part is not None]
+        generated = {generated for _, generated in parts}
+        if len(generated) > 1 or len(of_prompt) not in (0, len(parts)):
+            raise UsageError("generated tokens are edited for every example of an Each, or for none")
+        return Each(tuple(of_prompt)) if of_prompt else None, generated == {True}
     return span, False
 
 
@@ -194,7 +208,8 @@ def _writes(vlm: TracedModel, encoded: Batch, part: StateEdit, read: ReadStates)
     source = _source(part, encoded, read)
     writes = []
     for site in part.sites:
-        cells = None if span is None else encoded.cells(span, place=site.place)
+        ordered = isinstance(part, Replace) and part.source_span is not None and in_order(part.span, part.source_span)
+        cells = None if span is None else encoded.cells(span, place=site.place, ordered=ordered)
         change = _change(vlm, part, site, cells, encoded, source)
         n_heads = vlm.n_heads(site.stream)
         writes.append(Write(type(part).__name__, site, cells, part.heads, n_heads, change, generated))
@@ -243,7 +258,7 @@ def _change(
             f"{type(part).__name__} at {site}: span {part.span!r} of example {example} has {wanted[example]} tokens, "
             f"its source has {counts[example]}; both must be equal"
         )
-    if isinstance(part, Replace) and part.source_span is None and source is not None:
+    if isinstance(part, Replace) and source is not None:
         _check_grids(part, site, cells, encoded, source.encoded)
     return lambda old, chosen=None: taken.states(chosen).to(old.device)
 
@@ -255,6 +270,12 @@ def _check_grids(part: Replace, site: Site, cells: Cells, encoded: Batch, source
     pairs = set(zip(cells.rows.tolist(), cells.positions.tolist(), strict=True))
     for example, row in enumerate(encoded.rows):
         own, other = encoded.grids(example), source.grids(example)
+        if part.source_span is not None:
+            # Tokens that are named one by one are paired as they are named.
+            own = whole_images(row, part.span, example)
+            other = whole_images(source.rows[example], part.source_span, example)
+            if not own or not other:
+                continue
         touched = site.stream != "llm" or any((example, position) in pairs for position in row.image)
         if touched and own != other:
             raise UsageError(
@@ -283,13 +304,14 @@ class Taken:
 
 
 def _taken(part: StateEdit, site: Site, source: Activations) -> Taken:
-    span = part.source_span if isinstance(part, Replace) and part.source_span is not None else part.span
-    span, _ = _split_generated(span)
+    other = part.source_span if isinstance(part, Replace) else None
+    ordered = other is not None and in_order(part.span, other)
+    span, _ = _split_generated(part.span if other is None else other)
     if span is None:
         raise UsageError(
             f"{type(part).__name__}(to='mean') at generated tokens needs a span of the prompt to average over"
         )
-    taken = Taken(source[site], source.encoded.cells(span, place=site.place))
+    taken = Taken(source[site], source.encoded.cells(span, place=site.place, ordered=ordered))
     if taken.states().isnan().any():
         raise UsageError(f"the source of {type(part).__name__} at {site} holds NaN")
     return taken
@@ -319,8 +341,9 @@ def _steer(vlm: TracedModel, part: Steer, site: Site) -> Callable[[Tensor], Tens
     width = vlm.width(site)
     if part.vector.shape != (width,):
         raise UsageError(f"a steering vector for {site} has shape ({width},), not {tuple(part.vector.shape)}")
-    if part.vector.isnan().any():
-        raise UsageError(f"the steering vector for {site} holds NaN")
+    if not part.vector.isfinite().all():
+        held = "NaN" if part.vector.isnan().any() else "infinite numbers"
+        raise UsageError(f"the steering vector for {site} holds {held}")
     return lambda old, chosen=None: old + part.scale * part.vector.to(old.device, old.dtype)
 
 
@@ -331,8 +354,8 @@ def _cuts(vlm: TracedModel, encoded: Batch, part: Knockout) -> list[Cut]:
     query, generated = _split_generated(part.query)
     if generated and part.stream != "llm":
         raise UsageError(f"generated tokens do not pass through the {part.stream} tower")
-    queries = _per_row(encoded, query, part.stream)
-    keys = _per_row(encoded, part.key, part.stream)
+    queries = {} if query is None else encoded.cells(query, place=part.stream).by_row
+    keys = _keys(encoded, part.key, part.stream)
     n_heads = vlm.n_heads(part.stream)
     cuts = []
     for layer in part.each_layer:
@@ -346,10 +369,8 @@ def _named(span: Any) -> str:
     return span if isinstance(span, str) else type(span).__name__
 
 
-def _per_row(encoded: Batch, span: Span | None, stream: str) -> dict[int, tuple[int, ...]]:
-    if span is None:
-        return {}
-    if span == GENERATED or (isinstance(span, tuple) and GENERATED in span):
+def _keys(encoded: Batch, span: Span, stream: str) -> dict[int, tuple[int, ...]]:
+    if _split_generated(span)[1]:
         raise UsageError("generated tokens can be queries of a knockout, not keys")
     return encoded.cells(span, place=stream).by_row
 

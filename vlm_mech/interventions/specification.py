@@ -4,16 +4,17 @@ An intervention says where (site, layers, span, heads) and what; `trace.run` and
 return a receipt for each part.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
-from typing import TYPE_CHECKING, Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Literal, cast
 
 from vlm_mech.architectures.site import Site, listed_sites
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
-from vlm_mech.inputs.span import Span
+from vlm_mech.inputs.span import Span, settled
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def as_intervention(given: object) -> Intervention:
 
 
 def _shown(given: object) -> str:
-    text = repr(given)
+    text = " ".join(repr(given).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -97,7 +98,8 @@ class StateEdit(Intervention):
         for site in listed_sites(self.sites, name):
             if self.heads is not None and site.point != "head_out":
                 raise UsageError(f"heads can be chosen at head_out sites only, not at {site}")
-        _whole_numbers(f"heads of {name}", () if self.heads is None else self.heads)
+        _check_heads(name, self.heads)
+        object.__setattr__(self, "span", settled(self.span))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -105,8 +107,19 @@ class StateEdit(Intervention):
         return tuple(self.site) if isinstance(self.site, list | tuple) else (self.site,)
 
 
+def _check_heads(name: str, heads: object) -> None:
+    if heads is None:
+        return
+    _whole_numbers(f"heads of {name}", heads)
+    if not tuple(cast(Iterable[int], heads)):
+        raise UsageError(f"{name} names no head; leave heads out for all of them")
+
+
 def _whole_numbers(what: str, given: object) -> None:
-    if not isinstance(given, Iterable) or any(not isinstance(each, Integral) for each in given):
+    whole = isinstance(given, Iterable) and all(
+        isinstance(each, Integral) and not isinstance(each, bool) for each in given
+    )
+    if not whole:
         raise UsageError(f"{what} are {_shown(given)}; whole numbers are needed, such as (0, 1)")
 
 
@@ -126,7 +139,8 @@ class Replace(StateEdit):
     """Puts the states of another run in place of this run's (interchange intervention, activation patching).
 
     Example by example, the states of `source` at `source_span` (by default the same span) are written at `span`; both
-    must have the same number of tokens.
+    must have the same number of tokens. `Patches`, `Positions` and `Tokens` are paired in the order given, as are
+    images and words of two tuples; other tokens from the first to the last.
     """
 
     source: Source = field(kw_only=True)
@@ -135,6 +149,8 @@ class Replace(StateEdit):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_source("the source of Replace", self.source)
+        if self.source_span is not None:
+            object.__setattr__(self, "source_span", settled(self.source_span))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +186,10 @@ class Steer(StateEdit):
         super().__post_init__()
         if not isinstance(self.vector, Tensor):
             raise UsageError(f"the vector of Steer is a {type(self.vector).__name__}; a torch tensor is needed")
+        if self.vector.is_complex():
+            raise UsageError("the vector of Steer is complex; a real one is needed")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not math.isfinite(self.scale):
+            raise UsageError(f"the scale of Steer is {_shown(self.scale)}; a finite number is needed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +212,9 @@ class Knockout(Intervention):
         # An iterator would be used up by the first look.
         given = tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,)
         _whole_numbers("layers of Knockout", self.layers if isinstance(self.layers, str) else given)
-        _whole_numbers("heads of Knockout", () if self.heads is None else self.heads)
+        _check_heads("Knockout", self.heads)
+        object.__setattr__(self, "query", settled(self.query))
+        object.__setattr__(self, "key", settled(self.key))
         object.__setattr__(self, "layers", given)
         if not self.each_layer:
             raise UsageError("Knockout names no layer")

@@ -22,10 +22,11 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.attention import Cutting, cutting
-from vlm_mech.interventions.generating import check_generation, decoding_options, new_ids
+from vlm_mech.interventions.foreign_hooks import hooks_at
+from vlm_mech.interventions.generating import check_generation, decoding_options, new_ids, told
 from vlm_mech.interventions.passes import Batch, Passes, Window, prompt_pass
 from vlm_mech.interventions.plan import Plan, plan
-from vlm_mech.interventions.receipt import Receipt, verify
+from vlm_mech.interventions.receipt import Receipt, ReceiptError, verify
 from vlm_mech.interventions.specification import Activations, Intervention
 from vlm_mech.interventions.timeline import Step, decoder_inputs_key, read_site_step, steps_of
 from vlm_mech.interventions.verification import Proofs, receipts_of
@@ -131,6 +132,8 @@ def read(
         vlm.check_site(site)
         if site.stream != "llm" and "pixel_values" not in encoded.inputs:
             raise UsageError(f"{site} needs an image, but the prompts have none")
+        if hooks := hooks_at(vlm, site):
+            warnings.warn(f"{site} is read before {hooks} may change the states", stacklevel=2)
     values: dict[Site, Tensor] = {}
     reads = [read_site_step(vlm, encoded, site, values) for site in wanted]
     if intervention is None:
@@ -192,12 +195,13 @@ def run(
     """
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
+    if baseline is not None:
+        _check_baseline(baseline, encoded)
     logits, proofs, cuts = _edited(vlm, encoded, made)
     made_run = Run(logits, encoded)
     if made_run.readout.isnan().any():
-        raise WorkError(
-            f"NaN logits{' after ' + str(intervention) if intervention else ''}: the activations are broken"
-        )
+        what = " & ".join(type(part).__name__ for part in intervention.flat()) if intervention else ""
+        raise WorkError(f"NaN logits{what and ' after '}{what}: the activations are broken")
     if intervention is None:
         return made_run
     baseline = baseline or run(vlm, encoded)
@@ -209,6 +213,17 @@ def run(
         pairs = zip(receipts, own, strict=True)
         receipts = tuple(dataclasses.replace(receipt, own_readout_change=change) for receipt, change in pairs)
     return Run(logits, encoded, receipts)
+
+
+def _check_baseline(baseline: Any, encoded: Batch) -> None:
+    """The change that a receipt tells is that against the plain run of the same prompts."""
+    if not isinstance(baseline, Run):
+        raise UsageError(f"a baseline is what run(vlm, prompts) gives, not a {type(baseline).__name__}")
+    if baseline.receipts:
+        raise UsageError("the baseline is an edited run; give the run of the same prompts without an intervention")
+    own, other = encoded.inputs, baseline.encoded.inputs
+    if own.keys() != other.keys() or not all(torch.equal(own[name], other[name]) for name in own):
+        raise UsageError("the baseline is a run of other prompts; give that of the prompts that are edited")
 
 
 def _edited(vlm: TracedModel, encoded: Batch, made: Plan) -> tuple[Tensor, Proofs, dict[torch.nn.Module, Cutting]]:
@@ -242,9 +257,9 @@ def generate(
         ReceiptError: the intervention did not take effect.
     """
     check_decoder(vlm, "generate")
-    encoded = _as_encoded(vlm, prompts, max_new_tokens)
-    made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
     options = decoding_options(options, settings=settings, max_new_tokens=max_new_tokens)
+    encoded = _as_encoded(vlm, prompts, options["max_new_tokens"])
+    made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites), generating=True)
     copies, used = check_generation(vlm, encoded, made, options)
     passes, proofs = Passes(len(encoded), encoded.n_pos, copies), Proofs(vlm, encoded, made)
     cuts = _cuts(vlm, encoded, made, passes)
@@ -284,7 +299,7 @@ def _generated(
         if window.new:
             proofs.take(window)
 
-    with torch.no_grad(), _alone(vlm), warnings.catch_warnings():
+    with torch.no_grad(), _alone(vlm), told(passes), warnings.catch_warnings():
         # An answer may end before the limit; the open loop over passes then ends early, which nnsight remarks upon.
         warnings.filterwarnings("ignore", message="(?s).*was never reached")
         with vlm.nn.generate(**options) as tracer:
@@ -354,5 +369,11 @@ def _cuts(vlm: TracedModel, encoded: Batch, made: Plan, passes: Passes | None = 
 
 def _proved(proofs: Proofs, cuts: dict[torch.nn.Module, Cutting], moved: float) -> tuple[Receipt, ...]:
     receipts = receipts_of(proofs, list(cuts.values()), moved)
-    verify(receipts)
+    try:
+        verify(receipts)
+    except ReceiptError as error:
+        hooks = [hooks_at(proofs.vlm, site) for site in proofs.made.writes]
+        if not any(hooks):
+            raise
+        raise ReceiptError(f"{error}: {'; '.join(filter(None, hooks))} may change the states; remove it") from error
     return receipts

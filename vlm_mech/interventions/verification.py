@@ -19,6 +19,8 @@ from vlm_mech.interventions.plan import Plan, Write
 from vlm_mech.interventions.receipt import KnockoutReceipt, Receipt, ReceiptError, WriteReceipt
 from vlm_mech.interventions.timeline import Seen, witness_of
 
+NONE_GENERATED = "every answer ended with its first token, so no pass had a generated token to edit"
+
 
 @dataclasses.dataclass(eq=False)
 class Proofs:
@@ -29,6 +31,7 @@ class Proofs:
     made: Plan
     seen: Seen = dataclasses.field(default_factory=Seen)
     receipts: dict[Site, WriteReceipt] = dataclasses.field(default_factory=dict)
+    saw_generated: bool = False
 
     def take(self, window: Window) -> None:
         """Proves what the pass that just ended has written; of several passes the worst is kept.
@@ -36,6 +39,7 @@ class Proofs:
         Raises:
             ReceiptError: an edit did not take effect.
         """
+        self.saw_generated |= window.has_generated
         for site, writes in self.made.writes.items():
             unread = witness_of(self.vlm, site) is None and site in self.seen.written and site not in self.receipts
             if not unread and site not in self.seen.received:
@@ -62,12 +66,18 @@ def receipts_of(proofs: Proofs, cuttings: Sequence[Cutting], moved: float) -> tu
     vlm, encoded, made = proofs.vlm, proofs.encoded, proofs.made
     receipts: list[Receipt] = []
     for site, writes in sorted(made.writes.items(), key=lambda item: item[0].order):
+        if site not in proofs.receipts and not proofs.saw_generated and all(write.cells is None for write in writes):
+            receipts.append(WriteReceipt(_named(writes), str(site), 0, 0.0, "", 0.0, 0.0, False, NONE_GENERATED, moved))
+            continue
         if site not in proofs.receipts:
             raise ReceiptError(f"{_named(writes)} at {site}: the site was never reached")
         receipts.append(dataclasses.replace(proofs.receipts[site], pass_readout_change=moved))
     layers = zip(made.cuts, cuttings, strict=True)
     for where, cutting in sorted(layers, key=lambda item: item[0]):
-        receipts.append(_knockout_receipt(vlm, encoded, where, cutting, moved))
+        receipt = _knockout_receipt(vlm, encoded, where, cutting, moved)
+        if not proofs.saw_generated and all(cut.generated and not cut.queries for cut in cutting.cuts):
+            receipt = dataclasses.replace(receipt, reaches=False, reason=NONE_GENERATED)
+        receipts.append(receipt)
     return tuple(receipts)
 
 
