@@ -169,8 +169,8 @@ def main(
 
 
 def check_n(n: int | None, fewest: int) -> None:
-    """Raises `UsageError` where fewer examples are asked for than something can be said of."""
-    if n is not None and n < fewest:
+    """Raises `UsageError` where fewer examples are asked for than something can be said of; none is refused on loading."""
+    if n is not None and 0 < n < fewest:
         raise UsageError(f"--n is {n}; at least {fewest} examples are needed")
 
 

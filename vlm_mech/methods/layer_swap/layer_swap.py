@@ -15,6 +15,7 @@ from vlm_mech.methods.layer_swap.findings import findings
 from vlm_mech.methods.layer_swap.study import METRICS, swap_states
 from vlm_mech.results.result import Result
 from vlm_mech.runs.contract import about, remarks
+from vlm_mech.sweeps.asked import check_once
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -63,6 +64,7 @@ def layer_swap(
     """
     if batch < 1:
         raise UsageError(f"batch is {batch}; at least 1 is needed")
+    check_once([pair.id for pair in pairs], "a pair with the id")
     pairs = fitting(vlm, pairs)
     sites, spans = swap_sites(vlm, site, point), listed(spans) or default_spans(vlm, site)
     directions = listed(directions)
