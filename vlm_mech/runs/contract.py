@@ -169,7 +169,8 @@ def main(
 
 
 def check_n(n: int | None, fewest: int) -> None:
-    """Raises `UsageError` where fewer examples are asked for than something can be said of; none is refused on loading."""
+    """Raises `UsageError` where fewer examples are asked for than something can be said of."""
+    # What loads the data refuses none at all.
     if n is not None and 0 < n < fewest:
         raise UsageError(f"--n is {n}; at least {fewest} examples are needed")
 
