@@ -116,4 +116,4 @@ def _probe_data(config: Config) -> str | None:
 
 
 if __name__ == "__main__":
-    main(Config, run, name="blur_decay")
+    main(Config, run, name="blur_decay", fewest=2)

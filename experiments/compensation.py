@@ -116,4 +116,4 @@ def _site(config: Config, vlm: Any, examples: "Examples", readout: Any) -> tuple
 
 
 if __name__ == "__main__":
-    main(Config, run, name="compensation", plan=plan)
+    main(Config, run, name="compensation", plan=plan, fewest=2)

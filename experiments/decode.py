@@ -92,4 +92,4 @@ def _kept(config: Config, work: Workspace, vlm: Any, pairs: Any, settings: Any, 
 
 
 if __name__ == "__main__":
-    main(Config, run, name="decode")
+    main(Config, run, name="decode", fewest=2)

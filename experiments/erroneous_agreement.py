@@ -103,4 +103,4 @@ def _look(config: Config, work: Workspace, vlm: Any, encoder: Any, data: "Sequen
 
 
 if __name__ == "__main__":
-    main(Config, run, name="erroneous_agreement")
+    main(Config, run, name="erroneous_agreement", fewest=4)

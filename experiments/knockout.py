@@ -89,4 +89,4 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 
 if __name__ == "__main__":
-    main(Config, run, name="knockout", plan=plan)
+    main(Config, run, name="knockout", plan=plan, fewest=2)

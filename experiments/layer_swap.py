@@ -11,7 +11,7 @@ from typing import Any
 from experiments._swap_config import Config
 from experiments._weight_swap import swap_weights
 from vlm_mech.errors import UsageError
-from vlm_mech.runs.contract import about, main
+from vlm_mech.runs.contract import about, check_n, main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
@@ -37,6 +37,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
     from vlm_mech.models.vlm import VLM
 
+    check_n(config.n, 2)
     pairs = load_pairs(config.data or "scenes/colour", n=config.n, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
     directions = DIRECTIONS if config.direction == "both" else (config.direction,)

@@ -77,4 +77,4 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 
 if __name__ == "__main__":
-    main(Config, run, name="score")
+    main(Config, run, name="score", fewest=2)

@@ -116,4 +116,4 @@ def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(Config, run, name="visual_flow", plan=plan)
+    main(Config, run, name="visual_flow", plan=plan, fewest=2)

@@ -154,6 +154,8 @@ WRONG = [
     (["--n", "many"], 2, "--n"),
     (["--attn", "flash_attention_2"], 2, "--attn"),
     (["--device", "gpu"], 2, "device 'gpu' is not usable here"),
+    (["--spans", "image", "image"], 2, "the span 'image' is given twice; once is needed"),
+    (["--n", "1"], 2, "--n is 1; at least 2 examples are needed"),
     (["--spans", "picture"], 2, "span 'picture' is not known here; named spans"),
     (["--banana"], 2, "--banana"),
     (["--config", "missing.json"], 2, "config 'missing.json' cannot be read"),

@@ -24,6 +24,14 @@ def test_ties_count_against_the_model():
     assert metrics.correct(LOGITS, torch.tensor([1, 0])).tolist() == [False, True]
 
 
+def test_an_answer_without_a_number_is_the_worst():
+    """NaN is neither above nor below: its rank was 0, better than the best."""
+    nan = float("nan")
+    logits = torch.tensor([[nan, 1.0, 2.0], [nan, nan, nan], [3.0, nan, 2.0]])
+    assert metrics.rank(logits, torch.tensor([0, 1, 0])).tolist() == [3, 3, 2]
+    assert not metrics.correct(logits, torch.tensor([0, 1, 0])).any()
+
+
 def test_divergence_is_zero_for_itself_and_asymmetric():
     assert metrics.kl(LOGITS, LOGITS).abs().max() < 1e-6
     p, q = torch.softmax(LOGITS[:1], -1)[0], torch.softmax(LOGITS[1:], -1)[0]

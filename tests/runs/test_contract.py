@@ -310,3 +310,11 @@ def test_help_is_quick():
     assert done.returncode == 0 and "--overwrite" in done.stdout, done.stderr
     # Two seconds on an idle machine; several times that on one that is busy.
     assert time.monotonic() - start < 10
+
+
+def test_fewer_examples_than_something_can_be_said_of_are_refused_before_the_run(tmp_path, capsys):
+    given = ["--n", "1", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        contract.main(fake_run.Config, lambda *_: pytest.fail("it ran"), name="fake", fewest=2, argv=given)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: --n is 1; at least 2 examples are needed\n"
+    assert not (tmp_path / "out").exists()

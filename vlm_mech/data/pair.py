@@ -1,5 +1,7 @@
 """One counterfactual pair: two images, one question, two answers."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,3 +37,16 @@ class Pair:
             raise UsageError(f"pair {self.id}: both answers are {self.answer!r:.60}; they must differ")
         if self.conflict not in (None, *SIDES):
             raise UsageError(f'pair {self.id}: conflict is {self.conflict!r:.60}; "first", "second" or null is needed')
+
+
+def with_own_groups(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+    """The pairs; one without a group, whose id is the group of others, gets a group of its own beside theirs."""
+    groups = {pair.group for pair in pairs if pair.group}
+    own: dict[str, str] = {}
+    for name in (pair.id for pair in pairs if not pair.group and pair.id in groups):
+        own[name] = f"pair {name}"
+        while own[name] in groups or own[name] in {pair.id for pair in pairs}:
+            own[name] = f"pair {own[name]}"
+    return tuple(
+        pair if pair.group or pair.id not in own else dataclasses.replace(pair, group=own[pair.id]) for pair in pairs
+    )

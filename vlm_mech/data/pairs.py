@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS, sample_pairs
-from vlm_mech.data.pair import SIDES, Pair
+from vlm_mech.data.pair import SIDES, Pair, with_own_groups
 from vlm_mech.data.pair_folder import FILE, read_pairs
 from vlm_mech.data.render import render
 from vlm_mech.data.scenes import check_split
@@ -60,6 +61,7 @@ class Pairs:
                 what = type(odd[0]).__name__
                 raise UsageError(f"{name} of {self.name!r} holds a {what}; a tuple of {kind.__name__} is needed")
             object.__setattr__(self, name, tuple(given))
+        object.__setattr__(self, "pairs", with_own_groups(self.pairs))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -246,12 +248,13 @@ def linked(pairs: Pairs) -> Pairs:
     images = [*(pair.image for pair in pairs), *(pair.counterfactual_image for pair in pairs)]
     shown = [pixel_hash(image) for image in images]
     numbers = components([*groups, *groups], shown)[: len(groups)].tolist() if groups else []
-    first: dict[int, str] = {}
+    first, sizes = dict[int, str](), Counter(numbers)
     for number, group in zip(numbers, groups, strict=True):
         first.setdefault(number, group)
+    # The first of several says its group too: one without a group is no part of a group that has its id.
     changed = [
-        pair if first[number] == group else dataclasses.replace(pair, group=first[number])
-        for pair, number, group in zip(pairs, numbers, groups, strict=True)
+        pair if pair.group == first[number] or sizes[number] == 1 else dataclasses.replace(pair, group=first[number])
+        for pair, number in zip(pairs, numbers, strict=True)
     ]
     return dataclasses.replace(pairs, pairs=tuple(changed))
 

@@ -53,9 +53,9 @@ def prob(logits: Float[Tensor, "batch vocab"], answer: Int[Tensor, "batch"]) -> 
 
 
 def rank(logits: Float[Tensor, "batch vocab"], answer: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
-    """Rank of the answer's first token, 1 for the best; tokens with an equal logit count as better."""
+    """Rank of the answer's first token, 1 for the best; tokens with an equal logit, or NaN, count as better."""
     logits = logits.float()
-    return (logits >= _at(logits, answer)[:, None]).sum(-1)
+    return (~(logits < _at(logits, answer)[:, None])).sum(-1)
 
 
 def kl(logits: Float[Tensor, "batch vocab"], reference: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:

@@ -7,7 +7,7 @@ column of its own and one named `METRIC_baseline` with the example's value in th
 import dataclasses
 import html
 import json
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,16 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from vlm_mech.errors import UsageError
+from vlm_mech.results.result_checks import (
+    COLUMNS,
+    check_axis_values,
+    check_columns,
+    check_complete,
+    check_drawn,
+    check_groups,
+    check_json,
+    check_numbers,
+)
 from vlm_mech.results.statistics import (
     bootstrap_means,
     corrected,
@@ -28,8 +38,6 @@ from vlm_mech.results.statistics import (
 
 SHARE = "share"
 """Unit of what lies between 0 and 1 in every example."""
-SCALARS = (str, bool, int, float, np.generic)
-"""What an axis may hold."""
 N_RESAMPLES = 2000
 """Bootstrap resamples."""
 N_SIGN_FLIPS = 100_000
@@ -48,6 +56,10 @@ class Metric:
     description: str
     signed: bool = False
     against: str = "unedited"
+
+    def __post_init__(self) -> None:
+        if self.name in COLUMNS:
+            raise UsageError(f"a metric is called {self.name!r}, a column of every result; another name is needed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +81,9 @@ class Result:
     """Summaries made so far, by what they were made from."""
 
     def __post_init__(self) -> None:
+        if not self.metrics:
+            raise UsageError(f"{self.name} has no metric; a result needs one at least")
+        check_columns(self.axes, [metric.name for metric in self.metrics])
         wanted = ["example", *self.axes]
         for metric in self.metrics:
             wanted += [metric.name, f"{metric.name}_baseline"]
@@ -77,13 +92,15 @@ class Result:
             raise UsageError(f"the table of {self.name} lacks the column(s) {', '.join(missing)}")
         if self.table.empty:
             raise UsageError(f"the table of {self.name} is empty")
-        _check_axes(self.table, self.axes)
-        _check_complete(self.table, self.axes)
+        check_axis_values(self.table, self.axes)
+        check_complete(self.table, self.axes)
         for metric in self.metrics:
-            _check_numbers(self.table, metric.name)
-            _check_numbers(self.table, f"{metric.name}_baseline")
+            check_numbers(self.table, metric.name)
+            check_numbers(self.table, f"{metric.name}_baseline")
         if "group" in self.table:
-            _check_groups(self.table)
+            check_groups(self.table)
+        for name in ("config", "provenance"):
+            check_json(getattr(self, name), f"{name} of {self.name}")
 
     @property
     def plan(self) -> dict[str, Any] | None:
@@ -133,8 +150,7 @@ class Result:
         values of a share are 0, or all are 1, resampling gives no width and Wilson's interval over groups stands. p is
         from a two-sided sign-flip test of the effect (value less baseline), corrected over the cells of a metric.
         """
-        if not 0 < level < 1:
-            raise UsageError(f"level is {level}; a number between 0 and 1 is needed, such as 0.95")
+        check_drawn(level, seed)
         chosen = self.metrics if metric is None else (self.metric(metric),)
         options = {"n_resamples": n_resamples, "seed": seed}
         tables = []
@@ -190,8 +206,10 @@ class Result:
         """Paired difference `one - other` between two cells: n, mean, ci_low, ci_high, p.
 
         Raises:
-            UsageError: a cell does not exist.
+            UsageError: an axis or a cell does not exist.
         """
+        check_drawn(level, seed)
+        self._check_named([*one, *other])
         values, cells = self.matrix(self.metric(metric).name), self.cells
         columns = [_only(cells, cell) for cell in (one, other)]
         difference = (values[:, columns[0]] - values[:, columns[1]])[:, None]
@@ -205,18 +223,22 @@ class Result:
     ) -> dict[str, Any]:
         """The first value of an ordered axis at which the mean is above a threshold (below it unless `rising`).
 
-        Returns `at` with a 95 % bootstrap interval `low` to `high`; None stands for beyond the last value.
+        Numbers are taken from the lowest on, whatever the order of the table, and text in its order. Returns `at` with
+        a 95 % bootstrap interval `low` to `high`; None stands for beyond the last value.
 
         Raises:
-            UsageError: no cell is so named, several are for one value of the axis, or one has no value.
+            UsageError: no axis or cell is so named, several are for one value of the axis, or one has no value.
         """
         cells = self.cells
+        self._check_named([*where, axis])
         rows = [index for index, row in cells.iterrows() if all(row[name] == value for name, value in where.items())]
         if not rows:
             raise UsageError(f"no cell of {self.name} has {where}")
         if cells.loc[rows, axis].duplicated().any():
             free = sorted(set(self.axes) - set(where) - {axis})
             raise UsageError(f"{where} names several cells for one {axis}; say which {' and '.join(free)}")
+        if pd.api.types.is_numeric_dtype(cells[axis]):
+            rows = cells.loc[rows, axis].sort_values(kind="stable").index.tolist()
         values = self.matrix(self.metric(metric).name)[:, rows]
         if np.isnan(values).all(0).any():
             raise UsageError(f"{where} has cells without any value; their mean is neither above nor below {threshold}")
@@ -227,6 +249,11 @@ class Result:
         first = np.hstack([over, np.ones((len(over), 1), bool)]).argmax(1)
         low, high = np.percentile(first[1:], [2.5, 97.5], method="nearest").astype(int)
         return {"at": steps[first[0]], "low": steps[low], "high": steps[high]}
+
+    def _check_named(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.axes:
+                raise UsageError(f"{self.name} has no axis {name!r}; it has {', '.join(self.axes)}")
 
     def save(self, folder: str | Path) -> None:
         """Writes `result.parquet`, `result.json`, `summary.csv`, `config.json` and `provenance.json`."""
@@ -268,49 +295,6 @@ class Result:
         title = f"{html.escape(self.name)}: {n_examples} examples, {n_cells} cells"
         findings = "".join(f"<li>{html.escape(finding)}</li>" for finding in self.findings)
         return f"<div><b>Result</b> {title}<ul>{findings}</ul></div>"
-
-
-def _check_axes(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
-    """Values that could not be told apart, or not be kept in a file."""
-    for axis in axes:
-        if table[axis].dtype != object:
-            continue
-        kinds = {type(value): value for value in table[axis] if not pd.api.types.is_scalar(value) or pd.notna(value)}
-        wrong = next((value for kind, value in kinds.items() if not issubclass(kind, SCALARS)), None)
-        if wrong is not None:
-            said = " ".join(repr(wrong).split())[:80]
-            raise UsageError(f"axis {axis} holds {said}, a {type(wrong).__name__}; numbers or text are needed")
-        if len({issubclass(kind, str) for kind in kinds}) > 1:
-            raise UsageError(f"axis {axis} holds both text and numbers; one of these is needed")
-
-
-def _check_complete(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
-    keys = table[["example", *axes]]
-    repeated = keys[keys.duplicated().to_numpy()]
-    if len(repeated):
-        twice = repeated.iloc[0].to_dict()
-        raise UsageError(f"the table has two rows for {twice}")
-    if keys.isna().to_numpy().any():
-        raise UsageError("the table has a row without example or axis value")
-    n_cells = len(table[list(axes)].drop_duplicates())
-    for example, count in Counter(table["example"]).items():
-        if count != n_cells:
-            raise UsageError(f"example {example!r} has {count} of {n_cells} cells; every example needs every cell")
-
-
-def _check_numbers(table: pd.DataFrame, column: str) -> None:
-    if table[column].dtype.kind not in "biuf":
-        raise UsageError(f"column {column} holds {table[column].dtype}; numbers are needed, NaN where one is missing")
-    endless = np.isinf(table[column].to_numpy(dtype=float))
-    if endless.any():
-        example = table["example"].to_numpy()[endless.argmax()]
-        raise UsageError(f"{column} of example {example!r} is infinite; a missing value is NaN")
-
-
-def _check_groups(table: pd.DataFrame) -> None:
-    split = table.groupby("example", sort=False, observed=True)["group"].nunique(dropna=False)
-    if int(split.max()) > 1 or table["group"].isna().to_numpy().any():
-        raise UsageError(f"example {split.idxmax()!r} has {split.max()} groups, or none; every example needs one group")
 
 
 def _mean(values: Float[np.ndarray, "example cell"]) -> Float[np.ndarray, "cell"]:

@@ -144,18 +144,21 @@ def main(
     *,
     name: str,
     plan: Callable[[ConfigT], object] | None = None,
+    fewest: int = 1,
     argv: Sequence[str] | None = None,
 ) -> None:
     """Runs an experiment from the command line and exits: 0 done, 1 failed work, 2 wrong use, 130 interrupted.
 
     Args:
         plan: what `--dry-run` prints instead of running.
+        fewest: examples without which nothing can be said; fewer are refused before anything is loaded.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
         with one_line_errors(debug=debug):
             config = parse(config_class, arguments, name=name)
+            check_n(config.n, fewest)
             if plan is not None and getattr(config, "dry_run", False):
                 print(plan(config))
             else:
@@ -163,6 +166,13 @@ def main(
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from here (without --overwrite)", file=sys.stderr)
         sys.exit(130)
+
+
+def check_n(n: int | None, fewest: int) -> None:
+    """Raises `UsageError` where fewer examples are asked for than something can be said of."""
+    # What loads the data refuses none at all.
+    if n is not None and 0 < n < fewest:
+        raise UsageError(f"--n is {n}; at least {fewest} examples are needed")
 
 
 def parse(config_class: type[ConfigT], arguments: Sequence[str], *, name: str) -> ConfigT:

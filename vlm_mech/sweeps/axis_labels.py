@@ -11,10 +11,10 @@ import torch
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
+from vlm_mech.results.result_checks import check_axes
 
 Axes = tuple[tuple[str, Any], ...]
 KINDS = ((bool,), (int,), (int, float), (str,))
-TAKEN = ("example", "group", "skipped")
 LONGEST = 60
 """Characters of a label; what is longer is cut, with a digest of all of it."""
 
@@ -33,9 +33,7 @@ def axis_table(points: Sequence[Axes], columns: Sequence[str] = ()) -> pd.DataFr
         if [name for name, _ in each] != names:
             own = ", ".join(name for name, _ in each)
             raise UsageError(f"a point has the axes {own}; those of the first are {', '.join(names)}")
-    lost = sorted({*TAKEN, *columns} & set(names))
-    if lost:
-        raise UsageError(f"an axis is called {lost[0]!r}, which is a column of every result; another name is needed")
+    check_axes(names, columns)
     table = pd.DataFrame({name: labels([dict(each)[name] for each in points]) for name in names})
     twice = table[table.duplicated().to_numpy()]
     if len(twice):

@@ -27,10 +27,11 @@ from vlm_mech.interventions.trace import refuse_open_trace, run
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.runs.workspace import Workspace
-from vlm_mech.sweeps.axis_labels import axis_table
+from vlm_mech.sweeps.asked import check_listed, check_once, check_whole, digest
+from vlm_mech.sweeps.axis_labels import axis_table, check_axes
 from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.memory import budget_of
-from vlm_mech.sweeps.rows_of_edits import RowsOfEdits
+from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def grid(**axes: Iterable[Any]) -> tuple[Point, ...]:
     """Every combination of the values, the last axis changing fastest.
 
     Raises:
-        UsageError: no axis, one without values, or one that is a single value.
+        UsageError: no axis, one without values, one that is a single value, or one called like a column of results.
     """
+    check_axes(tuple(axes))
     single = [name for name, each in axes.items() if isinstance(each, str) or not isinstance(each, Iterable)]
     if single:
         raise UsageError(f"axis {single[0]!r} is {axes[single[0]]!r}; a list of values is needed, of one it may be")
@@ -90,6 +92,22 @@ class Measure:
         single = [each for each in self.answers if isinstance(each, str)]
         if single:
             raise UsageError(f"{self.metric.name} is given the answer {single[0]!r}; a list is needed, one an example")
+
+    def values(self, logits: Tensor, ids: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+        """The number of each example, of shape batch.
+
+        Raises:
+            UsageError: the function gives something else, or an infinite number.
+        """
+        found, name = self.of(logits, *ids), self.metric.name
+        if not isinstance(found, Tensor) or found.shape != (len(names),) or found.is_complex():
+            what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise UsageError(f"{name} gives {what}; a tensor of {len(names)} real numbers is needed, one an example")
+        endless = found.double().isinf()
+        if endless.any():
+            example = names[int(endless.nonzero()[0])]
+            raise UsageError(f"{name} of example {example!r} is infinite; a missing value is NaN")
+        return found
 
     def ids(self, vlm: "VLM", encoded: Encoded, rows: slice = slice(None)) -> list[Tensor]:
         """First tokens of the answers of some rows, each of shape batch.
@@ -160,17 +178,21 @@ def sweep(
         holds the plan (`result.plan`), the summary of all receipts and the largest difference that the check found.
 
     Raises:
-        UsageError: an intervention does not fit, answers are missing, the points make no table, or a trace is open.
+        UsageError: an intervention does not fit, answers are missing, the points make no table, a trace is open, or
+            `work` keeps batches of another sweep.
         TooLargeError: a single point of a single example does not fit into the memory.
         ReceiptError: an intervention did not take effect.
         WorkError: the two engines disagree.
     """
     check_decoder(vlm, "sweep")
+    check_whole(batch=(batch, 1), max_cells=(max_cells, 1), check=(check, 0))
     measures = _measures(measure)
     job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm.device, memory))
     refuse_open_trace(vlm)
-    _check(job.prompts, points, measures)
+    _check(job, points, measures)
     job.places  # noqa: B018 - points that make no table are refused before any work
+    if work is not None:
+        work.made_of(job.asked(batch))
     planned = job.plan(batch) if engine == "fast" else None
     checked = random.Random(seed).sample(range(len(points)), min(check, len(points)))
     parts: list[tuple[pd.DataFrame, dict[str, Any]]] = []
@@ -215,6 +237,7 @@ def plan_sweep(
         TooLargeError: a single point of a single example does not fit into the memory.
     """
     check_decoder(vlm, "plan_sweep")
+    check_whole(batch=(batch, 1), max_cells=(max_cells, 1))
     job = _Job(vlm, data, points, intervention, (), "fast", max_cells, budget_of(vlm.device, memory))
     if not job.prompts or not points:
         raise UsageError("a sweep needs prompts and points of a grid")
@@ -230,6 +253,8 @@ def _measures(given: Any) -> tuple[Measure, ...]:
                 f"measure is {what}; logit_diff(answers, others), prob(answers) or a Measure is needed, such as "
                 "Measure(Metric('name', 'logits', 'what it is'), function, (answers,))"
             )
+    remedy = "; dataclasses.replace(measure, metric=dataclasses.replace(measure.metric, name='other')) gives another"
+    check_once([each.metric.name for each in found], "a measure called", remedy)
     return found
 
 
@@ -263,6 +288,9 @@ class _Job:
                 f"the intervention of a sweep is a {type(self.intervention).__name__}; a function of a point is "
                 "needed, such as lambda point: Ablate(Site('llm.resid_post', point.layer), 'image')"
             )
+        check_listed(self.points, Point, "points of a grid")
+        if not isinstance(self.data, Pairs):
+            check_listed(self.prompts, Prompt, "the data of a sweep")
 
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
@@ -288,9 +316,22 @@ class _Job:
         """The intervention at each point, over all the data."""
         return [as_intervention(self.intervention(point)) for point in self.points]
 
+    def asked(self, batch: int) -> dict[str, str]:
+        """What batches that are kept are made of, beside the rows."""
+        # A function is known by its metric: its own name says nothing.
+        measured = [(each.metric, each.answers) for each in self.measures]
+        return {
+            "model of the sweep": digest(self.vlm.identity()),
+            "grid": digest(self.places.to_dict("list")),
+            "intervention": digest(self.planned),
+            "data of the sweep": digest([self.names, self.prompts]),
+            "measure": digest(measured),
+            "engine or batch": digest([self.engine, batch]),
+        }
+
     def edits(self, rows: slice) -> list[Intervention]:
         """The interventions as they concern some rows."""
-        own = RowsOfEdits(rows, self.prompts)
+        own = Rows(self.vlm, rows, self.prompts)
         return [own.of(each) for each in self.planned]
 
     def encoded(self, rows: slice) -> Encoded:
@@ -324,9 +365,11 @@ class _Job:
         return table, {"receipts": add_up(summaries), "disagreement": worst}
 
 
-def _check(prompts: list[Prompt], points: Sequence[Point], measures: tuple[Measure, ...]) -> None:
+def _check(job: _Job, points: Sequence[Point], measures: tuple[Measure, ...]) -> None:
+    prompts = job.prompts
     if not prompts or not points or not measures:
         raise UsageError("a sweep needs prompts, points of a grid and a measure")
+    check_once(job.names, "a pair with the id")
     for each in measures:
         for answers in each.answers:
             if len(answers) != len(prompts):
@@ -365,7 +408,8 @@ def _table(
     columns = places.loc[places.index.repeat(len(names))].reset_index(drop=True)
     columns.insert(0, "example", names * len(places))
     for each, own in zip(measures, ids, strict=True):
-        edited = torch.cat([each.of(logits_of_one, *own) for logits_of_one in logits])
+        edited = torch.cat([each.values(logits_of_one, own, names) for logits_of_one in logits])
         columns[each.metric.name] = edited.double().cpu().numpy()
-        columns[f"{each.metric.name}_baseline"] = np.tile(each.of(clean, *own).double().cpu().numpy(), len(places))
+        baseline = each.values(clean, own, names).double().cpu().numpy()
+        columns[f"{each.metric.name}_baseline"] = np.tile(baseline, len(places))
     return columns

@@ -16,6 +16,7 @@ from vlm_mech.methods.layer_swap.findings import findings
 from vlm_mech.methods.layer_swap.study import METRICS, swap_states
 from vlm_mech.results.result import Result
 from vlm_mech.runs.contract import about, remarks
+from vlm_mech.sweeps.asked import check_once
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -68,6 +69,7 @@ def layer_swap(
     check_pairs(pairs, "layer_swap")
     if batch < 1:
         raise UsageError(f"batch is {batch}; at least 1 is needed")
+    check_once([pair.id for pair in pairs], "a pair with the id")
     sites, spans = swap_sites(vlm, site, point), listed(spans) or default_spans(vlm, site)
     pairs = fitting(vlm, pairs)
     directions = listed(directions)

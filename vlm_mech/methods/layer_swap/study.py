@@ -18,6 +18,7 @@ from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
+from vlm_mech.sweeps.asked import check_once
 from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves
@@ -65,7 +66,7 @@ def swap_states(
     Returns:
         The table with one row per pair, direction, site and span, and the receipts of all swaps.
     """
-    _check_directions(directions)
+    _check_asked(spans, directions)
     budget = budget_of(vlm.device, memory)
 
     def swapped(rows: slice) -> tuple[pd.DataFrame, list[Receipt]]:
@@ -80,7 +81,9 @@ def swap_states(
     return pd.concat([table for table, _ in done], ignore_index=True), [each for _, proofs in done for each in proofs]
 
 
-def _check_directions(directions: Sequence[str]) -> None:
+def _check_asked(spans: Sequence[str], directions: Sequence[str]) -> None:
+    check_once(list(map(str, spans)), "the span")
+    check_once(directions, "the direction")
     for direction in directions:
         if direction not in DIRECTIONS:
             raise UsageError(f"direction {direction!r} is not known; one of {', '.join(DIRECTIONS)} is")
@@ -101,7 +104,7 @@ def plan_swap(
     Raises:
         TooLargeError: a single swap of a single pair does not fit into the memory.
     """
-    _check_directions(directions)
+    _check_asked(spans, directions)
     budget = budget_of(vlm.device, memory)
 
     def of(rows: slice) -> SweepPlan:
