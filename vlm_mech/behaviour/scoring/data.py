@@ -93,15 +93,20 @@ def plan_of(config: Any, vlms: "Sequence[VLM]", test: Pairs, validation: Pairs |
     lettered = any(template.lettered for template in templates)
     forms = tuple(dict.fromkeys(config.forms)) or (GENERATION, OPTIONS, *([LETTERS] if lettered else []))
     test = usable(vlms, test, templates, config.max_new_tokens)
-    if len(test) < 2:
-        raise UsageError(f"{test.name} gives {len(test)} pair to test; at least two are needed")
     validation = None if validation is None else usable(vlms, validation, templates, config.max_new_tokens)
     name = config.contrastive or ("clip" if config.data in SCENE_CAPTIONS else "none")
     if config.caption and name == "none":
         raise UsageError(f"--caption {config.caption!r} is for a contrastive model; --contrastive names one")
-    captions = () if name == "none" else tuple(captions_of(test, config.caption))
     how = {"device": config.device, "dtype": config.dtype, "attn": config.attn}
     encoder = None if name == "none" else DualEncoder.load(name, **how)
+    captions = ()
+    if encoder is not None:
+        captions_of(test, config.caption)
+        told = f"has captions that {name} takes"
+        test = checked(test, lambda pair: _check_captions(encoder, pair, test.name, config.caption), told)
+        captions = tuple(captions_of(test, config.caption))
+    if len(test) < 2:
+        raise UsageError(f"{test.name} gives {len(test)} pair to test; at least two are needed")
     options = (config.seed, config.batch, config.max_new_tokens)
     return Plan(tuple(vlms), test, validation, templates, forms, left_out, encoder, captions, *options)
 
@@ -158,6 +163,11 @@ def _check_room(vlm: "VLM", pair: Pair, asked: Sequence[str], n_new: int) -> Non
     longest = max(asked, key=lambda text: len(vlm.tokenizer(text, verbose=False)["input_ids"]))
     for image in (pair.image, pair.counterfactual_image):
         vlm.encode(Prompt(longest, image)).check_room(n_new)
+
+
+def _check_captions(encoder: DualEncoder, pair: Pair, name: str, caption: str) -> None:
+    """Raises `UsageError` for captions of a pair that the contrastive model cannot be given."""
+    encoder.encode([pair.image], captions_of(Pairs(name, (pair,)), caption)[0])
 
 
 def captions_of(pairs: Pairs, caption: str) -> list[tuple[str, str]]:
