@@ -64,7 +64,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.behaviour.debias import adapter as debias_adapter
     from vlm_mech.behaviour.debias import data as debias_data
     from vlm_mech.behaviour.debias import figures, findings, study, training
-    from vlm_mech.data.pairs import fitting
+    from vlm_mech.data.pairs import askable, fitting
     from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
@@ -73,13 +73,16 @@ def run(config: Config, work: Workspace) -> Outcome:
     parts = debias_data.parts_of(config.data, seed=config.seed, **counts)
     others = _untouched(config)
     vlm = VLM.load(config.model, **config.loading)
+    room = config.max_new_tokens
     parts = dataclasses.replace(parts, test=fitting(vlm, parts.test))
+    used = {name: training.usable(vlm, some, max_new_tokens=room) for name, some in vars(parts).items()}
+    parts = debias_data.Parts(**used)
+    others = [askable(vlm, some, n_new=room) for some in others]
     told, tasks = about(QUESTION, vlm, parts.test, {}), debias_data.tasks_of(parts.test, others)
+    told["refused"] = [vars(each) for some in (*vars(parts).values(), *others) for each in some.refused]
     if config.answers == "others":
         parts = dataclasses.replace(parts, train=debias_data.with_answers_of_others(parts.train, seed=config.seed))
     adapter = debias_adapter.with_adapter(vlm, rank=config.rank, seed=config.seed)
-    for each in (parts.train, parts.test):
-        training.check_room(vlm, each, max_new_tokens=config.max_new_tokens)
     options: dict[str, Any] = {"batch": 32, "max_new_tokens": config.max_new_tokens}
     with study.without_adapter(vlm):
         before = study.validated_before(vlm, parts.validation, **options)

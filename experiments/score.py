@@ -70,6 +70,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     table, best = steps.collected(work)
     told: dict[str, Any] = about(QUESTION, plan.vlms[0], plan.test, {})
     told |= plan.told | {"best": [{"model": one, "scoring": two, "prompt": best[one, two]} for one, two in best]}
+    told["refused"] = [vars(each) for some in (plan.validation, plan.test) if some for each in some.refused]
     result = Result("ways of scoring", table, study.AXES, study.METRICS, {}, told)
     said = findings.findings(result, plan.test, best, len(plan.validation or ()), plan.left_out)
     result = dataclasses.replace(result, findings=said)

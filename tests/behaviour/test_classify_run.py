@@ -92,7 +92,7 @@ def test_folders_that_hold_no_classes_are_refused(tmp_path):
     ):
         (tmp_path / other).mkdir()
         for number in range(1 if other == "blue" else 3):
-            picture(number).save(tmp_path / other / f"{number}.png")
+            picture(50 + number).save(tmp_path / other / f"{number}.png")
         if other != "...":
             with pytest.raises(UsageError, match=text):
                 load_classes(str(tmp_path))

@@ -108,21 +108,24 @@ def test_hidden_files_and_folders_are_no_pictures_at_any_depth(tmp_path):
 
 def test_a_class_of_three_pictures_has_one_in_every_part():
     for n in range(3, 12):
-        parts = deal([Labelled(f"{n}", picture(n), "a") for n in range(n)], seed=0)
+        parts, _ = deal([Labelled(f"{n}", picture(n), "a") for n in range(n)], seed=0)
         assert all(parts.values()) and sum(map(len, parts.values())) == n
-    with pytest.raises(UsageError, match=r"'a' has 2 picture\(s\) that differ; at least 3 are needed"):
+    with pytest.raises(UsageError, match=r"'a' has 2 picture\(s\) that differ and can be used; at least 3"):
         deal([Labelled(f"{n}", picture(n % 2), "a") for n in range(6)], seed=0)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_copies_of_a_picture_are_dealt_into_one_part(tmp_path, seed):
-    """Of each class every picture is there twice, once as another kind of file; one is in both classes."""
+    """Of each class every picture is there twice, once as another kind of file; one is in both classes, so of none."""
     shown = {f"{name}/{n}": 10 * at + n for at, name in enumerate(("a", "b")) for n in range(5)}
     folder_of(tmp_path, shown)
     folder_of(tmp_path, shown | {"b/shared": 3}, kind="bmp")
     data = load_classes(str(tmp_path), seed=seed)
     assert_nothing_shared(data)
-    assert sum(len(each) for each in pixels(data).values()) == 21 and data.refused == ()
+    assert sum(len(each) for each in pixels(data).values()) == 18
+    assert {each.id for each in data.refused} == {"a/3.png", "a/3.bmp", "b/shared.bmp"}
+    assert data.refused[-1].reason.startswith("it has the pixels of a/3.")
+    assert data.refused[-1].reason.endswith(", which is of class 'a'")
 
 
 def test_a_copy_in_another_given_part_is_counted_out(tmp_path):
@@ -158,3 +161,89 @@ def test_fewer_pictures_are_drawn_with_the_seed_and_it_is_told(tmp_path):
         "test: 2 of 8 pictures, drawn with seed 1, classes in turn",
     )  # fmt: skip
     assert load_classes("scenes/kinds", n=16, n_train=16, n_validation=16).notes == ()
+
+
+GIVEN = {f"{part}/{name}/{n}": 20 * p + 10 * c + n for p, part in enumerate(("train", "val", "test"))
+         for c, name in enumerate(("cat", "dog")) for n in range(3)}  # fmt: skip
+
+
+@pytest.mark.parametrize("called", [("Train", "Val", "Test"), ("TRAINING", "dev", "test"), ("train", "Valid", "TEST")])
+def test_parts_may_be_written_in_any_case(tmp_path, called):
+    """They were taken for three classes."""
+    new = dict(zip(("train", "val", "test"), called, strict=True))
+    folder_of(tmp_path, {new[name.partition("/")[0]] + "/" + name.partition("/")[2]: n for name, n in GIVEN.items()})
+    data = load_classes(str(tmp_path))
+    assert data.names == ("cat", "dog") and [len(getattr(data, part)) for part in SPLITS] == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("shown", "told"),
+    [
+        ({name: n for name, n in GIVEN.items() if "train" not in name}, "the parts 'val', 'test', none for train"),
+        ({name: n for name, n in GIVEN.items() if "val" not in name}, "'train', 'test', none for validation"),
+        (GIVEN | {"valid/cat/0": 99}, "'train', 'val', 'valid', 'test', two for validation"),
+        ({f"images/{name[6:]}": n for name, n in GIVEN.items() if "train" in name} | {"annotations/0": 99},
+         "images' holds no picture itself, only in cat, dog; needed is a folder a class"),
+    ],
+    ids=["no train", "no validation", "twice", "nested"],
+)  # fmt: skip
+def test_folders_of_parts_are_no_classes(tmp_path, shown, told):
+    with pytest.raises(UsageError, match=told):
+        load_classes(str(folder_of(tmp_path, shown)))
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    data = load_classes(
+        str(folder_of(tmp_path, {f"{name}/{n}": 9 * len(name) + n for name in ("train", "car") for n in range(4)}))
+    )
+    assert data.names == ("car", "train")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_only_pictures_that_can_be_read_are_dealt_out(tmp_path, seed):
+    """Of three pictures of a cat two were broken, and no part but one had a cat."""
+    folder_of(tmp_path, {f"{name}/{n}": 9 * len(name) + n for name in ("a", "bb") for n in range(5)})
+    for n in range(2):
+        (tmp_path / "a" / f"{n}.png").write_text("no picture")
+    data = load_classes(str(tmp_path), seed=seed)
+    assert all({each.label for each in getattr(data, part)} == {"a", "bb"} for part in SPLITS)
+    assert [each.id for each in data.refused] == ["a/0.png", "a/1.png"]
+    (tmp_path / "a" / "2.png").write_text("no picture")
+    with pytest.raises(UsageError, match=r"'a' has 2 picture\(s\) that differ and can be used"):
+        load_classes(str(tmp_path), seed=seed)
+
+
+def test_a_class_without_a_usable_picture_in_a_part_is_told(tmp_path):
+    folder_of(tmp_path, GIVEN)
+    for n in range(3):
+        (tmp_path / "val" / "dog" / f"{n}.png").write_text("no picture")
+    assert load_classes(str(tmp_path)).notes == ("validation: no picture of dog can be used",)
+    for n in range(3):
+        (tmp_path / "test" / "dog" / f"{n}.png").write_text("no picture")
+    with pytest.raises(UsageError, match="no picture of class 'dog' in the test part"):
+        load_classes(str(tmp_path))
+
+
+def test_a_picture_in_two_classes_is_of_none(tmp_path):
+    """A class that is a link to another had all its pictures under both names."""
+    data = load_classes(str(folder_of(tmp_path / "given", GIVEN | {"test/dog/cat": 40, "train/cat/odd": 30})))
+    assert {each.id for each in data.refused} == {"cat/0.png", "dog/cat.png", "cat/odd.png", "dog/0.png"}
+    assert len(data.test) == 5
+    folder_of(tmp_path / "dealt", {f"{name}/{n}": 9 * len(name) + n for name in ("a", "bb") for n in range(4)})
+    (tmp_path / "dealt" / "c").symlink_to(tmp_path / "dealt" / "bb")
+    with pytest.raises(UsageError, match="'bb' has 0 picture.*bb/0.png, it has the pixels of c/0.png"):
+        load_classes(str(tmp_path / "dealt"))
+
+
+def test_no_picture_is_left_out_in_silence(tmp_path):
+    """Of some endings, which Pillow reads, no file was read; what it does not read is counted."""
+    folder_of(tmp_path, {f"{name}/{n}": 9 * len(name) + n for name in ("a", "bb") for n in range(4)})
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "0.png.keep")
+    for target, kind in (("a/0.jfif", "JPEG"), ("bb/9.ppm", "PPM"), ("stray.png", "PNG")):
+        picture(77 + len(target)).save(tmp_path / target, kind)
+    for name in ("a/5.heic", "a/6.svg", "a/notes.txt"):
+        (tmp_path / name).write_text("?")
+    data = load_classes(str(tmp_path))
+    used = {each.id for part in SPLITS for each in getattr(data, part)}
+    assert {"a/0.jfif", "bb/9.ppm"} <= used and len(used) == 9
+    assert {each.id for each in data.refused} == {"stray.png", "a/5.heic", "a/6.svg"}

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from experiments import compensation as experiment
 from tests.helpers import command, killed_at
@@ -382,7 +383,6 @@ def folder(tmp_path):
 
 
 def runs_image(mask):
-    from PIL import Image
 
     return Image.fromarray((mask * 255).astype(np.uint8))
 
@@ -394,6 +394,11 @@ def test_a_folder_brings_masks_of_its_own(vlm, folder):
     assert [each.places.object for each in found.examples] == [OBJECT] * 3
     assert [len(each) for each in found.batches(2)] == [2, 1]
     text = (folder / "pairs.jsonl").read_text()
+    for name in ("part_mask1.png", "object_mask1.png"):
+        white = np.asarray(Image.open(folder / name))
+        Image.fromarray((white > 0).astype(np.uint8)).save(folder / name)
+    again = shown_parts(load_pairs(folder), seed=0, split="test")["p1"]
+    assert again.part.sum() == blocks(*PART).sum() and again.object.sum() == blocks(*OBJECT).sum()
     (folder / "pairs.jsonl").write_text(text.replace('"object_mask": "object_mask1.png"', '"other": 1'))
     with pytest.raises(UsageError, match="pair p1 of .* names no object_mask"):
         shown_parts(pairs, seed=0, split="test")

@@ -134,6 +134,16 @@ def test_what_cannot_be_encoded_is_counted_out(vlm):
     assert [pair.id for pair in kept] == ["plain"] and [each.id for each in kept.refused] == ["special", "long"]
 
 
+def test_an_answer_that_is_too_rare_is_named(model_folder, data_folder, tmp_path, capsys):
+    """It was a class by its number, which no user knows."""
+    lines = [json.loads(line) for line in (data_folder / "pairs.jsonl").read_text().splitlines()]
+    lines[3]["answer"] = "green"
+    shutil.copytree(data_folder, tmp_path / "data")
+    (tmp_path / "data" / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert command(probing, *options(model_folder, tmp_path / "data", tmp_path / "run", *LINEAR)) == 2
+    assert "answer 'green' is that of 1 example(s), too few for every training part" in capsys.readouterr().err
+
+
 def test_pairs_become_examples_and_scenes_in_conflict(vlm, data_folder):
     pairs = load_pairs(data_folder)
     found, conflicts = examples_of(vlm, pairs), conflicts_of(vlm, pairs)

@@ -345,7 +345,7 @@ def test_the_embedded_model_tells_captions_apart_through_its_embeddings():
     encoded = clip.encode([render(scene), render(other)], told)
     logits = run(clip, encoded).logits
     assert logits.argmax(-1).tolist() == [0, 3]
-    swap = Replace(Site("vision.resid_post", 1), "all", source=clip.encode([render(other), render(scene)], ["x"]))
+    swap = Replace(Site("vision.resid_post", 1), "all", source=clip.encode([render(other), render(scene)], told[:1]))
     assert run(clip, encoded, swap).logits.argmax(-1).tolist() == [3, 0]
 
 

@@ -109,6 +109,16 @@ def test_within_an_open_trace_what_opens_one_is_refused():
     assert torch.equal(states, read(vlm, encoded, SITE)[SITE])
 
 
+def test_words_that_a_contrastive_model_does_not_know_are_refused():
+    """All of them are one token: two texts that differ in such words had the same similarity."""
+    dual = DualEncoder(*tiny_dual("siglip"), check=False)
+    texts, images = ["a red apple", "a red pear"], [pairs_of(1)[0].image]
+    with pytest.raises(UsageError, match="text 0, 'a red apple', holds 'apple', which .* has no token for"):
+        dual.encode(images, texts)
+    found = dual.encode(images, texts, unknown_words=True).inputs["input_ids"]
+    assert torch.equal(found[0], found[1])
+
+
 def test_a_slow_tokenizer_says_which_word_it_does_not_know(tmp_path):
     dual = DualEncoder(*tiny_dual("siglip", tokenizer=piece_tokenizer(tmp_path)), check=False)
     assert not dual.tokenizer.is_fast

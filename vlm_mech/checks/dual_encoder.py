@@ -37,7 +37,7 @@ def find_dual_encoder(encoder: TracedModel) -> Iterator[Finding]:
     picture = noise_picture()
     # Another number of texts than of images tells the rows of both towers apart.
     texts = ["a picture of a cat", "a red circle and a small dog", "the sky"]
-    encoded = encoder.encode([picture, picture.rotate(180)], texts)
+    encoded = encoder.encode([picture, picture.rotate(180)], texts, unknown_words=True)
     states = [_parity(encoder, encoded)]
     for stream in ("vision", "text"):
         states += _residual_algebra(encoder, encoded, stream)

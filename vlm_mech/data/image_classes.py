@@ -6,6 +6,7 @@ How they are dealt out and drawn is in `data.picture_splits`.
 import dataclasses
 import hashlib
 import json
+import mimetypes
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from vlm_mech.data.picture_splits import SHARES, Labelled, deal, draw_parts
 from vlm_mech.data.render import render
@@ -24,7 +27,6 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 
 SCENES = ("scenes/things", "scenes/kinds", "scenes/beetles")
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PER_CLASS = {"train": 5, "validation": 1, "test": 1}
 """Scenes of each class by default."""
 PART_NAMES: dict[str, tuple[str, ...]] = {
@@ -102,9 +104,10 @@ def load_classes(
 ) -> Classes:
     """A data set by name (`scenes/things`, `scenes/kinds`, `scenes/beetles`, `hf:owner/name`) or folder.
 
-    A folder holds one folder a class, named after it, or `train`, `validation` and `test` that do. Without parts of its
-    own its pictures are dealt out by the seed. Files and folders whose name begins with a dot are no pictures, and no
-    two parts share a picture of the same pixels.
+    A folder holds one folder a class, named after it, or `train`, `validation` and `test` that do (in any case, and as
+    `val`, `valid`, `dev` or `training` too). Without parts of its own its pictures are dealt out by the seed. Files and
+    folders whose name begins with a dot are no pictures; no two parts, and no two classes, share a picture of the same
+    pixels.
 
     Args:
         n: test pictures, drawn with the seed, classes in turn; all of a folder by default.
@@ -126,16 +129,16 @@ def load_classes(
     folder = Path(data)
     if not folder.is_dir():
         raise UsageError(f"data {data!r} is neither a folder, nor hf:owner/name, nor one of {', '.join(SCENES)}")
-    found = {part: _first_of(folder, PART_NAMES[part]) for part in SPLITS}
-    if found["train"] is None:
-        parts, notes = deal(_in_folder(folder), seed), [f"parts dealt out with seed {seed}"]
+    found = _parts_in(folder)
+    refused = _beside(folder)
+    if found:
+        parts, notes = {part: _in_folder(path) for part, path in found.items()}, []
+        refused += [each for path in found.values() for each in _beside(path)]
     else:
-        missing = next((part for part in SPLITS if found[part] is None), None)
-        if missing:
-            raise UsageError(f"folder {data!r} has a part {found['train'].name!r} but none for {missing}")
-        parts, notes = {part: _in_folder(path) for part, path in found.items() if path is not None}, []
+        parts, unused = deal(_in_folder(folder), seed)
+        refused, notes = [*refused, *unused], [f"parts dealt out with seed {seed}"]
     order = list(dict.fromkeys(each.label for part in SPLITS for each in parts[part]))
-    return _finished(_Read(str(folder), parts, order, (), notes), sizes, seed, names)
+    return _finished(_Read(str(folder), parts, order, refused, notes), sizes, seed, names)
 
 
 # Scenes
@@ -187,21 +190,60 @@ def _of_class(data: str, name: str, rng: random.Random) -> Scene:
 # Folders and data sets
 
 
-def _first_of(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+def _parts_in(folder: Path) -> dict[str, Path]:
+    """The folder of each part; none where there are no parts, or one name alone is like that of a part and is a class.
+
+    Raises:
+        UsageError: a part is missing, or there twice.
+    """
+    found = {part: [path for path in _folders(folder) if path.name.lower() in PART_NAMES[part]] for part in SPLITS}
+    named = [path for paths in found.values() for path in paths]
+    # A folder `train` of pictures may be the class of trains.
+    if not named or (len(named) == 1 and not _folders(named[0])):
+        return {}
+    told = ", ".join(repr(path.name) for path in named)
+    for part, paths in found.items():
+        if len(paths) != 1:
+            number = "two" if paths else "none"
+            raise UsageError(f"folder {str(folder)!r} has the parts {told}, {number} for {part}; each part needs one")
+    return {part: paths[0] for part, paths in found.items()}
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether the file is called like a picture, of a kind that can be read or not; hidden ones are none."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    named = kind in Image.OPEN or (mimetypes.guess_type(path.name)[0] or "").startswith("image/")
+    return named and not path.name.startswith(".") and path.is_file()
+
+
+def _beside(folder: Path) -> list[Refused]:
+    """The pictures that lie beside the folders of classes, or of parts."""
+    return [
+        Refused(path.name, "it lies in no folder of a class") for path in sorted(folder.iterdir()) if _is_picture(path)
+    ]
 
 
 def _in_folder(folder: Path) -> list[Labelled]:
     """Every picture file below the folder of each class, none that is hidden; the label is that folder's name."""
     found: list[Labelled] = []
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = _folders(folder)
     if not classes:
         raise UsageError(f"folder {str(folder)!r} holds no folder of a class")
     for path in classes:
-        files = sorted(each for each in path.rglob("*") if each.suffix.lower() in ENDINGS and each.is_file())
+        files = sorted(each for each in path.rglob("*") if _is_picture(each))
         files = [each for each in files if not any(name.startswith(".") for name in each.relative_to(path).parts)]
         if not files:
-            raise UsageError(f"class folder {str(path)!r} holds no picture ({' '.join(ENDINGS)})")
+            raise UsageError(f"class folder {str(path)!r} holds no picture")
+        if all(each.parent != path for each in files):
+            inner = ", ".join(dict.fromkeys(each.relative_to(path).parts[0] for each in files))
+            raise UsageError(
+                f"class folder {str(path)!r} holds no picture itself, only in {inner:.60}; needed is a folder a class "
+                "with its pictures, or train, validation and test with such folders"
+            )
         found += [Labelled(str(each.relative_to(folder)), each, path.name) for each in files]
     return found
 
@@ -241,7 +283,10 @@ def from_splits(
     missing, notes = [part for part in ("validation", "test") if not parts.get(part)], []
     if missing:
         shares = {"train": SHARES["train"]} | {part: SHARES[part] for part in missing}
-        parts |= deal(parts["train"], seed, {part: share / sum(shares.values()) for part, share in shares.items()})
+        shares = {part: share / sum(shares.values()) for part, share in shares.items()}
+        dealt, unused = deal(parts["train"], seed, shares)
+        parts |= dealt
+        refused += unused
         notes = [f"{' and '.join(missing)}: dealt out of the training split with seed {seed}"]
     order = unique_names(_column(name, known["train"], "ClassLabel")[1].names)
     return _finished(_Read(name, parts, order, refused, notes), sizes, seed, names)

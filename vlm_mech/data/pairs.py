@@ -357,6 +357,20 @@ def _check_prompts(vlm: "VLM", pair: Pair) -> None:
         raise UsageError(f"both pictures give {vlm.name} the same pixel values; it cannot tell them apart")
 
 
+def askable(vlm: "VLM", pairs: Pairs, *, n_new: int = 0) -> Pairs:
+    """The pairs both of whose prompts the model can be given, with so many tokens after them; others move to `refused`.
+
+    Raises:
+        UsageError: none is left.
+    """
+
+    def check(pair: Pair) -> None:
+        for image in (pair.image, pair.counterfactual_image):
+            vlm.encode(Prompt(pair.question, image)).check_room(n_new)
+
+    return checked(pairs, check, f"fits {vlm.name}")
+
+
 def _check_answers(vlm: "VLM", pair: Pair, spelling: Spelling) -> None:
     encoded = vlm.encode(Prompt(pair.question, pair.image))
     both = [spelling.of(answer) for answer in (pair.answer, pair.counterfactual_answer)]

@@ -36,32 +36,52 @@ class DrawnParts:
     notes: tuple[str, ...]
 
 
-def deal(every: Iterable[Labelled], seed: int, shares: Mapping[str, float] = SHARES) -> dict[str, list[Labelled]]:
-    """The pictures of each class dealt out over the parts in their shares, at least one each.
+def deal(
+    every: Sequence[Labelled], seed: int, shares: Mapping[str, float] = SHARES
+) -> tuple[dict[str, list[Labelled]], list[Refused]]:
+    """The pictures of each class dealt out over the parts in their shares, at least one each, and those left out.
 
-    Copies of one picture go to the same part, those of two classes too.
+    Copies of one picture go to the same part. Left out are those that cannot be read, or are in two classes.
 
     Raises:
-        UsageError: a class has fewer pictures that differ than there are parts.
+        UsageError: a class has fewer usable pictures that differ than there are parts.
     """
-    by_class: dict[str, dict[str, list[Labelled]]] = {}
-    for each in every:
-        by_class.setdefault(each.label, {}).setdefault(_pixels(each), []).append(each)
-    part_of: dict[str, str] = {}
+    by_pixels, refused = _by_pixels(every)
+    by_class: dict[str, list[str]] = {each.label: [] for each in every}
+    for pixels, copies in by_pixels.items():
+        if other := next((each for each in copies if each.label != copies[0].label), None):
+            refused += [_ambiguous(each, other if each.label == copies[0].label else copies[0]) for each in copies]
+        else:
+            by_class[copies[0].label].append(pixels)
     parts: dict[str, list[Labelled]] = {part: [] for part in shares}
-    for label, copies in by_class.items():
-        if len(copies) < len(shares):
+    for label, found in by_class.items():
+        if len(found) < len(shares):
+            why = f" (left out: {refused[0].id}, {refused[0].reason})" if refused else ""
             raise UsageError(
-                f"class {label!r} has {len(copies)} picture(s) that differ; at least {len(shares)} are needed, "
-                "one a part"
+                f"class {label!r} has {len(found)} picture(s) that differ and can be used; at least {len(shares)} are "
+                f"needed, one a part{why}"
             )
-        fresh = [pixels for pixels in copies if pixels not in part_of]
-        mixed = random.Random(f"{seed}/{label}").sample(fresh, len(fresh))
-        order = [*mixed, *(pixels for pixels in copies if pixels in part_of)]
-        part_of |= _dealt(mixed, shares)
-        for pixels in order:
-            parts[part_of[pixels]] += copies[pixels]
-    return parts
+        mixed = random.Random(f"{seed}/{label}").sample(found, len(found))
+        part_of = _dealt(mixed, shares)
+        for pixels in mixed:
+            parts[part_of[pixels]] += by_pixels[pixels]
+    return parts, refused
+
+
+def _by_pixels(every: Iterable[Labelled]) -> tuple[dict[str, list[Labelled]], list[Refused]]:
+    """The pictures that can be read by their pixels, and the others."""
+    found: dict[str, list[Labelled]] = {}
+    refused = []
+    for each in every:
+        try:
+            found.setdefault(pixel_hash(each.image), []).append(each)
+        except UsageError as error:
+            refused.append(Refused(each.id, str(error)))
+    return found, refused
+
+
+def _ambiguous(each: Labelled, other: Labelled) -> Refused:
+    return Refused(each.id, f"it has the pixels of {other.id}, which is of class {other.label!r}")
 
 
 def _dealt(mixed: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]:
@@ -73,13 +93,6 @@ def _dealt(mixed: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]:
         found |= dict.fromkeys(rest[:size], part)
         rest = rest[size:]
     return found | dict.fromkeys(rest, next(iter(shares)))
-
-
-def _pixels(each: Labelled) -> str:
-    try:
-        return pixel_hash(each.image)
-    except UsageError:
-        return f"unreadable: {each.id}"
 
 
 def draw_parts(
@@ -95,19 +108,47 @@ def draw_parts(
     """
     kept: dict[str, tuple[Labelled, ...]] = {}
     refused: dict[str, list[Refused]] = {part: [] for part in SPLITS}
-    met: dict[str, tuple[str, str]] = {}
+    met: dict[str, _Met] = {}
     for part in reversed(SPLITS):
         some = _in_turn(parts[part], random.Random(f"{seed}/{part}"))
         kept[part] = tuple(_usable(part, some, sizes[part], met, refused[part]))
+    for found in met.values():
+        if found.other is not None:
+            kept[found.part] = tuple(each for each in kept[found.part] if each.id != found.first.id)
+            refused[found.part].append(_ambiguous(found.first, found.other))
+    for part in SPLITS:
         if not kept[part]:
             why = f": {refused[part][-1].reason}" if refused[part] else ""
             raise UsageError(f"the {part} part of {name} has no picture that can be used{why}")
-    notes = [
+    notes = [*_without_class(name, parts, kept, sizes)]
+    notes += [
         f"{part}: {len(kept[part])} of {len(parts[part])} pictures, drawn with seed {seed}, classes in turn"
         for part in SPLITS
         if sizes[part] is not None and len(kept[part]) < len(parts[part])
     ]
     return DrawnParts(kept, tuple(each for part in SPLITS for each in refused[part]), tuple(notes))
+
+
+def _without_class(
+    name: str,
+    parts: Mapping[str, Sequence[Labelled]],
+    kept: Mapping[str, Sequence[Labelled]],
+    sizes: Mapping[str, int | None],
+) -> Iterator[str]:
+    """What is told of classes none of whose pictures in the validation part can be used.
+
+    Raises:
+        UsageError: there is such a class in another part.
+    """
+    for part in SPLITS:
+        used = {each.label for each in kept[part]}
+        wanted = {each.label for each in parts[part]}
+        size = sizes[part]
+        lacking = sorted(wanted - used) if size is None or len(kept[part]) < size else []
+        if lacking and part != "validation":
+            raise UsageError(f"no picture of class {lacking[0]!r} in the {part} part of {name} can be used")
+        if lacking:
+            yield f"{part}: no picture of {', '.join(lacking)} can be used"
 
 
 def _in_turn(some: Sequence[Labelled], rng: random.Random) -> Iterator[Labelled]:
@@ -121,13 +162,22 @@ def _in_turn(some: Sequence[Labelled], rng: random.Random) -> Iterator[Labelled]
                 del by_class[label]
 
 
+@dataclass
+class _Met:
+    """Where a picture was met first, and one of the same pixels in another class."""
+
+    part: str
+    first: Labelled
+    other: Labelled | None = None
+
+
 def _usable(
-    part: str, some: Iterable[Labelled], n: int | None, met: dict[str, tuple[str, str]], refused: list[Refused]
+    part: str, some: Iterable[Labelled], n: int | None, met: dict[str, _Met], refused: list[Refused]
 ) -> Iterator[Labelled]:
-    """The first n pictures that can be read and were not met in another part; those that fail go to `refused`.
+    """The first n pictures that can be read and were not met in another part or class; the others go to `refused`.
 
     Args:
-        met: part and id of each picture that is used, by its pixels; those yielded are added.
+        met: each picture that is used, by its pixels; those yielded are added.
     """
     made = 0
     for each in some:
@@ -138,9 +188,13 @@ def _usable(
         except UsageError as error:
             refused.append(Refused(each.id, str(error)))
             continue
-        other, name = met.setdefault(pixel_hash(opened), (part, each.id))
-        if other != part:
-            refused.append(Refused(each.id, f"in {part}: it has the pixels of {name} in {other}"))
+        found = met.setdefault(pixel_hash(opened), _Met(part, each))
+        if found.first.label != each.label:
+            found.other = each
+            refused.append(_ambiguous(each, found.first))
+            continue
+        if found.part != part:
+            refused.append(Refused(each.id, f"in {part}: it has the pixels of {found.first.id} in {found.part}"))
             continue
         made += 1
         # Files stay paths, so that a large data set need not fit into memory.

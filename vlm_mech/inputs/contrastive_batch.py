@@ -24,7 +24,7 @@ from vlm_mech.inputs.span import (
     settled,
     shown,
 )
-from vlm_mech.inputs.special_tokens import check_plain
+from vlm_mech.inputs.special_tokens import check_plain, unknown_word
 
 if TYPE_CHECKING:
     import torch
@@ -144,16 +144,18 @@ def encode(
     max_patches: int | None = None,
     *,
     special_tokens: bool = False,
+    unknown_words: bool = False,
 ) -> DualEncoded:
     """Images and texts as one batch on the model's device, padded as the model was trained.
 
     Args:
         max_patches: for pictures of any shape (NaFlex), how many patches one may have; the processor's own if None.
         special_tokens: whether texts may hold them (CLIP pools the first end-of-text token that it meets).
+        unknown_words: whether texts may hold words that the tokenizer does not know, which are all one token to it.
 
     Raises:
-        UsageError: no image, no text, an unreadable image, an empty text, one too long for the tower or one with a
-            special token.
+        UsageError: no image, no text, an unreadable image, an empty text, one too long for the tower, one with a
+            special token, or one with an unknown word.
     """
     if isinstance(images, str | bytes) or not isinstance(images, Sequence) or isinstance(texts, str):
         raise UsageError("encode takes a list of images and a list of texts")
@@ -163,6 +165,12 @@ def encode(
     known = [_tokenized(encoder, text, number) for number, text in enumerate(texts)]
     for number, text in enumerate(() if special_tokens else texts):
         check_plain(encoder, text, f"text {number}", ask="encode(..., special_tokens=True)")
+        word = None if unknown_words else unknown_word(encoder.tokenizer, text)
+        if word is not None:
+            raise UsageError(
+                f"text {number}, {text!r:.60}, holds {word!r:.40}, which {encoder.name} has no token for: take it out, "
+                "or ask for it with encode(..., unknown_words=True)"
+            )
     longest = encoder.n_positions
     padding = {"padding": "max_length", "max_length": longest} if encoder.family.pads_fully else {"padding": True}
     batch = _processed(encoder, pictures, max_patches, text=list(texts), **padding)

@@ -27,6 +27,9 @@ ADDRESSES = ("http://", "https://")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no picture, or a broken or enormous one."""
 
+ONE_PICTURE = ("MPO", "PSD")
+"""Formats whose frames are previews or layers of the one picture that comes first."""
+
 
 @dataclass(frozen=True)
 class Box:
@@ -54,13 +57,18 @@ def load_image(image: object) -> Image.Image:
             `bytes` or `path`, as data sets of the Hugging Face hub hold pictures.
 
     Raises:
-        UsageError: there is no such file, the address gives none, what is there is not an image, or its values do not
-            fit into 8 bits.
+        UsageError: there is no such file, the address gives none, what is there is not an image, has no pixel or
+            several frames, or its values do not fit into 8 bits.
     """
     if isinstance(image, Image.Image):
-        return _rgb(image, "image")
+        try:
+            return _rgb(image, "the image")
+        except UsageError:
+            raise
+        except UNREADABLE as error:  # opened, but not yet read, or closed, or of a mode that has no way to RGB
+            raise UsageError(f"the image cannot be read: {error}") from error
     if isinstance(image, np.ndarray):
-        return _rgb(_from_array(image), "image")
+        return _rgb(_from_array(image), "the image")
     if isinstance(image, Mapping):
         return load_image(_held(image))
     if isinstance(image, bytes):
@@ -142,7 +150,15 @@ def _opened(source: Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """An upright RGB picture; grey values beyond 8 bits, which Pillow would cut off at white, are refused."""
+    """An upright RGB picture; grey values beyond 8 bits, which Pillow would cut off at white, are refused.
+
+    So are several frames, of which Pillow would show one; the further pictures of an MPO file are previews.
+    """
+    if not all(image.size):
+        raise UsageError(f"{name} has {image.width} x {image.height} pixels; at least one is needed")
+    n_frames = getattr(image, "n_frames", 1)
+    if n_frames > 1 and image.format not in ONE_PICTURE:
+        raise UsageError(f"{name} has {n_frames} frames or pages; give one of them as a picture of its own")
     if image.mode == "F" or (image.mode.startswith("I") and max(image.getextrema()) > 255):  # pyright: ignore
         values = f"{image.mode} values from {image.getextrema()[0]:g} to {image.getextrema()[1]:g}"
         raise UsageError(f"{name} has {values}; 8 bits (0 to 255) are needed")

@@ -82,3 +82,17 @@ def check_plain(model: Any, text: str, what: str, *, ask: str = "Prompt(..., spe
             f"{what} {shown!r} holds {first!r}, which is no text to {model.name} but a special token: take it out, or "
             f"ask for it with {ask}"
         )
+
+
+def unknown_word(tokenizer: Any, text: str) -> str | None:
+    """The first part of a text that becomes the unknown token."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return None
+    if not tokenizer.is_fast:
+        # These give no offsets: each word alone.
+        words = {word: tokenizer(word, add_special_tokens=False)["input_ids"] for word in text.split()}
+        return next((word for word, ids in words.items() if unknown in ids), None)
+    made = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    found = (span for number, span in zip(made["input_ids"], made["offset_mapping"], strict=True) if number == unknown)
+    return next((text[start:end] for start, end in found), None)

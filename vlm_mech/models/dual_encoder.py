@@ -167,14 +167,16 @@ class DualEncoder(TracedModel):
         *,
         max_patches: int | None = None,
         special_tokens: bool = False,
+        unknown_words: bool = False,
     ) -> DualEncoded:
         """Images and texts, any number of each, as model inputs with spans (see `DualEncoded`).
 
         Args:
             max_patches: how many patches an image may have, in models that take any shape (SigLIP2 NaFlex).
             special_tokens: whether texts may hold special tokens, which are refused otherwise.
+            unknown_words: the same of words that the tokenizer does not know.
         """
-        return encode(self, images, texts, max_patches, special_tokens=special_tokens)
+        return encode(self, images, texts, max_patches, special_tokens=special_tokens, unknown_words=unknown_words)
 
     def module_of(self, site: Site) -> tuple[str, bool]:
         """Path of the module at a site, and whether the site is its input (its output otherwise)."""

@@ -3,12 +3,12 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.prompt import Prompt, render
-from vlm_mech.inputs.special_tokens import check_plain
+from vlm_mech.inputs.special_tokens import check_plain, unknown_word
 
 if TYPE_CHECKING:
     from vlm_mech.data.image_classes import Labelled
@@ -101,20 +101,6 @@ def longest(names: Sequence[str], tokens: Sequence[int], k: int) -> list[str]:
 def check_known(vlm: "VLM", texts: Sequence[str], what: str) -> None:
     """Raises `UsageError` when a text holds a word that the model's tokenizer does not know."""
     for text in texts:
-        word = _unknown_word(vlm.tokenizer, text)
+        word = unknown_word(vlm.tokenizer, text)
         if word is not None:
             raise UsageError(f"{what} {text!r} holds {word!r}, which {vlm.name} has no token for")
-
-
-def _unknown_word(tokenizer: Any, text: str) -> str | None:
-    """The first part of a text that becomes the unknown token."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
-        return None
-    if not tokenizer.is_fast:
-        # These give no offsets: each word alone.
-        words = {word: tokenizer(word, add_special_tokens=False)["input_ids"] for word in text.split()}
-        return next((word for word, ids in words.items() if unknown in ids), None)
-    made = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    found = (span for number, span in zip(made["input_ids"], made["offset_mapping"], strict=True) if number == unknown)
-    return next((text[start:end] for start, end in found), None)

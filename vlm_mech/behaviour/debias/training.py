@@ -21,7 +21,7 @@ from vlm_mech.behaviour.classify.tuning import IGNORED, Tuning, with_answers
 from vlm_mech.behaviour.debias.adapter import STATE, History, keep_state, taken_up, trained_of
 from vlm_mech.behaviour.debias.losses import advantages, cross_entropy, grpo_loss, k3, n_equal
 from vlm_mech.behaviour.master_weights import Descent
-from vlm_mech.data.pairs import Pairs
+from vlm_mech.data.pairs import Pair, Pairs, askable, checked
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.trace import generate
@@ -139,12 +139,22 @@ def true_tokens(vlm: "VLM", lessons: Sequence[Lesson], end: int | None) -> list[
     return [known[each.prompt.question, each.truth] for each in lessons]
 
 
-def check_room(vlm: "VLM", pairs: Pairs, *, max_new_tokens: int) -> None:
-    """Raise `UsageError` when a true answer cannot follow its prompt, or has more tokens than answers may have."""
-    lessons = [Lesson(prompt, truth) for prompt, truth in zip(pairs.base, pairs.answer, strict=True)]
-    for each, ids in zip(lessons, true_tokens(vlm, lessons, None), strict=True):
+def usable(vlm: "VLM", pairs: Pairs, *, max_new_tokens: int) -> Pairs:
+    """The pairs whose prompts fit, with a true answer that can follow and is no longer than answers may be.
+
+    The others move to `refused` with the reason.
+
+    Raises:
+        UsageError: none is left.
+    """
+
+    def check(pair: Pair) -> None:
+        truth = pairs.written(pair.answer)
+        ids = true_tokens(vlm, [Lesson(Prompt(pair.question, pair.image), truth)], None)[0]
         if len(ids) > max_new_tokens:
-            raise UsageError(f"answer {each.truth!r} has {len(ids)} tokens; max_new_tokens is {max_new_tokens}")
+            raise UsageError(f"answer {truth!r} has {len(ids)} tokens; max_new_tokens is {max_new_tokens}")
+
+    return checked(askable(vlm, pairs, n_new=max_new_tokens), check, "can be tuned on")
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,16 +107,21 @@ def plan_of(
     templates, left_out = _templates(prompts, forms, vlms)
     lettered = any(template.lettered for template in templates)
     forms = tuple(dict.fromkeys(forms)) or (GENERATION, OPTIONS, *([LETTERS] if lettered else []))
-    test = usable(vlms, test, templates)
-    if len(test) < 2:
-        raise UsageError(f"{test.name} gives {len(test)} pair to test; at least two are needed")
-    validation = None if validation is None else usable(vlms, validation, templates)
+    test = usable(vlms, test, templates, max_new_tokens)
+    validation = None if validation is None else usable(vlms, validation, templates, max_new_tokens)
     name = contrastive or ("clip" if test.name in SCENE_CAPTIONS else "none")
     if caption and name == "none":
         raise UsageError(f"caption {caption!r} is for a contrastive model; contrastive names one")
-    captions = () if name == "none" else tuple(captions_of(test, caption))
     how = {option: value for option, value in loading.items() if option != "revision"}
     encoder = None if name == "none" else DualEncoder.load(name, **how)
+    captions = ()
+    if encoder is not None:
+        captions_of(test, caption)
+        told = f"has captions that {name} takes"
+        test = checked(test, lambda pair: _check_captions(encoder, pair, test.name, caption), told)
+        captions = tuple(captions_of(test, caption))
+    if len(test) < 2:
+        raise UsageError(f"{test.name} gives {len(test)} pair to test; at least two are needed")
     options = (seed, batch, max_new_tokens)
     return Plan(tuple(vlms), test, validation, templates, forms, left_out, encoder, captions, *options)
 
@@ -145,23 +150,41 @@ def _templates(
     return (*PLAIN, LETTERED), ()
 
 
-def usable(vlms: "Sequence[VLM]", pairs: Pairs, templates: Sequence[Template]) -> Pairs:
-    """The pairs that every model has tokens for, in every prompt; the others move to `refused` with the reason.
+def usable(vlms: "Sequence[VLM]", pairs: Pairs, templates: Sequence[Template], n_new: int) -> Pairs:
+    """The pairs that every model has tokens and room for, in every prompt; the others move to `refused`.
+
+    Args:
+        n_new: tokens that an answer may have.
 
     Raises:
         UsageError: none is left.
     """
-    return checked(pairs, lambda pair: _check(vlms, pair, templates), "can be scored")
+    return checked(pairs, lambda pair: _check(vlms, pair, templates, n_new), "can be scored")
 
 
-def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template]) -> None:
+def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template], n_new: int) -> None:
     options = (pair.answer, pair.counterfactual_answer)
     check_options(options)
     for vlm in vlms:
+        room = 0
         for template in templates:
             asked = template.asked(pair.question, options)
             check_known(vlm, [asked], "prompt")
-            option_tokens(vlm, Prompt(asked, pair.image), template.strings(options))
+            found = option_tokens(vlm, Prompt(asked, pair.image), template.strings(options))
+            room = max(room, n_new, *map(len, found.ids))
+        _check_room(vlm, pair, [template.asked(pair.question, options) for template in templates], room)
+
+
+def _check_room(vlm: "VLM", pair: Pair, asked: Sequence[str], n_new: int) -> None:
+    """Raises `UsageError` when the longest of the prompts about a picture leaves no room for an answer."""
+    longest = max(asked, key=lambda text: len(vlm.tokenizer(text, verbose=False)["input_ids"]))
+    for image in (pair.image, pair.counterfactual_image):
+        vlm.encode(Prompt(longest, image)).check_room(n_new)
+
+
+def _check_captions(encoder: DualEncoder, pair: Pair, name: str, caption: str) -> None:
+    """Raises `UsageError` for captions of a pair that the contrastive model cannot be given."""
+    encoder.encode([pair.image], captions_of(Pairs(name, (pair,)), caption)[0])
 
 
 def captions_of(pairs: Pairs, caption: str) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """Pictures of objects with parts: which patches show the part that is asked about, its object, and background.
 
 Generated scenes carry their parts' pixels. A folder of the user's own gives for each pair, as in `data.pairs`, also
-`part_mask` and `object_mask`: pictures of the image's size, white where it shows the part that `answer` names or the
-object.
+`part_mask` and `object_mask`: pictures of the image's size, white (255; or 1, in a mask of 0 and 1) where it shows the
+part that `answer` names or the object.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool
+from PIL import Image
 
 from vlm_mech.data.counterfactual_scenes import sample_pairs
 from vlm_mech.data.pair_folder import pair_fields
@@ -146,8 +147,14 @@ def _folder_parts(pairs: Pairs) -> dict[str, Shown]:
         if lacking:
             raise UsageError(f"pair {pair.id} of {pairs.name!r} names no {lacking[0]}, a picture of the part's pixels")
         both = (load_image(image_named(folder, mask)) for mask in named)
-        found[pair.id] = Shown(*(np.asarray(image.convert("L")) >= 128 for image in both))
+        found[pair.id] = Shown(*map(_marked, both))
     return found
+
+
+def _marked(mask: Image.Image) -> Bool[np.ndarray, "height width"]:
+    """Where a mask is white; of one that holds 0 and 1 alone, where it is 1."""
+    grey = np.asarray(mask.convert("L"))
+    return grey >= (1 if grey.max() == 1 else 128)
 
 
 def examples_of(

@@ -84,6 +84,18 @@ def make_splits(
     return found
 
 
+def check_answers(labels: Int[np.ndarray, "example"], classes: Sequence[str], splits: Sequence[Split]) -> None:
+    """Raises `UsageError` with the name of an answer that the training part of a split does not have."""
+    for split in splits:
+        missing = np.setdiff1d(np.arange(len(classes)), labels[split.train])
+        if len(missing):
+            number = int((labels == missing[0]).sum())
+            raise UsageError(
+                f"answer {classes[missing[0]]!r} is that of {number} example(s), too few for every training part "
+                "to have it; give more examples, fewer folds or a looser grouping"
+            )
+
+
 def check_leaks(splits: Sequence[Split], groups: Sequence[object], *, name: str = "group") -> None:
     """Raises `UsageError` when examples of one group (the two scenes of a pair, say) stand in two parts of a split."""
     for number, split in enumerate(splits):

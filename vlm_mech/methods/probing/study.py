@@ -32,7 +32,7 @@ from vlm_mech.methods.probing.data import Examples, Features, Spot, read_states
 from vlm_mech.methods.probing.descent import ProbeRecipe
 from vlm_mech.methods.probing.description_length import online_code
 from vlm_mech.methods.probing.patch_map import patch_map
-from vlm_mech.methods.probing.splits import grouped, make_splits, numbered
+from vlm_mech.methods.probing.splits import check_answers, grouped, make_splits, numbered
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def study(
     grouping = "scene" if step == TASK else design.grouping
     groups = grouped(examples, grouping)
     splits = make_splits(labels, groups, n_folds=design.n_folds, n_seeds=design.n_seeds, seed=design.seed)
+    check_answers(labels, classes, splits)
     wanted = _labels(step, labels, examples, design.seed)
     elsewhere = None
     if step == NONE and conflicts is not None:
