@@ -76,13 +76,11 @@ class Config(RunConfig):
 def _loaded(config: Config) -> "tuple[Any, Design]":
     from vlm_mech.behaviour.answering.prompts import WORDINGS
     from vlm_mech.behaviour.classify.data import design_of
-    from vlm_mech.behaviour.classify.frequency import FEWEST_CLASSES
-    from vlm_mech.behaviour.classify.steps import EMBEDDED
+    from vlm_mech.behaviour.classify.steps import fewest
     from vlm_mech.data.image_classes import load_classes
     from vlm_mech.models.vlm import VLM
 
-    counted = config.counts is not None or (config.data.startswith("scenes/") and config.model in EMBEDDED)
-    check_n(config.n, FEWEST_CLASSES if counted else 1)
+    check_n(config.n, fewest(config.data, config.model, config.counts))
     sizes = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
     data = load_classes(config.data, **sizes, seed=config.seed, names=config.names)
     vlm, wording = VLM.load(config.model, **config.loading), WORDINGS[config.wording]

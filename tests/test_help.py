@@ -66,7 +66,7 @@ def test_a_batch_and_a_run_are_shown_on_one_line():
     done = run(vlm, encoded, Knockout("last", "image", layers=1))
     size = " x ".join(map(str, done.logits.shape))
     assert repr(done) == f"Run(logits {size}, 1 receipt; {encoded!r})"
-    batch = clip.encode([pair.image for pair in pairs], ["a red apple", "a green apple", "a dog"])
+    batch = clip.encode([pair.image for pair in pairs], ["a red circle", "a green circle", "a blue circle"])
     assert repr(batch) == "DualEncoded(2 images, 3 texts)"
     assert repr(run(clip, batch)) == f"Run(logits 2 x 3, 0 receipts; {batch!r})"
     assert len(repr(generate(vlm, encoded))) < 1000

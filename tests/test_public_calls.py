@@ -182,7 +182,7 @@ def test_there_is_no_such_embedded_model():
 
 
 @pytest.mark.parametrize(
-    ("n", "said"), [(6, "no class has more than 2 of 12 examples"), (10, "in no training example")]
+    ("n", "said"), [(6, "no class has more than 2 of 12 examples"), (10, "too few for every training part")]
 )
 def test_too_few_examples_of_a_class_are_told_by_its_name(n, said, organism):
     few = load_pairs("scenes/colour", n=n)

@@ -78,13 +78,13 @@ if TYPE_CHECKING:
     from vlm_mech.results.result import Metric as Metric
     from vlm_mech.results.result import Result as Result
     from vlm_mech.results.saved_figures import redraw as redraw
+    from vlm_mech.sweeps.measures import Measure as Measure
+    from vlm_mech.sweeps.measures import logit_diff as logit_diff
+    from vlm_mech.sweeps.measures import prob as prob
     from vlm_mech.sweeps.schedule import SweepPlan as SweepPlan
-    from vlm_mech.sweeps.sweep import Measure as Measure
     from vlm_mech.sweeps.sweep import Point as Point
     from vlm_mech.sweeps.sweep import grid as grid
-    from vlm_mech.sweeps.sweep import logit_diff as logit_diff
     from vlm_mech.sweeps.sweep import plan_sweep as plan_sweep
-    from vlm_mech.sweeps.sweep import prob as prob
     from vlm_mech.sweeps.sweep import sweep as sweep
 
 __version__ = "0.2.0"
@@ -121,7 +121,8 @@ _HOMES = {
     "results.result": ("Metric", "Result"),
     "results.saved_figures": ("redraw",),
     "sweeps.schedule": ("SweepPlan",),
-    "sweeps.sweep": ("Measure", "Point", "grid", "logit_diff", "plan_sweep", "prob", "sweep"),
+    "sweeps.measures": ("Measure", "logit_diff", "prob"),
+    "sweeps.sweep": ("Point", "grid", "plan_sweep", "sweep"),
 }
 _MODULES = {
     "attribution_figures": "methods.attribution.figures",

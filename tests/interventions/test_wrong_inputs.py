@@ -15,7 +15,8 @@ from vlm_mech.inputs.span import Each, OneImage, Patches, Positions, Tokens
 from vlm_mech.interventions.receipt import ReceiptError
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace, Steer
 from vlm_mech.interventions.trace import read, run
-from vlm_mech.sweeps.sweep import grid, prob, sweep
+from vlm_mech.sweeps.measures import prob
+from vlm_mech.sweeps.sweep import grid, sweep
 
 pytestmark = pytest.mark.usefixtures("untyped")
 SITE, HEADS = Site("llm.resid_post", 1), Site("llm.head_out", 1)

@@ -20,7 +20,7 @@ from vlm_mech.methods.attribution.figures import LEGENDS, estimate_against_effec
 from vlm_mech.methods.attribution.study import attribute
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.result import Result
-from vlm_mech.sweeps.sweep import logit_diff, prob
+from vlm_mech.sweeps.measures import logit_diff, prob
 
 QUICK = {"top_k": 1, "n_random": 1}
 """For tests of the screen alone."""

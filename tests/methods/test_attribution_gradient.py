@@ -13,7 +13,7 @@ from vlm_mech.interventions.specification import Activations, Replace
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.methods.attribution.gradient import forward, frozen, gradient
 from vlm_mech.models.vlm import VLM
-from vlm_mech.sweeps.sweep import Measure, logit_diff, prob
+from vlm_mech.sweeps.measures import Measure, logit_diff, prob
 
 STEP = 3e-3
 """Share of the way to the other run by which states are moved."""

@@ -21,7 +21,7 @@ from vlm_mech.methods.probing.descent import LINEAR, ProbeRecipe
 from vlm_mech.methods.probing.training import Split
 from vlm_mech.methods.probing.training import train as train_probes
 from vlm_mech.models.dual_encoder import DualEncoder
-from vlm_mech.sweeps.sweep import logit_diff
+from vlm_mech.sweeps.measures import logit_diff
 
 SITE = Site("llm.resid_post", 1)
 

@@ -17,7 +17,8 @@ from vlm_mech.interventions.specification import Ablate
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results import metrics
 from vlm_mech.runs.contract import about, spelt
-from vlm_mech.sweeps.sweep import grid, logit_diff, sweep
+from vlm_mech.sweeps.measures import logit_diff
+from vlm_mech.sweeps.sweep import grid, sweep
 
 ANSWERS = ("left", "right", "5", "7", "(", "A", "B", ")", "猫", "犬")
 QUESTION = "which is left?"

@@ -19,7 +19,8 @@ from vlm_mech.interventions.specification import Knockout
 from vlm_mech.interventions.trace import generate, read, run
 from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.models.vlm import VLM
-from vlm_mech.sweeps.sweep import grid, prob, sweep
+from vlm_mech.sweeps.measures import prob
+from vlm_mech.sweeps.sweep import grid, sweep
 
 SITE = Site("llm.resid_post", 1)
 

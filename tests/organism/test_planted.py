@@ -29,7 +29,8 @@ from vlm_mech.organism.planted import (
 )
 from vlm_mech.organism.planted_recipe import COLOURS, Head, Recipe, draw, matched_null, recovered, removed
 from vlm_mech.organism.planted_weights import weights
-from vlm_mech.sweeps.sweep import grid, logit_diff, sweep
+from vlm_mech.sweeps.measures import logit_diff
+from vlm_mech.sweeps.sweep import grid, sweep
 
 DIRECT = Recipe(3, 6, reads=(Head(3, 1),), decoys=(Head(1, 0, 0), Head(4, 2, 0)), priors=(3, 1, 0, 5, 4, 2))
 TWO_HOP = dataclasses.replace(DIRECT, reads=(Head(2, 1),), carries=(Head(4, 3),))

@@ -15,7 +15,8 @@ from vlm_mech.interventions.specification import Ablate, Knockout, Steer
 from vlm_mech.results.result import Metric
 from vlm_mech.runs.workspace import prepare
 from vlm_mech.sweeps.asked import digest
-from vlm_mech.sweeps.sweep import Measure, grid, plan_sweep, prob, sweep
+from vlm_mech.sweeps.measures import Measure, prob
+from vlm_mech.sweeps.sweep import grid, plan_sweep, sweep
 
 SITE = Site("llm.resid_post", 1)
 

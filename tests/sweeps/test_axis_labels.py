@@ -13,7 +13,8 @@ from vlm_mech.inputs.span import OneImage, Patches, Tokens, Words
 from vlm_mech.interventions.specification import Ablate, Steer
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.axis_labels import axis_table, label, labels
-from vlm_mech.sweeps.sweep import Point, grid, prob, sweep
+from vlm_mech.sweeps.measures import prob
+from vlm_mech.sweeps.sweep import Point, grid, sweep
 
 SITE = Site("llm.resid_post", 1)
 

@@ -20,11 +20,12 @@ from vlm_mech.runs.workspace import prepare
 from vlm_mech.sweeps.branching import branch_of, outline
 from vlm_mech.sweeps.cost import pass_flops, sizes
 from vlm_mech.sweeps.engine import Engine
+from vlm_mech.sweeps.measures import prob
 from vlm_mech.sweeps.memory import parse_bytes, peak_memory, readable
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.replay import Wave
 from vlm_mech.sweeps.schedule import MARGIN, forecast, in_halves
-from vlm_mech.sweeps.sweep import grid, plan_sweep, prob, sweep
+from vlm_mech.sweeps.sweep import grid, plan_sweep, sweep
 
 CPU = torch.device("cpu")
 PLENTY = 10**12

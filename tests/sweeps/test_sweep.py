@@ -20,8 +20,9 @@ from vlm_mech.interventions.trace import run
 from vlm_mech.models.vlm import VLM
 from vlm_mech.sweeps import suffix_attention
 from vlm_mech.sweeps.engine import Engine
+from vlm_mech.sweeps.measures import Measure, logit_diff, prob
 from vlm_mech.sweeps.recorded_pass import record
-from vlm_mech.sweeps.sweep import Measure, grid, logit_diff, plan_sweep, prob, sweep
+from vlm_mech.sweeps.sweep import grid, plan_sweep, sweep
 
 POINTS = ("head_out", "attn_out", "mlp_out", "resid_pre")
 

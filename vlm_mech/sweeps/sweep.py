@@ -24,12 +24,12 @@ from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.interventions.specification import Intervention, as_intervention
 from vlm_mech.interventions.trace import refuse_open_trace, run
-from vlm_mech.results import metrics
-from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.result import Result
 from vlm_mech.runs.workspace import Workspace
 from vlm_mech.sweeps.asked import check_listed, check_once, check_whole, digest
 from vlm_mech.sweeps.axis_labels import axis_table, check_axes
 from vlm_mech.sweeps.engine import engine_of
+from vlm_mech.sweeps.measures import Measure
 from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
@@ -66,79 +66,6 @@ def grid(**axes: Iterable[Any]) -> tuple[Point, ...]:
     if not values or empty:
         raise UsageError(f"a grid needs values on every axis; none on: {', '.join(empty) or 'any'}")
     return tuple(Point(tuple(zip(values, each, strict=True))) for each in itertools.product(*values.values()))
-
-
-@dataclass(frozen=True, eq=False)
-class Measure:
-    """A number per example: `of(logits, *ids)` of next-token logits batch x vocab and first tokens of answers.
-
-    Args:
-        metric: what the number is called, its unit and what it is.
-        of: the function; it gives a tensor of shape batch.
-        answers: for each ids that the function takes, the answers' texts, one an example.
-        apart: whether the answers of an example must begin with different tokens; those that do not are refused.
-    """
-
-    metric: Metric
-    of: Callable[..., Tensor]
-    answers: tuple[Sequence[str], ...] = ()
-    apart: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.metric, Metric) or not callable(self.of):
-            raise UsageError("a Measure is a Metric(name, unit, what it is) and a function of logits and ids")
-        if any(isinstance(each, Tensor) for each in self.answers):
-            raise UsageError(f"{self.metric.name} takes the texts of answers; for logits and ids use vlm_mech.metrics")
-        single = [each for each in self.answers if isinstance(each, str)]
-        if single:
-            raise UsageError(f"{self.metric.name} is given the answer {single[0]!r}; a list is needed, one an example")
-
-    def values(self, logits: Tensor, ids: Sequence[Tensor], names: Sequence[str]) -> Tensor:
-        """The number of each example, of shape batch.
-
-        Raises:
-            UsageError: the function gives something else, or an infinite number.
-        """
-        found, name = self.of(logits, *ids), self.metric.name
-        if not isinstance(found, Tensor) or found.shape != (len(names),) or found.is_complex():
-            what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise UsageError(f"{name} gives {what}; a tensor of {len(names)} real numbers is needed, one an example")
-        endless = found.double().isinf()
-        if endless.any():
-            example = names[int(endless.nonzero()[0])]
-            raise UsageError(f"{name} of example {example!r} is infinite; a missing value is NaN")
-        return found
-
-    def ids(self, vlm: "VLM", encoded: Encoded, rows: slice = slice(None)) -> list[Tensor]:
-        """First tokens of the answers of some rows, each of shape batch.
-
-        Raises:
-            UsageError: an answer cannot be compared (see `VLM.answer_ids`), or two of an example begin alike.
-        """
-        texts = [list(answers[rows]) for answers in self.answers]
-        ids = [vlm.answer_ids(encoded, each) for each in texts]
-        for one, other in itertools.combinations(range(len(ids)), 2) if self.apart else ():
-            for row in (ids[one] == ids[other]).nonzero().flatten().tolist():
-                token = vlm.tokenizer.convert_ids_to_tokens(ids[one][row].item())
-                raise UsageError(
-                    f"{self.metric.name}: answers {texts[one][row]!r} and {texts[other][row]!r} both begin with the "
-                    f"token {token!r}; answers are compared by their first tokens, which must differ"
-                )
-        return ids
-
-
-def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
-    """Logit of each example's answer less that of another answer, by their first tokens.
-
-    `metrics.logit_diff(logits, answer_ids, other_ids)` takes the same from logits at hand.
-    """
-    metric = Metric("logit_diff", "logits", "logit of the answer less that of the other answer", signed=True)
-    return Measure(metric, metrics.logit_diff, (answer, other))
-
-
-def prob(answer: Sequence[str]) -> Measure:
-    """Probability of each example's answer."""
-    return Measure(Metric("prob", "probability", "probability of the answer's first token"), metrics.prob, (answer,))
 
 
 def sweep(

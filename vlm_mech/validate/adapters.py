@@ -22,7 +22,8 @@ from vlm_mech.methods.lens.logit_lens import lens
 from vlm_mech.organism.planted import Planted
 from vlm_mech.results.claim import Claims, cells_of, counted, differences, layer_heads, layers, strengths
 from vlm_mech.results.result import Metric, Result
-from vlm_mech.sweeps.sweep import Measure, Point, grid, logit_diff, sweep
+from vlm_mech.sweeps.measures import Measure, logit_diff
+from vlm_mech.sweeps.sweep import Point, grid, sweep
 from vlm_mech.validate.probes import noisy_probes, probes
 from vlm_mech.validate.visual_flow import flow_map
 

@@ -53,6 +53,11 @@ class Options:
     tuning: Tuning | None
 
 
+def fewest(data: str, model: str, counts: Path | None) -> int:
+    """The least number of test pictures: frequencies of classes are correlated where the text that taught is known."""
+    return FEWEST_CLASSES if counts is not None or (data.startswith(SCENES) and model in EMBEDDED) else 1
+
+
 def options_of(
     data: str,
     model: str,

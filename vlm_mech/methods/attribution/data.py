@@ -12,7 +12,7 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import Each, Span
-from vlm_mech.sweeps.sweep import Measure
+from vlm_mech.sweeps.measures import Measure
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM

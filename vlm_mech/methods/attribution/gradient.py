@@ -17,7 +17,7 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.timeline import rows_of
-from vlm_mech.sweeps.sweep import Measure
+from vlm_mech.sweeps.measures import Measure
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM

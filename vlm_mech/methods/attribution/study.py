@@ -33,7 +33,8 @@ from vlm_mech.methods.attribution.data import Cell, cells_of, check, chosen_cell
 from vlm_mech.methods.attribution.findings import findings
 from vlm_mech.methods.attribution.gradient import Pass, forward, frozen, gradient
 from vlm_mech.results.result import Metric, Result
-from vlm_mech.sweeps.sweep import Measure, Point, sweep
+from vlm_mech.sweeps.measures import Measure
+from vlm_mech.sweeps.sweep import Point, sweep
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM

@@ -31,7 +31,8 @@ from vlm_mech.models.readout import Readout
 from vlm_mech.results import metrics
 from vlm_mech.results.result import N_RESAMPLES, Metric, Result
 from vlm_mech.results.statistics import Estimate, bootstrap_means, estimate
-from vlm_mech.sweeps.sweep import Measure, Point, logit_diff, plan_sweep, sweep
+from vlm_mech.sweeps.measures import Measure, logit_diff
+from vlm_mech.sweeps.sweep import Point, plan_sweep, sweep
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM

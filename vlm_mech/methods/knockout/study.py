@@ -21,9 +21,10 @@ from vlm_mech.methods.knockout.data import FoundBy, Masks, Scan, found_edges, sw
 from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
+from vlm_mech.sweeps.measures import Measure, logit_diff, prob
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.schedule import SweepPlan
-from vlm_mech.sweeps.sweep import Measure, Point, logit_diff, plan_sweep, prob, sweep
+from vlm_mech.sweeps.sweep import Point, plan_sweep, sweep
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM

@@ -19,7 +19,8 @@ from vlm_mech.methods.visual_flow.claims import FlowClaims
 from vlm_mech.methods.visual_flow.data import EDGES, Cases
 from vlm_mech.methods.visual_flow.probes import ProbeExamples, patch_probabilities
 from vlm_mech.methods.visual_flow.study import INPUT, swapped_sites
-from vlm_mech.sweeps.sweep import grid, logit_diff, sweep
+from vlm_mech.sweeps.measures import logit_diff
+from vlm_mech.sweeps.sweep import grid, sweep
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
