@@ -10,7 +10,15 @@ import pandas as pd
 from vlm_mech.behaviour.answering.prompts import open_prompt
 from vlm_mech.behaviour.classify.baselines import contrastive_table, probe_table
 from vlm_mech.behaviour.classify.data import Design
-from vlm_mech.behaviour.classify.frequency import Rule, binned, correlations, counted, read_counts, training_texts
+from vlm_mech.behaviour.classify.frequency import (
+    FEWEST_CLASSES,
+    Rule,
+    binned,
+    correlations,
+    counted,
+    read_counts,
+    training_texts,
+)
 from vlm_mech.behaviour.classify.study import Calibration, all_scores, averaged, generated, kept, score_tables
 from vlm_mech.behaviour.classify.table import AXES, LOADED, METRICS, completed
 from vlm_mech.behaviour.classify.tuning import Tuning, tune
