@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests.zoo.tiny import picture
 from vlm_mech import (
     VLM,
     DualEncoder,
+    Each,
     LensTraining,
     Measure,
     Metric,
@@ -210,3 +212,20 @@ def test_a_pair_alone_is_no_pairs(organism):
     pair = Pair("a", picture(1), picture(2), "what colour is the circle?", "red", "blue")
     assert refused(lambda: layer_swap(organism, pair)).startswith("layer_swap takes Pairs, not a Pair;")
     assert len(Pairs("own", [pair])) == 1
+
+
+def test_gradients_are_not_asked_for_where_there_are_none(organism, pairs):
+    measure = logit_diff(pairs.answer, pairs.counterfactual_answer)
+    calls = {
+        "attribute": lambda: attribute(organism, pairs, [LAST], ["last"], measure),
+        "probe": lambda: probe(organism, pairs, controls=()),
+        "train_tuned_lens": lambda: train_tuned_lens(organism, pairs.base[:2], pairs.base[2:], [LAST], "all"),
+    }
+    for name, call in calls.items():
+        with torch.inference_mode():
+            assert refused(call) == f"{name} needs gradients, which torch.inference_mode() rules out; call it outside"
+
+
+def test_spans_of_their_own_are_no_spans_of_an_attribution(organism, pairs):
+    measure, own = logit_diff(pairs.answer, pairs.counterfactual_answer), Each(("last",) * len(pairs))
+    assert "not Each" in refused(lambda: attribute(organism, pairs, [LAST], [("image", own)], measure))

@@ -335,6 +335,12 @@ class TracedModel(ABC):
         )
 
 
+def check_gradients(what: str) -> None:
+    """Raises `UsageError` within `torch.inference_mode()`, in which no gradient can be asked for."""
+    if torch.is_inference_mode_enabled():
+        raise UsageError(f"{what} needs gradients, which torch.inference_mode() rules out; call it outside")
+
+
 def check_decoder(vlm: Any, call: str) -> None:
     """Raises `UsageError` unless a loaded model with a decoder is given.
 

@@ -11,7 +11,7 @@ import pandas as pd
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.span import Each, Span
+from vlm_mech.inputs.span import Each, Span, settled
 from vlm_mech.sweeps.measures import Measure
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def cells_of(vlm: "VLM", sites: Sequence[Site], spans: Sequence[Span], heads: bo
             raise UsageError(f"heads can be told apart at head_out sites only, not at {site}")
     if len({site.layer is None for site in sites}) == 2:
         raise UsageError("sites with layers and sites without cannot share a table; attribute them apart")
-    if any(isinstance(span, Each) for span in spans):
+    if any(isinstance(settled(span), Each) for span in spans):
         raise UsageError("an attribution takes spans that mean the same in every pair, not Each")
     own = {site: range(vlm.n_heads(site.stream)) if heads else (None,) for site in sites}
     return [Cell(site, span, head) for site in sites for span in spans for head in own[site]]

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site, listed_sites
-from vlm_mech.architectures.traced_model import check_decoder
+from vlm_mech.architectures.traced_model import check_decoder, check_gradients
 from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs
 from vlm_mech.errors import WorkError
 from vlm_mech.inputs.span import Span, listed
@@ -103,6 +103,7 @@ def attribute(
         WorkError: a gradient is NaN.
     """
     check_decoder(vlm, "attribute")
+    check_gradients("attribute")
     check_pairs(pairs, "attribute")
     several = spans if isinstance(spans, list | tuple) else (spans,)
     spots, directions = cells_of(vlm, listed_sites(sites, "attribute"), several, heads), listed(directions)

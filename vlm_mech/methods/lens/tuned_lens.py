@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlm_mech.architectures.site import Site, listed_sites
-from vlm_mech.architectures.traced_model import check_decoder
+from vlm_mech.architectures.traced_model import check_decoder, check_gradients
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
@@ -194,6 +194,7 @@ def train_tuned_lens(
             last `resid_post` (which needs no translator), or an empty span.
     """
     check_decoder(vlm, "train_tuned_lens")
+    check_gradients("train_tuned_lens")
     training, sites = training or LensTraining(), listed_sites(sites, "train_tuned_lens")
     used = [{fingerprint(prompt) for prompt in prompts} for prompts in (train, held_out)]
     if not all(used) or used[0] & used[1]:

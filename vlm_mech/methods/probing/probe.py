@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from vlm_mech.architectures.traced_model import check_decoder
+from vlm_mech.architectures.traced_model import check_decoder, check_gradients
 from vlm_mech.data.pairs import Pairs, apart, check_pairs, linked, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
@@ -83,6 +83,7 @@ def probe(
         UsageError: a span, probe or control that is not known, or too few examples for the folds.
     """
     check_decoder(vlm, "probe")
+    check_gradients("probe")
     for given in (pairs,) if conflict is None else (pairs, conflict):
         check_pairs(given, "probe")
     data = [linked(with_objects(vlm, pairs))]
