@@ -22,7 +22,7 @@ from vlm_mech.data.pairs import load_pairs
 REASONS = {
     "missing": "does not exist",
     "corrupt": "cannot be read",
-    "huge": "cannot be read: Image size",
+    "huge": "decompression bomb",
     "same": "both pictures have the same pixels",
     "tokens": "start with the same token",
     "special": "holds '<image>'",

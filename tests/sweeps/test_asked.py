@@ -9,7 +9,6 @@ from tests.zoo.batches import pairs_of, wrapped
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span import Each, Words
 from vlm_mech.interventions.specification import Ablate, Knockout, Steer
 from vlm_mech.results.result import Metric
@@ -125,8 +124,6 @@ def test_what_cannot_be_swept_is_refused_before_the_model_runs(monkeypatch):
             sweep(vlm, pairs, points, _cut, measure, **how)
     with pytest.raises(UsageError, match="batch is 0"):
         plan_sweep(vlm, pairs, points, _cut, batch=0)
-    with pytest.raises(UsageError, match="the data of a sweep is one Prompt"):
-        sweep(vlm, Prompt("what?"), points, _cut, measure)
     with pytest.raises(UsageError, match="points of a grid are given as a Point; a list of Points"):
         sweep(vlm, pairs, points[0], _cut, measure)
     with pytest.raises(UsageError, match="points of a grid hold an int"):

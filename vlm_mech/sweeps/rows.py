@@ -1,6 +1,7 @@
 """Interventions that were given for all the data, as they concern some rows of it."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import torch
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded, Prompt
-from vlm_mech.inputs.span import Each, Span
+from vlm_mech.inputs.span import Each, Span, settled
 from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Replace, Together
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ class Rows:
         def encoded() -> Encoded:
             # The rows' own spans stand for those of all the data there.
             known = self.vlm.encode(self.prompts)
-            some = _step(part.span, list(range(len(self.prompts)))[self.rows])
-            for place in {site.place for site in part.sites}:
-                known.known[some, place] = known.cells(part.span, place=place)
+            some = settled(_step(part.span, list(range(len(self.prompts)))[self.rows]))
+            for place, ordered in itertools.product({site.place for site in part.sites}, (False, True)):
+                known.known[some, place, ordered] = known.cells(part.span, place=place, ordered=ordered)
             return known
 
         return self._once((id(part.span), part.sites), part.span, encoded)
