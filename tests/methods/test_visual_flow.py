@@ -304,6 +304,16 @@ def test_probes_read_what_is_shown_at_the_object_and_patches_know_where(tmp_path
         probe_examples(planted.vlm, cases[:4], None, folder=tmp_path / "few")
 
 
+def test_a_planted_rival_may_be_the_answer():
+    """Random answers of a null model: the usual answer is now and then the true one, and leads by nothing."""
+    planted = made("two-hop")
+    pairs = planted.pairs(4, seed=1)
+    cases = Cases(pairs, (pairs.answer[0], *pairs.counterfactual_answer[1:]), "the usual answer")
+    leads = study._of_lens(planted.vlm, cases).set_index("example")["lead"]
+    first = pairs[0].id
+    assert (leads[first] == 0).all() and (leads.drop(first) != 0).any()
+
+
 # The command
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vlm_mech.errors import UsageError
 from vlm_mech.results import metrics
 
 LOGITS = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, -1.0, 0.0, 0.5]])
@@ -45,3 +46,10 @@ def test_recovered_fraction_and_its_degenerate_denominator():
     found = metrics.recovered(patched, base, target)
     assert found[:2].tolist() == [0.0, 1.0] and found[2].isnan()
     assert metrics.recovered(torch.tensor([0.0]), base[:1], target[:1]).item() == 0.5
+
+
+def test_answers_that_are_one_token_differ_by_nothing_where_that_is_allowed():
+    logits, ids = torch.randn(2, 5), torch.tensor([1, 2])
+    assert metrics.logit_diff(logits, ids, torch.tensor([1, 3]), apart=False)[0] == 0
+    with pytest.raises(UsageError, match="both answers of example 0 begin with token 1"):
+        metrics.logit_diff(logits, ids, torch.tensor([1, 3]))

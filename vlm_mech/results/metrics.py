@@ -24,16 +24,24 @@ def _at(logits: Float[Tensor, "batch vocab"], ids: Int[Tensor, "batch"]) -> Floa
 
 
 def logit_diff(
-    logits: Float[Tensor, "batch vocab"], answer: Int[Tensor, "batch"], other: Int[Tensor, "batch"]
+    logits: Float[Tensor, "batch vocab"],
+    answer: Int[Tensor, "batch"],
+    other: Int[Tensor, "batch"],
+    *,
+    apart: bool = True,
 ) -> Float[Tensor, "batch"]:
     """`logit(answer) - logit(other)`, in logits (Zhang & Nanda 2023), of logits and token ids.
 
     `vlm_mech.logit_diff(answer, other)`, of texts, is the same as a measure of a sweep.
 
+    Args:
+        apart: refuse an example whose answers are the same token; without it, its difference is 0.
+
     Raises:
         UsageError: both answers of an example are the same token.
     """
-    check_apart(answer, other)
+    if apart:
+        check_apart(answer, other)
     return _at(logits, answer) - _at(logits, other)
 
 

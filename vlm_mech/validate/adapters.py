@@ -5,11 +5,10 @@ the words of `Claims`. None of them sees what was planted.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import pandas as pd
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import Pairs
@@ -20,6 +19,7 @@ from vlm_mech.methods.layer_swap.data import swap_sites
 from vlm_mech.methods.layer_swap.study import LOGIT_DIFF, swap_states
 from vlm_mech.methods.lens.logit_lens import lens
 from vlm_mech.organism.planted import Planted
+from vlm_mech.results import metrics
 from vlm_mech.results.claim import Claims, cells_of, counted, differences, layer_heads, layers, strengths
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.measures import Measure, logit_diff
@@ -234,14 +234,7 @@ def _sweep(planted: Planted, pairs: Pairs, points: Sequence[Point], edit: Edit) 
     measures = (
         logit_diff(pairs.answer, pairs.counterfactual_answer),
         # Where the picture shows what is usual there is no difference to lose.
-        Measure(metric, _difference, (planted.priors(pairs), pairs.answer), apart=False),
+        Measure(metric, partial(metrics.logit_diff, apart=False), (planted.priors(pairs), pairs.answer), apart=False),
     )
     donor = read(vlm, vlm.encode(pairs.counterfactual), _head_sites(planted)) if edit is head_swap else ()
     return sweep(vlm, pairs, points, lambda point: edit(point, donor), measures, batch=len(pairs))
-
-
-def _difference(
-    logits: Float[Tensor, "batch vocab"], one: Int[Tensor, "batch"], other: Int[Tensor, "batch"]
-) -> Float[Tensor, "batch"]:
-    """Difference of two logits; 0 where both are the same token's."""
-    return logits.float().gather(1, one[:, None])[:, 0] - logits.float().gather(1, other[:, None])[:, 0]

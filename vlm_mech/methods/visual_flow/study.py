@@ -124,7 +124,8 @@ def _of_lens(vlm: "VLM", cases: Cases) -> pd.DataFrame:
     ids = [vlm.answer_ids(clean.encoded, each) for each in (cases.pairs.answer, rivals)]
     with torch.no_grad():
         leads = [
-            metrics.logit_diff(vlm.readout(clean.hidden(depth)[:, -1]), *ids).double().cpu().numpy()
+            # Planted models may have a rival that is the answer; pairs of a user were checked (`data.pairs.fitting`).
+            metrics.logit_diff(vlm.readout(clean.hidden(depth)[:, -1]), *ids, apart=False).double().cpu().numpy()
             for depth in range(len(clean.blocks) + 1)
         ]
     names = [pair.id for pair in cases.pairs]
