@@ -117,6 +117,8 @@ def test_pairs_that_share_a_picture_stay_in_one_part(tmp_path):
         assert {pair.group for part in parts for pair in part} == {pair.group for pair in pairs}, "pairs are as given"
     folder = as_folder(tmp_path / "mine", pairs)
     assert [pair.group for pair in load_pairs(folder)] == [f"p{n - n % 2}" for n in range(12)]
+    drawn = {tuple(pair.id for pair in by_groups(pairs, (0.5,), seed=seed)[0]) for seed in range(8)}
+    assert len(drawn) > 1, "the seed draws the groups"
     unlike = some(6, groups=3)
     assert [pair.group for pair in linked(unlike)] == [pair.group for pair in unlike]
 

@@ -53,6 +53,7 @@ def check_axis_values(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
 
 
 def check_complete(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
+    """Every example has one row in every cell, and examples are named by one kind of value."""
     if len({isinstance(name, str) for name in table["example"]}) > 1:
         raise UsageError("examples are named by both text and numbers; one of these is needed")
     keys = table[["example", *axes]]
@@ -69,6 +70,7 @@ def check_complete(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
 
 
 def check_drawn(level: float, seed: int) -> None:
+    """The level of intervals, between 0 and 1, and the seed of what is resampled."""
     if not 0 < level < 1:
         raise UsageError(f"level is {level}; a number between 0 and 1 is needed, such as 0.95")
     if not isinstance(seed, Integral) or seed < 0:
@@ -84,6 +86,7 @@ def check_json(given: dict[str, Any], what: str) -> None:
 
 
 def check_numbers(table: pd.DataFrame, column: str) -> None:
+    """A column of finite numbers, NaN where one is missing."""
     if table[column].dtype.kind not in "biuf":
         raise UsageError(f"column {column} holds {table[column].dtype}; numbers are needed, NaN where one is missing")
     endless = np.isinf(table[column].to_numpy(dtype=float))
@@ -93,6 +96,7 @@ def check_numbers(table: pd.DataFrame, column: str) -> None:
 
 
 def check_groups(table: pd.DataFrame) -> None:
+    """Every example has one group, the same in all of its rows."""
     split = table.groupby("example", sort=False, observed=True)["group"].nunique(dropna=False)
     if int(split.max()) > 1 or table["group"].isna().to_numpy().any():
         raise UsageError(f"example {split.idxmax()!r} has {split.max()} groups, or none; every example needs one group")
