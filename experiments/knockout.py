@@ -63,7 +63,8 @@ def plan(config: Config) -> Any:
     from vlm_mech.methods.knockout.study import plan_knockout
 
     *what, masks = _loaded(config)
-    return plan_knockout(*what, masks=masks, batch=config.batch, seed=config.seed, memory=config.memory)
+    how = {"measure": config.measure, "batch": config.batch, "seed": config.seed, "memory": config.memory}
+    return plan_knockout(*what, masks=masks, **how)
 
 
 def run(config: Config, work: Workspace) -> Outcome:
@@ -74,14 +75,15 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.results.result import Result
 
     vlm, pairs, scan, masks = _loaded(config)
-    how = {"only_correct": not config.all, "seed": config.seed, "engine": config.engine, "memory": config.memory}
+    how = {"only_correct": not config.all, "measure": config.measure, "seed": config.seed}
+    how |= {"engine": config.engine, "memory": config.memory}
     for start in work.progress(range(0, len(pairs), config.batch), "knockouts"):
         key = f"{start:08d}"
         if key not in work:
             batch = pairs[start : start + config.batch]
             work.keep(key, *study.knock_out(vlm, batch, scan, masks=masks, **how))
     table, receipts = work.collect()
-    result = Result("attention knockout", table, scan.axes, study.METRICS)
+    result = Result("attention knockout", table, scan.axes, study.metrics_of(config.measure))
     more = follow_up(vlm, result, pairs, scan, masks, n_generated=config.generate)
     provenance = about(QUESTION, vlm, pairs, add_up(receipts)) | {"generated": more.generated}
     result = dataclasses.replace(result, provenance=provenance, findings=findings.findings(result, pairs, scan, more))

@@ -23,7 +23,8 @@ def plan(config: Config) -> Any:
     if config.swap == "weights":
         raise UsageError("--dry-run foresees swaps of states only; an exchange of weights keeps one pass a hybrid")
     *what, directions = _loaded(config)
-    return plan_swap(*what, directions=directions, batch=config.batch, memory=config.memory)
+    how = {"measure": config.measure, "batch": config.batch, "memory": config.memory}
+    return plan_swap(*what, directions=directions, **how)
 
 
 def run(config: Config, work: Workspace) -> Outcome:
@@ -54,14 +55,16 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.methods.layer_swap.study import swap_states
 
     vlm, pairs, sites, spans, directions = _loaded(config)
-    how = {"directions": directions, "only_correct": not config.all, "engine": config.engine, "memory": config.memory}
+    how = {"directions": directions, "only_correct": not config.all, "measure": config.measure}
+    how |= {"engine": config.engine, "memory": config.memory}
     for start in work.progress(range(0, len(pairs), config.batch), "swaps"):
         key = f"{start:08d}"
         if key not in work:
             table, receipts = swap_states(vlm, pairs[start : start + config.batch], sites, spans, **how)
             work.keep(key, table, summarise(receipts))
     table, receipts = work.collect()
-    result = told(swap_result(config.site, table, about(QUESTION, vlm, pairs, add_up(receipts))), pairs)
+    provenance = about(QUESTION, vlm, pairs, add_up(receipts))
+    result = told(swap_result(config.site, table, provenance, config.measure), pairs)
     return Outcome(result, drawn(result), pictures(pairs))
 
 

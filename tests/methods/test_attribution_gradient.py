@@ -13,7 +13,9 @@ from vlm_mech.interventions.specification import Activations, Replace
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.methods.attribution.gradient import forward, frozen, gradient
 from vlm_mech.models.vlm import VLM
-from vlm_mech.sweeps.measures import Measure, logit_diff, prob
+from vlm_mech.sweeps.engine import Reference
+from vlm_mech.sweeps.measures import Measure, logit_diff, logprob_diff, prob
+from vlm_mech.sweeps.readings import readings_of
 
 STEP = 3e-3
 """Share of the way to the other run by which states are moved."""
@@ -27,9 +29,10 @@ def wrapped(family: str) -> VLM:
 
 def tracked(vlm: VLM, encoded, sites, measure):
     """A pass with its gradients."""
+    read = readings_of(vlm, encoded, [measure])
     with frozen(vlm.model):
-        found = forward(vlm, encoded, sites, track=True)
-        return found, gradient(found, measure, [vlm.answer_ids(encoded, answers) for answers in measure.answers])
+        found = forward(vlm, read.encoded, sites, track=True)
+        return found, gradient(found, read)
 
 
 def sites_of(vlm: VLM, seed: int) -> list[Site]:
@@ -41,8 +44,11 @@ def sites_of(vlm: VLM, seed: int) -> list[Site]:
 
 
 def measured(vlm, encoded, measure, intervention=None):
-    logits = run(vlm, encoded, intervention).last
-    return measure.of(logits, *(vlm.answer_ids(encoded, answers) for answers in measure.answers)).double()
+    read = readings_of(vlm, encoded, [measure])
+    kept = []
+    keep = lambda _, logits: kept.append(logits) or logits[:, 0]  # noqa: E731
+    Reference(vlm, read.encoded).answers([intervention], keep=keep)
+    return read.values(kept[0])[0].double()
 
 
 def difference(vlm, encoded, states, toward, site, span, measure):
@@ -61,15 +67,21 @@ def along(encoded, slopes, states, toward, site, span):
     return torch.stack([piece.sum() for piece in product.split(cells.counts)])
 
 
+MEASURES = {
+    "next token": logit_diff(["red", "left"], ["blue", "right"]),
+    "whole answers": logprob_diff(["left of the star", "red"], ["the blue circle", "the red star"]),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
 @pytest.mark.parametrize("family", ZOO)
-def test_gradients_equal_finite_differences(family):
+def test_gradients_equal_finite_differences(family, measure):
     vlm = wrapped(family)
     encoded, donors = vlm.encode(batch(1)), vlm.encode(batch(7))
-    measure = logit_diff(["red", "left"], ["blue", "right"])
     sites = sites_of(vlm, len(family))
     toward = read(vlm, donors, sites).values
     found, slopes = tracked(vlm, encoded, sites, measure)
-    assert (found.logits - run(vlm, encoded).last).abs().max() < 1e-6
+    assert (found.reads[:, 0] - run(vlm, encoded).last).abs().max() < 1e-6
     n_moved = 0
     for site in random.Random(family).sample(sites, 6):
         span = "image" if site.stream != "llm" else ("image", "question", "last")
@@ -131,9 +143,9 @@ def test_nothing_is_left_behind():
     with frozen(vlm.model):
         assert not any(parameter.requires_grad for parameter in parameters)
         found = forward(vlm, encoded, [Site("llm.resid_post", 1)], track=True)
-        gradient(found, prob(["red", "left"]), [vlm.answer_ids(encoded, ["red", "left"])])
+        gradient(found, readings_of(vlm, encoded, [prob(["red", "left"])]))
         untracked = forward(vlm, encoded, [Site("llm.resid_post", 1)], track=False)
-    assert untracked.logits.grad_fn is None and not untracked.start[0].requires_grad
+    assert untracked.reads.grad_fn is None and not untracked.texts[0].start[0].requires_grad
     assert all(parameter.grad is None for parameter in parameters)
     assert [parameter.requires_grad for parameter in parameters] == [False] + [True] * (len(parameters) - 1)
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in vlm.model.modules()]
@@ -157,9 +169,9 @@ def test_a_given_start_takes_the_place_of_the_embeddings():
         vlm = wrapped("qwen3_vl")
         encoded, donors = vlm.encode(batch(1)), vlm.encode(batch(7))
         other = forward(vlm, donors, sites, track=False)
-        moved = forward(vlm, encoded, sites, track=False, start=other.start)
-        assert (moved.logits - other.logits).abs().max() < 1e-9
-        assert (forward(vlm, encoded, sites, track=False).logits - other.logits).abs().max() > 1e-3
+        moved = forward(vlm, encoded, sites, track=False, start=[each.start for each in other.texts])
+        assert (moved.reads - other.reads).abs().max() < 1e-9
+        assert (forward(vlm, encoded, sites, track=False).reads - other.reads).abs().max() > 1e-3
 
 
 def test_a_measure_without_gradient_is_refused():
@@ -168,5 +180,5 @@ def test_a_measure_without_gradient_is_refused():
     ranks = Measure(prob(["red", "left"]).metric, lambda logits, ids: logits.argmax(-1), (["red", "left"],))
     with frozen(vlm.model):
         found = forward(vlm, encoded, [Site("llm.resid_post", 1)], track=True)
-        with pytest.raises(UsageError, match="prob has no gradient; logit_diff and prob have one"):
-            gradient(found, ranks, [vlm.answer_ids(encoded, ["red", "left"])])
+        with pytest.raises(UsageError, match="prob has no gradient; logit_diff, logprob_diff and prob have one"):
+            gradient(found, readings_of(vlm, encoded, [ranks]))

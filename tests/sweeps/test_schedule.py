@@ -235,11 +235,11 @@ def test_an_interrupted_sweep_goes_on_to_the_same_numbers(tmp_path):
     def cut(point):
         return Knockout("last", "image", point.layer)
 
-    def stopping(logits, ids):
-        calls.append(len(logits))
+    def stopping(answer):
+        calls.append(answer)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return prob(pairs.answer).of(logits, ids)
+        return prob(pairs.answer).of(answer)
 
     work = prepare(tmp_path / "run", {"sweep": "cut"}, resume=False, overwrite=False)
     interrupted = dataclasses.replace(prob(pairs.answer), of=stopping)

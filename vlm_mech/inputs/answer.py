@@ -1,5 +1,6 @@
-"""How an answer is written where a model begins it: after a space or not, and in which case."""
+"""How an answer is written where a model begins it: after a space or not, in which case, and with an article or not."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,22 +13,41 @@ class Attached(str):
     __slots__ = ()
 
 
+class Variants(str):
+    """An answer with all its spellings, the likeliest of which counts wherever it is measured; as a text it is the first."""
+
+    spellings: tuple[str, ...]
+
+    def __new__(cls, spellings: Sequence[str]) -> "Variants":
+        made = super().__new__(cls, spellings[0])
+        made.spellings = tuple(spellings)
+        return made
+
+
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write all answers of a data set: the case of their first letters, and whether a space comes before."""
+    """One way to write all answers of a data set: the case of their first letters, whether a space comes before, and
+    whether "the" does.
+    """
 
     case: Case = "as written"
     space: bool = True
+    article: bool = False
 
     def of(self, answer: str) -> str:
         """An answer written so."""
         bare = answer.strip()
+        if self.article and bare.split(" ")[0].lower() not in ("the", "a", "an"):
+            bare = f"the {bare}"
         text = {"as written": bare, "capital": bare[:1].upper() + bare[1:], "lower": bare[:1].lower() + bare[1:]}
         return text[self.case] if self.space else Attached(text[self.case])
 
     def __str__(self) -> str:
         case = {"as written": "as written", "capital": "with a capital", "lower": "in lower case"}[self.case]
-        return case if self.space else f"{case}, no space before"
+        with_article = f'{case}, with "the"' if self.article else case
+        return with_article if self.space else f"{with_article}, no space before"
 
 
-SPELLINGS = tuple(Spelling(case, space) for space in (True, False) for case in ("as written", "capital", "lower"))
+CASES: tuple[Case, ...] = ("as written", "capital", "lower")
+SPELLINGS = tuple(Spelling(case, space) for space in (True, False) for case in CASES)
+WITH_ARTICLE = tuple(Spelling(case, space, True) for space in (True, False) for case in CASES)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.chat_template import in_template
+from vlm_mech.inputs.following import Answers
 from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
 from vlm_mech.inputs.image_layout import ImageLayout
 from vlm_mech.inputs.processing import Processed, laid_out, process
@@ -73,6 +74,9 @@ class Encoded:
     inputs: dict[str, "torch.Tensor"]
     rows: tuple[Row, ...]
     vlm: Any = field(repr=False)
+    answers: Answers | None = field(default=None, repr=False)
+    before: "Encoded | None" = field(default=None, repr=False)
+    """The answers that follow the prompts, where they do, and the batch without them."""
     known: dict[tuple[Span, str, bool], Cells] = field(default_factory=dict, repr=False)
     """Cells of the spans asked for so far."""
 
@@ -90,17 +94,32 @@ class Encoded:
 
     @property
     def n_pos(self) -> int:
-        """Tokens per row, padding included."""
+        """Tokens per row, padding and answers included."""
         return self.inputs["input_ids"].shape[1]
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens per row without the answers that follow."""
+        return self.n_pos if self.answers is None else self.answers.n_prompt
+
+    @property
+    def read_places(self) -> list[list[bool]]:
+        """For each example and each position from the prompt's last on, whether its logits mean anything there.
+
+        They mean nothing where a shorter answer is filled up to the longest of the batch.
+        """
+        first = self.n_prompt - 1
+        known = [{first, *(row.answer or ())} for row in self.rows]
+        return [[position in some for position in range(first, self.n_pos)] for some in known]
 
     def check_room(self, n_new: int = 0) -> None:
         """Raise `UsageError` when a prompt, with `n_new` tokens after it, outgrows the decoder's positions."""
-        most, n_tokens = self.vlm.n_positions, self.n_pos + n_new
+        most, n_tokens = self.vlm.n_positions, self.n_prompt + n_new
         if most is not None and n_tokens > most:
             longest = max(range(len(self)), key=lambda example: len(self.rows[example].present))
             told = f" and {n_new} more follow, {n_tokens} together" if n_new else ""
             raise UsageError(
-                f"prompt {longest} has {self.n_pos} tokens{told}; {self.vlm.name} has positions for {most}: "
+                f"prompt {longest} has {self.n_prompt} tokens{told}; {self.vlm.name} has positions for {most}: "
                 "shorten the text, or give fewer or smaller pictures"
             )
 

@@ -16,7 +16,7 @@ from vlm_mech.inputs.span_kinds import Each, OneImage, Patches, Positions, Span,
 if TYPE_CHECKING:
     import torch
 
-LLM_SPANS = ("all", "system", "image", "separator", "question", "answer_prompt", "last")
+LLM_SPANS = ("all", "system", "image", "separator", "question", "answer_prompt", "last", "answer")
 VISION_SPANS = ("all", "class", "image")
 PROJECTOR_SPANS = ("image",)
 ONE_BY_ONE = (Patches, Positions, Tokens)
@@ -58,7 +58,8 @@ class Row:
     """One example's tokens (padding included) and what is known of each position.
 
     `text` is the prompt as it was tokenized, placeholders expanded; `present` are the positions that are no padding;
-    `offsets` gives each token's characters in `text`; `question` the question's.
+    `offsets` gives each token's characters in `text`; `question` the question's. `answer` are the positions of the
+    tokens of an answer that follows the prompt, without its last one; all else is about the prompt alone.
     """
 
     tokens: tuple[str, ...]
@@ -67,6 +68,7 @@ class Row:
     text: str
     question: tuple[int, int]
     images: tuple[Picture, ...]
+    answer: tuple[int, ...] | None = None
 
     @property
     def image(self) -> tuple[int, ...]:
@@ -156,8 +158,10 @@ def _cells(row: Row, span: Span, place: str, example: int) -> Sequence[Cell]:
         cells = [(example, position) for position in _in_prompt(row, span, example)]
     else:
         cells = _in_tower(row, span, place, example)
-    if not cells:
-        raise UsageError(f"span {span!r} is empty in example {example}; its tokens: {shown(row)}")
+    # Of an answer of one token the model is given none, since nothing comes after it.
+    if not cells and (span != "answer" or row.answer is None):
+        why = ", which no answer follows" if span == "answer" else ""
+        raise UsageError(f"span {span!r} is empty in example {example}{why}; its tokens: {shown(row)}")
     return cells
 
 
@@ -189,6 +193,7 @@ def _in_prompt(row: Row, span: Span, example: int) -> Sequence[int]:
         "question": sorted(question),
         "answer_prompt": [position for position in row.present if position > last],
         "last": (len(row.tokens) - 1,),
+        "answer": row.answer or (),
     }
     return _named(named, span)
 

@@ -73,9 +73,14 @@ def masked(
         raise UsageError(f"the knockout leaves position {query} of example {row} nothing to attend to; narrow its keys")
     if mask is not None and mask.dtype != torch.bool:
         return mask[..., :n_key].masked_fill(blocked, torch.finfo(mask.dtype).min)
+    return in_form(after, backend, dtype)
+
+
+def in_form(edges: Bool[Tensor, "rows heads query key"], backend: str, dtype: torch.dtype) -> Tensor:
+    """The mask that allows these edges, in the form that a back end takes."""
     if backend == "eager":
-        return torch.zeros_like(after, dtype=dtype).masked_fill(~after, torch.finfo(dtype).min)
-    return after
+        return torch.zeros_like(edges, dtype=dtype).masked_fill(~edges, torch.finfo(dtype).min)
+    return edges
 
 
 @dataclass(eq=False)

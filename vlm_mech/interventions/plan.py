@@ -3,6 +3,7 @@
 Everything that can be wrong with an intervention is found here, before the model runs.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,6 +167,8 @@ def plan(
     """
     made = Plan({}, {})
     for part in () if intervention is None else as_intervention(intervention).flat():
+        if generating:
+            part = _of_generated(part)
         if isinstance(part, Knockout):
             for cut in _cuts(vlm, encoded, part):
                 made.cuts.setdefault((cut.stream, cut.layer), []).append(cut)
@@ -178,6 +181,26 @@ def plan(
     if not generating and any(each.generated for each in edits):
         raise UsageError("generated tokens are edited by generate alone; a pass over prompts has none")
     return made
+
+
+def prompts_of(encoded: Batch) -> Batch:
+    """The batch without the answers that follow it: what is averaged over, or drawn from, unless told otherwise."""
+    before = encoded.before if isinstance(encoded, Encoded) else None
+    return encoded if before is None else before
+
+
+def _of_generated(part: Intervention) -> Intervention:
+    """The part with `answer` taken for what is generated, which is the answer there."""
+    names = [name for name in ("span", "query", "key") if hasattr(part, name)]
+    return dataclasses.replace(part, **{name: _generated_in(getattr(part, name)) for name in names})
+
+
+def _generated_in(span: Span) -> Span:
+    if isinstance(span, Each):
+        return Each(tuple(_generated_in(part) for part in span.spans))
+    if isinstance(span, tuple):
+        return tuple(_generated_in(part) for part in span)
+    return GENERATED if span == "answer" else span
 
 
 def _split_generated(span: Span) -> tuple[Span | None, bool]:
@@ -220,7 +243,7 @@ def _source(part: StateEdit, encoded: Batch, read: ReadStates) -> Activations | 
     if isinstance(part, Replace):
         source = part.source
     elif isinstance(part, Ablate) and part.to != "zero":
-        source = encoded if part.reference is None else part.reference
+        source = prompts_of(encoded) if part.reference is None else part.reference
     else:
         return None
     if isinstance(source, Activations):

@@ -59,12 +59,23 @@ class Run:
         """
         if self.logits.ndim == 2:
             raise UsageError("similarities of images and texts have no last token; use run(...).logits")
-        return self.logits[:, -1]
+        return self.reads[:, 0]
+
+    @property
+    def reads(self) -> Float[Tensor, "batch read vocab"]:
+        """Logits at the prompt's last position and, where an answer follows, at the tokens of it that are given.
+
+        They foretell the answer's tokens one after another.
+        """
+        if self.logits.ndim == 2:
+            raise UsageError("similarities of images and texts foretell no token; use run(...).logits")
+        assert isinstance(self.encoded, Encoded), "only prompts have logits by position"
+        return self.logits[:, self.encoded.n_prompt - 1 :]
 
     @property
     def readout(self) -> Tensor:
-        """What interventions are judged by: the last position's logits, or all similarities."""
-        return self.logits if self.logits.ndim == 2 else self.last
+        """What interventions are judged by: the logits that foretell the answer, or all similarities."""
+        return self.logits if self.logits.ndim == 2 else self.reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +120,8 @@ def _as_encoded(vlm: TracedModel, prompts: Prompts, n_new: int = 0) -> Batch:
         encoded = vlm.encode(prompts)
     if isinstance(encoded, Encoded):
         encoded.check_room(n_new)
+        if encoded.answers is not None and encoded.answers.side_by_side:
+            raise UsageError("these prompts are followed by several answers each; a pass is run over one")
     return encoded
 
 
@@ -259,6 +272,8 @@ def generate(
     check_decoder(vlm, "generate")
     options = decoding_options(options, settings=settings, max_new_tokens=max_new_tokens)
     encoded = _as_encoded(vlm, prompts, options["max_new_tokens"])
+    if encoded.answers is not None:
+        raise UsageError("these prompts have answers already; generate takes prompts alone")
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites), generating=True)
     copies, used = check_generation(vlm, encoded, made, options)
     passes, proofs = Passes(len(encoded), encoded.n_pos, copies), Proofs(vlm, encoded, made)

@@ -19,6 +19,7 @@ from vlm_mech.interventions.plan import Plan, Write
 from vlm_mech.interventions.receipt import KnockoutReceipt, Receipt, ReceiptError, WriteReceipt
 from vlm_mech.interventions.timeline import Seen, witness_of
 
+NONE_GIVEN = "no token of an answer is given to the model, since what is read is foretold by the prompt alone"
 NONE_GENERATED = "every answer ended with its first token, so no pass had a generated token to edit"
 
 
@@ -230,7 +231,7 @@ def _write_reaches(vlm: TracedModel, encoded: Batch, site: Site, writes: list[Wr
         for cell in zip(write.cells.rows.tolist(), write.cells.positions.tolist(), strict=True)
     }
     if not cells:
-        return True, ""
+        return _reaches_nothing(encoded, all(not write.generated for write in writes))
     return _reaches(vlm, encoded, site.stream, site.layer, cells, mixes=site.point == "resid_pre")
 
 
@@ -249,7 +250,8 @@ def _reaches(
                 return False, "the class token is dropped before the projector"
             return False, "no image token is made from these positions of the tower"
     last_layer = stream == "llm" and layer == vlm.n_layers("llm") - 1
-    if last_layer and not mixes and all(position != encoded.n_pos - 1 for _, position in cells):
+    # The prompt's last token and those of an answer are read.
+    if last_layer and not mixes and all(position < encoded.n_prompt - 1 for _, position in cells):
         return False, "after the last attention nothing flows from these positions to the last one"
     return True, ""
 
@@ -315,7 +317,14 @@ def knockout_reaches(
     vlm: TracedModel, encoded: Batch, stream: str, layer: int, queries: set[tuple[int, int]]
 ) -> tuple[bool, str]:
     """Whether a cut at these (row, position) queries of a layer can matter, and why not."""
-    return _reaches(vlm, encoded, stream, layer, queries, mixes=False) if queries else (True, "")
+    if not queries:
+        return _reaches_nothing(encoded, isinstance(encoded, Encoded) and encoded.answers is not None)
+    return _reaches(vlm, encoded, stream, layer, queries, mixes=False)
+
+
+def _reaches_nothing(encoded: Batch, none_given: bool) -> tuple[bool, str]:
+    """Whether an edit of no position of the prompt can matter: of generated tokens it can."""
+    return (False, NONE_GIVEN) if none_given and isinstance(encoded, Encoded) and encoded.answers else (True, "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""The spelling in which a model would begin its answers: measures of first tokens must look at that token."""
+"""The spelling in which a model would write its answers: what is measured must look at those tokens."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -7,49 +8,86 @@ import torch
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import SPELLINGS, Spelling
+from vlm_mech.inputs.following import Ids
 from vlm_mech.inputs.prompt import Prompt, render
 from vlm_mech.interventions.trace import run
+from vlm_mech.results.metrics import AnswerLogits
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 N_ASKED = 64
-"""Prompts that a spelling is chosen on, at most."""
+"""Prompts that a spelling is chosen on, at most; where answers have several tokens, passes over them."""
 
 
-def spelling_of(vlm: "VLM", prompts: Sequence[Prompt], answers: Sequence[str]) -> tuple[Spelling, dict[str, float]]:
-    """The spelling whose first tokens are most probable after the prompts, and the mean probability of each.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Prompts with the tokens of their right answers in each of several spellings, which differ in some answer."""
 
-    Spellings that become the same tokens count once, as the plainer one; where one is left, or the model has no
-    weights, nothing is run and there are no probabilities. A prompt is left out whose answer, as it is written, cannot
-    follow it.
+    prompts: tuple[Prompt, ...]
+    answers: tuple[str, ...]
+    spellings: tuple[Spelling, ...]
+    tokens: tuple[tuple[Ids, ...], ...]
+    """By prompt and spelling."""
+
+
+def spellings_of(
+    vlm: "VLM", prompts: Sequence[Prompt], answers: Sequence[str], among: Sequence[Spelling] = SPELLINGS
+) -> Asked:
+    """The spellings that become other tokens than those before them; nothing is run.
+
+    A prompt is left out whose answer, as it is written, cannot follow it.
 
     Args:
         answers: the right answer to each prompt.
+        among: the spellings to try, the plainest first.
     """
-    rows: list[tuple[Prompt, list[int | None]]] = []
-    for prompt, answer in list(zip(prompts, answers, strict=True))[:N_ASKED]:
+    rows: list[tuple[Prompt, str, list[Ids | None]]] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
         text = render(vlm, prompt)[0]
-        ids = [_id(vlm, text, each.of(answer)) for each in SPELLINGS]
-        rows += [(prompt, ids)] if ids[0] is not None else []
-    columns: dict[tuple[int | None, ...], Spelling] = {}
-    for number, each in enumerate(SPELLINGS):
-        columns.setdefault(tuple(ids[number] for _, ids in rows), each)
+        ids = [_tokens(vlm, text, each.of(answer)) for each in among]
+        rows += [(prompt, answer, ids)] if ids[0] is not None else []
+    columns: dict[tuple[Ids | None, ...], Spelling] = {}
+    for number, each in enumerate(among):
+        columns.setdefault(tuple(ids[number] for *_, ids in rows), each)
     known = [(column, each) for column, each in columns.items() if None not in column]
-    if len(known) < 2 or vlm.device.type == "meta":
-        return SPELLINGS[0], {}
-    wanted = torch.tensor([column for column, _ in known])
+    spellings = tuple(each for _, each in known) or (among[0],)
+    tokens = tuple(tuple(column[row] or () for column, _ in known) for row in range(len(rows)))
+    return Asked(tuple(prompt for prompt, *_ in rows), tuple(answer for _, answer, _ in rows), spellings, tokens)
+
+
+def likeliest(vlm: "VLM", asked: Asked) -> tuple[Spelling, dict[str, float]]:
+    """The spelling whose answers are most probable after the prompts, and the mean probability of each.
+
+    Where one is left, or the model has no weights, nothing is run and there are no probabilities.
+    """
+    if len(asked.spellings) < 2 or not asked.prompts or vlm.device.type == "meta":
+        return asked.spellings[0], {}
+    single = all(len(ids) == 1 for row in asked.tokens for ids in row)
+    n_asked = N_ASKED if single else max(1, N_ASKED // len(asked.spellings))
     found = []
-    for row, (prompt, _) in enumerate(rows):
-        told = run(vlm, prompt).last[0].double().softmax(-1).cpu()
-        found.append(told[wanted[:, row]])
+    for prompt, answer, ids in list(zip(asked.prompts, asked.answers, asked.tokens, strict=True))[:n_asked]:
+        found.append(_probabilities(vlm, prompt, answer, ids, asked.spellings))
     means = torch.stack(found).mean(0).tolist()
-    best = max(range(len(known)), key=lambda number: means[number])
-    return known[best][1], {str(each): mean for (_, each), mean in zip(known, means, strict=True)}
+    best = max(range(len(means)), key=lambda number: means[number])
+    told = {str(each): mean for each, mean in zip(asked.spellings, means, strict=True)}
+    return asked.spellings[best], told
 
 
-def _id(vlm: "VLM", text: str, answer: str) -> int | None:
+def _probabilities(
+    vlm: "VLM", prompt: Prompt, answer: str, ids: Sequence[Ids], spellings: Sequence[Spelling]
+) -> torch.Tensor:
+    """Probability of the whole answer in each spelling."""
+    if all(len(each) == 1 for each in ids):
+        return run(vlm, prompt).last[0].double().softmax(-1).cpu()[torch.tensor(ids)[:, 0]]
+    written = [spelling.of(answer) for spelling in spellings]
+    reads = [run(vlm, vlm.encode([prompt], [each])).reads.double().cpu() for each in written]
+    told = [AnswerLogits(each, torch.tensor([tokens])) for each, tokens in zip(reads, ids, strict=True)]
+    return torch.cat([each.logprob().exp() for each in told]).double()
+
+
+def _tokens(vlm: "VLM", text: str, answer: str) -> Ids | None:
     try:
-        return vlm.first_token_id(text, answer)
+        return vlm.tokens_after(text, answer)
     except UsageError:
         return None

@@ -17,10 +17,11 @@ from vlm_mech.architectures.weights import input_device, kept_in_place
 from vlm_mech.checks.vlm import check_vlm, example
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Attached
+from vlm_mech.inputs.following import followed
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
 from vlm_mech.inputs.prompt import Encoded, Prompt, encode
-from vlm_mech.inputs.special_tokens import check_plain, ids_after
+from vlm_mech.inputs.special_tokens import check_plain, ids_after, unknown_word
 from vlm_mech.interventions.generating import set_aside
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
@@ -225,9 +226,18 @@ class VLM(TracedModel):
         """A question about an image, for the model's chat template (see `Prompt`)."""
         return Prompt(question, image, system, special_tokens=special_tokens)
 
-    def encode(self, prompts: Prompt | Sequence[Prompt]) -> Encoded:
-        """The prompts as model inputs with spans (see `Encoded`)."""
-        return encode(self, prompts)
+    def encode(self, prompts: Prompt | Sequence[Prompt], answers: Sequence[str] | None = None) -> Encoded:
+        """The prompts as model inputs with spans (see `Encoded`).
+
+        Args:
+            answers: one a prompt, which follow the prompts (teacher forcing): the model is given all their tokens but
+                the last, as the span `answer`, and `run(...).reads` are the logits that foretell them.
+
+        Raises:
+            UsageError: as for `inputs.prompt.encode` and `answer_tokens`.
+        """
+        encoded = encode(self, prompts)
+        return encoded if answers is None else followed(encoded, [self.answer_tokens(encoded, answers)])
 
     def module_of(self, site: Site) -> tuple[str, bool]:
         """Path of the module at a site, and whether the site is its input (its output otherwise)."""
@@ -252,9 +262,25 @@ class VLM(TracedModel):
         A space is put before an answer unless its prompt ends with one, or the answer was written to stand without.
 
         Raises:
-            UsageError: another number of answers than prompts, an answer that changes the prompt's own tokens or is not
-                in the vocabulary, one whose first token is a space alone, or one with a special token that its prompt
-                does not ask for.
+            UsageError: as for `answer_tokens`, or an answer whose first token is a space alone.
+        """
+        firsts = [ids[0] for ids in self.answer_tokens(encoded, answers)]
+        for answer, first in zip(answers, firsts, strict=True):
+            if not self.tokenizer.decode([first]).strip(" \u2581"):
+                piece = self.tokenizer.convert_ids_to_tokens(first)
+                raise UsageError(
+                    f"answer {answer!r} begins with the piece {piece!r}, a space alone, as others do; its text is in "
+                    "later tokens, which a measure of first tokens does not see"
+                )
+        return torch.tensor(firsts, device=self.device)
+
+    def answer_tokens(self, encoded: Encoded, answers: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """All tokens of each answer as it would follow its prompt, in the order of the prompts.
+
+        Raises:
+            UsageError: another number of answers than prompts, an empty answer, one that changes the prompt's own
+                tokens or holds a word that is not in the vocabulary, or one with a special token that its prompt does
+                not ask for.
         """
         if len(answers) != len(encoded):
             raise UsageError(f"{len(answers)} answers for {len(encoded)} prompts")
@@ -264,31 +290,25 @@ class VLM(TracedModel):
         asked = [
             (row.text, answer, isinstance(answer, Attached)) for row, answer in zip(encoded.rows, answers, strict=True)
         ]
-        ids = {each: self._answer_id(*each[:2]) for each in dict.fromkeys(asked)}
-        return torch.tensor([ids[each] for each in asked], device=self.device)
+        ids = {each: self.tokens_after(*each[:2]) for each in dict.fromkeys(asked)}
+        return tuple(ids[each] for each in asked)
 
-    def _answer_id(self, text: str, answer: str) -> int:
-        found = self.first_token_id(text, answer)
-        if not self.tokenizer.decode([found]).strip(" \u2581"):
-            piece = self.tokenizer.convert_ids_to_tokens(found)
-            raise UsageError(
-                f"answer {answer!r} begins with the piece {piece!r}, a space alone, as others do; its text is in later "
-                "tokens, which a measure of first tokens does not see"
-            )
-        return found
-
-    def first_token_id(self, text: str, answer: str) -> int:
-        """The first token of an answer after a prompt's text, be it a space alone.
+    def tokens_after(self, text: str, answer: str) -> tuple[int, ...]:
+        """The tokens of an answer after a prompt's text.
 
         Raises:
-            UsageError: the answer changes the prompt's own tokens, or is not in the vocabulary.
+            UsageError: the answer is empty, changes the prompt's own tokens, or is not in the vocabulary.
         """
+        if not answer.strip():
+            raise UsageError(f"the answer {answer!r} is empty; a text is needed")
         ids = ids_after(self.tokenizer, text, answer)
         if not ids:
             raise UsageError(f"answer {answer!r} cannot follow the prompt {text!r} as tokens of its own")
-        if ids[0] == self.tokenizer.unk_token_id:
-            raise UsageError(f"answer {answer!r} is not in the model's vocabulary")
-        return ids[0]
+        if self.tokenizer.unk_token_id in ids:
+            word = unknown_word(self.tokenizer, answer) or answer
+            of = f" (its {word!r})" if word != answer.strip() else ""
+            raise UsageError(f"answer {answer!r} is not in the model's vocabulary{of}")
+        return ids
 
     def __repr__(self) -> str:
         return describe(self)

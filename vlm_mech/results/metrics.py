@@ -1,7 +1,9 @@
-"""One number per example from the logits of the next token.
+"""One number per example from the logits of the next token, or of all tokens of an answer.
 
 Answers are token ids (see `VLM.answer_ids`). Ties count against the model.
 """
+
+from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,7 +11,10 @@ from torch.nn.functional import kl_div, log_softmax
 
 from vlm_mech.errors import UsageError
 
-__all__ = ["correct", "flip", "kl", "logit_diff", "prob", "rank", "recovered"]
+__all__ = [
+    "AnswerLogits", "correct", "entropy", "flip", "kl", "logit_diff", "logprob_diff", "prob", "rank", "recovered",
+    "said", "total_variation",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:
@@ -70,6 +75,61 @@ def kl(logits: Float[Tensor, "batch vocab"], reference: Float[Tensor, "batch voc
     """Kullback-Leibler divergence `D(reference || logits)` of the two next-token distributions, in nats."""
     ours, theirs = log_softmax(logits.float(), -1), log_softmax(reference.float(), -1)
     return kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+
+
+def total_variation(
+    logits: Float[Tensor, "batch vocab"], reference: Float[Tensor, "batch vocab"]
+) -> Float[Tensor, "batch"]:
+    """Total variation distance of the two next-token distributions: half the sum of absolute differences, 0 to 1."""
+    return (logits.float().softmax(-1) - reference.float().softmax(-1)).abs().sum(-1) / 2
+
+
+def entropy(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
+    """Entropy of the next-token distribution, in nats."""
+    told = log_softmax(logits.float(), -1)
+    # What is impossible adds nothing.
+    return -(told.exp() * told.where(told.isfinite(), 0.0)).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerLogits:
+    """Logits that foretell the tokens of one answer an example, given the tokens before (teacher forcing).
+
+    `logits` are batch x position x vocab, `ids` batch x position: -100 after the last token of an answer, where the
+    logits mean nothing.
+    """
+
+    logits: Float[Tensor, "batch position vocab"]
+    ids: Int[Tensor, "batch position"]
+
+    @property
+    def present(self) -> Bool[Tensor, "batch position"]:
+        """Where the answers have a token."""
+        return self.ids >= 0
+
+    def logprobs(self) -> Float[Tensor, "batch position"]:
+        """Log-probability of each token, in nats; 0 after the end."""
+        told = log_softmax(self.logits.float(), -1)
+        of_ids = told.gather(2, self.ids.clamp(min=0)[:, :, None])[:, :, 0]
+        return of_ids.where(self.present, 0.0)
+
+    def logprob(self, *, per_token: bool = False) -> Float[Tensor, "batch"]:
+        """Log-probability of the whole answer, in nats: the sum over its tokens, or their mean."""
+        total = self.logprobs().sum(-1)
+        return total / self.present.sum(-1) if per_token else total
+
+
+def said(answer: AnswerLogits) -> Bool[Tensor, "batch"]:
+    """Whether greedy search would say the answer: each of its tokens has the highest logit, alone, after those before."""
+    logits = answer.logits.float()
+    own = logits.gather(2, answer.ids.clamp(min=0)[:, :, None])
+    first = (logits < own).sum(-1) == logits.shape[-1] - 1
+    return (first | ~answer.present).all(-1)
+
+
+def logprob_diff(answer: AnswerLogits, other: AnswerLogits, *, per_token: bool = False) -> Float[Tensor, "batch"]:
+    """Log-probability of an answer less that of another, in nats (per token: of their means)."""
+    return answer.logprob(per_token=per_token) - other.logprob(per_token=per_token)
 
 
 def correct(logits: Float[Tensor, "batch vocab"], answer: Int[Tensor, "batch"]) -> Bool[Tensor, "batch"]:

@@ -76,6 +76,8 @@ class RunConfig:
 class SweepConfig(RunConfig):
     """Options of experiments that sweep over many edited versions of a run."""
 
+    measure: Literal["logit_diff", "logprob_diff", "logprob_diff_per_token"] = "logit_diff"
+    """How two answers are compared: logits at the first token where they part, or log-probabilities of all tokens."""
     memory: str | None = None
     """Memory that the sweep may take beyond the model, such as 2GiB; half of what there is by default."""
     dry_run: bool = False

@@ -3,6 +3,7 @@
 All of it follows from the prompts and the model's wiring, so a sweep can be planned before anything runs.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -18,6 +19,8 @@ from vlm_mech.sweeps.recorded_pass import RecordedPass
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
+NOWHERE = sys.maxsize
+"""The first position of what has none: an answer of one token, of which the model is given nothing."""
 RESIDUAL = ("llm.resid_pre", "llm.resid_post")
 
 
@@ -83,7 +86,7 @@ def outline(vlm: "VLM", encoded: Encoded) -> Outline:
     """What is known of the unedited pass over a batch without running it."""
     ranges: list[range] = []
     if vlm.family.both_ways == "prefix":
-        ranges = [range(encoded.n_pos)]
+        ranges = [range(encoded.n_prompt)]
     elif vlm.family.both_ways == "image":
         ranges = [run for row in encoded.rows for run in _unbroken(sorted(row.image))]
     return Outline(encoded, len(vlm.taps), tuple(ranges))
@@ -145,11 +148,13 @@ def branch_of(clean: Pass, made: Plan, intervention: Intervention, encoded_of: C
         # The few tokens before the image are computed too: whole rows go through the kernel for causal attention.
         return Branch(writes, cuts, 0, 0, tower)
     entry = min([_entry(site, clean.n_added) for site in writes] + list(cuts))
+    # The prompt's last position is read, whatever comes after it is edited.
+    read = clean.encoded.n_prompt - 1
     found = _donor(clean, writes, cuts, intervention, encoded_of)
     if found is not None:
         source, start, site = found
         return Branch(writes, cuts, entry, start, None, source, site)
-    return Branch(writes, cuts, entry, clean.widened(min(first)))
+    return Branch(writes, cuts, entry, clean.widened(min(*first, read)))
 
 
 def _donor(
@@ -181,7 +186,7 @@ def _donor(
     if any(_first(each) < end for each in others) or any(_first_cut(each) < end for each in cuts.values()):
         return None
     other = encoded_of(part.source)
-    if clean.widened(end) != end or end >= clean.encoded.n_pos or not alike_before(clean.encoded, other, begin):
+    if clean.widened(end) != end or end >= clean.encoded.n_prompt or not alike_before(clean.encoded, other, begin):
         return None
     return part.source, end, site
 
@@ -189,13 +194,23 @@ def _donor(
 def alike_before(encoded: Encoded, other: Encoded, position: int) -> bool:
     """Whether the decoder receives the same in two batches before a position."""
     ids, others = encoded.inputs["input_ids"], other.inputs["input_ids"]
-    if ids.shape != others.shape or not torch.equal(ids[:, :position], others[:, :position]):
+    if (len(encoded), encoded.n_prompt) != (len(other), other.n_prompt) or not torch.equal(
+        ids[:, :position], others[:, :position]
+    ):
         return False
     if all(first >= position for row in encoded.rows for first in row.image[:1]):
         return True
     # All that image tokens may depend on; in some families the question too.
     beside = [name for name in encoded.inputs if name not in ("input_ids", "attention_mask", "position_ids")]
-    return all(torch.equal(encoded.inputs[name], other.inputs[name]) for name in beside)
+    both = ((encoded.inputs[name], other.inputs[name]) for name in beside)
+    # Of a type for each token that of an answer does not count.
+    by_token = (
+        (own[:, : encoded.n_prompt], others[:, : encoded.n_prompt])
+        if name.endswith("token_type_ids")
+        else (own, others)
+        for name, (own, others) in zip(beside, both, strict=True)
+    )
+    return all(torch.equal(own, others) for own, others in by_token)
 
 
 def _entry(site: Site, n_added: int) -> int:
@@ -208,15 +223,17 @@ def _entry(site: Site, n_added: int) -> int:
 
 
 def _first(writes: list[Write]) -> int:
-    return min(int(write.placed.positions.min()) for write in writes)
+    return min((int(write.placed.positions.min()) for write in writes if len(write.placed)), default=NOWHERE)
 
 
 def _first_cut(cuts: list[Cut]) -> int:
-    return min(min(positions) for cut in cuts for positions in cut.queries.values())
+    return min((min(positions) for cut in cuts for positions in cut.queries.values()), default=NOWHERE)
 
 
 def _block(write: Write, n_rows: int) -> tuple[int, int] | None:
     """First position and the one after the last, if the write covers the same unbroken range in every example."""
     rows = [write.placed.positions[write.placed.rows == row].tolist() for row in range(n_rows)]
+    if not all(rows):
+        return None
     begin, end = rows[0][0], rows[0][-1] + 1
     return (begin, end) if all(positions == list(range(begin, end)) for positions in rows) else None

@@ -14,6 +14,7 @@ from torch import nn
 
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.sweeps.branching import Branch, rows_of
+from vlm_mech.sweeps.replay import LOGITS
 from vlm_mech.sweeps.suffix_attention import FAST_BYTES, FLOAT, shares_prefix
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class Sizes:
     """The numbers of a model and a batch that its cost depends on.
 
-    `weights` are parameters of the linear maps of one decoder block; `d_mlp` is the widest layer of its MLP, of which
+    `n_pos` counts prompt and answers, `n_reads` the positions whose logits are read. `weights` are parameters of the
+    linear maps of one decoder block; `d_mlp` is the widest layer of its MLP, of which
     `n_wide` tensors are held at once. `tower` are operations, `tower_bytes` the peak, of vision tower and projector.
     """
 
@@ -45,6 +47,7 @@ class Sizes:
     tower: int
     tower_bytes: int
     device: str
+    n_reads: int = 1
 
     @property
     def stream(self) -> int:
@@ -67,6 +70,7 @@ def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
     padded = bool((encoded.inputs["attention_mask"] == 0).any()) if vlm.device.type != "meta" else True
     slides = (getattr(config, "sliding_window", None) or math.inf) < encoded.n_pos
     eager = vlm.backend == "eager"
+    several = encoded.answers is not None and encoded.answers.side_by_side
     tower, tower_bytes = _tower(vlm, encoded)
     return Sizes(
         batch=len(encoded),
@@ -82,10 +86,11 @@ def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
         n_vocab=head.out_features,
         itemsize=vlm.dtype.itemsize,
         eager=eager,
-        masked=eager or padded or slides or bool(vlm.family.both_ways),
+        masked=eager or padded or slides or bool(vlm.family.both_ways) or several,
         tower=tower,
         tower_bytes=tower_bytes,
         device="cpu" if vlm.device.type == "cpu" else "cuda",
+        n_reads=encoded.n_pos - encoded.n_prompt + 1,
     )
 
 
@@ -131,17 +136,17 @@ def _weights(module: nn.Module) -> int:
 
 
 def pass_flops(size: Sizes) -> int:
-    """Operations of one unedited forward pass with the next token's logits only."""
+    """Operations of one unedited forward pass with the logits that are read only."""
     attention = 4 * size.batch * size.n_heads * size.d_head * size.n_pos**2
     blocks = size.n_layers * (2 * size.weights * size.batch * size.n_pos + attention)
-    return size.tower + blocks + 2 * size.batch * size.d_model * size.n_vocab
+    return size.tower + blocks + 2 * size.batch * size.n_reads * size.d_model * size.n_vocab
 
 
 def pass_bytes(size: Sizes) -> int:
     """Bytes that a recorded pass keeps: states of all layers, keys and values, a mask, the logits."""
     keys = 2 * size.batch * size.n_pos * size.n_groups * size.d_head * size.itemsize
     mask = size.batch * size.n_pos**2 if size.masked else 0
-    return (size.n_layers + 1) * size.stream + size.n_layers * keys + mask + answer_bytes(size)
+    return (size.n_layers + 1) * size.stream + size.n_layers * keys + mask + size.n_reads * answer_bytes(size)
 
 
 def pass_peak(size: Sizes) -> int:
@@ -191,14 +196,23 @@ def wave_bytes(size: Sizes, n_cells: int, n_suffix: int, *, cut: bool, written: 
     # The states given to a block, and those before a write, outlive what the block makes of them.
     held = stream * (1 + written)
     return brought + max(
-        size.tower_bytes if own else 0, held + in_block(size, n_cells, n_suffix, joined=joined, cut=cut)
+        size.tower_bytes if own else 0,
+        held + in_block(size, n_cells, n_suffix, joined=joined, cut=cut),
+        stream + read_bytes(size, n_cells),
     )
+
+
+def read_bytes(size: Sizes, n_cells: int) -> int:
+    """Bytes of the logits of some cells while they are read: in single precision, and in the model's data type."""
+    each = size.n_reads * answer_bytes(size)
+    at_once = n_cells if size.n_reads == 1 else min(n_cells, max(1, LOGITS // each))
+    return at_once * each * (FLOAT + size.itemsize) // size.itemsize
 
 
 def wave_flops(size: Sizes, places: Sequence[Branch]) -> int:
     """Operations of some cells that share a start, from their entry into the decoder to the next token's logits."""
     n_suffix = size.n_pos - places[0].start
     block = 2 * size.weights * n_suffix + 4 * size.n_heads * size.d_head * n_suffix * size.n_pos
-    head = 2 * size.batch * size.d_model * size.n_vocab
+    head = 2 * size.batch * size.n_reads * size.d_model * size.n_vocab
     tower = sum(size.tower for place in places if place.tower is not None)
     return sum(rows_of(places, size.n_layers)) * size.batch * block + len(places) * head + tower

@@ -5,7 +5,7 @@ What it computes equals `trace.run` once per intervention; `sweep` checks that o
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import TooLargeError, UsageError
+from vlm_mech.inputs.following import each_alone
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.plan import Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
@@ -30,6 +31,8 @@ from vlm_mech.sweeps.schedule import MAX_CELLS, check_pass, recorded, sources_of
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
+Keep = Callable[[int, Tensor], Tensor]
+"""What is kept of an intervention, from its number and its logits, batch x read x vocab."""
 AFTER_THE_LAST = "after the last attention nothing flows from these positions to the last one"
 
 
@@ -59,7 +62,7 @@ class Engine:
         self.size = sizes(self.vlm, self.encoded)
         check_pass(self.size, self.limit)
         self.clean = record(self.vlm, self.encoded)
-        self.known[id(self.encoded)] = (self.encoded, self.clean)
+        self._know(self.encoded, self.clean)
 
     @property
     def baseline(self) -> Float[Tensor, "batch vocab"]:
@@ -68,15 +71,30 @@ class Engine:
 
     def lend(self, other: "Engine") -> None:
         """Takes the clean pass of another batch, so that states from it need no pass of their own."""
-        self.known[id(other.encoded)] = (other.encoded, other.clean)
+        self._know(other.encoded, other.clean)
+
+    def _know(self, encoded: Encoded, clean: RecordedPass) -> None:
+        # States of a batch's prompts are the same with answers after them.
+        for each in (encoded, encoded.before):
+            if each is not None:
+                self.known[id(each)] = (each, clean)
+
+    @property
+    def reads(self) -> Float[Tensor, "batch read vocab"]:
+        """Logits of the unedited run at each prompt's last position and at the answers' tokens after it."""
+        return self.clean.reads
 
     def answers(
-        self, interventions: Sequence[Intervention], *, max_cells: int = MAX_CELLS
-    ) -> tuple[Float[Tensor, "cell batch vocab"], list[tuple[Receipt, ...]]]:
+        self, interventions: Sequence[Intervention], *, max_cells: int = MAX_CELLS, keep: Keep | None = None
+    ) -> tuple[Tensor, list[tuple[Receipt, ...]]]:
         """Next-token logits of the batch under each intervention, and the receipts of each, verified.
 
         Args:
             max_cells: how many edited versions run together at most.
+            keep: what is kept of each intervention instead, from its number and its logits as in `reads`.
+
+        Returns:
+            Tensor of shape cell x batch x vocab, or cell x what is kept; and receipts by cell.
 
         Raises:
             UsageError: an intervention does not fit the model or the batch.
@@ -84,50 +102,46 @@ class Engine:
             ReceiptError: one did not take effect.
         """
         if not self.provable(interventions):
-            return self._by_reference(interventions)
+            return self._by_reference(interventions, keep)
         self._read_ahead(interventions)
         places = [branch_of(self.clean, plan(self.vlm, self.encoded, each, self._read), each, self._encoded)
                   for each in interventions]  # fmt: skip
         own = sum(value.nbytes for key, (_, value) in self.states.items() if key[0] not in self.known)
-        held = len(self.known) * pass_bytes(self.size) + own + len(places) * answer_bytes(self.size)
+        passes = len({id(clean) for _, clean in self.known.values()})
+        held = passes * pass_bytes(self.size) + own + (len(places) * answer_bytes(self.size) if keep is None else 0)
         made, _ = waves(self.size, places, held=held, budget=self.limit, max_cells=max_cells)
-        found = torch.empty(
-            len(places), *self.clean.logits.shape, dtype=self.clean.logits.dtype, device=self.vlm.device
-        )
+        kept = _Kept(len(places), keep or next_token)
         proofs: list[tuple[Receipt, ...]] = [()] * len(places)
         for numbers in made:
-            self._run(numbers, places, found, proofs)
-        return found, proofs
+            self._run(numbers, places, kept, proofs)
+        assert kept.found is not None, "there is an intervention"
+        return kept.found, proofs
 
-    def _run(
-        self,
-        numbers: list[int],
-        places: list[Branch],
-        found: Float[Tensor, "cell batch vocab"],
-        proofs: list[tuple[Receipt, ...]],
-    ) -> None:
+    def _run(self, numbers: list[int], places: list[Branch], kept: "_Kept", proofs: list[tuple[Receipt, ...]]) -> None:
         """Runs some cells together, or in halves when memory does not suffice after all."""
+        done = False
         try:
             cells = [self._cell(places[number]) for number in numbers]
             wave = Wave(self.vlm, self.clean, cells, cells[0].start, cells[0].before)
-            answers = list(zip(numbers, *wave.run(), strict=True))
+            for place, logits in wave.run():
+                number, receipts = numbers[place], wave.receipts[place]
+                if receipts and not any(receipt.reaches for receipt in receipts):
+                    # What provably cannot reach the answer leaves it alone; other batch sizes would only round
+                    # otherwise.
+                    logits = self.clean.reads
+                moved = (logits - self.clean.reads).abs().max().item()
+                proofs[number] = tuple(dataclasses.replace(receipt, pass_readout_change=moved) for receipt in receipts)
+                verify(proofs[number])
+                kept.take(number, logits)
+            done = True
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self._out_of_memory(numbers, error)
-            answers = []
-        if not answers:
+        if not done:
             middle = len(numbers) // 2
             for half in (numbers[:middle], numbers[middle:]):
-                self._run(half, places, found, proofs)
-        for number, logits, receipts in answers:
-            if receipts and not any(receipt.reaches for receipt in receipts):
-                # What provably cannot reach the answer leaves it alone; other batch sizes would only round otherwise.
-                logits = self.clean.logits
-            moved = (logits - self.clean.logits).abs().max().item()
-            found[number] = logits
-            proofs[number] = tuple(dataclasses.replace(receipt, pass_readout_change=moved) for receipt in receipts)
-            verify(proofs[number])
+                self._run(half, places, kept, proofs)
 
     def _out_of_memory(self, numbers: list[int], error: Exception) -> None:
         """Frees what can be freed; raises when a single cell did not fit."""
@@ -148,13 +162,13 @@ class Engine:
         return not cuts or all(block.plain for block in self.clean.blocks)
 
     def _by_reference(
-        self, interventions: Sequence[Intervention]
-    ) -> tuple[Float[Tensor, "cell batch vocab"], list[tuple[Receipt, ...]]]:
+        self, interventions: Sequence[Intervention], keep: Keep | None
+    ) -> tuple[Tensor, list[tuple[Receipt, ...]]]:
         warnings.warn(
             f"{self.vlm.name}: attention that is no plain softmax; knockouts run through the reference, one by one",
             stacklevel=3,
         )
-        return Reference(self.vlm, self.encoded).answers(interventions)
+        return Reference(self.vlm, self.encoded).answers(interventions, keep=keep)
 
     # Sources
 
@@ -225,30 +239,67 @@ class Engine:
 
 @dataclass(eq=False)
 class Reference:
-    """The same answers by one whole traced forward pass for each intervention."""
+    """The same answers by one whole traced forward pass for each intervention, and for each answer that follows."""
 
     vlm: "VLM"
     encoded: Encoded
     budget: int | None = None
-    unedited: Run = field(init=False)
+    alone: list[Encoded] = field(init=False)
+    unedited: list[Run] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.unedited = run(self.vlm, self.encoded)
+        self.alone = each_alone(self.encoded)
+        self.unedited = [run(self.vlm, each) for each in self.alone]
 
     @property
     def baseline(self) -> Float[Tensor, "batch vocab"]:
         """Next-token logits of the unedited run."""
-        return self.unedited.last
+        return self.unedited[0].last
+
+    @property
+    def reads(self) -> Float[Tensor, "batch read vocab"]:
+        """As `Engine.reads`."""
+        return _side_by_side(self.unedited)
 
     def lend(self, other: "Reference") -> None:
         """Nothing is shared."""
 
     def answers(
-        self, interventions: Sequence[Intervention], *, max_cells: int = 1
-    ) -> tuple[Float[Tensor, "cell batch vocab"], list[tuple[Receipt, ...]]]:
-        """Next-token logits of the batch under each intervention, and the verified receipts of each."""
-        done = [run(self.vlm, self.encoded, each, baseline=self.unedited) for each in interventions]
-        return torch.stack([each.last for each in done]), [each.receipts for each in done]
+        self, interventions: Sequence[Intervention], *, max_cells: int = 1, keep: Keep | None = None
+    ) -> tuple[Tensor, list[tuple[Receipt, ...]]]:
+        """As `Engine.answers`; the receipts are those of the passes over each answer."""
+        kept, proofs = _Kept(len(interventions), keep or next_token), []
+        for number, each in enumerate(interventions):
+            done = [run(self.vlm, one, each, baseline=of) for one, of in zip(self.alone, self.unedited, strict=True)]
+            kept.take(number, _side_by_side(done))
+            proofs.append(tuple(receipt for one in done for receipt in one.receipts))
+        assert kept.found is not None, "there is an intervention"
+        return kept.found, proofs
+
+
+def _side_by_side(runs: Sequence[Run]) -> Float[Tensor, "batch read vocab"]:
+    """Logits of passes over one answer each, in the order of one pass over all of them."""
+    return torch.cat([each.reads if number == 0 else each.reads[:, 1:] for number, each in enumerate(runs)], 1)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What is kept of the logits of each of so many interventions."""
+
+    n: int
+    keep: Keep
+    found: Tensor | None = None
+
+    def take(self, number: int, logits: Float[Tensor, "batch read vocab"]) -> None:
+        made = self.keep(number, logits)
+        if self.found is None:
+            self.found = made.new_empty(self.n, *made.shape)
+        self.found[number] = made
+
+
+def next_token(_: int, logits: Float[Tensor, "batch read vocab"]) -> Float[Tensor, "batch vocab"]:
+    """Logits of the prompt's next token."""
+    return logits[:, 0]
 
 
 ENGINES = {"fast": Engine, "trace": Reference}

@@ -1,53 +1,75 @@
-"""What a sweep measures at every point: a number per example, of the logits of the next token."""
+"""What a sweep measures at every point: a number per example, of the logits with which a model foretells answers."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.following import Ids, check_parting
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.results import metrics
+from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.results.result import Metric
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
+At = Literal["next", "parting", "whole"]
+AT: tuple[At, ...] = ("next", "parting", "whole")
+
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """A number per example: `of(logits, *ids)` of next-token logits batch x vocab and first tokens of answers.
+    """A number per example, of the logits that foretell answers.
+
+    What the function `of` takes depends on `at`:
+
+    - `next`: logits of the next token after the prompt, batch x vocab, and the first token of each of the answers;
+    - `parting`: the same at the first token where the two answers of an example part, after their common beginning;
+    - `whole`: an `AnswerLogits` for each of the answers, with logits batch x position x vocab.
 
     Args:
         metric: what the number is called, its unit and what it is.
         of: the function; it gives a tensor of shape batch.
-        answers: for each ids that the function takes, the answers' texts, one an example.
-        apart: whether the answers of an example must begin with different tokens; those that do not are refused.
+        answers: for each argument that the function takes beside logits, the answers' texts, one an example.
+        apart: with `next`, whether the answers of an example must begin with different tokens.
+        clean: whether the function takes the same logits of the unedited run too, as the keyword `clean` (a tuple of
+            `AnswerLogits` with `whole`).
     """
 
     metric: Metric
     of: Callable[..., Tensor]
     answers: tuple[Sequence[str], ...] = ()
     apart: bool = True
+    at: At = "next"
+    clean: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, Metric) or not callable(self.of):
             raise UsageError("a Measure is a Metric(name, unit, what it is) and a function of logits and ids")
+        name = self.metric.name
         if any(isinstance(each, Tensor) for each in self.answers):
-            raise UsageError(f"{self.metric.name} takes the texts of answers; for logits and ids use vlm_mech.metrics")
+            raise UsageError(f"{name} takes the texts of answers; for logits and ids use vlm_mech.metrics")
         single = [each for each in self.answers if isinstance(each, str)]
         if single:
-            raise UsageError(f"{self.metric.name} is given the answer {single[0]!r}; a list is needed, one an example")
+            raise UsageError(f"{name} is given the answer {single[0]!r}; a list is needed, one an example")
+        if self.at not in AT:
+            raise UsageError(f"{name} is measured at {self.at!r}; {', '.join(AT)} are known")
+        if (self.at == "parting" and len(self.answers) != 2) or (self.at == "whole" and not self.answers):
+            needed = "two answers an example" if self.at == "parting" else "answers"
+            raise UsageError(f"{name} at {self.at!r} has {len(self.answers)} lists of answers; {needed} are needed")
 
-    def values(self, logits: Tensor, ids: Sequence[Tensor], names: Sequence[str]) -> Tensor:
-        """The number of each example, of shape batch.
+    def checked(self, found: object, names: Sequence[str]) -> Tensor:
+        """What the function gave, of shape batch.
 
         Raises:
-            UsageError: the function gives something else, or an infinite number.
+            UsageError: it gave something else, or an infinite number.
         """
-        found, name = self.of(logits, *ids), self.metric.name
+        name = self.metric.name
         if not isinstance(found, Tensor) or found.shape != (len(names),) or found.is_complex():
             what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise UsageError(f"{name} gives {what}; a tensor of {len(names)} real numbers is needed, one an example")
@@ -74,16 +96,100 @@ class Measure:
                 )
         return ids
 
+    def tokens(self, vlm: "VLM", encoded: Encoded, rows: slice = slice(None)) -> list[tuple[Ids, ...]]:
+        """All tokens of the answers of some rows, by answer and example.
+
+        Raises:
+            UsageError: an answer cannot be read (see `VLM.answer_tokens`), or two of an example that must part do not.
+        """
+        texts = [list(answers[rows]) for answers in self.answers]
+        found = [vlm.answer_tokens(encoded, each) for each in texts]
+        if self.at == "parting":
+            for *ids, one, other in zip(*found, *texts, strict=True):
+                check_parting(*ids, (one, other))
+        return found
+
 
 def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
-    """Logit of each example's answer less that of another answer, by their first tokens.
+    """Logit of each example's answer less that of another answer, at the first token where the two part.
 
-    `metrics.logit_diff(logits, answer_ids, other_ids)` takes the same from logits at hand.
+    Where they begin alike, their common beginning is given to the model. `metrics.logit_diff(logits, answer_ids,
+    other_ids)` takes the same from logits at hand.
     """
     metric = Metric("logit_diff", "logits", "logit of the answer less that of the other answer", signed=True)
-    return Measure(metric, metrics.logit_diff, (answer, other))
+    return Measure(metric, metrics.logit_diff, (answer, other), at="parting")
+
+
+def logprob_diff(answer: Sequence[str], other: Sequence[str], *, per_token: bool = False) -> Measure:
+    """Log-probability of each example's whole answer less that of another answer, in nats.
+
+    Args:
+        per_token: the mean over the tokens of each answer, in nats per token, in place of the sum.
+    """
+    name, unit = ("logprob_diff_per_token", "nats per token") if per_token else ("logprob_diff", "nats")
+    told = f"log-probability of the answer{', per token,' if per_token else ''} less that of the other answer"
+    of = functools.partial(metrics.logprob_diff, per_token=per_token)
+    return Measure(Metric(name, unit, told, signed=True), of, (answer, other), at="whole")
 
 
 def prob(answer: Sequence[str]) -> Measure:
-    """Probability of each example's answer."""
-    return Measure(Metric("prob", "probability", "probability of the answer's first token"), metrics.prob, (answer,))
+    """Probability of each example's whole answer."""
+    return Measure(Metric("prob", "probability", "probability of the answer"), _prob, (answer,), at="whole")
+
+
+def _prob(answer: AnswerLogits) -> Tensor:
+    return answer.logprob().exp()
+
+
+def logprob(answer: Sequence[str]) -> Measure:
+    """Log-probability of each example's whole answer, in nats."""
+    metric = Metric("logprob", "nats", "log-probability of the answer")
+    return Measure(metric, AnswerLogits.logprob, (answer,), at="whole")
+
+
+def rank(answer: Sequence[str]) -> Measure:
+    """Rank of the first token of each example's answer among all next tokens, 1 for the likeliest."""
+    return Measure(Metric("rank", "rank", "rank of the answer's first token"), metrics.rank, (answer,))
+
+
+def entropy() -> Measure:
+    """Entropy of the distribution of the next token, in nats."""
+    return Measure(Metric("entropy", "nats", "entropy of the next token"), metrics.entropy)
+
+
+def kl() -> Measure:
+    """Kullback-Leibler divergence of the edited run's next token from the unedited run's, D(unedited || edited)."""
+    metric = Metric("kl", "nats", "Kullback-Leibler divergence of the next token from that of the unedited run")
+    return Measure(metric, lambda logits, *, clean: metrics.kl(logits, clean), clean=True)
+
+
+def total_variation() -> Measure:
+    """Total variation distance between the distributions of the next token, edited and unedited, 0 to 1."""
+    metric = Metric("total_variation", "probability", "total variation distance of the next token, edited and unedited")
+    return Measure(metric, lambda logits, *, clean: metrics.total_variation(logits, clean), clean=True)
+
+
+def said(answer: Sequence[str]) -> Measure:
+    """1 where greedy search would say each example's whole answer, token by token; ties count against it."""
+    metric = Metric("said", "share", "share of examples in which greedy search says the answer")
+    return Measure(metric, lambda told: metrics.said(told).float(), (answer,), at="whole")
+
+
+Comparison = Literal["logit_diff", "logprob_diff", "logprob_diff_per_token"]
+"""How the two answers of a pair are compared: at the first token where they part, as a whole, or per token."""
+
+
+def comparison(name: Comparison, answer: Sequence[str], other: Sequence[str]) -> Measure:
+    """The measure of that name, of one answer against another.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    known = {
+        "logit_diff": logit_diff,
+        "logprob_diff": logprob_diff,
+        "logprob_diff_per_token": functools.partial(logprob_diff, per_token=True),
+    }
+    if name not in known:
+        raise UsageError(f"measure {name!r} compares no answers; {', '.join(known)} do")
+    return known[name](answer, other)

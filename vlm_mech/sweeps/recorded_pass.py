@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlm_mech.errors import WorkError
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.interventions.attention import Attend, allowed_edges, attending, is_causal
+from vlm_mech.interventions.attention import Attend, allowed_edges, attending, in_form, is_causal
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -49,16 +49,22 @@ class Block:
 
 @dataclass(eq=False)
 class RecordedPass:
-    """An unedited pass over a batch: its decoder blocks, their final output and the next-token logits.
+    """An unedited pass over a batch: its decoder blocks, their final output and the logits that are read.
 
-    `added` are features that the model adds at image positions after the first blocks (deepstack).
+    `reads` are the logits at each prompt's last position and at the answers' tokens after it. `added`
+    are features that the model adds at image positions after the first blocks (deepstack).
     """
 
     encoded: Encoded
     blocks: list[Block]
     final: Float[Tensor, "batch pos d_model"]
-    logits: Float[Tensor, "batch vocab"]
+    reads: Float[Tensor, "batch read vocab"]
     added: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
+
+    @property
+    def logits(self) -> Float[Tensor, "batch vocab"]:
+        """Logits of each prompt's next token."""
+        return self.reads[:, 0]
 
     @property
     def n_added(self) -> int:
@@ -89,12 +95,14 @@ class _EnoughError(Exception):
 
 
 def record(vlm: "VLM", encoded: Encoded) -> RecordedPass:
-    """One unedited pass up to the last block, and the logits of each prompt's next token."""
+    """One unedited pass up to the last block, and the logits of each prompt's next token and of answers after it."""
+    tree = _side_by_side(vlm, encoded)
     stack = vlm.model.get_submodule(vlm.family.llm.path)
     blocks: dict[int, Block] = {}
     seen: dict[str, Any] = {}
     hooks = [
-        module.register_forward_pre_hook(_keeper(blocks, layer), with_kwargs=True) for layer, module in enumerate(stack)
+        module.register_forward_pre_hook(_keeper(blocks, layer, tree), with_kwargs=True)
+        for layer, module in enumerate(stack)
     ]
     decoder = vlm.model.get_submodule(vlm.family.decoder)
     hooks.append(decoder.register_forward_pre_hook(lambda _, __, named: seen.update(named), with_kwargs=True))
@@ -102,8 +110,9 @@ def record(vlm: "VLM", encoded: Encoded) -> RecordedPass:
     hooks.append(after.register_forward_pre_hook(_ender(seen), with_kwargs=True))
     attention = vlm.family.llm.attention
     modules = {module.get_submodule(attention): layer for layer, module in enumerate(stack)}
+    recorder = _recorder(modules, blocks, vlm.backend_of("llm"), tree)
     try:
-        with torch.no_grad(), vlm.passing(), attending(set(modules), _recorder(modules, blocks, vlm.backend_of("llm"))):
+        with torch.no_grad(), vlm.passing(), attending(set(modules), recorder):
             with contextlib.suppress(_EnoughError):
                 vlm.model(**encoded.inputs, use_cache=False)
     finally:
@@ -113,7 +122,9 @@ def record(vlm: "VLM", encoded: Encoded) -> RecordedPass:
         raise WorkError(f"{vlm.name}: the blocks of the decoder were not called as expected")
     added = [each.detach() for each in seen.get("deepstack_visual_embeds") or ()]
     ordered = [blocks[layer] for layer in range(len(stack))]
-    return RecordedPass(encoded, ordered, seen["final"], read_out(vlm, seen["final"][:, -1]), added)
+    read = seen["final"][:, encoded.n_prompt - 1 :]
+    logits = read_out(vlm, read.flatten(0, 1)).unflatten(0, read.shape[:2])
+    return RecordedPass(encoded, ordered, seen["final"], logits, added)
 
 
 def read_out(vlm: "VLM", hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
@@ -122,12 +133,58 @@ def read_out(vlm: "VLM", hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor,
         return vlm.readout(hidden).to(vlm.dtype)
 
 
-def _keeper(blocks: dict[int, Block], layer: int) -> Callable:
-    def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+@dataclass(frozen=True, eq=False)
+class _SideBySide:
+    """Several answers after each prompt: `depth` and `owner` of each position (see `Answers`).
+
+    `placed`: the model was told the positions; else what it computed of them is put right in each block.
+    """
+
+    depth: Tensor
+    owner: Tensor
+    placed: bool
+
+    def argument(self, value: Any) -> Any:
+        """An argument of a block, for each position that of where its answer would stand alone."""
+        if isinstance(value, tuple | list):
+            return type(value)(self.argument(each) for each in value)
+        axis = position_axis(value, len(self.depth))
+        return value if axis is None or self.placed else value.index_select(axis, self.depth.to(value.device))
+
+    def allowed(self, edges: Bool[Tensor, "rows heads pos pos"]) -> Bool[Tensor, "rows heads pos pos"]:
+        """Edges as each answer has them alone, from those of one text; none between answers."""
+        within = (self.owner[None, :] == -1) | (self.owner[None, :] == self.owner[:, None])
+        return edges[..., self.depth[:, None], self.depth[None, :]] & within
+
+
+def _side_by_side(vlm: "VLM", encoded: Encoded) -> _SideBySide | None:
+    answers = encoded.answers
+    if answers is None or not answers.side_by_side:
+        return None
+    depth, owner = (torch.tensor(each, device=vlm.device) for each in (answers.depth, answers.owner))
+    return _SideBySide(depth, owner, "position_ids" in encoded.inputs)
+
+
+def position_axis(value: Any, n_pos: int) -> int | None:
+    """The axis of an argument of a block that goes over positions: tables end in one of features, numbers in it."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return None
+    axes = [axis for axis, length in enumerate(value.shape) if length == n_pos and (axis > 0 or value.ndim == 1)]
+    table = value.ndim > 2 and (value.is_floating_point() or value.is_complex())
+    if table and value.ndim - 2 in axes:
+        return value.ndim - 2
+    return axes[-1] if axes else None
+
+
+def _keeper(blocks: dict[int, Block], layer: int, tree: _SideBySide | None) -> Callable:
+    def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         hidden = given[0] if given else named["hidden_states"]
         dropped = ("hidden_states", "attention_mask", "past_key_values", "use_cache")
         arguments = {name: value for name, value in named.items() if name not in dropped}
+        if tree is not None:
+            arguments = {name: tree.argument(value) for name, value in arguments.items()}
         blocks[layer] = Block(hidden.detach(), arguments)
+        return given, named | arguments
 
     return keep
 
@@ -140,7 +197,9 @@ def _ender(seen: dict[str, Any]) -> Callable:
     return end
 
 
-def _recorder(modules: dict[nn.Module, int], blocks: dict[int, Block], backend: str) -> Callable[[Attend], Attend]:
+def _recorder(
+    modules: dict[nn.Module, int], blocks: dict[int, Block], backend: str, tree: _SideBySide | None
+) -> Callable[[Attend], Attend]:
     def attend(function: Attend) -> Attend:
         def recorded(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
@@ -148,8 +207,10 @@ def _recorder(modules: dict[nn.Module, int], blocks: dict[int, Block], backend: 
             block = blocks[modules[module]]
             block.keys, block.values, block.scaling = key.detach(), value.detach(), options["scaling"]
             causal = is_causal(module, query, backend, options)
-            if mask is not None or not causal:
-                block.mask = _shared(blocks, mask, query, key, causal)
+            if mask is not None or not causal or tree is not None:
+                block.mask = _shared(blocks, mask, query, key, causal, tree)
+            if tree is not None:
+                mask = in_form(block.mask, backend, query.dtype)
             output, weights = function(module, query, key, value, mask, **options)
             block.plain = _is_plain(block, query, output)
             return output, weights
@@ -175,10 +236,14 @@ def _is_plain(block: Block, query: Tensor, output: Tensor) -> bool:
     return bool((output[:, -1].float() - expected).abs().max() <= limit)
 
 
-def _shared(blocks: dict[int, Block], mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor:
+def _shared(
+    blocks: dict[int, Block], mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, tree: _SideBySide | None
+) -> Bool[Tensor, "rows heads pos pos"]:
     """The allowed edges, one tensor for all blocks with equal masks."""
     sizes = {"n_query": query.shape[2], "n_key": key.shape[2]}
     edges = allowed_edges(mask, **sizes, causal=causal, device=query.device)
+    if tree is not None:
+        edges = tree.allowed(edges)
     for block in blocks.values():
         if block.mask is not None and torch.equal(block.mask, edges):
             return block.mask

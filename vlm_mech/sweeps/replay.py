@@ -23,11 +23,15 @@ from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.timeline import Seen
 from vlm_mech.interventions.verification import write_receipt
 from vlm_mech.sweeps.branching import alike
-from vlm_mech.sweeps.recorded_pass import RecordedPass, read_out
+from vlm_mech.sweeps.recorded_pass import RecordedPass, position_axis, read_out
 from vlm_mech.sweeps.suffix_attention import SuffixAttention
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
+
+
+LOGITS = 2**26
+"""Bytes of logits that are made at once where several tokens are read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +89,8 @@ class Wave:
         """Examples a cell has."""
         return self.clean.logits.shape[0]
 
-    def run(self) -> tuple[Float[Tensor, "cell batch vocab"], list[list[Receipt]]]:
-        """Next-token logits of every cell, and the receipts of each, not yet verified."""
+    def run(self) -> Iterator[tuple[int, Float[Tensor, "batch read vocab"]]]:
+        """The number of each cell with the logits that are read; its `receipts` are then there, not yet verified."""
         stack = list(self.vlm.model.get_submodule(self.vlm.family.llm.path).children())
         self.receipts = [list(cell.receipts) for cell in self.cells]
         states = None
@@ -98,10 +102,14 @@ class Wave:
                     states = self._through(block, states)
             self._prove(Site("llm.resid_post", layer - 1), states)
         assert states is not None, "every cell joins at some block"
-        logits = read_out(self.vlm, states[:, :, -1].flatten(0, 1)).unflatten(0, (-1, self.batch))
-        row_of = {number: row for row, active in enumerate(self.active) for number in active.numbers}
-        rows = torch.tensor([row_of[number] for number in range(len(self.cells))], device=logits.device)
-        return logits[rows], self.receipts
+        n_reads = self.clean.reads.shape[1]
+        # One token's logits are of no size; those of long answers are made for some cells at a time.
+        at_once = len(states) if n_reads == 1 else max(1, LOGITS // self.clean.reads.nbytes)
+        for first in range(0, len(states), at_once):
+            some = states[first : first + at_once, :, -n_reads:]
+            logits = read_out(self.vlm, some.flatten(0, 2)).unflatten(0, some.shape[:3])
+            for active, each in zip(self.active[first : first + at_once], logits, strict=True):
+                yield from ((number, each) for number in active.numbers)
 
     def _parted(self, states: Float[Tensor, "row batch pos d_model"] | None) -> Tensor | None:
         """Rows divided where their cells lose different edges in the block that comes."""
@@ -265,10 +273,9 @@ class Wave:
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value
         n_pos, batch = self.clean.final.shape[1], self.batch
-        for axis, length in reversed(list(enumerate(value.shape))):
-            if length == n_pos and (axis > 0 or value.ndim == 1):
-                value = value.narrow(axis, self.start, n_pos - self.start)
-                break
+        along = position_axis(value, n_pos)
+        if along is not None:
+            value = value.narrow(along, self.start, n_pos - self.start)
         # Rotary tables and positions have the batch first, three-axis positions second; one row serves all.
         axis = 1 if value.ndim == 3 and value.shape[0] in (3, 4) and not value.is_floating_point() else 0
         if value.ndim > 1 and value.shape[axis] == batch and batch > 1:

@@ -9,7 +9,7 @@ import torch
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import TooLargeError
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.interventions.plan import plan
+from vlm_mech.interventions.plan import plan, prompts_of
 from vlm_mech.interventions.specification import Activations, Intervention, Replace, Source
 from vlm_mech.sweeps.branching import RESIDUAL, Branch, branch_of, outline
 from vlm_mech.sweeps.cost import (
@@ -96,7 +96,7 @@ def sources_of(
     for part in (part for each in interventions for part in each.flat()):
         source = getattr(part, "source", None) if isinstance(part, Replace) else getattr(part, "reference", None)
         if source is None and getattr(part, "to", "zero") != "zero":
-            source = encoded
+            source = prompts_of(encoded)
         if source is not None and not isinstance(source, Activations):
             wanted.setdefault(id(source), (source, set()))[1].update(part.sites)
     return wanted
@@ -155,16 +155,26 @@ def check_pass(size: Sizes, budget: int, *, n_passes: int = 1) -> None:
 
 
 def forecast(
-    vlm: "VLM", encoded: Encoded, interventions: Sequence[Intervention], *, budget: int, max_cells: int = MAX_CELLS
+    vlm: "VLM",
+    encoded: Encoded,
+    interventions: Sequence[Intervention],
+    *,
+    budget: int,
+    max_cells: int = MAX_CELLS,
+    keeps_logits: bool = True,
 ) -> SweepPlan:
     """What these edited versions of a batch will need; nothing is run.
+
+    Args:
+        keeps_logits: whether the next token's logits of all versions are kept, instead of a few numbers.
 
     Raises:
         TooLargeError: the budget is too small for one of them.
         UsageError: an intervention does not fit the model or the batch.
     """
     size, before = sizes(vlm, encoded), outline(vlm, encoded)
-    encodings: dict[int, Encoded] = {id(encoded): encoded}
+    own = {id(encoded), id(prompts_of(encoded))}
+    encodings: dict[int, Encoded] = {id(each): each for each in (encoded, encoded.before) if each is not None}
 
     def encoded_of(source: Source) -> Encoded:
         if not isinstance(source, Encoded) and id(source) not in encodings:
@@ -177,15 +187,16 @@ def forecast(
 
     sources = sources_of(interventions, encoded)
     places = [branch_of(before, plan(vlm, encoded, each, unread), each, encoded_of) for each in interventions]
-    kept = {key for key, (_, sites) in sources.items() if recorded(sites, before.n_added)} - {id(encoded)}
+    kept = {key for key, (_, sites) in sources.items() if recorded(sites, before.n_added)} - own
     others = sum(len(sites) for key, (_, sites) in sources.items() if key not in kept)
     check_pass(size, budget, n_passes=1 + len(kept))
-    held = (1 + len(kept)) * pass_bytes(size) + others * size.stream + len(places) * answer_bytes(size)
+    logits = len(places) * answer_bytes(size) if keeps_logits else 0
+    held = (1 + len(kept)) * pass_bytes(size) + others * size.stream + logits
     made, peak = waves(size, places, held=held, budget=budget, max_cells=max_cells)
     # States that no recorded pass has are read in one of their own.
     reading = held + in_block(size, 1, size.n_pos, joined=True) if others else 0
     plain = pass_flops(size)
-    passes = 1 + len({key for key in sources if key != id(encoded)})
+    passes = 1 + len({key for key in sources if key not in own})
     flops = passes * plain + sum(wave_flops(size, [places[number] for number in numbers]) for numbers in made)
     return SweepPlan(
         n_cells=len(places),

@@ -98,7 +98,7 @@ class SuffixAttention:
             raise UsageError(
                 f"the knockout leaves position {query} of example {row} nothing to attend to; narrow its keys"
             )
-        if not (allowed & blocked).any():
+        if not (allowed & blocked).any() and any(cut.queries for cut in cuts):
             raise UsageError(f"{cuts[0].what} at llm layer {self.layer} cuts no edge: attention allows none of them")
         return blocked
 

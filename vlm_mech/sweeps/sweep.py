@@ -15,22 +15,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.inputs.prompt import Encoded, Prompt
+from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.interventions.specification import Intervention, as_intervention
-from vlm_mech.interventions.trace import refuse_open_trace, run
+from vlm_mech.interventions.trace import refuse_open_trace
 from vlm_mech.results.result import Result
 from vlm_mech.runs.workspace import Workspace
 from vlm_mech.sweeps.asked import check_listed, check_once, check_whole, digest
 from vlm_mech.sweeps.axis_labels import axis_table, check_axes
-from vlm_mech.sweeps.engine import engine_of
+from vlm_mech.sweeps.engine import Reference, engine_of
 from vlm_mech.sweeps.measures import Measure
 from vlm_mech.sweeps.memory import budget_of
+from vlm_mech.sweeps.readings import Readings, readings_of
 from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
 
@@ -145,6 +147,7 @@ def plan_sweep(
     data: Pairs | Prompt | Sequence[Prompt],
     points: Sequence[Point],
     intervention: Callable[[Point], Intervention],
+    measure: Measure | Sequence[Measure] = (),
     *,
     batch: int = 8,
     memory: int | str | None = None,
@@ -153,7 +156,7 @@ def plan_sweep(
     """What `sweep` with these arguments will need, found without running anything.
 
     Args:
-        data, points, intervention: as for `sweep`.
+        data, points, intervention, measure: as for `sweep`; without a measure the next token is read.
         batch: examples that run together at most.
         memory: bytes that the sweep may take beyond the model, as a number or such as "2GiB"; half of what there is by
             default.
@@ -165,7 +168,8 @@ def plan_sweep(
     """
     check_decoder(vlm, "plan_sweep")
     check_whole(batch=(batch, 1), max_cells=(max_cells, 1))
-    job = _Job(vlm, data, points, intervention, (), "fast", max_cells, budget_of(vlm.device, memory))
+    measures = _measures(measure)
+    job = _Job(vlm, data, points, intervention, measures, "fast", max_cells, budget_of(vlm.device, memory))
     if not job.prompts or not points:
         raise UsageError("a sweep needs prompts and points of a grid")
     return job.plan(batch)
@@ -207,7 +211,7 @@ class _Job:
     engine: str
     max_cells: int
     budget: int
-    last: tuple[slice, Encoded] | None = None
+    last: tuple[slice, Readings] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.intervention, Intervention) or not callable(self.intervention):
@@ -246,7 +250,7 @@ class _Job:
     def asked(self, batch: int) -> dict[str, str]:
         """What batches that are kept are made of, beside the rows."""
         # A function is known by its metric: its own name says nothing.
-        measured = [(each.metric, each.answers) for each in self.measures]
+        measured = [(each.metric, each.answers, each.at) for each in self.measures]
         return {
             "model of the sweep": digest(self.vlm.identity()),
             "grid": digest(self.places.to_dict("list")),
@@ -261,30 +265,40 @@ class _Job:
         own = Rows(self.vlm, rows, self.prompts)
         return [own.of(each) for each in self.planned]
 
-    def encoded(self, rows: slice) -> Encoded:
-        """The prompts of some rows; the last ones are kept, since a plan and the run after it ask for the same."""
+    def reading(self, rows: slice) -> Readings:
+        """The prompts of some rows, with what the measures read of them.
+
+        The last ones are kept, since a plan and the run after it ask for the same.
+        """
         if self.last is None or self.last[0] != rows:
-            self.last = rows, self.vlm.encode(self.prompts[rows])
+            self.last = rows, readings_of(self.vlm, self.vlm.encode(self.prompts[rows]), self.measures, rows)
         return self.last[1]
 
     def plan(self, batch: int) -> SweepPlan:
         """The forecast for the first batch, as many examples as fit, carried over to all the data."""
 
         def of(rows: slice) -> SweepPlan:
-            return forecast(
-                self.vlm, self.encoded(rows), self.edits(rows), budget=self.budget, max_cells=self.max_cells
-            )
+            encoded, edits = self.reading(rows).encoded, self.edits(rows)
+            how = {"budget": self.budget, "max_cells": self.max_cells, "keeps_logits": False}
+            return forecast(self.vlm, encoded, edits, **how)
 
         return in_halves(slice(0, min(batch, len(self.prompts))), of)[0].over(len(self.prompts))
 
     def run(self, rows: slice, checked: Sequence[int]) -> tuple[pd.DataFrame, dict[str, Any]]:
         """The table of some rows, the summary of its receipts, and how far the engines differ at the points checked."""
-        encoded, edits = self.encoded(rows), self.edits(rows)
-        ids = [each.ids(self.vlm, encoded, rows) for each in self.measures]
-        runner = engine_of(self.vlm, encoded, self.engine, budget=self.budget)
-        logits, receipts = runner.answers(edits, max_cells=self.max_cells)
-        worst = _agree(self.vlm, encoded, edits, logits, checked) if self.engine == "fast" else 0.0
-        table = _table(self.places, self.measures, ids, self.names[rows], runner.baseline, logits)
+        edits = self.edits(rows)
+        names, read = self.names[rows], self.reading(rows)
+        runner = engine_of(self.vlm, read.encoded, self.engine, budget=self.budget)
+        whole: dict[int, Tensor] = {}
+
+        def keep(number: int, logits: Tensor) -> Tensor:
+            if number in checked and self.engine == "fast":
+                whole[number] = logits.clone()
+            return _stacked(read.checked(logits, names, runner.reads))
+
+        values, receipts = runner.answers(edits, max_cells=self.max_cells, keep=keep)
+        worst = _agree(self.vlm, read, edits, whole)
+        table = _table(self.places, self.measures, names, _stacked(read.checked(runner.reads, names)), values)
         if isinstance(self.data, Pairs):
             groups = {pair.id: pair.group or pair.id for pair in self.data}
             table = table.assign(group=table["example"].map(groups))
@@ -308,13 +322,22 @@ ROUNDING = 1e-5 / torch.finfo(torch.float32).eps
 single precision 1e-5, as the tests ask."""
 
 
-def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, chosen: Sequence[int]) -> float:
-    """Largest difference between the fast engine and the reference at some points."""
-    worst = 0.0
-    for number in chosen:
-        reference = run(vlm, encoded, edits[number]).last.float()
-        difference = (reference - logits[number].float()).abs().max().item()
-        limit = ROUNDING * torch.finfo(logits.dtype).eps * max(1.0, reference.abs().max().item())
+def _stacked(values: Sequence[Tensor]) -> Float[Tensor, "measure example"]:
+    return torch.stack([each.double().cpu() for each in values])
+
+
+def _agree(vlm: "VLM", read: Readings, edits: list[Intervention], found: dict[int, Tensor]) -> float:
+    """Largest difference between the fast engine's logits at some points and the reference's, where they are read."""
+    if not found:
+        return 0.0
+    reference, worst = Reference(vlm, read.encoded), 0.0
+    present = torch.tensor(read.encoded.read_places).bool() if read.encoded.answers else slice(None)
+    for number, logits in found.items():
+        kept: list[Tensor] = []
+        reference.answers([edits[number]], keep=lambda _, logits, kept=kept: kept.append(logits) or logits[:, 0])
+        expected = kept[0].float()[present]
+        difference = (expected - logits.float()[present]).abs().max().item()
+        limit = ROUNDING * torch.finfo(logits.dtype).eps * max(1.0, expected.abs().max().item())
         if not difference <= limit:
             raise WorkError(
                 f"the fast engine differs from the reference by {difference:.3g} at {edits[number]}; at most "
@@ -327,16 +350,13 @@ def _agree(vlm: "VLM", encoded: Any, edits: list[Intervention], logits: Tensor, 
 def _table(
     places: pd.DataFrame,
     measures: tuple[Measure, ...],
-    ids: Sequence[Sequence[Tensor]],
     names: list[str],
-    clean: Tensor,
-    logits: Tensor,
+    clean: Float[Tensor, "measure example"],
+    values: Float[Tensor, "cell measure example"],
 ) -> pd.DataFrame:
     columns = places.loc[places.index.repeat(len(names))].reset_index(drop=True)
     columns.insert(0, "example", names * len(places))
-    for each, own in zip(measures, ids, strict=True):
-        edited = torch.cat([each.values(logits_of_one, own, names) for logits_of_one in logits])
-        columns[each.metric.name] = edited.double().cpu().numpy()
-        baseline = each.values(clean, own, names).double().cpu().numpy()
-        columns[f"{each.metric.name}_baseline"] = np.tile(baseline, len(places))
+    for number, each in enumerate(measures):
+        columns[each.metric.name] = values[:, number].flatten().numpy()
+        columns[f"{each.metric.name}_baseline"] = np.tile(clean[number].numpy(), len(places))
     return columns

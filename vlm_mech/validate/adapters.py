@@ -13,7 +13,7 @@ import pandas as pd
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.interventions.specification import Ablate, Intervention, Knockout, Replace, Source
-from vlm_mech.interventions.trace import read, run
+from vlm_mech.interventions.trace import read
 from vlm_mech.methods.attribution.study import attribute
 from vlm_mech.methods.layer_swap.data import swap_sites
 from vlm_mech.methods.layer_swap.study import LOGIT_DIFF, swap_states
@@ -22,7 +22,9 @@ from vlm_mech.organism.planted import Planted
 from vlm_mech.results import metrics
 from vlm_mech.results.claim import Claims, cells_of, counted, differences, layer_heads, layers, strengths
 from vlm_mech.results.result import Metric, Result
+from vlm_mech.sweeps.engine import Reference
 from vlm_mech.sweeps.measures import Measure, logit_diff
+from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.sweep import Point, grid, sweep
 from vlm_mech.validate.probes import noisy_probes, probes
 from vlm_mech.validate.visual_flow import flow_map
@@ -170,9 +172,8 @@ def attribution(planted: Planted, pairs: Pairs) -> Claims:
         vlm, pairs, _head_sites(planted), WRITERS, measure, heads=True, directions=("noising",),
         top_k=1, n_random=1, engine="trace", batch=len(pairs),
     )  # fmt: skip
-    encoded = vlm.encode(pairs.base)
-    ids = measure.ids(vlm, encoded)
-    before = measure.of(run(vlm, encoded).last, *ids).mean().item()
+    asked = readings_of(vlm, vlm.encode(pairs.base), [measure])
+    before = asked.values(Reference(vlm, asked.encoded).reads)[0].mean().item()
     return _of_heads(cells_of(found.screen, "estimate", place="span"), before)
 
 

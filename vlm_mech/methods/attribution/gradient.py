@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.inputs.following import each_alone
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.timeline import rows_of
-from vlm_mech.sweeps.measures import Measure
+from vlm_mech.sweeps.readings import Readings
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -27,71 +28,112 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
-    """One forward pass: the states at some sites (rows x pos x width), what it began with, next-token logits.
+class Text:
+    """One forward pass: the states at some sites (rows x pos x width), what it began with, and the logits read.
 
     `start` is what the first block received (of the tower, where a site lies before the decoder), and after it the
     features that the decoder adds at image positions later (deepstack).
     """
 
-    encoded: Encoded
     states: dict[Site, Tensor]
     start: list[Tensor]
-    logits: Float[Tensor, "batch vocab"]
+    reads: Float[Tensor, "batch read vocab"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """A batch of prompts in forward passes: one, or one for each answer that follows them.
+
+    `encoded` are the prompts alone.
+    """
+
+    encoded: Encoded
+    texts: list[Text]
+
+    @property
+    def reads(self) -> Float[Tensor, "batch read vocab"]:
+        """Logits as one pass over all the answers would give them (see `Engine.reads`)."""
+        return torch.cat(
+            [each.reads if number == 0 else each.reads[:, 1:] for number, each in enumerate(self.texts)], 1
+        )
 
     @property
     def held(self) -> dict[Site, Tensor]:
-        """The states outside the graph."""
-        return {site: states.detach() for site, states in self.states.items()}
+        """The states of the prompts, outside the graph."""
+        return {site: self._of_prompts(site, states).detach() for site, states in self.texts[0].states.items()}
+
+    def gradient(self, total: Float[Tensor, ""]) -> dict[Site, Tensor]:
+        """Gradient of a number made of `reads` at the states of the prompts, which all passes share; 0 where none."""
+        found: dict[Site, Tensor] = {}
+        for number, text in enumerate(self.texts):
+            more = number + 1 < len(self.texts)
+            slopes = torch.autograd.grad(total, list(text.states.values()), allow_unused=True, retain_graph=more)
+            for (site, states), slope in zip(text.states.items(), slopes, strict=True):
+                own = self._of_prompts(site, torch.zeros_like(states) if slope is None else slope)
+                found[site] = own + found[site] if site in found else own
+        return found
+
+    def _of_prompts(self, site: Site, states: Tensor) -> Tensor:
+        return states[:, : self.encoded.n_prompt] if site.stream == "llm" else states
 
 
 def forward(
-    vlm: "VLM", encoded: Encoded, sites: Sequence[Site], *, track: bool, start: list[Tensor] | None = None
+    vlm: "VLM", encoded: Encoded, sites: Sequence[Site], *, track: bool, start: list[list[Tensor]] | None = None
 ) -> Pass:
-    """A forward pass that keeps the states at the sites, in the graph if `track`.
+    """Forward passes that keep the states at the sites, in the graph if `track`: one for each answer that follows.
 
     Use it within `frozen`, so that the graph holds no parameters.
 
     Args:
-        start: what the first block gets in place of its own input (see `Pass`).
+        start: for each pass, what the first block gets in place of its own input (see `Text`).
 
     Raises:
         WorkError: the model does not compute a site.
     """
+    alone = each_alone(encoded)
+    starts = [None] * len(alone) if start is None else start
+    texts = [_text(vlm, one, sites, track=track, start=own) for one, own in zip(alone, starts, strict=True)]
+    return Pass(encoded.before or encoded, texts)
+
+
+def _text(vlm: "VLM", encoded: Encoded, sites: Sequence[Site], *, track: bool, start: list[Tensor] | None) -> Text:
     states: dict[Site, Tensor] = {}
     head = vlm.model.get_submodule(vlm.family.head)
+    first = encoded.n_prompt - 1
+
+    def only_read(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (given[0][:, first:], *given[1:])
+
     with contextlib.ExitStack() as hooks, torch.set_grad_enabled(track), vlm.passing():
         begin = _Start(vlm, track, start, any(site.stream != "llm" for site in sites))
         hooks.callback(begin.hooked().remove)
         for site in sites:
             hooks.callback(_Keeper(states, site, rows_of(encoded, site.stream)).hooked(vlm).remove)
-        # Logits of the last position are all that is asked for.
-        hooks.callback(head.register_forward_pre_hook(_last_position).remove)
-        logits = vlm.model(**encoded.inputs).logits[:, -1]
+        hooks.callback(head.register_forward_pre_hook(only_read).remove)
+        reads = vlm.model(**encoded.inputs).logits
     missing = [str(site) for site in sites if site not in states]
     if missing or not begin.begun:
         raise WorkError(f"{vlm.name} does not compute {missing[0] if missing else 'its first block'} in a forward pass")
-    return Pass(encoded, states, begin.begun, logits)
+    return Text(states, begin.begun, reads)
 
 
-def gradient(made: Pass, measure: Measure, ids: Sequence[Tensor]) -> dict[Site, Tensor]:
+def gradient(made: Pass, read: Readings) -> dict[Site, Tensor]:
     """Gradient of each example's measure at each site of a tracked pass, shaped like the states; 0 where none flows.
 
     Args:
-        ids: first tokens of the measure's answers, each of shape batch.
+        read: what one measure reads of the passes.
 
     Raises:
         UsageError: the measure cannot be differentiated.
     """
     with torch.enable_grad():
-        values = measure.of(made.logits, *ids)
+        (values,) = read.values(made.reads)
         total = values.sum()
     if not values.requires_grad:
-        raise UsageError(f"{measure.metric.name} has no gradient; logit_diff and prob have one")
+        name = read.each[0].measure.metric.name
+        raise UsageError(f"{name} has no gradient; logit_diff, logprob_diff and prob have one")
     # Examples do not see each other, so the gradient of their sum is each one's own.
-    slopes = torch.autograd.grad(total, list(made.states.values()), allow_unused=True)
-    by_site = zip(made.states.items(), slopes, strict=True)
-    return {site: torch.zeros_like(states) if slope is None else slope for (site, states), slope in by_site}
+    return made.gradient(total)
 
 
 @contextlib.contextmanager
@@ -105,10 +147,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _last_position(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (given[0][:, -1:], *given[1:])
 
 
 @dataclass(eq=False)

@@ -34,6 +34,7 @@ from vlm_mech.methods.attribution.findings import findings
 from vlm_mech.methods.attribution.gradient import Pass, forward, frozen, gradient
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.measures import Measure
+from vlm_mech.sweeps.readings import Readings, readings_of
 from vlm_mech.sweeps.sweep import Point, sweep
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def attribute(
 
     Args:
         sites: where; all with layers, or none.
-        measure: a differentiable one of next-token logits, such as `logit_diff` and `prob`.
+        measure: a differentiable one, such as `logit_diff`, `logprob_diff` and `prob`.
         heads: one cell for each head; all sites must then be `head_out`.
         top_k: cells of each direction, largest mean estimate first, whose true effect is measured.
         n_random: cells drawn from the rest whose true effect is measured, so that misses can be seen.
@@ -157,16 +158,16 @@ def _screen(
 ) -> pd.DataFrame:
     """Estimates and distances of every cell for one batch of pairs."""
     sites = list(dict.fromkeys(spot.site for spot in spots))
-    encoded = [vlm.encode(prompts) for prompts in (pairs.base, pairs.counterfactual)]
+    read = [readings_of(vlm, vlm.encode(prompts), [measure]) for prompts in (pairs.base, pairs.counterfactual)]
     about = {"example": [pair.id for pair in pairs], "group": [pair.group or pair.id for pair in pairs]}
     tables = []
     with frozen(vlm.model):
         # Only a run whose own gradient is wanted needs a graph.
         tracked = [steps == 1 and direction in directions for direction in DIRECTIONS]
-        sides = [forward(vlm, each, sites, track=track) for each, track in zip(encoded, tracked, strict=True)]
+        sides = [forward(vlm, each.encoded, sites, track=track) for each, track in zip(read, tracked, strict=True)]
         for direction in directions:
             own, donor = sides if direction == "noising" else sides[::-1]
-            slopes = _slopes(vlm, own, donor, sites, measure, steps)
+            slopes = _slopes(vlm, own, donor, sites, read[0] if direction == "noising" else read[1], steps)
             numbers = _cells(vlm, own, donor, slopes, spots)
             tables += [
                 pd.DataFrame(about | {"direction": direction, "cell": cell, "estimate": estimate, "distance": distance})
@@ -212,17 +213,19 @@ def _products(
 
 
 def _slopes(
-    vlm: "VLM", own: Pass, donor: Pass, sites: Sequence[Site], measure: Measure, steps: int
+    vlm: "VLM", own: Pass, donor: Pass, sites: Sequence[Site], read: Readings, steps: int
 ) -> dict[Site, Tensor]:
     """Gradient of each example's measure at each site, at the run itself or averaged on the way to the other."""
-    ids = measure.ids(vlm, own.encoded)
     if steps == 1:
-        return gradient(own, measure, ids)
+        return gradient(own, read)
     total: dict[Site, Tensor] = {}
     for step in range(steps):
         share = (step + 0.5) / steps
-        start = [one + share * (other - one) for one, other in zip(own.start, donor.start, strict=True)]
-        found = gradient(forward(vlm, own.encoded, sites, track=True, start=start), measure, ids)
+        start = [
+            [one + share * (other - one) for one, other in zip(mine.start, theirs.start, strict=True)]
+            for mine, theirs in zip(own.texts, donor.texts, strict=True)
+        ]
+        found = gradient(forward(vlm, read.encoded, sites, track=True, start=start), read)
         total = {site: slope / steps + total.get(site, 0.0) for site, slope in found.items()}
     return total
 

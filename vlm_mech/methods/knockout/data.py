@@ -11,10 +11,20 @@ from jaxtyping import Bool
 
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.span import Each, Tokens
+from vlm_mech.inputs.span import Each, Span, Tokens
 from vlm_mech.interventions.specification import Intervention, Knockout, Together, window
-from vlm_mech.methods.knockout.edges import Edge, Ends, control_of, ends_of, layers_with, parse_edge, visible_edges
-from vlm_mech.results import metrics
+from vlm_mech.methods.knockout.edges import (
+    ANSWER,
+    Edge,
+    Ends,
+    control_of,
+    ends_of,
+    layers_with,
+    parse_edge,
+    visible_edges,
+)
+from vlm_mech.sweeps.measures import said
+from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.sweep import Point, grid
 
@@ -209,8 +219,9 @@ def found_edges(vlm: "VLM", pairs: Pairs, scan: Scan, masks: Masks, *, only_corr
     Raises:
         UsageError: an edge does not fit (see `edges.ends_of`).
     """
-    clean = record(vlm, vlm.encode(pairs.base))
-    right = metrics.correct(clean.logits, vlm.answer_ids(clean.encoded, pairs.answer)).tolist()
+    read = readings_of(vlm, vlm.encode(pairs.base), [said(pairs.answer)])
+    clean = record(vlm, read.encoded)
+    right = read.value(0, clean.reads).bool().tolist()
     found: FoundBy = {(str(edge), cut): [] for edge in scan.edges for cut in scan.cuts}
     for number, pair in enumerate(pairs):
         visible = visible_edges(clean, number)
@@ -244,9 +255,16 @@ def _parts(found: Sequence[Any], kind: Kind) -> list[Knockout]:
     ends = [here.parts for here in found]
     for part in range(max(len(each) for each in ends)):
         chosen = [each[part] if part < len(each) else each[0] for each in ends]
-        query, key = (Each(tuple(Tokens(getattr(each, end)) for each in chosen)) for end in ("query", "key"))
+        query, key = Each(tuple(map(queries_of, chosen))), Each(tuple(Tokens(each.key) for each in chosen))
         made.append(Knockout(query, key, 0, keep_self=kind[1] == CONTROL))
     return made
+
+
+def queries_of(ends: Ends) -> Span:
+    """The span of the queries of an edge."""
+    if not ends.answer:
+        return Tokens(ends.query)
+    return (Tokens(ends.query), ANSWER) if ends.query else ANSWER
 
 
 def _cut(parts: Sequence[Knockout], layers: tuple[int, ...], point: Point) -> Intervention:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ARROW = "<-"
 OF_OBJECT = ("object", "rest")
+ANSWER = "answer"
 GROUPS = (*LLM_SPANS, "after", *OF_OBJECT)
 FORMS = f"{', '.join(GROUPS)}, words:TEXT or patches:ROW.COLUMN,ROW.COLUMN; several joined by +"
 
@@ -50,6 +51,16 @@ class Edge:
         return f"{self.query}{ARROW}{self.key}"
 
     @property
+    def of_answer(self) -> bool:
+        """Whether the answer's own tokens, which follow the prompt, are among the queries."""
+        return ANSWER in self.query.split("+")
+
+    @property
+    def of_prompt(self) -> str:
+        """The queries within the prompt; empty where there are none."""
+        return "+".join(name for name in self.query.split("+") if name != ANSWER)
+
+    @property
     def of_object(self) -> bool:
         """Whether it depends on which patches show the object, and so may be missing in single examples."""
         return bool({*self.query.split("+"), *self.key.split("+")} & {*OF_OBJECT})
@@ -57,10 +68,14 @@ class Edge:
 
 @dataclass(frozen=True)
 class Ends:
-    """Both ends of an edge in one example, as numbers of its tokens."""
+    """Both ends of an edge in one example, as numbers of its tokens.
+
+    `answer`: the answer's own tokens, which have no number in the prompt, are queries too.
+    """
 
     query: tuple[int, ...]
     key: tuple[int, ...]
+    answer: bool = False
 
 
 def parse_edge(text: str) -> Edge:
@@ -75,6 +90,8 @@ def parse_edge(text: str) -> Edge:
     for part in (*query.split("+"), *key.split("+")):
         if part not in GROUPS and not part.startswith(("words:", "patches:")):
             raise UsageError(f"edge {text!r} names the group {part!r}; known are {FORMS}")
+    if ANSWER in key.split("+"):
+        raise UsageError(f"edge {text!r}: the answer's own tokens can be queries, not keys")
     return Edge(query, key)
 
 
@@ -101,7 +118,9 @@ def layers_with(clean: RecordedPass, example: int, parts: Sequence[Ends]) -> fro
             allowed = block.allowed(0, clean.encoded.n_pos)
             visible = allowed[example if allowed.shape[0] > 1 else 0].any(0).cpu().numpy()
             seeing[id(block.mask)] = any(
-                visible[np.ix_(present[list(part.query)], present[list(part.key)])].any() for part in parts
+                # What follows the prompt sees at most as far back as its last token.
+                visible[np.ix_(present[list(part.query) or [-1]], present[list(part.key)])].any()
+                for part in parts
             )
     return frozenset(layer for layer in everywhere if seeing[id(clean.blocks[layer].mask)])
 
@@ -123,11 +142,13 @@ def ends_of(
         UsageError: a group is empty, both share some tokens but not all, a mask of another size, or an edge (of
             groups that do not depend on the object) that attention does not allow.
     """
-    found = [_group(encoded, example, name, shows) for name in (edge.query, edge.key)]
+    found = [_group(encoded, example, name, shows) if name else [] for name in (edge.of_prompt, edge.key)]
     for group in found:
         if isinstance(group, str):
             return group
     query, key = (tuple(group) for group in found if not isinstance(group, str))
+    if not query:
+        return Ends((), key, answer=True)
     shared = set(query) & set(key)
     if shared and query != key:
         raise UsageError(
@@ -139,7 +160,7 @@ def ends_of(
             return reason
         hint = f"; is {edge.key}{ARROW}{edge.query} meant?" if reason == FUTURE else ""
         raise UsageError(f"{edge}: {reason}{hint}")
-    return Ends(query, key)
+    return Ends(query, key, edge.of_answer)
 
 
 def control_of(
@@ -150,11 +171,18 @@ def control_of(
     As many keys are drawn as the edge has, among all tokens; then queries outside the edge's own, until they attend to
     these keys by as many edges, the last query to a part of the keys; all is drawn anew, `DRAWS` times at most, when
     the queries do not suffice. Edges of a token to itself are not counted: with `keep_self` none is cut, so that no
-    token is left with nothing to attend to.
+    token is left with nothing to attend to. Where the answer's tokens are queries, they lose as many other keys.
 
     Returns:
-        One or two rectangles of edges.
+        Rectangles of edges.
     """
+    if ends.answer:
+        others = np.setdiff1d(np.arange(len(visible)), ends.key)
+        if len(others) <= len(ends.key):
+            return NO_CONTROL
+        key = tuple(np.sort(random.choice(others, len(ends.key), replace=False)).tolist())
+        of_prompt = control_of(Ends(ends.query, ends.key), visible, random) if ends.query else ()
+        return of_prompt if isinstance(of_prompt, str) else (*of_prompt, Ends((), key, answer=True))
     wanted = int(visible[np.ix_(ends.query, ends.key)].sum())
     for _ in range(DRAWS):
         key = np.sort(random.choice(len(visible), len(ends.key), replace=False))

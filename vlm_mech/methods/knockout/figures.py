@@ -27,7 +27,7 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
     across, down = ("head", "layer") if by_head else ("layer", "edge")
     found = {
         f"{metric}_heatmap": figures.heatmap(result, x=across, y=down, metric=metric, facet="cut")
-        for metric in ("relative_change", "logit_diff")
+        for metric in ("relative_change", result.metrics[1].name)
     }
     if not by_head:
         found["relative_change_lines"] = figures.lines(

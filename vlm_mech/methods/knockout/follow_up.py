@@ -147,7 +147,7 @@ def attention_of(
     clean = record(vlm, encoded)
     ends = [ends_of(encoded, at, edge, visible_edges(clean, at), masks.get(pair.id)) for at, pair in enumerate(pairs)]
     queries = [
-        [row.present[number] for number in each.query] if isinstance(each, Ends) else [encoded.n_pos - 1]
+        [row.present[number] for number in each.query] if isinstance(each, Ends) and each.query else [encoded.n_pos - 1]
         for row, each in zip(encoded.rows, ends, strict=True)
     ]
     held = [(at, pair) for at, (pair, each) in enumerate(zip(pairs, ends, strict=True)) if isinstance(each, Ends)]

@@ -17,11 +17,10 @@ from vlm_mech.inputs.span import Tokens
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.interventions.specification import Knockout
 from vlm_mech.interventions.trace import generate
-from vlm_mech.methods.knockout.data import FoundBy, Masks, Scan, found_edges, sweeps
+from vlm_mech.methods.knockout.data import FoundBy, Masks, Scan, found_edges, queries_of, sweeps
 from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
-from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
-from vlm_mech.sweeps.measures import Measure, logit_diff, prob
+from vlm_mech.sweeps.measures import Comparison, Measure, comparison, prob, said
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.schedule import SweepPlan
 from vlm_mech.sweeps.sweep import Point, plan_sweep, sweep
@@ -37,8 +36,14 @@ RELATIVE = Metric(
 LOGIT = Metric("logit", "logits", "logit of the answer's first token", signed=True)
 FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred to the own")
 LOST = Metric("lost", "share", "share of examples in which the answer is not the first of the whole vocabulary")
-MEASURED = ("logit", "prob", "logit_diff", "flip", "lost")
-METRICS = (RELATIVE, logit_diff((), ()).metric, prob(()).metric, LOGIT, FLIP, LOST)
+
+
+def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
+    """The metrics of a knockout whose answers are compared so."""
+    return RELATIVE, comparison(name, (), ()).metric, prob(()).metric, LOGIT, FLIP, LOST
+
+
+METRICS = metrics_of()
 
 OUT_OF_SIGHT = "attention at these layers allows none of the edges"
 NO_PROB = f"the answer's probability is below {MIN_PROB} without any knockout"
@@ -51,6 +56,7 @@ def knock_out(
     *,
     masks: Masks | None = None,
     only_correct: bool = True,
+    measure: Comparison = "logit_diff",
     seed: int = 0,
     engine: str = "fast",
     memory: int | str | None = None,
@@ -60,6 +66,7 @@ def knock_out(
     Args:
         masks: pixels of the object by pair, for the groups `object` and `rest`.
         only_correct: leave out the pairs that the model answers wrongly.
+        measure: how the two answers of a pair are compared (see `measures.comparison`).
         seed: draws the controls; they do not depend on how pairs are batched.
         engine: `fast`, or `trace` for the reference.
         memory: bytes it may take beyond the model, such as "2GiB".
@@ -77,10 +84,10 @@ def knock_out(
     tables, notes = [], [summarise(())]
     for chosen, some, cut in sweeps(pairs, points, found, sets):
         how = {"engine": engine, "batch": len(chosen), "memory": memory}
-        result = sweep(vlm, chosen, some, cut, _measures(chosen), **how)
+        result = sweep(vlm, chosen, some, cut, _measures(chosen, measure), **how)
         tables.append(result.table)
         notes.append(result.provenance["receipts"])
-    return _assembled(pairs, points, found, tables, sets), add_up(notes)
+    return _assembled(pairs, points, found, tables, sets, measure), add_up(notes)
 
 
 def plan_knockout(
@@ -89,6 +96,7 @@ def plan_knockout(
     scan: Scan,
     *,
     masks: Masks | None = None,
+    measure: Comparison = "logit_diff",
     batch: int = 32,
     seed: int = 0,
     memory: int | str | None = None,
@@ -103,7 +111,7 @@ def plan_knockout(
     first = pairs[:batch]
     found = found_edges(vlm, first, scan, masks or {}, only_correct=False, seed=seed)
     plans = [
-        plan_sweep(vlm, chosen, points, cut, batch=len(chosen), memory=memory)
+        plan_sweep(vlm, chosen, points, cut, _measures(chosen, measure), batch=len(chosen), memory=memory)
         for chosen, points, cut in sweeps(first, scan.points(), found, scan.layers.sets)
     ]
     if not plans:
@@ -118,14 +126,15 @@ def plan_knockout(
     ).over(len(pairs))
 
 
-def _measures(pairs: Pairs) -> tuple[Measure, ...]:
-    own, both = (pairs.answer,), (pairs.answer, pairs.counterfactual_answer)
+def _measures(pairs: Pairs, name: Comparison) -> tuple[Measure, ...]:
+    own, compared = (pairs.answer,), comparison(name, pairs.answer, pairs.counterfactual_answer)
+    is_said = said(pairs.answer)
     return (
-        logit_diff(*both),
+        compared,
         prob(*own),
         Measure(LOGIT, lambda logits, ids: logits.float().gather(1, ids[:, None])[:, 0], own),
-        Measure(FLIP, lambda logits, ids, others: metrics.flip(logits, ids, others).float(), both),
-        Measure(LOST, lambda logits, ids: (~metrics.correct(logits, ids)).float(), own),
+        dataclasses.replace(compared, metric=FLIP, of=lambda *given: (compared.of(*given) < 0).float()),
+        dataclasses.replace(is_said, metric=LOST, of=lambda answer: 1 - is_said.of(answer)),
     )
 
 
@@ -135,6 +144,7 @@ def _assembled(
     found: FoundBy,
     tables: Sequence[pd.DataFrame],
     sets: dict[int | str, tuple[int, ...]],
+    measure: Comparison,
 ) -> pd.DataFrame:
     """All cells of all examples, those that were not measured with the reason."""
     rows = []
@@ -146,11 +156,12 @@ def _assembled(
             why = here if isinstance(here, str) else "" if seen else OUT_OF_SIGHT
             rows.append(place | {"n_layers_cut": len(seen), "skipped": why})
     table = pd.DataFrame(rows)
-    columns = [f"{name}{ending}" for name in MEASURED for ending in ("", "_baseline")]
+    measured = (LOGIT.name, prob(()).metric.name, measure, FLIP.name, LOST.name)
+    columns = [f"{name}{ending}" for name in measured for ending in ("", "_baseline")]
     axes = [axis for axis, _ in points[0].axes]
     if tables:
-        measured = pd.concat(tables, ignore_index=True)[["example", *axes, *columns]]
-        table = table.merge(measured, on=["example", *axes], how="left", validate="one_to_one")
+        found_in = pd.concat(tables, ignore_index=True)[["example", *axes, *columns]]
+        table = table.merge(found_in, on=["example", *axes], how="left", validate="one_to_one")
     else:
         table = table.assign(**dict.fromkeys(columns, np.nan))
     table["relative_change"] = relative_change(table["prob"].to_numpy(), table["prob_baseline"].to_numpy())
@@ -170,7 +181,7 @@ def texts_without(
 ) -> pd.DataFrame:
     """What the model writes with and without each edge, cut at all layers; a row per pair and edge.
 
-    Where `last` is among the queries, generated tokens cannot attend to the keys either.
+    Where `last` or `answer` is among the queries, generated tokens cannot attend to the keys either.
     """
     everything = tuple(vlm.llm_layers)
     found = []
@@ -182,9 +193,9 @@ def texts_without(
             ends = ends_of(encoded, 0, edge, visible, masks.get(pair.id))
             if isinstance(ends, str):
                 continue
-            query, key = Tokens(ends.query), Tokens(ends.key)
-            spans = (query, "generated") if row.present.index(encoded.n_pos - 1) in ends.query else query
-            cut = generate(vlm, encoded, Knockout(spans, key, everything), max_new_tokens=max_new_tokens)
+            ends = dataclasses.replace(ends, answer=ends.answer or row.present.index(encoded.n_pos - 1) in ends.query)
+            edit = Knockout(queries_of(ends), Tokens(ends.key), everything)
+            cut = generate(vlm, encoded, edit, max_new_tokens=max_new_tokens)
             found.append(
                 {"example": pair.id, "question": pair.question, "edge": str(edge), "clean": clean, "cut": cut.texts[0]}
             )

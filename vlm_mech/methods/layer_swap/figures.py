@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
-    """Recovered fraction as heatmap and as lines, and the logit difference, over depth and span, by direction."""
-    depth = result.axes[-1]
+    """Recovered fraction as heatmap and as lines, and the answers' difference, over depth and span, by direction."""
+    depth, difference = result.axes[-1], result.metrics[1].name
     return {
         "recovered_heatmap": figures.heatmap(result, x=depth, y="span", metric="recovered", facet="direction"),
         "recovered_lines": figures.lines(result, x=depth, colour="span", metric="recovered", facet="direction"),
-        "logit_diff_heatmap": figures.heatmap(result, x=depth, y="span", metric="logit_diff", facet="direction"),
+        f"{difference}_heatmap": figures.heatmap(result, x=depth, y="span", metric=difference, facet="direction"),
     }

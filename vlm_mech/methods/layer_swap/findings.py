@@ -2,7 +2,7 @@
 
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import WorkError
-from vlm_mech.methods.layer_swap.study import NO_GAP, WRONG
+from vlm_mech.methods.layer_swap.study import WRONG
 from vlm_mech.results.result import Result
 
 
@@ -23,7 +23,8 @@ def usable_share(result: Result, pairs: Pairs) -> str:
     """
     first = result.table.drop_duplicates("example")
     n_examples, n_wrong = len(first), int((first["skipped"] == WRONG).sum())
-    n_close = int(result.table[result.table["skipped"] == NO_GAP]["example"].nunique())
+    close = ~result.table["skipped"].isin(["", WRONG])
+    n_close = int(result.table[close]["example"].nunique())
     if n_examples - n_wrong < 2:
         raise WorkError(
             f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are answered right on both images; "
@@ -31,7 +32,8 @@ def usable_share(result: Result, pairs: Pairs) -> str:
         )
     text = f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are used"
     text += f"; {n_wrong} are left out because they are {WRONG}" if n_wrong else ""
-    text += f"; in {n_close} the {NO_GAP}, so that they have no recovered fraction" if n_close else ""
+    why = result.table[close]["skipped"].iloc[0] if n_close else ""
+    text += f"; in {n_close} the {why}, so that they have no recovered fraction" if n_close else ""
     return f"{text}."
 
 

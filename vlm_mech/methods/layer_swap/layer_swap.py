@@ -13,10 +13,11 @@ from vlm_mech.inputs.span import listed
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
 from vlm_mech.methods.layer_swap.findings import findings
-from vlm_mech.methods.layer_swap.study import METRICS, swap_states
+from vlm_mech.methods.layer_swap.study import metrics_of, swap_states
 from vlm_mech.results.result import Result
 from vlm_mech.runs.contract import about, remarks
 from vlm_mech.sweeps.asked import check_once
+from vlm_mech.sweeps.measures import Comparison
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -37,13 +38,14 @@ def layer_swap(
     spans: str | Sequence[str] = (),
     directions: str | Sequence[str] = DIRECTIONS,
     only_correct: bool = True,
+    measure: Comparison = "logit_diff",
     batch: int = 32,
     engine: str = "fast",
     memory: int | str | None = None,
 ) -> Result:
     """Activation patching (an interchange intervention) between the two images of each pair, at every layer and span.
 
-    Pairs that the model cannot be asked (their prompts have unlike tokens, or their answers begin alike) are left out;
+    Pairs that the model cannot be asked (their prompts have unlike tokens, or one answer begins the other) are left out;
     they are listed under `refused` in the provenance and counted in the findings.
 
     Args:
@@ -52,13 +54,15 @@ def layer_swap(
             projector, and `image`, `class` and `all` in a tower with class tokens (`image` in others).
         directions: `noising` puts the counterfactual's states into the image's run, `denoising` the reverse.
         only_correct: leave out pairs that the model answers wrongly on either image.
+        measure: how the two answers of a pair are compared: `logit_diff` at the first token where they part,
+            `logprob_diff` as a whole, `logprob_diff_per_token` by the means over their tokens.
         batch: pairs a forward pass.
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
         memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
 
     Returns:
         A row per pair and cell of direction, span and layer (or point of the projector), with the metrics `recovered`,
-        `logit_diff` and `flip`; `findings` says how many pairs count, and at which layers the answer turns. The
+        `logit_diff` (or whatever `measure` names) and `flip`; `findings` says how many pairs count, and at which layers the answer turns. The
         provenance has what that of `python -m experiments.layer_swap` has, less versions and settings.
 
     Raises:
@@ -73,19 +77,22 @@ def layer_swap(
     sites, spans = swap_sites(vlm, site, point), listed(spans) or default_spans(vlm, site)
     pairs = fitting(vlm, pairs)
     directions = listed(directions)
-    how: dict[str, Any] = {"directions": directions, "only_correct": only_correct, "engine": engine, "memory": memory}
+    how: dict[str, Any] = {"directions": directions, "only_correct": only_correct, "measure": measure}
+    how |= {"engine": engine, "memory": memory}
     starts = range(0, len(pairs), batch)
     done = [swap_states(vlm, pairs[start : start + batch], sites, spans, **how) for start in starts]
     table = pd.concat([rows for rows, _ in done], ignore_index=True)
     provenance = about(QUESTION, vlm, pairs, add_up([summarise(receipts) for _, receipts in done]))
-    result = told(swap_result(site, table, provenance), pairs)
+    result = told(swap_result(site, table, provenance, measure), pairs)
     return dataclasses.replace(result, findings=(*result.findings, *remarks(provenance)))
 
 
-def swap_result(site: str, table: pd.DataFrame, provenance: dict[str, Any]) -> Result:
+def swap_result(
+    site: str, table: pd.DataFrame, provenance: dict[str, Any], measure: Comparison = "logit_diff"
+) -> Result:
     """The rows of `swap_states` as a result."""
     depth = "point" if site == "projector" else "layer"
-    return Result(f"layer swap ({site})", table, ("direction", "span", depth), METRICS, {}, provenance)
+    return Result(f"layer swap ({site})", table, ("direction", "span", depth), metrics_of(measure), {}, provenance)
 
 
 def told(result: Result, pairs: Pairs) -> Result:

@@ -6,7 +6,7 @@ exchange of blocks between checkpoints.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -20,25 +20,47 @@ from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
 from vlm_mech.sweeps.asked import check_once
 from vlm_mech.sweeps.engine import engine_of
+from vlm_mech.sweeps.measures import Comparison, comparison, said
 from vlm_mech.sweeps.memory import budget_of
+from vlm_mech.sweeps.readings import Readings, readings_of
 from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-RECOVERED = Metric(
-    "recovered",
-    "fraction",
-    "normalised logit difference: 0 = the answer of the run that is patched, 1 = that of the run the states come from",
-)
-LOGIT_DIFF = Metric(
-    "logit_diff", "logits", "logit of the patched run's own answer less that of the other image's", signed=True
-)
+OF_THE_PATCHED = "of the patched run's own answer less that of the other image's"
+LOGIT_DIFF = Metric("logit_diff", "logits", f"logit {OF_THE_PATCHED}", signed=True)
 FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred")
-METRICS = (RECOVERED, LOGIT_DIFF, FLIP)
 
 WRONG = "not answered right on both images"
-NO_GAP = f"logit differences of the two images are less than {metrics.MIN_GAP} apart"
+
+
+def recovered_of(what: str) -> Metric:
+    """The recovered fraction of a difference between two answers, called `what`."""
+    ends = "0 = the answer of the run that is patched, 1 = that of the run the states come from"
+    return Metric("recovered", "fraction", f"normalised {what} difference: {ends}")
+
+
+def no_gap(what: str) -> str:
+    """Why a pair has no recovered fraction of such a difference."""
+    return f"{what} differences of the two images are less than {metrics.MIN_GAP} apart"
+
+
+def compared_by(name: Comparison) -> str:
+    """What is compared, in words."""
+    return {"logit_diff": "logit", "logprob_diff": "log-probability"}.get(name, "log-probability per token")
+
+
+def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
+    """The metrics of a swap whose answers are compared so."""
+    measure = comparison(name, (), ()).metric
+    of = Metric(name, measure.unit, f"{compared_by(name)} {OF_THE_PATCHED}", signed=True)
+    return recovered_of(compared_by(name)), of, FLIP
+
+
+RECOVERED = recovered_of("logit")
+METRICS = metrics_of()
+NO_GAP = no_gap("logit")
 
 
 def swap_states(
@@ -49,17 +71,19 @@ def swap_states(
     *,
     directions: Sequence[str] = DIRECTIONS,
     only_correct: bool = True,
+    measure: Comparison = "logit_diff",
     engine: str = "fast",
     memory: int | str | None = None,
 ) -> tuple[pd.DataFrame, list[Receipt]]:
     """Every site and span swapped in both directions for one batch of pairs.
 
     `noising` runs the image with states of its counterfactual, `denoising` the counterfactual with states of the
-    image. Pairs that the model answers wrongly on either side are skipped unless `only_correct` is off; a recovered
-    fraction whose denominator is below `metrics.MIN_GAP` logits is skipped as well. Skipped values are NaN, with the
+    image. Pairs that the model answers wrongly on either side (see `measures.said`) are skipped unless `only_correct`
+    is off; a recovered fraction whose denominator is below `metrics.MIN_GAP` is skipped as well. Skipped values are NaN, with the
     reason in `skipped`.
 
     Args:
+        measure: how the two answers of a pair are compared (see `measures.comparison`).
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
         memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
 
@@ -70,12 +94,13 @@ def swap_states(
     budget = budget_of(vlm.device, memory)
 
     def swapped(rows: slice) -> tuple[pd.DataFrame, list[Receipt]]:
-        some = pairs[rows]
-        return _swapped(vlm, some, sites, spans, directions, only_correct=only_correct, engine=engine, budget=budget)
+        how: dict[str, Any] = {"only_correct": only_correct, "measure": measure, "engine": engine, "budget": budget}
+        return _swapped(vlm, pairs[rows], sites, spans, directions, **how)
 
     at_most = None
     if memory is not None and engine == "fast":
-        plan = plan_swap(vlm, pairs, sites, spans, directions=directions, batch=len(pairs), memory=memory)
+        how: dict[str, Any] = {"directions": directions, "measure": measure, "memory": memory}
+        plan = plan_swap(vlm, pairs, sites, spans, batch=len(pairs), **how)
         at_most = plan.batch
     done = in_halves(slice(0, len(pairs)), swapped, at_most=at_most)
     return pd.concat([table for table, _ in done], ignore_index=True), [each for _, proofs in done for each in proofs]
@@ -96,6 +121,7 @@ def plan_swap(
     spans: Sequence[str],
     *,
     directions: Sequence[str] = DIRECTIONS,
+    measure: Comparison = "logit_diff",
     batch: int = 32,
     memory: int | str | None = None,
 ) -> SweepPlan:
@@ -108,9 +134,9 @@ def plan_swap(
     budget = budget_of(vlm.device, memory)
 
     def of(rows: slice) -> SweepPlan:
-        patched, donor = (vlm.encode(prompts[rows]) for prompts in (pairs.base, pairs.counterfactual))
-        edits = [Replace(site, span, source=donor) for site in sites for span in spans]
-        one = forecast(vlm, patched, edits, budget=budget)
+        patched, donor = (each.encoded for each in _read(vlm, pairs[rows], measure))
+        edits = [Replace(site, span, source=donor.before or donor) for site in sites for span in spans]
+        one = forecast(vlm, patched, edits, budget=budget, keeps_logits=False)
         # Both directions share their two unedited passes.
         passes = 2 / one.forwards * one.flops
         flops = int(passes + len(directions) * (one.flops - passes))
@@ -118,6 +144,13 @@ def plan_swap(
         return dataclasses.replace(one, n_cells=one.n_cells * len(directions), flops=flops, forwards=forwards)
 
     return in_halves(slice(0, min(batch, len(pairs))), of)[0].over(len(pairs))
+
+
+def _read(vlm: "VLM", pairs: Pairs, name: Comparison) -> list[Readings]:
+    """For each side of the pairs what is read of it: both differences of the answers, and whether each is said."""
+    own, other = pairs.answer, pairs.counterfactual_answer
+    measures = [comparison(name, own, other), comparison(name, other, own), said(own), said(other)]
+    return [readings_of(vlm, vlm.encode(prompts), measures) for prompts in (pairs.base, pairs.counterfactual)]
 
 
 def _swapped(
@@ -128,27 +161,27 @@ def _swapped(
     directions: Sequence[str],
     *,
     only_correct: bool,
+    measure: Comparison,
     engine: str,
     budget: int,
 ) -> tuple[pd.DataFrame, list[Receipt]]:
-    both = (pairs.base, pairs.counterfactual)
-    sides = [engine_of(vlm, vlm.encode(prompts), engine, budget=budget) for prompts in both]
-    ids = vlm.answer_ids(sides[0].encoded, pairs.answer)
-    others = vlm.answer_ids(sides[1].encoded, pairs.counterfactual_answer)
-    metrics.check_apart(ids, others)
-    right = metrics.correct(sides[0].baseline, ids) & metrics.correct(sides[1].baseline, others)
+    read = _read(vlm, pairs, measure)
+    sides = [engine_of(vlm, each.encoded, engine, budget=budget) for each in read]
+    right = read[0].value(2, sides[0].reads).bool() & read[1].value(3, sides[1].reads).bool()
     usable = right if only_correct else torch.ones_like(right)
     tables, receipts = [], []
     for direction in directions:
-        forward = direction == "noising"
-        patched, donor = sides if forward else sides[::-1]
-        own, other = (ids, others) if forward else (others, ids)
+        # On the image's side the first difference is that of its own answer, on the other side the second.
+        own = 0 if direction == "noising" else 1
+        patched, donor = sides if direction == "noising" else sides[::-1]
         patched.lend(donor)
         cells = [(site, span) for site in sites for span in spans]
-        edits = [Replace(site, span, source=donor.encoded) for site, span in cells]
-        logits, proofs = patched.answers(edits)
-        for (site, span), edited, proof in zip(cells, logits, proofs, strict=True):
-            table = _scored(patched.baseline, donor.baseline, edited, own, other, usable)
+        edits = [Replace(site, span, source=donor.encoded.before or donor.encoded) for site, span in cells]
+        # Both sides have the same answers after them.
+        before, target = (read[own].value(own, each.reads) for each in (patched, donor))
+        kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
+        for (site, span), after, proof in zip(cells, kept, proofs, strict=True):
+            table = _scored(before, target, after, usable, measure)
             place = {"point": site.point} if site.layer is None else {"layer": site.layer}
             tables.append(table.assign(span=span, **place, example=[pair.id for pair in pairs], direction=direction))
             receipts += proof
@@ -158,25 +191,19 @@ def _swapped(
 
 
 def _scored(
-    before_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    edited: torch.Tensor,
-    own: torch.Tensor,
-    other: torch.Tensor,
-    usable: torch.Tensor,
+    before: torch.Tensor, target: torch.Tensor, after: torch.Tensor, usable: torch.Tensor, name: Comparison
 ) -> pd.DataFrame:
-    """The metrics of one swap, a row a pair."""
-    before, target, after = (metrics.logit_diff(each, own, other) for each in (before_logits, target_logits, edited))
+    """The metrics of one swap, a row a pair, from the differences of the answers in the three runs."""
     fraction = metrics.recovered(after, before, target)
-    skipped = [NO_GAP if missing else "" for missing in fraction.isnan().tolist()]
+    skipped = [no_gap(compared_by(name)) if missing else "" for missing in fraction.isnan().tolist()]
     skipped = [reason if use else WRONG for reason, use in zip(skipped, usable.tolist(), strict=True)]
     columns = {
         "recovered": fraction,
         "recovered_baseline": torch.zeros_like(fraction).where(~fraction.isnan(), float("nan")),
-        "logit_diff": after,
-        "logit_diff_baseline": before,
-        "flip": metrics.flip(edited, own, other).float(),
-        "flip_baseline": metrics.flip(before_logits, own, other).float(),
+        name: after,
+        f"{name}_baseline": before,
+        "flip": (after < 0).float(),
+        "flip_baseline": (before < 0).float(),
     }
     missing = torch.full_like(fraction, float("nan"))
     table = pd.DataFrame({name: value.where(usable, missing).double().cpu().numpy() for name, value in columns.items()})
