@@ -122,9 +122,10 @@ def test_names_that_cannot_be_scored_are_refused(vlm):
 
 
 def test_a_stem_begins_the_answer(vlm):
-    begun = stemmed(vlm, prompts()[0], "the colour is")
-    assert begun.text is not None and begun.text.endswith("ASSISTANT: the colour is")
-    assert stemmed(vlm, prompts()[0], " ") is prompts()[0] or stemmed(vlm, prompts()[0], "").text is None
+    begun = stemmed(prompts()[0], "the colour is")
+    assert vlm.encode(begun).rows[0].text.endswith("ASSISTANT: the colour is")
+    assert stemmed(prompts()[0], " ").prefix is None
+    assert stemmed(begun, " red or").prefix == "the colour is red or"
     names = names_after(vlm, [begun], ["red", "blue"])
     logits = run(vlm, begun).last[0].log_softmax(-1)
     assert torch.allclose(score_names(vlm, [begun], names)[0], logits[[ids[0] for ids in names.ids]], atol=1e-5)

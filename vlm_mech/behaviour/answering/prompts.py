@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
-from vlm_mech.inputs.prompt import Prompt, render
-from vlm_mech.inputs.special_tokens import check_plain, unknown_word
+from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.special_tokens import unknown_word
 
 if TYPE_CHECKING:
     from vlm_mech.data.image_classes import Labelled
@@ -59,15 +59,10 @@ def open_prompt(question: str, image: ImageLike | None) -> Prompt:
     return Prompt(question, image)
 
 
-def stemmed(vlm: "VLM", prompt: Prompt, stem: str) -> Prompt:
-    """The prompt with the beginning of the answer after it, which holds special tokens only if the prompt may."""
-    if not stem.strip():
-        return prompt
-    text = render(vlm, prompt)[0]
-    space = "" if text[-1].isspace() else " "
-    if not prompt.special_tokens:
-        check_plain(vlm, stem, "the beginning of the answer")
-    return replace(prompt, system=None, text=f"{text}{space}{stem.strip()}")
+def stemmed(prompt: Prompt, stem: str) -> Prompt:
+    """The prompt with the beginning of the answer, after that which it has already."""
+    begun = " ".join(part for part in (prompt.prefix, stem.strip()) if part)
+    return replace(prompt, prefix=begun) if stem.strip() else prompt
 
 
 def candidates(example: "Labelled", names: Sequence[str], k: int, *, seed: int, order: str) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ def design_of(
         UsageError: names that cannot be scored, a word that the tokenizer does not know, candidates that cannot be.
     """
     wanted, first = _numbers(ks, len(data.names)), data.test[0]
-    prompts = [stemmed(vlm, open_prompt(question, first.image), wording.stem) for question in wording.questions]
+    prompts = [stemmed(open_prompt(question, first.image), wording.stem) for question in wording.questions]
     check_known(vlm, [*wording.questions, wording.among("", ()), wording.stem], "the wording")
     names = names_after(vlm, prompts, data.names)
     left_out: dict[int, str] = {}

@@ -103,7 +103,7 @@ def scored(
     found = []
     for start in range(0, len(examples), design.batch):
         some = examples[start : start + design.batch]
-        prompts = [stemmed(vlm, open_prompt(question, each.image), design.wording.stem) for each in some]
+        prompts = [stemmed(open_prompt(question, each.image), design.wording.stem) for each in some]
         found.append(score_names(vlm, prompts, design.names, rows=design.rows).cpu())
     return torch.cat(found)
 
@@ -112,7 +112,7 @@ def without_image(vlm: "VLM", design: Design, question: str) -> Float[Tensor, "o
     """The same scores when the question is asked without an image; None where the family cannot be."""
     if not takes_text_alone(vlm, question):
         return None
-    prompt = stemmed(vlm, open_prompt(question, None), design.wording.stem)
+    prompt = stemmed(open_prompt(question, None), design.wording.stem)
     return score_names(vlm, [prompt], design.names, rows=design.rows).cpu()
 
 

@@ -133,10 +133,10 @@ def true_tokens(vlm: "VLM", lessons: Sequence[Lesson], end: int | None) -> list[
     Raises:
         UsageError: an answer that cannot follow its prompt as tokens of its own.
     """
-    first = {(each.prompt.question, each.truth): each for each in lessons}
+    first = {(*each.prompt.said, each.truth): each for each in lessons}
     last = () if end is None else (end,)
     known = {key: (*names_after(vlm, [each.prompt], [each.truth]).ids[0], *last) for key, each in first.items()}
-    return [known[each.prompt.question, each.truth] for each in lessons]
+    return [known[*each.prompt.said, each.truth] for each in lessons]
 
 
 def usable(vlm: "VLM", pairs: Pairs, *, max_new_tokens: int) -> Pairs:

@@ -86,10 +86,14 @@ def read_without_image(
 
 
 def _blanked(prompts: Sequence[Prompt]) -> list[Prompt]:
-    images = [load_image(prompt.images[0]) for prompt in prompts]
-    colour = np.mean([np.asarray(image).mean((0, 1)) for image in images], axis=0).round().astype(int)
-    blank = {size: Image.new("RGB", size, tuple(colour.tolist())) for size in {image.size for image in images}}
-    return [replace(prompt, image=blank[image.size]) for prompt, image in zip(prompts, images, strict=True)]
+    images = [[load_image(image) for image in prompt.images] for prompt in prompts]
+    every = [image for each in images for image in each]
+    colour = np.mean([np.asarray(image).mean((0, 1)) for image in every], axis=0).round().astype(int)
+    blank = {size: Image.new("RGB", size, tuple(colour.tolist())) for size in {image.size for image in every}}
+    return [
+        replace(prompt, image=[blank[image.size] for image in each])
+        for prompt, each in zip(prompts, images, strict=True)
+    ]
 
 
 def _read_once(
@@ -99,9 +103,8 @@ def _read_once(
     with_objects = any(spot.span == OBJECT for spot in spots)
     keys = [
         (
-            prompt.question,
-            prompt.system,
-            load_image(prompt.image).size if prompt.images else None,
+            prompt.said,
+            tuple(load_image(image).size for image in prompt.images),
             patches if with_objects else None,
         )
         for prompt, patches in zip(prompts, examples.objects, strict=True)
