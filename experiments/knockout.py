@@ -50,7 +50,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.methods.knockout.edges import object_masks
     from vlm_mech.models.vlm import VLM
 
-    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     masks = object_masks(pairs, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
     pairs = fitting(vlm, pairs)

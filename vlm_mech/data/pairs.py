@@ -24,8 +24,9 @@ from vlm_mech.data.shared_pictures import components, pixel_hash
 from vlm_mech.data.user_files import Refused, check_count
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling
-from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.image import load_image, side_by_side
 from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.wording import BARE, Wording
 from vlm_mech.models.spelling import spelling_of
 
 if TYPE_CHECKING:
@@ -86,12 +87,12 @@ class Pairs:
     @property
     def base(self) -> list[Prompt]:
         """The question about each image."""
-        return [Prompt(pair.question, pair.image) for pair in self.pairs]
+        return [pair.base for pair in self.pairs]
 
     @property
     def counterfactual(self) -> list[Prompt]:
         """The question about each counterfactual image."""
-        return [Prompt(pair.question, pair.counterfactual_image) for pair in self.pairs]
+        return [pair.counterfactual for pair in self.pairs]
 
     @property
     def answer(self) -> list[str]:
@@ -103,26 +104,36 @@ class Pairs:
         """Right answers for the counterfactual images."""
         return [self.written(pair.counterfactual_answer) for pair in self.pairs]
 
+    def worded(self, wording: Wording) -> "Pairs":
+        """The same pairs with their questions put in another way."""
+        return dataclasses.replace(self, pairs=tuple(dataclasses.replace(pair, wording=wording) for pair in self.pairs))
+
     def written(self, answer: str) -> str:
         """An answer in the spelling of the pairs."""
         return answer if self.spelling is None else self.spelling.of(answer)
 
     @property
     def digest(self) -> str:
-        """A hash of every pixel, question and answer."""
+        """A hash of every pixel, question, wording and answer."""
         found = hashlib.sha256()
         for pair in self.pairs:
-            for image in (pair.image, pair.counterfactual_image):
+            for image in pair.pictures:
                 loaded = load_image(image)
                 found.update(repr(loaded.size).encode() + loaded.tobytes())
-            found.update(json.dumps([pair.id, pair.question, pair.answer, pair.counterfactual_answer]).encode())
+            said: list[Any] = [pair.id, pair.question, pair.answer, pair.counterfactual_answer]
+            said += [pair.wording.told] if pair.wording.told else []
+            found.update(json.dumps(said).encode())
         return found.hexdigest()[:16]
 
     @property
     def described(self) -> dict[str, Any]:
         """What the provenance of a run says of its data."""
-        told = {"name": self.name, "n": len(self), "hash": self.digest}
-        return told | ({"drawn": self.drawn} if self.drawn else {})
+        told: dict[str, Any] = {"name": self.name, "n": len(self), "hash": self.digest}
+        told |= {"drawn": self.drawn} if self.drawn else {}
+        wordings = list(dict.fromkeys(pair.wording for pair in self.pairs))
+        if any(each.told for each in wordings):
+            told["wording"] = wordings[0].told if len(wordings) == 1 else [each.told for each in wordings]
+        return told
 
 
 def check_pairs(given: Any, call: str) -> None:
@@ -138,7 +149,14 @@ def check_pairs(given: Any, call: str) -> None:
         )
 
 
-def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 0, split: str = "test") -> Pairs:
+def load_pairs(
+    name_or_folder: str | Path,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    split: str = "test",
+    wording: Wording = BARE,
+) -> Pairs:
     """Pairs by name (`scenes/colour`, ...) or from a folder with `pairs.jsonl`.
 
     Pairs of a folder that share a picture are one group, whatever the folder says: they are no independent examples.
@@ -147,6 +165,7 @@ def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 
         n: number of pairs: 64 scenes by default; all of a folder, or n drawn from it, which keep their order.
         seed: draws the scenes, or the pairs of a folder.
         split: `train`, `validation` or `test` scenes; the embedded models were trained on `train` alone.
+        wording: how their questions are put (`Pairs.worded` changes it).
 
     Raises:
         UsageError: an unknown name, a folder without `pairs.jsonl`, or one without a pair that can be used.
@@ -155,16 +174,17 @@ def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 
         check_count(n, "n", "pair")
     check_split(split)
     if str(name_or_folder).startswith("scenes/"):
-        return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split)
+        return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split, wording)
     folder = Path(name_or_folder)
     if not (folder / FILE).is_file():
         names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
         raise UsageError(f"data {str(name_or_folder)!r} is neither a folder with {FILE} nor one of {names}")
     drawn = read_pairs(folder, n=n, seed=seed)
-    return linked(Pairs(str(folder), drawn.used, drawn.refused, drawn=drawn.told))
+    pairs = Pairs(str(folder), drawn.used, drawn.refused, drawn=drawn.told)
+    return linked(pairs if wording == BARE else pairs.worded(wording))
 
 
-def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
+def _scene_pairs(name: str, n: int, seed: int, split: str, wording: Wording) -> Pairs:
     pairs = []
     for found in sample_pairs(name.removeprefix("scenes/"), n, seed=seed, split=split):
         pairs.append(
@@ -176,6 +196,7 @@ def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
                 answer=found.question.answer,
                 counterfactual_answer=found.counterfactual_answer,
                 conflict=found.conflict,
+                wording=wording,
             )
         )
     return Pairs(name, tuple(pairs))
@@ -245,9 +266,12 @@ def _check_conflict(pair: Pair) -> None:
 def linked(pairs: Pairs) -> Pairs:
     """The pairs, those that share a picture of the same pixels in one group, however they are linked over others."""
     groups = [pair.group or pair.id for pair in pairs]
-    images = [*(pair.image for pair in pairs), *(pair.counterfactual_image for pair in pairs)]
-    shown = [pixel_hash(image) for image in images]
-    numbers = components([*groups, *groups], shown)[: len(groups)].tolist() if groups else []
+    shown = [[pixel_hash(image) for image in pair.pictures] for pair in pairs]
+    # The first picture of every pair comes first, and stands for it.
+    rows = [(0, number) for number in range(len(groups))]
+    rows += [(at, number) for number, each in enumerate(shown) for at in range(1, len(each))]
+    keys = [groups[number] for _, number in rows], [shown[number][at] for at, number in rows]
+    numbers = components(*keys)[: len(groups)].tolist() if groups else []
     first, sizes = dict[int, str](), Counter(numbers)
     for number, group in zip(numbers, groups, strict=True):
         first.setdefault(number, group)
@@ -265,10 +289,10 @@ def apart(pairs: Pairs, others: Pairs) -> Pairs:
     Raises:
         UsageError: none is left.
     """
-    met = {pixel_hash(image): other.id for other in others for image in (other.image, other.counterfactual_image)}
+    met = {pixel_hash(image): other.id for other in others for image in other.pictures}
 
     def check(pair: Pair) -> None:
-        shared = [met[shown] for shown in map(pixel_hash, (pair.image, pair.counterfactual_image)) if shown in met]
+        shared = [met[shown] for shown in map(pixel_hash, pair.pictures) if shown in met]
         if shared:
             raise UsageError(f"it shows a picture of pair {shared[0]} of {others.name}")
 
@@ -345,7 +369,7 @@ def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
 
 
 def _check_prompts(vlm: "VLM", pair: Pair) -> None:
-    one, other = (vlm.encode(Prompt(pair.question, image)) for image in (pair.image, pair.counterfactual_image))
+    one, other = (vlm.encode(prompt) for prompt in (pair.base, pair.counterfactual))
     if one.rows[0].tokens != other.rows[0].tokens:
         counts = [len(encoded.rows[0].tokens) for encoded in (one, other)]
         raise UsageError(f"the prompts have {counts[0]} and {counts[1]} tokens; counterfactuals need the same tokens")
@@ -365,14 +389,14 @@ def askable(vlm: "VLM", pairs: Pairs, *, n_new: int = 0) -> Pairs:
     """
 
     def check(pair: Pair) -> None:
-        for image in (pair.image, pair.counterfactual_image):
-            vlm.encode(Prompt(pair.question, image)).check_room(n_new)
+        for prompt in (pair.base, pair.counterfactual):
+            vlm.encode(prompt).check_room(n_new)
 
     return checked(pairs, check, f"fits {vlm.name}")
 
 
 def _check_answers(vlm: "VLM", pair: Pair, spelling: Spelling) -> None:
-    encoded = vlm.encode(Prompt(pair.question, pair.image))
+    encoded = vlm.encode(pair.base)
     both = [spelling.of(answer) for answer in (pair.answer, pair.counterfactual_answer)]
     ids = [vlm.answer_ids(encoded, [answer]).item() for answer in both]
     if ids[0] == ids[1]:
@@ -380,9 +404,9 @@ def _check_answers(vlm: "VLM", pair: Pair, spelling: Spelling) -> None:
 
 
 def pictures(pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]:
-    """Both images of some pairs, with question and answer."""
+    """Both images of some pairs, with question and answer; several of one prompt stand side by side."""
     shown = []
     for pair in list(pairs)[:n]:
-        for image, answer in ((pair.image, pair.answer), (pair.counterfactual_image, pair.counterfactual_answer)):
-            shown.append((f"{pair.question} {answer}", load_image(image)))
+        for images, answer in ((pair.images, pair.answer), (pair.counterfactual_images, pair.counterfactual_answer)):
+            shown.append((f"{pair.question} {answer}", side_by_side(images)))
     return tuple(shown)

@@ -7,11 +7,11 @@ image, the ids of the batch are matched against the tokenizer's own offsets, and
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.chat_template import in_template
-from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
+from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, images_of, load_image, measured_boxes
 from vlm_mech.inputs.image_layout import ImageLayout
 from vlm_mech.inputs.processing import Processed, laid_out, process
 from vlm_mech.inputs.span import Cells, Picture, Row, Span, flatten, resolve, settled
@@ -81,11 +81,7 @@ class Prompt:
     @property
     def images(self) -> tuple[ImageLike, ...]:
         """The images in order, none for a text-only prompt."""
-        if self.image is None:
-            return ()
-        if isinstance(self.image, list | tuple):
-            return tuple(self.image)
-        return (cast(ImageLike, self.image),)
+        return images_of(self.image)
 
 
 @dataclass(frozen=True, eq=False)

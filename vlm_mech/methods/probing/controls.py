@@ -54,10 +54,10 @@ def with_random_weights(vlm: "VLM", *, seed: int) -> "VLM":
     return VLM(model, vlm.processor, name=f"{vlm.name} (random weights)", check=False)
 
 
-def takes_text_alone(vlm: "VLM", question: str) -> bool:
-    """Whether the family can be asked without an image."""
+def takes_text_alone(vlm: "VLM", prompt: Prompt) -> bool:
+    """Whether the family can be asked that without an image."""
     try:
-        vlm.encode(Prompt(question))
+        vlm.encode(replace(prompt, image=None))
     except UsageError:
         return False
     return True
@@ -72,7 +72,7 @@ def read_without_image(
     of the mean colour of the whole data set (an image's own mean would give its colours away). Prompts that become the
     same are run once.
     """
-    alone = takes_text_alone(vlm, examples.prompts[0].question)
+    alone = takes_text_alone(vlm, examples.prompts[0])
     bare = [spot for spot in spots if alone and spot.site.stream == "llm" and spot.span in TEXT_SPANS]
     rest = [spot for spot in spots if spot not in bare]
     found: Features = {}
