@@ -24,7 +24,7 @@ def swap_weights(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
-    pairs = load_pairs(config.data or "scenes/colour-conflict", n=config.n, seed=config.seed, split=config.split)
+    pairs = load_pairs(config.data or "scenes/colour-conflict", n=config.n, split=config.split, **config.drawn)
     pairs = conflict_first(with_conflict(pairs))
     base = VLM.load(config.model, **config.loading)
     pairs = fitting(base, pairs)

@@ -115,4 +115,4 @@ def _subject(config: Config) -> "tuple[VLM, list[Prompt], list[Prompt]]":
 
 
 if __name__ == "__main__":
-    main(Config, run, name="benchmark")
+    main(Config, run, name="benchmark", unasked="what is timed are fixed prompts")

@@ -63,7 +63,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
-    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     vlm = VLM.load(config.model, **config.loading)
     levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs)
     pairs = pairs if _probe_data(config) is None else with_objects(vlm, pairs)
@@ -103,7 +103,7 @@ def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tu
     name = _probe_data(config)
     if name is None or not mechanism or PROBES in work:
         return
-    others = with_objects(vlm, load_pairs(name, n=config.n_probe, seed=config.seed, split=config.split))
+    others = with_objects(vlm, load_pairs(name, n=config.n_probe, split=config.split, **config.drawn))
     check_apart(pairs, others)
     options: dict[str, Any] = {"folder": work.partial, "seed": config.seed, "batch": config.batch}
     work.keep(PROBES, probed(vlm, pairs, others, mechanism, **options), {})

@@ -37,10 +37,10 @@ class Config(RunConfig):
     """Pictures that calibrations and probes are chosen on; one scene a class by default."""
     names: Path | None = None
     """csv of folder,name for folders that are not called by the name of their class."""
-    wording: Literal["plain", "paper"] = "plain"
-    """plain keeps to the embedded models' vocabulary; paper is that of Zhang et al."""
+    style: Literal["plain", "paper"] = "plain"
+    """Questions: plain keeps to the embedded models' vocabulary; paper is that of Zhang et al."""
     questions: tuple[str, ...] = ()
-    """Open questions in place of the wording's; methods are compared on the first, and averaged over all."""
+    """Open questions in place of the style's; methods are compared on the first, and averaged over all."""
     stem: str | None = None
     """Begins the answer when names are scored, such as "The photo features a"."""
     k: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class Config(RunConfig):
 
 
 def _loaded(config: Config) -> "tuple[Any, Design]":
-    from vlm_mech.behaviour.answering.prompts import WORDINGS
+    from vlm_mech.behaviour.answering.prompts import STYLES
     from vlm_mech.behaviour.classify.data import design_of
     from vlm_mech.behaviour.classify.steps import fewest
     from vlm_mech.data.image_classes import load_classes
@@ -83,11 +83,11 @@ def _loaded(config: Config) -> "tuple[Any, Design]":
     check_n(config.n, fewest(config.data, config.model, config.counts))
     sizes = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
     data = load_classes(config.data, **sizes, seed=config.seed, names=config.names)
-    vlm, wording = VLM.load(config.model, **config.loading), WORDINGS[config.wording]
-    wording = replace(wording, questions=config.questions or wording.questions)
-    wording = replace(wording, stem=wording.stem if config.stem is None else config.stem)
-    how = {"ks": config.k, "orders": config.orders, "n_new": config.new_tokens, "seed": config.seed}
-    return vlm, design_of(vlm, data, wording, **how, batch=config.batch)
+    vlm, style = VLM.load(config.model, **config.loading), STYLES[config.style]
+    style = replace(style, questions=config.questions or style.questions)
+    style = replace(style, stem=style.stem if config.stem is None else config.stem)
+    how = {"ks": config.k, "orders": config.orders, "n_new": config.new_tokens, "batch": config.batch}
+    return vlm, design_of(vlm, data, style, **how, **config.drawn)
 
 
 def _options(config: Config) -> "Options":

@@ -63,7 +63,7 @@ def _loaded(config: Config) -> "tuple[Any, Examples, tuple[Cell, ...]]":
 def _examples(config: Config, vlm: Any, split: str) -> "Examples":
     from vlm_mech.methods.compensation.data import load_examples
 
-    options = {"n": config.n, "min_share": config.min_share, "seed": config.seed, "split": split}
+    options = {"n": config.n, "min_share": config.min_share, "split": split, **config.drawn}
     return load_examples(vlm, config.data, **options)
 
 

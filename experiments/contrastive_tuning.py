@@ -58,7 +58,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     recipe = Recipe(config.steps, config.batch, seed=config.seed)
     variants = _variants(config)
-    options: dict[str, Any] = {"seed": config.seed, "template": config.caption}
+    options: dict[str, Any] = {"template": config.caption, **config.drawn}
     test = [erroneous_agreement_data.load_cases(name, n=config.n, split="test", **options) for name in config.data]
     train, validation = (
         [erroneous_agreement_data.load_cases(name, n=n, split=split, **options) for name in config.train]

@@ -70,7 +70,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     recipe = _recipe(config)
     counts: dict[str, Any] = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
-    parts = debias_data.parts_of(config.data, seed=config.seed, **counts)
+    parts = debias_data.parts_of(config.data, **config.drawn, **counts)
     others = _untouched(config)
     vlm = VLM.load(config.model, **config.loading)
     room = config.max_new_tokens
@@ -113,7 +113,7 @@ def _untouched(config: Config) -> list[Any]:
     from vlm_mech.data.pairs import load_pairs
 
     names = () if config.untouched == ("none",) else config.untouched
-    return [load_pairs(name, n=config.n, seed=config.seed) for name in names]
+    return [load_pairs(name, n=config.n, **config.drawn) for name in names]
 
 
 if __name__ == "__main__":

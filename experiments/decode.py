@@ -59,7 +59,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         config.start, config.cutoff, config.noise_step, config.max_new_tokens, config.letters, config.seed
     )
     settings = decoding_data.grid(config.methods, config.alphas, config.rates, config.strengths)
-    validation, test = decoding_data.parts_of(vlm, config.data, n=config.n, seed=config.seed)
+    validation, test = decoding_data.parts_of(vlm, config.data, n=config.n, **config.drawn)
     _kept(config, work, vlm, validation, settings, decoding_data.VALIDATION, options)
     # Test batches may be there already when a run is taken up; the choice looks at validation alone.
     choice = study.chosen(work.collect()[0], settings)

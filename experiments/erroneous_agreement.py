@@ -55,7 +55,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.results.result import Result
 
     _check(config)
-    options = {"n": config.n, "seed": config.seed, "split": config.split, "template": config.caption}
+    options = {"n": config.n, "split": config.split, "template": config.caption, **config.drawn}
     loaded = [erroneous_agreement_data.load_cases(name, **options) for name in config.data]
     for cases in loaded:
         erroneous_agreement_data.check_enough(cases)

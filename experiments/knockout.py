@@ -50,10 +50,10 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.methods.knockout.edges import object_masks
     from vlm_mech.models.vlm import VLM
 
-    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     masks = object_masks(pairs, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
-    pairs = fitting(vlm, pairs)
+    pairs = fitting(vlm, pairs, variants=config.variants)
     options = {"layers": config.layers, "size": config.window, "heads": config.heads}
     return vlm, pairs, scan_of(vlm, pairs, masks, config.edges, **options), masks
 

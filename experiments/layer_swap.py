@@ -39,11 +39,12 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.models.vlm import VLM
 
     check_n(config.n, 2)
-    pairs = load_pairs(config.data or "scenes/colour", n=config.n, seed=config.seed, split=config.split)
+    pairs = load_pairs(config.data or "scenes/colour", n=config.n, split=config.split, **config.drawn)
     vlm = VLM.load(config.model, **config.loading)
     directions = DIRECTIONS if config.direction == "both" else (config.direction,)
     sites = swap_sites(vlm, config.site, config.point)
-    return vlm, fitting(vlm, pairs), sites, config.spans or default_spans(vlm, config.site), directions
+    pairs = fitting(vlm, pairs, variants=config.variants)
+    return vlm, pairs, sites, config.spans or default_spans(vlm, config.site), directions
 
 
 def _swap_states(config: Config, work: Workspace) -> Outcome:

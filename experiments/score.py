@@ -53,7 +53,7 @@ def _loaded(config: Config) -> "Plan":
     from vlm_mech.models.vlm import VLM
 
     sizes = {"n": config.n, "n_validation": config.n_validation}
-    parts = scoring_data.load_parts(config.data, **sizes, seed=config.seed, split=config.split)
+    parts = scoring_data.load_parts(config.data, **sizes, split=config.split, **config.drawn)
     vlms = [VLM.load(name, **config.loading) for name in (config.model, config.compare) if name]
     names = ("prompts", "forms", "contrastive", "caption", "loading", "seed", "batch", "max_new_tokens")
     return scoring_data.plan_of(vlms, *parts, **{name: getattr(config, name) for name in names})

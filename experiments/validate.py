@@ -83,4 +83,4 @@ def _jobs(config: Config) -> "list[Job]":
 
 
 if __name__ == "__main__":
-    main(Config, run, name="validate")
+    main(Config, run, name="validate", unasked="planted models know no other words than their own questions")

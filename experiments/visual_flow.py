@@ -58,9 +58,9 @@ def _loaded(config: Config) -> tuple[Any, ...]:
 
     if config.pages < 0 or config.every < 1:
         raise UsageError(f"pages is {config.pages} and every is {config.every}; 0 and 1 are the least")
-    pairs = load_pairs(config.data, n=config.n, seed=config.seed, split=config.split)
+    pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     vlm = VLM.load(config.model, **config.loading)
-    pairs = fitting(vlm, pairs)
+    pairs = fitting(vlm, pairs, variants=config.variants)
     cases = cases_of(with_objects(vlm, pairs) if config.probe else pairs)
     return vlm, cases, flow_scan(vlm, cases.pairs, window=config.window)
 
@@ -106,7 +106,7 @@ def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:
 
     name = config.probe_data or (COLOURS if config.data == CONFLICT else None)
     n = 96 if config.n_probe is None and str(name).startswith("scenes/") else config.n_probe
-    others = None if name is None else load_pairs(name, n=n, seed=config.seed, split=config.split)
+    others = None if name is None else load_pairs(name, n=n, split=config.split, **config.drawn)
     check_apart(cases.pairs, others)
     options = {"folder": work.partial, "batch": config.batch}
     fitted = probe_examples(vlm, cases, others, every=config.every, seed=config.seed, **options)

@@ -11,7 +11,7 @@ from tests.zoo import ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.answering.class_name_scores import Names, names_after, score_names
 from vlm_mech.behaviour.answering.prompts import (
-    WORDINGS,
+    STYLES,
     candidates,
     check_known,
     longest,
@@ -122,9 +122,10 @@ def test_names_that_cannot_be_scored_are_refused(vlm):
 
 
 def test_a_stem_begins_the_answer(vlm):
-    begun = stemmed(vlm, prompts()[0], "the colour is")
-    assert begun.text is not None and begun.text.endswith("ASSISTANT: the colour is")
-    assert stemmed(vlm, prompts()[0], " ") is prompts()[0] or stemmed(vlm, prompts()[0], "").text is None
+    begun = stemmed(prompts()[0], "the colour is")
+    assert vlm.encode(begun).rows[0].text.endswith("ASSISTANT: the colour is")
+    assert stemmed(prompts()[0], " ").prefix is None
+    assert stemmed(begun, " red or").prefix == "the colour is red or"
     names = names_after(vlm, [begun], ["red", "blue"])
     logits = run(vlm, begun).last[0].log_softmax(-1)
     assert torch.allclose(score_names(vlm, [begun], names)[0], logits[[ids[0] for ids in names.ids]], atol=1e-5)
@@ -169,7 +170,7 @@ def test_candidates_hold_the_class_and_differ_in_order_alone():
 
 def test_a_prompt_too_long_for_the_model_is_foreseen(vlm):
     prompt = Prompt("what is there?", picture(1))
-    asked = WORDINGS["plain"].among("what is there?", ["red star"] * 80)
+    asked = STYLES["plain"].among("what is there?", ["red star"] * 80)
     n_tokens = 270  # 80 names of two words, 79 commas, and 31 others
     assert too_long(vlm, prompt, asked, 4).startswith(f"{n_tokens + 4} tokens")
     with pytest.raises(UsageError, match=f"has {n_tokens} tokens; .* has positions for 256"):
@@ -226,8 +227,8 @@ def scenes_of(n_classes: int, *, name: str = "made") -> Classes:
 def test_sum_mean_and_priors_are_what_they_say(vlm, monkeypatch):
     # A prior taken off many times over decides alone.
     monkeypatch.setattr(study, "COEFFICIENTS", (20.0,))
-    wording = dataclasses.replace(WORDINGS["plain"], questions=QUESTIONS)
-    design = design_of(vlm, scenes_of(4), wording, ks=("2", "all"), n_new=4)
+    style = dataclasses.replace(STYLES["plain"], questions=QUESTIONS)
+    design = design_of(vlm, scenes_of(4), style, ks=("2", "all"), n_new=4)
     made = study.all_scores(vlm, design)
     table, notes = score_tables(design, "m", made)
     lengths = np.array(design.names.lengths)
@@ -252,7 +253,7 @@ def test_sum_mean_and_priors_are_what_they_say(vlm, monkeypatch):
 
 
 def test_designs_that_cannot_be_are_refused(vlm):
-    wording, data = dataclasses.replace(WORDINGS["plain"], questions=QUESTIONS), scenes_of(4)
+    style, data = dataclasses.replace(STYLES["plain"], questions=QUESTIONS), scenes_of(4)
     for ks, text in (
         (("5",), "--k 5 is no number of candidates among 4 classes; 2 to 4 or all is"),
         (("1",), "--k 1 is no number"),
@@ -260,10 +261,10 @@ def test_designs_that_cannot_be_are_refused(vlm):
         (("4", "all"), "names 4 candidates twice"),
     ):
         with pytest.raises(UsageError, match=text):
-            design_of(vlm, data, wording, ks=ks)
+            design_of(vlm, data, style, ks=ks)
     with pytest.raises(UsageError, match="'what is this\\?' holds 'this', which .* has no token for"):
-        design_of(vlm, data, WORDINGS["plain"])
+        design_of(vlm, data, STYLES["plain"])
     with pytest.raises(UsageError, match="--k 4 makes a prompt of .* tokens with the answer, for 256 positions"):
-        design_of(vlm, data, wording, ks=("4",), n_new=240)
-    left = design_of(vlm, data, wording, n_new=240)
+        design_of(vlm, data, style, ks=("4",), n_new=240)
+    left = design_of(vlm, data, style, n_new=240)
     assert left.ks == (2, 4) and left.closed == () and set(left.left_out) == {2, 4}

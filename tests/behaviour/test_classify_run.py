@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model_folder, data_folder, finis
         (("--k", "7"), "--k 7 is no number of candidates among 3 classes"),
         (("--questions", "what zebra is this?"), "'zebra', which"),
         (("--n-qa", "0"), "n_qa is 0 and must be at least 1"),
-        (("--wording", "paper"), "has no token for"),
+        (("--style", "paper"), "has no token for"),
         (("--counts", "none.csv"), "counts 'none.csv' cannot be read"),
         (("--qa", "none.jsonl"), "questions 'none.jsonl' cannot be read"),
         (("--n-train", "1"), "has no training picture; raise --n-train"),
@@ -220,7 +220,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model_folder, data_folder, finis
 )
 def test_wrong_use_is_one_line(model_folder, data_folder, tmp_path, capsys, more, text):
     options = asked_of(model_folder, data_folder, tmp_path / "out")
-    if more[0] == "--wording":
+    if more[0] == "--style":
         options = [each for each in options if each not in ("--questions", *QUESTIONS)]
     assert command(classify, *options, *more) == 2
     said = capsys.readouterr().err.strip().splitlines()

@@ -10,7 +10,7 @@ import torch
 from tests.behaviour.test_classify import prompts, scenes_of
 from tests.zoo.tiny import picture, tiny_model, tiny_processor
 from vlm_mech.behaviour.answering.class_name_scores import names_after, score_names
-from vlm_mech.behaviour.answering.prompts import WORDINGS
+from vlm_mech.behaviour.answering.prompts import STYLES
 from vlm_mech.behaviour.classify import frequency
 from vlm_mech.behaviour.classify.baselines import contrastive_scores
 from vlm_mech.behaviour.classify.table import CLASSES, MEAN, OPEN, Cell, score_rows
@@ -147,16 +147,16 @@ def test_questions_of_the_users_own(vlm, tmp_path):
     path = tmp_path / "qa.jsonl"
     told = row | {"question": "what is there?", "options": ["red", "blue", "green"], "answer": "green"}
     path.write_text(json.dumps(row | {"answer": "blue"}) + "\n\n" + json.dumps(told) + "\n")
-    asked = load_questions(path, WORDINGS["plain"]).asked
+    asked = load_questions(path, STYLES["plain"]).asked
     assert asked[1].question == "what colour is the cat? answer with one of: red, blue."
     assert asked[4].question.startswith("The object is a cat. what is there? answer")
     assert [each.task for each in asked[:3]] == [TWO_HOP, NAMED, UNSEEN]
-    drawn = [load_questions(path, WORDINGS["plain"], n=1, seed=seed) for seed in range(8)]
+    drawn = [load_questions(path, STYLES["plain"], n=1, seed=seed) for seed in range(8)]
     assert {len(each.asked) for each in drawn} == {3} and {each.asked[0].answer for each in drawn} == {"blue", "green"}
     assert drawn[0].drawn == "1 of 2 rows, drawn with seed 0"
     with path.open("a") as lines:
         lines.write(json.dumps(told | {"image": "none.png"}) + "\n")
-    found = load_questions(path, WORDINGS["plain"])
+    found = load_questions(path, STYLES["plain"])
     assert len(found.asked) == 6 and [each.id for each in found.refused] == ["4"], "one bad line, the rest is asked"
     assert "does not exist" in found.refused[0].reason
     for change, text in (
@@ -168,10 +168,10 @@ def test_questions_of_the_users_own(vlm, tmp_path):
     ):
         path.write_text(json.dumps(row | change) + "\n")
         with pytest.raises(UsageError, match=f"line 1.*{text}"):
-            load_questions(path, WORDINGS["plain"])
+            load_questions(path, STYLES["plain"])
     path.write_text("{")
     with pytest.raises(UsageError, match="line 1 is not JSON"):
-        load_questions(path, WORDINGS["plain"])
+        load_questions(path, STYLES["plain"])
 
 
 def test_answers_to_questions_are_read_among_their_options(vlm):
@@ -209,7 +209,7 @@ def test_tuning_changes_what_it_says_and_leaves_an_ordinary_model(what):
     before = {name: value.clone() for name, value in vlm.model.state_dict().items()}
     data = scenes_of(3)
     tuning = Tuning(what, n_steps=12, rate=1e-2, batch=4, rank=2)
-    told = tune(vlm, data.train, data.validation, "what is there?", tuning)
+    told = tune(vlm, data.train, data.validation, lambda image: Prompt("what is there?", image), tuning)
     assert told["last_loss"] < 0.8 * told["first_loss"]
     after = vlm.model.state_dict()
     assert list(after) == list(before) and all(each.requires_grad for each in vlm.model.parameters())
@@ -222,7 +222,7 @@ def test_tuning_changes_what_it_says_and_leaves_an_ordinary_model(what):
         plain = vlm.model(**encoded.inputs).logits
     assert (run(vlm, encoded).logits - plain).abs().max() == 0
     again = VLM(tiny_model(), tiny_processor(), check=False)
-    assert tune(again, data.train, data.validation, "what is there?", tuning) == told
+    assert tune(again, data.train, data.validation, lambda image: Prompt("what is there?", image), tuning) == told
 
 
 def test_answers_stand_after_their_prompts(vlm):

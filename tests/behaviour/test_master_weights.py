@@ -15,6 +15,7 @@ from vlm_mech.behaviour.master_weights import Descent
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import WorkError
+from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.models.vlm import VLM
 
@@ -100,7 +101,7 @@ def test_tuning_for_class_names_moves_what_it_trains(what, share, dtype):
         vlm = fresh(each)
         before = state_of(vlm.model)
         tuning = Tuning(what, n_steps=200, rate=2e-5, batch=2, rank=4)
-        told = tune(vlm, EXAMPLES[:6], EXAMPLES[6:], "what is there?", tuning)
+        told = tune(vlm, EXAMPLES[:6], EXAMPLES[6:], lambda image: Prompt("what is there?", image), tuning)
         after = vlm.model.state_dict()
         assert {value.dtype for value in after.values() if value.is_floating_point()} == {each}
         names = [name for name in before if name.startswith(vlm.family.projector)]

@@ -39,7 +39,7 @@ def test_special_tokens_in_what_a_user_writes_are_refused_by_name(family):
             (lambda: vlm.encode(Prompt("what?", picture(1), f"you look {token}")), "the system message"),  # noqa: B023
             (lambda: vlm.answer_ids(encoded, [f"red{token}"]), "answer"),  # noqa: B023
             (lambda: names_after(vlm, encoded.prompts, ["red", f"blue {token}"]), "class name"),  # noqa: B023
-            (lambda: stemmed(vlm, encoded.prompts[0], f"{token} it is"), "the beginning of the answer"),  # noqa: B023
+            (lambda: vlm.encode(stemmed(encoded.prompts[0], f"{token} it is")), "the prefix"),  # noqa: B023
         ):
             if what == "the system message" and vlm.processor.chat_template is None:
                 continue
@@ -60,7 +60,8 @@ def test_special_tokens_that_are_asked_for_are_read_as_such(family):
     assert [row.tokens[at] for at in encoded.positions("question")][-2:] == [end, "red"]
     assert vlm.answer_ids(encoded, [end]).tolist() == [vlm.tokenizer.eos_token_id]
     assert names_after(vlm, [prompt], [end]).ids == ((vlm.tokenizer.eos_token_id,),)
-    assert stemmed(vlm, prompt, end).text.endswith(end)
+    if family != "paligemma":
+        assert vlm.encode(stemmed(prompt, end)).rows[0].tokens[-1] == end
     if family not in ONE_IMAGE and family != "paligemma":
         assert "pixel_values" not in needed_inputs(vlm)
         assert end in without_images(vlm, encoded).rows[0].tokens

@@ -1,4 +1,4 @@
-"""One counterfactual pair: two images, one question, two answers."""
+"""One counterfactual pair: two images (or two rows of images), one question, two answers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.image import ImageLike
+from vlm_mech.inputs.image import ImageLike, images_of
+from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.wording import BARE, Wording
 
 Side = Literal["first", "second"]
 SIDES: tuple[Side, ...] = ("first", "second")
@@ -16,18 +18,24 @@ SIDES: tuple[Side, ...] = ("first", "second")
 class Pair:
     """One question about an image and about its counterfactual, which has another answer.
 
-    `conflict` says which of the two pictures, first or second, shows something that contradicts the usual answer; the
-    answer to the other picture is the usual one. None: neither does, or it is not known.
+    Several images may stand in the place of each (`image=(first, second)`), as many on both sides: the prompt then
+    shows all of them. `wording` says how the question is put to a model. `conflict` says which of the two pictures,
+    first or second, shows something that contradicts the usual answer; the answer to the other picture is the usual
+    one. None: neither does, or it is not known.
+
+    Raises:
+        UsageError: a text that is none, equal answers, no images, or unlike numbers of them.
     """
 
     id: str
-    image: ImageLike
-    counterfactual_image: ImageLike
+    image: ImageLike | Sequence[ImageLike]
+    counterfactual_image: ImageLike | Sequence[ImageLike]
     question: str
     answer: str
     counterfactual_answer: str
     group: str | None = None
     conflict: Side | None = None
+    wording: Wording = BARE
 
     def __post_init__(self) -> None:
         for name in ("id", "question", "answer", "counterfactual_answer"):
@@ -37,6 +45,50 @@ class Pair:
             raise UsageError(f"pair {self.id}: both answers are {self.answer!r:.60}; they must differ")
         if self.conflict not in (None, *SIDES):
             raise UsageError(f'pair {self.id}: conflict is {self.conflict!r:.60}; "first", "second" or null is needed')
+        counts = len(self.images), len(self.counterfactual_images)
+        if counts[0] != counts[1] or not counts[0]:
+            raise UsageError(
+                f"pair {self.id}: {counts[0]} images and {counts[1]} counterfactual images; as many of both are "
+                "needed, one at least"
+            )
+
+    @property
+    def images(self) -> tuple[ImageLike, ...]:
+        """The images in order; one in most data sets."""
+        return images_of(self.image)
+
+    @property
+    def counterfactual_images(self) -> tuple[ImageLike, ...]:
+        """The counterfactual images, each in the place of the image that it stands for."""
+        return images_of(self.counterfactual_image)
+
+    @property
+    def pictures(self) -> tuple[ImageLike, ...]:
+        """All images of both sides."""
+        return *self.images, *self.counterfactual_images
+
+    def asked(self, image: ImageLike | Sequence[ImageLike] | None) -> Prompt:
+        """The question in its wording about an image, several, or none."""
+        return self.wording.prompt(self.question, image)
+
+    @property
+    def base(self) -> Prompt:
+        """The question about the image."""
+        return self.asked(self.image)
+
+    @property
+    def counterfactual(self) -> Prompt:
+        """The question about the counterfactual image."""
+        return self.asked(self.counterfactual_image)
+
+    def check_single(self, what: str) -> None:
+        """Raises `UsageError` where a prompt of the pair shows several images.
+
+        Args:
+            what: what is made for one alone.
+        """
+        if len(self.images) > 1:
+            raise UsageError(f"it shows {len(self.images)} images in one prompt; {what} one")
 
 
 def with_own_groups(pairs: Sequence[Pair]) -> tuple[Pair, ...]:

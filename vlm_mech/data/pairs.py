@@ -23,15 +23,21 @@ from vlm_mech.data.scenes import check_split
 from vlm_mech.data.shared_pictures import components, pixel_hash
 from vlm_mech.data.user_files import Refused, check_count
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.answer import Spelling
-from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.answer import SPELLINGS, WITH_ARTICLE, Spelling, Variants, spellings
+from vlm_mech.inputs.following import check_parting
+from vlm_mech.inputs.image import load_image, side_by_side
 from vlm_mech.inputs.prompt import Prompt
-from vlm_mech.models.spelling import spelling_of
+from vlm_mech.inputs.wording import BARE, Wording
+from vlm_mech.models.spelling import Asked, likeliest, spellings_of
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 Direction = Literal["noising", "denoising"]
+Variety = Literal["likeliest", "the", "max", "as-written"]
+"""Which spellings of answers are tried (see `fitting`)."""
+SHARE_OF_SPELLING, FEWEST_TO_PART = 0.2, 5
+"""The share of groups that a spelling is chosen on, and from how many on they are parted for it."""
 DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 """Noising puts states of the counterfactual into the run on the image, denoising the reverse."""
 
@@ -49,7 +55,11 @@ class Pairs:
     refused: tuple[Refused, ...] = ()
     spelling: Spelling | None = None
     told: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Mean probability of the right answers' first tokens by spelling, where several were possible."""
+    """Mean probability of the right answers by spelling, where several were possible."""
+    chosen_on: str = ""
+    """What the spelling was chosen on, where several were possible."""
+    variants: tuple[Spelling, ...] = ()
+    """Spellings the likeliest of which counts each time, in place of one."""
     drawn: str = ""
     """How the pairs were drawn from a larger number of the user's."""
 
@@ -86,12 +96,12 @@ class Pairs:
     @property
     def base(self) -> list[Prompt]:
         """The question about each image."""
-        return [Prompt(pair.question, pair.image) for pair in self.pairs]
+        return [pair.base for pair in self.pairs]
 
     @property
     def counterfactual(self) -> list[Prompt]:
         """The question about each counterfactual image."""
-        return [Prompt(pair.question, pair.counterfactual_image) for pair in self.pairs]
+        return [pair.counterfactual for pair in self.pairs]
 
     @property
     def answer(self) -> list[str]:
@@ -103,26 +113,38 @@ class Pairs:
         """Right answers for the counterfactual images."""
         return [self.written(pair.counterfactual_answer) for pair in self.pairs]
 
+    def worded(self, wording: Wording) -> "Pairs":
+        """The same pairs with their questions put in another way."""
+        return dataclasses.replace(self, pairs=tuple(dataclasses.replace(pair, wording=wording) for pair in self.pairs))
+
     def written(self, answer: str) -> str:
-        """An answer in the spelling of the pairs."""
+        """An answer in the spelling of the pairs, or in all of them (`Variants`)."""
+        if self.variants:
+            return Variants([each.of(answer) for each in self.variants])
         return answer if self.spelling is None else self.spelling.of(answer)
 
     @property
     def digest(self) -> str:
-        """A hash of every pixel, question and answer."""
+        """A hash of every pixel, question, wording and answer."""
         found = hashlib.sha256()
         for pair in self.pairs:
-            for image in (pair.image, pair.counterfactual_image):
+            for image in pair.pictures:
                 loaded = load_image(image)
                 found.update(repr(loaded.size).encode() + loaded.tobytes())
-            found.update(json.dumps([pair.id, pair.question, pair.answer, pair.counterfactual_answer]).encode())
+            said: list[Any] = [pair.id, pair.question, pair.answer, pair.counterfactual_answer]
+            said += [pair.wording.told] if pair.wording.told else []
+            found.update(json.dumps(said).encode())
         return found.hexdigest()[:16]
 
     @property
     def described(self) -> dict[str, Any]:
         """What the provenance of a run says of its data."""
-        told = {"name": self.name, "n": len(self), "hash": self.digest}
-        return told | ({"drawn": self.drawn} if self.drawn else {})
+        told: dict[str, Any] = {"name": self.name, "n": len(self), "hash": self.digest}
+        told |= {"drawn": self.drawn} if self.drawn else {}
+        wordings = list(dict.fromkeys(pair.wording for pair in self.pairs))
+        if any(each.told for each in wordings):
+            told["wording"] = wordings[0].told if len(wordings) == 1 else [each.told for each in wordings]
+        return told
 
 
 def check_pairs(given: Any, call: str) -> None:
@@ -138,7 +160,14 @@ def check_pairs(given: Any, call: str) -> None:
         )
 
 
-def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 0, split: str = "test") -> Pairs:
+def load_pairs(
+    name_or_folder: str | Path,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    split: str = "test",
+    wording: Wording = BARE,
+) -> Pairs:
     """Pairs by name (`scenes/colour`, ...) or from a folder with `pairs.jsonl`.
 
     Pairs of a folder that share a picture are one group, whatever the folder says: they are no independent examples.
@@ -147,6 +176,7 @@ def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 
         n: number of pairs: 64 scenes by default; all of a folder, or n drawn from it, which keep their order.
         seed: draws the scenes, or the pairs of a folder.
         split: `train`, `validation` or `test` scenes; the embedded models were trained on `train` alone.
+        wording: how their questions are put (`Pairs.worded` changes it).
 
     Raises:
         UsageError: an unknown name, a folder without `pairs.jsonl`, or one without a pair that can be used.
@@ -155,16 +185,17 @@ def load_pairs(name_or_folder: str | Path, *, n: int | None = None, seed: int = 
         check_count(n, "n", "pair")
     check_split(split)
     if str(name_or_folder).startswith("scenes/"):
-        return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split)
+        return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split, wording)
     folder = Path(name_or_folder)
     if not (folder / FILE).is_file():
         names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
         raise UsageError(f"data {str(name_or_folder)!r} is neither a folder with {FILE} nor one of {names}")
     drawn = read_pairs(folder, n=n, seed=seed)
-    return linked(Pairs(str(folder), drawn.used, drawn.refused, drawn=drawn.told))
+    pairs = Pairs(str(folder), drawn.used, drawn.refused, drawn=drawn.told)
+    return linked(pairs if wording == BARE else pairs.worded(wording))
 
 
-def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
+def _scene_pairs(name: str, n: int, seed: int, split: str, wording: Wording) -> Pairs:
     pairs = []
     for found in sample_pairs(name.removeprefix("scenes/"), n, seed=seed, split=split):
         pairs.append(
@@ -176,6 +207,7 @@ def _scene_pairs(name: str, n: int, seed: int, split: str) -> Pairs:
                 answer=found.question.answer,
                 counterfactual_answer=found.counterfactual_answer,
                 conflict=found.conflict,
+                wording=wording,
             )
         )
     return Pairs(name, tuple(pairs))
@@ -245,9 +277,12 @@ def _check_conflict(pair: Pair) -> None:
 def linked(pairs: Pairs) -> Pairs:
     """The pairs, those that share a picture of the same pixels in one group, however they are linked over others."""
     groups = [pair.group or pair.id for pair in pairs]
-    images = [*(pair.image for pair in pairs), *(pair.counterfactual_image for pair in pairs)]
-    shown = [pixel_hash(image) for image in images]
-    numbers = components([*groups, *groups], shown)[: len(groups)].tolist() if groups else []
+    shown = [[pixel_hash(image) for image in pair.pictures] for pair in pairs]
+    # The first picture of every pair comes first, and stands for it.
+    rows = [(0, number) for number in range(len(groups))]
+    rows += [(at, number) for number, each in enumerate(shown) for at in range(1, len(each))]
+    keys = [groups[number] for _, number in rows], [shown[number][at] for at, number in rows]
+    numbers = components(*keys)[: len(groups)].tolist() if groups else []
     first, sizes = dict[int, str](), Counter(numbers)
     for number, group in zip(numbers, groups, strict=True):
         first.setdefault(number, group)
@@ -265,10 +300,10 @@ def apart(pairs: Pairs, others: Pairs) -> Pairs:
     Raises:
         UsageError: none is left.
     """
-    met = {pixel_hash(image): other.id for other in others for image in (other.image, other.counterfactual_image)}
+    met = {pixel_hash(image): other.id for other in others for image in other.pictures}
 
     def check(pair: Pair) -> None:
-        shared = [met[shown] for shown in map(pixel_hash, (pair.image, pair.counterfactual_image)) if shown in met]
+        shared = [met[shown] for shown in map(pixel_hash, pair.pictures) if shown in met]
         if shared:
             raise UsageError(f"it shows a picture of pair {shared[0]} of {others.name}")
 
@@ -326,26 +361,68 @@ def checked(pairs: Pairs, check: Callable[[Pair], object], what: str) -> Pairs:
     return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
 
 
-def fitting(vlm: "VLM", pairs: Pairs) -> Pairs:
-    """The pairs that this model can be asked: same tokens in both prompts, answers that start with different tokens.
+def fitting(vlm: "VLM", pairs: Pairs, *, variants: Variety = "likeliest", by_first_token: bool = False) -> Pairs:
+    """The pairs that this model can be asked: same tokens in both prompts, answers that part somewhere.
 
-    Both pictures must give it pixel values that differ somewhere. Answers are compared in the spelling that the model
-    would use (`models.spelling`), the same for all. The other pairs move to `refused` with the reason.
+    Both pictures must give it pixel values that differ somewhere. Answers are spelt as the model would (see
+    `models.spelling`), all alike: where it has several ways, the one with the most probable right answers on a fifth of
+    the groups of pairs, which are left out of the rest. The other pairs move to `refused` with the reason.
+
+    Args:
+        variants: `likeliest` chooses among cases and with or without a space before; `the` also with an article before;
+            `max` keeps all spellings, the likeliest of which counts each time (after pixels-vs-priors); `as-written`
+            none but that of the data.
+        by_first_token: the answers must begin with different tokens.
 
     Raises:
         UsageError: none fits.
     """
     what = f"fits {vlm.name}"
     pairs = checked(pairs, lambda pair: _check_prompts(vlm, pair), what)
-    asked = [each for both in zip(pairs.base, pairs.counterfactual, strict=True) for each in both]
+    spelt = _spelt(vlm, pairs, variants)
+    return checked(spelt, lambda pair: _check_answers(vlm, spelt, pair, by_first_token), what)
+
+
+def _spelt(vlm: "VLM", pairs: Pairs, variants: Variety) -> Pairs:
+    """The pairs in the spelling chosen, without those it was chosen on."""
+    if variants == "as-written":
+        return pairs
+    among = (*SPELLINGS, *WITH_ARTICLE) if variants == "the" else SPELLINGS
+    asked = _asked(vlm, pairs, among)
+    if variants == "max":
+        return dataclasses.replace(pairs, variants=asked.spellings)
+    if len(asked.spellings) < 2 or vlm.device.type == "meta":
+        return pairs
+    n_groups = len({pair.group or pair.id for pair in linked(pairs)})
+    if n_groups < FEWEST_TO_PART:
+        spelling, told = likeliest(vlm, asked)
+        return dataclasses.replace(
+            pairs,
+            spelling=spelling if spelling != Spelling() else None,
+            told=told,
+            chosen_on=f"the same {len(pairs)} pairs",
+        )
+    on, others = by_groups(pairs, (SHARE_OF_SPELLING,), seed=0)
+    spelling, told = likeliest(vlm, _asked(vlm, on, among))
+    left = tuple(Refused(pair.id, "the spelling of all answers was chosen on it") for pair in on)
+    used = f"{len(on)} other pairs"
+    return dataclasses.replace(
+        others,
+        refused=(*others.refused, *left),
+        spelling=spelling if spelling != Spelling() else None,
+        told=told,
+        chosen_on=used,
+    )
+
+
+def _asked(vlm: "VLM", pairs: Pairs, among: Sequence[Spelling]) -> Asked:
+    prompts = [each for both in zip(pairs.base, pairs.counterfactual, strict=True) for each in both]
     right = [each for pair in pairs for each in (pair.answer, pair.counterfactual_answer)]
-    spelling, told = spelling_of(vlm, asked, right)
-    spelt = dataclasses.replace(pairs, spelling=None if spelling == Spelling() else spelling, told=told)
-    return checked(spelt, lambda pair: _check_answers(vlm, pair, spelling), what)
+    return spellings_of(vlm, prompts, right, among)
 
 
 def _check_prompts(vlm: "VLM", pair: Pair) -> None:
-    one, other = (vlm.encode(Prompt(pair.question, image)) for image in (pair.image, pair.counterfactual_image))
+    one, other = (vlm.encode(prompt) for prompt in (pair.base, pair.counterfactual))
     if one.rows[0].tokens != other.rows[0].tokens:
         counts = [len(encoded.rows[0].tokens) for encoded in (one, other)]
         raise UsageError(f"the prompts have {counts[0]} and {counts[1]} tokens; counterfactuals need the same tokens")
@@ -365,24 +442,28 @@ def askable(vlm: "VLM", pairs: Pairs, *, n_new: int = 0) -> Pairs:
     """
 
     def check(pair: Pair) -> None:
-        for image in (pair.image, pair.counterfactual_image):
-            vlm.encode(Prompt(pair.question, image)).check_room(n_new)
+        for prompt in (pair.base, pair.counterfactual):
+            vlm.encode(prompt).check_room(n_new)
 
     return checked(pairs, check, f"fits {vlm.name}")
 
 
-def _check_answers(vlm: "VLM", pair: Pair, spelling: Spelling) -> None:
-    encoded = vlm.encode(Prompt(pair.question, pair.image))
-    both = [spelling.of(answer) for answer in (pair.answer, pair.counterfactual_answer)]
-    ids = [vlm.answer_ids(encoded, [answer]).item() for answer in both]
-    if ids[0] == ids[1]:
-        raise UsageError(f"answers {both[0]!r} and {both[1]!r} start with the same token")
+def _check_answers(vlm: "VLM", pairs: Pairs, pair: Pair, by_first_token: bool) -> None:
+    encoded = vlm.encode(pair.base)
+    both = [spellings(pairs.written(answer)) for answer in (pair.answer, pair.counterfactual_answer)]
+    if by_first_token or pairs.variants:
+        ids = [{vlm.answer_ids(encoded, [each]).item() for each in spelt} for spelt in both]
+        if ids[0] & ids[1]:
+            raise UsageError(f"answers {both[0][0]!r} and {both[1][0]!r} start with the same token")
+        return
+    tokens = [vlm.answer_tokens(encoded, [each])[0] for (each,) in both]
+    check_parting(*tokens, [each for (each,) in both])
 
 
 def pictures(pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]:
-    """Both images of some pairs, with question and answer."""
+    """Both images of some pairs, with question and answer; several of one prompt stand side by side."""
     shown = []
     for pair in list(pairs)[:n]:
-        for image, answer in ((pair.image, pair.answer), (pair.counterfactual_image, pair.counterfactual_answer)):
-            shown.append((f"{pair.question} {answer}", load_image(image)))
+        for images, answer in ((pair.images, pair.answer), (pair.counterfactual_images, pair.counterfactual_answer)):
+            shown.append((f"{pair.question} {answer}", side_by_side(images)))
     return tuple(shown)

@@ -18,7 +18,8 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
         images = [_image_hash(image) for image in prompt.images]
-        digest.update(json.dumps([prompt.question, prompt.system, prompt.text, images]).encode())
+        begun = [] if prompt.prefix is None else [prompt.prefix]
+        digest.update(json.dumps([prompt.question, prompt.system, prompt.text, images, *begun]).encode())
     return digest.hexdigest()
 
 
@@ -45,7 +46,7 @@ def processor_hash(vlm: TracedModel, prompts: Sequence[Prompt]) -> str:
     Raises:
         UsageError: a prompt that the template does not take.
     """
-    distinct = {(each.question, each.system, each.text, len(each.images)): each for each in prompts}
+    distinct = {(len(each.images), *each.said): each for each in prompts}
     ids = vlm.tokenizer([render(vlm, prompt)[0] for prompt in distinct.values()])["input_ids"]
     settings = json.dumps([vlm.processor.to_dict(), ids], default=str, sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ class Attached(str):
 
 
 class Variants(str):
-    """An answer with all its spellings, the likeliest of which counts wherever it is measured; as a text it is the first."""
+    """An answer with all its spellings, the likeliest of which counts; as a text it is the first."""
 
     spellings: tuple[str, ...]
 
@@ -24,11 +24,14 @@ class Variants(str):
         return made
 
 
+def spellings(answer: str) -> tuple[str, ...]:
+    """All ways in which an answer counts: one, or those of `Variants`."""
+    return answer.spellings if isinstance(answer, Variants) else (answer,)
+
+
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write all answers of a data set: the case of their first letters, whether a space comes before, and
-    whether "the" does.
-    """
+    """One way to write all answers of a data set: the case of their first letters, after a space or not, with "the"."""
 
     case: Case = "as written"
     space: bool = True

@@ -13,8 +13,13 @@ In a string, places of images stand before the question, a line each.
 """
 
 
-def in_template(vlm: Any, question: str, n_images: int, system: str | None) -> tuple[str, tuple[int, int]]:
-    """The text with one placeholder an image, and where in it the question stands (start, end).
+def in_template(
+    vlm: Any, question: str, n_images: int, system: str | None, prefix: str | None = None
+) -> tuple[str, tuple[int, int], str | None]:
+    """The text with one placeholder an image, where in it the question stands (start, end), and what joins a prefix.
+
+    The last is what the template puts between the text and an answer that begins with the prefix; None where there is
+    no prefix, or where the template does not keep it so.
 
     Raises:
         UsageError: the template refuses or drops the system message, or does not keep the question as it is.
@@ -25,7 +30,21 @@ def in_template(vlm: Any, question: str, n_images: int, system: str | None) -> t
     end = len(text) - len(after)
     if not (text.startswith(before) and text.endswith(after)) or text[len(before) : end] != question:
         raise UsageError(f"the chat template drops, repeats or alters the question {question!r}: {text!r}")
-    return text, (len(before), end)
+    joint = None if prefix is None else _joint(vlm, form, text, question, n_images, system, prefix)
+    return text, (len(before), end), joint
+
+
+def _joint(
+    vlm: Any, form: tuple[bool, bool], text: str, question: str, n_images: int, system: str | None, prefix: str
+) -> str | None:
+    from jinja2 import TemplateError
+
+    try:
+        made = _applied(vlm, form, question, n_images, system, prefix)
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        return None
+    between = made[len(text) : len(made) - len(prefix)]
+    return between if made == f"{text}{between}{prefix}" and not between.strip() else None
 
 
 def _form(vlm: Any, n_images: int, system: str | None) -> tuple[bool, bool]:
@@ -59,7 +78,9 @@ def _wrong_with(vlm: Any, form: tuple[bool, bool], n_images: int, system: str | 
     return ""
 
 
-def _applied(vlm: Any, form: tuple[bool, bool], question: str, n_images: int, system: str | None) -> str:
+def _applied(
+    vlm: Any, form: tuple[bool, bool], question: str, n_images: int, system: str | None, prefix: str | None = None
+) -> str:
     in_parts = [{"type": "text", "text": question}]
     asked: Any = [{"type": "image"} for _ in range(n_images)] + in_parts
     if not form[1]:
@@ -68,4 +89,7 @@ def _applied(vlm: Any, form: tuple[bool, bool], question: str, n_images: int, sy
     if system is not None:
         content: Any = [{"type": "text", "text": system}] if form[0] else system
         messages.insert(0, {"role": "system", "content": content})
-    return vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if prefix is None:
+        return vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": prefix}] if form[1] else prefix})
+    return vlm.processor.apply_chat_template(messages, continue_final_message=True, tokenize=False)

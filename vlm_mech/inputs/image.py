@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from einops import reduce
@@ -87,6 +87,27 @@ def load_image(image: object) -> Image.Image:
     if content is None:
         raise UsageError(f"{name} does not exist")
     return _opened(io.BytesIO(content), name)
+
+
+def images_of(given: "ImageLike | Sequence[ImageLike] | None") -> tuple[ImageLike, ...]:
+    """The images in order: of one, of several, or none."""
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, list | tuple) else (cast(ImageLike, given),)
+
+
+def side_by_side(images: "Sequence[ImageLike]") -> Image.Image:
+    """Pictures in a row on white, for reports; one alone is as it is."""
+    loaded = [load_image(image) for image in images]
+    if len(loaded) == 1:
+        return loaded[0]
+    gap = max(image.width for image in loaded) // 20 + 1
+    size = sum(image.width + gap for image in loaded) - gap, max(image.height for image in loaded)
+    row, left = Image.new("RGB", size, "white"), 0
+    for image in loaded:
+        row.paste(image, (left, 0))
+        left += image.width + gap
+    return row
 
 
 def image_named(folder: Path, text: str) -> ImageLike:

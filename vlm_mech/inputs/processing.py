@@ -23,8 +23,12 @@ class Processed:
     places: tuple[tuple[tuple[int, int], ...], ...]
 
 
-def process(vlm: Any, texts: list[str], images: "list[list[Image.Image]]") -> Processed:
-    """The batch as any Hugging Face user would get it from the processor, and how it expanded the placeholders."""
+def process(vlm: Any, texts: list[str], images: "list[list[Image.Image]]", asked: list[str]) -> Processed:
+    """The batch as any Hugging Face user would get it from the processor, and how it expanded the placeholders.
+
+    Args:
+        asked: the texts without what begins the answers, which is all that a Q-Former reads.
+    """
     if vlm.placeholder is not None:
         for text, each in zip(texts, images, strict=True):
             if text.count(vlm.placeholder) != len(each):
@@ -33,7 +37,7 @@ def process(vlm: Any, texts: list[str], images: "list[list[Image.Image]]") -> Pr
     nested = images if any(images) else None
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt", **added_to(vlm.tokenizer, texts)}
     if vlm.family.queries_first:
-        return _queries_first(vlm, texts, images, options)
+        return _queries_first(vlm, texts, images, asked, options)
     try:
         batch = dict(vlm.processor(images=nested, text=list(texts), return_text_replacement_offsets=True, **options))
         written = laid_out(vlm, texts, images)
@@ -62,14 +66,16 @@ def laid_out(vlm: Any, texts: list[str], images: "list[list[Image.Image]]") -> l
     return list(vlm.processor.prepare_inputs_layout(images=images if any(images) else None, text=list(texts))[1])
 
 
-def _queries_first(vlm: Any, texts: list[str], images: "list[list[Image.Image]]", options: dict[str, Any]) -> Processed:
+def _queries_first(
+    vlm: Any, texts: list[str], images: "list[list[Image.Image]]", asked: list[str], options: dict[str, Any]
+) -> Processed:
     """BLIP-2 and InstructBLIP put their query tokens before everything else, the padding included."""
     if any(len(each) > 1 for each in images):
         raise UsageError(f"{vlm.family.name} takes one image a prompt")
     flat = [image for each in images for image in each]
     batch = dict(vlm.processor(images=flat or None, text=list(texts), **options))
     if "qformer_input_ids" in batch:
-        batch |= _without_padding_effects(vlm, texts, batch["attention_mask"])
+        batch |= _without_padding_effects(vlm, asked, batch["attention_mask"])
     queries = str(vlm.processor.image_token) * vlm.processor.num_query_tokens if flat else ""
     expanded = tuple(queries + text for text in texts)
     return Processed(batch, expanded, tuple(((0, len(queries)),) if flat else () for _ in texts))

@@ -7,12 +7,12 @@ image, the ids of the batch are matched against the tokenizer's own offsets, and
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.chat_template import in_template
 from vlm_mech.inputs.following import Answers
-from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, load_image, measured_boxes
+from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, images_of, load_image, measured_boxes
 from vlm_mech.inputs.image_layout import ImageLayout
 from vlm_mech.inputs.processing import Processed, laid_out, process
 from vlm_mech.inputs.span import Cells, Picture, Row, Span, flatten, resolve, settled
@@ -29,9 +29,16 @@ class Prompt:
     `text` replaces the template: it is used as it stands, image placeholders included, and must then contain the
     question exactly once. Without an image the prompt is text only.
 
-    Special tokens (`<|im_end|>`, `<image>`, ...) in the question, the system message or the answers given to it are
-    refused, because a model does not read them as text; `special_tokens=True` asks for them. What surrounds the
-    question in `text` may hold them anyway.
+    `prefix` begins the model's answer, which goes on after it: it stands at the very end of the prompt, joined to it as
+    the chat template joins an answer, and its tokens belong to the span `answer_prompt`.
+
+    Special tokens (`<|im_end|>`, `<image>`, ...) in the question, the system message, the prefix or the answers given
+    to it are refused, because a model does not read them as text; `special_tokens=True` asks for them. What surrounds
+    the question in `text` may hold them anyway.
+
+    Raises:
+        UsageError: something that is no text, no question, a text without the question or with it twice, a system
+            message or a prefix beside a text (which holds its own), or a prefix with space around it.
     """
 
     question: str
@@ -39,9 +46,10 @@ class Prompt:
     system: str | None = None
     text: str | None = None
     special_tokens: bool = False
+    prefix: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("question", "system", "text"):
+        for name in ("question", "system", "text", "prefix"):
             said = getattr(self, name)
             if not isinstance(said, str) and (said is not None or name == "question"):
                 raise UsageError(f"the {name} of a prompt is a string, not a {type(said).__name__}: {said!r:.60}")
@@ -52,15 +60,29 @@ class Prompt:
             raise UsageError(f"question {self.question!r} occurs {found} times in the raw text; once is needed")
         if self.text is not None and self.system is not None:
             raise UsageError("a raw text carries its own system message; give one or the other")
+        if self.prefix is not None:
+            self._check_prefix(self.prefix)
+
+    def _check_prefix(self, prefix: str) -> None:
+        if not prefix.strip():
+            raise UsageError(f"the prefix is {prefix!r}; a text that begins the answer is needed, or none")
+        if self.text is not None:
+            raise UsageError(f"a raw text carries its own prefix; put {prefix!r} at its end, or leave the text out")
+        if prefix[0].isspace() or prefix[-1] in " \t":
+            raise UsageError(
+                f"the prefix {prefix!r} has space around it; leave it out: what joins it to the prompt and to the "
+                "answer comes by itself"
+            )
+
+    @property
+    def said(self) -> tuple[str | bool | None, ...]:
+        """All that is said, whatever is shown: prompts with equal ones differ in their images alone."""
+        return self.question, self.system, self.text, self.special_tokens, self.prefix
 
     @property
     def images(self) -> tuple[ImageLike, ...]:
         """The images in order, none for a text-only prompt."""
-        if self.image is None:
-            return ()
-        if isinstance(self.image, list | tuple):
-            return tuple(self.image)
-        return (cast(ImageLike, self.image),)
+        return images_of(self.image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,10 +202,12 @@ def render(vlm: Any, prompt: Prompt) -> tuple[str, tuple[int, int]]:
     """The prompt's text with one placeholder an image, and where in it the question stands (start, end).
 
     Raises:
-        UsageError: a special token in the question or the system message, or a template that does not keep them.
+        UsageError: a special token in the question, the system message or the prefix, a template that does not keep
+            them, or a prefix that changes the tokens before it.
     """
     if not prompt.special_tokens:
-        for what, said in (("the question", prompt.question), ("the system message", prompt.system)):
+        parts = {"the question": prompt.question, "the system message": prompt.system, "the prefix": prompt.prefix}
+        for what, said in parts.items():
             if said:
                 check_plain(vlm, said, what)
     if prompt.text is not None:
@@ -198,8 +222,27 @@ def render(vlm: Any, prompt: Prompt) -> tuple[str, tuple[int, int]]:
         places = (vlm.placeholder or "") * len(prompt.images)
         before, after = plain.replace("{images}", places).split("{question}")
         question = prompt.question.strip()
-        return before + question + after, (len(before), len(before) + len(question))
-    return in_template(vlm, prompt.question.strip(), len(prompt.images), prompt.system)
+        text, place = before + question + after, (len(before), len(before) + len(question))
+        joint = None
+    else:
+        text, place, joint = in_template(vlm, prompt.question.strip(), len(prompt.images), prompt.system, prompt.prefix)
+    return _begun(vlm, text, prompt.prefix, joint), place
+
+
+def _begun(vlm: Any, text: str, prefix: str | None, joint: str | None) -> str:
+    """The text with the beginning of the answer after it.
+
+    Args:
+        joint: what the chat template puts between them; where it does not say, a space unless the text ends in one.
+    """
+    if prefix is None:
+        return text
+    if joint is None:
+        joint = "" if text[-1:].isspace() else " "
+    before, after = (tokenized(vlm.tokenizer, each)["input_ids"] for each in (text, f"{text}{joint}{prefix}"))
+    if after[: len(before)] != before or len(after) == len(before):
+        raise UsageError(f"the prefix {prefix!r} changes the tokens of the prompt before it, or has none: {text!r}")
+    return f"{text}{joint}{prefix}"
 
 
 def prompts_in(given: Any) -> tuple[Prompt, ...]:
@@ -235,15 +278,23 @@ def encode(vlm: Any, prompts: Prompt | Sequence[Prompt]) -> Encoded:
 
     Raises:
         UsageError: no prompts or something else, a mixture of prompts with and without image, or of texts with and
-            without BOS, an unreadable image, another number of images than placeholders, a processor whose tokens
-            cannot be matched with the text, or more tokens than the decoder has positions.
+            without BOS, a prefix in a family whose processor ends every prompt itself, an unreadable image, another
+            number of images than placeholders, a processor whose tokens cannot be matched with the text, or more
+            tokens than the decoder has positions.
     """
     prompts = prompts_in(prompts)
     if len({bool(prompt.images) for prompt in prompts}) == 2:
         raise UsageError("prompts with and without an image cannot share a batch; encode them apart")
     rendered = _rendered(vlm, prompts)
     images = [[load_image(image) for image in prompt.images] for prompt in prompts]
-    processed = process(vlm, [text for text, _ in rendered], images)
+    bare = [prompt if prompt.prefix is None else dataclasses.replace(prompt, prefix=None) for prompt in prompts]
+    processed = process(vlm, [text for text, _ in rendered], images, [text for text, _ in _rendered(vlm, bare)])
+    for prompt, text in zip(prompts, processed.texts, strict=True):
+        if prompt.prefix is not None and not text.endswith(prompt.prefix):
+            raise UsageError(
+                f"{vlm.family.name} takes no prefix: its processor ends every prompt itself ({text[-8:]!r}), so that "
+                f"{prompt.prefix!r} would not begin the answer"
+            )
     rows = _rows(vlm, processed, rendered, [[image.size for image in each] for each in images])
     inputs = {name: value.to(vlm.device) for name, value in processed.inputs.items()}
     if "pixel_values" in inputs:
@@ -255,9 +306,7 @@ def encode(vlm: Any, prompts: Prompt | Sequence[Prompt]) -> Encoded:
 
 def _rendered(vlm: Any, prompts: Sequence[Prompt]) -> list[tuple[str, tuple[int, int]]]:
     """What `render` makes of each prompt; those that differ in their pictures alone are rendered once."""
-    keys = [
-        (prompt.question, len(prompt.images), prompt.system, prompt.text, prompt.special_tokens) for prompt in prompts
-    ]
+    keys = [(len(prompt.images), *prompt.said) for prompt in prompts]
     first = dict(zip(reversed(keys), reversed(prompts), strict=True))
     made = {key: render(vlm, prompt) for key, prompt in first.items()}
     return [made[key] for key in keys]
@@ -389,7 +438,7 @@ def token_boxes(
     if sizes not in vlm.known_boxes:
         text, question = render(vlm, prompt)
         kinds = zip(*(coded_pictures(size) for size in sizes), strict=True)
-        runs = [process(vlm, [text], [list(pictures)]) for pictures in kinds]
+        runs = [process(vlm, [text], [list(pictures)], [text]) for pictures in kinds]
         _, pictures = _draft(vlm, runs[1], 0, text, question)
         layouts = _layouts(vlm, runs[1], [pictures])
         values = [run.inputs["pixel_values"] for run in runs]

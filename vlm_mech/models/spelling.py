@@ -51,7 +51,7 @@ def spellings_of(
     for number, each in enumerate(among):
         columns.setdefault(tuple(ids[number] for *_, ids in rows), each)
     known = [(column, each) for column, each in columns.items() if None not in column]
-    spellings = tuple(each for _, each in known) or (among[0],)
+    spellings = tuple(each for _, each in known) or tuple(among[:1])
     tokens = tuple(tuple(column[row] or () for column, _ in known) for row in range(len(rows)))
     return Asked(tuple(prompt for prompt, *_ in rows), tuple(answer for _, answer, _ in rows), spellings, tokens)
 
@@ -61,8 +61,9 @@ def likeliest(vlm: "VLM", asked: Asked) -> tuple[Spelling, dict[str, float]]:
 
     Where one is left, or the model has no weights, nothing is run and there are no probabilities.
     """
-    if len(asked.spellings) < 2 or not asked.prompts or vlm.device.type == "meta":
-        return asked.spellings[0], {}
+    plainest, *others = asked.spellings
+    if not others or not asked.prompts or vlm.device.type == "meta":
+        return plainest, {}
     single = all(len(ids) == 1 for row in asked.tokens for ids in row)
     n_asked = N_ASKED if single else max(1, N_ASKED // len(asked.spellings))
     found = []
@@ -79,7 +80,7 @@ def _probabilities(
 ) -> torch.Tensor:
     """Probability of the whole answer in each spelling."""
     if all(len(each) == 1 for each in ids):
-        return run(vlm, prompt).last[0].double().softmax(-1).cpu()[torch.tensor(ids)[:, 0]]
+        return run(vlm, prompt).last[0].double().softmax(-1).cpu()[torch.tensor([first for first, *_ in ids])]
     written = [spelling.of(answer) for spelling in spellings]
     reads = [run(vlm, vlm.encode([prompt], [each])).reads.double().cpu() for each in written]
     told = [AnswerLogits(each, torch.tensor([tokens])) for each, tokens in zip(reads, ids, strict=True)]

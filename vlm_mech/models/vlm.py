@@ -222,9 +222,10 @@ class VLM(TracedModel):
         *,
         system: str | None = None,
         special_tokens: bool = False,
+        prefix: str | None = None,
     ) -> Prompt:
-        """A question about an image, for the model's chat template (see `Prompt`)."""
-        return Prompt(question, image, system, special_tokens=special_tokens)
+        """A question about an image, for the model's chat template, with the beginning of its answer (see `Prompt`)."""
+        return Prompt(question, image, system, special_tokens=special_tokens, prefix=prefix)
 
     def encode(self, prompts: Prompt | Sequence[Prompt], answers: Sequence[str] | None = None) -> Encoded:
         """The prompts as model inputs with spans (see `Encoded`).

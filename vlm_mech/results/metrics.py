@@ -120,7 +120,7 @@ class AnswerLogits:
 
 
 def said(answer: AnswerLogits) -> Bool[Tensor, "batch"]:
-    """Whether greedy search would say the answer: each of its tokens has the highest logit, alone, after those before."""
+    """Whether greedy search would say the answer: each token has the highest logit, alone, after those before it."""
     logits = answer.logits.float()
     own = logits.gather(2, answer.ids.clamp(min=0)[:, :, None])
     first = (logits < own).sum(-1) == logits.shape[-1] - 1

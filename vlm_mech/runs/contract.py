@@ -5,6 +5,7 @@ Light to import: `--help` must not wait for torch.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import json
@@ -21,18 +22,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm_mech.errors import UsageError, one_line_errors
+from vlm_mech.runs.answers import about_answers, told
 from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace, prepare
 
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
+    from vlm_mech.inputs.wording import Wording
     from vlm_mech.results.result import Result
 
 REASONS = 3
 """How many of the examples that could not be used are told with the findings."""
 # Options that do not change the numbers of a run.
 HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run", "workers")
+ASKING = ("system", "prefix", "suffix", "wording", "wordings")
+"""Options that say how questions are put; a run without them does not mention them."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,16 @@ class RunConfig:
     """Attention back end."""
     revision: str | None = None
     """Revision of a Hugging Face model."""
+    system: str | None = None
+    """System message of every prompt."""
+    prefix: str | None = None
+    """Beginning of the model's answer, such as "The colour is"."""
+    suffix: str | None = None
+    """What follows every question, such as "Answer with one word."."""
+    wording: tuple[str, ...] = ()
+    """How questions are put: a text with {question} once, such as "{question} One word."; several are compared."""
+    wordings: Path | None = None
+    """File with a wording a line; empty lines and those that begin with # do not count."""
     out: Path | None = None
     """Folder for the results; runs/NAME by default."""
     resume: bool = False
@@ -71,6 +86,23 @@ class RunConfig:
         """How the model is loaded: options of `VLM.load`."""
         return {name: getattr(self, name) for name in ("device", "dtype", "attn", "revision")}
 
+    @property
+    def asking(self) -> "Wording":
+        """How the questions of this run are put.
+
+        Raises:
+            UsageError: a wording, a prefix or a system message that cannot be, or several wordings: `main` makes a run
+                of each.
+        """
+        from vlm_mech.runs.asking import wording_of
+
+        return wording_of(self)
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """How examples are drawn and put: options of `load_pairs`."""
+        return {"seed": self.seed, "wording": self.asking}
+
 
 @dataclass(frozen=True)
 class SweepConfig(RunConfig):
@@ -78,6 +110,8 @@ class SweepConfig(RunConfig):
 
     measure: Literal["logit_diff", "logprob_diff", "logprob_diff_per_token"] = "logit_diff"
     """How two answers are compared: logits at the first token where they part, or log-probabilities of all tokens."""
+    variants: Literal["likeliest", "the", "max", "as-written"] = "likeliest"
+    """Spelling of answers: the likeliest on a part of the pairs (the: or with "the"), the best each time, or no other."""
     memory: str | None = None
     """Memory that the sweep may take beyond the model, such as 2GiB; half of what there is by default."""
     dry_run: bool = False
@@ -100,7 +134,7 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
         "data": pairs.described,
         "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
         "receipts": receipts,
-        "answers": {"spelling": str(pairs.spelling or "as written"), "probabilities": pairs.told},
+        "answers": about_answers(vlm, pairs),
     } | ({"generation": {"settings": "neutral", "set_aside": aside}} if aside else {})
 
 
@@ -110,13 +144,8 @@ def remarks(provenance: dict[str, Any]) -> tuple[str, ...]:
 
 
 def spelt(provenance: dict[str, Any]) -> tuple[str, ...]:
-    """In which spelling answers were compared, where the model had several to choose from."""
-    answers = provenance.get("answers", {})
-    told: dict[str, float] = answers.get("probabilities", {})
-    if not told:
-        return ()
-    shares = ", ".join(f"{name} {value:.3f}" for name, value in told.items())
-    return (f"Answers are compared {answers['spelling']}; mean probability of their first tokens: {shares}.",)
+    """In which spelling answers were compared, where the model had several to choose from, and their tokens."""
+    return told(provenance.get("answers", {}))
 
 
 def left_out(provenance: dict[str, Any]) -> tuple[str, ...]:
@@ -136,7 +165,7 @@ def as_json(config: RunConfig) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         for name, value in values.items()
-        if name not in HOW
+        if name not in HOW and (name not in ASKING or value not in (None, ()))
     }
 
 
@@ -147,6 +176,7 @@ def main(
     name: str,
     plan: Callable[[ConfigT], object] | None = None,
     fewest: int = 1,
+    unasked: str = "",
     argv: Sequence[str] | None = None,
 ) -> None:
     """Runs an experiment from the command line and exits: 0 done, 1 failed work, 2 wrong use, 130 interrupted.
@@ -154,6 +184,7 @@ def main(
     Args:
         plan: what `--dry-run` prints instead of running.
         fewest: examples without which nothing can be said; fewer are refused before anything is loaded.
+        unasked: why questions cannot be put in another way here; by default they can.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -161,10 +192,15 @@ def main(
         with one_line_errors(debug=debug):
             config = parse(config_class, arguments, name=name)
             check_n(config.n, fewest)
+            each = worded(config, unasked=unasked)
             if plan is not None and getattr(config, "dry_run", False):
-                print(plan(config))
+                print("\n".join(str(plan(one)) for one in each))
+            elif len(each) == 1:
+                execute(each[0], run, name=name)
             else:
-                execute(config, run, name=name)
+                templates = tuple(template for one in each for template in one.wording)
+                config = dataclasses.replace(config, wording=templates, wordings=None)
+                execute(config, functools.partial(_of_each, run=run, name=name), name=name)
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from here (without --overwrite)", file=sys.stderr)
         sys.exit(130)
@@ -177,13 +213,54 @@ def check_n(n: int | None, fewest: int) -> None:
         raise UsageError(f"--n is {n}; at least {fewest} examples are needed")
 
 
+def worded(config: ConfigT, *, unasked: str = "") -> list[ConfigT]:
+    """The options of a run of each wording; the options themselves where none is given.
+
+    Args:
+        unasked: why questions cannot be put in another way; empty where they can.
+
+    Raises:
+        UsageError: an option that cannot be.
+    """
+    given = [name for name in ASKING if getattr(config, name) not in (None, ())]
+    if not given:
+        return [config]
+    if unasked:
+        raise UsageError(f"--{given[0]} is not for this experiment: {unasked}")
+    from vlm_mech.runs.asking import templates_of
+
+    templates = templates_of(config)
+    each = [dataclasses.replace(config, wording=(template,), wordings=None) for template in templates] or [config]
+    for one in each:
+        # What cannot be is said before anything is loaded.
+        _ = one.asking
+    return each
+
+
 def parse(config_class: type[ConfigT], arguments: Sequence[str], *, name: str) -> ConfigT:
     """The options of a command line; those of `--config FILE` come first, so that others take precedence.
 
     Raises:
         UsageError: an unknown option or value, in one line.
     """
-    return _parsed(config_class, [*_replayed(config_class, arguments), *arguments], name=name)
+    return _parsed(config_class, [*_replayed(config_class, arguments), *_gathered(arguments)], name=name)
+
+
+def _gathered(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the values of every --wording behind one of them, as options of several values take them."""
+    others: list[str] = []
+    values: list[str] = []
+    within = False
+    for argument in arguments:
+        if argument == "--wording" or argument.startswith("--wording="):
+            within = argument == "--wording"
+            values += [] if within else [argument.removeprefix("--wording=")]
+        elif within and not argument.startswith("--"):
+            values.append(argument)
+        else:
+            within = False
+            others.append(argument)
+    return [*others, "--wording", *values] if values else list(arguments)
 
 
 def _parsed(config_class: type[ConfigT], arguments: Sequence[str], *, name: str) -> ConfigT:
@@ -258,7 +335,34 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
     """
     folder = config.out if config.out is not None else Path("runs") / name
     work = prepare(folder, as_json(config), resume=config.resume, overwrite=config.overwrite)
-    made_of = ingredients(as_json(config), besides=folder)
+    _carried_out(config, run, work, name=name, besides=folder)
+
+
+def _of_each(config: ConfigT, work: Workspace, *, run: Callable[[ConfigT, Workspace], Outcome], name: str) -> Outcome:
+    """A run of each wording in a folder of its own within that of this run, and what is said over them."""
+    from vlm_mech.results.result import Result
+    from vlm_mech.runs.compared_wordings import compared
+
+    found: dict[str, tuple[Path, Result]] = {}
+    for number, one in enumerate(worded(config), 1):
+        print(f"\nwording {number} of {len(config.wording)}: {one.asking.template!r}")
+        with work.part(f"wording-{number}", as_json(one)) as part:
+            _carried_out(one, run, part, name=name, besides=work.folder)
+            found[one.asking.template] = part.folder, Result.load(part.folder)
+    print(f"\nover {len(config.wording)} wordings:")
+    return compared(found)
+
+
+def _carried_out(
+    config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], work: Workspace, *, name: str, besides: Path
+) -> None:
+    """The run in its prepared folder.
+
+    Args:
+        besides: what is no ingredient of it, should a model or data lie around it.
+    """
+    folder = work.folder
+    made_of = ingredients(as_json(config), besides=besides)
     if work.complete:
         from vlm_mech.results.result import Result
 
@@ -294,6 +398,8 @@ def _store(work: Workspace, outcome: Outcome, name: str) -> None:
 
     made = work.staging()
     outcome.result.save(made)
+    for title, table in outcome.tables.items():
+        table.to_csv(made / f"{title}.csv", index=False)
     for title, figure in outcome.figures.items():
         save_figure(figure, made / "figures", title)
     again = shlex.join(["--config", str(work.folder / "config.json"), "--out", "OTHER_FOLDER"])

@@ -1,6 +1,7 @@
 """What a run is made of: a digest of every file that its options name, so that a resumed run mixes no two models."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,7 +57,8 @@ def _named(lines: Path) -> Iterator[tuple[str, Path]]:
             fields = json.loads(line.decode("utf-8-sig"))
         except ValueError:
             continue
-        for value in fields.values() if isinstance(fields, dict) else ():
+        values = fields.values() if isinstance(fields, dict) else ()
+        for value in itertools.chain(*(each if isinstance(each, list) else [each] for each in values)):
             if isinstance(value, str) and _is_there(lines.parent / value) and (lines.parent / value).is_file():
                 yield value, lines.parent / value
 

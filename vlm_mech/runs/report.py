@@ -44,7 +44,9 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
         f"<h1>{html.escape(result.name)}</h1>",
         f"<p class='asked'>{html.escape(str(result.provenance.get('question', '')))}</p>",
         "<ul class='findings'>" + "".join(f"<li>{html.escape(finding)}</li>" for finding in result.findings) + "</ul>",
+        _links(outcome.links),
         figures,
+        *(f"<h2>{html.escape(name)}.csv</h2>{_table(_rounded(table))}" for name, table in outcome.tables.items()),
         _gallery(outcome.pictures),
         "<h2>Summary</h2>" + _table(_rounded(result.summary())),
         "<h2>Metrics</h2>" + _metrics(result),
@@ -61,6 +63,13 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
 
 def _figure(figure: Any, *, first: bool) -> str:
     return f"<div class='figure'>{figure.to_html(full_html=False, include_plotlyjs=first)}</div>"
+
+
+def _links(links: dict[str, str]) -> str:
+    if not links:
+        return ""
+    shown = "".join(f"<li><a href='{html.escape(link)}'>{html.escape(said)}</a></li>" for said, link in links.items())
+    return f"<h2>Runs of each</h2><ul class='findings'>{shown}</ul>"
 
 
 def _gallery(pictures: "tuple[tuple[str, Image.Image], ...]") -> str:

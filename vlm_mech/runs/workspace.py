@@ -21,6 +21,10 @@ LOCK = "lock"
 """Held by the process that writes the batches."""
 PARTIAL = "partial"
 """Sub-folder with the batches of an unfinished run; it is gone when the run is complete."""
+STARTED = ".started"
+"""Ending of the marks of the runs that were begun within a run."""
+MORE_FILES = ("wordings.csv",)
+"""What some runs leave besides."""
 OWN_FILES = ("report.html", "summary.csv", "config.json", "provenance.json", "result.json", "result.parquet")
 """What a run leaves beside its figures, in the order in which it is put in place."""
 
@@ -118,6 +122,25 @@ class Workspace:
         folder.mkdir(parents=True)
         return folder
 
+    @contextlib.contextmanager
+    def part(self, name: str, wanted: dict[str, Any]) -> "Iterator[Workspace]":
+        """The folder of a run within this one, taken up where it was if this run began it; else made anew.
+
+        Raises:
+            UsageError: the folder holds something else than a run.
+        """
+        started, folder = self.partial / f"{name}{STARTED}", self.folder / name
+        begun = started.exists() and _holds_run(folder)
+        held = folder.is_dir() and any(folder.iterdir())
+        made = prepare(folder, wanted, resume=begun, overwrite=held and not begun)
+        started.touch()
+        try:
+            yield made
+        except Exception:
+            if not made.partial.exists():  # it took itself back
+                started.unlink()
+            raise
+
     def publish(self) -> None:
         """Moves the finished files into the folder, in place of an earlier run's, and removes the batches.
 
@@ -128,13 +151,14 @@ class Workspace:
         for path in sorted((made / "figures").glob("*")):
             (self.folder / "figures").mkdir(exist_ok=True)
             os.replace(path, self.folder / "figures" / path.name)
-        for name in OWN_FILES:
-            os.replace(made / name, self.folder / name)
+        for name in (*MORE_FILES, *OWN_FILES):
+            if name in OWN_FILES or (made / name).exists():
+                os.replace(made / name, self.folder / name)
         shutil.rmtree(self.partial)
 
     def withdraw(self) -> None:
         """Takes the folder back if nothing was done in it, so that a corrected command finds it as it was."""
-        if any(self.partial.glob("*.parquet")):
+        if any(self.partial.glob("*.parquet")) or any(self.partial.glob(f"*{STARTED}")):
             return
         shutil.rmtree(self.partial)
         if not any(self.folder.iterdir()):
@@ -226,7 +250,7 @@ def _clear(folder: Path) -> None:
     for name in record.get("figures", []):
         for ending in ("html", "json"):
             (folder / "figures" / f"{Path(name).name}.{ending}").unlink(missing_ok=True)
-    for name in OWN_FILES if record else ():
+    for name in (*MORE_FILES, *OWN_FILES) if record else ():
         (folder / name).unlink(missing_ok=True)
 
 

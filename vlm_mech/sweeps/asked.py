@@ -61,8 +61,7 @@ def _spelt(given: Any, known: dict[int, tuple[Any, str]]) -> str:
     if isinstance(given, Encoded):
         return _said(list(given.prompts), known)
     if isinstance(given, Prompt):
-        held = [given.question, given.system, given.text, given.special_tokens]
-        return repr([*held, *map(pixel_hash, given.images)])
+        return repr([*given.said, *map(pixel_hash, given.images)])
     if isinstance(given, Image.Image):
         return pixel_hash(given)
     if isinstance(given, torch.Tensor | np.ndarray):

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.answer import spellings
 from vlm_mech.inputs.following import Ids, check_parting
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.results import metrics
@@ -113,38 +115,64 @@ class Measure:
 def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
     """Logit of each example's answer less that of another answer, at the first token where the two part.
 
-    Where they begin alike, their common beginning is given to the model. `metrics.logit_diff(logits, answer_ids,
-    other_ids)` takes the same from logits at hand.
+    Where they begin alike, their common beginning is given to the model. Of answers in several spellings (`Variants`)
+    the first token with the highest logit counts. `metrics.logit_diff(logits, answer_ids, other_ids)` takes the same
+    from logits at hand.
     """
     metric = Metric("logit_diff", "logits", "logit of the answer less that of the other answer", signed=True)
-    return Measure(metric, metrics.logit_diff, (answer, other), at="parting")
+    own, others = _by_spelling(answer), _by_spelling(other)
+    if len(own) == len(others) == 1:
+        return Measure(metric, metrics.logit_diff, (*own, *others), at="parting")
+
+    def of(logits: Tensor, *ids: Tensor) -> Tensor:
+        every = logits.float().gather(1, torch.stack(ids, 1))
+        return every[:, : len(own)].amax(1) - every[:, len(own) :].amax(1)
+
+    return Measure(metric, of, (*own, *others), apart=False)
 
 
 def logprob_diff(answer: Sequence[str], other: Sequence[str], *, per_token: bool = False) -> Measure:
     """Log-probability of each example's whole answer less that of another answer, in nats.
+
+    Of answers in several spellings (`Variants`) the likeliest counts.
 
     Args:
         per_token: the mean over the tokens of each answer, in nats per token, in place of the sum.
     """
     name, unit = ("logprob_diff_per_token", "nats per token") if per_token else ("logprob_diff", "nats")
     told = f"log-probability of the answer{', per token,' if per_token else ''} less that of the other answer"
-    of = functools.partial(metrics.logprob_diff, per_token=per_token)
-    return Measure(Metric(name, unit, told, signed=True), of, (answer, other), at="whole")
+    own, others = _by_spelling(answer), _by_spelling(other)
+
+    def of(*answers: AnswerLogits) -> Tensor:
+        return _likeliest(answers[: len(own)], per_token) - _likeliest(answers[len(own) :], per_token)
+
+    return Measure(Metric(name, unit, told, signed=True), of, (*own, *others), at="whole")
 
 
 def prob(answer: Sequence[str]) -> Measure:
-    """Probability of each example's whole answer."""
-    return Measure(Metric("prob", "probability", "probability of the answer"), _prob, (answer,), at="whole")
-
-
-def _prob(answer: AnswerLogits) -> Tensor:
-    return answer.logprob().exp()
+    """Probability of each example's whole answer; of several spellings (`Variants`) that of the likeliest."""
+    metric = Metric("prob", "probability", "probability of the answer")
+    return Measure(metric, lambda *answers: _likeliest(answers).exp(), _by_spelling(answer), at="whole")
 
 
 def logprob(answer: Sequence[str]) -> Measure:
-    """Log-probability of each example's whole answer, in nats."""
+    """Log-probability of each example's whole answer, in nats; of several spellings that of the likeliest."""
     metric = Metric("logprob", "nats", "log-probability of the answer")
-    return Measure(metric, AnswerLogits.logprob, (answer,), at="whole")
+    return Measure(metric, lambda *answers: _likeliest(answers), _by_spelling(answer), at="whole")
+
+
+def _by_spelling(answer: Sequence[str]) -> tuple[list[str], ...]:
+    """A list of texts for each spelling; an answer that has fewer than others has its last one again."""
+    if isinstance(answer, str) or any(isinstance(each, Tensor) for each in answer):
+        return (answer,)  # pyright: ignore[reportReturnType] - `Measure` says what is wrong
+    each = [spellings(text) for text in answer]
+    most = max(map(len, each), default=1)
+    return tuple([several[min(number, len(several) - 1)] for several in each] for number in range(most))
+
+
+def _likeliest(answers: Sequence[AnswerLogits], per_token: bool = False) -> Tensor:
+    found = [answer.logprob(per_token=per_token) for answer in answers]
+    return found[0] if len(found) == 1 else torch.stack(found).amax(0)
 
 
 def rank(answer: Sequence[str]) -> Measure:
@@ -172,7 +200,11 @@ def total_variation() -> Measure:
 def said(answer: Sequence[str]) -> Measure:
     """1 where greedy search would say each example's whole answer, token by token; ties count against it."""
     metric = Metric("said", "share", "share of examples in which greedy search says the answer")
-    return Measure(metric, lambda told: metrics.said(told).float(), (answer,), at="whole")
+
+    def of(*answers: AnswerLogits) -> Tensor:
+        return torch.stack([metrics.said(answer) for answer in answers]).any(0).float()
+
+    return Measure(metric, of, _by_spelling(answer), at="whole")
 
 
 Comparison = Literal["logit_diff", "logprob_diff", "logprob_diff_per_token"]

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.image import ImageLike
-from vlm_mech.inputs.prompt import Prompt, render
-from vlm_mech.inputs.special_tokens import check_plain, unknown_word
+from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.special_tokens import unknown_word
 
 if TYPE_CHECKING:
     from vlm_mech.data.image_classes import Labelled
@@ -18,7 +17,7 @@ SEED_OF_PAPER = 1234
 
 
 @dataclass(frozen=True)
-class Wording:
+class Style:
     """What is asked: in the open, among candidates (`{question}`, `{options}`), and of a contrastive model (`{class}`).
 
     `stem` begins the model's answer when names are scored; `joined` stands between candidates.
@@ -34,13 +33,13 @@ class Wording:
         return self.closed.replace("{question}", question).replace("{options}", ", ".join(options))
 
 
-WORDINGS = {
-    "plain": Wording(
+STYLES = {
+    "plain": Style(
         ("what is this?", "what object is there?", "what is the name of the object?"),
         "{question} answer with one of: {options}.",
         "a {class}",
     ),
-    "paper": Wording(
+    "paper": Style(
         (
             "What type of object is in this photo?",
             "Identify the object in this image.",
@@ -54,20 +53,10 @@ WORDINGS = {
 """`paper` is that of Zhang et al. 2024; `plain` keeps to the embedded models' vocabulary."""
 
 
-def open_prompt(question: str, image: ImageLike | None) -> Prompt:
-    """The question alone; without an image it is text only."""
-    return Prompt(question, image)
-
-
-def stemmed(vlm: "VLM", prompt: Prompt, stem: str) -> Prompt:
-    """The prompt with the beginning of the answer after it, which holds special tokens only if the prompt may."""
-    if not stem.strip():
-        return prompt
-    text = render(vlm, prompt)[0]
-    space = "" if text[-1].isspace() else " "
-    if not prompt.special_tokens:
-        check_plain(vlm, stem, "the beginning of the answer")
-    return replace(prompt, system=None, text=f"{text}{space}{stem.strip()}")
+def stemmed(prompt: Prompt, stem: str) -> Prompt:
+    """The prompt with the beginning of the answer, after that which it has already."""
+    begun = " ".join(part for part in (prompt.prefix, stem.strip()) if part)
+    return replace(prompt, prefix=begun) if stem.strip() else prompt
 
 
 def candidates(example: "Labelled", names: Sequence[str], k: int, *, seed: int, order: str) -> tuple[int, ...]:
@@ -85,7 +74,7 @@ def candidates(example: "Labelled", names: Sequence[str], k: int, *, seed: int, 
 
 
 def too_long(vlm: "VLM", prompt: Prompt, asked: str, n_new: int) -> str:
-    """Why a question does not fit the model's positions in the place of the prompt's; empty if it does."""
+    """Why a question, worded, does not fit the model's positions in the place of the prompt's; empty if it does."""
     most = vlm.n_positions
     listed, plain = (len(vlm.tokenizer(text, verbose=False)["input_ids"]) for text in (asked, prompt.question))
     n_tokens = vlm.encode(prompt).n_pos + listed - plain + n_new

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlm_mech.behaviour.blur_decay.blur import NONE, decayed, resized
 from vlm_mech.data.pairs import Pair, Pairs
-from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.image import ImageLike, images_of, load_image, side_by_side
 from vlm_mech.inputs.prompt import Prompt
 
 
@@ -20,8 +20,8 @@ def with_images(pairs: Pairs, level: str) -> Pairs:
     changed = [
         dataclasses.replace(
             pair,
-            image=decayed(resized(load_image(pair.image)), level),
-            counterfactual_image=decayed(resized(load_image(pair.counterfactual_image)), level),
+            image=_at(pair.images, level),
+            counterfactual_image=_at(pair.counterfactual_images, level),
         )
         for pair in pairs
     ]
@@ -30,13 +30,19 @@ def with_images(pairs: Pairs, level: str) -> Pairs:
 
 def asked_at(pairs: Pairs, level: str) -> list[Prompt]:
     """The questions about the first pictures at a level."""
-    return [Prompt(pair.question, decayed(resized(load_image(pair.image)), level)) for pair in pairs]
+    return [pair.asked(_at(pair.images, level)) for pair in pairs]
+
+
+def _at(images: tuple[ImageLike, ...], level: str) -> tuple[Image.Image, ...] | Image.Image:
+    """The pictures of a prompt resized and brought to a level; one of one."""
+    found = tuple(decayed(resized(load_image(image)), level) for image in images)
+    return found if len(images) > 1 else found[0]
 
 
 def ladder(pairs: Pairs, levels: Sequence[str], *, n: int = 3) -> list[tuple[Pair, str, Image.Image]]:
     """The first pictures of some pairs at every level that has one, with pair and level."""
     shown = []
     for pair in list(pairs)[:n]:
-        whole = resized(load_image(pair.image))
-        shown += [(pair, level, decayed(whole, level)) for level in levels if level != NONE]
+        some = [level for level in levels if level != NONE]
+        shown += [(pair, level, side_by_side(images_of(_at(pair.images, level)))) for level in some]
     return shown

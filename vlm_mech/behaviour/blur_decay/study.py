@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.behaviour.answering.reading import Reading, letters_of, read_answer
@@ -13,8 +12,7 @@ from vlm_mech.behaviour.blur_decay.blur import NONE
 from vlm_mech.behaviour.blur_decay.data import with_images
 from vlm_mech.behaviour.blur_decay.probes import DECODED
 from vlm_mech.data.pairs import Pairs, partners
-from vlm_mech.inputs.image import load_image
-from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.image import ImageLike
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.layer_swap.study import RECOVERED, swap_states
 from vlm_mech.results.result import Metric
@@ -80,7 +78,7 @@ def decay(
             answers = {view: held | {level: texts} for view, held in answers.items()}
             continue
         shown = with_images(pairs, level)
-        first, second = ([load_image(each.image) for each in some] for some in (shown.base, shown.counterfactual))
+        first, second = [pair.image for pair in shown], [pair.counterfactual_image for pair in shown]
         for (view, floor), pictures in zip(FLOORS.items(), (first, second), strict=True):
             answers[view][level] = answers_at(vlm, pairs, pictures, max_new_tokens=max_new_tokens)
             strange = [pictures[other] for other in others]
@@ -107,9 +105,11 @@ def _swapped(vlm: "VLM", pairs: Pairs, memory: int | str | None) -> pd.DataFrame
     return kept.assign(view=table["span"].map(SWAPS))
 
 
-def answers_at(vlm: "VLM", pairs: Pairs, pictures: Sequence[Image.Image | None], *, max_new_tokens: int) -> list[str]:
+def answers_at(
+    vlm: "VLM", pairs: Pairs, pictures: "Sequence[ImageLike | Sequence[ImageLike] | None]", *, max_new_tokens: int
+) -> list[str]:
     """Greedy answers to the questions of the pairs about these pictures, or about none."""
-    prompts = [Prompt(pair.question, image) for pair, image in zip(pairs, pictures, strict=True)]
+    prompts = [pair.asked(image) for pair, image in zip(pairs, pictures, strict=True)]
     return list(generate(vlm, prompts, max_new_tokens=max_new_tokens).texts)
 
 

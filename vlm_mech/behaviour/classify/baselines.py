@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.behaviour.answering.prompts import check_known, open_prompt
+from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.table import CLASSES, CONTRASTIVE, GENERATION, LOADED, NO_ORDER, OPEN, Cell, score_rows
 from vlm_mech.data.image_classes import Labelled
@@ -66,7 +66,7 @@ def contrastive_scores(
 def contrastive_table(encoder: "DualEncoder", design: Design) -> pd.DataFrame:
     """The rows of the contrastive model."""
     test, names = design.data.test, design.data.names
-    scores = contrastive_scores(encoder, test, names, design.wording.caption, batch=design.batch)
+    scores = contrastive_scores(encoder, test, names, design.style.caption, batch=design.batch)
     return _by_k(design, CONTRASTIVE, scores, LOADED)
 
 
@@ -99,7 +99,7 @@ def probe_table(
         raise UsageError(f"class {names[missing[0]]!r} has no training picture; raise --n-train, or leave --no-probes")
     edges = np.cumsum([0, len(data.train), len(data.validation), len(data.test)])
     split = Split(*(np.arange(*edges[at : at + 2]) for at in range(3)), seed=design.seed)
-    prompts = [open_prompt(design.question, each.image) for each in examples]
+    prompts = [design.wording.prompt(design.question, each.image) for each in examples]
     methods, about = _methods(vlm, prompts, n_positions)
     objects = [Patches(((0, 0),))] * len(prompts)
     features = read_states(vlm, prompts, objects, tuple(methods), folder=folder, batch=design.batch)

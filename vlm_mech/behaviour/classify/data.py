@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from vlm_mech.behaviour.answering.class_name_scores import Names, names_after
 from vlm_mech.behaviour.answering.prompts import (
-    Wording,
+    Style,
     check_known,
     longest,
-    open_prompt,
     stemmed,
     too_long,
 )
 from vlm_mech.data.image_classes import Classes
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.wording import BARE, Wording
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -25,10 +25,13 @@ CANDIDATES = (2, 5, 20, 100)
 
 @dataclass(frozen=True, eq=False)
 class Design:
-    """What is asked of which pictures. `left_out` says which closed questions do not fit the model, and why."""
+    """What is asked of which pictures, and how that is put to the VLM.
+
+    `left_out` says which closed questions do not fit the model, and why.
+    """
 
     data: Classes
-    wording: Wording
+    style: Style
     names: Names
     ks: tuple[int, ...]
     closed: tuple[int, ...]
@@ -38,17 +41,18 @@ class Design:
     seed: int
     batch: int
     rows: int
+    wording: Wording = BARE
 
     @property
     def question(self) -> str:
         """The question that everything is compared on: the first one, fixed beforehand."""
-        return self.wording.questions[0]
+        return self.style.questions[0]
 
 
 def design_of(
     vlm: "VLM",
     data: Classes,
-    wording: Wording,
+    style: Style,
     *,
     ks: Sequence[str] = (),
     orders: Sequence[str] = ("random", "fixed"),
@@ -56,6 +60,7 @@ def design_of(
     seed: int = 0,
     batch: int = 32,
     rows: int = 128,
+    wording: Wording = BARE,
 ) -> Design:
     """The design, checked against model and data before anything is run.
 
@@ -63,24 +68,26 @@ def design_of(
         ks: numbers of candidates, `all` among them; by default those of `CANDIDATES` below the number of classes, and
             all. Closed questions too long for the model are left out of the default, and refused when asked for.
         n_new: tokens generated at most.
+        wording: how the questions of the style are put to the VLM.
 
     Raises:
         UsageError: names that cannot be scored, a word that the tokenizer does not know, candidates that cannot be.
     """
     wanted, first = _numbers(ks, len(data.names)), data.test[0]
-    prompts = [stemmed(vlm, open_prompt(question, first.image), wording.stem) for question in wording.questions]
-    check_known(vlm, [*wording.questions, wording.among("", ()), wording.stem], "the wording")
+    prompts = [stemmed(wording.prompt(question, first.image), style.stem) for question in style.questions]
+    around = wording.asked(""), wording.system or "", wording.prefix or ""
+    check_known(vlm, [*style.questions, style.among("", ()), style.stem, *filter(None, around)], "the wording")
     names = names_after(vlm, prompts, data.names)
     left_out: dict[int, str] = {}
     for k in wanted:
-        asked = wording.among(wording.questions[0], longest(data.names, names.lengths, k))
-        why = too_long(vlm, open_prompt(wording.questions[0], first.image), asked, n_new)
+        asked = wording.asked(style.among(style.questions[0], longest(data.names, names.lengths, k)))
+        why = too_long(vlm, wording.prompt(style.questions[0], first.image), asked, n_new)
         if why and ks:
             raise UsageError(f"--k {k} makes a prompt of {why}; choose fewer candidates")
         if why:
             left_out[k] = why
     closed = tuple(k for k in wanted if k not in left_out)
-    return Design(data, wording, names, wanted, closed, tuple(orders), left_out, n_new, seed, batch, rows)
+    return Design(data, style, names, wanted, closed, tuple(orders), left_out, n_new, seed, batch, rows, wording)
 
 
 def _numbers(ks: Sequence[str], n_classes: int) -> tuple[int, ...]:

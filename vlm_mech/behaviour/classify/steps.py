@@ -1,5 +1,6 @@
 """The steps of a classification run, each kept when it is done: before tuning, tuning, and after it."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_mech.behaviour.answering.prompts import open_prompt
 from vlm_mech.behaviour.classify.baselines import contrastive_table, probe_table
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.frequency import (
@@ -116,7 +116,8 @@ def run_all(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> 
     tuned = None
     if options.tuning is not None:
         name = f"tuned ({options.tuning.what})"
-        tuned = tune(vlm, design.data.train, design.data.validation, design.question, options.tuning)
+        asked_of = functools.partial(design.wording.prompt, design.question)
+        tuned = tune(vlm, design.data.train, design.data.validation, asked_of, options.tuning)
         tuned = {"model": name} | tuned
         _model_steps(vlm, design, asked, name, "1", work)
     table = completed(work.collect()[0])
@@ -132,9 +133,10 @@ def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:
         "question": options.question,
         "model": vlm.identity(),
         "data": {"name": data.name, "n": len(data.test), "n_classes": len(data.names), "hash": data.digest}
-        | ({"notes": list(data.notes)} if data.notes else {}),
+        | ({"notes": list(data.notes)} if data.notes else {})
+        | ({"wording": design.wording.told} if design.wording.told else {}),
         "refused": [asdict(each) for each in data.refused],
-        "wording": asdict(design.wording),
+        "wording": asdict(design.style),
         "left_out": {str(k): why for k, why in design.left_out.items()},
         "image_positions": [min(positions), max(positions)] if positions else None,
         "receipts": {},
@@ -142,13 +144,13 @@ def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:
 
 
 def _first_prompt(design: Design) -> Any:
-    return open_prompt(design.question, design.data.test[0].image)
+    return design.wording.prompt(design.question, design.data.test[0].image)
 
 
 def _questions(design: Design, options: Options) -> Questions:
     """Two-hop questions: the user's own, or about beetles; other questions too where a model is tuned."""
     if options.qa is not None:
-        return load_questions(options.qa, design.wording, n=options.n_qa, seed=design.seed)
+        return load_questions(options.qa, design.style, n=options.n_qa, seed=design.seed)
     if not design.data.name.startswith(SCENES):
         return Questions(())
     found = scene_questions(options.n_qa, seed=design.seed)
@@ -166,13 +168,13 @@ def _model_steps(
         if name not in work:
             work.keep(name, generated(vlm, design, design.data.test[start : start + design.batch], model), {})
         made.append(pd.read_parquet(work.partial / f"{name}.parquet"))
-    work.keep(f"{key}-1-average", averaged(pd.concat(made), design.wording.questions), {})
+    work.keep(f"{key}-1-average", averaged(pd.concat(made), design.style.questions), {})
     scores = kept(work.partial / f"{key}-scores.safetensors", lambda: all_scores(vlm, design))
     table, calibrations = score_tables(design, model, scores)
     work.keep(f"{key}-2-scores", table, {})
     if asked and f"{key}-4-asked" not in work:
-        sizes = {"n_new": design.n_new, "batch": design.batch, "n_rows": design.rows}
-        work.keep(f"{key}-4-asked", answered(vlm, asked, model, **sizes), {})
+        how = {"n_new": design.n_new, "batch": design.batch, "n_rows": design.rows, "wording": design.wording}
+        work.keep(f"{key}-4-asked", answered(vlm, asked, model, **how), {})
     return calibrations
 
 

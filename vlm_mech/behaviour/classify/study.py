@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlm_mech.behaviour.answering.class_name_scores import score_names
-from vlm_mech.behaviour.answering.prompts import candidates, open_prompt, stemmed
+from vlm_mech.behaviour.answering.prompts import candidates, stemmed
 from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.table import (
@@ -50,7 +50,7 @@ def generated(vlm: "VLM", design: Design, examples: Sequence[Labelled], model: s
     """What is generated about some pictures: every question in the open, the first one among candidates."""
     names, n_classes, tables = design.data.names, len(design.data.names), []
     everything = [list(names)] * len(examples)
-    for question in design.wording.questions:
+    for question in design.style.questions:
         cell = Cell(CLASSES, model, question, OPEN, NO_ORDER, GENERATION, n_classes)
         tables.append(_answered(vlm, design, cell, examples, [question] * len(examples), everything))
     for k in design.closed:
@@ -59,7 +59,7 @@ def generated(vlm: "VLM", design: Design, examples: Sequence[Labelled], model: s
                 [names[number] for number in candidates(each, names, k, seed=design.seed, order=order)]
                 for each in examples
             ]
-            asked = [design.wording.among(design.question, options) for options in offered]
+            asked = [design.style.among(design.question, options) for options in offered]
             cell = Cell(CLASSES, model, design.question, CLOSED, order, GENERATION, k)
             tables.append(_answered(vlm, design, cell, examples, asked, offered))
     return pd.concat(tables, ignore_index=True)
@@ -73,7 +73,7 @@ def _answered(
     asked: Sequence[str],
     offered: Sequence[Sequence[str]],
 ) -> pd.DataFrame:
-    prompts = [open_prompt(question, each.image) for question, each in zip(asked, examples, strict=True)]
+    prompts = [design.wording.prompt(question, each.image) for question, each in zip(asked, examples, strict=True)]
     answers = generate(vlm, prompts, max_new_tokens=design.n_new).texts
     read = [read_answer(text, names).only for text, names in zip(answers, offered, strict=True)]
     predicted = ["" if only is None else names[only] for only, names in zip(read, offered, strict=True)]
@@ -103,16 +103,16 @@ def scored(
     found = []
     for start in range(0, len(examples), design.batch):
         some = examples[start : start + design.batch]
-        prompts = [stemmed(vlm, open_prompt(question, each.image), design.wording.stem) for each in some]
+        prompts = [stemmed(design.wording.prompt(question, each.image), design.style.stem) for each in some]
         found.append(score_names(vlm, prompts, design.names, rows=design.rows).cpu())
     return torch.cat(found)
 
 
 def without_image(vlm: "VLM", design: Design, question: str) -> Float[Tensor, "one n_classes"] | None:
     """The same scores when the question is asked without an image; None where the family cannot be."""
-    if not takes_text_alone(vlm, question):
+    prompt = stemmed(design.wording.prompt(question), design.style.stem)
+    if not takes_text_alone(vlm, prompt):
         return None
-    prompt = stemmed(vlm, open_prompt(question, None), design.wording.stem)
     return score_names(vlm, [prompt], design.names, rows=design.rows).cpu()
 
 
@@ -129,7 +129,7 @@ def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
 def all_scores(vlm: "VLM", design: Design) -> dict[str, Tensor]:
     """For every question the scores of validation and test pictures and without an image, as `PART/NUMBER`."""
     found: dict[str, Tensor] = {}
-    for number, question in enumerate(design.wording.questions):
+    for number, question in enumerate(design.style.questions):
         for part in ("validation", "test"):
             found[f"{part}/{number}"] = scored(vlm, design, getattr(design.data, part), question)
         alone = without_image(vlm, design, question)
@@ -163,7 +163,7 @@ def score_tables(design: Design, model: str, made: Mapping[str, Tensor]) -> tupl
     """The rows of sum and mean, plain and less each prior; every question and their average over all classes, the
     first one among fewer candidates too."""
     values = {name: value.double().numpy() for name, value in made.items()}
-    questions = design.wording.questions
+    questions = design.style.questions
     sets = {str(number): question for number, question in enumerate(questions)}
     if len(questions) > 1:
         sets[AVERAGE] = AVERAGE

@@ -6,7 +6,7 @@ changed in place. What is trained is moved in float32 whatever the model's data 
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,16 +18,17 @@ from torch.nn import functional
 from tqdm import trange
 
 from vlm_mech.behaviour.answering.class_name_scores import Ids, Names, names_after
-from vlm_mech.behaviour.answering.prompts import open_prompt
 from vlm_mech.behaviour.master_weights import Descent
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.image import ImageLike
+from vlm_mech.inputs.prompt import Encoded, Prompt
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 What = Literal["projector", "lora"]
+Asked = Callable[[ImageLike], Prompt]
 IGNORED = -100
 
 
@@ -56,11 +57,14 @@ class Tuning:
 
 
 def tune(
-    vlm: "VLM", train: Sequence[Labelled], validation: Sequence[Labelled], question: str, tuning: Tuning
+    vlm: "VLM", train: Sequence[Labelled], validation: Sequence[Labelled], asked: Asked, tuning: Tuning
 ) -> dict[str, Any]:
     """Trains the model in place to answer the question with the class name and an end; what it was and the losses.
 
     `n_moved` counts the trained numbers that are others than before, as the model keeps them.
+
+    Args:
+        asked: the question about a picture.
 
     Raises:
         UsageError: peft is not installed, or the tokenizer has no end token.
@@ -71,15 +75,15 @@ def tune(
     if tuning.what == "lora" and find_spec("peft") is None:
         raise UsageError("--tune lora needs peft, which is not installed: pip install peft")
     labels = sorted({each.label for each in (*train, *validation)})
-    names = names_after(vlm, [open_prompt(question, train[0].image)], labels)
-    before = _mean_loss(vlm, validation, question, names, tuning.batch)
+    names = names_after(vlm, [asked(train[0].image)], labels)
+    before = _mean_loss(vlm, validation, asked, names, tuning.batch)
     frozen = {parameter: parameter.requires_grad for parameter in vlm.model.parameters()}
     vlm.model.requires_grad_(False)
     adapted = _adapted(vlm, tuning) if tuning.what == "lora" else None
     vlm.model.get_submodule(vlm.family.projector).requires_grad_(True)
     trained = [parameter for parameter in vlm.model.parameters() if parameter.requires_grad]
     loaded = [parameter.detach().clone() for parameter in trained]
-    losses = _descend(vlm, train, question, names, trained, tuning)
+    losses = _descend(vlm, train, asked, names, trained, tuning)
     moved = [(now.detach() != then).sum().item() for now, then in zip(trained, loaded, strict=True)]
     if adapted is not None:
         adapted.merge_and_unload()
@@ -92,7 +96,7 @@ def tune(
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "validation_loss_before": before,
-        "validation_loss_after": _mean_loss(vlm, validation, question, names, tuning.batch),
+        "validation_loss_after": _mean_loss(vlm, validation, asked, names, tuning.batch),
     }
 
 
@@ -112,7 +116,7 @@ def _adapted(vlm: "VLM", tuning: Tuning) -> Any:
 def _descend(
     vlm: "VLM",
     train: Sequence[Labelled],
-    question: str,
+    asked: Asked,
     names: Names,
     trained: Sequence[nn.Parameter],
     tuning: Tuning,
@@ -123,7 +127,7 @@ def _descend(
     for step in trange(tuning.n_steps, desc=f"tuning ({tuning.what})", disable=None):
         some = random.Random(f"{tuning.seed}/{step}").sample(list(train), min(tuning.batch, len(train)))
         with torch.enable_grad():
-            loss = _loss(vlm, some, question, names)
+            loss = _loss(vlm, some, asked, names)
         if not bool(torch.isfinite(loss)):
             raise WorkError(f"the loss is {loss.item()} at step {step}; a smaller --tune-rate may hold")
         descent.step(loss, rate=tuning.rate_at(step))
@@ -133,14 +137,14 @@ def _descend(
 
 
 @torch.no_grad()
-def _mean_loss(vlm: "VLM", examples: Sequence[Labelled], question: str, names: Names, batch: int) -> float:
+def _mean_loss(vlm: "VLM", examples: Sequence[Labelled], asked: Asked, names: Names, batch: int) -> float:
     lots = [examples[start : start + batch] for start in range(0, len(examples), batch)]
-    return sum(_loss(vlm, some, question, names).item() * len(some) for some in lots) / len(examples)
+    return sum(_loss(vlm, some, asked, names).item() * len(some) for some in lots) / len(examples)
 
 
-def _loss(vlm: "VLM", some: Sequence[Labelled], question: str, names: Names) -> Float[Tensor, ""]:
+def _loss(vlm: "VLM", some: Sequence[Labelled], asked: Asked, names: Names) -> Float[Tensor, ""]:
     """Mean cross-entropy of the answers' tokens and their ends."""
-    encoded = vlm.encode([open_prompt(question, each.image) for each in some])
+    encoded = vlm.encode([asked(each.image) for each in some])
     end = vlm.tokenizer.eos_token_id
     inputs, targets = with_answers(vlm, encoded, [(*names.ids[names.names.index(each.label)], end) for each in some])
     logits = getattr(vlm.model(**inputs, use_cache=False), vlm.family.readout)[:, :-1]

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from vlm_mech.behaviour.answering.class_name_scores import names_after, score_names
-from vlm_mech.behaviour.answering.prompts import Wording
+from vlm_mech.behaviour.answering.prompts import Style
 from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify.table import GENERATION, MEAN, NO_ORDER, OPEN, Cell, best, rows
 from vlm_mech.data.image_classes import Labelled, check_names
@@ -23,7 +23,7 @@ from vlm_mech.data.scene_questions import facts, questions
 from vlm_mech.data.user_files import Refused, Row, draw, read_rows
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike, image_named, load_image
-from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.wording import BARE, Wording
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.probing.controls import takes_text_alone
 from vlm_mech.organism.evaluate import questions_about_scenes
@@ -87,7 +87,7 @@ def other_questions(n: int, *, seed: int) -> tuple[Asked, ...]:
     )
 
 
-def load_questions(path: Path, wording: Wording, *, n: int | None = None, seed: int = 0) -> Questions:
+def load_questions(path: Path, style: Style, *, n: int | None = None, seed: int = 0) -> Questions:
     """Questions of a jsonl file with `image`, `class`, `question`, `options` and `answer`, with and without the class.
 
     The options are listed in the prompt. The class is put in the place of "this object"; where a question does not say
@@ -99,7 +99,7 @@ def load_questions(path: Path, wording: Wording, *, n: int | None = None, seed: 
     Raises:
         UsageError: no such file, or no line that is a question with a picture and an answer among its options.
     """
-    drawn = draw(read_rows(path, "questions"), n, seed, lambda row: _three(path.parent, row, wording))
+    drawn = draw(read_rows(path, "questions"), n, seed, lambda row: _three(path.parent, row, style))
     if not drawn.used:
         first = f"; the first was refused because {drawn.refused[0].reason}" if drawn.refused else ""
         wanted = f"lines are objects with {', '.join(FIELDS)} and options"
@@ -107,7 +107,7 @@ def load_questions(path: Path, wording: Wording, *, n: int | None = None, seed: 
     return Questions(tuple(itertools.chain(*drawn.used)), drawn.refused, drawn.told)
 
 
-def _three(folder: Path, row: Row, wording: Wording) -> list[Asked]:
+def _three(folder: Path, row: Row, style: Style) -> list[Asked]:
     """The question of a line: about the picture, with the class named, and that without the picture."""
     where, fields = f"line {row.line}", row.fields
     for field in FIELDS:
@@ -130,11 +130,18 @@ def _three(folder: Path, row: Row, wording: Wording) -> list[Asked]:
         named = f"The object is a {fields['class']}. {question}"
     key = f"question {row.line}" if fields.get("id") is None else row.id
     told = [(TWO_HOP, image, question), (NAMED, image, named), (UNSEEN, None, named)]
-    return [Asked(key, task, seen, wording.among(text, options), tuple(options), answer) for task, seen, text in told]
+    return [Asked(key, task, seen, style.among(text, options), tuple(options), answer) for task, seen, text in told]
 
 
 def answered(
-    vlm: "VLM", asked: Sequence[Asked], model: str, *, n_new: int, batch: int, n_rows: int = 128
+    vlm: "VLM",
+    asked: Sequence[Asked],
+    model: str,
+    *,
+    n_new: int,
+    batch: int,
+    n_rows: int = 128,
+    wording: Wording = BARE,
 ) -> pd.DataFrame:
     """What is generated, and which option has the highest mean log-probability, for every task among the questions.
 
@@ -144,13 +151,13 @@ def answered(
     tables = []
     for task in dict.fromkeys(each.task for each in asked):
         some = [each for each in asked if each.task == task]
-        if some[0].image is None and not takes_text_alone(vlm, some[0].question):
+        if some[0].image is None and not takes_text_alone(vlm, wording.prompt(some[0].question)):
             continue
         counts = {len(each.options) for each in some}
         k = counts.pop() if len(counts) == 1 else 0
         examples = [Labelled(each.id, each.image or "", each.answer) for each in some]
         chance = [1 / len(each.options) for each in some]
-        read, hits, first = _asked_in_batches(vlm, some, n_new, batch, n_rows)
+        read, hits, first = _asked_in_batches(vlm, some, n_new, batch, n_rows, wording)
         right = [each.only == example.label for each, example in zip(read, examples, strict=True)]
         cell = Cell(task, model, WHICHEVER, OPEN, NO_ORDER, GENERATION, k)
         texts = {"answers": [each.text for each in read], "predicted": [each.only for each in read]}
@@ -169,12 +176,12 @@ class _Read:
 
 
 def _asked_in_batches(
-    vlm: "VLM", asked: Sequence[Asked], n_new: int, batch: int, n_rows: int
+    vlm: "VLM", asked: Sequence[Asked], n_new: int, batch: int, n_rows: int, wording: Wording
 ) -> tuple[list[_Read], list[bool], list[str]]:
     """Generated answers as read, whether the right option scores highest, and which one does."""
     read, hits, first = [], [], []
     for some in _of_like_options(asked, batch):
-        prompts = [Prompt(each.question, each.image) for each in some]
+        prompts = [wording.prompt(each.question, each.image) for each in some]
         encoded = vlm.encode(prompts)
         texts = generate(vlm, encoded, max_new_tokens=n_new).texts
         for text, each in zip(texts, some, strict=True):

@@ -23,7 +23,6 @@ from vlm_mech.behaviour.contrastive_tuning.training import (
 from vlm_mech.behaviour.erroneous_agreement.data import Cases
 from vlm_mech.behaviour.erroneous_agreement.similarity import answer_scores, picks
 from vlm_mech.behaviour.erroneous_agreement.study import INDIVIDUAL, PAIR
-from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import holm, mcnemar
 from vlm_mech.runs.workspace import Workspace
@@ -58,7 +57,7 @@ def read_by_vlm(vlm: "VLM", data: Sequence[Cases], *, batch: int = BATCH) -> pd.
     """The same pairs asked of a VLM: whether each picture makes its own answer likelier than its counterfactual's."""
     scores = []
     for cases in data:
-        prompts = [Prompt(case.asked[0].question, image) for case in cases.cases for image in case.images]
+        prompts = [case.asked[0].about(image) for case in cases.cases for image in case.images]
         answers = [case.asked[0].answers for case in cases.cases for _ in case.images]
         right = [answer for case in cases.cases for answer in case.asked[0].answers]
         found = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vlm_mech.data.pairs import Pairs, by_groups, conflict_first, load_pairs, turned, with_conflict
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.wording import BARE, Wording
 
 IN_CONFLICT, USUAL = "in conflict", "usual"
 SHARES = (0.6, 0.2)
@@ -22,7 +23,7 @@ class Parts:
     test: Pairs
 
 
-def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed: int) -> Parts:
+def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed: int, wording: Wording = BARE) -> Parts:
     """The pairs of a set in conflict, turned where needed so that the picture in conflict is asked about first.
 
     Generated scenes have splits of their own. The pairs of a folder are cut by groups: 60 % to train, 20 % to validate,
@@ -32,9 +33,10 @@ def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed:
         UsageError: no pair says which picture is in conflict, or a folder with too few groups.
     """
     if not data.startswith("scenes/"):
-        return Parts(*by_groups(_faced(load_pairs(data, n=n, seed=seed)), SHARES, seed=seed))
+        return Parts(*by_groups(_faced(load_pairs(data, n=n, seed=seed, wording=wording)), SHARES, seed=seed))
     wanted = {"train": n_train, "validation": n_validation, "test": n}
-    found = {split: load_pairs(data, n=count, seed=seed, split=split) for split, count in wanted.items()}
+    drawn = {"seed": seed, "wording": wording}
+    found = {split: load_pairs(data, n=count, split=split, **drawn) for split, count in wanted.items()}
     return Parts(**{split: _faced(pairs) for split, pairs in found.items()})
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from vlm_mech.behaviour.debias.data import IN_CONFLICT
 from vlm_mech.behaviour.debias.study import BASE, PRIOR, TRUTH, TUNED
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.image import side_by_side
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import share_interval
@@ -36,7 +36,7 @@ def pictures(result: Result, pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Im
     for pair in list(pairs)[:n]:
         rows = table[table["example"] == f"{IN_CONFLICT}/{pair.id}"]
         before, after = (rows[rows["state"] == state]["answer"].iloc[0] for state in (BASE, TUNED))
-        shown.append((f"{pair.question} {pair.answer} (before: {before}; after: {after})", load_image(pair.image)))
+        shown.append((f"{pair.question} {pair.answer} (before: {before}; after: {after})", side_by_side(pair.images)))
     return tuple(shown)
 
 

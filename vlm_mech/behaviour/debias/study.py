@@ -16,7 +16,6 @@ from vlm_mech.behaviour.debias.data import IN_CONFLICT, USUAL, Parts, tasks_of
 from vlm_mech.behaviour.debias.training import Recipe, train
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.weight_swap.blocks import switched
 from vlm_mech.results.result import Metric
@@ -41,7 +40,7 @@ METRICS = (TRUTH, PRIOR)
 
 def answered(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> list[str]:
     """Greedy answers to the questions about the first pictures."""
-    prompts = [Prompt(pair.question, pair.image) for pair in pairs]
+    prompts = pairs.base
     found: list[str] = []
     for start in range(0, len(prompts), batch):
         found += generate(vlm, prompts[start : start + batch], max_new_tokens=max_new_tokens).texts

@@ -76,8 +76,8 @@ def lessons_of(pairs: Pairs, recipe: Recipe, step: int) -> list[Lesson]:
     drawn = random.Random(f"{recipe.seed}/{step}").sample(list(pairs), min(recipe.batch, len(pairs)))
     found = []
     for pair in drawn:
-        found.append(Lesson(Prompt(pair.question, pair.image), pair.answer))
-        found.append(Lesson(Prompt(pair.question, pair.counterfactual_image), pair.counterfactual_answer))
+        found.append(Lesson(pair.base, pair.answer))
+        found.append(Lesson(pair.counterfactual, pair.counterfactual_answer))
     return found
 
 
@@ -133,10 +133,10 @@ def true_tokens(vlm: "VLM", lessons: Sequence[Lesson], end: int | None) -> list[
     Raises:
         UsageError: an answer that cannot follow its prompt as tokens of its own.
     """
-    first = {(each.prompt.question, each.truth): each for each in lessons}
+    first = {(*each.prompt.said, each.truth): each for each in lessons}
     last = () if end is None else (end,)
     known = {key: (*names_after(vlm, [each.prompt], [each.truth]).ids[0], *last) for key, each in first.items()}
-    return [known[each.prompt.question, each.truth] for each in lessons]
+    return [known[*each.prompt.said, each.truth] for each in lessons]
 
 
 def usable(vlm: "VLM", pairs: Pairs, *, max_new_tokens: int) -> Pairs:
@@ -150,7 +150,7 @@ def usable(vlm: "VLM", pairs: Pairs, *, max_new_tokens: int) -> Pairs:
 
     def check(pair: Pair) -> None:
         truth = pairs.written(pair.answer)
-        ids = true_tokens(vlm, [Lesson(Prompt(pair.question, pair.image), truth)], None)[0]
+        ids = true_tokens(vlm, [Lesson(pair.base, truth)], None)[0]
         if len(ids) > max_new_tokens:
             raise UsageError(f"answer {truth!r} has {len(ids)} tokens; max_new_tokens is {max_new_tokens}")
 

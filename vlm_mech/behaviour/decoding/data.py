@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vlm_mech.behaviour.decoding.processors import CUTOFF, NOISE_STEP, RATE, START, STRENGTH
 from vlm_mech.data.pairs import Pairs, by_groups, conflict_first, fitting, load_pairs, with_conflict
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.wording import BARE, Wording
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -66,14 +67,15 @@ def grid(kinds: Sequence[str], alphas: Sequence[float], rates: Sequence[float], 
     return found
 
 
-def parts_of(vlm: "VLM", data: str, *, n: int | None, seed: int) -> tuple[Pairs, Pairs]:
+def parts_of(vlm: "VLM", data: str, *, n: int | None, seed: int, wording: Wording = BARE) -> tuple[Pairs, Pairs]:
     """Validation and test pairs in conflict that fit the model: splits of the scenes, or halves of a folder.
 
     Raises:
         UsageError: no pair says which picture is in conflict, or fewer than two pairs in a part.
     """
     scenes, parts = data.startswith("scenes/"), (VALIDATION, TEST)
-    loaded = [load_pairs(data, n=n, seed=seed, split=split) for split in (parts if scenes else (TEST,))]
+    drawn = {"n": n, "seed": seed, "wording": wording}
+    loaded = [load_pairs(data, split=split, **drawn) for split in (parts if scenes else (TEST,))]
     both = [conflict_first(fitting(vlm, with_conflict(pairs))) for pairs in loaded]
     validation, test = both if scenes else by_groups(both[0], (0.5,), seed=seed)
     for pairs, part in ((validation, VALIDATION), (test, TEST)):

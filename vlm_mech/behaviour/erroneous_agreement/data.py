@@ -26,6 +26,7 @@ from vlm_mech.data.user_files import check_count
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.wording import BARE, Wording
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -48,6 +49,11 @@ class Asked:
 
     question: str
     answers: tuple[str, ...]
+    wording: Wording = BARE
+
+    def about(self, image: Image.Image) -> Prompt:
+        """The question in its wording about one of the images."""
+        return self.wording.prompt(self.question, image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +84,7 @@ class Cases:
     drawn: str = ""
 
 
-def load_cases(name: str, *, n: int | None, seed: int, split: str, template: str) -> Cases:
+def load_cases(name: str, *, n: int | None, seed: int, split: str, template: str, wording: Wording = BARE) -> Cases:
     """Pairs by name or folder (see `load_pairs`), or `scenes/relations`, with captions.
 
     Captions of scenes name what is in them, or the relation asked about; those of a folder are the fields `caption`
@@ -87,13 +93,14 @@ def load_cases(name: str, *, n: int | None, seed: int, split: str, template: str
     Args:
         n: pairs, or sets of four; 64 pairs or 32 sets by default, all of a folder.
         template: caption of a folder's pictures, with {question} and {answer}.
+        wording: how the questions are put to a VLM; captions stay as they are.
 
     Raises:
         UsageError: as for `load_pairs`, or a template without {answer}.
     """
     if name == SETS:
-        return _sets(SOME_SETS if n is None else n, seed, split)
-    pairs = load_pairs(name, n=n, seed=seed, split=split)
+        return _sets(SOME_SETS if n is None else n, seed, split, wording)
+    pairs = load_pairs(name, n=n, seed=seed, split=split, wording=wording)
     if name.startswith("scenes/"):
         found = sample_pairs(name.removeprefix("scenes/"), len(pairs), seed=seed, split=split)
         captions = [scene_captions(each) for each in found]
@@ -106,9 +113,10 @@ def _cases(pairs: Pairs, captions: Sequence[tuple[str, ...]]) -> Cases:
     kept: list[Case] = []
     refused = list(pairs.refused)
     for pair, told in zip(pairs, captions, strict=True):
-        images = tuple(load_image(image) for image in (pair.image, pair.counterfactual_image))
-        asked = (Asked(pair.question, (pair.answer, pair.counterfactual_answer)),)
+        asked = (Asked(pair.question, (pair.answer, pair.counterfactual_answer), pair.wording),)
         try:
+            pair.check_single("a contrastive model compares")
+            images = tuple(map(load_image, pair.pictures))
             kept.append(Case(pair.id, images, told, asked, pair.group or pair.id))
         except UsageError as error:
             refused.append(Refused(pair.id, str(error)))
@@ -149,18 +157,18 @@ def _filled(template: str, pair: Pair) -> tuple[str, ...]:
 # Sets of four
 
 
-def _sets(n: int, seed: int, split: str) -> Cases:
+def _sets(n: int, seed: int, split: str, wording: Wording) -> Cases:
     check_count(n, "n", "set")
-    return Cases(SETS, tuple(_set_of_four(scenes) for scenes in sample_sets(n, seed=seed, split=split)))
+    return Cases(SETS, tuple(_set_of_four(scenes, wording) for scenes in sample_sets(n, seed=seed, split=split)))
 
 
-def _set_of_four(scenes: Sequence[Scene]) -> Case:
+def _set_of_four(scenes: Sequence[Scene], wording: Wording) -> Case:
     one, other = scenes[0].things
     sides = ("left", "right", "above", "below")
     asked = (
-        Asked(f"is the {one.kind} left or right of or above or below the {other.kind}?", sides),
-        Asked(f"is the {one.kind} left or right of the {other.kind}?", sides[:2]),
-        Asked(f"is the {one.kind} above or below the {other.kind}?", sides[2:]),
+        Asked(f"is the {one.kind} left or right of or above or below the {other.kind}?", sides, wording),
+        Asked(f"is the {one.kind} left or right of the {other.kind}?", sides[:2], wording),
+        Asked(f"is the {one.kind} above or below the {other.kind}?", sides[2:], wording),
     )
     captions = tuple(relation_caption(one, other, side) for side in sides)
     key = scenes[0].key[:12]
@@ -223,7 +231,7 @@ def answerable(vlm: "VLM", cases: Cases) -> Cases:
     for case in cases.cases:
         try:
             for asked in case.asked:
-                encoded = vlm.encode([Prompt(asked.question, case.images[0])])
+                encoded = vlm.encode([asked.about(case.images[0])])
                 ids = [vlm.answer_ids(encoded, [answer]).item() for answer in asked.answers]
                 if len(set(ids)) < len(ids):
                     raise UsageError(f"two of the answers {', '.join(asked.answers)} start with the same token")
@@ -237,7 +245,7 @@ def joined(data: Sequence[Cases]) -> Pairs:
     """All pairs of images as `Pairs`, for provenance."""
     pairs = [
         Pair(f"{cases.name}/{case.id}/{first // 2}", *case.images[first : first + 2], case.asked[0].question,
-             *case.asked[0].answers[first : first + 2], case.group)
+             *case.asked[0].answers[first : first + 2], case.group, wording=case.asked[0].wording)
         for cases in data for case in cases.cases for first in range(0, len(case.images), 2)
     ]  # fmt: skip
     refused = [Refused(f"{cases.name}/{each.id}", each.reason) for cases in data for each in cases.refused]

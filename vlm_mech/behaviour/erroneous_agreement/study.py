@@ -21,7 +21,6 @@ from vlm_mech.behaviour.erroneous_agreement.similarity import (
     rank_correlations,
     tower_patches,
 )
-from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.results.result import N_RESAMPLES, Metric, Result
 from vlm_mech.results.statistics import corrected, mcnemar, point_biserial
 
@@ -87,7 +86,7 @@ def _answers(vlm: "VLM", cases: Sequence[Case]) -> dict[str, list[Any]]:
     """Log-probabilities of the answers to each question, and whether the first is answered rightly unprompted."""
     columns: dict[str, list[Any]] = {}
     for number, first in enumerate(cases[0].asked):
-        prompts = [Prompt(case.asked[number].question, image) for case in cases for image in case.images]
+        prompts = [case.asked[number].about(image) for case in cases for image in case.images]
         answers = [case.asked[number].answers for case in cases for _ in case.images]
         right = [case.asked[0].answers[place] for case in cases for place in range(len(case.images))]
         # A question about one of two axes has no right answer for images of the other.

@@ -20,7 +20,7 @@ from vlm_mech.behaviour.scoring.measures import (
 )
 from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, load_pairs
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.wording import BARE, Wording
 from vlm_mech.models.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
@@ -62,27 +62,34 @@ class Plan:
 
 
 def load_parts(
-    data: str, *, n: int | None, n_validation: int | None, seed: int, split: str = TEST
+    data: str,
+    *,
+    n: int | None,
+    n_validation: int | None,
+    seed: int,
+    split: str = TEST,
+    wording: Wording = BARE,
 ) -> tuple[Pairs, Pairs | None]:
     """Pairs to test on, and to choose the best prompt on (None: that is left out).
 
     Args:
         n_validation: pairs to choose on; by default 32 of generated scenes, and a third of a folder.
         split: of generated scenes.
+        wording: how what the prompts ask is put.
 
     Raises:
         UsageError: as for `load_pairs`, a negative number, or fewer than two pairs to test on.
     """
     if n_validation is not None and n_validation < 0:
         raise UsageError(f"n_validation is {n_validation}; 0 leaves the best prompt out, otherwise pairs are needed")
-    pairs = load_pairs(data, n=n, seed=seed, split=split)
+    pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording)
     scenes = data.startswith("scenes/")
     if n_validation is None:
         n_validation = N_VALIDATION if scenes else len(pairs) // 3
     if not n_validation:
         return pairs, None
     if scenes:
-        return pairs, load_pairs(data, n=n_validation, seed=seed, split=VALIDATION)
+        return pairs, load_pairs(data, n=n_validation, seed=seed, split=VALIDATION, wording=wording)
     validation, test = by_groups(pairs, (n_validation / len(pairs),), seed=seed)
     return test, validation
 
@@ -169,8 +176,9 @@ def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template], n_n
         room = 0
         for template in templates:
             asked = template.asked(pair.question, options)
-            check_known(vlm, [asked], "prompt")
-            found = option_tokens(vlm, Prompt(asked, pair.image), template.strings(options))
+            prompt = pair.wording.prompt(asked, pair.image)
+            check_known(vlm, [prompt.question], "prompt")
+            found = option_tokens(vlm, prompt, template.strings(options))
             room = max(room, n_new, *map(len, found.ids))
         _check_room(vlm, pair, [template.asked(pair.question, options) for template in templates], room)
 
@@ -179,12 +187,13 @@ def _check_room(vlm: "VLM", pair: Pair, asked: Sequence[str], n_new: int) -> Non
     """Raises `UsageError` when the longest of the prompts about a picture leaves no room for an answer."""
     longest = max(asked, key=lambda text: len(vlm.tokenizer(text, verbose=False)["input_ids"]))
     for image in (pair.image, pair.counterfactual_image):
-        vlm.encode(Prompt(longest, image)).check_room(n_new)
+        vlm.encode(pair.wording.prompt(longest, image)).check_room(n_new)
 
 
 def _check_captions(encoder: DualEncoder, pair: Pair, name: str, caption: str) -> None:
     """Raises `UsageError` for captions of a pair that the contrastive model cannot be given."""
-    encoder.encode([pair.image], captions_of(Pairs(name, (pair,)), caption)[0])
+    pair.check_single("a contrastive model compares")
+    encoder.encode(list(pair.images), captions_of(Pairs(name, (pair,)), caption)[0])
 
 
 def captions_of(pairs: Pairs, caption: str) -> list[tuple[str, str]]:

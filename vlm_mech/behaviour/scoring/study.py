@@ -98,7 +98,7 @@ def similarity_rows(
     places = np.array([[texts.index(text) for text in each] for each in captions])
     tables = []
     for view, some in views.items():
-        images = [image for pair in some for image in (pair.image, pair.counterfactual_image)]
+        images = [image for pair in some for image in pair.pictures]
         examples = [Labelled(str(number), image, texts[0]) for number, image in enumerate(images)]
         cosines = contrastive_scores(encoder, examples, texts, "{class}", batch=batch).reshape(len(some), 2, -1)
         scores = np.take_along_axis(cosines, places[:, None, :].repeat(2, axis=1), axis=2)
@@ -116,7 +116,11 @@ def _prompts(pairs: Pairs, template: Template, order: str) -> tuple[list[Prompt]
     listed = [(pair.answer, pair.counterfactual_answer)[:: -1 if order == SWAPPED else 1] for pair in pairs]
     asked = [template.asked(pair.question, options) for pair, options in zip(pairs, listed, strict=True)]
     images = [pair.image for pair in pairs], [pair.counterfactual_image for pair in pairs]
-    prompts = [Prompt(text, image) for some in images for text, image in zip(asked, some, strict=True)]
+    prompts = [
+        pair.wording.prompt(text, image)
+        for some in images
+        for pair, text, image in zip(pairs, asked, some, strict=True)
+    ]
     return prompts, listed * 2
 
 

@@ -24,6 +24,7 @@ from vlm_mech.inputs.answer import Spelling
 from vlm_mech.inputs.image import Box, image_named, load_image
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
+from vlm_mech.inputs.wording import BARE, Wording
 from vlm_mech.methods.compensation.variants import Patch, Places
 from vlm_mech.methods.lens.identifiability import patches_of_mask
 
@@ -61,7 +62,7 @@ class Example:
     @property
     def prompt(self) -> Prompt:
         """The question about the image."""
-        return Prompt(self.pair.question, self.pair.image)
+        return self.pair.base
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,14 @@ class Examples:
 
 
 def load_examples(
-    vlm: "VLM", data: str, *, n: int | None, seed: int = 0, split: str = "test", min_share: float = MIN_SHARE
+    vlm: "VLM",
+    data: str,
+    *,
+    n: int | None,
+    seed: int = 0,
+    split: str = "test",
+    min_share: float = MIN_SHARE,
+    wording: Wording = BARE,
 ) -> Examples:
     """The examples of generated scenes (`SOME` by default) or of a folder; those that do not fit the model are refused.
 
@@ -110,7 +118,7 @@ def load_examples(
         UsageError: see `shown_parts` and `examples_of`.
     """
     n = SOME if n is None and data.startswith("scenes/") else n
-    pairs = load_pairs(data, n=n, seed=seed, split=split)
+    pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording)
     shown = shown_parts(pairs, seed=seed, split=split)
     return examples_of(vlm, fitting(vlm, pairs), shown, min_share=min_share, seed=seed)
 
@@ -174,11 +182,12 @@ def examples_of(
     kept: list[Example] = []
     refused = list(pairs.refused)
     for pair in pairs:
-        encoded = vlm.encode(Prompt(pair.question, pair.image))
+        encoded = vlm.encode(pair.base)
         if not encoded.rows[0].images[0].layout.views:
             raise UsageError(f"the image tokens of {vlm.name} are learned queries; they show no part")
         random = np.random.default_rng([seed, zlib.crc32(pair.id.encode())])
         try:
+            pair.check_single("masks of a part and its object are of")
             places = places_of(encoded, shown[pair.id], min_share=min_share, random=random)
         except UsageError as error:
             refused.append(Refused(pair.id, str(error)))

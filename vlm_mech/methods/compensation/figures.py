@@ -44,7 +44,7 @@ def pictures(maps: Sequence[PartMap]) -> tuple[tuple[str, Image.Image], ...]:
     shown = []
     for each in maps:
         levels = np.where(each.object, 1.0, np.where(each.background, 0.5, 0.0))
-        picture = laid_over(load_image(each.pair.image), each.boxes, levels, most=1.0, outlined=each.part)
+        picture = laid_over(load_image(each.pair.images[0]), each.boxes, levels, most=1.0, outlined=each.part)
         caption = f"{each.pair.question} {each.pair.answer}: its patches framed, its object's bright, the control's dim"
         shown.append((caption, picture))
     return tuple(shown)

@@ -302,15 +302,17 @@ def object_masks(pairs: "Pairs", *, seed: int, split: str) -> dict[str, Bool[np.
         seed, split: with which they were loaded.
 
     Raises:
-        UsageError: a box that is none, or that is empty or outside the image.
+        UsageError: a box that is none, or that is empty or outside the image, or of a prompt with several images.
     """
     if pairs.name.startswith("scenes/"):
         return _scene_masks(pairs, seed, split)
-    images = {pair.id: load_image(pair.image) for pair in pairs}
-    found = {}
+    known, found = {pair.id: pair for pair in pairs}, {}
     for name, fields in pair_fields(Path(pairs.name)).items():
-        if name in images and "object" in fields:
-            found[name] = _mask_of_boxes(name, fields["object"], images[name].size)
+        if name in known and "object" in fields:
+            images = list(known[name].images)
+            if len(images) > 1:
+                raise UsageError(f"pair {name}: object is in pixels of one image, and the prompt shows {len(images)}")
+            found[name] = _mask_of_boxes(name, fields["object"], load_image(images[0]).size)
     return found
 
 

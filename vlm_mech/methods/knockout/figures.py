@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from PIL import Image
 
-from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.image import load_image, side_by_side
 from vlm_mech.methods.knockout.data import Scan
 from vlm_mech.methods.knockout.follow_up import N_SHOWN, AttentionMap, FollowUp
 from vlm_mech.results import figures
@@ -39,7 +39,7 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
 def pictures(pairs: "Pairs", scan: Scan, more: FollowUp) -> Pictures:
     """Some examples, or where each of the strongest heads looks in them; then the examples that were written about."""
     if scan.heads is None:
-        shown = [(f"{pair.question} {pair.answer}", load_image(pair.image)) for pair in list(pairs)[:N_SHOWN]]
+        shown = [(f"{pair.question} {pair.answer}", side_by_side(pair.images)) for pair in list(pairs)[:N_SHOWN]]
     else:
         query = scan.edges[0].query
         shown = [_attention(each, f"{head.head}, from {query}") for head in more.attention for each in head.maps]
@@ -48,7 +48,7 @@ def pictures(pairs: "Pairs", scan: Scan, more: FollowUp) -> Pictures:
 
 def _attention(found: AttentionMap, what: str) -> tuple[str, Image.Image]:
     """Every patch as bright as its share of the largest weight on any token, those of the object framed."""
-    picture = load_image(found.pair.image)
+    picture = load_image(found.pair.images[0])
     shown = laid_over(picture, found.boxes, found.weights, most=found.most, outlined=found.of_object)
     amounts = f"{100 * found.on_image:.0f} % on the image, brightest patch {100 * found.weights.max():.0f} %"
     return f"{found.pair.question} {found.pair.answer} - {what}: {amounts}", shown
@@ -62,5 +62,5 @@ def _written(pairs: "Pairs", texts: pd.DataFrame) -> Pictures:
         if rows.empty:
             continue
         without = "; ".join(f"without {edge}: {cut!r}" for edge, cut in zip(rows["edge"], rows["cut"], strict=True))
-        shown.append((f"{pair.question} {rows['clean'].iloc[0]!r}; {without}", load_image(pair.image)))
+        shown.append((f"{pair.question} {rows['clean'].iloc[0]!r}; {without}", side_by_side(pair.images)))
     return tuple(shown)

@@ -45,8 +45,8 @@ def layer_swap(
 ) -> Result:
     """Activation patching (an interchange intervention) between the two images of each pair, at every layer and span.
 
-    Pairs that the model cannot be asked (their prompts have unlike tokens, or one answer begins the other) are left out;
-    they are listed under `refused` in the provenance and counted in the findings.
+    Pairs that the model cannot be asked (their prompts have unlike tokens, or one answer begins the other) are left
+    out; they are listed under `refused` in the provenance and counted in the findings.
 
     Args:
         site: `llm`, `projector` or `vision`; `point` is the tensor of each block.
@@ -62,8 +62,8 @@ def layer_swap(
 
     Returns:
         A row per pair and cell of direction, span and layer (or point of the projector), with the metrics `recovered`,
-        `logit_diff` (or whatever `measure` names) and `flip`; `findings` says how many pairs count, and at which layers the answer turns. The
-        provenance has what that of `python -m experiments.layer_swap` has, less versions and settings.
+        `logit_diff` (or what `measure` names) and `flip`; `findings` says how many pairs count, and at which layers the
+        answer turns. The provenance has what that of `python -m experiments.layer_swap` has, less versions and settings.
 
     Raises:
         UsageError: a span or direction that is not known, no pair that fits, or a batch below 1.

@@ -153,7 +153,8 @@ def fingerprint(prompt: Prompt) -> str:
     for image in map(load_image, prompt.images):
         digest.update(repr(image.size).encode() + image.tobytes())
     if not prompt.images:
-        digest.update(repr((prompt.question, prompt.system, prompt.text)).encode())
+        begun = () if prompt.prefix is None else (prompt.prefix,)
+        digest.update(repr((prompt.question, prompt.system, prompt.text, *begun)).encode())
     return digest.hexdigest()
 
 

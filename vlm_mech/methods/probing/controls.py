@@ -54,10 +54,10 @@ def with_random_weights(vlm: "VLM", *, seed: int) -> "VLM":
     return VLM(model, vlm.processor, name=f"{vlm.name} (random weights)", check=False)
 
 
-def takes_text_alone(vlm: "VLM", question: str) -> bool:
-    """Whether the family can be asked without an image."""
+def takes_text_alone(vlm: "VLM", prompt: Prompt) -> bool:
+    """Whether the family can be asked that without an image."""
     try:
-        vlm.encode(Prompt(question))
+        vlm.encode(replace(prompt, image=None))
     except UsageError:
         return False
     return True
@@ -72,7 +72,7 @@ def read_without_image(
     of the mean colour of the whole data set (an image's own mean would give its colours away). Prompts that become the
     same are run once.
     """
-    alone = takes_text_alone(vlm, examples.prompts[0].question)
+    alone = takes_text_alone(vlm, examples.prompts[0])
     bare = [spot for spot in spots if alone and spot.site.stream == "llm" and spot.span in TEXT_SPANS]
     rest = [spot for spot in spots if spot not in bare]
     found: Features = {}
@@ -86,10 +86,14 @@ def read_without_image(
 
 
 def _blanked(prompts: Sequence[Prompt]) -> list[Prompt]:
-    images = [load_image(prompt.images[0]) for prompt in prompts]
-    colour = np.mean([np.asarray(image).mean((0, 1)) for image in images], axis=0).round().astype(int)
-    blank = {size: Image.new("RGB", size, tuple(colour.tolist())) for size in {image.size for image in images}}
-    return [replace(prompt, image=blank[image.size]) for prompt, image in zip(prompts, images, strict=True)]
+    images = [[load_image(image) for image in prompt.images] for prompt in prompts]
+    every = [image for each in images for image in each]
+    colour = np.mean([np.asarray(image).mean((0, 1)) for image in every], axis=0).round().astype(int)
+    blank = {size: Image.new("RGB", size, tuple(colour.tolist())) for size in {image.size for image in every}}
+    return [
+        replace(prompt, image=[blank[image.size] for image in each])
+        for prompt, each in zip(prompts, images, strict=True)
+    ]
 
 
 def _read_once(
@@ -99,9 +103,8 @@ def _read_once(
     with_objects = any(spot.span == OBJECT for spot in spots)
     keys = [
         (
-            prompt.question,
-            prompt.system,
-            load_image(prompt.image).size if prompt.images else None,
+            prompt.said,
+            tuple(load_image(image).size for image in prompt.images),
             patches if with_objects else None,
         )
         for prompt, patches in zip(prompts, examples.objects, strict=True)

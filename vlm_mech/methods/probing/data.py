@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import Pair, Pairs, checked, with_conflict
+from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.errors import UsageError
 from vlm_mech.extraction.extract import NAMED, extract
 from vlm_mech.inputs.image import load_image
@@ -95,9 +96,8 @@ def conflicts_of(vlm: "VLM", pairs: Pairs) -> Examples:
 
 def _sides(vlm: "VLM", pair: Pair) -> tuple[dict, dict]:
     shared = {"group": pair.group or pair.id, "object": changed_patches(vlm, pair), "prior": ""}
-    first = {"id": pair.id, "prompt": Prompt(pair.question, pair.image), "label": pair.answer}
-    prompt = Prompt(pair.question, pair.counterfactual_image)
-    second = {"id": f"{pair.id}'", "prompt": prompt, "label": pair.counterfactual_answer}
+    first = {"id": pair.id, "prompt": pair.base, "label": pair.answer}
+    second = {"id": f"{pair.id}'", "prompt": pair.counterfactual, "label": pair.counterfactual_answer}
     return shared | first, shared | second
 
 
@@ -111,14 +111,18 @@ def _joined(name: str, made: Sequence[Sequence[dict]]) -> Examples:
 def changed_patches(vlm: "VLM", pair: Pair) -> Patches:
     """The image tokens (of the first view) over the pixels in which the two images of a pair differ.
 
+    Where a prompt shows several images, those of the one that differs.
+
     Raises:
-        UsageError: the images have unlike sizes, no pixel that the model sees differs, or image tokens are no patches.
+        UsageError: the images have unlike sizes, several of them differ, no pixel that the model sees differs, or image
+            tokens are no patches.
     """
-    shares = _shares(vlm, Prompt(pair.question, pair.image), _changed_pixels(pair))
+    image = _changed_image(pair)
+    shares = _shares(vlm, pair.base, _changed_pixels(pair, image), image)
     if not shares.any():
         raise UsageError(f"pair {pair.id}: its two images differ only where {vlm.name} crops them away")
     cells = np.argwhere(shares >= min(SHARE, shares.max()))
-    return Patches(tuple((int(row), int(column)) for row, column in cells))
+    return Patches(tuple((int(row), int(column)) for row, column in cells), image)
 
 
 def with_objects(vlm: "VLM", pairs: Pairs) -> Pairs:
@@ -129,7 +133,7 @@ def with_objects(vlm: "VLM", pairs: Pairs) -> Pairs:
     """
 
     def check(pair: Pair) -> None:
-        vlm.encode(Prompt(pair.question, pair.counterfactual_image))
+        vlm.encode(pair.counterfactual)
         changed_patches(vlm, pair)
 
     return checked(pairs, check, "can be used")
@@ -143,8 +147,18 @@ def data_provenance(data: Sequence[Pairs]) -> dict[str, Any]:
     }
 
 
-def _changed_pixels(pair: Pair) -> Bool[np.ndarray, "height width"]:
-    images = [np.asarray(load_image(image), dtype=int) for image in (pair.image, pair.counterfactual_image)]
+def _changed_image(pair: Pair) -> int:
+    """The number of the image that another one stands for."""
+    both = list(zip(pair.images, pair.counterfactual_images, strict=True))
+    changed = [number for number, (one, other) in enumerate(both) if pixel_hash(one) != pixel_hash(other)]
+    if len(changed) > 1:
+        raise UsageError(f"pair {pair.id}: {len(changed)} of its {len(both)} images differ; one alone is needed")
+    return changed[0] if changed else 0
+
+
+def _changed_pixels(pair: Pair, number: int) -> Bool[np.ndarray, "height width"]:
+    both = pair.images[number], pair.counterfactual_images[number]
+    images = [np.asarray(load_image(image), dtype=int) for image in both]
     if images[0].shape != images[1].shape:
         sizes = " and ".join(f"{each.shape[1]} x {each.shape[0]}" for each in images)
         raise UsageError(f"pair {pair.id}: its images have {sizes} pixels; the same size is needed")
@@ -154,11 +168,13 @@ def _changed_pixels(pair: Pair) -> Bool[np.ndarray, "height width"]:
     return changed
 
 
-def _shares(vlm: "VLM", prompt: Prompt, changed: Bool[np.ndarray, "height width"]) -> Float[np.ndarray, "row column"]:
-    """The part of each patch's pixels that is marked."""
+def _shares(
+    vlm: "VLM", prompt: Prompt, changed: Bool[np.ndarray, "height width"], image: int
+) -> Float[np.ndarray, "row column"]:
+    """The part of each patch's pixels that is marked, in the first view of an image."""
     encoded = vlm.encode(prompt)
-    boxes = encoded.boxes()
-    grid = encoded.grids()[0]
+    boxes = encoded.boxes(image=image)
+    grid = encoded.rows[0].images[image].layout.views[0].grid
     found = []
     for box in boxes:
         rows = slice(max(0, round(box.top)), max(1, round(box.bottom)))
@@ -207,7 +223,7 @@ def _every_patch(vlm: "VLM", examples: Examples) -> list[str]:
 
 
 def _one_a_size(prompts: Sequence[Prompt]) -> list[Prompt]:
-    return list({load_image(prompt.images[0]).size: prompt for prompt in prompts}.values())
+    return list({tuple(load_image(image).size for image in prompt.images): prompt for prompt in prompts}.values())
 
 
 def span_of(name: str, objects: Sequence[Span]) -> Span:

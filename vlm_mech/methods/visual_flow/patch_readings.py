@@ -2,6 +2,7 @@
 
 import base64
 import io
+import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +56,10 @@ def patch_readings(
     words = lens(vlm, shown.pairs.base, sites, "image", top=1)
     probed = None if fitted is None else patch_probabilities(vlm, shown, fitted, sites, folder=folder)
     looks, about = _attention(vlm, cases, shown, said)
-    found = []
+    at, found = operator.attrgetter("example", "image", "view"), []
     for number, pair in enumerate(shown.pairs):
         n_rows, n_columns = encoded.grids(number)[0]
-        tokens = [place for place, token in enumerate(words.tokens) if (token.example, token.view) == (number, 0)]
+        tokens = [place for place, token in enumerate(words.tokens) if at(token) == (number, 0, 0)]
         tokens.sort(key=lambda place: (words.tokens[place].row, words.tokens[place].column))
         read = [words.top_words(site) for site in sites]
         found.append(
@@ -67,7 +68,7 @@ def patch_readings(
                 "question": pair.question,
                 "answer": pair.answer,
                 "rival": shown.rivals[number],
-                "picture": _kept(load_image(pair.image)),
+                "picture": _kept(load_image(pair.images[0])),
                 "grid": [n_rows, n_columns],
                 "boxes": [[box.left, box.top, box.right, box.bottom] for box in encoded.boxes(number)],
                 "layers": [INPUT if site.name == "llm.resid_pre" else site.layer for site in sites],
