@@ -88,7 +88,7 @@ def test_gradients_equal_finite_differences(family, measure):
         expected = difference(vlm, encoded, found.held, toward, site, span, measure)
         estimate = along(encoded, slopes, found.held, toward, site, span)
         # Some parts of the models compute in single precision whatever is asked: rounding / STEP.
-        limit = 3e-4 + 5e-3 * expected.abs().max().item()
+        limit = 3e-4 + 1e-2 * expected.abs().max().item()
         assert (estimate - expected).abs().max() <= limit, (site, estimate, expected)
         n_moved += expected.abs().max().item() > 5e-3
     assert n_moved >= 4, "a test of zeros says nothing"

@@ -1,6 +1,5 @@
 """First tokens of answers: those that cannot be told apart are refused, and the spelling is the one the model uses."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -14,10 +13,12 @@ from vlm_mech.data.pairs import Pair, Pairs, fitting
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Attached, Spelling
 from vlm_mech.interventions.specification import Ablate
+from vlm_mech.interventions.trace import run
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results import metrics
 from vlm_mech.runs.contract import about, spelt
-from vlm_mech.sweeps.measures import logit_diff
+from vlm_mech.sweeps.measures import Measure, logit_diff, logprob_diff, prob
+from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.sweep import grid, sweep
 
 ANSWERS = ("left", "right", "5", "7", "(", "A", "B", ")", "猫", "犬")
@@ -80,7 +81,7 @@ def test_answers_are_compared_on_the_token_the_model_would_use(likely, spelling,
     assert [pair.answer for pair in found] == ["left", "left"] and found.digest == pairs.digest
     assert found[:1].spelling == spelling
     (line,) = spelt(about("?", vlm, found, {}))
-    assert line.startswith(f"Answers are compared {spelling or Spelling()}; mean probability of their first tokens: ")
+    assert line.startswith(f"Answers are compared {spelling or Spelling()} (chosen on the same 2 pairs); mean prob")
 
 
 def test_a_space_alone_tells_no_answers_apart():
@@ -90,25 +91,95 @@ def test_a_space_alone_tells_no_answers_apart():
     for number, answers in enumerate((pairs.answer, pairs.counterfactual_answer) * 2):
         with pytest.raises(UsageError, match="answer '[57]' begins with the piece '\u2581', a space alone"):
             vlm.answer_ids(encoded, answers), number
-    found = fitting(vlm, pairs)
-    assert [pair.id for pair in found] == ["p3"] and [each.id for each in found.refused] == ["p0", "p1", "p2"]
-    assert all("a space alone" in each.reason for each in found.refused)
+    found = fitting(vlm, pairs, by_first_token=True)
+    # Without a space before, as the whole answers are likelier, all but brackets begin apart.
+    assert [each.id for each in found.refused] == ["p1"] and found.spelling == Spelling(space=False)
+    spaced = fitting(vlm, pairs, by_first_token=True, variants="as-written")
+    assert [pair.id for pair in spaced] == ["p3"] and all("a space alone" in each.reason for each in spaced.refused)
+    # After that piece they part, and are compared there.
+    whole = fitting(vlm, pairs, variants="as-written")
+    assert len(whole) == 4 and not whole.refused
+    one, other = readings_of(vlm, encoded, [logit_diff(whole.answer, whole.counterfactual_answer)]).each[0].ids
+    assert vlm.tokenizer.convert_ids_to_tokens(one[:3].tolist()) == ["5", "A", "猫"]
+    assert vlm.tokenizer.convert_ids_to_tokens(other[:3].tolist()) == ["7", "B", "犬"]
     ids = vlm.answer_ids(encoded, [Attached(each) for each in pairs.answer])
     assert vlm.tokenizer.convert_ids_to_tokens(ids.tolist()) == ["5", "(", "猫", "left"]
 
 
-def test_answers_that_begin_alike_are_refused_by_every_measure():
+def test_answers_that_begin_alike_are_told_apart_where_they_part():
     vlm = VLM(tiny_model(), tiny_processor(), name="tiny", check=False)
     pairs = pairs_of(("red circle", "red star"), ("red", "blue"))
-    same = logit_diff(["red circle", "red"], ["red star", "blue"])
     edit = lambda point: Ablate(Site("llm.mlp_out", point.layer), "last")  # noqa: E731
+    first = Measure(logit_diff((), ()).metric, metrics.logit_diff, (pairs.answer, pairs.counterfactual_answer))
     for engine in ("fast", "trace"):
         with pytest.raises(UsageError, match="logit_diff: answers 'red circle' and 'red star' both begin with"):
-            sweep(vlm, pairs, grid(layer=[0]), edit, same, engine=engine)
+            sweep(vlm, pairs, grid(layer=[0]), edit, first, engine=engine)
     logits, ids = torch.randn(2, 9), torch.tensor([3, 4])
     for measure in (metrics.logit_diff, metrics.flip):
         with pytest.raises(UsageError, match="both answers of example 1 begin with token 4"):
             measure(logits, ids, torch.tensor([5, 4]))
+    by_first = fitting(vlm, pairs, by_first_token=True)
+    assert [each.id for each in by_first.refused] == ["p0"]
+    found = fitting(vlm, pairs_of(("red circle", "red star"), ("red", "blue"), ("red", "red star")))
+    assert [each.id for each in found.refused] == ["p2"] and found.spelling is None and found.told == {}
+    assert found.refused[0].reason == "answers 'red' and 'red star' do not part: one begins the other"
+    assert spelt(about("?", vlm, pairs_of(("red", "blue")), {})) == ()
+    (line,) = spelt(about("?", vlm, found, {}))
+    start = (
+        "Answers have 1 to 2 tokens; 1 of 2 pairs begin alike, with 1 token; those of the first pair: 'red' 'circle'"
+    )
+    assert line == f"{start} and 'red' 'star'."
+
+
+def test_a_spelling_is_chosen_on_pairs_that_are_then_left_out():
+    both = [("left", "right")] * 10
+    found = fitting(llama_like("\u2581Left"), pairs_of(*both))
+    assert found.spelling == Spelling("capital") and len(found) == 8 and found.chosen_on == "2 other pairs"
+    assert [each.reason for each in found.refused] == ["the spelling of all answers was chosen on it"] * 2
+    plain = fitting(llama_like("\u2581Left"), pairs_of(*both), variants="as-written")
+    assert plain.spelling is None and len(plain) == 10 and not plain.told
+
+
+def test_a_spelling_is_chosen_by_the_whole_answer():
+    """Where only the words after the first tell the spellings apart, the first token would say nothing."""
+    vlm, pairs = llama_like("\u2581left"), pairs_of(("left star", "right star"))
     found = fitting(vlm, pairs)
-    assert [each.id for each in found.refused] == ["p0"] and found.spelling is None and found.told == {}
-    assert spelt(about("?", vlm, dataclasses.replace(found), {})) == ()
+    told = {}
+    for spelling in (Spelling(), Spelling("capital")):
+        probabilities = []
+        for prompt, answer in zip([*pairs.base, *pairs.counterfactual], ["left star", "right star"], strict=True):
+            encoded = vlm.encode([prompt])
+            read = readings_of(vlm, encoded, [prob([spelling.of(answer)])])
+            probabilities.append(read.values(run(vlm, read.encoded).reads)[0].item())
+        told[str(spelling)] = sum(probabilities) / 2
+    assert {name: found.told[name] for name in told} == pytest.approx(told, rel=1e-4)
+
+
+def test_an_article_is_tried_where_it_is_asked_for():
+    vlm = VLM(tiny_model(), tiny_processor(), name="tiny", check=False)
+    pairs = pairs_of(("red", "blue"), ("the star", "the circle"))
+    assert fitting(vlm, pairs).told == {}
+    found = fitting(vlm, pairs, variants="the")
+    assert set(found.told) == {"as written", 'as written, with "the"'}
+    assert Spelling(article=True).of("star") == "the star" and Spelling(article=True).of("the star") == "the star"
+
+
+def test_with_all_variants_the_likeliest_counts():
+    vlm = llama_like("\u2581Left")
+    pairs = fitting(vlm, pairs_of(("left", "right"), ("left", "right")), variants="max")
+    assert [str(each) for each in pairs.variants][:2] == ["as written", "with a capital"] and pairs.answer[0] == "left"
+    read = readings_of(
+        vlm,
+        vlm.encode(pairs.base),
+        [each(pairs.answer, pairs.counterfactual_answer) for each in (logit_diff, logprob_diff)] + [prob(pairs.answer)],
+    )
+    reads = run(vlm, read.encoded).reads
+    ids = vlm.tokenizer.convert_tokens_to_ids
+    spelt_so = ("\u2581left", "\u2581Left", "left", "Left"), ("\u2581right", "\u2581Right", "right", "Right")
+    one, other = (reads[:, 0, [ids(token) for token in tokens]] for tokens in spelt_so)
+    difference, whole, chance = read.values(reads)
+    assert torch.equal(difference, one.amax(1) - other.amax(1))
+    assert whole.tolist() == pytest.approx(difference.tolist(), abs=1e-4)
+    assert chance.tolist() == pytest.approx(reads[:, 0].softmax(-1)[:, ids("\u2581Left")].tolist())
+    (line, *_) = spelt(about("?", vlm, pairs, {}))
+    assert line.startswith("Of each answer the likeliest spelling counts, of as written; with a capital;")

@@ -111,7 +111,7 @@ class SweepConfig(RunConfig):
     measure: Literal["logit_diff", "logprob_diff", "logprob_diff_per_token"] = "logit_diff"
     """How two answers are compared: logits at the first token where they part, or log-probabilities of all tokens."""
     variants: Literal["likeliest", "the", "max", "as-written"] = "likeliest"
-    """Spelling of answers: the likeliest on a part of the pairs (the: or with "the"), the best each time, or no other."""
+    """Spelling of answers: the likeliest on a part of the pairs (the: or with "the"), the best each time, or none."""
     memory: str | None = None
     """Memory that the sweep may take beyond the model, such as 2GiB; half of what there is by default."""
     dry_run: bool = False

@@ -63,7 +63,8 @@ def layer_swap(
     Returns:
         A row per pair and cell of direction, span and layer (or point of the projector), with the metrics `recovered`,
         `logit_diff` (or what `measure` names) and `flip`; `findings` says how many pairs count, and at which layers the
-        answer turns. The provenance has what that of `python -m experiments.layer_swap` has, less versions and settings.
+        answer turns. The provenance has what that of `python -m experiments.layer_swap` has, less
+        versions and settings.
 
     Raises:
         UsageError: a span or direction that is not known, no pair that fits, or a batch below 1.

@@ -79,8 +79,8 @@ def swap_states(
 
     `noising` runs the image with states of its counterfactual, `denoising` the counterfactual with states of the
     image. Pairs that the model answers wrongly on either side (see `measures.said`) are skipped unless `only_correct`
-    is off; a recovered fraction whose denominator is below `metrics.MIN_GAP` is skipped as well. Skipped values are NaN,
-    with the reason in `skipped`.
+    is off; a recovered fraction whose denominator is below `metrics.MIN_GAP` is skipped as well. Skipped values are
+    NaN, with the reason in `skipped`.
 
     Args:
         measure: how the two answers of a pair are compared (see `measures.comparison`).
