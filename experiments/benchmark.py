@@ -40,7 +40,7 @@ class Config(RunConfig):
     full: bool = False
     """The size of the published 7B model, for --device cuda; probes of 33 layers of 4,096, on the CPU."""
     cases: tuple[str, ...] = ("knockout", "swap", "extraction")
-    """What is measured; there are also knockout-last, knockout-question, swap-last, tower, and probes (no model)."""
+    """What is measured; others: knockout-last, -question, -answers, swap-last, -answers, tower, probes (no model)."""
     rivals: tuple[str, ...] = ("hooks", "nnsight", "transformer_lens", "trace")
     """What ours is compared with."""
     rival_cells: int = 3

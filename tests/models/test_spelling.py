@@ -1,6 +1,5 @@
 """First tokens of answers: those that cannot be told apart are refused, and the spelling is the one the model uses."""
 
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -11,6 +11,7 @@ from torch import nn
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.following import followed
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.specification import Intervention, Knockout, Replace, window
 
@@ -25,8 +26,14 @@ SWEEPS = {
     "knockout-question": "attention from `question` to `image` cut, in windows of 9 around every layer",
     "swap": "resid_post of another image's run put in at every layer, at `image`, `question` or `last`",
     "swap-last": "resid_post of another image's run put in at every layer, at `last`",
+    "knockout-answers": "the cells of `knockout`, log-probabilities of two answers of four tokens each",
+    "swap-answers": "the cells of `swap`, log-probabilities of two answers of four tokens each",
     "tower": "resid_post of another image put in at every layer of the vision tower that is read",
 }
+OF_ANSWERS = "-answers"
+"""How cases end in which whole answers are read."""
+N_ANSWERS, N_TOKENS = 2, 4
+"""Answers that are read there, and the tokens of each."""
 EXTRACTION = "extraction"
 PROBES = "probes"
 CASES = {
@@ -47,7 +54,7 @@ def cells(vlm: "VLM", case: str, donor: Encoded) -> list[Intervention]:
     """
     if case not in SWEEPS:
         raise UsageError(f"case {case!r} is not known; one of {', '.join(CASES)} is")
-    kind, _, only = case.partition("-")
+    kind, _, only = case.removesuffix(OF_ANSWERS).partition("-")
     n_layers = vlm.n_layers("llm")
     if kind == "knockout":
         queries = (only,) if only else ("last", "question")
@@ -59,6 +66,14 @@ def cells(vlm: "VLM", case: str, donor: Encoded) -> list[Intervention]:
     spans = (only,) if only else ("image", "question", "last")
     sites = [Site("llm.resid_post", layer) for layer in range(n_layers)]
     return [Replace(site, span, source=donor) for span in spans for site in sites]
+
+
+def answered(vlm: "VLM", prompts: Encoded) -> Encoded:
+    """The prompts followed by made answers, which part at once."""
+    question = vlm.answer_tokens(prompts, [prompt.question for prompt in prompts.prompts])
+    return followed(
+        prompts, [tuple(ids[first : first + N_TOKENS] for ids in question) for first in range(1, 1 + N_ANSWERS)]
+    )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_mech.benchmark import extraction
-from vlm_mech.benchmark.cases import CASES, EXTRACTION, cells, lower_bound
-from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, Plain, Task
+from vlm_mech.benchmark.cases import CASES, EXTRACTION, OF_ANSWERS, answered, cells, lower_bound
+from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, OursFirst, Plain, Task, Traced
 from vlm_mech.benchmark.timing import TOLERANCE, Entry, Timed, difference, interleaved, subset
 from vlm_mech.errors import UsageError
 from vlm_mech.interventions.receipt import summarise
@@ -61,11 +61,17 @@ def sweep_case(
     """
     load = os.getloadavg()[0]
     donor = vlm.encode(donors)
-    task = Task(vlm, vlm.encode(prompts), donor, cells(vlm, case, donor))
+    encoded, whole = vlm.encode(prompts), case.endswith(OF_ANSWERS)
+    task = Task(vlm, answered(vlm, encoded) if whole else encoded, donor, cells(vlm, case, donor))
     n_cells = len(task.cells)
     chosen = subset(n_cells, rival_cells, seed)
-    entries, refused = [Entry(Plain(), (0,) * PLAIN_PASSES, 1), Entry(Ours(), tuple(range(n_cells)), n_cells)], {}
+    every = tuple(range(n_cells))
+    entries, refused = [Entry(Plain(), (0,) * PLAIN_PASSES, 1), Entry(Ours(), every, n_cells)], {}
+    entries += [Entry(OursFirst(), every, n_cells)] if whole else []
     for name in rivals:
+        if whole and SOLVERS[name] is not Traced:
+            refused[name] = "it reads the next token alone"
+            continue
         rival, reason = _ready(vlm, name, task, chosen)
         if rival is None:
             refused[name] = reason
@@ -137,7 +143,7 @@ def _table(
     """Seconds and what follows from them; missing, with the reason, for a rival that computes something else."""
     ours, differences, reasons = timed[0][OURS].answer, {}, {}
     for name, each in timed[0].items():
-        if name == OURS or "plain forward" in name:
+        if name in (OURS, OursFirst.name) or "plain forward" in name:
             continue
         differences[name] = difference(ours[list(chosen)], each.answer)
         limit = TOLERANCE[vlm.dtype]

@@ -83,6 +83,11 @@ Answer = Float[Tensor, "cell batch vocab"]
 Edit = Callable[[Tensor], Tensor | None]
 
 
+def foretold(_: int, logits: Float[Tensor, "batch read vocab"]) -> Tensor:
+    """What is kept of a cell: logits of the next token, or log-probabilities wherever a token of an answer is read."""
+    return logits[:, 0] if logits.shape[1] == 1 else logits.float().log_softmax(-1)
+
+
 class Plain:
     """The unedited forward pass: the unit in which everything is counted."""
 
@@ -94,7 +99,8 @@ class Plain:
     def answers(self, task: Task, begun: None, numbers: Sequence[int]) -> Answer:
         """Logits without any edit, one pass for each cell."""
         with torch.no_grad():
-            return torch.stack([task.vlm.model(**task.encoded.inputs, **LAST_ONLY).logits[:, -1] for _ in numbers])
+            inputs = (task.encoded.before or task.encoded).inputs
+            return torch.stack([task.vlm.model(**inputs, **LAST_ONLY).logits[:, -1] for _ in numbers])
 
 
 class Ours:
@@ -108,9 +114,23 @@ class Ours:
 
     def answers(self, task: Task, begun: Engine, numbers: Sequence[int]) -> Answer:
         """Logits of the cells."""
-        logits, receipts = begun.answers([task.cells[number] for number in numbers])
+        logits, receipts = begun.answers([task.cells[number] for number in numbers], keep=foretold)
         task.receipts = [receipt for each in receipts for receipt in each]
         return logits
+
+
+class OursFirst:
+    """The sweep engine on the next token alone, where whole answers are read beside it."""
+
+    name = "ours, next token alone"
+
+    def begin(self, task: Task) -> Engine:
+        """The clean pass over the prompts."""
+        return Engine(task.vlm, task.encoded.before or task.encoded)
+
+    def answers(self, task: Task, begun: Engine, numbers: Sequence[int]) -> Answer:
+        """Logits of the cells."""
+        return begun.answers([task.cells[number] for number in numbers])[0]
 
 
 class Traced:
@@ -124,7 +144,7 @@ class Traced:
 
     def answers(self, task: Task, begun: Reference, numbers: Sequence[int]) -> Answer:
         """Logits of the cells."""
-        return begun.answers([task.cells[number] for number in numbers])[0]
+        return begun.answers([task.cells[number] for number in numbers], keep=foretold)[0]
 
 
 @dataclass(eq=False)

@@ -5,13 +5,14 @@ function was given. Nothing here knows an architecture.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlm_mech.errors import WorkError
@@ -81,13 +82,19 @@ class RecordedPass:
         Under causal attention that is `start`; where earlier positions attend to later ones (within an image, or over
         the prompt), it is before all of these.
         """
-        masks = {id(block.mask): block.mask for block in self.blocks if block.mask is not None}
-        for mask in masks.values():
-            # For every query, the last key it may attend to in any row or head.
-            last = (mask.any(0).any(0).long() * torch.arange(1, mask.shape[-1] + 1, device=mask.device)).amax(-1) - 1
+        for last in self._last_keys:
             while start > 0 and bool((last[:start] >= start).any()):
                 start = int((last[:start] >= start).nonzero()[0])
         return start
+
+    @functools.cached_property
+    def _last_keys(self) -> list[Int[Tensor, "pos"]]:
+        """Of every mask, for every query the last key that it may attend to in any row or head."""
+        masks = {id(block.mask): block.mask for block in self.blocks if block.mask is not None}
+        numbers = {each: torch.arange(1, mask.shape[-1] + 1, device=mask.device) for each, mask in masks.items()}
+        found = [(mask.any(0).any(0).long() * numbers[each]).amax(-1) - 1 for each, mask in masks.items()]
+        # Plainly causal ones widen nothing.
+        return [last.cpu() for last in found if not torch.equal(last.cpu(), torch.arange(len(last)))]
 
 
 class _EnoughError(Exception):
@@ -200,6 +207,8 @@ def _ender(seen: dict[str, Any]) -> Callable:
 def _recorder(
     modules: dict[nn.Module, int], blocks: dict[int, Block], backend: str, tree: _SideBySide | None
 ) -> Callable[[Attend], Attend]:
+    known: dict[int, tuple[Any, Tensor]] = {}
+
     def attend(function: Attend) -> Attend:
         def recorded(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
@@ -207,10 +216,14 @@ def _recorder(
             block = blocks[modules[module]]
             block.keys, block.values, block.scaling = key.detach(), value.detach(), options["scaling"]
             causal = is_causal(module, query, backend, options)
-            if mask is not None or not causal or tree is not None:
-                block.mask = _shared(blocks, mask, query, key, causal, tree)
             if tree is not None:
+                # Blocks are given the same mask, which is turned into one for answers side by side once.
+                if id(mask) not in known:
+                    known[id(mask)] = (mask, _shared(blocks, mask, query, key, causal, tree))
+                block.mask = known[id(mask)][1]
                 mask = in_form(block.mask, backend, query.dtype)
+            elif mask is not None or not causal:
+                block.mask = _shared(blocks, mask, query, key, causal, None)
             output, weights = function(module, query, key, value, mask, **options)
             block.plain = _is_plain(block, query, output)
             return output, weights
