@@ -55,7 +55,7 @@ def wording_dots(result: Result) -> "go.Figure":
         place: dict[str, Any] = {"row": number // n_columns + 1, "col": number % n_columns + 1}
         for shown, wording in enumerate(wordings):
             own = _of(dots[dots[AXIS] == wording], facets, key)
-            shift = REACH * (2 * shown / (len(wordings) - 1) - 1)
+            shift = REACH * (2 * (shown + 1) / len(wordings) - 1)
             figure.add_scatter(
                 x=[ticks.index(value) + shift for value in own[x]], y=own["mean"], mode="markers",
                 marker={"color": COLOURS[shown % (len(COLOURS) - 1)], "size": 7, "opacity": 0.8},
@@ -63,7 +63,7 @@ def wording_dots(result: Result) -> "go.Figure":
             )  # fmt: skip
         own = _of(rows, facets, key)
         figure.add_scatter(
-            x=[ticks.index(value) for value in own[x]], y=own["mean"], mode="markers",
+            x=[ticks.index(value) - REACH for value in own[x]], y=own["mean"], mode="markers",
             marker={"color": COLOURS[-1], "size": 8, "symbol": "diamond"},
             error_y={
                 "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
@@ -80,9 +80,10 @@ def wording_dots(result: Result) -> "go.Figure":
     figure.update_annotations(font_size=12)
     some = "" if len(panels) == n_panels else f"; {len(panels)} of {n_panels} panels, where wordings lie furthest apart"
     return figure.update_layout(
-        title=f"{metric.name} by wording{some}", template="plotly_white", height=180 + 250 * n_rows,
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1 + 70 / (250 * n_rows), "x": 0},
-        margin={"t": 120 + 20 * len(wordings)}, meta=drawn_by(wording_dots),
+        title=f"{metric.name} by wording{some}", template="plotly_white",
+        height=150 + 250 * n_rows + 20 * len(wordings),
+        legend={"orientation": "v", "yanchor": "top", "y": -60 / (250 * n_rows), "x": 0},
+        margin={"t": 90, "b": 80 + 20 * len(wordings)}, meta=drawn_by(wording_dots),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from vlm_mech.errors import UsageError, one_line_errors
+from vlm_mech.errors import UsageError, WorkError, one_line_errors
 from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace, prepare
@@ -346,9 +346,13 @@ def _of_each(config: ConfigT, work: Workspace, *, run: Callable[[ConfigT, Worksp
     found: dict[str, tuple[Path, Result]] = {}
     for number, one in enumerate(worded(config), 1):
         print(f"\nwording {number} of {len(config.wording)}: {one.asking.template!r}")
+        asked = one.asking.template
         with work.part(f"wording-{number}", as_json(one)) as part:
-            _carried_out(one, run, part, name=name, besides=work.folder)
-            found[one.asking.template] = part.folder, Result.load(part.folder)
+            try:
+                _carried_out(one, run, part, name=name, besides=work.folder)
+            except (UsageError, WorkError) as error:
+                raise type(error)(f"wording {number}, {asked!r}: {error}") from error
+            found[asked] = part.folder, Result.load(part.folder)
     print(f"\nover {len(config.wording)} wordings:")
     return compared(found)
 
