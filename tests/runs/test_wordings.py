@@ -1,6 +1,8 @@
 """Runs of several wordings: a complete run of each, what is said over them, and taking them up again."""
 
 import json
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -244,3 +246,29 @@ def test_a_dry_run_says_what_each_wording_needs(tmp_path, capsys):
 
     contract.main(Config, fake_run.run, name="fake", argv=list(TWO), plan=lambda config: config.asking.template)
     assert capsys.readouterr().out.splitlines() == SAID
+
+
+ROOT = Path(__file__).parents[2]
+OWN = {
+    "behaviour/blur_decay/blur.py",
+    "behaviour/erroneous_agreement/similarity.py",
+    "behaviour/contrastive_tuning/training.py",
+}
+"""They ask what no user words: whether a family can do without a picture, states of a tower, captions read as text."""
+
+
+def test_every_experiment_puts_its_questions_in_the_wording():
+    paths = [path for path in (ROOT / "experiments").glob("[a-z]*.py") if "main(Config" in path.read_text()]
+    assert len(paths) == 13
+    for path in paths:
+        code = path.read_text() + ((path.parent / "_weight_swap.py").read_text() if path.stem == "layer_swap" else "")
+        if path.stem in ("benchmark", "validate"):
+            assert "unasked=" in code
+        else:
+            assert "**config.drawn" in code and "seed=config.seed, split" not in code.replace(
+                "object_masks(pairs, seed", ""
+            )
+    for room in ("data", "methods", "behaviour"):
+        for path in (ROOT / "vlm_mech" / room).rglob("*.py"):
+            if str(path.relative_to(ROOT / "vlm_mech")) not in OWN:
+                assert not re.search(r"\bPrompt\((?!\))", path.read_text()), f"{path} makes a prompt past its wording"

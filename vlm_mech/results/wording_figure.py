@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 MOST_PANELS = 12
 """Panels of a figure; those in which wordings lie furthest apart are shown."""
 MOST_TICKS = 16
-LETTERS = 70
-"""Letters of a wording in the legend, and of a title of a panel."""
+LETTERS, LINE = 70, 46
+"""Letters of a wording in the legend, and of a line in a panel's title."""
 REACH = 0.28
 """How far the dots of a cell are set apart, where cells have a distance of 1."""
 
@@ -46,10 +47,10 @@ def wording_dots(result: Result) -> "go.Figure":
     dots, ticks = means_of_wordings(result, metric.name), list(rows[x].drop_duplicates())
     n_columns = min(3, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
-    titles = [_cut(", ".join(f"{name} {value}" for name, value in zip(facets, key, strict=True))) for key in panels]
+    titles = _titles(facets, panels)
     figure = make_subplots(
-        n_rows, n_columns, shared_yaxes="all", subplot_titles=titles if facets else None,
-        vertical_spacing=min(0.3, 0.45 / n_rows), horizontal_spacing=0.04,
+        n_rows, n_columns, shared_yaxes="all", subplot_titles=titles,
+        vertical_spacing=min(0.3, 0.5 / n_rows), horizontal_spacing=0.04,
     )  # fmt: skip
     for number, key in enumerate(panels):
         place: dict[str, Any] = {"row": number // n_columns + 1, "col": number % n_columns + 1}
@@ -83,7 +84,7 @@ def wording_dots(result: Result) -> "go.Figure":
         title=f"{metric.name} by wording{some}", template="plotly_white",
         height=150 + 250 * n_rows + 20 * len(wordings),
         legend={"orientation": "v", "yanchor": "top", "y": -60 / (250 * n_rows), "x": 0},
-        margin={"t": 90, "b": 80 + 20 * len(wordings)}, meta=drawn_by(wording_dots),
+        margin={"t": 110, "b": 80 + 20 * len(wordings)}, meta=drawn_by(wording_dots),
     )  # fmt: skip
 
 
@@ -104,6 +105,13 @@ def _panels(rows: pd.DataFrame, facets: list[str]) -> tuple[list[tuple[Any, ...]
     keys = list(widest)
     chosen = sorted(range(len(keys)), key=lambda number: -widest[keys[number]])[:MOST_PANELS]
     return [keys[number] for number in sorted(chosen)], len(keys)
+
+
+def _titles(facets: list[str], panels: list[tuple[Any, ...]]) -> list[str]:
+    """What tells the panels apart, in lines that do not run into the next one."""
+    apart = [place for place in range(len(facets)) if len({key[place] for key in panels}) > 1]
+    said = [", ".join(f"{facets[place]} {key[place]}" for place in apart) for key in panels]
+    return ["<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(text, LINE)) for text in said]
 
 
 def _of(rows: pd.DataFrame, facets: list[str], key: tuple[Any, ...]) -> pd.DataFrame:

@@ -99,7 +99,7 @@ def spread(result: Result, over: Result) -> pd.DataFrame:
     beside = [name for name in told if "wording" in str(name)]
     others = [name for name in told if name not in beside]
     place = others.index("ci_high") + 1
-    return told[[*others[:place], *beside, *others[place:]]]
+    return told.reindex(columns=[*others[:place], *beside, *others[place:]])
 
 
 def means_of_wordings(result: Result, metric: str) -> pd.DataFrame:

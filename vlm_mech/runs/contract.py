@@ -93,9 +93,10 @@ class RunConfig:
             UsageError: a wording, a prefix or a system message that cannot be, or several wordings: `main` makes a run
                 of each.
         """
-        from vlm_mech.runs.asking import wording_of
+        from vlm_mech.runs.asking import templates_of, wording_of
 
-        return wording_of(self)
+        templates = templates_of(self.wording, self.wordings)
+        return wording_of(templates, suffix=self.suffix, system=self.system, prefix=self.prefix)
 
     @property
     def drawn(self) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def worded(config: ConfigT, *, unasked: str = "") -> list[ConfigT]:
         raise UsageError(f"--{given[0]} is not for this experiment: {unasked}")
     from vlm_mech.runs.asking import templates_of
 
-    templates = templates_of(config)
+    templates = templates_of(config.wording, config.wordings)
     each = [dataclasses.replace(config, wording=(template,), wordings=None) for template in templates] or [config]
     for one in each:
         # What cannot be is said before anything is loaded.
