@@ -259,7 +259,7 @@ OWN = {
 
 def test_every_experiment_puts_its_questions_in_the_wording():
     paths = [path for path in (ROOT / "experiments").glob("[a-z]*.py") if "main(Config" in path.read_text()]
-    assert len(paths) == 13
+    assert len(paths) == 14
     for path in paths:
         code = path.read_text() + ((path.parent / "_weight_swap.py").read_text() if path.stem == "layer_swap" else "")
         if path.stem in ("benchmark", "validate"):
