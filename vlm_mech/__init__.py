@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vlm_mech.inputs.span import Span as Span
     from vlm_mech.inputs.span import Tokens as Tokens
     from vlm_mech.inputs.span import Words as Words
+    from vlm_mech.inputs.wording import Wording as Wording
     from vlm_mech.interventions.attention_weights import attention_from as attention_from
     from vlm_mech.interventions.receipt import KnockoutReceipt as KnockoutReceipt
     from vlm_mech.interventions.receipt import Receipt as Receipt
@@ -101,6 +102,7 @@ _HOMES = {
     "inputs.image": ("Box",),
     "inputs.prompt": ("Encoded", "Prompt"),
     "inputs.span": ("Each", "OneImage", "Patches", "Positions", "Span", "Tokens", "Words"),
+    "inputs.wording": ("Wording",),
     "interventions.attention_weights": ("attention_from",),
     "interventions.receipt": ("KnockoutReceipt", "Receipt", "ReceiptError", "WriteReceipt", "receipts_table"),
     "interventions.specification": ("Ablate", "Activations", "Intervention", "Knockout", "Replace", "Steer", "window"),

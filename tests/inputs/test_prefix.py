@@ -13,7 +13,7 @@ from tests.zoo.tiny import picture
 from vlm_mech.errors import UsageError
 from vlm_mech.extraction.fingerprint import processor_hash, prompts_hash
 from vlm_mech.inputs.processing import process
-from vlm_mech.inputs.prompt import Prompt, _begun, render
+from vlm_mech.inputs.prompt import Prompt, _begun, render, written
 from vlm_mech.inputs.span_kinds import Words
 from vlm_mech.interventions.trace import run
 from vlm_mech.methods.lens.tuned_lens import fingerprint
@@ -99,6 +99,8 @@ def test_prefixes_that_cannot_be_are_refused_in_one_line():
         vlm.encode(Prompt(QUESTION, picture(1), prefix="it is <image>"))
     with pytest.raises(UsageError, match=r"PaliGemma takes no prefix: its processor ends every prompt itself"):
         wrapped("paligemma").encode(Prompt(QUESTION, picture(1), prefix=BEGUN))
+    with pytest.raises(UsageError, match="PaliGemma takes no prefix"):
+        written(wrapped("paligemma"), [Prompt(QUESTION, picture(1), prefix=BEGUN)])
 
 
 def test_a_prefix_that_merges_with_the_prompt_is_refused():

@@ -77,7 +77,8 @@ class Prompt:
     @property
     def said(self) -> tuple[str | bool | None, ...]:
         """All that is said, whatever is shown: prompts with equal ones differ in their images alone."""
-        return self.question, self.system, self.text, self.special_tokens, self.prefix
+        begun = () if self.prefix is None else (self.prefix,)
+        return self.question, self.system, self.text, self.special_tokens, *begun
 
     @property
     def images(self) -> tuple[ImageLike, ...]:
@@ -289,12 +290,7 @@ def encode(vlm: Any, prompts: Prompt | Sequence[Prompt]) -> Encoded:
     images = [[load_image(image) for image in prompt.images] for prompt in prompts]
     bare = [prompt if prompt.prefix is None else dataclasses.replace(prompt, prefix=None) for prompt in prompts]
     processed = process(vlm, [text for text, _ in rendered], images, [text for text, _ in _rendered(vlm, bare)])
-    for prompt, text in zip(prompts, processed.texts, strict=True):
-        if prompt.prefix is not None and not text.endswith(prompt.prefix):
-            raise UsageError(
-                f"{vlm.family.name} takes no prefix: its processor ends every prompt itself ({text[-8:]!r}), so that "
-                f"{prompt.prefix!r} would not begin the answer"
-            )
+    _check_last(vlm, prompts, processed.texts)
     rows = _rows(vlm, processed, rendered, [[image.size for image in each] for each in images])
     inputs = {name: value.to(vlm.device) for name, value in processed.inputs.items()}
     if "pixel_values" in inputs:
@@ -302,6 +298,16 @@ def encode(vlm: Any, prompts: Prompt | Sequence[Prompt]) -> Encoded:
     encoded = Encoded(prompts, inputs, rows, vlm)
     encoded.check_room()
     return encoded
+
+
+def _check_last(vlm: Any, prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
+    """Raise `UsageError` where the processor puts something after a prefix, which then begins no answer."""
+    for prompt, text in zip(prompts, texts, strict=True):
+        if prompt.prefix is not None and not text.endswith(prompt.prefix):
+            raise UsageError(
+                f"{vlm.family.name} takes no prefix: its processor ends every prompt itself ({text[-8:]!r}), so that "
+                f"{prompt.prefix!r} would not begin the answer"
+            )
 
 
 def _rendered(vlm: Any, prompts: Sequence[Prompt]) -> list[tuple[str, tuple[int, int]]]:
@@ -313,11 +319,18 @@ def _rendered(vlm: Any, prompts: Sequence[Prompt]) -> list[tuple[str, tuple[int,
 
 
 def written(vlm: Any, prompts: Sequence[Prompt]) -> list[str]:
-    """The text that an answer to each prompt follows, with one placeholder an image; no image is read for it."""
+    """The text that an answer to each prompt follows, with one placeholder an image; no image is read for it.
+
+    Raises:
+        UsageError: as for `render`, or a prefix in a family whose processor ends every prompt itself.
+    """
     from PIL import Image
 
     none = Image.new("RGB", (1, 1))
-    return laid_out(vlm, [text for text, _ in _rendered(vlm, prompts)], [[none] * len(each.images) for each in prompts])
+    images = [[none] * len(each.images) for each in prompts]
+    texts = laid_out(vlm, [text for text, _ in _rendered(vlm, prompts)], images)
+    _check_last(vlm, prompts, texts)
+    return texts
 
 
 def _rows(

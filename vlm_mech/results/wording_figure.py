@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 MOST_PANELS = 12
 """Panels of a figure; those in which wordings lie furthest apart are shown."""
 MOST_TICKS = 16
-LETTERS = 70
-"""Letters of a wording in the legend, and of a title of a panel."""
+LETTERS, LINE = 70, 46
+"""Letters of a wording in the legend, and of a line in a panel's title."""
 REACH = 0.28
 """How far the dots of a cell are set apart, where cells have a distance of 1."""
 
@@ -46,16 +47,16 @@ def wording_dots(result: Result) -> "go.Figure":
     dots, ticks = means_of_wordings(result, metric.name), list(rows[x].drop_duplicates())
     n_columns = min(3, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
-    titles = [_cut(", ".join(f"{name} {value}" for name, value in zip(facets, key, strict=True))) for key in panels]
+    titles = _titles(facets, panels)
     figure = make_subplots(
-        n_rows, n_columns, shared_yaxes="all", subplot_titles=titles if facets else None,
-        vertical_spacing=min(0.3, 0.45 / n_rows), horizontal_spacing=0.04,
+        n_rows, n_columns, shared_yaxes="all", subplot_titles=titles,
+        vertical_spacing=min(0.3, 0.5 / n_rows), horizontal_spacing=0.04,
     )  # fmt: skip
     for number, key in enumerate(panels):
         place: dict[str, Any] = {"row": number // n_columns + 1, "col": number % n_columns + 1}
         for shown, wording in enumerate(wordings):
             own = _of(dots[dots[AXIS] == wording], facets, key)
-            shift = REACH * (2 * shown / (len(wordings) - 1) - 1)
+            shift = REACH * (2 * (shown + 1) / len(wordings) - 1)
             figure.add_scatter(
                 x=[ticks.index(value) + shift for value in own[x]], y=own["mean"], mode="markers",
                 marker={"color": COLOURS[shown % (len(COLOURS) - 1)], "size": 7, "opacity": 0.8},
@@ -63,7 +64,7 @@ def wording_dots(result: Result) -> "go.Figure":
             )  # fmt: skip
         own = _of(rows, facets, key)
         figure.add_scatter(
-            x=[ticks.index(value) for value in own[x]], y=own["mean"], mode="markers",
+            x=[ticks.index(value) - REACH for value in own[x]], y=own["mean"], mode="markers",
             marker={"color": COLOURS[-1], "size": 8, "symbol": "diamond"},
             error_y={
                 "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
@@ -80,9 +81,10 @@ def wording_dots(result: Result) -> "go.Figure":
     figure.update_annotations(font_size=12)
     some = "" if len(panels) == n_panels else f"; {len(panels)} of {n_panels} panels, where wordings lie furthest apart"
     return figure.update_layout(
-        title=f"{metric.name} by wording{some}", template="plotly_white", height=180 + 250 * n_rows,
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1 + 70 / (250 * n_rows), "x": 0},
-        margin={"t": 120 + 20 * len(wordings)}, meta=drawn_by(wording_dots),
+        title=f"{metric.name} by wording{some}", template="plotly_white",
+        height=150 + 250 * n_rows + 20 * len(wordings),
+        legend={"orientation": "v", "yanchor": "top", "y": -60 / (250 * n_rows), "x": 0},
+        margin={"t": 110, "b": 80 + 20 * len(wordings)}, meta=drawn_by(wording_dots),
     )  # fmt: skip
 
 
@@ -103,6 +105,13 @@ def _panels(rows: pd.DataFrame, facets: list[str]) -> tuple[list[tuple[Any, ...]
     keys = list(widest)
     chosen = sorted(range(len(keys)), key=lambda number: -widest[keys[number]])[:MOST_PANELS]
     return [keys[number] for number in sorted(chosen)], len(keys)
+
+
+def _titles(facets: list[str], panels: list[tuple[Any, ...]]) -> list[str]:
+    """What tells the panels apart, in lines that do not run into the next one."""
+    apart = [place for place in range(len(facets)) if len({key[place] for key in panels}) > 1]
+    said = [", ".join(f"{facets[place]} {key[place]}" for place in apart) for key in panels]
+    return ["<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(text, LINE)) for text in said]
 
 
 def _of(rows: pd.DataFrame, facets: list[str], key: tuple[Any, ...]) -> pd.DataFrame:

@@ -84,27 +84,22 @@ def spread(result: Result, over: Result) -> pd.DataFrame:
     Args:
         result: of `side_by_side`; `over` is what `over_wordings` makes of it.
     """
-    axes, table, found = list(over.axes), _shared_cells(result), []
+    axes, found = list(over.axes), []
     for metric in result.metrics:
-        held = table[metric.name].notna()
-        whole = held.groupby([table[name] for name in ("example", *axes)], observed=True).transform("sum")
-        kept = table[whole == _n_wordings(result)]
-        wide = kept.pivot_table(metric.name, axes, AXIS, aggfunc="mean", observed=True, sort=False)
-        wide = wide.reindex(columns=list(result.cells[AXIS].drop_duplicates()))
-        apart = pd.DataFrame(
-            {
-                "n_wordings": _n_wordings(result),
-                "wording_sd": wide.std(axis=1, ddof=1),
-                "wording_low": wide.min(axis=1),
-                "wording_high": wide.max(axis=1),
-                "lowest_wording": wide.idxmin(axis=1),
-                "highest_wording": wide.idxmax(axis=1),
-            }
-        )
+        own, numbers = over.summary(metric.name), over.cells.reset_index(names="cell")
+        means = means_of_wordings(result, metric.name).merge(numbers, on=axes).groupby("cell")
         # A cell in which no example counts in all wordings has no row there.
-        found.append(over.summary(metric.name).merge(apart.reset_index(), how="left", on=axes))
+        own["n_wordings"] = _n_wordings(result)
+        own["wording_sd"] = own.index.map(means["mean"].std(ddof=1))
+        for end, place in (("low", means["mean"].idxmin()), ("high", means["mean"].idxmax())):
+            rows = means.obj.loc[place].set_index("cell")
+            own[f"wording_{end}"], own[f"{end}est_wording"] = own.index.map(rows["mean"]), own.index.map(rows[AXIS])
+        found.append(own.astype({"wording_sd": float, "wording_low": float, "wording_high": float}))
     told = pd.concat(found, ignore_index=True)
-    return told.assign(n_wordings=_n_wordings(result))
+    beside = [name for name in told if "wording" in str(name)]
+    others = [name for name in told if name not in beside]
+    place = others.index("ci_high") + 1
+    return told.reindex(columns=[*others[:place], *beside, *others[place:]])
 
 
 def means_of_wordings(result: Result, metric: str) -> pd.DataFrame:
@@ -124,7 +119,7 @@ def findings(result: Result, over: Result | None) -> tuple[str, ...]:
     found = spread(result, over)
     rows = found[(found["metric"] == metric.name) & found["wording_sd"].notna()]
     n_whole = int(over.table.loc[over.table[metric.name].notna(), "example"].nunique())
-    left = "" if n_whole == n_all else f" of {n_all}; the others lack a value in a wording, and count in no number here"
+    left = "" if n_whole == n_all else f"; {n_all - n_whole} others lack a value in a wording and do not count"
     told = [f"{n} wordings; numbers over them are of the {n_whole} examples that have a value in each{left}."]
     n_cells = result.cells[list(over.axes)].drop_duplicates().shape[0]
     if n_cells > len(over.cells):

@@ -1,30 +1,27 @@
 """The options that say how questions are put: one wording, or several that are compared."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.wording import QUESTION, Wording
 
-if TYPE_CHECKING:
-    from vlm_mech.runs.contract import RunConfig
 
-
-def templates_of(config: "RunConfig") -> tuple[str, ...]:
+def templates_of(one_by_one: Sequence[str], file: Path | None) -> tuple[str, ...]:
     """The wordings that the options give one by one and in a file, in their order; none where none is given.
 
     Raises:
         UsageError: a file that cannot be read or has none, a wording that is none, or one twice.
     """
-    found = [*config.wording]
-    if config.wordings is not None:
+    found = [*one_by_one]
+    if file is not None:
         try:
-            lines = config.wordings.read_text(encoding="utf-8-sig").split("\n")
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
-            raise UsageError(f"wordings {str(config.wordings)!r} cannot be read: {error}") from error
+            raise UsageError(f"wordings {str(file)!r} cannot be read: {error}") from error
         kept = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not kept:
-            path = str(config.wordings)
-            raise UsageError(f"wordings {path!r} has no line with a wording, such as '{QUESTION} One word.'")
+            raise UsageError(f"wordings {str(file)!r} has no line with a wording, such as '{QUESTION} One word.'")
         found += kept
     for text in found:
         Wording(text)
@@ -34,17 +31,17 @@ def templates_of(config: "RunConfig") -> tuple[str, ...]:
     return tuple(found)
 
 
-def wording_of(config: "RunConfig") -> Wording:
+def wording_of(templates: Sequence[str], *, suffix: str | None, system: str | None, prefix: str | None) -> Wording:
     """The one wording of a run.
 
     Raises:
         UsageError: an option that cannot be, or several wordings.
     """
-    template, *others = templates_of(config) or (QUESTION,)
+    template, *others = templates or (QUESTION,)
     if others:
         raise UsageError(f"{len(others) + 1} wordings are given where one run takes one")
-    if config.suffix is not None:
-        if not config.suffix.strip():
-            raise UsageError(f"the suffix is {config.suffix!r}; a text that follows every question is needed, or none")
-        template = f"{template.rstrip()} {config.suffix.strip()}"
-    return Wording(template, config.system, config.prefix)
+    if suffix is not None:
+        if not suffix.strip():
+            raise UsageError(f"the suffix is {suffix!r}; a text that follows every question is needed, or none")
+        template = f"{template.rstrip()} {suffix.strip()}"
+    return Wording(template, system, prefix)

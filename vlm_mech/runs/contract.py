@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from vlm_mech.errors import UsageError, one_line_errors
+from vlm_mech.errors import UsageError, WorkError, one_line_errors
 from vlm_mech.runs.answers import about_answers, told
 from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
@@ -94,9 +94,10 @@ class RunConfig:
             UsageError: a wording, a prefix or a system message that cannot be, or several wordings: `main` makes a run
                 of each.
         """
-        from vlm_mech.runs.asking import wording_of
+        from vlm_mech.runs.asking import templates_of, wording_of
 
-        return wording_of(self)
+        templates = templates_of(self.wording, self.wordings)
+        return wording_of(templates, suffix=self.suffix, system=self.system, prefix=self.prefix)
 
     @property
     def drawn(self) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def worded(config: ConfigT, *, unasked: str = "") -> list[ConfigT]:
         raise UsageError(f"--{given[0]} is not for this experiment: {unasked}")
     from vlm_mech.runs.asking import templates_of
 
-    templates = templates_of(config)
+    templates = templates_of(config.wording, config.wordings)
     each = [dataclasses.replace(config, wording=(template,), wordings=None) for template in templates] or [config]
     for one in each:
         # What cannot be is said before anything is loaded.
@@ -346,9 +347,13 @@ def _of_each(config: ConfigT, work: Workspace, *, run: Callable[[ConfigT, Worksp
     found: dict[str, tuple[Path, Result]] = {}
     for number, one in enumerate(worded(config), 1):
         print(f"\nwording {number} of {len(config.wording)}: {one.asking.template!r}")
+        asked = one.asking.template
         with work.part(f"wording-{number}", as_json(one)) as part:
-            _carried_out(one, run, part, name=name, besides=work.folder)
-            found[one.asking.template] = part.folder, Result.load(part.folder)
+            try:
+                _carried_out(one, run, part, name=name, besides=work.folder)
+            except (UsageError, WorkError) as error:
+                raise type(error)(f"wording {number}, {asked!r}: {error}") from error
+            found[asked] = part.folder, Result.load(part.folder)
     print(f"\nover {len(config.wording)} wordings:")
     return compared(found)
 

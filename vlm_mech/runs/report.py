@@ -69,7 +69,7 @@ def _links(links: dict[str, str]) -> str:
     if not links:
         return ""
     shown = "".join(f"<li><a href='{html.escape(link)}'>{html.escape(said)}</a></li>" for said, link in links.items())
-    return f"<h2>Runs of each</h2><ul class='findings'>{shown}</ul>"
+    return f"<h2>Each alone</h2><ul class='findings'>{shown}</ul>"
 
 
 def _gallery(pictures: "tuple[tuple[str, Image.Image], ...]") -> str:

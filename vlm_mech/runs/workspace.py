@@ -147,7 +147,7 @@ class Workspace:
         A kill in between can be resumed, because the batches go last.
         """
         made = self.partial / "finished"
-        _clear(self.folder)
+        _clear(self.folder, kept=[each["folder"] for each in _json(made / "provenance.json").get("wordings", [])])
         for path in sorted((made / "figures").glob("*")):
             (self.folder / "figures").mkdir(exist_ok=True)
             os.replace(path, self.folder / "figures" / path.name)
@@ -244,14 +244,25 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _clear(folder: Path) -> None:
-    """Removes the finished files of an earlier run, and nothing else."""
+def _clear(folder: Path, *, kept: Sequence[str] = ()) -> None:
+    """Removes the finished files of an earlier run and of the runs within it, and nothing else.
+
+    Args:
+        kept: runs within it that stay.
+    """
     record = _record(folder)
     for name in record.get("figures", []):
         for ending in ("html", "json"):
             (folder / "figures" / f"{Path(name).name}.{ending}").unlink(missing_ok=True)
     for name in (*MORE_FILES, *OWN_FILES) if record else ():
         (folder / name).unlink(missing_ok=True)
+    for each in record.get("wordings", []):
+        part = folder / Path(each["folder"]).name
+        if part.name not in kept:
+            _clear(part)
+            for left in (part / "figures", part):
+                with contextlib.suppress(OSError):  # something else is in it, or it is gone
+                    left.rmdir()
 
 
 def _write(path: Path, content: bytes) -> None:
