@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm_mech.runs.contract import SweepConfig
+from vlm_mech.runs.contract import SpokenConfig
 
 
 @dataclass(frozen=True)
-class Config(SweepConfig):
+class Config(SpokenConfig):
     """Options of the layer swap; those that begin with "Weights:" are for --swap weights alone."""
 
     data: str = ""

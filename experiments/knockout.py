@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs.contract import SweepConfig, about, main
+from vlm_mech.runs.contract import SpokenConfig, about, main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
@@ -20,11 +20,13 @@ QUESTION = (
 
 
 @dataclass(frozen=True)
-class Config(SweepConfig):
+class Config(SpokenConfig):
     """Options of the knockout."""
 
     edges: tuple[str, ...] = ()
     """Edges to cut as QUERY<-KEY, such as "last<-image" "question<-object" "last<-image+system"."""
+    during: Literal["prompt", "answer"] = "prompt"
+    """How long cuts from the last token stay: in the prompt alone, or for the answer's tokens after it too."""
     layers: str = "each"
     """each (a window around every layer), groups:K (K runs of layers that partition the model), or all."""
     window: int | None = None
@@ -54,7 +56,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     masks = object_masks(pairs, seed=config.seed, split=config.split)
     vlm = VLM.load(config.model, **config.loading)
     pairs = fitting(vlm, pairs, variants=config.variants)
-    options = {"layers": config.layers, "size": config.window, "heads": config.heads}
+    options = {"layers": config.layers, "size": config.window, "heads": config.heads, "during": config.during}
     return vlm, pairs, scan_of(vlm, pairs, masks, config.edges, **options), masks
 
 
@@ -76,7 +78,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     vlm, pairs, scan, masks = _loaded(config)
     how = {"only_correct": not config.all, "measure": config.measure, "seed": config.seed}
-    how |= {"engine": config.engine, "memory": config.memory}
+    how |= {"part": config.spoken, "engine": config.engine, "memory": config.memory}
     for start in work.progress(range(0, len(pairs), config.batch), "knockouts"):
         key = f"{start:08d}"
         if key not in work:

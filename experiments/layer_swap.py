@@ -57,7 +57,7 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
 
     vlm, pairs, sites, spans, directions = _loaded(config)
     how = {"directions": directions, "only_correct": not config.all, "measure": config.measure}
-    how |= {"engine": config.engine, "memory": config.memory}
+    how |= {"part": config.spoken, "engine": config.engine, "memory": config.memory}
     for start in work.progress(range(0, len(pairs), config.batch), "swaps"):
         key = f"{start:08d}"
         if key not in work:

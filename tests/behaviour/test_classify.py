@@ -18,13 +18,13 @@ from vlm_mech.behaviour.answering.prompts import (
     stemmed,
     too_long,
 )
-from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify import study
 from vlm_mech.behaviour.classify.data import design_of
 from vlm_mech.behaviour.classify.study import calibrated, score_tables
 from vlm_mech.behaviour.classify.table import CLASSES, MEAN, OPEN, SUM, Cell, best, score_rows
 from vlm_mech.behaviour.classify.tuning import with_answers
 from vlm_mech.data.image_classes import Classes, Labelled
+from vlm_mech.data.reading import mentions, read_answer
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import run

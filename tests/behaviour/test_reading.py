@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 
 from tests.zoo.tiny import picture
-from vlm_mech.behaviour.answering.reading import letters_of, mentions, read_answer, says
 from vlm_mech.behaviour.blur_decay.study import compared
 from vlm_mech.behaviour.debias import study as debias_study
 from vlm_mech.behaviour.decoding import study as decoding_study
@@ -13,6 +12,7 @@ from vlm_mech.behaviour.decoding.data import Options
 from vlm_mech.behaviour.scoring.measures import parsed
 from vlm_mech.data.image_classes import normalised
 from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.reading import letters_of, mentions, read_answer, says
 from vlm_mech.data.words import words_of
 from vlm_mech.errors import UsageError
 

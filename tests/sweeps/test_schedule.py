@@ -77,7 +77,7 @@ def test_the_predicted_peak_is_within_20_percent_of_the_measured_one(attn, kind)
 def with_answers(attn: str = "sdpa"):
     """The batch with two answers of four tokens after each prompt."""
     _, encoded, _ = middling(attn)
-    return followed(encoded, [[(3, 4, 5, 6), (4, 5, 6, 7)], [(5, 4, 3, 6), (7, 8)]])
+    return followed(encoded, [[(8, 9, 10, 11), (9, 10, 11, 12)], [(10, 9, 8, 11), (12, 13)]])
 
 
 @pytest.mark.parametrize("kind", ["cut", "swap", "write", "tower"])

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
     from vlm_mech.inputs.wording import Wording
     from vlm_mech.results.result import Result
+    from vlm_mech.sweeps.generated_answers import GeneratedPart
 
 REASONS = 3
 """How many of the examples that could not be used are told with the findings."""
@@ -117,6 +118,25 @@ class SweepConfig(RunConfig):
     """Memory that the sweep may take beyond the model, such as 2GiB; half of what there is by default."""
     dry_run: bool = False
     """Say what the sweep will need (work, memory) and stop."""
+
+
+@dataclass(frozen=True)
+class SpokenConfig(SweepConfig):
+    """Options of experiments that can look at what is said under an edit too, not only at what is preferred."""
+
+    outcome: Literal["logits", "generation"] = "logits"
+    """What is measured: preferred answers in every cell, or beside these generated answers in some, drawn at random."""
+    generated_cells: int = 8
+    """Cells of --outcome generation."""
+    new_tokens: int = 16
+    """Tokens of a generated answer at most."""
+
+    @property
+    def spoken(self) -> "GeneratedPart | None":
+        """The cells in which answers are generated; None without --outcome generation."""
+        from vlm_mech.sweeps.generated_answers import GeneratedPart
+
+        return GeneratedPart(self.generated_cells, self.seed, self.new_tokens) if self.outcome != "logits" else None
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)

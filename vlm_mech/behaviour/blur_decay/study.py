@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.behaviour.answering.reading import Reading, letters_of, read_answer
 from vlm_mech.behaviour.blur_decay.blur import NONE
 from vlm_mech.behaviour.blur_decay.data import with_images
 from vlm_mech.behaviour.blur_decay.probes import DECODED
 from vlm_mech.data.pairs import Pairs, partners
+from vlm_mech.data.reading import Reading, letters_of, read_answer
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.layer_swap.study import RECOVERED, swap_states

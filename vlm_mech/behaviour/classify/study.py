@@ -15,7 +15,6 @@ from torch import Tensor
 
 from vlm_mech.behaviour.answering.class_name_scores import score_names
 from vlm_mech.behaviour.answering.prompts import candidates, stemmed
-from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.table import (
     AVERAGE,
@@ -32,6 +31,7 @@ from vlm_mech.behaviour.classify.table import (
     score_rows,
 )
 from vlm_mech.data.image_classes import Labelled
+from vlm_mech.data.reading import mentions, read_answer
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.probing.controls import takes_text_alone
 

@@ -15,9 +15,9 @@ import pandas as pd
 
 from vlm_mech.behaviour.answering.class_name_scores import names_after, score_names
 from vlm_mech.behaviour.answering.prompts import Style
-from vlm_mech.behaviour.answering.reading import mentions, read_answer
 from vlm_mech.behaviour.classify.table import GENERATION, MEAN, NO_ORDER, OPEN, Cell, best, rows
 from vlm_mech.data.image_classes import Labelled, check_names
+from vlm_mech.data.reading import mentions, read_answer
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_questions import facts, questions
 from vlm_mech.data.user_files import Refused, Row, draw, read_rows

@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vlm_mech.behaviour.answering.reading import read_answer
 from vlm_mech.behaviour.debias.adapter import History, checkpoint_at, put_back, save_adapter, trained_of
 from vlm_mech.behaviour.debias.data import IN_CONFLICT, USUAL, Parts, tasks_of
 from vlm_mech.behaviour.debias.training import Recipe, train
 from vlm_mech.data.pairs import Pairs
+from vlm_mech.data.reading import read_answer
 from vlm_mech.errors import UsageError
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.weight_swap.blocks import switched

@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm_mech.behaviour.answering.class_name_scores import Ids, names_after
-from vlm_mech.behaviour.answering.reading import says
 from vlm_mech.behaviour.classify.tuning import IGNORED, Tuning, with_answers
 from vlm_mech.behaviour.debias.adapter import STATE, History, keep_state, taken_up, trained_of
 from vlm_mech.behaviour.debias.losses import advantages, cross_entropy, grpo_loss, k3, n_equal
 from vlm_mech.behaviour.master_weights import Descent
 from vlm_mech.data.pairs import Pair, Pairs, askable, checked
+from vlm_mech.data.reading import says
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.trace import generate

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 
 from vlm_mech.behaviour.answering.class_name_scores import Names, names_after, score_names
 from vlm_mech.behaviour.answering.prompts import check_known
-from vlm_mech.behaviour.answering.reading import ALPHABET, check_options, mentions, read_answer
+from vlm_mech.data.reading import ALPHABET, check_options, mentions, read_answer
 from vlm_mech.errors import UsageError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool
@@ -133,6 +133,7 @@ def scan_of(
     layers: str = "each",
     size: int | None = None,
     heads: bool = False,
+    during: Literal["prompt", "answer"] = "prompt",
 ) -> Scan:
     """The edges and layers of a scan by name, checked.
 
@@ -141,6 +142,7 @@ def scan_of(
             known and image tokens are patches, without last<-question where both overlap; for heads last<-image alone.
         layers, size: see `layer_sets`.
         heads: all heads one by one, at single layers, for one edge.
+        during: `answer` adds the answer's own tokens to the queries of edges from `last`.
 
     Raises:
         UsageError: an edge or layers that are not known, an edge twice, several edges or windows for heads.
@@ -149,12 +151,19 @@ def scan_of(
         raise UsageError("heads are cut one by one, for one edge and at single layers")
     n_layers = vlm.n_layers("llm")
     if heads:
-        edge = parse_edge(edges[0] if edges else HEAD_EDGE)
+        edge = _during(parse_edge(edges[0] if edges else HEAD_EDGE), during)
         return Scan((edge,), layer_sets(n_layers, "each", 1), tuple(range(vlm.n_heads("llm"))))
-    parsed = tuple(parse_edge(each) for each in edges or _default_edges(vlm, pairs, masks))
+    parsed = tuple(_during(parse_edge(each), during) for each in edges or _default_edges(vlm, pairs, masks))
     if len(set(parsed)) < len(parsed):
         raise UsageError(f"edge {next(each for each in parsed if parsed.count(each) > 1)} is named twice")
     return Scan(parsed, layer_sets(n_layers, layers, size))
+
+
+def _during(edge: Edge, during: str) -> Edge:
+    """The edge, with the answer's tokens among its queries where these are to lose it too."""
+    if during == "prompt" or edge.of_answer or "last" not in edge.query.split("+") or edge.query == edge.key:
+        return edge
+    return Edge(f"{edge.query}+{ANSWER}", edge.key)
 
 
 def _default_edges(vlm: "VLM", pairs: Pairs, masks: Masks) -> tuple[str, ...]:
@@ -233,7 +242,8 @@ def found_edges(vlm: "VLM", pairs: Pairs, scan: Scan, masks: Masks, *, only_corr
                 parts: tuple[Ends, ...] | Reason = ends if isinstance(ends, str) else (ends,)
                 if cut == CONTROL and not isinstance(ends, str):
                     drawn = np.random.default_rng([seed, zlib.crc32(f"{pair.id} {edge}".encode())])
-                    parts = control_of(ends, visible, drawn)
+                    n_answer = len(clean.encoded.rows[number].answer or ()) if ends.answer else 0
+                    parts = control_of(ends, visible, drawn, n_answer=n_answer)
                 here = parts if isinstance(parts, str) else Found(parts, layers_with(clean, number, parts))
                 found[str(edge), cut].append(here)
     return found

@@ -37,6 +37,7 @@ NOT_SEEN = "no image token shows the object"
 NO_REST = "every image token shows the object"
 FUTURE = "attention allows none of its edges, because every key comes after the queries"
 OUT_OF_REACH = "attention allows none of its edges, because every key is beyond the model's attention window"
+NOTHING_GIVEN = "the answer is one token, which nothing follows"
 NO_CONTROL = "there are too few other edges for a control of equal size"
 
 
@@ -164,26 +165,25 @@ def ends_of(
 
 
 def control_of(
-    ends: Ends, visible: Bool[np.ndarray, "token token"], random: np.random.Generator
+    ends: Ends, visible: Bool[np.ndarray, "token token"], random: np.random.Generator, *, n_answer: int = 0
 ) -> tuple[Ends, ...] | str:
     """As many edges as `ends` cuts, between random tokens, or why there are not so many.
 
     As many keys are drawn as the edge has, among all tokens; then queries outside the edge's own, until they attend to
     these keys by as many edges, the last query to a part of the keys; all is drawn anew, `DRAWS` times at most, when
     the queries do not suffice. Edges of a token to itself are not counted: with `keep_self` none is cut, so that no
-    token is left with nothing to attend to. Where the answer's tokens are queries, they lose as many other keys.
+    token is left with nothing to attend to.
+
+    Args:
+        n_answer: tokens of the answer that lose the edge too; as many edges more are drawn within the prompt.
 
     Returns:
-        Rectangles of edges.
+        One or two rectangles of edges.
     """
-    if ends.answer:
-        others = np.setdiff1d(np.arange(len(visible)), ends.key)
-        if len(others) <= len(ends.key):
-            return NO_CONTROL
-        key = tuple(np.sort(random.choice(others, len(ends.key), replace=False)).tolist())
-        of_prompt = control_of(Ends(ends.query, ends.key), visible, random) if ends.query else ()
-        return of_prompt if isinstance(of_prompt, str) else (*of_prompt, Ends((), key, answer=True))
-    wanted = int(visible[np.ix_(ends.query, ends.key)].sum())
+    wanted = int(visible[np.ix_(ends.query, ends.key)].sum()) if ends.query else 0
+    wanted += n_answer * len(ends.key)
+    if not wanted:
+        return NOTHING_GIVEN
     for _ in range(DRAWS):
         key = np.sort(random.choice(len(visible), len(ends.key), replace=False))
         queries = random.permutation(np.setdiff1d(np.arange(len(visible)), ends.query))

@@ -13,6 +13,7 @@ from vlm_mech.methods.knockout.follow_up import FollowUp, Head, HeadAttention
 from vlm_mech.methods.knockout.study import NO_PROB, OUT_OF_SIGHT, RELATIVE
 from vlm_mech.results.claim import LEVEL
 from vlm_mech.results.result import Result
+from vlm_mech.sweeps.generated_answers import told
 
 CORRECTED = f"p < {LEVEL}, sign-flip test, Holm over all cells"
 
@@ -28,6 +29,7 @@ def findings(result: Result, pairs: Pairs, scan: Scan, more: FollowUp) -> tuple[
         found += by_edge(result, scan.layers)
     else:
         found += [*by_head(result, more.heads), *(attended(scan.edges[0], each) for each in more.attention)]
+    found += told(result.table, result.axes, result.metrics[1].name)
     return tuple(found) if more.texts is None else (*found, continued(more.texts))
 
 

@@ -5,7 +5,7 @@ docs/methods.md.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +15,12 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import Tokens
 from vlm_mech.interventions.receipt import add_up, summarise
-from vlm_mech.interventions.specification import Knockout
+from vlm_mech.interventions.specification import Intervention, Knockout
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.knockout.data import FoundBy, Masks, Scan, found_edges, queries_of, sweeps
 from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
 from vlm_mech.results.result import Metric
+from vlm_mech.sweeps.generated_answers import GeneratedPart, generated
 from vlm_mech.sweeps.measures import Comparison, Measure, comparison, prob, said
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.schedule import SweepPlan
@@ -45,6 +46,7 @@ def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
 
 METRICS = metrics_of()
 
+SPOKEN = ("text", "says", "text_baseline", "says_baseline")
 OUT_OF_SIGHT = "attention at these layers allows none of the edges"
 NO_PROB = f"the answer's probability is below {MIN_PROB} without any knockout"
 
@@ -57,6 +59,7 @@ def knock_out(
     masks: Masks | None = None,
     only_correct: bool = True,
     measure: Comparison = "logit_diff",
+    part: GeneratedPart | None = None,
     seed: int = 0,
     engine: str = "fast",
     memory: int | str | None = None,
@@ -67,6 +70,8 @@ def knock_out(
         masks: pixels of the object by pair, for the groups `object` and `rest`.
         only_correct: leave out the pairs that the model answers wrongly.
         measure: how the two answers of a pair are compared (see `measures.comparison`).
+        part: cells in which answers are generated too: the columns `text` and `says` (own, other or neither) of these
+            rows, and `text_baseline` and `says_baseline` without an edit.
         seed: draws the controls; they do not depend on how pairs are batched.
         engine: `fast`, or `trace` for the reference.
         memory: bytes it may take beyond the model, such as "2GiB".
@@ -82,10 +87,15 @@ def knock_out(
     points, sets = scan.points(), scan.layers.sets
     found = found_edges(vlm, pairs, scan, masks or {}, only_correct=only_correct, seed=seed)
     tables, notes = [], [summarise(())]
+    drawn = {points[number] for number in part.of(len(points))} if part is not None else set()
     for chosen, some, cut in sweeps(pairs, points, found, sets):
         how = {"engine": engine, "batch": len(chosen), "memory": memory}
         result = sweep(vlm, chosen, some, cut, _measures(chosen, measure), **how)
-        tables.append(result.table)
+        table = result.table
+        if part is not None:
+            said = _generated(vlm, chosen, [point for point in some if point in drawn], cut, part)
+            table = table.merge(said, on=["example", *(axis for axis, _ in points[0].axes)], how="left")
+        tables.append(table)
         notes.append(result.provenance["receipts"])
     return _assembled(pairs, points, found, tables, sets, measure), add_up(notes)
 
@@ -126,6 +136,22 @@ def plan_knockout(
     ).over(len(pairs))
 
 
+def _generated(
+    vlm: "VLM", pairs: Pairs, points: Sequence[Point], cut: Callable[[Point], Intervention], part: GeneratedPart
+) -> pd.DataFrame:
+    """What is said in some cells and without an edit, and whose answer that is, a row an example and cell."""
+    both = [(pair.answer, pair.counterfactual_answer) for pair in pairs]
+    names, how = [pair.id for pair in pairs], {"max_new_tokens": part.max_new_tokens}
+    clean = generated(vlm, pairs.base, None, both, **how).add_suffix("_baseline") if points else pd.DataFrame()
+    tables = [
+        generated(vlm, pairs.base, cut(point), both, **how).join(clean).assign(example=names, **dict(point.axes))
+        for point in points
+    ]
+    axes = ["edge", "cut", "layer"]
+    columns = ["example", *axes, *SPOKEN]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
 def _measures(pairs: Pairs, name: Comparison) -> tuple[Measure, ...]:
     own, compared = (pairs.answer,), comparison(name, pairs.answer, pairs.counterfactual_answer)
     is_said = said(pairs.answer)
@@ -160,7 +186,9 @@ def _assembled(
     columns = [f"{name}{ending}" for name in measured for ending in ("", "_baseline")]
     axes = [axis for axis, _ in points[0].axes]
     if tables:
-        found_in = pd.concat(tables, ignore_index=True)[["example", *axes, *columns]]
+        found_in = pd.concat(tables, ignore_index=True)
+        spoken = [name for name in SPOKEN if name in found_in]
+        found_in = found_in[["example", *axes, *columns, *spoken]]
         table = table.merge(found_in, on=["example", *axes], how="left", validate="one_to_one")
     else:
         table = table.assign(**dict.fromkeys(columns, np.nan))

@@ -4,6 +4,7 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import WorkError
 from vlm_mech.methods.layer_swap.study import WRONG
 from vlm_mech.results.result import Result
+from vlm_mech.sweeps.generated_answers import told
 
 
 def findings(result: Result, pairs: Pairs) -> tuple[str, ...]:
@@ -12,7 +13,8 @@ def findings(result: Result, pairs: Pairs) -> tuple[str, ...]:
     Raises:
         WorkError: fewer than two pairs count, so that nothing can be said.
     """
-    return (usable_share(result, pairs), *takeover(result))
+    said = told(result.table, result.axes, result.metrics[1].name)
+    return (usable_share(result, pairs), *takeover(result), *said)
 
 
 def usable_share(result: Result, pairs: Pairs) -> str:

@@ -20,6 +20,7 @@ from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
 from vlm_mech.sweeps.asked import check_once
 from vlm_mech.sweeps.engine import engine_of
+from vlm_mech.sweeps.generated_answers import GeneratedPart, generated
 from vlm_mech.sweeps.measures import Comparison, comparison, said
 from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.readings import Readings, readings_of
@@ -72,6 +73,7 @@ def swap_states(
     directions: Sequence[str] = DIRECTIONS,
     only_correct: bool = True,
     measure: Comparison = "logit_diff",
+    part: GeneratedPart | None = None,
     engine: str = "fast",
     memory: int | str | None = None,
 ) -> tuple[pd.DataFrame, list[Receipt]]:
@@ -84,6 +86,8 @@ def swap_states(
 
     Args:
         measure: how the two answers of a pair are compared (see `measures.comparison`).
+        part: cells in which answers are generated too: the columns `text` and `says` (own, other or neither) of these
+            rows, and `text_baseline` and `says_baseline` of the run that is patched.
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
         memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
 
@@ -94,7 +98,8 @@ def swap_states(
     budget = budget_of(vlm.device, memory)
 
     def swapped(rows: slice) -> tuple[pd.DataFrame, list[Receipt]]:
-        how: dict[str, Any] = {"only_correct": only_correct, "measure": measure, "engine": engine, "budget": budget}
+        how: dict[str, Any] = {"only_correct": only_correct, "measure": measure, "part": part}
+        how |= {"engine": engine, "budget": budget}
         return _swapped(vlm, pairs[rows], sites, spans, directions, **how)
 
     at_most = None
@@ -162,6 +167,7 @@ def _swapped(
     *,
     only_correct: bool,
     measure: Comparison,
+    part: GeneratedPart | None,
     engine: str,
     budget: int,
 ) -> tuple[pd.DataFrame, list[Receipt]]:
@@ -170,6 +176,7 @@ def _swapped(
     right = read[0].value(2, sides[0].reads).bool() & read[1].value(3, sides[1].reads).bool()
     usable = right if only_correct else torch.ones_like(right)
     tables, receipts = [], []
+    drawn = part.of(len(directions) * len(sites) * len(spans)) if part is not None else frozenset()
     for direction in directions:
         # On the image's side the first difference is that of its own answer, on the other side the second.
         own = 0 if direction == "noising" else 1
@@ -182,12 +189,25 @@ def _swapped(
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
         for (site, span), after, proof in zip(cells, kept, proofs, strict=True):
             table = _scored(before, target, after, usable, measure)
+            if len(tables) in drawn and part is not None:
+                edit = Replace(site, span, source=donor.encoded.before or donor.encoded)
+                table = table.join(_generated(vlm, pairs, direction, edit, part))
             place = {"point": site.point} if site.layer is None else {"layer": site.layer}
             tables.append(table.assign(span=span, **place, example=[pair.id for pair in pairs], direction=direction))
             receipts += proof
     groups = {pair.id: pair.group or pair.id for pair in pairs}
     table = pd.concat(tables, ignore_index=True)
     return table.assign(group=table["example"].map(groups)), receipts
+
+
+def _generated(vlm: "VLM", pairs: Pairs, direction: str, edit: Replace, part: GeneratedPart) -> pd.DataFrame:
+    """What is said with a swap in force and without, and whose answer that is, a row a pair."""
+    noising = direction == "noising"
+    prompts = pairs.base if noising else pairs.counterfactual
+    both = [(pair.answer, pair.counterfactual_answer)[:: 1 if noising else -1] for pair in pairs]
+    how = {"max_new_tokens": part.max_new_tokens}
+    clean = generated(vlm, prompts, None, both, **how).add_suffix("_baseline")
+    return generated(vlm, prompts, edit, both, **how).join(clean)
 
 
 def _scored(
