@@ -75,12 +75,15 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM as VLM
     from vlm_mech.results import figures as figures
     from vlm_mech.results import metrics as metrics
+    from vlm_mech.results.metrics import AnswerLogits as AnswerLogits
     from vlm_mech.results.overlays import laid_over as laid_over
     from vlm_mech.results.result import Metric as Metric
     from vlm_mech.results.result import Result as Result
     from vlm_mech.results.saved_figures import redraw as redraw
+    from vlm_mech.sweeps import measures as measures
     from vlm_mech.sweeps.measures import Measure as Measure
     from vlm_mech.sweeps.measures import logit_diff as logit_diff
+    from vlm_mech.sweeps.measures import logprob_diff as logprob_diff
     from vlm_mech.sweeps.measures import prob as prob
     from vlm_mech.sweeps.schedule import SweepPlan as SweepPlan
     from vlm_mech.sweeps.sweep import Point as Point
@@ -119,16 +122,18 @@ _HOMES = {
     "models.dual_encoder": ("DualEncoder",),
     "models.embedded": ("weights_folder",),
     "models.vlm": ("VLM",),
+    "results.metrics": ("AnswerLogits",),
     "results.overlays": ("laid_over",),
     "results.result": ("Metric", "Result"),
     "results.saved_figures": ("redraw",),
     "sweeps.schedule": ("SweepPlan",),
-    "sweeps.measures": ("Measure", "logit_diff", "prob"),
+    "sweeps.measures": ("Measure", "logit_diff", "logprob_diff", "prob"),
     "sweeps.sweep": ("Point", "grid", "plan_sweep", "sweep"),
 }
 _MODULES = {
     "attribution_figures": "methods.attribution.figures",
     "figures": "results.figures",
+    "measures": "sweeps.measures",
     "metrics": "results.metrics",
     "probe_figures": "methods.probing.figures",
 }

@@ -20,6 +20,16 @@ from vlm_mech.results.result import Metric
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
+__all__ = [
+    "Measure", "comparison", "entropy", "kl", "logit_diff", "logprob", "logprob_diff", "prob", "rank", "said",
+    "total_variation",
+]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 At = Literal["next", "parting", "whole"]
 AT: tuple[At, ...] = ("next", "parting", "whole")
 

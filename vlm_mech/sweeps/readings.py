@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -38,6 +40,13 @@ class Reading:
     wanted: tuple[Tensor, ...]
     held: tuple[int, ...]
     common: tuple[int, ...]
+
+    @property
+    def places(self) -> dict[str, list[int]]:
+        """For each example how many tokens come before the one that is compared, or how many its first answer has."""
+        if self.measure.at == "parting":
+            return {"_position": list(self.common)}
+        return {"_tokens": (self.wanted[0] >= 0).sum(1).tolist()} if self.wanted else {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +104,22 @@ class Readings:
         places = self.encoded.answers.reads(reading.held[0])
         at = [places[common] for common in reading.common]
         return reads[torch.arange(len(at), device=reads.device), torch.tensor(at, device=reads.device)]
+
+
+PLACES = {"_position": 0, "_tokens": 1}
+"""Columns that tell where an answer is compared, by their endings, and what stands there where there is one token."""
+
+
+def without_trivial_places(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The table without such columns of some measures where all answers part at once, or have one token.
+
+    Batches that are one table now may have lost them, and get them back.
+    """
+    for name, value in ((f"{name}{ending}", value) for name in names for ending, value in PLACES.items()):
+        if name in table:
+            held = table[name].fillna(value).astype(int)
+            table = table.drop(columns=name) if bool(np.all(held == value)) else table.assign(**{name: held})
+    return table
 
 
 def readings_of(vlm: "VLM", encoded: Encoded, measures: Sequence[Measure], rows: slice = slice(None)) -> Readings:

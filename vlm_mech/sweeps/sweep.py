@@ -32,7 +32,7 @@ from vlm_mech.sweeps.axis_labels import axis_table, check_axes
 from vlm_mech.sweeps.engine import Reference, engine_of
 from vlm_mech.sweeps.measures import Measure
 from vlm_mech.sweeps.memory import budget_of
-from vlm_mech.sweeps.readings import Readings, readings_of
+from vlm_mech.sweeps.readings import Readings, readings_of, without_trivial_places
 from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
 
@@ -103,7 +103,9 @@ def sweep(
             run. Nothing is kept by default.
 
     Returns:
-        A `Result` with the grid's axes (labels where values are no numbers or text); its provenance
+        A `Result` with the grid's axes (labels where values are no numbers or text). Where answers share a beginning
+        or have several tokens, columns tell how many tokens come before the one that is compared (`..._position`), and
+        how many an answer has (`..._tokens`). The provenance
         holds the plan (`result.plan`), the summary of all receipts and the largest difference that the check found.
 
     Raises:
@@ -134,6 +136,7 @@ def sweep(
             if work is not None:
                 work.keep(key, *parts[-1])
     table, notes = work.collect() if work is not None else _collected(parts)
+    table = without_trivial_places(table, [each.metric.name for each in measures])
     axes = tuple(axis for axis, _ in points[0].axes)
     provenance = {"model": vlm.identity(), "engine": engine, "receipts": add_up([each["receipts"] for each in notes])}
     if planned is not None:
@@ -239,7 +242,8 @@ class _Job:
     @functools.cached_property
     def places(self) -> pd.DataFrame:
         """The axes of the table, a row for each point."""
-        columns = [name for each in self.measures for name in (each.metric.name, f"{each.metric.name}_baseline")]
+        endings = ("", "_baseline", "_position", "_tokens")
+        columns = [f"{each.metric.name}{ending}" for each in self.measures for ending in endings]
         return axis_table([point.axes for point in self.points], columns)
 
     @functools.cached_property
@@ -298,7 +302,7 @@ class _Job:
 
         values, receipts = runner.answers(edits, max_cells=self.max_cells, keep=keep)
         worst = _agree(self.vlm, read, edits, whole)
-        table = _table(self.places, self.measures, names, _stacked(read.checked(runner.reads, names)), values)
+        table = _table(self.places, read, names, _stacked(read.checked(runner.reads, names)), values)
         if isinstance(self.data, Pairs):
             groups = {pair.id: pair.group or pair.id for pair in self.data}
             table = table.assign(group=table["example"].map(groups))
@@ -349,14 +353,17 @@ def _agree(vlm: "VLM", read: Readings, edits: list[Intervention], found: dict[in
 
 def _table(
     places: pd.DataFrame,
-    measures: tuple[Measure, ...],
+    read: Readings,
     names: list[str],
     clean: Float[Tensor, "measure example"],
     values: Float[Tensor, "cell measure example"],
 ) -> pd.DataFrame:
     columns = places.loc[places.index.repeat(len(names))].reset_index(drop=True)
     columns.insert(0, "example", names * len(places))
-    for number, each in enumerate(measures):
-        columns[each.metric.name] = values[:, number].flatten().numpy()
-        columns[f"{each.metric.name}_baseline"] = np.tile(clean[number].numpy(), len(places))
+    for number, each in enumerate(read.each):
+        name = each.measure.metric.name
+        columns[name] = values[:, number].flatten().numpy()
+        columns[f"{name}_baseline"] = np.tile(clean[number].numpy(), len(places))
+        for ending, told in each.places.items():
+            columns[f"{name}{ending}"] = np.tile(told, len(places))
     return columns

@@ -22,6 +22,7 @@ from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
 from vlm_mech.results.result import Metric
 from vlm_mech.sweeps.generated_answers import GeneratedPart, generated
 from vlm_mech.sweeps.measures import Comparison, Measure, comparison, prob, said
+from vlm_mech.sweeps.readings import PLACES
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.schedule import SweepPlan
 from vlm_mech.sweeps.sweep import Point, plan_sweep, sweep
@@ -187,7 +188,8 @@ def _assembled(
     axes = [axis for axis, _ in points[0].axes]
     if tables:
         found_in = pd.concat(tables, ignore_index=True)
-        spoken = [name for name in SPOKEN if name in found_in]
+        places = [f"{measure}{ending}" for ending in PLACES]
+        spoken = [name for name in (*SPOKEN, *places) if name in found_in]
         found_in = found_in[["example", *axes, *columns, *spoken]]
         table = table.merge(found_in, on=["example", *axes], how="left", validate="one_to_one")
     else:

@@ -18,6 +18,7 @@ from vlm_mech.results.result import Result
 from vlm_mech.runs.contract import about, remarks
 from vlm_mech.sweeps.asked import check_once
 from vlm_mech.sweeps.measures import Comparison
+from vlm_mech.sweeps.readings import without_trivial_places
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -93,6 +94,7 @@ def swap_result(
 ) -> Result:
     """The rows of `swap_states` as a result."""
     depth = "point" if site == "projector" else "layer"
+    table = without_trivial_places(table, [measure])
     return Result(f"layer swap ({site})", table, ("direction", "span", depth), metrics_of(measure), {}, provenance)
 
 

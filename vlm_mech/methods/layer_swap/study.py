@@ -23,7 +23,7 @@ from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.generated_answers import GeneratedPart, generated
 from vlm_mech.sweeps.measures import Comparison, comparison, said
 from vlm_mech.sweeps.memory import budget_of
-from vlm_mech.sweeps.readings import Readings, readings_of
+from vlm_mech.sweeps.readings import Readings, readings_of, without_trivial_places
 from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves
 
 if TYPE_CHECKING:
@@ -192,11 +192,13 @@ def _swapped(
             if len(tables) in drawn and part is not None:
                 edit = Replace(site, span, source=donor.encoded.before or donor.encoded)
                 table = table.join(_generated(vlm, pairs, direction, edit, part))
-            place = {"point": site.point} if site.layer is None else {"layer": site.layer}
+            place: dict[str, Any] = {"point": site.point} if site.layer is None else {"layer": site.layer}
+            place |= {f"{measure}{ending}": told for ending, told in read[own].each[own].places.items()}
             tables.append(table.assign(span=span, **place, example=[pair.id for pair in pairs], direction=direction))
             receipts += proof
     groups = {pair.id: pair.group or pair.id for pair in pairs}
     table = pd.concat(tables, ignore_index=True)
+    table = without_trivial_places(table, [measure])
     return table.assign(group=table["example"].map(groups)), receipts
 
 
