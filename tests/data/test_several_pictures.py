@@ -80,8 +80,8 @@ def test_a_line_may_name_several_pictures(tmp_path):
         (GOOD | {"images": []}, "line 1: images is []; a list of at least one picture is needed"),
         (GOOD | {"images": "0.png"}, "line 1: images is '0.png'; a list of at least one picture is needed"),
         (GOOD | {"images": ["0.png", 3]}, "line 1: number 1 of images is 3; a non-empty text is needed"),
-        (GOOD | {"images": ["0.png", "bad.png"]}, "bad.png' is no picture"),
-        (GOOD | {"images": ["0.png", "none.png"]}, "none.png' cannot be read"),
+        (GOOD | {"images": ["0.png", "bad.png"]}, "bad.png"),
+        (GOOD | {"images": ["0.png", "none.png"]}, "none.png"),
         (GOOD | {"counterfactual_images": ["0.png", "1.png"]}, "both sides show equal pixels"),
         ({"images": ["0.png", "1.png"]}, "line 1: counterfactual_image is None; a non-empty text is needed"),
     ],
@@ -90,7 +90,7 @@ def test_lines_that_cannot_be_used_are_counted_with_the_reason(tmp_path, line, r
     found = load_pairs(folder_of(tmp_path, line, GOOD))
     assert len(found) == 1 and len(found.refused) == 1
     told = found.refused[0].reason
-    assert "\n" not in told and (reason in told or reason.rpartition("' ")[0] in told), told
+    assert "\n" not in told and reason in told
 
 
 def test_every_picture_counts_in_digests_groups_and_ingredients(tmp_path):
