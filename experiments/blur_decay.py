@@ -57,7 +57,8 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.behaviour.blur_decay import figures, findings, study
     from vlm_mech.behaviour.blur_decay.blur import levels_of
     from vlm_mech.behaviour.blur_decay.data import ladder
-    from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.data.fitting import fitting
+    from vlm_mech.data.pairs import load_pairs
     from vlm_mech.errors import UsageError
     from vlm_mech.methods.probing.data import with_objects
     from vlm_mech.models.vlm import VLM

@@ -64,7 +64,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.behaviour.debias import adapter as debias_adapter
     from vlm_mech.behaviour.debias import data as debias_data
     from vlm_mech.behaviour.debias import figures, findings, study, training
-    from vlm_mech.data.pairs import askable, fitting
+    from vlm_mech.data.fitting import askable, fitting
     from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 

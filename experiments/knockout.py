@@ -47,7 +47,8 @@ class Config(SpokenConfig):
 
 def _loaded(config: Config) -> tuple[Any, ...]:
     """The model, the pairs, what is cut, and which pixels show what is asked about."""
-    from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.data.fitting import fitting
+    from vlm_mech.data.pairs import load_pairs
     from vlm_mech.methods.knockout.data import scan_of
     from vlm_mech.methods.knockout.edges import object_masks
     from vlm_mech.models.vlm import VLM
@@ -75,10 +76,11 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.methods.knockout import figures, findings, study
     from vlm_mech.methods.knockout.follow_up import follow_up
     from vlm_mech.results.result import Result
+    from vlm_mech.sweeps.generated_answers import part_of
 
     vlm, pairs, scan, masks = _loaded(config)
     how = {"only_correct": not config.all, "measure": config.measure, "seed": config.seed}
-    how |= {"part": config.spoken, "engine": config.engine, "memory": config.memory}
+    how |= {"part": part_of(config), "engine": config.engine, "memory": config.memory}
     for start in work.progress(range(0, len(pairs), config.batch), "knockouts"):
         key = f"{start:08d}"
         if key not in work:

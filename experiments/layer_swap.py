@@ -34,7 +34,8 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _loaded(config: Config) -> tuple[Any, ...]:
     """The model, the pairs, and what is swapped: sites, spans, directions."""
-    from vlm_mech.data.pairs import DIRECTIONS, fitting, load_pairs
+    from vlm_mech.data.fitting import fitting
+    from vlm_mech.data.pairs import DIRECTIONS, load_pairs
     from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
     from vlm_mech.models.vlm import VLM
 
@@ -54,10 +55,11 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.methods.layer_swap.figures import drawn
     from vlm_mech.methods.layer_swap.layer_swap import QUESTION, swap_result, told
     from vlm_mech.methods.layer_swap.study import swap_states
+    from vlm_mech.sweeps.generated_answers import part_of
 
     vlm, pairs, sites, spans, directions = _loaded(config)
     how = {"directions": directions, "only_correct": not config.all, "measure": config.measure}
-    how |= {"part": config.spoken, "engine": config.engine, "memory": config.memory}
+    how |= {"part": part_of(config), "engine": config.engine, "memory": config.memory}
     for start in work.progress(range(0, len(pairs), config.batch), "swaps"):
         key = f"{start:08d}"
         if key not in work:

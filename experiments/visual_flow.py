@@ -50,7 +50,8 @@ class Config(SweepConfig):
 
 def _loaded(config: Config) -> tuple[Any, ...]:
     """The model, the examples and what is cut."""
-    from vlm_mech.data.pairs import fitting, load_pairs
+    from vlm_mech.data.fitting import fitting
+    from vlm_mech.data.pairs import load_pairs
     from vlm_mech.errors import UsageError
     from vlm_mech.methods.probing.data import with_objects
     from vlm_mech.methods.visual_flow.data import cases_of, flow_scan

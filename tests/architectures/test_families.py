@@ -13,7 +13,8 @@ from tests.zoo.batches import QUESTIONS, SHAPES, batch
 from tests.zoo.tiny import picture, tiny_config, tiny_processor
 from vlm_mech.architectures.families import FAMILIES
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
-from vlm_mech.data.pairs import Pair, Pairs, fitting
+from vlm_mech.data.fitting import fitting
+from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt, render
 from vlm_mech.inputs.span import OneImage, Patches

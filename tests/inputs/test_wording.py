@@ -6,7 +6,8 @@ import pytest
 
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
-from vlm_mech.data.pairs import Pair, Pairs, fitting, load_pairs
+from vlm_mech.data.fitting import fitting
+from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span_kinds import Words
 from vlm_mech.inputs.wording import BARE, Wording

@@ -6,7 +6,8 @@ import pytest
 
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pair, Pairs, fitting
+from vlm_mech.data.fitting import fitting
+from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.interventions.trace import run

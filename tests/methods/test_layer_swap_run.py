@@ -192,7 +192,8 @@ def test_folders_of_pairs_that_are_none(tmp_path, model_folder, capsys):
 
 def test_counterfactuals_with_other_tokens_are_refused_with_the_reason(vlm):
     """Prompts of unlike length cannot arise from one question here, so the processor is made to give them."""
-    from vlm_mech.data.pairs import Pair, Pairs, fitting
+    from vlm_mech.data.fitting import fitting
+    from vlm_mech.data.pairs import Pair, Pairs
     from vlm_mech.errors import UsageError
 
     pairs = Pairs("pictures", (Pair("one", picture(1), picture(2), "what is this?", "red", "blue"),))

@@ -13,7 +13,8 @@ from PIL import Image
 from experiments import probing
 from tests.helpers import assert_help_is_light, command
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pair, Pairs, fitting, linked, load_pairs
+from vlm_mech.data.fitting import fitting
+from vlm_mech.data.pairs import Pair, Pairs, linked, load_pairs
 from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt

@@ -8,7 +8,8 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from tests.zoo.tiny import SPECIALS, WORDS, picture, tiny_model, tiny_processor
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pair, Pairs, fitting
+from vlm_mech.data.fitting import fitting
+from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Attached, Spelling
 from vlm_mech.interventions.specification import Ablate

@@ -23,21 +23,15 @@ from vlm_mech.data.scenes import check_split
 from vlm_mech.data.shared_pictures import components, pixel_hash
 from vlm_mech.data.user_files import Refused, check_count
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.answer import SPELLINGS, WITH_ARTICLE, Spelling, Variants, spellings
-from vlm_mech.inputs.following import check_parting
+from vlm_mech.inputs.answer import Spelling, Variants
 from vlm_mech.inputs.image import load_image, side_by_side
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.wording import BARE, Wording
-from vlm_mech.models.spelling import Asked, likeliest, spellings_of
 
 if TYPE_CHECKING:
-    from vlm_mech.models.vlm import VLM
+    pass
 
 Direction = Literal["noising", "denoising"]
-Variety = Literal["likeliest", "the", "max", "as-written"]
-"""Which spellings of answers are tried (see `fitting`)."""
-SHARE_OF_SPELLING, FEWEST_TO_PART = 0.2, 5
-"""The share of groups that a spelling is chosen on, and from how many on they are parted for it."""
 DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 """Noising puts states of the counterfactual into the run on the image, denoising the reverse."""
 
@@ -359,105 +353,6 @@ def checked(pairs: Pairs, check: Callable[[Pair], object], what: str) -> Pairs:
     if not kept:
         raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} {what}: {refused[-1].reason}")
     return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
-
-
-def fitting(vlm: "VLM", pairs: Pairs, *, variants: Variety = "likeliest", by_first_token: bool = False) -> Pairs:
-    """The pairs that this model can be asked: same tokens in both prompts, answers that part somewhere.
-
-    Both pictures must give it pixel values that differ somewhere. Answers are spelt as the model would (see
-    `models.spelling`), all alike: where it has several ways, the one with the most probable right answers on a fifth of
-    the groups of pairs, which are left out of the rest. The other pairs move to `refused` with the reason.
-
-    Args:
-        variants: `likeliest` chooses among cases and with or without a space before; `the` also with an article before;
-            `max` keeps all spellings, the likeliest of which counts each time (after pixels-vs-priors); `as-written`
-            none but that of the data.
-        by_first_token: the answers must begin with different tokens.
-
-    Raises:
-        UsageError: none fits.
-    """
-    what = f"fits {vlm.name}"
-    pairs = checked(pairs, lambda pair: _check_prompts(vlm, pair), what)
-    spelt = _spelt(vlm, pairs, variants)
-    return checked(spelt, lambda pair: _check_answers(vlm, spelt, pair, by_first_token), what)
-
-
-def _spelt(vlm: "VLM", pairs: Pairs, variants: Variety) -> Pairs:
-    """The pairs in the spelling chosen, without those it was chosen on."""
-    if variants == "as-written":
-        return pairs
-    among = (*SPELLINGS, *WITH_ARTICLE) if variants == "the" else SPELLINGS
-    asked = _asked(vlm, pairs, among)
-    if variants == "max":
-        return dataclasses.replace(pairs, variants=asked.spellings)
-    if len(asked.spellings) < 2 or vlm.device.type == "meta":
-        return pairs
-    n_groups = len({pair.group or pair.id for pair in linked(pairs)})
-    if n_groups < FEWEST_TO_PART:
-        spelling, told = likeliest(vlm, asked)
-        return dataclasses.replace(
-            pairs,
-            spelling=spelling if spelling != Spelling() else None,
-            told=told,
-            chosen_on=f"the same {len(pairs)} pairs",
-        )
-    on, others = by_groups(pairs, (SHARE_OF_SPELLING,), seed=0)
-    spelling, told = likeliest(vlm, _asked(vlm, on, among))
-    left = tuple(Refused(pair.id, "the spelling of all answers was chosen on it") for pair in on)
-    used = f"{len(on)} other pairs"
-    return dataclasses.replace(
-        others,
-        refused=(*others.refused, *left),
-        spelling=spelling if spelling != Spelling() else None,
-        told=told,
-        chosen_on=used,
-    )
-
-
-def _asked(vlm: "VLM", pairs: Pairs, among: Sequence[Spelling]) -> Asked:
-    prompts = [each for both in zip(pairs.base, pairs.counterfactual, strict=True) for each in both]
-    right = [each for pair in pairs for each in (pair.answer, pair.counterfactual_answer)]
-    return spellings_of(vlm, prompts, right, among)
-
-
-def _check_prompts(vlm: "VLM", pair: Pair) -> None:
-    one, other = (vlm.encode(prompt) for prompt in (pair.base, pair.counterfactual))
-    if one.rows[0].tokens != other.rows[0].tokens:
-        counts = [len(encoded.rows[0].tokens) for encoded in (one, other)]
-        raise UsageError(f"the prompts have {counts[0]} and {counts[1]} tokens; counterfactuals need the same tokens")
-    if one.grids() != other.grids():
-        raise UsageError(
-            f"the images are cut into grids {one.grids()} and {other.grids()}; counterfactuals need the same"
-        )
-    if all(one.inputs[name].equal(other.inputs[name]) for name in one.inputs):
-        raise UsageError(f"both pictures give {vlm.name} the same pixel values; it cannot tell them apart")
-
-
-def askable(vlm: "VLM", pairs: Pairs, *, n_new: int = 0) -> Pairs:
-    """The pairs both of whose prompts the model can be given, with so many tokens after them; others move to `refused`.
-
-    Raises:
-        UsageError: none is left.
-    """
-
-    def check(pair: Pair) -> None:
-        for prompt in (pair.base, pair.counterfactual):
-            vlm.encode(prompt).check_room(n_new)
-
-    return checked(pairs, check, f"fits {vlm.name}")
-
-
-def _check_answers(vlm: "VLM", pairs: Pairs, pair: Pair, by_first_token: bool) -> None:
-    encoded = vlm.encode(pair.base)
-    both = [spellings(pairs.written(answer)) for answer in (pair.answer, pair.counterfactual_answer)]
-    if by_first_token or pairs.variants:
-        ids = [{vlm.answer_ids(encoded, [each]).item() for each in spelt} for spelt in both]
-        if ids[0] & ids[1]:
-            raise UsageError(f"answers {both[0][0]!r} and {both[1][0]!r} start with the same token")
-        return
-    tokens = [vlm.answer_tokens(encoded, [each])[0] for (each,) in both]
-    check_parting(*tokens, [each for (each,) in both])
 
 
 def pictures(pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]:

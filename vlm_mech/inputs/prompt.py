@@ -13,9 +13,8 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.chat_template import in_template
 from vlm_mech.inputs.following import Answers
 from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, images_of, load_image, measured_boxes
-from vlm_mech.inputs.image_layout import ImageLayout
-from vlm_mech.inputs.processing import Processed, laid_out, process
-from vlm_mech.inputs.span import Cells, Picture, Row, Span, flatten, resolve, settled
+from vlm_mech.inputs.processing import laid_out, process
+from vlm_mech.inputs.span import Cells, Row, Span, flatten, resolve, settled
 from vlm_mech.inputs.special_tokens import check_plain, tokenized
 
 if TYPE_CHECKING:
@@ -291,7 +290,7 @@ def encode(vlm: Any, prompts: Prompt | Sequence[Prompt]) -> Encoded:
     bare = [prompt if prompt.prefix is None else dataclasses.replace(prompt, prefix=None) for prompt in prompts]
     processed = process(vlm, [text for text, _ in rendered], images, [text for text, _ in _rendered(vlm, bare)])
     _check_last(vlm, prompts, processed.texts)
-    rows = _rows(vlm, processed, rendered, [[image.size for image in each] for each in images])
+    rows = rows_of(vlm, processed, rendered, [[image.size for image in each] for each in images])
     inputs = {name: value.to(vlm.device) for name, value in processed.inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
@@ -333,114 +332,6 @@ def written(vlm: Any, prompts: Sequence[Prompt]) -> list[str]:
     return texts
 
 
-def _rows(
-    vlm: Any,
-    processed: Processed,
-    rendered: Sequence[tuple[str, tuple[int, int]]],
-    sizes: Sequence[Sequence[tuple[int, int]]],
-) -> tuple[Row, ...]:
-    drafts = _drafts(vlm, processed, rendered)
-    layouts = iter(_layouts(vlm, processed, [pictures for _, pictures in drafts]))
-    rows = []
-    for (row, pictures), each in zip(drafts, sizes, strict=True):
-        images = [
-            Picture(size, positions, extent, next(layouts))
-            for size, (positions, extent) in zip(each, pictures, strict=True)
-        ]
-        rows.append(dataclasses.replace(row, images=tuple(images)))
-    return tuple(rows)
-
-
-Positions = tuple[int, ...]
-Draft = tuple[Row, list[tuple[Positions, Positions]]]
-
-
-def _drafts(vlm: Any, processed: Processed, rendered: Sequence[tuple[str, tuple[int, int]]]) -> list[Draft]:
-    """The rows without their images; those that differ in their pictures alone are made once."""
-    tokens = [processed.inputs[name].tolist() for name in ("input_ids", "attention_mask")]
-    keys = [
-        (*given, text, places, tuple(ids), tuple(mask))
-        for given, text, places, ids, mask in zip(rendered, processed.texts, processed.places, *tokens, strict=True)
-    ]
-    made: dict[Any, Draft] = {}
-    for example, key in enumerate(keys):
-        if key not in made:
-            made[key] = _draft(vlm, processed, example, *rendered[example])
-    return [made[key] for key in keys]
-
-
-def _layouts(vlm: Any, processed: Processed, pictures: list[list[tuple[Positions, Positions]]]) -> list[ImageLayout]:
-    """The layout of every image of the batch, from the counts of its tokens."""
-    counts = tuple(len(positions) for each in pictures for positions, _ in each)
-    alone = tuple(len(each) == 1 for each in pictures for _ in each)
-    return vlm.layouts(processed.inputs, counts, alone) if counts else []
-
-
-def _draft(vlm: Any, processed: Processed, example: int, text: str, question: tuple[int, int]) -> Draft:
-    """The row without its images, and per image the positions of its tokens and of all that stands for it."""
-    ids = processed.inputs["input_ids"][example].tolist()
-    present = [position for position, kept in enumerate(processed.inputs["attention_mask"][example].tolist()) if kept]
-    characters = [(0, 0)] * len(ids)
-    offsets = _offsets(vlm, processed.texts[example], [ids[position] for position in present], example)
-    for position, offset in zip(present, offsets, strict=True):
-        characters[position] = offset
-    row = Row(
-        tokens=tuple(vlm.tokenizer.convert_ids_to_tokens(ids)),
-        present=tuple(present),
-        offsets=tuple(characters),
-        text=processed.texts[example],
-        question=_question(vlm, processed, example, text, question),
-        images=(),
-    )
-    pictures, image_token = [], vlm.image_token_id
-    for first, last in processed.places[example]:
-        inside = [position for position in present if first <= characters[position][0] < last]
-        tokens = tuple(position for position in inside if ids[position] == image_token)
-        pictures.append((tokens, tuple(inside)))
-    found = sum(len(tokens) for tokens, _ in pictures)
-    n_image_tokens = sum(ids[position] == image_token for position in present)
-    if found != n_image_tokens:
-        raise UsageError(f"example {example}: {n_image_tokens} image tokens, of which {found} belong to an image")
-    return row, pictures
-
-
-def _question(vlm: Any, processed: Processed, example: int, text: str, question: tuple[int, int]) -> tuple[int, int]:
-    """Where the question stands in the expanded text."""
-    start, end = question
-    expanded, place = processed.texts[example], vlm.placeholder
-    if place is None or place not in text[start:]:
-        # Processors may change what is before the question, and append to the text, but keep the rest.
-        first = expanded.rindex(text[start:])
-    else:
-        n_before = text[:start].count(place)
-        spans = processed.places[example][:n_before]
-        first = start + sum(stop - begin for begin, stop in spans) - n_before * len(place)
-    if expanded[first : first + end - start] != text[start:end]:
-        raise UsageError(f"example {example}: the question is not found in the processor's text {expanded!r}")
-    return first, first + end - start
-
-
-def _offsets(vlm: Any, text: str, ids: list[int], example: int) -> list[tuple[int, int]]:
-    """Characters of every token that is no padding; the tokens must be exactly those that the processor made."""
-    if vlm.family.queries_first and text.startswith(str(vlm.processor.image_token)):
-        return _offsets_after_queries(vlm, text, ids, example)
-    for special in (True, False):
-        made = vlm.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-        if made["input_ids"] == ids:
-            return made["offset_mapping"]
-    raise UsageError(f"example {example}: the processor's tokens do not match the text {text!r}")
-
-
-def _offsets_after_queries(vlm: Any, text: str, ids: list[int], example: int) -> list[tuple[int, int]]:
-    token, n_queries = str(vlm.processor.image_token), vlm.processor.num_query_tokens
-    length = len(token) * n_queries
-    made = tokenized(vlm.tokenizer, text[length:], return_offsets_mapping=True)
-    if [vlm.image_token_id] * n_queries + made["input_ids"] != ids:
-        raise UsageError(f"example {example}: the processor's tokens do not match the text {text!r}")
-    queries = [(number * len(token), (number + 1) * len(token)) for number in range(n_queries)]
-    return queries + [(start + length, end + length) if end else (0, 0) for start, end in made["offset_mapping"]]
-
-
 def token_boxes(
     vlm: Any, prompt: Prompt, sizes: tuple[tuple[int, int], ...]
 ) -> tuple[tuple[tuple[Box, ...], ...], ...]:
@@ -452,8 +343,8 @@ def token_boxes(
         text, question = render(vlm, prompt)
         kinds = zip(*(coded_pictures(size) for size in sizes), strict=True)
         runs = [process(vlm, [text], [list(pictures)], [text]) for pictures in kinds]
-        _, pictures = _draft(vlm, runs[1], 0, text, question)
-        layouts = _layouts(vlm, runs[1], [pictures])
+        _, pictures = draft_of(vlm, runs[1], 0, text, question)
+        layouts = layouts_of(vlm, runs[1], [pictures])
         values = [run.inputs["pixel_values"] for run in runs]
         vlm.known_boxes[sizes] = measured_boxes(layouts, sizes, values, vlm.patch_size)
     return vlm.known_boxes[sizes]

@@ -7,10 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import io
-import json
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm_mech.errors import UsageError, WorkError, one_line_errors
 from vlm_mech.runs.answers import about_answers, told
+from vlm_mech.runs.command_line import HOW, parse
 from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace, prepare
@@ -31,12 +29,9 @@ if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
     from vlm_mech.inputs.wording import Wording
     from vlm_mech.results.result import Result
-    from vlm_mech.sweeps.generated_answers import GeneratedPart
 
 REASONS = 3
 """How many of the examples that could not be used are told with the findings."""
-# Options that do not change the numbers of a run.
-HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run", "workers")
 ASKING = ("system", "prefix", "suffix", "wording", "wordings")
 """Options that say how questions are put; a run without them does not mention them."""
 
@@ -130,13 +125,6 @@ class SpokenConfig(SweepConfig):
     """Cells of --outcome generation."""
     new_tokens: int = 16
     """Tokens of a generated answer at most."""
-
-    @property
-    def spoken(self) -> "GeneratedPart | None":
-        """The cells in which answers are generated; None without --outcome generation."""
-        from vlm_mech.sweeps.generated_answers import GeneratedPart
-
-        return GeneratedPart(self.generated_cells, self.seed, self.new_tokens) if self.outcome != "logits" else None
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -256,93 +244,6 @@ def worded(config: ConfigT, *, unasked: str = "") -> list[ConfigT]:
         # What cannot be is said before anything is loaded.
         _ = one.asking
     return each
-
-
-def parse(config_class: type[ConfigT], arguments: Sequence[str], *, name: str) -> ConfigT:
-    """The options of a command line; those of `--config FILE` come first, so that others take precedence.
-
-    Raises:
-        UsageError: an unknown option or value, in one line.
-    """
-    return _parsed(config_class, [*_replayed(config_class, arguments), *_gathered(arguments)], name=name)
-
-
-def _gathered(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the values of every --wording behind one of them, as options of several values take them."""
-    others: list[str] = []
-    values: list[str] = []
-    within = False
-    for argument in arguments:
-        if argument == "--wording" or argument.startswith("--wording="):
-            within = argument == "--wording"
-            values += [] if within else [argument.removeprefix("--wording=")]
-        elif within and not argument.startswith("--"):
-            values.append(argument)
-        else:
-            within = False
-            others.append(argument)
-    return [*others, "--wording", *values] if values else list(arguments)
-
-
-def _parsed(config_class: type[ConfigT], arguments: Sequence[str], *, name: str) -> ConfigT:
-    import tyro
-
-    caught = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(caught):
-            return tyro.cli(
-                config_class, args=list(arguments), prog=f"python -m experiments.{name}",
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )  # fmt: skip
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UsageError(f"{_plain(caught.getvalue())}; --help lists the options") from None
-
-
-def _plain(message: str) -> str:
-    """tyro's framed message as one line."""
-    bare = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    lines = [re.sub(r"[─│╭╮╰╯]+", " ", line).strip() for line in bare.splitlines()]
-    kept = [line for line in lines if line and line != "Parsing error" and not line.startswith("For full helptext")]
-    return " ".join(kept) or "the options cannot be understood"
-
-
-def _replayed(config_class: type[ConfigT], arguments: Sequence[str]) -> list[str]:
-    """The options of the file that `--config` names, as arguments; the parser checks them like any others."""
-    path = None
-    for position, argument in enumerate(arguments):
-        if argument == "--config" and position + 1 < len(arguments):
-            path = Path(arguments[position + 1])
-        elif argument.startswith("--config="):
-            path = Path(argument.removeprefix("--config="))
-    if path is None:
-        return []
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"config {str(path)!r} cannot be read: {error}") from error
-    known = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in HOW}
-    unknown = sorted(set(saved) - set(known)) if isinstance(saved, dict) else ["(no object)"]
-    if unknown:
-        raise UsageError(f"config {str(path)!r} has unknown option(s) {', '.join(unknown)}")
-    found = [argument for name, value in saved.items() for argument in _argument(path, name, value, known[name])]
-    try:
-        _parsed(config_class, found, name="config")
-    except UsageError as error:
-        raise UsageError(f"config {str(path)!r}: {error}") from error
-    return found
-
-
-def _argument(path: Path, name: str, value: Any, default: Any) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise UsageError(f"config {str(path)!r}: {name} is {value!r}; true or false is needed")
-        return [] if value == default else [flag if value else f"--no-{flag.removeprefix('--')}"]
-    if isinstance(value, list):
-        return [flag, *(str(each) for each in value)]
-    return [] if value is None and default is None else [f"{flag}={value}"]
 
 
 def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, name: str) -> None:

@@ -13,6 +13,7 @@ from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.specification import Intervention
 from vlm_mech.interventions.trace import generate
 from vlm_mech.results.result import Metric, Result
+from vlm_mech.runs.contract import SpokenConfig
 from vlm_mech.sweeps.asked import check_whole
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ class GeneratedPart:
         """Numbers of the cells, of so many; all where there are no more."""
         drawn = random.Random(f"generation/{self.seed}").sample(range(n_cells), min(self.n_cells, n_cells))
         return frozenset(drawn)
+
+
+def part_of(config: SpokenConfig) -> GeneratedPart | None:
+    """The cells that the options of a run name; None without `--outcome generation`."""
+    if config.outcome == "logits":
+        return None
+    return GeneratedPart(config.generated_cells, config.seed, config.new_tokens)
 
 
 def generated(

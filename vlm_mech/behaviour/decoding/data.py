@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlm_mech.behaviour.decoding.processors import CUTOFF, NOISE_STEP, RATE, START, STRENGTH
-from vlm_mech.data.pairs import Pairs, by_groups, conflict_first, fitting, load_pairs, with_conflict
+from vlm_mech.data.fitting import fitting
+from vlm_mech.data.pairs import Pairs, by_groups, conflict_first, load_pairs, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.wording import BARE, Wording
 

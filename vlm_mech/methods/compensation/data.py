@@ -16,8 +16,9 @@ from jaxtyping import Bool
 from PIL import Image
 
 from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.fitting import fitting
 from vlm_mech.data.pair_folder import pair_fields
-from vlm_mech.data.pairs import Pair, Pairs, Refused, fitting, load_pairs
+from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
 from vlm_mech.data.render import masks
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling

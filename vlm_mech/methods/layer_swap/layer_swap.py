@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_mech.architectures.traced_model import check_decoder
-from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs, fitting
+from vlm_mech.data.fitting import fitting
+from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.interventions.receipt import add_up, summarise

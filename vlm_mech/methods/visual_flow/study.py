@@ -124,7 +124,7 @@ def _of_lens(vlm: "VLM", cases: Cases) -> pd.DataFrame:
     ids = [vlm.answer_ids(clean.encoded, each) for each in (cases.pairs.answer, rivals)]
     with torch.no_grad():
         leads = [
-            # Planted models may have a rival that is the answer; pairs of a user were checked (`data.pairs.fitting`).
+            # Planted models may have a rival that is the answer; pairs of a user were checked (`data.fitting`).
             metrics.logit_diff(vlm.readout(clean.hidden(depth)[:, -1]), *ids, apart=False).double().cpu().numpy()
             for depth in range(len(clean.blocks) + 1)
         ]
