@@ -40,8 +40,12 @@ ASKED_OF: dict[str, tuple[Family, ...]] = {
     "size": ("single", "few"),
     "class": ("beetle",),
     "two-hop": ("beetle",),
+    "where": ("few",),
+    "neighbour": ("few",),
 }
 """Scenes of which families each type of question is asked."""
+LONGEST = 8
+"""Tokens that an answer may have; a model that goes on longer has not ended it."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def answers(model, processor, examples: list[Example], *, batch: int = 128) -> l
         chats = [[{"role": "user", "content": parts}] for parts in content]
         texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         inputs = processor(images=[row.image for row in rows], text=texts, padding=True, return_tensors="pt")
-        made = model.generate(**inputs.to(model.device), max_new_tokens=3, do_sample=False)
+        made = model.generate(**inputs.to(model.device), max_new_tokens=LONGEST, do_sample=False)
         told = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         found += [answer.strip() for answer in told]
     return found
@@ -159,6 +163,8 @@ class EvaluationConfig:
     """Questions a type."""
     seed: int = 1
     """Which held-out scenes."""
+    split: Split = "test"
+    """`test` or `validation` scenes; the models were trained on `train` alone."""
     out: Path | None = None
     """File for the scores as JSON."""
 
