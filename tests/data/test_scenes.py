@@ -282,7 +282,7 @@ def test_phrases_say_where_things_are():
     ("others", "asked", "unclear"),
     [
         (((70, 74),), {"what is right of the heart?"}, {"where is the heart?"}),  # as far below as right
-        (((30, 40),), set(), {"where is the heart?", "what is right of the heart?"}),  # they touch
+        (((38, 32),), set(), {"where is the heart?", "what is right of the heart?"}),  # they touch
         (((70, 50), (80, 84)), {"what is above the star?"}, {"where is the heart?", "what is right of the heart?"}),
         (((72, 30), (30, 74)), set(), {"what is right of the heart?", "what is below the star?"}),  # hardly there
     ],
