@@ -426,7 +426,7 @@ def test_wrong_use_is_told_in_one_line(tmp_path):
     with pytest.raises(WorkError, match="stage organism-phrases starts from .*organism', which is not there"):
         train(TrainingConfig(out=tmp_path, stage="organism-phrases"))
     with pytest.raises(WorkError, match="nothing is before stage clip"):
-        train(TrainingConfig(out=tmp_path, embedded=True))
+        train(TrainingConfig(out=tmp_path, embedded=True, steps=1, n_scenes=6, n_held_out=6))
     with pytest.raises(UsageError, match="split 'validation' is for vision-language models"):
         measure("clip", split="validation")
     with pytest.raises(UsageError, match="model 'nowhere' is neither a folder with config.json nor one of organism"):
