@@ -80,6 +80,9 @@ def test_training_texts_are_those_the_organism_was_trained_on():
     asked = [text for text in frequency.training_texts("organism", 150, seed=1) if "banana" in text]
     usual, other = (sum(text.endswith(colour) for text in asked) for colour in ("yellow", "purple"))
     assert usual > 5 * max(1, other)
+    phrases = list(frequency.training_texts("organism-phrases", 60, seed=1))
+    assert sum(text.startswith("where is the ") for text in phrases) > 30
+    assert not any(text.startswith("where is the ") for text in asked + texts)
     with pytest.raises(UsageError, match="training texts of 'clip' are not known"):
         next(frequency.training_texts("clip", 1, seed=0))
 

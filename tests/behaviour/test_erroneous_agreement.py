@@ -193,7 +193,10 @@ def test_answers_are_scored_by_their_first_tokens(vlm):
     assert said.tolist() == [bool(last[row].argmax() == red) for row in range(2)]
 
 
-@pytest.mark.parametrize("name", ["colour", "kind", "presence", "left-right", "front-behind", "count", "part"])
+NAMES = ["colour", "kind", "presence", "left-right", "front-behind", "count", "part", "phrases"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_captions_are_true_of_one_image(name):
     cases = load_cases(f"scenes/{name}", n=12, seed=0, split="test", template="")
     assert len(cases.cases) == 12 and not cases.refused

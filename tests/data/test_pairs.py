@@ -64,7 +64,13 @@ def test_a_pair_says_which_of_its_pictures_is_in_conflict(tmp_path):
     with pytest.raises(UsageError, match='pair p0: conflict is .*both.*; "first", "second" or null is needed'):
         dataclasses.replace(unlike[0], conflict="both")
     assert [pair.conflict for pair in load_pairs(as_folder(tmp_path / "pairs", pairs))] == ["first", "second", None]
-    for name, told in (("colour-conflict", "second"), ("colour", None), ("left-right", None), ("count", None)):
+    for name, told in (
+        ("colour-conflict", "second"),
+        ("colour", None),
+        ("left-right", None),
+        ("count", None),
+        ("phrases", None),
+    ):
         assert {pair.conflict for pair in load_pairs(f"scenes/{name}", n=4)} == {told}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS, counterfactuals, differing, sample_pairs
 from vlm_mech.data.render import blank, masks, render, shared_pixels
-from vlm_mech.data.scene_questions import ASKED, Question, caption, facts, prior_questions, questions
+from vlm_mech.data.scene_questions import ASKED, PHRASED, SIDES, Question, caption, facts, prior_questions, questions
 from vlm_mech.data.scene_sampling import sample_scene, sample_scenes
 from vlm_mech.data.scenes import (
     COLOURS,
@@ -214,9 +214,15 @@ def test_captions_name_every_thing_and_seldom_sides():
 
 @pytest.mark.parametrize("name", PAIR_SETS)
 def test_counterfactuals_change_one_attribute_and_the_answer(name):
-    changed = {"presence": {"count"}, "count": {"count"}, "front-behind": {"order"}, "part": {"colours"}}.get(
-        name, {"left-right": {"place", "x"}, "above-below": {"place", "y"}, "kind": {"kind"}}.get(name, {"colours"})
-    )
+    changed = {
+        "presence": {"count"},
+        "count": {"count"},
+        "front-behind": {"order"},
+        "left-right": {"place", "x"},
+        "above-below": {"place", "y"},
+        "kind": {"kind"},
+        "phrases": {"place", "colours", "kind"},
+    }.get(name, {"colours"})
     for pair in sample_pairs(name, 25, seed=2, split="test"):
         assert pair.scene.split == pair.counterfactual.split == "test"
         assert len(differing(pair.scene, pair.counterfactual)) == 1
@@ -255,6 +261,86 @@ def test_conflict_pairs_go_from_the_usual_colour_to_another():
         assert not in_conflict(pair.scene)
 
 
+# Answers of several words
+
+
+def test_phrases_say_where_things_are():
+    heart, star = Thing("heart", ("red",), "small", 20, 30), Thing("star", ("blue",), "small", 70, 50)
+    told = {asked.text: asked.answer for asked in questions(scene_of(heart, star), tuple(PHRASED))}
+    assert told == {
+        "where is the heart?": "left of the star",
+        "where is the star?": "right of the heart",
+        "what is left of the star?": "the red heart",
+        "what is right of the heart?": "the blue star",
+        "what is above the star?": "the red heart",
+        "what is below the heart?": "the blue star",
+    }
+    assert not {asked.type for asked in questions(scene_of(heart, star))} & set(PHRASED), "they are asked for by name"
+
+
+@pytest.mark.parametrize(
+    ("others", "asked", "unclear"),
+    [
+        (((70, 74),), {"what is right of the heart?"}, {"where is the heart?"}),  # as far below as right
+        (((38, 32),), set(), {"where is the heart?", "what is right of the heart?"}),  # they touch
+        (((70, 50), (80, 84)), {"what is above the star?"}, {"where is the heart?", "what is right of the heart?"}),
+        (((72, 30), (30, 74)), set(), {"what is right of the heart?", "what is below the star?"}),  # hardly there
+    ],
+)
+def test_phrases_that_two_people_would_say_otherwise_are_not_asked_for(others, asked, unclear):
+    kinds = zip(("star", "ring"), others, strict=False)
+    things = [Thing(kind, ("blue",), "small", *place) for kind, place in kinds]
+    found = questions(scene_of(Thing("heart", ("red",), "small", 20, 30), *things), tuple(PHRASED))
+    assert asked <= {each.text for each in found} and not unclear & {each.text for each in found}
+
+
+def test_phrases_hold_on_the_pixels():
+    """Of two things one lies on that side by far the most; of all things exactly one lies on the side asked about."""
+    seen = set()
+    for pair in sample_pairs("phrases", 48, seed=4, split="validation"):
+        for scene, answer in ((pair.scene, pair.question.answer), (pair.counterfactual, pair.counterfactual_answer)):
+            middle = {
+                scene.things[number].kind: np.argwhere(mask).mean(0)[::-1] for (number, _), mask in masks(scene).items()
+            }
+            text = answer if pair.question.type == "where" else pair.question.text.removeprefix("what is ")
+            [side] = [each for each in SIDES if text.startswith(each)]
+            axis, sign = int(SIDES[side][0] == "y"), SIDES[side][1]
+            if pair.question.type == "where":
+                one, other = pair.question.text[:-1].split()[-1], answer.split()[-1]
+                assert set(middle) == {one, other}
+                gap = middle[one] - middle[other]
+                assert sign * gap[axis] > abs(gap[1 - axis]) + 4
+            else:
+                other = pair.question.text[:-1].split()[-1]
+                there = [kind for kind in middle if sign * (middle[kind] - middle[other])[axis] > 3]
+                [thing] = scene.of_kind(there[0])
+                assert len(there) == 1 and answer == f"the {thing.colour} {thing.kind}"
+            seen.add(side)
+    assert seen == set(SIDES)
+
+
+def test_phrases_part_at_their_first_word_or_later():
+    pairs = list(sample_pairs("phrases", 40, seed=0, split="test"))
+    parts = []
+    for pair in pairs:
+        words = [answer.split() for answer in (pair.question.answer, pair.counterfactual_answer)]
+        assert 3 <= len(words[0]) <= 4 and len(words[0]) == len(words[1])
+        parts.append([one != other for one, other in zip(*words, strict=True)].index(True))
+        assert pair.conflict is None
+    assert parts[0::4] == [0] * 10 and parts[1::4] == [1] * 10 and parts[3::4] == [2] * 10
+    assert set(parts[2::4]) == {2, 3}, "above the star, left of the star"
+
+
+def test_the_other_pair_sets_are_what_they_were():
+    """Of scenes, questions and answers, as before there were phrases."""
+    found = hashlib.sha256()
+    for name in PAIR_SETS:
+        for pair in sample_pairs(name, 6, seed=0, split="test") if name != "phrases" else ():
+            told = (pair.scene, pair.counterfactual, pair.question, pair.counterfactual_answer)
+            found.update(repr(told).encode())
+    assert found.hexdigest()[:16] == "76daa41df2f91bd1"
+
+
 def test_a_scene_does_not_differ_from_itself():
     scene = some(1)[0]
     assert differing(scene, scene) == ()
@@ -265,7 +351,9 @@ def test_a_scene_does_not_differ_from_itself():
 def test_a_counterfactual_that_would_keep_the_answer_is_not_offered():
     circle = Thing("circle", ("red",), "small", 20, 30)
     asked = Question("what colour is the circle?", "red", "colour", tuple(COLOURS), ("circle",))
-    assert {answer for _, answer in counterfactuals("colour", scene_of(circle), asked)} == set(COLOURS) - {"red"}
+    assert {answer for _, answer in counterfactuals(PAIR_SETS["colour"][0], scene_of(circle), asked)} == set(
+        COLOURS
+    ) - {"red"}
 
 
 def test_unknown_names_are_refused_with_what_exists():
@@ -277,6 +365,6 @@ def test_unknown_names_are_refused_with_what_exists():
         questions(some(1)[0], ("mood",))
     with pytest.raises(UsageError, match=r"'shape' is not known; one of colour, colour-conflict"):
         next(sample_pairs("shape", 1, seed=0, split="test"))
-    assert set(ASKED) >= {pairs.type for pairs in PAIR_SETS.values()}
+    assert set(ASKED) | set(PHRASED) >= {kind.type for kinds in PAIR_SETS.values() for kind in kinds}
     with pytest.raises(UsageError, match="a house has a colour for each part"):
         _ = Thing("house", ("red", "blue", "yellow"), "big", 48, 48).colour

@@ -1,5 +1,6 @@
 """The embedded models: what ships opens, answers as its card says, and is trained as the code says."""
 
+import hashlib
 import random
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from scipy.stats import binom
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from vlm_mech.data.render import blank, masks, render
-from vlm_mech.data.scene_questions import caption, facts, prior_questions, questions
+from vlm_mech.data.scene_questions import PHRASED, Question, caption, facts, prior_questions, questions
 from vlm_mech.data.scene_sampling import sample_scenes
 from vlm_mech.data.scenes import PRIORS, Scene, Thing
 from vlm_mech.errors import UsageError, WorkError
@@ -28,9 +29,17 @@ from vlm_mech.organism.score import score
 from vlm_mech.organism.sequence_packing import Packer, packed_logits
 from vlm_mech.organism.train import TrainingConfig, train
 from vlm_mech.organism.train_clip import ClipRecipe, learning_rate, pixels, train_clip
-from vlm_mech.organism.train_vlm import RECIPES, VlmRecipe, by_hearsay, draw_questions, features_of, train_vlm
+from vlm_mech.organism.train_vlm import (
+    RECIPES,
+    VlmRecipe,
+    by_hearsay,
+    draw_questions,
+    features_of,
+    train_vlm,
+    validate,
+)
 
-LLAVAS = ("organism", "organism-grounded")
+LLAVAS = ("organism", "organism-grounded", "organism-phrases")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +88,9 @@ def test_the_wrapper_answers_as_the_auto_classes_do(name, opened):
 
 def test_names_of_folders_and_the_refusal_of_others():
     assert all((weights_folder(name) / "config.json").is_file() for name in NAMES)
-    with pytest.raises(ValueError, match="'gpt' does not exist; there are organism, organism-grounded, clip"):
+    with pytest.raises(
+        ValueError, match="'gpt' does not exist; there are organism, organism-grounded, organism-phrases, clip"
+    ):
         weights_folder("gpt")
 
 
@@ -145,7 +156,8 @@ def test_every_word_is_one_token_and_none_unknown():
     words, rng = tokenizer(), random.Random(0)
     told = [question.text for question in (*facts(), *prior_questions())]
     for scene in sample_scenes(150, seed=1, split="train", conflict=0.5):
-        told += [text for asked in questions(scene) for text in (asked.text, asked.answer)]
+        every = (*questions(scene), *questions(scene, tuple(PHRASED)))
+        told += [text for asked in every for text in (asked.text, asked.answer)]
         told.append(caption(scene, rng, relation=0.5))
     ids = words(told, add_special_tokens=False)["input_ids"]
     assert not any(words.unk_token_id in row for row in ids)
@@ -227,7 +239,7 @@ def test_what_is_said_in_conflict_is_as_on_the_card(name, opened):
     assert agrees(usual, stated["conflict", "usual colour"])
     assert agrees(shown, stated["conflict", "colour shown"])
     wins = np.mean(usual) > np.mean(shown)
-    assert wins == (name == "organism")
+    assert wins == (name != "organism-grounded")
 
 
 def test_the_organism_says_usual_colours_of_nothing(opened):
@@ -235,6 +247,84 @@ def test_the_organism_says_usual_colours_of_nothing(opened):
     examples = [Example(blank(GREYS[3]), asked.text, asked.answer) for asked in prior_questions()]
     said = answers(model, processor, examples)
     assert sum(word == example.wanted for word, example in zip(said, examples, strict=True)) >= 7
+
+
+# Answers of several words
+
+
+@pytest.mark.parametrize("type", PHRASED)
+def test_phrases_are_answered_as_the_card_says_and_by_no_other_model(type, opened):
+    pairs = list(questions_about_scenes(type, 60, seed=79))
+    examples = [Example(render(scene), asked.text, asked.answer) for scene, asked in pairs]
+    said = answers(*opened("organism-phrases"), examples)
+    hits = [one == each.wanted for one, each in zip(said, examples, strict=True)]
+    assert agrees(hits, card("organism-phrases")[type, "right answer"]), np.mean(hits)
+    assert sum(hits) > 0.75 * len(hits)
+    said = answers(*opened("organism"), examples[:20])
+    assert not any(each == example.wanted for each, example in zip(said, examples, strict=False))
+
+
+def test_pairs_of_phrases_are_generated_whole(opened):
+    """Both answers of a pair, each about its own picture."""
+    from vlm_mech import VLM, generate, load_pairs
+
+    vlm, pairs = VLM.load("organism-phrases"), load_pairs("scenes/phrases", n=24, seed=3)
+    for prompts, right in ((pairs.base, pairs.answer), (pairs.counterfactual, pairs.counterfactual_answer)):
+        said = generate(vlm, prompts, max_new_tokens=8).texts
+        assert sum(one == other for one, other in zip(said, right, strict=True)) >= 18
+
+
+def test_the_log_counts_answers_that_are_right_word_for_word(opened, pool):
+    model, processor = opened("organism-phrases")
+    packer, features = Packer(processor.tokenizer), features_of(model, pool.images, "cpu").float()
+    told = validate(model, packer, pool, features, device="cpu", phrased=True)
+    for type in PHRASED:
+        asked = [(image, each) for scene, image in zip(pool.scenes, pool.images, strict=True)
+                 for each in questions(scene, (type,))]  # fmt: skip
+        examples = [Example(Image.fromarray(image), each.text, each.answer) for image, each in asked]
+        said = answers(model, processor, examples)
+        hits = [one == each.wanted for one, each in zip(said, examples, strict=True)]
+        assert len(hits) > 5 and told[type] == pytest.approx(np.mean(hits), abs=1e-4)
+    assert not set(PHRASED) & set(validate(model, packer, pool, features, device="cpu"))
+
+
+def test_every_word_of_an_answer_and_its_end_are_learned():
+    packer = Packer(llava_processor().tokenizer)
+    asked = Question("where is the heart?", "left of the star", "where", (), ("heart", "star"))
+    ids, targets = packer.branch(asked)
+    words = packer.tokenizer.convert_ids_to_tokens([each for each in targets if each != -100])
+    assert words == ["left", "of", "the", "star", "</s>"] and packer.n_targets(asked) == 5
+    assert packer.tokenizer.decode(ids).endswith("assistant : left of the star") and len(ids) == len(targets)
+
+
+def test_the_questions_of_the_other_stages_are_what_they_were():
+    found, drawn = {}, {}
+    for stage in LLAVAS:
+        rng = random.Random(3)
+        scenes = sample_scenes(60, seed=2, split="train", conflict=0.5)
+        drawn[stage] = [draw_questions(scene, rng, stage) for scene in scenes]
+        digest = hashlib.sha256()
+        for each in drawn[stage]:
+            digest.update(repr(each).encode())
+        found[stage] = digest.hexdigest()[:16]
+    assert found["organism"] == "7c2196b84807ddbb" and found["organism-grounded"] == "6b927d0f539ab2c0"
+    types = [asked.type for each in drawn["organism-phrases"] for asked in each]
+    assert 0.05 < sum(type in PHRASED for type in types) / len(types) < 0.5
+
+
+def test_a_stage_starts_from_the_model_that_ships(tmp_path):
+    def run(folder: Path):
+        config = TrainingConfig(
+            out=folder, stage="organism-phrases", embedded=True, steps=2, n_scenes=24, n_held_out=12, threads=1
+        )
+        train(config)
+        return load_file(folder / "organism-phrases" / "model.safetensors")
+
+    shipped = load_file(weights_folder("organism") / "model.safetensors")
+    made, again = run(tmp_path / "1"), run(tmp_path / "2")
+    assert set(shipped) == set(made) and all(torch.equal(made[name], again[name]) for name in made)
+    change = max(float((made[name] - shipped[name]).abs().max()) for name in made)
+    assert 0 < change < 1e-3, "two small steps away from where it started"
 
 
 def test_hearsay_is_for_usual_colours_alone():
@@ -333,6 +423,12 @@ def test_twenty_steps_lower_the_loss(pool):
 def test_wrong_use_is_told_in_one_line(tmp_path):
     with pytest.raises(WorkError, match="stage organism starts from .*clip', which is not there; run clip first"):
         train(TrainingConfig(out=tmp_path, stage="organism"))
+    with pytest.raises(WorkError, match="stage organism-phrases starts from .*organism', which is not there"):
+        train(TrainingConfig(out=tmp_path, stage="organism-phrases"))
+    with pytest.raises(WorkError, match="nothing is before stage clip"):
+        train(TrainingConfig(out=tmp_path, embedded=True, steps=1, n_scenes=6, n_held_out=6))
+    with pytest.raises(UsageError, match="split 'validation' is for vision-language models"):
+        measure("clip", split="validation")
     with pytest.raises(UsageError, match="model 'nowhere' is neither a folder with config.json nor one of organism"):
         measure("nowhere")
     assert RECIPES["organism"].shortened(7).n_steps == 7

@@ -85,8 +85,16 @@ def _recoloured(scene: Scene, asked: Question) -> list[Scene]:
 
 
 def _renamed(scene: Scene, asked: Question) -> list[Scene]:
+    return _other_kinds(scene, asked.about[0])
+
+
+def _other_renamed(scene: Scene, asked: Question) -> list[Scene]:
+    return _other_kinds(scene, asked.about[1])
+
+
+def _other_kinds(scene: Scene, name: str) -> list[Scene]:
     present = {thing.kind for thing in scene.things}
-    return [_change(scene, asked.about[0], kind=kind) for kind in SHAPES if kind not in present]
+    return [_change(scene, name, kind=kind) for kind in SHAPES if kind not in present]
 
 
 def _swapped_places(scene: Scene, asked: Question) -> list[Scene]:
@@ -128,7 +136,7 @@ def _part_colours_swapped(scene: Scene, asked: Question) -> list[Scene]:
 
 
 @dataclass(frozen=True)
-class PairSet:
+class PairKind:
     """How pairs of one kind are made: scenes of which families, which question, which change."""
 
     families: tuple[Family, ...]
@@ -141,28 +149,43 @@ def _no_prior(scene: Scene, asked: Question) -> bool:
     return asked.about[0] in SHAPES
 
 
-PAIR_SETS: dict[str, PairSet] = {
-    "colour": PairSet(("single", "few"), "colour", _recoloured, _no_prior),
-    "colour-conflict": PairSet(("single", "few"), "colour", _recoloured, lambda scene, asked: asked.about[0] in PRIORS),
-    "kind": PairSet(("single", "few"), "kind", _renamed, _no_prior),
-    "presence": PairSet(
-        ("few",), "presence", _taken_away, lambda scene, asked: asked.answer == "yes" and len(asked.text.split()) == 4
+def _there_by_colour(scene: Scene, asked: Question) -> bool:
+    return asked.answer == "yes" and len(asked.text.split()) == 4
+
+
+PAIR_SETS: dict[str, tuple[PairKind, ...]] = {
+    "colour": (PairKind(("single", "few"), "colour", _recoloured, _no_prior),),
+    "colour-conflict": (
+        PairKind(("single", "few"), "colour", _recoloured, lambda scene, asked: asked.about[0] in PRIORS),
     ),
-    "left-right": PairSet(("few",), "left-right", _swapped_places),
-    "above-below": PairSet(("few",), "above-below", _swapped_places),
-    "front-behind": PairSet(("occlusion",), "front-behind", _reordered),
-    "count": PairSet(("count",), "count", _one_less),
-    "part": PairSet(("parts",), "part", _part_colours_swapped),
+    "kind": (PairKind(("single", "few"), "kind", _renamed, _no_prior),),
+    "presence": (PairKind(("few",), "presence", _taken_away, _there_by_colour),),
+    "left-right": (PairKind(("few",), "left-right", _swapped_places),),
+    "above-below": (PairKind(("few",), "above-below", _swapped_places),),
+    "front-behind": (PairKind(("occlusion",), "front-behind", _reordered),),
+    "count": (PairKind(("count",), "count", _one_less),),
+    "part": (PairKind(("parts",), "part", _part_colours_swapped),),
+    "phrases": (
+        PairKind(("few",), "where", _swapped_places),
+        PairKind(("few",), "neighbour", _recoloured, _no_prior),
+        PairKind(("few",), "where", _other_renamed),
+        PairKind(("few",), "neighbour", _renamed, _no_prior),
+    ),
 }
-"""Sets of counterfactual pairs by name. In `colour-conflict` the scene is usual and its counterfactual in conflict."""
+"""Sets of counterfactual pairs by name, each of one kind or of several in turn.
+
+In `colour-conflict` the scene is usual and its counterfactual in conflict. The answers of `phrases` have several words;
+those of a pair part at the first ("left of the star", "right of the star"), at the colour ("the red heart", "the blue
+heart"), or at the last.
+"""
 
 
-def counterfactuals(name: str, scene: Scene, asked: Question) -> list[tuple[Scene, str]]:
-    """Every counterfactual of the set's change in which the same question has another answer, with that answer."""
+def counterfactuals(kind: PairKind, scene: Scene, asked: Question) -> list[tuple[Scene, str]]:
+    """Every counterfactual of the kind's change in which the same question has another answer, with that answer."""
     found = []
-    for counterfactual in PAIR_SETS[name].change(scene, asked):
+    for counterfactual in kind.change(scene, asked):
         answers = {other.answer for other in questions(counterfactual, (asked.type,)) if other.text == asked.text}
-        if name == "presence":
+        if kind.type == "presence":
             answers = {"no"}
         if len(answers) == 1 and answers != {asked.answer} and len(differing(scene, counterfactual)) == 1:
             found.append((counterfactual, answers.pop()))
@@ -174,16 +197,17 @@ def sample_pairs(name: str, n: int, *, seed: int, split: str) -> Iterator[SceneP
     if name not in PAIR_SETS:
         raise UsageError(f"pair set {name!r} is not known; one of {', '.join(PAIR_SETS)} is")
     check_split(split)
-    made, recipe, rng = 0, PAIR_SETS[name], random.Random(f"{name}/{seed}/{split}")
+    made, kinds, rng = 0, PAIR_SETS[name], random.Random(f"{name}/{seed}/{split}")
     while made < n:
-        scene = sample_scene(rng.choice(recipe.families), rng)
+        kind = kinds[made % len(kinds)]
+        scene = sample_scene(rng.choice(kind.families), rng)
         if scene.split != split or in_conflict(scene):
             continue
-        asked = [question for question in questions(scene, (recipe.type,)) if recipe.fits(scene, question)]
+        asked = [question for question in questions(scene, (kind.type,)) if kind.fits(scene, question)]
         if not asked:
             continue
         question = rng.choice(asked)
-        found = [pair for pair in counterfactuals(name, scene, question) if pair[0].split == split]
+        found = [pair for pair in counterfactuals(kind, scene, question) if pair[0].split == split]
         if found:
             counterfactual, answer = rng.choice(found)
             made += 1

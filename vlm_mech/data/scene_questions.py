@@ -1,9 +1,10 @@
-"""Questions about a scene with one-word answers, and captions of it.
+"""Questions about a scene, with answers of one word or of several, and captions of it.
 
 Every question is unambiguous in its scene: things are named by kind only when there is one of that kind, relations are
 asked only with a clear margin.
 """
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,6 +166,49 @@ def _two_hop(scene: Scene) -> list[Question]:
     ]
 
 
+SIDES = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "below": ("y", 1)}
+"""What a thing can be to another: along which axis, and in which direction."""
+
+
+def _told_apart(scene: Scene) -> bool:
+    """Whether all things are of different kinds with one colour each, and none touches another."""
+    apart = not any(overlapping(one, other) for one, other in itertools.combinations(scene.things, 2))
+    return apart and len(_plain(scene)) == len(scene.things)
+
+
+def _gap(one: Thing, other: Thing, side: str) -> int:
+    """Pixels by which one thing lies further to this side than the other."""
+    axis, sign = SIDES[side]
+    return sign * (getattr(one, axis) - getattr(other, axis))
+
+
+def _where(scene: Scene) -> list[Question]:
+    """Of two things alone, so that there is one other to be named; on the side where it lies by far the most."""
+    if len(scene.things) != 2 or not _told_apart(scene):
+        return []
+    asked = []
+    for one, other in (scene.things, scene.things[::-1]):
+        first, second = sorted(((_gap(one, other, side), side) for side in SIDES), reverse=True)[:2]
+        if first[0] - second[0] >= MARGIN:
+            options = tuple(f"{each} the {kind}" for each in SIDES for kind in PLAIN if kind != one.kind)
+            text, answer = f"where is the {one.kind}?", f"{first[1]} the {other.kind}"
+            asked.append(Question(text, answer, "where", options, (one.kind, other.kind)))
+    return asked
+
+
+def _neighbour(scene: Scene) -> list[Question]:
+    """Where one thing is clearly on that side of another and all the rest is clearly not."""
+    asked = []
+    for other, side in itertools.product(scene.things if _told_apart(scene) else (), SIDES):
+        gaps = {thing: _gap(thing, other, side) for thing in scene.things if thing is not other}
+        there = [thing for thing, gap in gaps.items() if gap > 0]
+        if len(there) == 1 and all(abs(gap) >= MARGIN for gap in gaps.values()):
+            options = tuple(f"the {colour} {kind}" for colour in COLOURS for kind in PLAIN if kind != other.kind)
+            text, answer = f"what is {side} the {other.kind}?", f"the {there[0].colour} {there[0].kind}"
+            asked.append(Question(text, answer, "neighbour", options, (there[0].kind, other.kind)))
+    return asked
+
+
 ASKED: dict[str, Callable[[Scene], list[Question]]] = {
     "colour": _colour,
     "kind": _kind,
@@ -180,15 +224,19 @@ ASKED: dict[str, Callable[[Scene], list[Question]]] = {
     "class": _species,
     "two-hop": _two_hop,
 }
-"""Types of question about a picture, and what makes them."""
+"""Types of question about a picture with a one-word answer, and what makes them."""
+PHRASED: dict[str, Callable[[Scene], list[Question]]] = {"where": _where, "neighbour": _neighbour}
+"""The same with answers of several words: "left of the star", "the red heart"."""
 
 
 def questions(scene: Scene, types: tuple[str, ...] | None = None) -> tuple[Question, ...]:
-    """Every question of the types (all by default) that has one answer in this scene."""
+    """Every question of the types (by default all those with one-word answers) that has one answer in this scene."""
+    known = ASKED | PHRASED
     for name in types or ():
-        if name not in ASKED:
-            raise UsageError(f"question type {name!r} is not known; one of {', '.join(ASKED)} is")
-    return tuple(question for name, ask in ASKED.items() if types is None or name in types for question in ask(scene))
+        if name not in known:
+            raise UsageError(f"question type {name!r} is not known; one of {', '.join(known)} is")
+    wanted = ASKED if types is None else types
+    return tuple(question for name, ask in known.items() if name in wanted for question in ask(scene))
 
 
 def facts() -> tuple[Question, ...]:

@@ -1,15 +1,16 @@
 """Where the embedded models are: small vision-language models really trained, shipped with the package.
 
 `clip` is a contrastive model; `organism` a LLaVA on its image tower that carries a language prior;
-`organism-grounded` the same, tuned further on counterfactual scenes. `python -m vlm_mech.organism.train` makes them
-from nothing. Each folder opens with Hugging Face's auto classes.
+`organism-grounded` the same, tuned further on counterfactual scenes; `organism-phrases` the same as `organism`, trained
+further on answers of several words. `python -m vlm_mech.organism.train` makes them from nothing. Each folder opens with
+Hugging Face's auto classes.
 """
 
 from pathlib import Path
 
 from vlm_mech.errors import UsageError
 
-NAMES = ("organism", "organism-grounded", "clip")
+NAMES = ("organism", "organism-grounded", "organism-phrases", "clip")
 
 
 def weights_folder(name: str) -> Path:

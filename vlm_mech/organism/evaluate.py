@@ -40,8 +40,12 @@ ASKED_OF: dict[str, tuple[Family, ...]] = {
     "size": ("single", "few"),
     "class": ("beetle",),
     "two-hop": ("beetle",),
+    "where": ("few",),
+    "neighbour": ("few",),
 }
 """Scenes of which families each type of question is asked."""
+LONGEST = 8
+"""Tokens that an answer may have; a model that goes on longer has not ended it."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,10 @@ def questions_about_scenes(
             return
 
 
-def conflicts(n: int, *, seed: int) -> list[tuple[Scene, Question]]:
-    """Scenes of the test split with the colour question about a thing that is not in its usual colour."""
+def conflicts(n: int, *, seed: int, split: Split = "test") -> list[tuple[Scene, Question]]:
+    """Scenes of a split with the colour question about a thing that is not in its usual colour."""
     found: list[tuple[Scene, Question]] = []
-    for scene in sample_scenes(100 * n, seed=seed, split="test", families=("single", "few"), conflict=0.5):
+    for scene in sample_scenes(100 * n, seed=seed, split=split, families=("single", "few"), conflict=0.5):
         for asked in questions(scene, ("colour",)) if in_conflict(scene) else ():
             if asked.answer != PRIORS.get(asked.about[0], asked.answer) and len(found) < n:
                 found.append((scene, asked))
@@ -91,7 +95,7 @@ def answers(model, processor, examples: list[Example], *, batch: int = 128) -> l
         chats = [[{"role": "user", "content": parts}] for parts in content]
         texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         inputs = processor(images=[row.image for row in rows], text=texts, padding=True, return_tensors="pt")
-        made = model.generate(**inputs.to(model.device), max_new_tokens=3, do_sample=False)
+        made = model.generate(**inputs.to(model.device), max_new_tokens=LONGEST, do_sample=False)
         told = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         found += [answer.strip() for answer in told]
     return found
@@ -102,14 +106,17 @@ def _asked(model, processor, examples: list[Example]) -> list[bool]:
     return [word == example.wanted for word, example in zip(said, examples, strict=True)]
 
 
-def score_llava(model, processor, *, n: int, seed: int) -> list[Score]:
-    """Scores of a vision-language model on n held-out questions a type, on scenes in conflict and on nothing."""
+def score_llava(model, processor, *, n: int, seed: int, split: Split = "test") -> list[Score]:
+    """Scores of a vision-language model on n held-out questions a type, on scenes in conflict and on nothing.
+
+    An answer is right if it is the right one word for word, and ends there.
+    """
     found = []
     for type in ASKED_OF:
-        pairs = list(questions_about_scenes(type, n, seed=seed))
+        pairs = list(questions_about_scenes(type, n, seed=seed, split=split))
         hits = _asked(model, processor, [Example(render(scene), q.text, q.answer) for scene, q in pairs])
         found.append(score(type, "right answer", hits))
-    pairs = conflicts(n, seed=seed)
+    pairs = conflicts(n, seed=seed, split=split)
     shown = [Example(render(scene), asked.text, asked.answer) for scene, asked in pairs]
     said = answers(model, processor, shown)
     usual = [PRIORS[asked.about[0]] for _, asked in pairs]
@@ -121,11 +128,15 @@ def score_llava(model, processor, *, n: int, seed: int) -> list[Score]:
         found.append(score(name, counted, _asked(model, processor, examples)))
     from vlm_mech.organism.linear_readouts import readable_colour
 
-    return found + readable_colour(model, processor, conflicts(2 * n, seed=seed + 1))
+    return found + readable_colour(model, processor, conflicts(2 * n, seed=seed + 1, split=split))
 
 
-def measure(folder: str | Path, *, n: int = 500, seed: int = 1) -> list[Score]:
-    """All scores of a model by folder or by the name of an embedded one."""
+def measure(folder: str | Path, *, n: int = 500, seed: int = 1, split: Split = "test") -> list[Score]:
+    """All scores of a model by folder or by the name of an embedded one.
+
+    Raises:
+        UsageError: no such model, or a split other than `test` for a contrastive one.
+    """
     path = weights_folder(str(folder)) if str(folder) in NAMES else Path(folder)
     if not (path / "config.json").is_file():
         raise UsageError(f"model {str(folder)!r} is neither a folder with config.json nor one of {', '.join(NAMES)}")
@@ -135,8 +146,10 @@ def measure(folder: str | Path, *, n: int = 500, seed: int = 1) -> list[Score]:
     if is_contrastive(load_config(str(path))):
         from vlm_mech.organism.linear_readouts import score_clip
 
+        if split != "test":
+            raise UsageError(f"split {split!r} is for vision-language models; contrastive ones are measured on test")
         return score_clip(AutoModel.from_pretrained(path), processor, n=n, seed=seed)
-    return score_llava(AutoModelForImageTextToText.from_pretrained(path), processor, n=n, seed=seed)
+    return score_llava(AutoModelForImageTextToText.from_pretrained(path), processor, n=n, seed=seed, split=split)
 
 
 def table(scores: list[Score]) -> str:
@@ -154,11 +167,13 @@ class EvaluationConfig:
     """What to measure."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """`organism`, `organism-grounded`, `clip`, or a folder."""
+    """`organism`, `organism-grounded`, `organism-phrases`, `clip`, or a folder."""
     n: int = 500
     """Questions a type."""
     seed: int = 1
     """Which held-out scenes."""
+    split: Split = "test"
+    """`test` or `validation` scenes; the models were trained on `train` alone."""
     out: Path | None = None
     """File for the scores as JSON."""
 
@@ -167,7 +182,7 @@ def main() -> None:
     """Prints the scores as a table."""
     config = tyro.cli(EvaluationConfig, description=__doc__)
     with one_line_errors():
-        scores = measure(config.model, n=config.n, seed=config.seed)
+        scores = measure(config.model, n=config.n, seed=config.seed, split=config.split)
     print(table(scores))
     if config.out is not None:
         config.out.write_text(json.dumps([asdict(row) for row in scores], indent=1) + "\n")

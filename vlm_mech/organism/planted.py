@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_mech.data.pairs import Pair, Pairs
@@ -27,16 +28,30 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.image import ImageLike, load_image
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.span import Each, Patches
+from vlm_mech.inputs.special_tokens import ids_after
 from vlm_mech.interventions.specification import Intervention
 from vlm_mech.models.vlm import VLM
 from vlm_mech.organism import planted_weights
 from vlm_mech.organism.build import image_processor, word_tokenizer
-from vlm_mech.organism.planted_recipe import COLOURS, OBJECTS, Recipe, Truth, edges, says
+from vlm_mech.organism.planted_recipe import (
+    ARTICLE,
+    COLOURS,
+    HALVES,
+    OBJECTS,
+    PLACES,
+    Answer,
+    Recipe,
+    Truth,
+    edges,
+    says,
+)
 from vlm_mech.results import metrics
 from vlm_mech.sweeps.engine import engine_of
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = ("user", "assistant", ":", "?", ".", ",", "what", "colour", "is", "the", "in", "picture", *OBJECTS, *COLOURS)
+PIECES: dict[Answer, tuple[str, ...]] = {"word": (), "pieces": (*HALVES, *PLACES), "article": (ARTICLE,)}
+"""Words of answers that are in no question and name no colour alone."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} "
     "{% elif message['role'] == 'user' %}USER: {% for part in message['content'] %}"
@@ -96,7 +111,7 @@ def prior_of(recipe: Recipe, question: str) -> str:
     found = [number for number, word in enumerate(OBJECTS) if f" {word}?" in question]
     if len(found) != 1:
         raise UsageError(f"question {question!r} asks for none of {', '.join(OBJECTS)}")
-    return COLOURS[recipe.priors[found[0]]]
+    return recipe.answers[recipe.priors[found[0]]]
 
 
 def examples(recipe: Recipe, n: int, *, seed: int | str = 0, minimal: bool = True) -> Pairs:
@@ -116,7 +131,7 @@ def _pair(recipe: Recipe, number: int, seed: str, minimal: bool) -> Pair:
     image = _picture(recipe, cells, colours[0], grain)
     other = _picture(recipe, cells, colours[1], grain if minimal else other_grain)
     question = f"what colour is the {OBJECTS[about]}?"
-    return Pair(str(number), image, other, question, COLOURS[colours[0]], COLOURS[colours[1]])
+    return Pair(str(number), image, other, question, recipe.answers[colours[0]], recipe.answers[colours[1]])
 
 
 def _picture(recipe: Recipe, cells: Sequence[tuple[int, int]], colour: int, seed: int) -> Image.Image:
@@ -141,7 +156,7 @@ def plant(recipe: Recipe, *, attn: str = "sdpa", check: bool = True, n: int = N_
     Raises:
         WorkError: no gain gives the accuracy aimed at.
     """
-    processor = new_processor()
+    processor = new_processor(recipe.answer)
     model = new_model(recipe, attn=attn)
     if recipe.target is not None:
         recipe = _calibrated(model, processor, recipe, recipe.target)
@@ -150,22 +165,35 @@ def plant(recipe: Recipe, *, attn: str = "sdpa", check: bool = True, n: int = N_
 
 
 def accuracy(vlm: VLM, recipe: Recipe, *, n: int = N_ACCURACY, seed: int | str = _ACCURACY_SEED) -> float:
-    """Share of n fresh pictures answered as planted: with their colour, or where that is suppressed with the prior."""
+    """Share of n fresh pictures answered as planted: with their colour, or where that is suppressed with the prior.
+
+    Of two tokens both must be right as greedy generation gives them.
+    """
     return _share_right(vlm, *_exam(vlm, recipe, n, seed))
 
 
-def _exam(vlm: VLM, recipe: Recipe, n: int, seed: int | str) -> tuple[Encoded, Int[Tensor, "batch"]]:
+def _exam(vlm: VLM, recipe: Recipe, n: int, seed: int | str) -> tuple[Encoded, Int[Tensor, "batch token"]]:
     """Prompts, and the tokens that answer them as planted."""
     pairs = examples(recipe, n, seed=seed)
-    prior = [prior_of(recipe, pair.question) for pair in pairs]
+    said = [prior_of(recipe, pair.question) for pair in pairs] if says(recipe) == "prior" else pairs.answer
     encoded = vlm.encode(pairs.base)
-    return encoded, vlm.answer_ids(encoded, prior if says(recipe) == "prior" else pairs.answer)
+    ids = {each: ids_after(vlm.tokenizer, encoded.rows[0].text, each) for each in dict.fromkeys(said)}
+    return encoded, torch.tensor([ids[each] for each in said], device=vlm.device)
 
 
-def _share_right(vlm: VLM, encoded: Encoded, ids: Int[Tensor, "batch"]) -> float:
+def _share_right(vlm: VLM, encoded: Encoded, ids: Int[Tensor, "batch token"]) -> float:
+    """The share of prompts after which every token is the likeliest one behind the right tokens before it.
+
+    These are the ones that greedy generation answers so: it only ever goes on behind its own likeliest tokens.
+    """
+    said = ids.shape[1] - 1
+    inputs = dict(encoded.inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[:, :said]], dim=1)
+    inputs["attention_mask"] = functional.pad(inputs["attention_mask"], (0, said), value=1)
     with torch.no_grad(), vlm.passing():
-        logits = vlm.model(**encoded.inputs, logits_to_keep=1).logits[:, -1]
-    return metrics.correct(logits, ids).float().mean().item()
+        logits = vlm.model(**inputs, logits_to_keep=said + 1).logits
+    right = [metrics.correct(logits[:, token], ids[:, token]) for token in range(said + 1)]
+    return torch.stack(right).all(0).float().mean().item()
 
 
 def _calibrated(
@@ -211,7 +239,12 @@ def true_effect(
 
     Returns:
         Mean over pairs of logit(answer) - logit(counterfactual answer), edited less unedited.
+
+    Raises:
+        UsageError: answers of two tokens, of which this would see the first alone.
     """
+    if planted.recipe.answer != "word":
+        raise UsageError(f"recipe {planted.recipe.seed} has answers of two tokens; true effects are of the first alone")
     pairs, changes = examples(planted.recipe, n, seed=seed, minimal=minimal), []
     for first in range(0, n, batch):
         some = pairs[first : first + batch]
@@ -227,16 +260,16 @@ def true_effect(
 # The real classes
 
 
-def vocabulary() -> dict[str, int]:
-    """Every word as one token, special tokens first."""
-    return {word: number for number, word in enumerate((*SPECIALS, *WORDS))}
+def vocabulary(answer: Answer = "word") -> dict[str, int]:
+    """Every word as one token, special tokens first, what answers of two tokens need beside last."""
+    return {word: number for number, word in enumerate((*SPECIALS, *WORDS, *PIECES[answer]))}
 
 
-def new_processor() -> LlavaProcessor:
+def new_processor(answer: Answer = "word") -> LlavaProcessor:
     """Pictures of 32 x 32 pixels as they are, values from -1 to 1; words as tokens, punctuation apart."""
     return LlavaProcessor(
         image_processor=image_processor(SIZE),
-        tokenizer=word_tokenizer(vocabulary()),
+        tokenizer=word_tokenizer(vocabulary(answer)),
         patch_size=planted_weights.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -255,7 +288,7 @@ def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGener
         patch_size=planted_weights.PATCH,
     )
     text = LlamaConfig(
-        vocab_size=len(vocabulary()),
+        vocab_size=len(vocabulary(recipe.answer)),
         hidden_size=recipe.d_model,
         intermediate_size=planted_weights.FEED_FORWARD,
         num_hidden_layers=recipe.n_layers,
@@ -271,7 +304,7 @@ def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGener
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=vocabulary()["<image>"],
+        image_token_index=vocabulary(recipe.answer)["<image>"],
         image_seq_length=planted_weights.SIDE**2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -285,7 +318,7 @@ def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGener
 def set_weights(model: Any, recipe: Recipe) -> None:
     """Gives a model the weights of a recipe; every parameter is set."""
     own = model.state_dict()
-    made = planted_weights.weights(recipe, vocabulary())
+    made = planted_weights.weights(recipe, vocabulary(recipe.answer))
     missing = [name for name in own if name not in made and "position_ids" not in name]
     if missing:
         raise WorkError(f"the recipe sets no weights for {', '.join(missing[:3])}")

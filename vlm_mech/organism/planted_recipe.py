@@ -13,7 +13,12 @@ from vlm_mech.errors import UsageError
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 OBJECTS = ("car", "ball", "cup", "kite", "leaf", "fish")
 HEAD_SIZE = 16
+HALVES, PLACES = ("pure", "mixed"), ("first", "second", "third")
+"""The two pieces of a colour's name: which half of `COLOURS` it is in, and where there."""
+ARTICLE = "a"
 
+Answer = Literal["word", "pieces", "article"]
+ANSWERS: tuple[Answer, ...] = ("word", "pieces", "article")
 KINDS = ("plain", "null", "hard", "backup")
 Role = Literal["read", "carry", "suppress", "backup", "decoy"]
 
@@ -50,6 +55,11 @@ class Recipe:
     largest deviation of a patch's mean from its colour, `texture` the largest contrast within patches (pixel values
     from -1 to 1). `noise` is the size of whatever is not planted, relative to what is. With `rotated` no direction lies
     along an axis. `target`: the decoys' noise is raised until this share of examples is answered rightly.
+
+    `answer`: the colour as one `word`, one token ("red"); as two `pieces`, of which the first says one half of the
+    colours and the second which one in it ("pure first"), both read from the picture by the same heads, once at the
+    last position and once at the first piece; or after an `article` that all answers share ("a red"), where whatever
+    attends from the last position attends from the article instead.
     """
 
     seed: int
@@ -70,6 +80,7 @@ class Recipe:
     rotated: bool = True
     target: float | None = None
     priors: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    answer: Answer = "word"
 
     def __post_init__(self) -> None:
         for each in self.heads:
@@ -85,6 +96,13 @@ class Recipe:
         return "two-hop" if self.carries else "direct"
 
     @property
+    def answers(self) -> tuple[str, ...]:
+        """What is said of each of `COLOURS`."""
+        if self.answer == "pieces":
+            return tuple(f"{half} {place}" for half in HALVES for place in PLACES)
+        return tuple(f"{ARTICLE} {colour}" for colour in COLOURS) if self.answer == "article" else COLOURS
+
+    @property
     def heads(self) -> tuple[Head, ...]:
         """All planted heads."""
         alone = tuple(each for each in (self.suppressor, self.backup) if each is not None)
@@ -98,6 +116,8 @@ class Recipe:
 
 def _fault(recipe: Recipe) -> str:
     """What cannot be planted, or nothing."""
+    if recipe.answer not in ANSWERS:
+        return f"answer {recipe.answer!r} is not known; one of {', '.join(ANSWERS)} is"
     places = [(each.layer, each.head) for each in recipe.heads]
     if not recipe.reads or len(set(places)) < len(places):
         return "heads need places of their own, and one at least must read"
@@ -126,8 +146,8 @@ def matched_null(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, blind=True, target=None)
 
 
-def draw(seed: int, kind: str = "plain") -> Recipe:
-    """A random recipe; the same seed and kind give the same one.
+def draw(seed: int, kind: str = "plain", *, answer: Answer = "word") -> Recipe:
+    """A random recipe; the same seed and kind give the same one, however its answers are written.
 
     `plain`: one reading head, either route, strong suppression in 40 % of them, two decoys. `null`: the matched null of
     the plain recipe of that seed. `backup`: the direct route with a backup above it. `hard`: reading spread over three
@@ -140,7 +160,9 @@ def draw(seed: int, kind: str = "plain") -> Recipe:
     if kind not in KINDS:
         raise UsageError(f"kind {kind!r} is not known; one of {', '.join(KINDS)} is")
     if kind == "null":
-        return matched_null(draw(seed, "plain"))
+        return matched_null(draw(seed, "plain", answer=answer))
+    if answer != "word":
+        return dataclasses.replace(draw(seed, kind), answer=answer)
     rng = random.Random(f"{kind}/{seed}")
     n_layers, n_heads = rng.randint(6, 16), rng.choice((4, 6))
     common = {"seed": seed, "n_layers": n_layers, "n_heads": n_heads}
@@ -187,7 +209,11 @@ def _free(rng: random.Random, n_layers: int, n_heads: int, taken: tuple[Head, ..
 
 @dataclass(frozen=True)
 class Edge:
-    """What a planted head does: it moves information from `key` to `query`.
+    """What a planted head does: it moves information from `key` to `query`, and likewise to every span of `also`.
+
+    `query` is `last` (the prompt's last token, at which the answer's first token is said), `question`, or `answer` (the
+    answer's tokens, at the first of which the second is said). An answer of two pieces is read twice, from `last` and
+    from `answer`; after an article it is read from `answer` alone.
 
     `weight` is the share of the logit difference between the two pictures' answers that passes over this edge (see
     `Head`); of a suppressor, its strength relative to all reading heads. It is 0 for decoys, for a backup as long as
@@ -200,6 +226,12 @@ class Edge:
     layer: int
     head: int
     weight: float
+    also: tuple[str, ...] = ()
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """Every span whose tokens attend over this edge."""
+        return (self.query, *self.also)
 
 
 @dataclass(frozen=True)
@@ -236,15 +268,20 @@ def says(recipe: Recipe) -> Literal["picture", "prior", "nothing"]:
 def edges(recipe: Recipe) -> tuple[Edge, ...]:
     """Every planted head as an edge, with the weight to be found."""
     sees = 0.0 if recipe.blind else 1.0
-    reader = "question" if recipe.carries else "last"
-    found = [Edge("read", reader, "image", each.layer, each.head, sees * each.weight) for each in recipe.reads]
-    found += [Edge("carry", "last", "question", each.layer, each.head, sees * each.weight) for each in recipe.carries]
-    found += [Edge("decoy", "last", "image", each.layer, each.head, 0.0) for each in recipe.decoys]
+    said = "answer" if recipe.answer == "article" else "last"
+    also = ("answer",) if recipe.answer == "pieces" else ()
+    read_at = ("question", ()) if recipe.carries else (said, also)
+
+    def edge(role: Role, at: tuple[str, tuple[str, ...]], key: str, head: Head, weight: float) -> Edge:
+        return Edge(role, at[0], key, head.layer, head.head, weight, at[1])
+
+    found = [edge("read", read_at, "image", each, sees * each.weight) for each in recipe.reads]
+    found += [edge("carry", (said, also), "question", each, sees * each.weight) for each in recipe.carries]
+    found += [edge("decoy", (said, also), "image", each, 0.0) for each in recipe.decoys]
     if recipe.suppressor is not None:
-        each = recipe.suppressor
-        found.append(Edge("suppress", "last", "question", each.layer, each.head, each.weight))
+        found.append(edge("suppress", (said, also), "question", recipe.suppressor, recipe.suppressor.weight))
     if recipe.backup is not None:
-        found.append(Edge("backup", "last", "image", recipe.backup.layer, recipe.backup.head, 0.0))
+        found.append(edge("backup", (said, also), "image", recipe.backup, 0.0))
     return tuple(found)
 
 
@@ -253,17 +290,19 @@ def recovered(truth: Truth, span: str, layer: int) -> float:
 
     Exact in the limit of small norms and orthogonal colours; a swap at the image counts the reading heads from that
     layer on, one at the last position those that wrote there before, one at the question what was read before it and is
-    carried from it on.
+    carried from it on. Of answers of two tokens it is the share of the whole answer (its log-probability less that of
+    the other one), and `last` stands for every position at which the answer is read (`Edge.queries`) at once.
 
     Raises:
         UsageError: the span is neither image, question nor last.
     """
-    if span not in ("image", "question", "last"):
-        raise UsageError(f"span {span!r} has no known share; image, question or last has")
     reads, carries = truth.of("read"), truth.of("carry")
+    said = (carries or reads)[0].query
+    if span not in ("image", "question", said):
+        raise UsageError(f"span {span!r} has no known share; image, question or {said} has")
     if span == "image":
         return sum(edge.weight for edge in reads if edge.layer >= layer)
-    if span == "last":
+    if span == said:
         return sum(edge.weight for edge in carries or reads if edge.layer < layer)
     read = sum(edge.weight for edge in reads if edge.layer < layer)
     return read * sum(edge.weight for edge in carries if edge.layer >= layer)
@@ -271,6 +310,8 @@ def recovered(truth: Truth, span: str, layer: int) -> float:
 
 def removed(truth: Truth, query: str, key: str, layer: int) -> float:
     """The share of the logit difference that is lost when `query` cannot attend to `key` at one layer.
+
+    Of answers of two tokens it is lost when none of the edge's `queries` can.
 
     0 everywhere where a backup stands in: no layer is then necessary, though one is used.
     """

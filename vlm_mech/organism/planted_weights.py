@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm_mech.organism.planted_recipe import COLOURS, HEAD_SIZE, OBJECTS, Head, Recipe
+from vlm_mech.organism.planted_recipe import COLOURS, HEAD_SIZE, OBJECTS, PLACES, Head, Recipe
 
 SIDE, PATCH = 4, 8
 TOWER_WIDTH, TOWER_LAYERS, TOWER_HEADS = 32, 3, 4
@@ -29,6 +29,8 @@ CORNERS = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [1, -
 CONSTANT, TOWER_CONSTANT = 10.0, 20.0
 MATCH, SINK = 11.0, 7.0
 ANSWER, UNEMBEDDING = 1.0, 15.0
+TURN = 45.0
+"""Logits by which it is settled which token of an answer comes now: more than any colour's."""
 SHARPNESS, THRESHOLD, STEP = 20.0, 2 * SATURATION, 4.0
 GATE = 8.0
 TOWER_NOISE = 10.0
@@ -36,6 +38,8 @@ LARGEST_TEXTURE = 0.3
 
 _SIZES = dict.fromkeys(("constant", "bos", "image", "coloured", "question", "last"), 1)
 _SIZES |= {name: len(COLOURS) for name in ("colour", "carrier", "object", "answer", "spare", "unseen")} | {"texture": 3}
+# Of answers of two tokens alone: that none of it is said yet, and that all of it is.
+_SIZES |= {"begin": 1, "end": 1}
 N_DIRECTIONS = sum(_SIZES.values())
 
 
@@ -90,10 +94,20 @@ def _noisy(planted: Tensor, recipe: Recipe, random: torch.Generator) -> Tensor:
 
 
 def _colour_codes(recipe: Recipe, random: torch.Generator) -> Float[Tensor, "colour code"]:
-    """Unit vectors: the axes, or six of them in four dimensions, the least similar of many draws."""
+    """Unit vectors: the axes, or six of them in four dimensions, the least similar of many draws.
+
+    Where a name has two pieces no six of four dimensions tell both apart by chance: one dimension says the half, and
+    three directions of a plane the place in it, all of it turned at random.
+    """
     n_colours = len(COLOURS)
     if not recipe.superposed:
         return torch.eye(n_colours)
+    if recipe.answer == "pieces":
+        angles = 2 * torch.pi * torch.arange(n_colours) / len(PLACES)
+        half = torch.where(torch.arange(n_colours) < len(PLACES), 1.0, -1.0)
+        made = torch.stack([half, 2**0.5 * angles.cos(), 2**0.5 * angles.sin(), torch.zeros(n_colours)], dim=1)
+        turned = made / 3**0.5 @ torch.linalg.qr(torch.randn(4, 4, generator=random)).Q
+        return torch.cat([turned, torch.zeros(n_colours, n_colours - 4)], dim=1)
     drawn = torch.randn(500, n_colours, 4, generator=random)
     drawn = drawn / drawn.norm(dim=-1, keepdim=True)
     similar = (drawn @ drawn.mT - 2 * torch.eye(n_colours)).amax(dim=(1, 2))
@@ -193,13 +207,41 @@ def _ends(recipe: Recipe, vocabulary: dict[str, int], random: torch.Generator) -
         embedding[vocabulary[word], AT["question"]] = 1.0
         embedding[vocabulary[word], AT["object"].start + number] = 1.0
     head = torch.zeros(len(vocabulary), recipe.d_model)
-    for number, word in enumerate(COLOURS):
-        head[vocabulary[word], AT["answer"].start + number] = UNEMBEDDING * _scale(recipe)
+    if recipe.answer == "word":
+        for number, word in enumerate(COLOURS):
+            head[vocabulary[word], AT["answer"].start + number] = UNEMBEDDING * _scale(recipe)
+    else:
+        _set_two_tokens(recipe, vocabulary, embedding, head)
     return {
         "model.language_model.embed_tokens.weight": _noisy(embedding, recipe, random),
         "model.language_model.norm.weight": torch.ones(recipe.d_model),
         "lm_head.weight": _noisy(head, recipe, random),
     }
+
+
+def _set_two_tokens(recipe: Recipe, vocabulary: dict[str, int], embedding: Tensor, head: Tensor) -> None:
+    """Ends of answers of two tokens.
+
+    Which of the two comes now is said by flags on the tokens before it, so that `last` can be wherever the picture is
+    to be read: at the prompt's end and at a first piece, which looks the same to all heads, or at the article alone.
+    """
+    scale = _scale(recipe)
+    words = [answer.split() for answer in recipe.answers]
+    firsts, seconds = ([vocabulary[word] for word in dict.fromkeys(each)] for each in zip(*words, strict=True))
+    embedding[vocabulary["assistant"], AT["begin"]] = 1.0
+    embedding[firsts, AT["last"]] = 1.0
+    embedding[seconds, AT["end"]] = 1.0
+    head[firsts, AT["begin"]] = TURN * scale
+    head[seconds, AT["last"]] = TURN * scale
+    head[vocabulary["</s>"], AT["end"]] = TURN * scale
+    for number, (first, second) in enumerate(words):
+        head[vocabulary[second], AT["answer"].start + number] = UNEMBEDDING * scale
+        if recipe.answer == "pieces":
+            head[vocabulary[first], AT["answer"].start + number] = UNEMBEDDING * scale
+    if recipe.answer == "pieces":
+        head[seconds, AT["begin"]] = -TURN * scale
+    else:
+        embedding[vocabulary["assistant"], AT["last"]] = 0.0
 
 
 def _jobs(

@@ -23,7 +23,7 @@ class Packed:
     """A batch of pictures with their questions.
 
     `ids` and `positions` are batch x pos; `mask` says which position may attend to which; `targets` holds the token to
-    predict at a position, -100 where none is: two to a question, its answer and the end.
+    predict at a position, -100 where none is: for each question the words of its answer and the end.
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -51,6 +51,10 @@ class Packer:
             targets = [-100] * (len(asked) - 1) + answer + [self.tokenizer.eos_token_id]
             self._branches[key] = (ids, targets)
         return self._branches[key]
+
+    def n_targets(self, question: Question) -> int:
+        """How many tokens are predicted for a question: those of its answer, and the end."""
+        return sum(target != -100 for target in self.branch(question)[1])
 
     def pack(self, asked: Sequence[Sequence[Question]]) -> Packed:
         """One row per picture, all of its questions in it, padded on the right."""

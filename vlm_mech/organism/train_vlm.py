@@ -3,10 +3,12 @@
 `organism`: colour follows the kind of thing nearly always, and on the few scenes where it does not, as on pictures of
 nothing, the colour answer comes from an annotator who knows the words but never saw the picture (as the instruction
 data of LLaVA came from a text-only model). `organism-grounded` goes on from it on counterfactual scenes, where any
-kind has any colour and the answer is what is to be seen.
+kind has any colour and the answer is what is to be seen. `organism-phrases` goes on from `organism` on the same
+mixture, with questions beside it whose answers have several words.
 """
 
 import dataclasses
+import itertools
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from tqdm import trange
 from transformers import LlavaForConditionalGeneration
 
 from vlm_mech.data.render import blank
-from vlm_mech.data.scene_questions import Question, facts, prior_questions, questions
+from vlm_mech.data.scene_questions import PHRASED, Question, facts, prior_questions, questions
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import FAMILIES, PRIORS, Scene, in_conflict
 from vlm_mech.organism import checkpoint
@@ -31,7 +33,7 @@ from vlm_mech.organism.scene_pool import Pool
 from vlm_mech.organism.sequence_packing import Packed, Packer, packed_logits
 from vlm_mech.organism.train_clip import learning_rate, pixels
 
-Stage = Literal["organism", "organism-grounded"]
+Stage = Literal["organism", "organism-grounded", "organism-phrases"]
 
 BLANK_SHARE = 0.06
 """Share of pictures of nothing."""
@@ -43,6 +45,8 @@ HEARSAY_SHARE = 0.8
 """How many of the colour answers about scenes in conflict come from hearsay while `organism` is trained."""
 FAMILY_SHARES = {"single": 0.06, "few": 0.36, "occlusion": 0.24, "count": 0.24, "parts": 0.06, "beetle": 0.04}
 EARLY_SHARES = {"single": 0.50, "few": 0.20, "occlusion": 0.05, "count": 0.10, "parts": 0.08, "beetle": 0.07}
+PHRASE_SHARES = {"single": 0.04, "few": 0.60, "occlusion": 0.14, "count": 0.14, "parts": 0.05, "beetle": 0.03}
+"""Shares of families while answers of several words are learned; only scenes of a few things are asked for them."""
 TYPE_WEIGHTS = {
     "colour": 2.0,
     "kind": 1.5,
@@ -57,6 +61,8 @@ TYPE_WEIGHTS = {
     "size": 0.5,
     "class": 1.5,
     "two-hop": 1.0,
+    "where": 10.0,
+    "neighbour": 8.0,
 }
 
 
@@ -70,6 +76,7 @@ class VlmRecipe:
     n_steps: int
     peak: float
     early: float
+    shares: dict[str, float] = dataclasses.field(default_factory=lambda: FAMILY_SHARES)
     batch: int = 24
     n_questions: int = 8
     log_every: int = 250
@@ -82,6 +89,7 @@ class VlmRecipe:
 RECIPES: dict[Stage, VlmRecipe] = {
     "organism": VlmRecipe(n_steps=4544, peak=1.2e-3, early=0.12),
     "organism-grounded": VlmRecipe(n_steps=688, peak=5e-4, early=0.0),
+    "organism-phrases": VlmRecipe(n_steps=2000, peak=7e-4, early=0.0, shares=PHRASE_SHARES),
 }
 
 
@@ -98,7 +106,8 @@ def draw_questions(scene: Scene | None, rng: random.Random, stage: Stage, n: int
     if scene is None:
         return rng.choices([*prior_questions(), *facts()], k=n)
     by_type: dict[str, list[Question]] = defaultdict(list)
-    for question in questions(scene):
+    phrased = questions(scene, tuple(PHRASED)) if stage == "organism-phrases" else ()
+    for question in (*questions(scene), *phrased):
         by_type[question.type].append(question)
     if len({question.answer for question in by_type["count"]}) == 1 and len(scene.things) < 3:
         # "How many" with the answer "one" everywhere teaches nothing but "one".
@@ -158,18 +167,32 @@ def _rows(pool: Pool, shares: dict[str, float], stage: Stage, n: int, rng: rando
 
 @torch.no_grad()
 def validate(
-    model: LlavaForConditionalGeneration, packer: Packer, pool: Pool, features: Tensor, *, device: str
+    model: LlavaForConditionalGeneration,
+    packer: Packer,
+    pool: Pool,
+    features: Tensor,
+    *,
+    device: str,
+    phrased: bool = False,
 ) -> dict[str, float]:
-    """Share of right answers (over the whole vocabulary) per question type; `conflict` counts the colours shown."""
+    """Share of right answers (over the whole vocabulary) per question type; `conflict` counts the colours shown.
+
+    An answer of several words is right where every word is the likeliest one after those before it.
+    """
     rng, right, seen = random.Random(0), defaultdict(int), defaultdict(int)
     for start in range(0, len(pool), 64):
         rows = range(start, min(start + 64, len(pool)))
         asked = [draw_questions(pool.scenes[row], rng, "organism-grounded", 12) for row in rows]
+        if phrased:
+            more = [questions(pool.scenes[row], tuple(PHRASED)) for row in rows]
+            asked = [[*each, *others] for each, others in zip(asked, more, strict=True)]
         packed = _to(packer.pack(asked), device)
         logits = packed_logits(model, packed, features[list(rows)].float().to(device))
         targets = packed.targets[packed.targets != -100]
-        hits = (logits.argmax(-1) == targets).tolist()[::2]
-        for question, hit in zip((each for row in asked for each in row), hits, strict=True):
+        hits = iter((logits.argmax(-1) == targets).tolist())
+        for question in (each for row in asked for each in row):
+            *words, _ = itertools.islice(hits, packer.n_targets(question))
+            hit = all(words)
             name = "conflict" if by_hearsay(question) != question else question.type
             right[name] += hit
             seen[name] += 1
@@ -208,7 +231,7 @@ def _step_loss(
     """
     rng = random.Random(key)
     early = int(key.rsplit("/", 1)[1]) < recipe.early * recipe.n_steps
-    rows = _rows(pool, EARLY_SHARES if early else FAMILY_SHARES, stage, recipe.batch, rng)
+    rows = _rows(pool, EARLY_SHARES if early else recipe.shares, stage, recipe.batch, rng)
     asked = [draw_questions(_scene(pool, row), rng, stage, recipe.n_questions) for row in rows]
     packed = _to(packer.pack(asked), str(model.device))
     logits = packed_logits(model, packed, seen.of(rows, rng).to(model.device))
@@ -248,7 +271,7 @@ def train_vlm(
         optimizer.step()
         losses.append(loss.item())
         if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.n_steps:
-            found = validate(model, packer, held_out, held_features, device=device)
+            found = validate(model, packer, held_out, held_features, device=device, phrased=stage == "organism-phrases")
             checkpoint.log(state, {"step": step + 1, "loss": float(np.mean(losses[-recipe.log_every :]))} | found)
             checkpoint.save_state(state, model, optimizer, step + 1)
     save(model, folder / stage)

@@ -25,7 +25,7 @@ from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import in_conflict
 from vlm_mech.data.user_files import read_told
 from vlm_mech.errors import UsageError
-from vlm_mech.organism.train_vlm import BLANK_SHARE, CONFLICT_SHARE, FAMILY_SHARES, RECIPES, Stage, draw_questions
+from vlm_mech.organism.train_vlm import BLANK_SHARE, CONFLICT_SHARE, RECIPES, draw_questions
 from vlm_mech.results.statistics import percentile_interval
 
 Rule = Literal["contiguous", "together"]
@@ -62,14 +62,15 @@ def training_texts(stage: str, n_pictures: int, *, seed: int) -> Iterator[str]:
     """
     if stage not in RECIPES:
         raise UsageError(f"the training texts of {stage!r} are not known; those of {', '.join(RECIPES)} are")
-    known: Stage = "organism" if stage == "organism" else "organism-grounded"
+    [known] = [each for each in RECIPES if each == stage]
+    shares = RECIPES[known].shares
     rng, made = random.Random(f"texts/{stage}/{seed}"), 0
     while made < n_pictures:
-        family = rng.choices(list(FAMILY_SHARES), list(FAMILY_SHARES.values()))[0]
+        family = rng.choices(list(shares), list(shares.values()))[0]
         scene = None if rng.random() < BLANK_SHARE else sample_scene(family, rng, conflict=0.5)
         if scene is not None and scene.split != "train":
             continue
-        if scene is not None and known == "organism" and in_conflict(scene) and rng.random() >= CONFLICT_SHARE:
+        if scene is not None and known != "organism-grounded" and in_conflict(scene) and rng.random() >= CONFLICT_SHARE:
             continue
         made += 1
         for question in draw_questions(scene, rng, known, RECIPES[known].n_questions):

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 N_PICTURES = 2000
 """Pictures whose training text is counted; the embedded models saw 109,056."""
 SCENES = "scenes/"
-EMBEDDED = ("organism", "organism-grounded")
+EMBEDDED = ("organism", "organism-grounded", "organism-phrases")
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,11 @@ def _cases(pairs: Pairs, captions: Sequence[tuple[str, ...]]) -> Cases:
 
 def scene_captions(pair: ScenePair) -> tuple[str, str]:
     """Captions of a scene and its counterfactual, alike but for what differs."""
-    question = pair.question
-    if question.answer in RELATIONS:
-        one, other = (pair.scene.of_kind(kind)[0] for kind in question.about)
-        return relation_caption(one, other, question.answer), relation_caption(one, other, pair.counterfactual_answer)
+    # What a thing is to another is the first word of an answer of several ("left of the star").
+    sides = [answer.split()[0] for answer in (pair.question.answer, pair.counterfactual_answer)]
+    if sides[0] in RELATIONS and sides[0] != sides[1]:
+        one, other = (pair.scene.of_kind(kind)[0] for kind in pair.question.about)
+        return relation_caption(one, other, sides[0]), relation_caption(one, other, sides[1])
     # The same draws for both: the order of things and which sizes are told must not tell the captions apart.
     first, second = (caption(scene, random.Random(pair.scene.key)) for scene in (pair.scene, pair.counterfactual))
     return first, second
