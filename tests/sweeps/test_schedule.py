@@ -12,7 +12,7 @@ from tests.zoo.batches import batch, pairs_of, wrapped
 from vlm_mech.architectures.site import Site
 from vlm_mech.benchmark.model_shapes import build, geometry, prompts
 from vlm_mech.errors import TooLargeError, UsageError
-from vlm_mech.inputs.following import followed
+from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.interventions.plan import plan
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace, window
 from vlm_mech.interventions.trace import read

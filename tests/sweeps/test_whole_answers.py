@@ -13,9 +13,9 @@ from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.inputs.following import followed
 from vlm_mech.inputs.processing import process
 from vlm_mech.inputs.prompt import render
+from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace, Steer
 from vlm_mech.interventions.trace import generate, run
 from vlm_mech.results.result import Metric

@@ -11,8 +11,8 @@ from torch import nn
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.following import followed
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.interventions.specification import Intervention, Knockout, Replace, window
 
 if TYPE_CHECKING:

@@ -112,7 +112,7 @@ class Pairs:
         return dataclasses.replace(self, pairs=tuple(dataclasses.replace(pair, wording=wording) for pair in self.pairs))
 
     def written(self, answer: str) -> str:
-        """An answer in the spelling of the pairs, or in all of them (`Variants`)."""
+        """An answer in the spelling of the pairs, or in all of them."""
         if self.variants:
             return Variants([each.of(answer) for each in self.variants])
         return answer if self.spelling is None else self.spelling.of(answer)

@@ -14,6 +14,7 @@ from vlm_mech.inputs.chat_template import in_template
 from vlm_mech.inputs.following import Answers
 from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, images_of, load_image, measured_boxes
 from vlm_mech.inputs.processing import laid_out, process
+from vlm_mech.inputs.prompt_rows import draft_of, layouts_of, rows_of
 from vlm_mech.inputs.span import Cells, Row, Span, flatten, resolve, settled
 from vlm_mech.inputs.special_tokens import check_plain, tokenized
 

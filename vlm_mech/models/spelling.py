@@ -11,7 +11,6 @@ from vlm_mech.inputs.answer import SPELLINGS, Spelling
 from vlm_mech.inputs.following import Ids
 from vlm_mech.inputs.prompt import Prompt, render
 from vlm_mech.interventions.trace import run
-from vlm_mech.results.metrics import AnswerLogits
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -83,8 +82,8 @@ def _probabilities(
         return run(vlm, prompt).last[0].double().softmax(-1).cpu()[torch.tensor([first for first, *_ in ids])]
     written = [spelling.of(answer) for spelling in spellings]
     reads = [run(vlm, vlm.encode([prompt], [each])).reads.double().cpu() for each in written]
-    told = [AnswerLogits(each, torch.tensor([tokens])) for each, tokens in zip(reads, ids, strict=True)]
-    return torch.cat([each.logprob().exp() for each in told]).double()
+    each = zip(reads, ids, strict=True)
+    return torch.stack([told[0].log_softmax(-1)[torch.arange(len(of)), list(of)].sum().exp() for told, of in each])
 
 
 def _tokens(vlm: "VLM", text: str, answer: str) -> Ids | None:

@@ -17,11 +17,11 @@ from vlm_mech.architectures.weights import input_device, kept_in_place
 from vlm_mech.checks.vlm import check_vlm, example
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Attached
-from vlm_mech.inputs.following import followed
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
 from vlm_mech.inputs.prompt import Encoded, Prompt, encode
 from vlm_mech.inputs.special_tokens import check_plain, ids_after, unknown_word
+from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.interventions.generating import set_aside
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html

@@ -2,6 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.following import parting
+from vlm_mech.inputs.prompt import written
+
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
 
@@ -20,10 +24,6 @@ def about_answers(vlm: Any, pairs: "Pairs") -> dict[str, Any]:
 
 
 def _tokens(vlm: Any, pairs: "Pairs") -> dict[str, Any]:
-    from vlm_mech.errors import UsageError
-    from vlm_mech.inputs.following import parting
-    from vlm_mech.inputs.prompt import written
-
     both = []
     for text, *answers in zip(written(vlm, pairs.base), pairs.answer, pairs.counterfactual_answer, strict=True):
         try:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import TooLargeError, UsageError
-from vlm_mech.inputs.following import each_alone
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.teacher_forcing import each_alone
 from vlm_mech.interventions.plan import Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source

@@ -40,17 +40,17 @@ class Measure:
 
     What the function `of` takes depends on `at`:
 
-    - `next`: logits of the next token after the prompt, batch x vocab, and the first token of each of the answers;
-    - `parting`: the same at the first token where the two answers of an example part, after their common beginning;
-    - `whole`: an `AnswerLogits` for each of the answers, with logits batch x position x vocab.
+    - "next": logits of the next token after the prompt, batch x vocab, and the first token of each of the answers;
+    - "parting": the same at the first token where the two answers of an example part, after their common beginning;
+    - "whole": an `AnswerLogits` for each of the answers, with logits batch x position x vocab.
 
     Args:
         metric: what the number is called, its unit and what it is.
         of: the function; it gives a tensor of shape batch.
         answers: for each argument that the function takes beside logits, the answers' texts, one an example.
-        apart: with `next`, whether the answers of an example must begin with different tokens.
+        apart: with "next", whether the answers of an example must begin with different tokens.
         clean: whether the function takes the same logits of the unedited run too, as the keyword `clean` (a tuple of
-            `AnswerLogits` with `whole`).
+            `AnswerLogits` with "whole").
     """
 
     metric: Metric
@@ -125,7 +125,7 @@ class Measure:
 def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
     """Logit of each example's answer less that of another answer, at the first token where the two part.
 
-    Where they begin alike, their common beginning is given to the model. Of answers in several spellings (`Variants`)
+    Where they begin alike, their common beginning is given to the model. Of answers in several spellings
     the first token with the highest logit counts. `metrics.logit_diff(logits, answer_ids, other_ids)` takes the same
     from logits at hand.
     """
@@ -144,7 +144,7 @@ def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
 def logprob_diff(answer: Sequence[str], other: Sequence[str], *, per_token: bool = False) -> Measure:
     """Log-probability of each example's whole answer less that of another answer, in nats.
 
-    Of answers in several spellings (`Variants`) the likeliest counts.
+    Of answers in several spellings the likeliest counts.
 
     Args:
         per_token: the mean over the tokens of each answer, in nats per token, in place of the sum.
@@ -160,7 +160,7 @@ def logprob_diff(answer: Sequence[str], other: Sequence[str], *, per_token: bool
 
 
 def prob(answer: Sequence[str]) -> Measure:
-    """Probability of each example's whole answer; of several spellings (`Variants`) that of the likeliest."""
+    """Probability of each example's whole answer; of several spellings that of the likeliest."""
     metric = Metric("prob", "probability", "probability of the answer")
     return Measure(metric, lambda *answers: _likeliest(answers).exp(), _by_spelling(answer), at="whole")
 

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm_mech.inputs.following import Ids, followed, padded, parting
+from vlm_mech.inputs.following import Ids, padded, parting
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.sweeps.measures import Measure
 

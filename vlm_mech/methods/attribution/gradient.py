@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.inputs.following import each_alone
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.teacher_forcing import each_alone
 from vlm_mech.interventions.timeline import rows_of
 from vlm_mech.sweeps.readings import Readings
 

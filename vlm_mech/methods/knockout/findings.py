@@ -12,8 +12,8 @@ from vlm_mech.methods.knockout.edges import Edge
 from vlm_mech.methods.knockout.follow_up import FollowUp, Head, HeadAttention
 from vlm_mech.methods.knockout.study import NO_PROB, OUT_OF_SIGHT, RELATIVE
 from vlm_mech.results.claim import LEVEL
+from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
-from vlm_mech.sweeps.generated_answers import told
 
 CORRECTED = f"p < {LEVEL}, sign-flip test, Holm over all cells"
 

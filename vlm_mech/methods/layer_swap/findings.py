@@ -3,8 +3,8 @@
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import WorkError
 from vlm_mech.methods.layer_swap.study import WRONG
+from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
-from vlm_mech.sweeps.generated_answers import told
 
 
 def findings(result: Result, pairs: Pairs) -> tuple[str, ...]:
