@@ -19,7 +19,7 @@ class Config(SpokenConfig):
     point: Literal["resid_post", "resid_pre", "attn_out", "mlp_out"] = "resid_post"
     """Which tensor of each block."""
     spans: tuple[str, ...] = ()
-    """Spans of tokens to swap; for llm: image question last all."""
+    """Spans of tokens to swap, joined by +; for llm: image question last all (last+answer: the answer too)."""
     direction: Literal["both", "noising", "denoising"] = "both"
     """Noising puts the counterfactual's states into the image's run, denoising the reverse."""
     split: Literal["test", "validation", "train"] = "test"

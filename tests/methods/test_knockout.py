@@ -12,12 +12,13 @@ from experiments import knockout as experiment
 from tests.helpers import assert_help_is_light, command, killed_at, options
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
+from vlm_mech.data.fitting import fitting
 from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.image import Box
 from vlm_mech.interventions.attention_weights import attention_from
 from vlm_mech.interventions.specification import Knockout
-from vlm_mech.interventions.trace import run
+from vlm_mech.interventions.trace import generate, run
 from vlm_mech.methods.knockout import data, study
 from vlm_mech.methods.knockout import edges as edges_module
 from vlm_mech.methods.knockout.data import CONTROL, CUTS, EDGE, WRONG, Scan, layer_sets, scan_of
@@ -25,6 +26,7 @@ from vlm_mech.methods.knockout.edges import (
     FUTURE,
     NO_CONTROL,
     NO_OBJECT,
+    NOTHING_GIVEN,
     Edge,
     Ends,
     control_of,
@@ -38,7 +40,10 @@ from vlm_mech.methods.knockout.study import METRICS, OUT_OF_SIGHT, knock_out
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.overlays import DARKEST, laid_over
 from vlm_mech.results.result import Result
+from vlm_mech.sweeps.generated_answers import GeneratedPart
+from vlm_mech.sweeps.measures import logprob_diff, prob, said
 from vlm_mech.sweeps.recorded_pass import record
+from vlm_mech.sweeps.sweep import grid, sweep
 
 QUESTIONS = ("what colour is the circle?", "is the red star left of the blue circle?")
 
@@ -503,3 +508,48 @@ def test_wrong_use_is_one_clear_line(model_folder, data_folder, tmp_path, capsys
 
 def test_help_imports_no_torch():
     assert_help_is_light(experiment, ("--edges", "--generate"))
+
+
+def test_edges_of_the_answer_are_cut_for_its_tokens_too_and_stay_cut_while_it_is_generated():
+    vlm = VLM.load("organism-phrases")
+    pairs = fitting(vlm, load_pairs("scenes/phrases", n=8))
+    scan = scan_of(vlm, pairs, {}, ["last<-image", "question<-image"], during="answer")
+    assert [str(edge) for edge in scan.edges] == ["last+answer<-image", "question<-image"]
+    plain = scan_of(vlm, pairs, {}, ["last<-image"])
+    part = GeneratedPart(n_cells=100)
+    table, _ = knock_out(vlm, pairs, scan, only_correct=False, measure="logprob_diff", part=part)
+    alone, _ = knock_out(vlm, pairs, plain, only_correct=False, measure="logprob_diff")
+    where = (table["edge"] == "last+answer<-image") & (table["cut"] == EDGE) & (table["layer"] == 1)
+    both = pairs.answer, pairs.counterfactual_answer
+    cut = lambda point: Knockout(("last", "answer"), "image", point.layer)  # noqa: E731
+    by_hand = sweep(
+        vlm, pairs, grid(layer=(1,)), cut, [logprob_diff(*both), prob(both[0]), said(both[0])], engine="trace"
+    )
+    for name in ("logprob_diff", "prob"):
+        assert table[where][name].to_numpy() == pytest.approx(by_hand.table[name].to_numpy(), abs=2e-5)
+    assert (table[where]["lost"].to_numpy() == 1 - by_hand.table["said"].to_numpy()).all()
+    chosen = (alone["cut"] == EDGE) & (alone["layer"] == 1)
+    assert (alone[chosen]["prob"].to_numpy() > table[where]["prob"].to_numpy() + 0.01).sum() >= 4
+    # What is lost when it is forced is what is not said when it is generated.
+    generated = table[(table["cut"] == EDGE) & table["says"].notna()]
+    texts = generate(vlm, pairs.base, Knockout(("last", "generated"), "image", 1), max_new_tokens=16).texts
+    assert table[where]["text"].tolist() == list(texts)
+    right = {pair.id: pair.answer for pair in pairs}
+    whole = [text == right[name] for text, name in zip(generated["text"], generated["example"], strict=True)]
+    assert whole == (generated["lost"] == 0).tolist()
+    controls = table[(table["edge"] == "last+answer<-image") & (table["cut"] == CONTROL)]
+    assert set(controls["skipped"]) <= {"", NO_CONTROL}
+
+
+def test_edges_of_the_answer_that_cannot_be_are_one_line():
+    for text, match in (("image<-answer", "can be queries, not keys"), ("answers<-image", "names the group 'answers'")):
+        with pytest.raises(UsageError, match=match):
+            parse_edge(text)
+    assert parse_edge("answer<-image").of_answer and parse_edge("last+answer<-image").of_prompt == "last"
+    vlm, pairs = VLM.load("organism"), load_pairs("scenes/colour", n=4)
+    table, _ = knock_out(vlm, pairs, scan_of(vlm, pairs, {}, ["answer<-image"]), only_correct=False)
+    edge = table[table["cut"] == EDGE]
+    # Answers of one token are foretold by the prompt alone, so that nothing can be cut.
+    assert (edge["prob"] == edge["prob_baseline"]).all() and set(table[table["cut"] == CONTROL]["skipped"]) == {
+        NOTHING_GIVEN
+    }

@@ -7,15 +7,18 @@ import pytest
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.fitting import fitting
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.interventions.specification import Replace
-from vlm_mech.interventions.trace import run
+from vlm_mech.interventions.trace import generate, run
 from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
 from vlm_mech.methods.layer_swap.findings import findings, takeover, usable_share
-from vlm_mech.methods.layer_swap.layer_swap import layer_swap
+from vlm_mech.methods.layer_swap.layer_swap import layer_swap, swap_result, told
 from vlm_mech.methods.layer_swap.study import METRICS, WRONG, swap_states
+from vlm_mech.models.vlm import VLM
+from vlm_mech.results.generated_answers import agreement
 from vlm_mech.results.result import Result
+from vlm_mech.sweeps.generated_answers import GeneratedPart
 
 SPANS = ("image", "question", "last", "all")
 
@@ -159,3 +162,48 @@ def test_one_call_gives_the_table_of_the_study(vlm, pairs, site):
     assert set(one.table.span) == {"image"} and set(one.table.direction) == {"noising"}
     with pytest.raises(UsageError, match="batch is 0; at least 1 is needed"):
         layer_swap(vlm, pairs, batch=0)
+
+
+def test_whole_answers_are_swapped_at_the_last_token_and_at_their_own():
+    """The states of prompt and answer together are all that foretells an answer; both engines say the same."""
+    vlm = VLM.load("organism-phrases")
+    pairs = fitting(vlm, load_pairs("scenes/phrases", n=8))
+    sites, spans = swap_sites(vlm, "llm", "resid_post"), ("last", "last+answer", "all+answer")
+    found = {}
+    for name in ("logit_diff", "logprob_diff"):
+        tables = [
+            swap_states(vlm, pairs, sites, spans, only_correct=False, measure=name, engine=engine)[0]
+            for engine in ("fast", "trace")
+        ]
+        assert (tables[0][name] - tables[1][name]).abs().max() <= 1e-4
+        found[name] = tables[0].groupby(["span", "layer"])["recovered"].mean()
+        assert found[name]["all+answer"].to_numpy() == pytest.approx(1.0, abs=1e-3)
+        assert found[name]["last+answer", len(vlm.llm_layers) - 1] == pytest.approx(1.0, abs=1e-3)
+        assert found[name]["last"].max() < 0.6, "the answer's own tokens look at the picture again"
+    assert (found["logit_diff"] - found["logprob_diff"]).abs().max() > 0.01
+    positions = (
+        tables[0].get("logprob_diff_tokens"),
+        swap_states(vlm, pairs, sites[:1], ("last",))[0]["logit_diff_position"],
+    )
+    assert positions[0].between(3, 4).all() and positions[1].between(0, 3).all() and positions[1].nunique() > 2
+
+
+def test_what_is_generated_under_a_swap_is_read_and_told_beside_the_logits():
+    vlm = VLM.load("organism-phrases")
+    pairs = fitting(vlm, load_pairs("scenes/phrases", n=12))
+    part = GeneratedPart(n_cells=6, seed=1)
+    table, _ = swap_states(vlm, pairs, swap_sites(vlm, "llm", "resid_post"), ("image", "all"), part=part)
+    cells = table[table["says"].notna()]
+    assert len(cells.drop_duplicates(["direction", "span", "layer"])) == 6 and set(cells["says"]) >= {"own", "other"}
+    row = cells.iloc[0]
+    number = [pair.id for pair in pairs].index(row["example"])
+    sides = (pairs.base, pairs.counterfactual)[:: 1 if row["direction"] == "noising" else -1]
+    edit = Replace(Site("llm.resid_post", int(row["layer"])), row["span"], source=[sides[1][number]])
+    assert generate(vlm, [sides[0][number]], edit, max_new_tokens=16).texts[0] == row["text"]
+    result = told(swap_result("llm", table, {}), pairs)
+    (edited,) = [line for line in result.findings if line.startswith("edited runs")]
+    named = cells[cells["says"] != "neither"].dropna(subset=["flip"])
+    agrees = ((named["says"] == "other") == (named["flip"] > 0.5)).groupby(named["example"]).mean().mean()
+    assert f"{100 * agrees:.0f} % name what logit_diff prefers" in edited
+    shuffled = agreement(table.assign(says=table["says"].map({"own": "other", "other": "own", "neither": "neither"})))
+    assert shuffled.summary("agrees").set_index("run").loc["edited", "mean"] == pytest.approx(1 - agrees, abs=0.02)

@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.teacher_forcing import each_alone
 from vlm_mech.interventions.plan import Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
-from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
+from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Replace, Source, Together
 from vlm_mech.interventions.trace import Run, edited_embeddings, read, run
 from vlm_mech.sweeps.branching import Branch, branch_of
 from vlm_mech.sweeps.cost import Sizes, answer_bytes, pass_bytes, sizes
@@ -270,11 +270,30 @@ class Reference:
         """As `Engine.answers`; the receipts are those of the passes over each answer."""
         kept, proofs = _Kept(len(interventions), keep or next_token), []
         for number, each in enumerate(interventions):
-            done = [run(self.vlm, one, each, baseline=of) for one, of in zip(self.alone, self.unedited, strict=True)]
+            done = [
+                run(self.vlm, one, self._alone(each, answer), baseline=self.unedited[answer])
+                for answer, one in enumerate(self.alone)
+            ]
             kept.take(number, _side_by_side(done))
             proofs.append(tuple(receipt for one in done for receipt in one.receipts))
         assert kept.found is not None, "there is an intervention"
         return kept.found, proofs
+
+    def _alone(self, intervention: Intervention | None, answer: int) -> Intervention | None:
+        """The intervention in the pass over one answer: states from runs with the same answers come from its own."""
+        if intervention is None:
+            return None
+        parts = tuple(
+            dataclasses.replace(part, source=_of_answer(part.source, answer)) if isinstance(part, Replace) else part
+            for part in intervention.flat()
+        )
+        return parts[0] if len(parts) == 1 else Together(parts=parts)
+
+
+def _of_answer(source: Any, answer: int) -> Any:
+    """The part of a source that has the same answers that belongs to one of them."""
+    several = isinstance(source, Encoded) and source.answers is not None and source.answers.side_by_side
+    return each_alone(source)[answer] if several else source
 
 
 def _side_by_side(runs: Sequence[Run]) -> Float[Tensor, "batch read vocab"]:

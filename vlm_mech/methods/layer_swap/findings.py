@@ -6,6 +6,9 @@ from vlm_mech.methods.layer_swap.study import WRONG
 from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
 
+LAST = {"last": "the last token alone", "last+answer": "the last token and those of the answer"}
+"""Spans at which an answer is foretold, in words."""
+
 
 def findings(result: Result, pairs: Pairs) -> tuple[str, ...]:
     """How many pairs count, and at which layers the answer turns.
@@ -52,8 +55,9 @@ def takeover(result: Result) -> tuple[str, ...]:
         where = {"direction": direction}
         if "image" in spans:
             found.append(f"{direction}: " + _image_sentence(result, where | {"span": "image"}))
-        if "last" in spans:
-            found.append(f"{direction}: " + _last_sentence(result, where | {"span": "last"}))
+        for span, what in LAST.items():
+            if span in spans:
+                found.append(f"{direction}: " + _last_sentence(result, where | {"span": span}, what))
     return tuple(found)
 
 
@@ -67,11 +71,11 @@ def _image_sentence(result: Result, where: dict[str, str]) -> str:
     return f"{turns} (95 % interval {_interval(end)})."
 
 
-def _last_sentence(result: Result, where: dict[str, str]) -> str:
+def _last_sentence(result: Result, where: dict[str, str], what: str) -> str:
     start = result.crossing(where, "layer", 0.5, rising=True, metric="recovered")
     if start["at"] is None:
-        return "swapping the last token alone turns the answer at no layer."
-    turns = f"from layer {start['at']} on, swapping the last token alone turns the answer"
+        return f"swapping {what} turns the answer at no layer."
+    turns = f"from layer {start['at']} on, swapping {what} turns the answer"
     return f"{turns} (95 % interval {_interval(start)})."
 
 

@@ -14,6 +14,7 @@ import torch
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.results import metrics
@@ -29,6 +30,7 @@ from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
+ANSWER = "answer"
 OF_THE_PATCHED = "of the patched run's own answer less that of the other image's"
 LOGIT_DIFF = Metric("logit_diff", "logits", f"logit {OF_THE_PATCHED}", signed=True)
 FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred")
@@ -85,6 +87,8 @@ def swap_states(
     NaN, with the reason in `skipped`.
 
     Args:
+        spans: names, several together joined by +; `answer` are the tokens of the answer that are given, swapped with
+            those of the run that has the same answer after it.
         measure: how the two answers of a pair are compared (see `measures.comparison`).
         part: cells in which answers are generated too: the columns `text` and `says` (own, other or neither) of these
             rows, and `text_baseline` and `says_baseline` of the run that is patched.
@@ -140,7 +144,7 @@ def plan_swap(
 
     def of(rows: slice) -> SweepPlan:
         patched, donor = (each.encoded for each in _read(vlm, pairs[rows], measure))
-        edits = [Replace(site, span, source=donor.before or donor) for site in sites for span in spans]
+        edits = [_edit(site, span, donor) for site in sites for span in spans]
         one = forecast(vlm, patched, edits, budget=budget, keeps_logits=False)
         # Both directions share their two unedited passes.
         passes = 2 / one.forwards * one.flops
@@ -183,15 +187,15 @@ def _swapped(
         patched, donor = sides if direction == "noising" else sides[::-1]
         patched.lend(donor)
         cells = [(site, span) for site in sites for span in spans]
-        edits = [Replace(site, span, source=donor.encoded.before or donor.encoded) for site, span in cells]
+        edits = [_edit(site, span, donor.encoded) for site, span in cells]
         # Both sides have the same answers after them.
         before, target = (read[own].value(own, each.reads) for each in (patched, donor))
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
         for (site, span), after, proof in zip(cells, kept, proofs, strict=True):
             table = _scored(before, target, after, usable, measure)
-            if len(tables) in drawn and part is not None:
-                edit = Replace(site, span, source=donor.encoded.before or donor.encoded)
-                table = table.join(_generated(vlm, pairs, direction, edit, part))
+            # There are no states of the other run to put at what is generated.
+            if len(tables) in drawn and part is not None and ANSWER not in span.split("+"):
+                table = table.join(_generated(vlm, pairs, direction, _edit(site, span, donor.encoded), part))
             place: dict[str, Any] = {"point": site.point} if site.layer is None else {"layer": site.layer}
             place |= {f"{measure}{ending}": told for ending, told in read[own].each[own].places.items()}
             tables.append(table.assign(span=span, **place, example=[pair.id for pair in pairs], direction=direction))
@@ -200,6 +204,14 @@ def _swapped(
     table = pd.concat(tables, ignore_index=True)
     table = without_trivial_places(table, [measure])
     return table.assign(group=table["example"].map(groups)), receipts
+
+
+def _edit(site: Site, span: str, donor: Encoded) -> Replace:
+    """A span's states from a run that has the same answers after it; those of prompts do not depend on them."""
+    parts = tuple(span.split("+"))
+    return Replace(
+        site, parts if len(parts) > 1 else span, source=donor if "answer" in parts else donor.before or donor
+    )
 
 
 def _generated(vlm: "VLM", pairs: Pairs, direction: str, edit: Replace, part: GeneratedPart) -> pd.DataFrame:
