@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments._swap_config import Config
+from vlm_mech.errors import UsageError
 from vlm_mech.runs.contract import about
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
@@ -25,20 +26,24 @@ def swap_weights(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
+    if config.outcome != "logits":
+        raise UsageError(f"--outcome {config.outcome} is for --swap state; an exchange of weights reads logits alone")
     pairs = load_pairs(config.data or "scenes/colour-conflict", n=config.n, split=config.split, **config.drawn)
     pairs = conflict_first(with_conflict(pairs))
     base = VLM.load(config.model, **config.loading)
-    pairs = fitting(base, pairs)
+    pairs = fitting(base, pairs, variants=config.variants)
     sides = study.two_sides(base, _tuned(config), part=config.part, second=_second(config), seed=config.seed)
     chosen = [each for schedule in config.schedules for each in exchanges(schedule, sides.n_layers, size=config.window)]
     for start in work.progress(range(0, len(pairs), config.batch), "exchanges"):
         key = f"{start:08d}"
         if key not in work:
-            work.keep(key, study.swap_blocks(sides, pairs[start : start + config.batch], chosen), {})
+            work.keep(
+                key, study.swap_blocks(sides, pairs[start : start + config.batch], chosen, measure=config.measure), {}
+            )
     table, _ = work.collect()
     moved = {f"{direction}: {donor}": each for (direction, donor), each in sides.moved.items()}
     provenance = about(QUESTION, base, pairs, {}) | {"tuned": config.tuned, "part": config.part, "moved": moved}
-    result = Result(f"block swap ({config.part})", table, study.AXES, study.METRICS, {}, provenance)
+    result = Result(f"block swap ({config.part})", table, study.AXES, study.metrics_of(config.measure), {}, provenance)
     result = dataclasses.replace(result, findings=findings.findings(result))
     pictures = tuple((f"{pair.question} {pair.answer}", load_image(pair.image)) for pair in list(pairs)[:4])
     return Outcome(result, figures.drawn(result), pictures)

@@ -32,7 +32,7 @@ class Config(SweepConfig):
 
     data: str = "scenes/part"
     """scenes/part (32 by default), or a folder with pairs.jsonl and masks of parts and objects."""
-    variants: tuple[str, ...] = ()
+    cuts: tuple[str, ...] = ()
     """What is cut, such as V-part L-part V+L-part; all that the model has by default."""
     layers: tuple[str, ...] = ("all", "first", "middle", "last")
     """Layers that are cut together: all of a tower, or its first, middle, last third."""
@@ -55,8 +55,7 @@ def _loaded(config: Config) -> "tuple[Any, Examples, tuple[Cell, ...]]":
 
     vlm = VLM.load(config.model, **config.loading)
     examples = _examples(config, vlm, config.split)
-    encoded = vlm.encode([examples.examples[0].prompt])
-    variants = variants_of(vlm, encoded, config.variants)
+    variants = variants_of(vlm, vlm.encode([examples.examples[0].prompt]), config.cuts)
     return vlm, examples, cells_of(variants, layer_ranges(vlm, config.layers))
 
 
@@ -64,7 +63,7 @@ def _examples(config: Config, vlm: Any, split: str) -> "Examples":
     from vlm_mech.methods.compensation.data import load_examples
 
     options = {"n": config.n, "min_share": config.min_share, "split": split, **config.drawn}
-    return load_examples(vlm, config.data, **options)
+    return load_examples(vlm, config.data, variants=config.variants, **options)
 
 
 def plan(config: Config) -> Any:
@@ -72,7 +71,8 @@ def plan(config: Config) -> Any:
     from vlm_mech.methods.compensation.study import plan_answers
 
     vlm, examples, cells = _loaded(config)
-    return plan_answers(vlm, examples, cells, batch=config.batch, memory=config.memory)
+    how = {"compared": config.measure, "batch": config.batch, "memory": config.memory}
+    return plan_answers(vlm, examples, cells, **how)
 
 
 def run(config: Config, work: Workspace) -> Outcome:
@@ -87,14 +87,14 @@ def run(config: Config, work: Workspace) -> Outcome:
     vlm, examples, cells = _loaded(config)
     readout = readout_of(vlm, examples.examples[0].prompt)
     site, chosen_on = _site(config, vlm, examples, readout)
-    options = {"seed": config.seed, "engine": config.engine, "memory": config.memory}
+    options = {"compared": config.measure, "seed": config.seed, "engine": config.engine, "memory": config.memory}
     for number, some in enumerate(work.progress(examples.batches(config.batch), "batches")):
         if f"{number:08d}" not in work:
             work.keep(f"{number:08d}", *study.measure(vlm, some, cells, readout, **options))
     table, receipts = work.collect()
     told = {"question": QUESTION, "model": vlm.identity()} | examples.told
     told |= {"receipts": add_up(receipts), "site": site}
-    result = Result("compensation", table, study.AXES, study.METRICS, provenance=told)
+    result = Result("compensation", table, study.AXES, study.metrics_of(config.measure), provenance=told)
     shares = every_compensation(result, site)
     told["compensated"] = [dataclasses.asdict(each) for each in shares]
     said = findings.findings(result, examples, site, chosen_on, shares)

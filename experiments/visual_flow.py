@@ -70,7 +70,8 @@ def plan(config: Config) -> Any:
     """What swaps and knockouts of the run will need."""
     from vlm_mech.methods.visual_flow.study import plan_flow
 
-    return plan_flow(*_loaded(config), batch=config.batch, seed=config.seed, memory=config.memory)
+    how = {"measure": config.measure, "batch": config.batch, "seed": config.seed, "memory": config.memory}
+    return plan_flow(*_loaded(config), **how)
 
 
 def run(config: Config, work: Workspace) -> Outcome:
@@ -82,19 +83,18 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.results.result import Result
 
     vlm, cases, scan = _loaded(config)
-    how = {"seed": config.seed, "engine": config.engine, "memory": config.memory}
+    how = {"measure": config.measure, "seed": config.seed, "engine": config.engine, "memory": config.memory}
     for start in work.progress(range(0, len(cases), config.batch), "swaps, knockouts, lens"):
-        key = f"{start:08d}"
-        if key not in work:
+        if (key := f"{start:08d}") not in work:
             work.keep(key, *study.flow(vlm, cases[start : start + config.batch], scan, **how))
     fitted = _probed(config, work, vlm, cases) if config.probe else None
     table, notes = work.collect()
     told = about(QUESTION, vlm, cases.pairs, add_up([each for each in notes if "own" not in each]))
     told |= {"rival": cases.rival, "probes": [each for each in notes if "own" in each], "edges": scan.about}
-    result = Result("visual flow", table, study.AXES, study.METRICS, {}, told)
+    result = Result("visual flow", table, study.AXES, study.metrics_of(config.measure), {}, told)
     said = claims(result)
     told |= {"claims": dataclasses.asdict(said) | {"cells": said.cells.to_dict("records")}}
-    options = {"n": config.pages, "folder": work.partial}
+    options = {"n": config.pages, "folder": work.partial, "measure": config.measure}
     told |= {"pages": patch_readings(vlm, cases, said, fitted, **options) if config.pages else []}
     result = dataclasses.replace(result, provenance=told, findings=findings.findings(result, cases, said))
     return Outcome(result, figures.drawn(result))
@@ -112,7 +112,7 @@ def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:
     options = {"folder": work.partial, "batch": config.batch}
     fitted = probe_examples(vlm, cases, others, every=config.every, seed=config.seed, **options)
     if PROBES not in work:
-        work.keep(PROBES, *probe_rows(vlm, cases, fitted, **options))
+        work.keep(PROBES, *probe_rows(vlm, cases, fitted, measure=config.measure, **options))
     return fitted
 
 

@@ -24,7 +24,7 @@ REASONS = {
     "corrupt": "cannot be read",
     "huge": "decompression bomb",
     "same": "both pictures have the same pixels",
-    "tokens": "start with the same token",
+    "tokens": "do not part: one begins the other",
     "special": "holds '<image>'",
     "long": "has positions for 256",
 }

@@ -560,7 +560,7 @@ def organism():
 
 
 def test_the_command_runs_on_the_embedded_model_and_can_be_resumed(organism, tmp_path, monkeypatch, capsys):
-    options = ["--n", "6", "--batch", "4", "--layers", "all", "--variants", "V-self", "L-self", "V+L-self", "V-cls"]
+    options = ["--n", "6", "--batch", "4", "--layers", "all", "--cuts", "V-self", "L-self", "V+L-self", "V-cls"]
     whole = tmp_path / "whole"
     assert command(experiment, *options, "--out", whole) == 0
     said = capsys.readouterr().out
@@ -584,12 +584,12 @@ def test_the_command_runs_on_the_embedded_model_and_can_be_resumed(organism, tmp
 
 
 def test_wrong_use_of_the_command_is_one_line(organism, tmp_path, capsys, folder):
-    assert command(experiment, "--dry-run", "--n", "4", "--layers", "all", "--variants", "V-part", "L-part") == 0
+    assert command(experiment, "--dry-run", "--n", "4", "--layers", "all", "--cuts", "V-part", "L-part") == 0
     assert "beside it, 3 whole passes of 4 read the parts" in capsys.readouterr().out
     for options, message in (
         (["--data", "scenes/colour"], "asks about no part"),
         (["--data", folder], "name one, as --site projector.out"),
-        (["--variants", "V-tail"], "variant 'V-tail' is not known"),
+        (["--cuts", "V-tail"], "variant 'V-tail' is not known"),
         (["--site", "llm.resid_post[9]", "--n", "2"], "is not read"),
         (["--min-share", "1.5", "--n", "2"], "min_share is 1.5"),
     ):

@@ -24,6 +24,7 @@ from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import SIZE, Scene, Thing, check_split, in_conflict
 from vlm_mech.data.user_files import check_count
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.following import check_parting
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.wording import BARE, Wording
@@ -226,16 +227,16 @@ def check_enough(cases: Cases) -> None:
 
 
 def answerable(vlm: "VLM", cases: Cases) -> Cases:
-    """The cases whose answers begin with different tokens for this model; the others move to `refused`."""
+    """The cases whose answers part somewhere for this model; the others move to `refused`."""
     kept: list[Case] = []
     refused = list(cases.refused)
     for case in cases.cases:
         try:
             for asked in case.asked:
                 encoded = vlm.encode([asked.about(case.images[0])])
-                ids = [vlm.answer_ids(encoded, [answer]).item() for answer in asked.answers]
-                if len(set(ids)) < len(ids):
-                    raise UsageError(f"two of the answers {', '.join(asked.answers)} start with the same token")
+                tokens = [vlm.answer_tokens(encoded, [answer])[0] for answer in asked.answers]
+                for one, other in itertools.combinations(range(len(tokens)), 2):
+                    check_parting(tokens[one], tokens[other], (asked.answers[one], asked.answers[other]))
             kept.append(case)
         except UsageError as error:
             refused.append(Refused(case.id, str(error)))

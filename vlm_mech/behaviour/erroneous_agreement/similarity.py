@@ -17,8 +17,12 @@ from torch import Tensor
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Prompt
-from vlm_mech.interventions.trace import read, run
-from vlm_mech.results.metrics import correct
+from vlm_mech.interventions.trace import read
+from vlm_mech.results.metrics import AnswerLogits
+from vlm_mech.results.result import Metric
+from vlm_mech.sweeps.engine import Reference
+from vlm_mech.sweeps.measures import Measure, said
+from vlm_mech.sweeps.readings import readings_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +37,7 @@ N_BLOCKS = 50
 """Blocks of examples that the jackknife leaves out, one at a time."""
 FEWEST = 4
 """Examples that the debiased alignment needs."""
+LOGPROB = Metric("logprob", "nats", "log-probability of the answer")
 CLASS_TOKEN, PATCH_MEAN = "class token", "mean of patches"
 
 
@@ -211,17 +216,23 @@ def tower_patches(vlm: "VLM", images: "Sequence[Image.Image]") -> tuple[Float[Te
 def answer_scores(
     vlm: "VLM", prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], right: Sequence[str]
 ) -> tuple[Float[np.ndarray, "prompt answer"], Bool[np.ndarray, "prompt"]]:
-    """Log-probability of each answer's first token after each prompt, and whether the right one is the model's first.
+    """Log-probability of each whole answer after each prompt, and whether greedy search says the right one.
 
     Args:
         answers: for each prompt those it may be answered by, equally many.
         right: the right answer to each prompt; a tie with any token of the vocabulary is wrong.
     """
-    encoded = vlm.encode(list(prompts))
-    last = run(vlm, encoded).last
-    ids = torch.stack([vlm.answer_ids(encoded, list(column)) for column in zip(*answers, strict=True)], 1)
-    found = torch.log_softmax(last.double(), -1).gather(1, ids)
-    return _array(found), _array(correct(last, vlm.answer_ids(encoded, list(right))))
+    columns = [list(column) for column in zip(*answers, strict=True)]
+    measures = [Measure(LOGPROB, _logprob, (column,), at="whole") for column in columns]
+    asked = readings_of(vlm, vlm.encode(list(prompts)), [*measures, said(list(right))])
+    *found, is_right = asked.values(Reference(vlm, asked.encoded).reads)
+    return _array(torch.stack(found, 1)), _array(is_right.bool())
+
+
+def _logprob(answer: AnswerLogits) -> Float[Tensor, "prompt"]:
+    """Log-probability of a whole answer, in double precision."""
+    told = torch.log_softmax(answer.logits.double(), -1).gather(2, answer.ids.clamp(min=0)[:, :, None])[:, :, 0]
+    return told.where(answer.present, 0.0).sum(-1)
 
 
 def _array(values: Tensor) -> np.ndarray:

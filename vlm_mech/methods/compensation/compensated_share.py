@@ -4,17 +4,19 @@ The compensated share is ours: a formula of Takishita et al. (2025, arXiv 2506.0
 """
 
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Float
 
 from vlm_mech.errors import UsageError
-from vlm_mech.methods.compensation.study import ANSWER, LOGIT_DIFF, RECIPROCAL
+from vlm_mech.methods.compensation.study import ANSWER, LOGIT_DIFF, RECIPROCAL, difference_of
 from vlm_mech.methods.compensation.variants import CUTS, NONE
 from vlm_mech.results.result import N_RESAMPLES, Result
 from vlm_mech.results.statistics import Estimate, bootstrap_means, estimate
+from vlm_mech.sweeps.measures import Comparison
 
-UP = ("reciprocal_rank", "logit_diff", "hit@1", "hit@5", "hit@10")
+UP = ("reciprocal_rank", *get_args(Comparison), "hit@1", "hit@5", "hit@10")
 """Metrics of which more is better."""
 
 
@@ -99,8 +101,8 @@ def _share(ratio: float, free: Float[np.ndarray, "draw"], blocked: Float[np.ndar
 
 
 def every_compensation(result: Result, site: str) -> tuple[Compensation, ...]:
-    """The share of every cut and range that was measured: parts at a site, and the answer's logit difference."""
-    asked = ((site, RECIPROCAL.name), (site, LOGIT_DIFF.name), (ANSWER, LOGIT_DIFF.name), (ANSWER, "hit@1"))
+    """The share of every cut and range that was measured: parts at a site, and by how much the answer is ahead."""
+    asked = ((site, RECIPROCAL.name), (site, LOGIT_DIFF.name), (ANSWER, difference_of(result)), (ANSWER, "hit@1"))
     measured = set(result.cells[["layers", "variant"]].itertuples(index=False, name=None))
     ranges = list(dict.fromkeys(result.cells["layers"]))
     return tuple(

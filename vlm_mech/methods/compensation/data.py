@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from vlm_mech.data.counterfactual_scenes import sample_pairs
-from vlm_mech.data.fitting import fitting
+from vlm_mech.data.fitting import Variety, fitting
 from vlm_mech.data.pair_folder import pair_fields
 from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
 from vlm_mech.data.render import masks
@@ -27,7 +27,9 @@ from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
 from vlm_mech.inputs.wording import BARE, Wording
 from vlm_mech.methods.compensation.variants import Patch, Places
+from vlm_mech.methods.lens.data import labels_apart
 from vlm_mech.methods.lens.identifiability import patches_of_mask
+from vlm_mech.runs.answers import about_answers
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -52,13 +54,14 @@ class Shown:
 class Example:
     """A question whose answer names a part, and the patches that show it; `n_tokens` is the length of its prompt.
 
-    `spelling` is that of the pairs it comes from.
+    `spelling` and `variants` are those of the pairs it comes from.
     """
 
     pair: Pair
     places: Places
     n_tokens: int
     spelling: Spelling | None = None
+    variants: tuple[Spelling, ...] = ()
 
     @property
     def prompt(self) -> Prompt:
@@ -86,11 +89,14 @@ class Examples:
     refused: tuple[Refused, ...]
     described: dict[str, Any]
     """What the provenance says of the data (`Pairs.described`)."""
+    answers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What it says of their answers."""
 
     @property
     def told(self) -> dict[str, Any]:
         """What the provenance says of them."""
-        return {"data": self.described, "refused": [dataclasses.asdict(each) for each in self.refused]}
+        refused = [dataclasses.asdict(each) for each in self.refused]
+        return {"data": self.described, "refused": refused, "answers": self.answers}
 
     def batches(self, size: int) -> list[tuple[Example, ...]]:
         """Examples of equally many tokens together, at most `size` of them."""
@@ -112,8 +118,12 @@ def load_examples(
     split: str = "test",
     min_share: float = MIN_SHARE,
     wording: Wording = BARE,
+    variants: Variety = "likeliest",
 ) -> Examples:
     """The examples of generated scenes (`SOME` by default) or of a folder; those that do not fit the model are refused.
+
+    Args:
+        variants: which spellings of answers are tried (see `data.pairs.fitting`).
 
     Raises:
         UsageError: see `shown_parts` and `examples_of`.
@@ -121,7 +131,7 @@ def load_examples(
     n = SOME if n is None and data.startswith("scenes/") else n
     pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording)
     shown = shown_parts(pairs, seed=seed, split=split)
-    return examples_of(vlm, fitting(vlm, pairs), shown, min_share=min_share, seed=seed)
+    return examples_of(vlm, fitting(vlm, pairs, variants=variants), shown, min_share=min_share, seed=seed)
 
 
 def shown_parts(pairs: Pairs, *, seed: int, split: str) -> dict[str, Shown]:
@@ -189,15 +199,16 @@ def examples_of(
         random = np.random.default_rng([seed, zlib.crc32(pair.id.encode())])
         try:
             pair.check_single("masks of a part and its object are of")
+            labels_apart(vlm, pair.answer, pair.counterfactual_answer)
             places = places_of(encoded, shown[pair.id], min_share=min_share, random=random)
         except UsageError as error:
             refused.append(Refused(pair.id, str(error)))
             continue
-        kept.append(Example(pair, places, encoded.n_pos, pairs.spelling))
+        kept.append(Example(pair, places, encoded.n_pos, pairs.spelling, pairs.variants))
     if not kept:
         raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} can be used: {refused[-1].reason}")
     left = dataclasses.replace(pairs, pairs=tuple(each.pair for each in kept))
-    return Examples(pairs.name, tuple(kept), tuple(refused), left.described)
+    return Examples(pairs.name, tuple(kept), tuple(refused), left.described, about_answers(vlm, left))
 
 
 def places_of(encoded: Encoded, shown: Shown, *, min_share: float, random: np.random.Generator) -> Places:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from vlm_mech.inputs.image import load_image
 from vlm_mech.methods.compensation.data import PartMap
+from vlm_mech.methods.compensation.study import difference_of
 from vlm_mech.methods.compensation.variants import BACKGROUND
 from vlm_mech.results import figures
 from vlm_mech.results.overlays import laid_over
@@ -25,7 +26,7 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
     axes = {"x": "site", "facet": "layers"}
     found = {
         f"{metric}_change": figures.heatmap(result, y="variant", metric=metric, value="effect", **axes)
-        for metric in ("reciprocal_rank", "logit_diff")
+        for metric in dict.fromkeys(("reciprocal_rank", "logit_diff", difference_of(result)))
     }
     first, chosen = result.table["layers"].iloc[0], result.metric("reciprocal_rank")
     here = list(dict.fromkeys(result.table[result.table["layers"] == first]["variant"]))

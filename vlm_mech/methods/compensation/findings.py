@@ -7,9 +7,15 @@ import pandas as pd
 
 from vlm_mech.methods.compensation.compensated_share import Compensation
 from vlm_mech.methods.compensation.data import Examples
-from vlm_mech.methods.compensation.study import ANSWER, LOGIT_DIFF, RECIPROCAL, differences
+from vlm_mech.methods.compensation.study import ANSWER, RECIPROCAL, difference_of, differences
 from vlm_mech.methods.compensation.variants import BACKGROUND, NONE
 from vlm_mech.results.result import Result
+
+DIFFERENCES = {
+    "logit_diff": "logit difference",
+    "logprob_diff": "log-probability difference",
+    "logprob_diff_per_token": "log-probability difference per token",
+}
 
 
 def findings(
@@ -18,10 +24,11 @@ def findings(
     """What a run says: examples, whether parts are named at all, what each cut does, how much is made up for."""
     ranges = list(dict.fromkeys(result.cells["layers"]))
     summary = result.summary()
+    compared = difference_of(result)
     damages = [*_damage(summary, site, RECIPROCAL.name, ranges[0])]
     for layers in ranges:
-        damages += _damage(summary, ANSWER, LOGIT_DIFF.name, layers)
-    main = ((site, RECIPROCAL.name), (ANSWER, LOGIT_DIFF.name))
+        damages += _damage(summary, ANSWER, compared, layers)
+    main = ((site, RECIPROCAL.name), (ANSWER, compared))
     said = [sentence(each) for each in shares if each.layers == ranges[0] and (each.site, each.metric) in main]
     return (used(examples), *named(result, summary, site, chosen_on), *damages, *said)
 
@@ -67,7 +74,7 @@ def _damage(summary: pd.DataFrame, site: str, metric: str, layers: str) -> tuple
     """What every variant over these layers changes at a site; the same edges of background patches as control."""
     at = (summary["metric"] == metric) & (summary["site"] == site) & (summary["layers"] == layers)
     here = summary.loc[at & (summary["variant"] != NONE.name)]
-    what = "the answer's logit difference" if site == ANSWER else f"the reciprocal rank at {site}"
+    what = f"the answer's {DIFFERENCES[metric]}" if site == ANSWER else f"the reciprocal rank at {site}"
     controls = here["variant"].str.endswith(BACKGROUND)
     found = []
     for rows, edges in ((here.loc[~controls], "cut"), (here.loc[controls], "cut at background patches instead")):

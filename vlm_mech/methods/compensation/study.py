@@ -5,9 +5,10 @@ patches of its mask, read with the logit lens, here at what the decoder receives
 cut, where they read and how they averaged could not be found; see docs/methods.md.
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -24,14 +25,15 @@ from vlm_mech.interventions.specification import Intervention
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.compensation.data import Example, Examples
 from vlm_mech.methods.compensation.variants import ALL, NONE, Layers, Variant, edit_of
-from vlm_mech.methods.lens.data import label_of
+from vlm_mech.methods.lens.data import labels_apart
 from vlm_mech.methods.lens.identifiability import HITS, MaskedPart, identifiability
 from vlm_mech.methods.lens.logit_lens import Lens, lens_of
 from vlm_mech.models.readout import Readout
 from vlm_mech.results import metrics
+from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.results.result import N_RESAMPLES, Metric, Result
 from vlm_mech.results.statistics import Estimate, bootstrap_means, estimate
-from vlm_mech.sweeps.measures import Measure, logit_diff
+from vlm_mech.sweeps.measures import Comparison, Measure, comparison, logit_diff, said
 from vlm_mech.sweeps.sweep import Point, plan_sweep, sweep
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ N_DRAWS = 50
 """Sets of random patches that each best rank is compared with."""
 
 RECIPROCAL = Metric(
-    "reciprocal_rank", "share", "one over the best rank of the part's word at its patches, or of the answer"
+    "reciprocal_rank",
+    "share",
+    "one over the best rank of the part's word at its patches, or over that of the answer: of its tokens the worst",
 )
 LOGIT_DIFF = Metric(
     "logit_diff", "logits", "logit of the part's word less that of another part, each at its best patch", signed=True
@@ -59,6 +63,21 @@ METRICS = (
     Metric("background", "share", "reciprocal rank of the part's word at as many patches of the background"),
 )
 """What is measured; each with its value in the unedited run as baseline."""
+
+
+def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
+    """The metrics of a run whose answers are compared so; parts are compared by the logits of their words alone."""
+    compared = comparison(name, (), ()).metric
+    told = f"{compared.description}; of parts there is none"
+    return METRICS if name == LOGIT_DIFF.name else (*METRICS, dataclasses.replace(compared, description=told))
+
+
+def difference_of(result: Result) -> Comparison:
+    """How the answers of a run were compared."""
+    names = {metric.name for metric in result.metrics}
+    return next(name for name in reversed(get_args(Comparison)) if name in names)
+
+
 CONTROLS = ("random_patches", "background", "other_label")
 """Metrics that the unedited run's naming of parts is held against."""
 
@@ -101,6 +120,7 @@ def measure(
     cells: Sequence[Cell],
     readout: Readout,
     *,
+    compared: Comparison = "logit_diff",
     seed: int = 0,
     engine: str = "fast",
     memory: int | str | None = None,
@@ -110,11 +130,13 @@ def measure(
     Args:
         batch: examples of equally many tokens.
         readout: from states to scores of the vocabulary, such as `readout_of` gives (the logit lens).
+        compared: how the two answers of an example are compared (see `measures.comparison`); the words of parts always
+            by their logits.
         seed: draws the random patches; the draws of an example are the same in every cell.
         engine, memory: of the sweep behind the answers.
 
     Returns:
-        The table with a row per example, cell and site, `METRICS` and baselines in columns, and the summary of the
+        The table with a row per example, cell and site, `metrics_of` and baselines in columns, and the summary of the
         receipts of the sweep.
 
     Raises:
@@ -130,8 +152,8 @@ def measure(
         edits[cell.point] = edit_of(encoded, [example.places for example in batch], cell.variant, cell.layers)
         table = identified(vlm, encoded, batch, readout, edits[cell.point], seed=seed)
         tables.append(table.assign(**dict(cell.point.axes)))
-    answered, receipts = _answers(vlm, batch, edits, unedited, {"engine": engine, "memory": memory})
-    table = _with_baselines(pd.concat([*tables, answered], ignore_index=True))
+    answered, receipts = _answers(vlm, batch, edits, unedited, compared, {"engine": engine, "memory": memory})
+    table = _with_baselines(pd.concat([*tables, answered], ignore_index=True), metrics_of(compared))
     groups = {example.pair.id: example.pair.group or example.pair.id for example in batch}
     return table.assign(group=table["example"].map(groups)), receipts
 
@@ -147,20 +169,21 @@ def identified(
 ) -> pd.DataFrame:
     """Part identification in one run: a row per example and site with all `METRICS`."""
     states = read(vlm, encoded, read_sites(vlm, encoded), intervention)
-    words = {word for example in batch for word in (example.pair.answer, example.pair.counterfactual_answer)}
-    labels = [label_of(vlm, word, first_token=True) for word in sorted(words)]
-    found = lens_of(vlm, states, OneImage(0, 0), readout, labels)
-    own = [MaskedPart(number, each.pair.answer, each.places.part) for number, each in enumerate(batch)]
-    others = [
-        MaskedPart(part.example, each.pair.counterfactual_answer, part.cells)
-        for part, each in zip(own, batch, strict=True)
+    named = [labels_apart(vlm, each.pair.answer, each.pair.counterfactual_answer) for each in batch]
+    labels = {label.word: label for both in named for label in both}
+    found = lens_of(vlm, states, OneImage(0, 0), readout, [labels[word] for word in sorted(labels)])
+    own = [
+        MaskedPart(number, label.word, each.places.part)
+        for number, (each, (label, _)) in enumerate(zip(batch, named, strict=True))
     ]
+    others = [MaskedPart(part.example, label.word, part.cells) for part, (_, label) in zip(own, named, strict=True)]
     far = [MaskedPart(part.example, part.word, each.places.background) for part, each in zip(own, batch, strict=True)]
     scores = identifiability(found, own, n_draws=N_DRAWS, seed=seed).table
     beside = [identifiability(found, parts, n_draws=1).table["reciprocal_rank"] for parts in (others, far)]
     kept = ["site", "word", "reciprocal_rank", *(f"hit@{k}" for k in HITS), "log2_rank", "whole", "n_patches"]
     difference = [_best_logits(found, one) - _best_logits(found, other) for one, other in zip(own, others, strict=True)]
     return scores[kept].assign(
+        word=[batch[int(number)].pair.answer for number in scores["example"]],
         example=[batch[int(number)].pair.id for number in scores["example"]],
         random_patches=scores["reciprocal_rank_baseline"],
         other_label=beside[0],
@@ -187,11 +210,12 @@ def _answers(
     batch: Sequence[Example],
     edits: dict[Point, Intervention],
     unedited: dict[str, str],
+    compared: Comparison,
     options: dict[str, Any],
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """What becomes of the model's own answer: a row per example and cell, those of the unedited run included."""
-    pairs = Pairs("parts", tuple(example.pair for example in batch), spelling=batch[0].spelling)
-    measures = _measures(pairs)
+    pairs = _asked(batch)
+    measures = _measures(pairs, compared)
     found = sweep(vlm, pairs, tuple(edits), lambda point: edits[point], measures, batch=len(pairs), **options)
     names = [each.metric.name for each in measures]
     first = found.table.drop_duplicates("example")
@@ -208,36 +232,61 @@ def _answers(
     ), found.provenance["receipts"]
 
 
-def _measures(pairs: Pairs) -> tuple[Measure, ...]:
-    own, other = (pairs.answer,), (pairs.counterfactual_answer,)
+def _asked(batch: Sequence[Example]) -> Pairs:
+    """The pairs of some examples, with their answers spelt as they were found to be."""
+    some = tuple(example.pair for example in batch)
+    return Pairs("parts", some, spelling=batch[0].spelling, variants=batch[0].variants)
+
+
+def _measures(pairs: Pairs, compared: Comparison) -> tuple[Measure, ...]:
+    own, other = pairs.answer, pairs.counterfactual_answer
     by_name = {metric.name: metric for metric in METRICS}
-    hits = [
-        Measure(by_name[f"hit@{k}"], lambda logits, ids, k=k: (metrics.rank(logits, ids) <= k).float(), own)
-        for k in HITS
-    ]
+    hits = [_of_rank(by_name[f"hit@{k}"], lambda rank, k=k: (rank <= k).float(), own) for k in HITS]
     return (
-        Measure(RECIPROCAL, _reciprocal, own),
-        logit_diff(pairs.answer, pairs.counterfactual_answer),
+        _of_rank(RECIPROCAL, _reciprocal, own),
+        logit_diff(own, other),
         *hits,
-        Measure(by_name["log2_rank"], lambda logits, ids: torch.log2(metrics.rank(logits, ids).double()), own),
-        Measure(by_name["other_label"], _reciprocal, other),
+        _of_rank(by_name["log2_rank"], lambda rank: torch.log2(rank.double()), own),
+        _of_rank(by_name["other_label"], _reciprocal, other),
+        *([] if compared == LOGIT_DIFF.name else [comparison(compared, own, other)]),
     )
 
 
-def _reciprocal(logits: Float[Tensor, "batch vocab"], ids: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:
-    return 1 / metrics.rank(logits, ids)
+def _of_rank(metric: Metric, of: Callable[[Int[Tensor, "batch"]], Tensor], answer: Sequence[str]) -> Measure:
+    """A number of the rank of a whole answer: of several spellings the best one's, of its tokens the worst."""
+    every = said(answer)
+    return dataclasses.replace(
+        every, metric=metric, of=lambda *answers: of(torch.stack([_worst_rank(each) for each in answers]).amin(0))
+    )
 
 
-def _with_baselines(table: pd.DataFrame) -> pd.DataFrame:
+def _worst_rank(answer: AnswerLogits) -> Int[Tensor, "batch"]:
+    """The worst rank of an answer's tokens, each after those before it: 1 where greedy search says the answer."""
+    ids = answer.ids.clamp(min=0)
+    ranks = [metrics.rank(answer.logits[:, at], ids[:, at]) for at in range(ids.shape[1])]
+    return torch.stack(ranks, 1).where(answer.present, 1).amax(1)
+
+
+def _reciprocal(rank: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+    return 1 / rank
+
+
+def _with_baselines(table: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
     """Beside every number that of the same example and site in the unedited run."""
-    names = [metric.name for metric in METRICS]
+    names = [metric.name for metric in metrics]
     clean = table[table["variant"] == NONE.name].set_index(["example", "site"])[names]
     places = pd.MultiIndex.from_frame(table[["example", "site"]])
     return table.assign(**{f"{name}_baseline": clean[name].reindex(places).to_numpy() for name in names})
 
 
 def plan_answers(
-    vlm: "VLM", examples: Examples, cells: Sequence[Cell], *, batch: int, memory: int | str | None = None
+    vlm: "VLM",
+    examples: Examples,
+    cells: Sequence[Cell],
+    *,
+    compared: Comparison = "logit_diff",
+    batch: int,
+    memory: int | str | None = None,
 ) -> str:
     """What the sweep behind the answers will need, in words; the parts are read in whole passes beside it.
 
@@ -249,8 +298,8 @@ def plan_answers(
     encoded = vlm.encode([example.prompt for example in some])
     places = [example.places for example in some]
     edits = {cell.point: edit_of(encoded, places, cell.variant, cell.layers) for cell in cells}
-    prompts = [example.prompt for example in some]
-    planned = plan_sweep(vlm, prompts, tuple(edits), lambda point: edits[point], batch=len(some), memory=memory)
+    pairs, how = _asked(some), {"batch": len(some), "memory": memory}
+    planned = plan_sweep(vlm, pairs, tuple(edits), lambda point: edits[point], _measures(pairs, compared), **how)
     n_passes = len(batches) * (1 + len(cells))
     return f"{planned.over(len(examples.examples))}\nbeside it, {n_passes} whole passes of {len(some)} read the parts"
 

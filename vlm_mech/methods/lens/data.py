@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.following import check_parting
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Each, Span
 from vlm_mech.interventions.specification import Activations
@@ -61,6 +62,24 @@ def label_of(vlm: "VLM", word: str, *, first_token: bool = False) -> Label:
         tokens = vlm.tokenizer.convert_ids_to_tokens(running)
         raise UsageError(f"word {word!r} is {len(tokens)} tokens ({tokens}); first_token=True takes the first")
     return Label(word, running[:1], whole=False)
+
+
+def labels_apart(vlm: "VLM", one: str, other: str) -> tuple[Label, Label]:
+    """Two words as they are told apart: each as `label_of` has it, of such that begin alike the token where they part.
+
+    Raises:
+        UsageError: as for `label_of` with first tokens, or words one of which begins the other.
+    """
+    both = label_of(vlm, one, first_token=True), label_of(vlm, other, first_token=True)
+    if both[0].whole or both[1].whole or both[0].ids != both[1].ids:
+        return both
+    tokens = [_continued(vlm, word.strip()) for word in (one, other)]
+    at = check_parting(*tokens, (one, other))
+    first, second = (
+        Label(f"{word} (not {rest})", ids[at : at + 1], whole=False)
+        for word, rest, ids in ((one, other, tokens[0]), (other, one, tokens[1]))
+    )
+    return first, second
 
 
 def _ids(vlm: "VLM", text: str) -> tuple[int, ...]:

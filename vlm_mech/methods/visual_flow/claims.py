@@ -12,7 +12,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from vlm_mech.methods.visual_flow.data import EDGES
-from vlm_mech.methods.visual_flow.study import INPUT, KNOCKOUT, LENS, PROBE, SWAP
+from vlm_mech.methods.visual_flow.study import INPUT, KNOCKOUT, LENS, PROBE, SWAP, difference_of
 from vlm_mech.results.claim import LEVEL, SHARE, SMALLEST
 from vlm_mech.results.result import N_RESAMPLES, N_SIGN_FLIPS, Result
 from vlm_mech.results.statistics import bootstrap_means, corrected, percentile_interval, sign_flip_p
@@ -106,9 +106,10 @@ def values_of(
 
 
 def changes_of(result: Result, method: str, span: str) -> tuple[Float[np.ndarray, "example layer"], list[int]]:
-    """What an edit does to the logit difference."""
-    after, layers = values_of(result, method, span, "logit_diff")
-    before, _ = values_of(result, method, span, "logit_diff_baseline")
+    """What an edit does to the difference of the two answers."""
+    name = difference_of(result)
+    after, layers = values_of(result, method, span, name)
+    before, _ = values_of(result, method, span, f"{name}_baseline")
     return after - before, layers
 
 
@@ -121,7 +122,7 @@ def columns_of(result: Result) -> Columns:
 
     A block reads what a swap of the image loses across it, and writes what a swap of the last token gains; both are
     differences of neighbouring places, so a layer here is a block. The lead is risen over that in the decoder's input.
-    What probes decode is the probability of the answer less that of its rival, not an effect in logits.
+    What probes decode is the probability of the answer less that of its rival, not an effect on an answer.
     """
     found = {}
     for kind, span in ((READS, "image"), (WRITES, "last")):
@@ -143,7 +144,7 @@ def columns_of(result: Result) -> Columns:
 
 
 def all_cells(result: Result, *, seed: int = 0) -> pd.DataFrame:
-    """One row a cell: kind, span, layer, n, effect (logits, of probes probabilities), 95 % interval, corrected p."""
+    """One row a cell: kind, span, layer, n, effect (of probes probabilities), 95 % interval, corrected p."""
     return _tested(columns_of(result), result.groups(), seed)
 
 
@@ -163,7 +164,7 @@ def _tested(columns: Columns, groups: Int[np.ndarray, "example"], seed: int) -> 
 
 @dataclass(frozen=True)
 class Claim:
-    """A layer and its effect in logits, with 95 % interval, corrected p and number of examples.
+    """A layer and its effect in the unit of the map, with 95 % interval, corrected p and number of examples.
 
     `needed` says of a layer that reads or writes whether the answer also suffers when its attention is cut there.
     """
@@ -211,8 +212,9 @@ class FlowClaims:
 def claims(result: Result, *, seed: int = 0) -> FlowClaims:
     """The layers that a map names.
 
-    An effect counts when it is significant after correction and neither below `SMALLEST` logits nor below `SHARE` of
-    the whole: half of what a swap of the image does in the decoder's input, or the largest rise or fall of the lead.
+    An effect counts when it is significant after correction and neither below `SMALLEST` logits (or nats) nor below
+    `SHARE` of the whole: half of what a swap of the image does in the decoder's input, or the largest rise or fall of
+    the lead.
     """
     columns, groups = columns_of(result), result.groups()
     cells = _tested(columns, groups, seed)

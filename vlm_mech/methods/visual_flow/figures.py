@@ -1,14 +1,27 @@
 """The figures of a map: decodable, used, must flow and preferred over depth with the layers named; single examples."""
 
 import html
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from vlm_mech.errors import UsageError
+from vlm_mech.methods.layer_swap.study import compared_by
 from vlm_mech.methods.visual_flow.data import EDGES, SPANS
 from vlm_mech.methods.visual_flow.example_pages import example_pages
-from vlm_mech.methods.visual_flow.study import CONTROL, INPUT, KNOCKOUT, LENS, PROBE, SHUFFLED, SWAP
+from vlm_mech.methods.visual_flow.study import (
+    CONTROL,
+    INPUT,
+    KNOCKOUT,
+    LAST,
+    LENS,
+    PROBE,
+    SHUFFLED,
+    SWAP,
+    difference_of,
+    read_at,
+)
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
@@ -20,8 +33,8 @@ STREAMS = {"vision": "vision tower", "projector": "projector", "llm": "language 
 ROWS = {
     "decodable here": "probability",
     "used here": "fraction recovered",
-    "must flow here": "change of logit<br>difference (logits)",
-    "preferred here": "lead over the<br>rival (logits)",
+    "must flow here": "change of {what}<br>difference ({unit})",
+    "preferred here": "lead over the<br>rival ({unit})",
 }
 MOST_TICKS = 40
 Place = tuple[str, int]
@@ -51,10 +64,13 @@ def flow_map(result: Result, *, title: str | None = None) -> "go.Figure":
     figure = make_subplots(len(names), 1, shared_xaxes=True, vertical_spacing=0.045)
     summary, places = result.summary(), _places(result)
     at = {place: number for number, place in enumerate(places)}
-    drawn = {"decodable here": _probes, "used here": _swaps, "must flow here": _cuts, "preferred here": _lead}
+    drawn = {"decodable here": _probes, "used here": _swaps, "preferred here": partial(_lead, read=read_at(result))}
+    drawn["must flow here"] = partial(_cuts, metric=difference_of(result))
+    how = {"what": compared_by(difference_of(result)), "unit": result.metric("lead").unit}
     for number, name in enumerate(names, 1):
         drawn[name](figure, number, summary, at, str(rival))
-        figure.update_yaxes(title_text=f"<b>{name}</b><br>{ROWS[name]}", title_font={"size": 12}, row=number, col=1)
+        title_text = f"<b>{name}</b><br>{ROWS[name].format(**how)}"
+        figure.update_yaxes(title_text=title_text, title_font={"size": 12}, row=number, col=1)
     _marked(figure, said, at, len(names))
     _axis(figure, places, len(names))
     height = 165 + 190 * len(names)
@@ -89,18 +105,21 @@ def _swaps(figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place,
         _line(figure, row, _rows(summary, SWAP, span, "recovered"), at, f"swap of {span}", colour)
 
 
-def _cuts(figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str) -> None:
+def _cuts(
+    figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str, *, metric: str
+) -> None:
     for edge, colour in zip(EDGES, COLOURS, strict=False):
         name = html.escape(edge, quote=False)
-        _line(figure, row, _rows(summary, KNOCKOUT, edge, "logit_diff"), at, f"cut {name}", colour, of="effect")
+        _line(figure, row, _rows(summary, KNOCKOUT, edge, metric), at, f"cut {name}", colour, of="effect")
     for edge, colour in zip(EDGES, COLOURS, strict=False):
-        control = _rows(summary, CONTROL, edge, "logit_diff")
+        control = _rows(summary, CONTROL, edge, metric)
         _line(figure, row, control, at, "dotted: as many<br>random edges", colour, of="effect", dash="dot", thin=True)
     figure.add_hline(y=0, line={"color": GREY, "width": 1}, row=row, col=1)
 
 
-def _lead(figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str) -> None:
-    name = f"lens at last: answer<br>less {html.escape(rival, quote=False)}"
+def _lead(figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str, *, read: str) -> None:
+    where = "last" if read == LAST else "last and<br>answer's tokens"
+    name = f"lens at {where}: answer<br>less {html.escape(rival, quote=False)}"
     _line(figure, row, _rows(summary, LENS, "last", "lead"), at, name, COLOURS[0])
     figure.add_hline(y=0, line={"color": GREY, "width": 1}, row=row, col=1)
 

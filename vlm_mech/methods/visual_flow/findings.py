@@ -5,10 +5,20 @@ from collections.abc import Sequence
 import pandas as pd
 
 from vlm_mech.errors import WorkError
-from vlm_mech.methods.layer_swap.study import NO_GAP
+from vlm_mech.methods.layer_swap.study import compared_by, no_gap
 from vlm_mech.methods.visual_flow.claims import Claim, FlowClaims, Where
 from vlm_mech.methods.visual_flow.data import EDGES, Cases
-from vlm_mech.methods.visual_flow.study import CONTROL, INPUT, KNOCKOUT, LENS, PROBE, SHUFFLED, SWAP
+from vlm_mech.methods.visual_flow.study import (
+    CONTROL,
+    INPUT,
+    KNOCKOUT,
+    LENS,
+    PROBE,
+    SHUFFLED,
+    SWAP,
+    difference_of,
+    read_at,
+)
 from vlm_mech.results.claim import LEVEL
 from vlm_mech.results.result import Result
 
@@ -25,23 +35,25 @@ def findings(result: Result, cases: Cases, said: FlowClaims) -> tuple[str, ...]:
         raise WorkError(f"{cases.pairs.name} gives {len(cases)} example; at least two are needed")
     summary = result.summary()
     decodable = _decodable(summary, said) if PROBE in set(summary["method"]) else ()
+    unit = result.metric("lead").unit
     return (
         _examples(result, cases),
         *decodable,
         _used(result, summary),
         *_must_flow(result, summary),
-        _preferred(summary, cases, said),
-        _reads(said),
+        _preferred(result, summary, cases, said),
+        _reads(said, unit),
         _carries(said),
-        _suppresses(said),
-        _overtaking(said, cases),
+        _suppresses(said, unit),
+        _overtaking(result, said, cases),
     )
 
 
 def _examples(result: Result, cases: Cases) -> str:
     text = f"{len(cases)} examples of {cases.pairs.name}, those answered wrongly included; the rival is {cases.rival}"
-    close = len(set(result.table.loc[result.table["skipped"] == NO_GAP, "example"]))
-    text += f"; in {close} the {NO_GAP}, so that they have no recovered fraction" if close else ""
+    why = no_gap(compared_by(difference_of(result)))
+    close = len(set(result.table.loc[result.table["skipped"] == why, "example"]))
+    text += f"; in {close} the {why}, so that they have no recovered fraction" if close else ""
     return f"{text}."
 
 
@@ -126,9 +138,9 @@ def _place(layer: int | None) -> str:
 
 
 def _must_flow(result: Result, summary: pd.DataFrame) -> tuple[str, ...]:
-    found = []
-    for edge in (each for each in EDGES if len(_rows(summary, KNOCKOUT, "logit_diff", each))):
-        rows = _rows(summary, KNOCKOUT, "logit_diff", edge)
+    name, found = difference_of(result), []
+    for edge in (each for each in EDGES if len(_rows(summary, KNOCKOUT, name, each))):
+        rows = _rows(summary, KNOCKOUT, name, edge)
         if int(rows["n"].max()) < 2:
             found.append(f"must flow: too few examples have the edge {edge} ({rows['n'].max()}).")
             continue
@@ -145,26 +157,27 @@ def _cut(result: Result, summary: pd.DataFrame, edge: str, way: str, rows: pd.Da
     """What cuts do that all go one way, the strongest first."""
     strongest = rows.iloc[0]
     text = f"{way} the answer's lead over the other image's at layers {_all(sorted(rows['layer']))}, most at"
-    text += f" {strongest['layer']}, by {_number(strongest, of='effect')} logits"
+    text += f" {strongest['layer']}, by {_number(strongest, of='effect')} {result.metric('lead').unit}"
     return f"{text} ({_control(result, summary, edge, int(strongest['layer']))})"
 
 
 def _control(result: Result, summary: pd.DataFrame, edge: str, layer: int) -> str:
-    rows = _rows(summary, CONTROL, "logit_diff", edge)
+    name = difference_of(result)
+    rows = _rows(summary, CONTROL, name, edge)
     row = rows[rows["layer"] == layer].iloc[0]
     if int(row["n"]) < 2:
         return "there is no control of equal size"
     cell = {"span": edge, "stream": "llm", "layer": layer}
-    less = result.contrast(cell | {"method": KNOCKOUT}, cell | {"method": CONTROL}, "logit_diff")
+    less = result.contrast(cell | {"method": KNOCKOUT}, cell | {"method": CONTROL}, name)
     difference = f"difference {less['mean']:+.2f} ({less['ci_low']:+.2f} to {less['ci_high']:+.2f})"
     return f"as many random edges there {_number(row, of='effect')}, {difference}"
 
 
-def _preferred(summary: pd.DataFrame, cases: Cases, said: FlowClaims) -> str:
+def _preferred(result: Result, summary: pd.DataFrame, cases: Cases, said: FlowClaims) -> str:
     rows = _rows(summary, LENS, "lead", "last")
     top, last = rows.loc[rows["mean"].idxmax()], rows.iloc[-1]
-    text = f"preferred: at the last token the lens gives the answer a lead over {cases.rival} of {_number(last)} logits"
-    text += f" at the end; its highest mean is {_number(top)} {_after(int(top['layer']))}"
+    text = f"preferred: at {read_at(result)} the lens gives the answer a lead over {cases.rival} of {_number(last)}"
+    text += f" {result.metric('lead').unit} at the end; its highest mean is {_number(top)} {_after(int(top['layer']))}"
     return f"{text} (p = {said.end.p:.2g} that the end is zero, {CORRECTED})."
 
 
@@ -176,7 +189,7 @@ def _sized(claim: Claim) -> str:
     return f"{claim.layer} ({claim.effect:+.2f}, {claim.low:+.2f} to {claim.high:+.2f}, n = {claim.n})"
 
 
-def _reads(said: FlowClaims) -> str:
+def _reads(said: FlowClaims, unit: str) -> str:
     if not said.reads:
         return f"read: no layer is said to read the image's answer ({CORRECTED})."
     both = [claim for claim in said.reads if claim.needed]
@@ -186,7 +199,7 @@ def _reads(said: FlowClaims) -> str:
         told.append(f"layers {', '.join(map(_sized, both))}, where cuts hurt too")
     if alone:
         told.append(f"layers {', '.join(map(_sized, alone))}, where no cut of one layer hurts (others may stand in)")
-    text = f"read: what a swap of the image does is lost, in logits, across {'; '.join(told)}"
+    text = f"read: what a swap of the image does is lost, in {unit}, across {'; '.join(told)}"
     return f"{text}; the strongest is layer {_strongest(said.reading)}."
 
 
@@ -203,23 +216,23 @@ def _carries(said: FlowClaims) -> str:
     return f"{text}; from the question at layers {_all([claim.layer for claim in said.carries])}."
 
 
-def _suppresses(said: FlowClaims) -> str:
+def _suppresses(said: FlowClaims, unit: str) -> str:
     if not said.pushes:
         return "suppress: no layer is said to lower the answer's lead."
     if not said.suppresses:
-        text = f"suppress: the answer's lead falls across layers {', '.join(map(_sized, said.pushes))} logits"
+        text = f"suppress: the answer's lead falls across layers {', '.join(map(_sized, said.pushes))} {unit}"
         return f"{text}, but never after it had risen, so that no layer is called suppressing."
     text = (
         f"suppress: after it had risen the answer's lead falls across layers {', '.join(map(_sized, said.suppresses))}"
     )
-    return f"{text} logits; most across layer {_strongest(said.suppressing)}."
+    return f"{text} {unit}; most across layer {_strongest(said.suppressing)}."
 
 
-def _overtaking(said: FlowClaims, cases: Cases) -> str:
+def _overtaking(result: Result, said: FlowClaims, cases: Cases) -> str:
     end = f"lead at the end {said.end.effect:+.2f}, {said.end.low:+.2f} to {said.end.high:+.2f}, n = {said.end.n}"
     found = said.overtaking
     if found is None or found.at is None:
         return f"overtaking: it is not said that {cases.rival} overtakes what is shown ({end})."
-    text = f"overtaking: at the last token {cases.rival} leads for good from the output of block {found.at} on"
+    text = f"overtaking: at {read_at(result)} {cases.rival} leads for good from the output of block {found.at} on"
     text += ", so that what is shown never leads" if found.at == 0 else ""
     return f"{text} ({found}; {end})."

@@ -20,7 +20,7 @@ from vlm_mech.methods.visual_flow.claims import FlowClaims
 from vlm_mech.methods.visual_flow.data import EDGES, Cases
 from vlm_mech.methods.visual_flow.probes import ProbeExamples, patch_probabilities
 from vlm_mech.methods.visual_flow.study import INPUT, swapped_sites
-from vlm_mech.sweeps.measures import logit_diff
+from vlm_mech.sweeps.measures import Comparison, comparison
 from vlm_mech.sweeps.sweep import grid, sweep
 
 if TYPE_CHECKING:
@@ -35,13 +35,21 @@ N_CHOOSING = 32
 
 
 def patch_readings(
-    vlm: "VLM", cases: Cases, said: FlowClaims, fitted: ProbeExamples | None, *, n: int, folder: Path
+    vlm: "VLM",
+    cases: Cases,
+    said: FlowClaims,
+    fitted: ProbeExamples | None,
+    *,
+    n: int,
+    folder: Path,
+    measure: Comparison = "logit_diff",
 ) -> list[dict[str, Any]]:
     """What the page shows of the first `n` examples, as JSON values: picture, and at every patch and place the word of
     the lens, the probe's probability of the answer, and the attention of the reading head.
 
     Args:
         fitted: what probes are fitted on; without it they are left out.
+        measure: by which the reading head is chosen (see `measures.comparison`).
 
     Raises:
         UsageError: image tokens that are learned queries, or images cut into unlike grids.
@@ -55,7 +63,7 @@ def patch_readings(
     sites = _some(swapped_sites(vlm))
     words = lens(vlm, shown.pairs.base, sites, "image", top=1)
     probed = None if fitted is None else patch_probabilities(vlm, shown, fitted, sites, folder=folder)
-    looks, about = _attention(vlm, cases, shown, said)
+    looks, about = _attention(vlm, cases, shown, said, measure)
     at, found = operator.attrgetter("example", "image", "view"), []
     for number, pair in enumerate(shown.pairs):
         n_rows, n_columns = encoded.grids(number)[0]
@@ -102,7 +110,7 @@ def _kept(picture: Image.Image) -> dict[str, Any]:
 
 
 def _attention(
-    vlm: "VLM", cases: Cases, shown: Cases, said: FlowClaims
+    vlm: "VLM", cases: Cases, shown: Cases, said: FlowClaims, measure: Comparison
 ) -> tuple[list[Float[np.ndarray, "patch"]] | None, str]:
     """Attention of the reading head on each patch, from the queries that it reads for, and the head in words."""
     if said.reading is None or said.reading.at is None:
@@ -111,7 +119,7 @@ def _attention(
     query, key = edge.split("<-")
     others = cases[len(shown) : len(shown) + N_CHOOSING]
     some = others if len(others) >= len(shown) else cases[:N_CHOOSING]
-    head, change = _reading_head(vlm, some, layer, query, key)
+    head, change = _reading_head(vlm, some, (layer, query, key), measure)
     encoded = vlm.encode(shown.pairs.base)
     queries = [encoded.positions(query, number) for number in range(len(encoded))]
     weights = attention_from(vlm, encoded, queries, [layer])[layer][:, head].numpy()
@@ -120,15 +128,18 @@ def _attention(
         picture = row.images[0]
         looks.append(weights[number, [picture.positions[slot] for slot in picture.layout.views[0].slots]])
     about = f"layer {layer} head {head}, from {query}"
-    return looks, f"{about} (cut alone: {change:+.2f} logits on {len(some)} examples)"
+    return (
+        looks,
+        f"{about} (cut alone: {change:+.2f} {comparison(measure, (), ()).metric.unit} on {len(some)} examples)",
+    )
 
 
-def _reading_head(vlm: "VLM", cases: Cases, layer: int, query: str, key: str) -> tuple[int, float]:
-    """The head of a layer whose cut lowers the answer most, and by how much in logits."""
-    pairs = cases.pairs
-    measure = logit_diff(pairs.answer, pairs.counterfactual_answer)
+def _reading_head(vlm: "VLM", cases: Cases, edge: tuple[int, str, str], name: Comparison) -> tuple[int, float]:
+    """The head of a layer whose cut from query to key lowers the answer most, and by how much."""
+    (layer, query, key), pairs = edge, cases.pairs
+    measure = comparison(name, pairs.answer, pairs.counterfactual_answer)
     points = grid(head=range(vlm.n_heads("llm")))
     cuts = {point.head: Knockout(query, key, layer, heads=(point.head,)) for point in points}
     table = sweep(vlm, pairs, points, lambda point: cuts[point.head], measure, check=0).table
-    changes = (table["logit_diff"] - table["logit_diff_baseline"]).groupby(table["head"]).mean()
+    changes = (table[name] - table[f"{name}_baseline"]).groupby(table["head"]).mean()
     return int(changes.idxmin()), float(changes.min())

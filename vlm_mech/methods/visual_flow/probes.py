@@ -37,6 +37,7 @@ from vlm_mech.methods.probing.splits import grouped, make_splits, numbered
 from vlm_mech.methods.probing.training import Split, probabilities, train
 from vlm_mech.methods.visual_flow.data import Cases
 from vlm_mech.methods.visual_flow.study import INPUT, PROBE, SHUFFLED, as_rows
+from vlm_mech.sweeps.measures import Comparison
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -121,9 +122,19 @@ def _check_answers(cases: Cases, examples: Examples) -> None:
 
 
 def probe_rows(
-    vlm: "VLM", cases: Cases, fitted: ProbeExamples, *, folder: Path, batch: int = 32
+    vlm: "VLM",
+    cases: Cases,
+    fitted: ProbeExamples,
+    *,
+    folder: Path,
+    batch: int = 32,
+    measure: Comparison = "logit_diff",
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """What probes, and probes of shuffled labels, say of the images of a map: its rows, and notes on the fits."""
+    """What probes, and probes of shuffled labels, say of the images of a map: its rows, and notes on the fits.
+
+    Args:
+        measure: that of the map (see `study.flow`), whose columns the rows have.
+    """
     splits = make_splits(fitted.labels, fitted.groups, n_folds=N_FOLDS, n_seeds=N_SEEDS, seed=fitted.seed)
     labels = np.stack([fitted.labels, control_labels(fitted, splits)])
     elsewhere: Features | None = None
@@ -143,7 +154,7 @@ def probe_rows(
     notes = {"on": fitted.examples.name, "n": len(fitted.examples), "classes": fitted.classes, "own": fitted.own}
     groups = {pair.id: pair.group or pair.id for pair in cases.pairs}
     table = pd.concat(tables, ignore_index=True)
-    return as_rows(table.assign(group=table["example"].map(groups), skipped="")), notes
+    return as_rows(table.assign(group=table["example"].map(groups), skipped=""), measure), notes
 
 
 def control_labels(fitted: ProbeExamples, splits: Sequence[Split]) -> Int[np.ndarray, "example"]:

@@ -6,20 +6,24 @@ are in `probes.py`, what follows from all of them in `claims.py`.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 
 from vlm_mech.architectures.site import Site
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.methods.knockout.data import EDGE, Scan
 from vlm_mech.methods.knockout.study import knock_out, plan_knockout
-from vlm_mech.methods.layer_swap.study import plan_swap, swap_states
-from vlm_mech.methods.visual_flow.data import SPANS, Cases
-from vlm_mech.results import metrics
-from vlm_mech.results.result import Metric
+from vlm_mech.methods.layer_swap.study import compared_by, plan_swap, swap_states
+from vlm_mech.methods.visual_flow.data import SPANS, Cases, against
+from vlm_mech.results.result import Metric, Result
+from vlm_mech.sweeps.measures import Comparison, comparison
+from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.schedule import SweepPlan
 
@@ -29,26 +33,10 @@ if TYPE_CHECKING:
 AXES = ("method", "span", "stream", "layer")
 PROBE, SHUFFLED = "probe", "probe of shuffled labels"
 SWAP, KNOCKOUT, CONTROL, LENS = "swap", "knockout", "knockout of as many random edges", "lens"
+LAST = "the last token"
 INPUT = -1
 """Layer that stands for what the decoder receives; other layers of swap, probe and lens are outputs of blocks."""
 
-RECOVERED = Metric(
-    "recovered",
-    "fraction",
-    "swap: how far the logit difference goes to that of the other image; 0 = own run, 1 = the run the states come from",
-)
-LOGIT_DIFF = Metric(
-    "logit_diff",
-    "logits",
-    "swap and knockout: logit of the answer less that of the other image's, after the edit; baseline: without it",
-    signed=True,
-)
-LEAD = Metric(
-    "lead",
-    "logits",
-    "lens at the last token: logit of the answer less that of its rival; baseline: in the decoder's input",
-    signed=True,
-)
 ACCURACY = Metric(
     "accuracy",
     "share",
@@ -56,7 +44,36 @@ ACCURACY = Metric(
 )
 P_TRUE = Metric("p_true", "probability", "the probe's probability of the answer; baseline: 1 / classes")
 P_RIVAL = Metric("p_rival", "probability", "the probe's probability of the rival; baseline: 1 / classes")
-METRICS = (RECOVERED, LOGIT_DIFF, LEAD, ACCURACY, P_TRUE, P_RIVAL)
+
+
+def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
+    """The metrics of a map whose answers are compared so; the second is that of the two images' answers."""
+    what, unit = compared_by(name), comparison(name, (), ()).metric.unit
+    ends = "0 = own run, 1 = the run the states come from"
+    of = f"{what} of the answer less that of the other image's"
+    lens = f"{what} of the answer less that of its rival; baseline: in the decoder's input"
+    return (
+        Metric("recovered", "fraction", f"swap: how far the {what} difference goes to that of the other image; {ends}"),
+        Metric(name, unit, f"swap and knockout: {of}, after the edit; baseline: without it", signed=True),
+        Metric("lead", unit, f"lens where the answer is foretold: {lens}", signed=True),
+        ACCURACY,
+        P_TRUE,
+        P_RIVAL,
+    )
+
+
+METRICS = metrics_of()
+
+
+def difference_of(result: Result) -> Comparison:
+    """How the answers of a map were compared."""
+    names = {metric.name for metric in result.metrics}
+    return next(name for name in get_args(Comparison) if name in names)
+
+
+def read_at(result: Result) -> str:
+    """The tokens at which the lens of a map reads, in words."""
+    return f"{LAST} and the answers'" if result.provenance.get("answers", {}).get("tokens") else LAST
 
 
 def swapped_sites(vlm: "VLM") -> list[Site]:
@@ -69,6 +86,7 @@ def flow(
     cases: Cases,
     scan: Scan,
     *,
+    measure: Comparison = "logit_diff",
     seed: int = 0,
     engine: str = "fast",
     memory: int | str | None = None,
@@ -79,6 +97,7 @@ def flow(
 
     Args:
         scan: see `flow_scan`.
+        measure: how two answers are compared (see `measures.comparison`).
         seed: draws the controls of the knockouts.
         engine: `fast`, or `trace` for the reference.
         memory: bytes it may take beyond the model, such as "2GiB".
@@ -86,18 +105,19 @@ def flow(
     Returns:
         The table with one row for each example and cell of `AXES`, and the summary of all receipts.
     """
-    how = {"only_correct": False, "engine": engine, "memory": memory}
+    how: dict[str, Any] = {"only_correct": False, "measure": measure, "engine": engine, "memory": memory}
     swapped, receipts = swap_states(vlm, cases.pairs, swapped_sites(vlm), SPANS, directions=("noising",), **how)
     cut, cut_receipts = knock_out(vlm, cases.pairs, scan, seed=seed, **how)
-    table = pd.concat([_of_swap(swapped), _of_knockout(cut), _of_lens(vlm, cases)], ignore_index=True)
+    tables = [_of_swap(swapped), _of_knockout(cut, measure), _of_lens(vlm, cases, measure)]
+    table = pd.concat(tables, ignore_index=True)
     groups = {pair.id: pair.group or pair.id for pair in cases.pairs}
     table = table.assign(group=table["example"].map(groups), skipped=table["skipped"].fillna(""))
-    return as_rows(table), add_up([summarise(receipts), cut_receipts])
+    return as_rows(table, measure), add_up([summarise(receipts), cut_receipts])
 
 
-def as_rows(table: pd.DataFrame) -> pd.DataFrame:
+def as_rows(table: pd.DataFrame, measure: Comparison = "logit_diff") -> pd.DataFrame:
     """The columns of a map's result in order; what a method does not measure is missing."""
-    names = [name for metric in METRICS for name in (metric.name, f"{metric.name}_baseline")]
+    names = [name for metric in metrics_of(measure) for name in (metric.name, f"{metric.name}_baseline")]
     missing = {name: np.nan for name in names if name not in table}
     return pd.DataFrame(table.assign(**missing)[["example", "group", *AXES, *names, "skipped"]])
 
@@ -109,25 +129,17 @@ def _of_swap(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(method=SWAP, stream="llm", layer=layer).drop(columns=["direction", "flip", "flip_baseline"])
 
 
-def _of_knockout(table: pd.DataFrame) -> pd.DataFrame:
+def _of_knockout(table: pd.DataFrame, measure: Comparison) -> pd.DataFrame:
     method = np.where(table["cut"] == EDGE, KNOCKOUT, CONTROL)
-    kept = table[["example", "edge", "layer", "logit_diff", "logit_diff_baseline", "skipped"]]
+    kept = table[["example", "edge", "layer", measure, f"{measure}_baseline", "skipped"]]
     found = kept.assign(method=method, stream="llm").rename(columns={"edge": "span"})
-    # Whether a share of the answer's probability can be given does not matter to a difference of logits.
-    return found.assign(skipped=found["skipped"].where(found["logit_diff"].isna(), ""))
+    # Whether a share of the answer's probability can be given does not matter to a difference of answers.
+    return found.assign(skipped=found["skipped"].where(found[measure].isna(), ""))
 
 
-def _of_lens(vlm: "VLM", cases: Cases) -> pd.DataFrame:
-    """The lead of the answer at the last token, read from one clean pass."""
-    clean = record(vlm, vlm.encode(cases.pairs.base))
-    rivals = [cases.pairs.written(each) for each in cases.rivals]
-    ids = [vlm.answer_ids(clean.encoded, each) for each in (cases.pairs.answer, rivals)]
-    with torch.no_grad():
-        leads = [
-            # Planted models may have a rival that is the answer; pairs of a user were checked (`data.fitting`).
-            metrics.logit_diff(vlm.readout(clean.hidden(depth)[:, -1]), *ids, apart=False).double().cpu().numpy()
-            for depth in range(len(clean.blocks) + 1)
-        ]
+def _of_lens(vlm: "VLM", cases: Cases, measure: Comparison = "logit_diff") -> pd.DataFrame:
+    """The lead of the answer where its tokens are foretold, read from one clean pass."""
+    leads = leads_of(vlm, cases.pairs, cases.rivals, measure)
     names = [pair.id for pair in cases.pairs]
     tables = [
         pd.DataFrame({"example": names, "layer": INPUT + depth, "lead": lead, "lead_baseline": leads[0]})
@@ -136,15 +148,40 @@ def _of_lens(vlm: "VLM", cases: Cases) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True).assign(method=LENS, span="last", stream="llm", skipped="")
 
 
+def leads_of(
+    vlm: "VLM", pairs: Pairs, rivals: Sequence[str], measure: Comparison = "logit_diff"
+) -> list[Float[np.ndarray, "example"]]:
+    """What the lens makes of an answer against its rival in the decoder's input and after each block.
+
+    The logits are those that the lens reads of the states where the tokens of both are foretold.
+    """
+    written = [pairs.written(each) for each in rivals]
+    asked = readings_of(vlm, vlm.encode(pairs.base), [against(measure, pairs.answer, written)])
+    clean, found = record(vlm, asked.encoded), []
+    with torch.no_grad():
+        for depth in range(len(clean.blocks) + 1):
+            states = clean.hidden(depth)[:, asked.encoded.n_prompt - 1 :]
+            logits = vlm.readout(states.flatten(0, 1)).unflatten(0, states.shape[:2])
+            found.append(asked.value(0, logits).double().cpu().numpy())
+    return found
+
+
 def plan_flow(
-    vlm: "VLM", cases: Cases, scan: Scan, *, batch: int = 32, seed: int = 0, memory: int | str | None = None
+    vlm: "VLM",
+    cases: Cases,
+    scan: Scan,
+    *,
+    measure: Comparison = "logit_diff",
+    batch: int = 32,
+    seed: int = 0,
+    memory: int | str | None = None,
 ) -> SweepPlan:
     """What swaps and knockouts over all examples will need; probes and lens are small beside them.
 
     Raises:
         TooLargeError: a single edited version of a single example does not fit into the memory.
     """
-    how: dict[str, Any] = {"batch": batch, "memory": memory}
+    how: dict[str, Any] = {"measure": measure, "batch": batch, "memory": memory}
     swaps = plan_swap(vlm, cases.pairs, swapped_sites(vlm), SPANS, directions=("noising",), **how)
     cuts = plan_knockout(vlm, cases.pairs, scan, seed=seed, **how)
     return dataclasses.replace(

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.inputs.following import each_alone
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.methods.weight_swap.data import Schedule
 from vlm_mech.sweeps.recorded_pass import read_out, record
@@ -219,16 +220,28 @@ class Hybrids:
     def answers(
         self, encoded: Encoded, hybrids: Sequence[tuple[Checkpoint, ...]]
     ) -> Float[Tensor, "hybrid batch vocab"]:
-        """Next-token logits of a batch under each hybrid, which names a checkpoint for every layer.
+        """Next-token logits of a batch under each hybrid, which names a checkpoint for every layer."""
+        return self.reads(encoded.before or encoded, hybrids)[:, :, 0]
 
-        Hybrids that have the same blocks so far are run once. Where the model adds image features between its blocks,
-        each is run whole.
+    def reads(
+        self, encoded: Encoded, hybrids: Sequence[tuple[Checkpoint, ...]]
+    ) -> Float[Tensor, "hybrid batch read vocab"]:
+        """Logits of a batch under each hybrid at each prompt's last position and at the tokens of answers after it.
+
+        Hybrids that have the same blocks so far are run once, and so is every answer. Where the model adds image
+        features between its blocks, each is run whole.
         """
+        first, *others = (self._reads(each, hybrids) for each in each_alone(encoded))
+        return torch.cat([first, *(each[:, :, 1:] for each in others)], 2)
+
+    def _reads(
+        self, encoded: Encoded, hybrids: Sequence[tuple[Checkpoint, ...]]
+    ) -> Float[Tensor, "hybrid batch read vocab"]:
         if self.vlm.taps:
             found = []
             for hybrid in hybrids:
                 with self.in_place(hybrid), torch.no_grad():
-                    found.append(record(self.vlm, encoded).logits)
+                    found.append(record(self.vlm, encoded).reads)
             return torch.stack(found)
         entering, calls = self._entering(encoded)
         rows = {(): entering}
@@ -236,7 +249,8 @@ class Hybrids:
             for layer, arguments in enumerate(calls):
                 pasts = dict.fromkeys(hybrid[: layer + 1] for hybrid in hybrids)
                 rows = {past: self._through(layer, past[-1], rows[past[:-1]], arguments) for past in pasts}
-            return torch.stack([read_out(self.vlm, rows[hybrid][:, -1]) for hybrid in hybrids])
+            read = [rows[hybrid][:, encoded.n_prompt - 1 :] for hybrid in hybrids]
+            return torch.stack([read_out(self.vlm, each.flatten(0, 1)).unflatten(0, each.shape[:2]) for each in read])
 
     @contextmanager
     def in_place(self, hybrid: Sequence[Checkpoint]) -> Iterator[None]:

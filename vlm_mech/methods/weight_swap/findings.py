@@ -7,7 +7,7 @@ from vlm_mech.results.result import Result
 def findings(result: Result) -> tuple[str, ...]:
     """What the two models answer, from which layers on the tune is undone, and what random changes of that size do."""
     summary = result.summary("lead")
-    found = []
+    found, unit = [], result.metric("lead").unit
     for direction, who in ((REVERT, "the tune"), (GRAFT, "the base")):
         rows = result.table[(result.table["direction"] == direction) & (result.table["donor"] == PARENT)]
         first = rows.drop_duplicates("example")
@@ -27,7 +27,7 @@ def findings(result: Result) -> tuple[str, ...]:
         rest = summary[(summary["direction"] == direction) & (summary["schedule"] == OUTSIDE)]
         for _, row in rest.iterrows():
             found.append(
-                f"{direction}: everything but the blocks exchanged moves the lead by {row['effect']:+.2f} logits "
+                f"{direction}: everything but the blocks exchanged moves the lead by {row['effect']:+.2f} {unit} "
                 f"({row['effect_low']:+.2f} to {row['effect_high']:+.2f})."
             )
     return tuple(found)

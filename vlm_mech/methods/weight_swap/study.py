@@ -24,8 +24,9 @@ from vlm_mech.methods.weight_swap.blocks import (
     moved_at_random,
 )
 from vlm_mech.methods.weight_swap.data import Exchange
-from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
+from vlm_mech.sweeps.measures import Comparison, comparison, said
+from vlm_mech.sweeps.readings import Readings, readings_of
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -35,10 +36,18 @@ REVERT, GRAFT = "base's blocks in the tune", "the tune's blocks in the base"
 PARENT, RANDOM, SECOND = "the other checkpoint", "random change of equal size", "a second tune"
 OUTSIDE = "all but the blocks"
 
-TRUE = Metric("true", "share", "share of examples whose best next token is the true answer's; ties are wrong")
-PRIOR = Metric("prior", "share", "share of examples whose best next token is the prior's answer; ties are not")
-LEAD = Metric("lead", "logits", "logit of the true answer less that of the prior's", signed=True)
-METRICS = (LEAD, TRUE, PRIOR)
+TRUE = Metric("true", "share", "share of examples in which greedy search says the true answer; ties are wrong")
+PRIOR = Metric("prior", "share", "share of examples in which greedy search says the prior's answer; ties are not")
+
+
+def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
+    """The metrics of an exchange whose answers are compared so."""
+    compared = comparison(name, (), ()).metric
+    told = compared.description.replace("the answer", "the true answer").replace("the other answer", "the prior's")
+    return Metric("lead", compared.unit, told, signed=True), TRUE, PRIOR
+
+
+METRICS = metrics_of()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,23 +110,26 @@ def two_sides(
     return Sides(recipients, donors)
 
 
-def swap_blocks(sides: Sides, pairs: Pairs, chosen: Sequence[Exchange]) -> pd.DataFrame:
+def swap_blocks(
+    sides: Sides, pairs: Pairs, chosen: Sequence[Exchange], *, measure: Comparison = "logit_diff"
+) -> pd.DataFrame:
     """Every exchange in both directions, with controls, for one batch of pairs.
 
     The first image of each pair is asked about; its answer is the true one, the other the prior's.
 
+    Args:
+        measure: how the two answers are compared (see `measures.comparison`).
+
     Returns:
-        One row per pair and cell of `AXES`, with `METRICS` and their values without an exchange. The schedule `OUTSIDE`
-        (layer -1) takes everything but the blocks from the other checkpoint.
+        One row per pair and cell of `AXES`, with the metrics of `metrics_of` and their values without an exchange. The
+        schedule `OUTSIDE` (layer -1) takes everything but the blocks from the other checkpoint.
 
     Raises:
         ReceiptError: an exchange that must change something left every logit as it was, or one of nothing did not.
     """
     tables = []
     for direction, recipient in sides.recipients.items():
-        encoded = recipient.vlm.encode(pairs.base)
-        ids = [recipient.vlm.answer_ids(encoded, each) for each in (pairs.answer, pairs.counterfactual_answer)]
-        metrics.check_apart(*ids)
+        read = _read(recipient.vlm, pairs, measure)
         none = (recipient.own,) * sides.n_layers
         cells: list[tuple[str, Exchange]] = []
         hybrids = [none]
@@ -127,26 +139,32 @@ def swap_blocks(sides: Sides, pairs: Pairs, chosen: Sequence[Exchange]) -> pd.Da
                 hybrids.append(
                     tuple(donor if layer in each.layers else recipient.own for layer in range(sides.n_layers))
                 )
-        unedited, *edited = recipient.answers(encoded, hybrids)
+        unedited, *edited = recipient.reads(read.encoded, hybrids)
         for (name, each), logits in zip(cells, edited, strict=True):
             _prove(sides, direction, name, each, unedited, logits)
         other = next(side for side in sides.recipients if side != direction)
-        outside = _outside(recipient, sides.recipients[other], pairs)
+        outside = _outside(recipient, sides.recipients[other], pairs, measure)
         rows = [*zip(cells, edited, strict=True), ((PARENT, Exchange(OUTSIDE, -1, ())), outside)]
         for (name, each), logits in rows:
             if logits is not None:
                 place = {"direction": direction, "schedule": each.schedule, "donor": name, "layer": each.layer}
-                tables.append(_scored(unedited, logits, ids, pairs).assign(**place))
+                tables.append(_scored(unedited, logits, read, pairs).assign(**place))
     return pd.concat(tables, ignore_index=True)
 
 
-def _outside(recipient: Hybrids, other: Hybrids, pairs: Pairs) -> torch.Tensor | None:
+def _read(vlm: "VLM", pairs: Pairs, measure: Comparison) -> Readings:
+    """What is read of the first pictures: which answer is ahead and by how much, and whether either is said."""
+    true, prior = pairs.answer, pairs.counterfactual_answer
+    return readings_of(vlm, vlm.encode(pairs.base), [comparison(measure, true, prior), said(true), said(prior)])
+
+
+def _outside(recipient: Hybrids, other: Hybrids, pairs: Pairs, measure: Comparison) -> torch.Tensor | None:
     """Logits with everything but the blocks from the other checkpoint; None where one model is both."""
     if recipient.vlm is other.vlm:
         return None
-    encoded = other.vlm.encode(pairs.base)
+    encoded = _read(other.vlm, pairs, measure).encoded
     inner = Hybrids(other.vlm, other.own, "block")
-    return inner.answers(encoded, [(recipient.own,) * len(recipient.own.blocks)])[0]
+    return inner.reads(encoded, [(recipient.own,) * len(recipient.own.blocks)])[0]
 
 
 def _prove(
@@ -158,12 +176,9 @@ def _prove(
         raise ReceiptError(f"{what}: the blocks {'differ' if differ else 'are equal'}, but the logits say otherwise")
 
 
-def _scored(unedited: torch.Tensor, logits: torch.Tensor, ids: Sequence[torch.Tensor], pairs: Pairs) -> pd.DataFrame:
-    true, prior = ids
+def _scored(unedited: torch.Tensor, logits: torch.Tensor, read: Readings, pairs: Pairs) -> pd.DataFrame:
     values: dict[str, Any] = {}
     for suffix, each in (("", logits), ("_baseline", unedited)):
-        values["lead" + suffix] = metrics.logit_diff(each, true, prior)
-        values["true" + suffix] = metrics.correct(each, true).float()
-        values["prior" + suffix] = metrics.correct(each, prior).float()
+        values |= {metric.name + suffix: value for metric, value in zip(METRICS, read.values(each), strict=True)}
     table = pd.DataFrame({name: value.double().cpu().numpy() for name, value in values.items()})
     return table.assign(example=[pair.id for pair in pairs], group=[pair.group or pair.id for pair in pairs])
