@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.inputs.following import each_alone
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.teacher_forcing import each_alone
 from vlm_mech.methods.weight_swap.data import Schedule
 from vlm_mech.sweeps.recorded_pass import read_out, record
 
