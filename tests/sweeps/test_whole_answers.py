@@ -235,7 +235,7 @@ def test_a_measure_of_the_users_own_reads_logits_by_position():
 
     def weakest(answer):
         shapes.append(tuple(answer.logits.shape[:2]))
-        return answer.logprobs().min(-1).values
+        return answer.logprobs().masked_fill(~answer.present, 0.0).min(-1).values
 
     own = Measure(
         Metric("weakest", "nats", "log-probability of the least likely token"), weakest, (pairs.answer,), at="whole"

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal
 
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.pairs import Pairs, by_groups, checked, linked
-from vlm_mech.data.user_files import Refused
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import SPELLINGS, WITH_ARTICLE, Spelling, spellings
 from vlm_mech.inputs.following import check_parting
@@ -60,15 +59,13 @@ def _spelt(vlm: "VLM", pairs: Pairs, variants: Variety) -> Pairs:
             pairs,
             spelling=spelling if spelling != Spelling() else None,
             told=told,
-            chosen_on=f"the same {len(pairs)} pairs",
+            chosen_on=f"the same {len(pairs)} pairs, of too few groups to set some apart",
         )
     on, others = by_groups(pairs, (SHARE_OF_SPELLING,), seed=0)
     spelling, told = likeliest(vlm, _asked(vlm, on, among))
-    left = tuple(Refused(pair.id, "the spelling of all answers was chosen on it") for pair in on)
-    used = f"{len(on)} other pairs"
+    used = f"{len(on)} other pairs, which are left out"
     return dataclasses.replace(
         others,
-        refused=(*others.refused, *left),
         spelling=spelling if spelling != Spelling() else None,
         told=told,
         chosen_on=used,
@@ -117,4 +114,5 @@ def _check_answers(vlm: "VLM", pairs: Pairs, pair: Pair, by_first_token: bool) -
             raise UsageError(f"answers {both[0][0]!r} and {both[1][0]!r} start with the same token")
         return
     tokens = [vlm.answer_tokens(encoded, [each])[0] for (each,) in both]
+    encoded.check_room(max(map(len, tokens)) - 1)
     check_parting(*tokens, [each for (each,) in both])

@@ -358,5 +358,5 @@ def cells_of(found: Sequence[Sequence[Cell]]) -> Cells:
     """The cells of every example as flat index tensors."""
     import torch
 
-    cells = torch.tensor([cell for each in found for cell in each]).reshape(-1, 2)
+    cells = torch.tensor([cell for each in found for cell in each], dtype=torch.long).reshape(-1, 2)
     return Cells(cells[:, 0], cells[:, 1], tuple(len(each) for each in found))

@@ -42,9 +42,10 @@ def tokenized(tokenizer: Any, text: str, **options: Any) -> Any:
 
 def ids_after(tokenizer: Any, text: str, more: str) -> tuple[int, ...] | None:
     """The tokens of what follows a prompt's text, after a space or `Attached`; None if it changes the text's own."""
-    before = tokenized(tokenizer, text)["input_ids"]
+    # A tokenizer warns of lengths that the model may have positions for.
+    before = tokenized(tokenizer, text, verbose=False)["input_ids"]
     space = "" if text[-1].isspace() or isinstance(more, Attached) else " "
-    after = tokenized(tokenizer, f"{text}{space}{more.strip()}")["input_ids"]
+    after = tokenized(tokenizer, f"{text}{space}{more.strip()}", verbose=False)["input_ids"]
     return tuple(after[len(before) :]) if after[: len(before)] == before else None
 
 

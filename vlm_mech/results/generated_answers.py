@@ -39,6 +39,12 @@ def agreement(table: pd.DataFrame) -> Result | None:
     return Result("generated answers", each, ("run",), (AGREES, NAMED))
 
 
+def _of_cell(place: Any, rows: pd.DataFrame) -> str:
+    """What is named in a cell: its axes, and how often the other answer and neither."""
+    other, neither = (100 * (rows["says"] == name).mean() for name in ("other", "neither"))
+    return f"{' '.join(map(str, place))}: other {other:.0f} %, neither {neither:.0f} %"
+
+
 def told(table: pd.DataFrame, axes: Sequence[str], measure: str) -> tuple[str, ...]:
     """What generated answers say beside the logits, in sentences; nothing where none was generated.
 
@@ -50,13 +56,14 @@ def told(table: pd.DataFrame, axes: Sequence[str], measure: str) -> tuple[str, .
     if found is None:
         return ()
     rows = table[(table["says"].fillna("") != "") & table["flip"].notna()]
-    n_cells, n_examples = len(rows[list(axes)].drop_duplicates()), rows["example"].nunique()
-    shares = ", ".join(f"{name} {100 * (rows['says'] == name).mean():.0f} %" for name in SAYS)
+    cells = list(axes)
+    listed = ", ".join(_of_cell(place, some) for place, some in rows.groupby(cells, sort=False))
     clean = rows.drop_duplicates([name for name in ("example", "direction") if name in rows])
     before = ", ".join(f"{name} {100 * (clean['says_baseline'] == name).mean():.0f} %" for name in SAYS)
+    n_cells, n_examples = len(rows[cells].drop_duplicates()), rows["example"].nunique()
     sentences = [
-        f"Answers generated in {n_cells} cells drawn at random, {n_examples} examples: {shares} (the answer that is "
-        f"the run's own, the other one, none of them); without an edit: {before}."
+        f"Answers generated in {n_cells} cells drawn at random, {n_examples} examples: without an edit the run's own "
+        f"answer, the other one or neither is named in {before}; with it {listed}."
     ]
     agrees = found.summary("agrees").set_index("run")
     for run in ("edited", "unedited"):

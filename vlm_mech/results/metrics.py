@@ -95,11 +95,11 @@ def entropy(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
 class AnswerLogits:
     """Logits that foretell the tokens of one answer an example, given the tokens before (teacher forcing).
 
-    `logits` are batch x position x vocab, `ids` batch x position: -100 after the last token of an answer, where the
-    logits mean nothing.
+    `ids` are batch x position, -100 after the last token of an answer: there `logits` and `logprobs()` are NaN, so that
+    what is made of them does not depend on the longest answer of a batch; `present` says where they are not.
     """
 
-    logits: Float[Tensor, "batch position vocab"]
+    raw: Float[Tensor, "batch position vocab"]
     ids: Int[Tensor, "batch position"]
 
     @property
@@ -107,21 +107,28 @@ class AnswerLogits:
         """Where the answers have a token."""
         return self.ids >= 0
 
+    @property
+    def logits(self) -> Float[Tensor, "batch position vocab"]:
+        """Logits of the whole vocabulary before each token of the answers; NaN after the end."""
+        return self.raw.masked_fill(~self.present[:, :, None], float("nan"))
+
     def logprobs(self) -> Float[Tensor, "batch position"]:
-        """Log-probability of each token, in nats; 0 after the end."""
-        told = log_softmax(self.logits.float(), -1)
-        of_ids = told.gather(2, self.ids.clamp(min=0)[:, :, None])[:, :, 0]
-        return of_ids.where(self.present, 0.0)
+        """Log-probability of each token, in nats; NaN after the end."""
+        return self._told().masked_fill(~self.present, float("nan"))
 
     def logprob(self, *, per_token: bool = False) -> Float[Tensor, "batch"]:
         """Log-probability of the whole answer, in nats: the sum over its tokens, or their mean."""
-        total = self.logprobs().sum(-1)
+        total = self._told().where(self.present, 0.0).sum(-1)
         return total / self.present.sum(-1) if per_token else total
+
+    def _told(self) -> Float[Tensor, "batch position"]:
+        told = log_softmax(self.raw.float(), -1)
+        return told.gather(2, self.ids.clamp(min=0)[:, :, None])[:, :, 0]
 
 
 def said(answer: AnswerLogits) -> Bool[Tensor, "batch"]:
     """Whether greedy search would say the answer: each token has the highest logit, alone, after those before it."""
-    logits = answer.logits.float()
+    logits = answer.raw.float()
     own = logits.gather(2, answer.ids.clamp(min=0)[:, :, None])
     first = (logits < own).sum(-1) == logits.shape[-1] - 1
     return (first | ~answer.present).all(-1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from vlm_mech.data.reading import read_answer
+from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.specification import Intervention
 from vlm_mech.interventions.trace import generate
@@ -33,9 +34,15 @@ class GeneratedPart:
     def __post_init__(self) -> None:
         check_whole(n_cells=(self.n_cells, 1), max_new_tokens=(self.max_new_tokens, 1))
 
-    def of(self, n_cells: int) -> frozenset[int]:
-        """Numbers of the cells, of so many; all where there are no more."""
-        drawn = random.Random(f"generation/{self.seed}").sample(range(n_cells), min(self.n_cells, n_cells))
+    def of(self, numbers: Sequence[int]) -> frozenset[int]:
+        """Some of the numbers of cells for which answers can be generated; all where there are no more.
+
+        Raises:
+            UsageError: there are none.
+        """
+        if not numbers:
+            raise UsageError("answers can be generated in no cell: there are no states to put at what is generated")
+        drawn = random.Random(f"generation/{self.seed}").sample(numbers, min(self.n_cells, len(numbers)))
         return frozenset(drawn)
 
 

@@ -51,6 +51,7 @@ class Measure:
         apart: with "next", whether the answers of an example must begin with different tokens.
         clean: whether the function takes the same logits of the unedited run too, as the keyword `clean` (a tuple of
             `AnswerLogits` with "whole").
+        parts: with "whole", whether the two answers of an example must part: neither is, or begins, the other.
     """
 
     metric: Metric
@@ -59,6 +60,7 @@ class Measure:
     apart: bool = True
     at: At = "next"
     clean: bool = False
+    parts: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, Metric) or not callable(self.of):
@@ -116,7 +118,7 @@ class Measure:
         """
         texts = [list(answers[rows]) for answers in self.answers]
         found = [vlm.answer_tokens(encoded, each) for each in texts]
-        if self.at == "parting":
+        if self.at == "parting" or self.parts:
             for *ids, one, other in zip(*found, *texts, strict=True):
                 check_parting(*ids, (one, other))
         return found
@@ -156,7 +158,8 @@ def logprob_diff(answer: Sequence[str], other: Sequence[str], *, per_token: bool
     def of(*answers: AnswerLogits) -> Tensor:
         return _likeliest(answers[: len(own)], per_token) - _likeliest(answers[len(own) :], per_token)
 
-    return Measure(Metric(name, unit, told, signed=True), of, (*own, *others), at="whole")
+    parts = len(own) == len(others) == 1
+    return Measure(Metric(name, unit, told, signed=True), of, (*own, *others), at="whole", parts=parts)
 
 
 def prob(answer: Sequence[str]) -> Measure:

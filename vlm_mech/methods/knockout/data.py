@@ -15,6 +15,7 @@ from vlm_mech.inputs.span import Each, Span, Tokens
 from vlm_mech.interventions.specification import Intervention, Knockout, Together, window
 from vlm_mech.methods.knockout.edges import (
     ANSWER,
+    NOTHING_GIVEN,
     Edge,
     Ends,
     control_of,
@@ -236,6 +237,8 @@ def found_edges(vlm: "VLM", pairs: Pairs, scan: Scan, masks: Masks, *, only_corr
         visible = visible_edges(clean, number)
         for edge in scan.edges:
             ends = ends_of(clean.encoded, number, edge, visible, masks.get(pair.id))
+            if not isinstance(ends, str) and not ends.query and not clean.encoded.rows[number].answer:
+                ends = NOTHING_GIVEN
             if only_correct and not right[number]:
                 ends = WRONG
             for cut in scan.cuts:

@@ -37,7 +37,7 @@ RELATIVE = Metric(
 )
 LOGIT = Metric("logit", "logits", "logit of the answer's first token", signed=True)
 FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred to the own")
-LOST = Metric("lost", "share", "share of examples in which the answer is not the first of the whole vocabulary")
+LOST = Metric("lost", "share", "share of examples in which greedy search does not say the answer")
 
 
 def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
@@ -88,7 +88,7 @@ def knock_out(
     points, sets = scan.points(), scan.layers.sets
     found = found_edges(vlm, pairs, scan, masks or {}, only_correct=only_correct, seed=seed)
     tables, notes = [], [summarise(())]
-    drawn = {points[number] for number in part.of(len(points))} if part is not None else set()
+    drawn = {points[number] for number in part.of(range(len(points)))} if part is not None else set()
     for chosen, some, cut in sweeps(pairs, points, found, sets):
         how = {"engine": engine, "batch": len(chosen), "memory": memory}
         result = sweep(vlm, chosen, some, cut, _measures(chosen, measure), **how)

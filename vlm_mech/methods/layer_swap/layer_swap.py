@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_mech.architectures.traced_model import check_decoder
-from vlm_mech.data.fitting import fitting
+from vlm_mech.data.fitting import Variety, fitting
 from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
@@ -41,6 +41,7 @@ def layer_swap(
     directions: str | Sequence[str] = DIRECTIONS,
     only_correct: bool = True,
     measure: Comparison = "logit_diff",
+    variants: Variety = "likeliest",
     batch: int = 32,
     engine: str = "fast",
     memory: int | str | None = None,
@@ -58,6 +59,8 @@ def layer_swap(
         only_correct: leave out pairs that the model answers wrongly on either image.
         measure: how the two answers of a pair are compared: `logit_diff` at the first token where they part,
             `logprob_diff` as a whole, `logprob_diff_per_token` by the means over their tokens.
+        variants: spellings of the answers: `likeliest` takes the one that the model finds most probable on some of the
+            pairs, `the` also tries "the", `max` counts the likeliest each time, `as-written` tries none.
         batch: pairs a forward pass.
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
         memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
@@ -78,7 +81,7 @@ def layer_swap(
         raise UsageError(f"batch is {batch}; at least 1 is needed")
     check_once([pair.id for pair in pairs], "a pair with the id")
     sites, spans = swap_sites(vlm, site, point), listed(spans) or default_spans(vlm, site)
-    pairs = fitting(vlm, pairs)
+    pairs = fitting(vlm, pairs, variants=variants)
     directions = listed(directions)
     how: dict[str, Any] = {"directions": directions, "only_correct": only_correct, "measure": measure}
     how |= {"engine": engine, "memory": memory}

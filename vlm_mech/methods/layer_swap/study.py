@@ -180,7 +180,10 @@ def _swapped(
     right = read[0].value(2, sides[0].reads).bool() & read[1].value(3, sides[1].reads).bool()
     usable = right if only_correct else torch.ones_like(right)
     tables, receipts = [], []
-    drawn = part.of(len(directions) * len(sites) * len(spans)) if part is not None else frozenset()
+    every = [span for _ in directions for _ in sites for span in spans]
+    # There are no states of the other run to put at what is generated.
+    possible = [number for number, span in enumerate(every) if ANSWER not in span.split("+")]
+    drawn = part.of(possible) if part is not None else frozenset()
     for direction in directions:
         # On the image's side the first difference is that of its own answer, on the other side the second.
         own = 0 if direction == "noising" else 1
@@ -193,8 +196,7 @@ def _swapped(
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
         for (site, span), after, proof in zip(cells, kept, proofs, strict=True):
             table = _scored(before, target, after, usable, measure)
-            # There are no states of the other run to put at what is generated.
-            if len(tables) in drawn and part is not None and ANSWER not in span.split("+"):
+            if len(tables) in drawn and part is not None:
                 table = table.join(_generated(vlm, pairs, direction, _edit(site, span, donor.encoded), part))
             place: dict[str, Any] = {"point": site.point} if site.layer is None else {"layer": site.layer}
             place |= {f"{measure}{ending}": told for ending, told in read[own].each[own].places.items()}
