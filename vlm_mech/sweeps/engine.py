@@ -17,6 +17,7 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.errors import TooLargeError, UsageError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.teacher_forcing import each_alone
+from vlm_mech.interventions.answered import Given, with_answers
 from vlm_mech.interventions.plan import Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
@@ -56,6 +57,7 @@ class Engine:
     known: dict[int, tuple[object, RecordedPass]] = field(default_factory=dict)
     states: dict[tuple[int, Site], tuple[object, Tensor]] = field(default_factory=dict)
     encodings: dict[int, tuple[object, Encoded]] = field(default_factory=dict)
+    answered: Given = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.limit = default_budget(self.vlm.device) if self.budget is None else self.budget
@@ -78,6 +80,10 @@ class Engine:
         for each in (encoded, encoded.before):
             if each is not None:
                 self.known[id(each)] = (each, clean)
+        # Where the answers are those of this batch, states of their tokens need no pass of their own either.
+        own = self.encoded.answers
+        if encoded.before is not None and own is not None and encoded.answers == own:
+            self.answered[id(encoded.before)] = (encoded.before, encoded)
 
     @property
     def reads(self) -> Float[Tensor, "batch read vocab"]:
@@ -103,6 +109,7 @@ class Engine:
         """
         if not self.provable(interventions):
             return self._by_reference(interventions, keep)
+        interventions = [with_answers(self.vlm, self.encoded, each, self.answered) for each in interventions]
         self._read_ahead(interventions)
         places = [branch_of(self.clean, plan(self.vlm, self.encoded, each, self._read), each, self._encoded)
                   for each in interventions]  # fmt: skip
@@ -191,7 +198,7 @@ class Engine:
                     layer = site.depth + (site.name == "llm.resid_post")
                     self.states[key, site] = (source, clean.hidden(layer))
             elif missing:
-                values = read(self.vlm, self._encoded(source), sorted(missing, key=str)).values
+                values = _read_side_by_side(self.vlm, self._encoded(source), sorted(missing, key=str))
                 self.states |= {(key, site): (source, value) for site, value in values.items()}
 
     def _read(self, source: Source, sites: tuple[Site, ...]) -> Activations:
@@ -275,6 +282,13 @@ class Reference:
             proofs.append(tuple(receipt for one in done for receipt in one.receipts))
         assert kept.found is not None, "there is an intervention"
         return kept.found, proofs
+
+
+def _read_side_by_side(vlm: "VLM", encoded: Encoded, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    """States as one pass over all the answers would have them, from passes over one each."""
+    first, *others = (read(vlm, one, sites).values for one in each_alone(encoded))
+    own = {site: [other[site][:, encoded.n_prompt :] for other in others] for site in sites if site.place == "llm"}
+    return {site: torch.cat([first[site], *own.get(site, ())], 1) for site in sites}
 
 
 def _side_by_side(runs: Sequence[Run]) -> Float[Tensor, "batch read vocab"]:

@@ -14,6 +14,7 @@ import torch
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.span import Span
 from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.results import metrics
@@ -85,6 +86,8 @@ def swap_states(
     NaN, with the reason in `skipped`.
 
     Args:
+        spans: several joined by + are swapped together, as in `last+answer`; of the span `answer`, which are an
+            answer's tokens after the prompt, states are taken from a run with the same answer after it.
         measure: how the two answers of a pair are compared (see `measures.comparison`).
         part: cells in which answers are generated too: the columns `text` and `says` (own, other or neither) of these
             rows, and `text_baseline` and `says_baseline` of the run that is patched.
@@ -140,7 +143,7 @@ def plan_swap(
 
     def of(rows: slice) -> SweepPlan:
         patched, donor = (each.encoded for each in _read(vlm, pairs[rows], measure))
-        edits = [Replace(site, span, source=donor.before or donor) for site in sites for span in spans]
+        edits = [Replace(site, _span(span), source=donor.before or donor) for site in sites for span in spans]
         one = forecast(vlm, patched, edits, budget=budget, keeps_logits=False)
         # Both directions share their two unedited passes.
         passes = 2 / one.forwards * one.flops
@@ -149,6 +152,11 @@ def plan_swap(
         return dataclasses.replace(one, n_cells=one.n_cells * len(directions), flops=flops, forwards=forwards)
 
     return in_halves(slice(0, min(batch, len(pairs))), of)[0].over(len(pairs))
+
+
+def _span(names: str) -> Span:
+    """The span that the names stand for."""
+    return tuple(names.split("+")) if "+" in names else names
 
 
 def _read(vlm: "VLM", pairs: Pairs, name: Comparison) -> list[Readings]:
@@ -183,14 +191,13 @@ def _swapped(
         patched, donor = sides if direction == "noising" else sides[::-1]
         patched.lend(donor)
         cells = [(site, span) for site in sites for span in spans]
-        edits = [Replace(site, span, source=donor.encoded.before or donor.encoded) for site, span in cells]
+        edits = [Replace(site, _span(span), source=donor.encoded.before or donor.encoded) for site, span in cells]
         # Both sides have the same answers after them.
         before, target = (read[own].value(own, each.reads) for each in (patched, donor))
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
-        for (site, span), after, proof in zip(cells, kept, proofs, strict=True):
+        for (site, span), edit, after, proof in zip(cells, edits, kept, proofs, strict=True):
             table = _scored(before, target, after, usable, measure)
             if len(tables) in drawn and part is not None:
-                edit = Replace(site, span, source=donor.encoded.before or donor.encoded)
                 table = table.join(_generated(vlm, pairs, direction, edit, part))
             place: dict[str, Any] = {"point": site.point} if site.layer is None else {"layer": site.layer}
             place |= {f"{measure}{ending}": told for ending, told in read[own].each[own].places.items()}
