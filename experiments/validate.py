@@ -5,7 +5,7 @@ false alarms in models with nothing to find, and how often intervals hold the tr
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vlm_mech.runs.contract import RunConfig, main
 from vlm_mech.runs.outcome import Outcome
@@ -35,8 +35,10 @@ class Config(RunConfig):
     """Seed of the first model; what is below 1000 served to develop the methods' rules."""
     sets: tuple[str, ...] = ("plain", "matched null, random answers", "hard")
     """Kinds of models; there are also matched null (true answers) and backup."""
+    answer: Literal["word", "pieces", "article"] = "word"
+    """How answers are written: as one token, as two that both tell, or behind a token that all share."""
     methods: tuple[str, ...] = ()
-    """Methods to grade; all by default."""
+    """Methods to grade; all by default, and with answers of two tokens controls that read the next token alone."""
     examples: int = 32
     """Examples of each model that a method sees."""
     population: int = 512
@@ -58,7 +60,8 @@ def run(config: Config, work: Workspace) -> Outcome:
         job, table, notes = next(done)
         work.keep(job.key, table, notes)
     table, notes = work.collect()
-    about = {"question": QUESTION, "plantings": notes}
+    written = "" if config.answer == "word" else f" All answers are written as {config.answer}, in two tokens."
+    about = {"question": QUESTION + written, "plantings": notes}
     result = Result("planted models", completed(table), overview.AXES, (overview.METRIC,), provenance=about)
     graded = overview.grades(result)
     findings = overview.findings(graded, n_examples=config.examples)
@@ -69,7 +72,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _jobs(config: Config) -> "list[Job]":
     from vlm_mech.errors import UsageError
-    from vlm_mech.validate.adapters import METHODS
+    from vlm_mech.validate.adapters import CONTROLS, METHODS
     from vlm_mech.validate.examination import Job
 
     n = 20 if config.n is None else config.n
@@ -78,7 +81,8 @@ def _jobs(config: Config) -> "list[Job]":
     if n < 1 or len(set(config.sets)) < max(1, len(config.sets)):
         raise UsageError(f"n is {n} and sets are {', '.join(config.sets) or 'none'}; at least one of each, none twice")
     how = {"n_examples": config.examples, "n_population": config.population, "seed": config.seed}
-    methods = config.methods or tuple(METHODS)
+    how |= {"answer": config.answer}
+    methods = config.methods or (*METHODS, *(CONTROLS if config.answer != "word" else ()))
     return [Job(kind, config.first_seed + number, methods, **how) for number in range(n) for kind in config.sets]
 
 

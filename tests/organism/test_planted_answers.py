@@ -23,7 +23,6 @@ from vlm_mech.organism.planted import (
     new_model,
     new_processor,
     plant,
-    true_effect,
     vocabulary,
 )
 from vlm_mech.organism.planted_recipe import (
@@ -265,5 +264,3 @@ FINGERPRINTS = [-64.7616, -89.8173, -129.4977, -67.1671]
 def test_what_two_tokens_cannot_do_is_said():
     with pytest.raises(UsageError, match="answer 'rhyme' is not known; one of word, pieces, article is"):
         dataclasses.replace(DIRECT, answer="rhyme")
-    with pytest.raises(UsageError, match="has answers of two tokens; true effects are of the first alone"):
-        true_effect(made("direct", "pieces"), lambda pairs: Knockout("last", "image", 3), n=4)

@@ -73,6 +73,9 @@ def edits_with_answers(vlm, donors):
         edits.append(Steer(Site("llm.resid_post", layer), ("question", "answer"), vector=torch.ones(32)))
         edits.append(Replace(Site("llm.resid_post", layer), "all", source=donors))
         edits.append(Ablate(Site("llm.attn_out", layer), "last", to="mean"))
+        # The donors' prompts have no answers of their own.
+        edits.append(Replace(Site("llm.resid_pre", layer), ("last", "answer"), source=donors))
+        edits.append(Replace(Site("llm.head_out", layer), "answer", heads=(0,), source=donors))
     return edits
 
 
@@ -90,6 +93,22 @@ def test_the_engine_equals_the_reference_over_whole_answers(family, attn):
         sites = [each.site for each in proofs[number]]
         # The reference runs each answer of several tokens alone.
         assert sorted(sites * 2) == sorted(each.site for each in others[number])
+
+
+def test_states_of_an_answer_come_from_the_source_with_the_same_answers():
+    """All states of the other pictures before block 0 make the run one on these pictures."""
+    vlm = wrapped("llava_clip")
+    encoded, donors = answered("llava_clip")
+    other = Engine(vlm, followed(donors, encoded.answers.ids))
+    everything, own = Site("llm.resid_pre", 3), Replace(Site("llm.resid_pre", 3), ("all", "answer"), source=donors)
+    prompts_alone = Replace(everything, "all", source=donors)
+    for runner in (Engine(vlm, encoded), Reference(vlm, encoded)):
+        (whole, part), _ = read_by(runner, [own, prompts_alone])
+        assert difference(whole, other.reads, encoded) <= 1e-5
+        assert difference(part, other.reads, encoded) > 1e-3
+    for source in (donors, list(donors.prompts), followed(donors, encoded.answers.ids)):
+        edit = Replace(everything, ("all", "answer"), source=source)
+        assert difference(read_by(Engine(vlm, encoded), [edit])[0][0], whole, encoded) <= 1e-5
 
 
 @pytest.mark.parametrize("family", [name for name in ZOO if name != "paligemma"])

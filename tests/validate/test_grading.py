@@ -232,7 +232,7 @@ def test_no_method_claims_an_effect_in_a_null(method):
 @pytest.mark.parametrize("method", ["layer swap", "head interchange", "probe"])
 def test_nothing_is_significant_where_answers_have_nothing_to_do_with_pictures(method):
     planted = made("null")
-    found = METHODS[method](planted, random_answers(planted.pairs(16, seed=1), 0))
+    found = METHODS[method](planted, random_answers(planted.pairs(16, seed=1), 0, planted.recipe.answers))
     graded = scores("null", found, SHARP)
     assert set(graded.values()) == {0.0} and grading.FALSE in graded and grading.TRACE not in graded
 

@@ -57,8 +57,8 @@ def test_intervals_hold_effects_known_from_many_examples():
 
 def test_random_answers_have_nothing_to_do_with_the_pictures():
     pairs = made("null").pairs(60)
-    drawn = random_answers(pairs, 0)
-    assert random_answers(pairs, 0).answer == drawn.answer != random_answers(pairs, 1).answer
+    drawn = random_answers(pairs, 0, COLOURS)
+    assert random_answers(pairs, 0, COLOURS).answer == drawn.answer != random_answers(pairs, 1, COLOURS).answer
     assert all(pair.answer != pair.counterfactual_answer for pair in drawn)
     assert set(drawn.answer) == set(COLOURS)
     assert sum(one == other for one, other in zip(drawn.answer, pairs.answer, strict=True)) < 25

@@ -20,6 +20,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Cells, Each, Span, in_order, whole_images
+from vlm_mech.interventions.answered import with_answers
 from vlm_mech.interventions.passes import Batch, Window
 from vlm_mech.interventions.specification import (
     Ablate,
@@ -166,7 +167,8 @@ def plan(
             back end that takes no mask.
     """
     made = Plan({}, {})
-    for part in () if intervention is None else as_intervention(intervention).flat():
+    given = None if intervention is None else with_answers(vlm, encoded, as_intervention(intervention))
+    for part in () if given is None else given.flat():
         if generating:
             part = _of_generated(part)
         if isinstance(part, Knockout):

@@ -47,6 +47,8 @@ from vlm_mech.organism.planted_recipe import (
 )
 from vlm_mech.results import metrics
 from vlm_mech.sweeps.engine import engine_of
+from vlm_mech.sweeps.measures import Comparison, comparison
+from vlm_mech.sweeps.readings import readings_of
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = ("user", "assistant", ":", "?", ".", ",", "what", "colour", "is", "the", "in", "picture", *OBJECTS, *COLOURS)
@@ -230,29 +232,27 @@ def true_effect(
     seed: int | str = "truth",
     minimal: bool = True,
     batch: int = 128,
+    measure: Comparison = "logit_diff",
 ) -> Effect:
     """The effect of an intervention in the population of examples, from so many pairs that it can serve as truth.
 
     Args:
         edit: the intervention for some pairs, as in `lambda pairs: Replace(site, span, source=pairs.counterfactual)`.
         seed, minimal: as for `Planted.pairs`; the seed must be none that the examples of the graded run come from.
+        measure: how the two answers of a pair are compared: at the first token where they part, or as a whole. States
+            that the edit takes at the span `answer` come from runs with the same answers.
 
     Returns:
-        Mean over pairs of logit(answer) - logit(counterfactual answer), edited less unedited.
-
-    Raises:
-        UsageError: answers of two tokens, of which this would see the first alone.
+        Mean over pairs of logit(answer) - logit(counterfactual answer), or of the measure, edited less unedited.
     """
-    if planted.recipe.answer != "word":
-        raise UsageError(f"recipe {planted.recipe.seed} has answers of two tokens; true effects are of the first alone")
     pairs, changes = examples(planted.recipe, n, seed=seed, minimal=minimal), []
     for first in range(0, n, batch):
         some = pairs[first : first + batch]
-        encoded = planted.vlm.encode(some.base)
-        runner = engine_of(planted.vlm, encoded, "fast")
-        logits, _ = runner.answers([edit(some)])
-        ids = [planted.vlm.answer_ids(encoded, each) for each in (some.answer, some.counterfactual_answer)]
-        changes.append(metrics.logit_diff(logits[0], *ids) - metrics.logit_diff(runner.baseline, *ids))
+        compared = comparison(measure, some.answer, some.counterfactual_answer)
+        asked = readings_of(planted.vlm, planted.vlm.encode(some.base), [compared])
+        runner = engine_of(planted.vlm, asked.encoded, "fast")
+        after, _ = runner.answers([edit(some)], keep=lambda _, logits, asked=asked: asked.value(0, logits))
+        changes.append(after[0] - asked.value(0, runner.reads))
     values = torch.cat(changes).double()
     return Effect(values.mean().item(), (values.std() / n**0.5).item(), n)
 

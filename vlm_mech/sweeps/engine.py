@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -17,9 +17,10 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.errors import TooLargeError, UsageError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.teacher_forcing import each_alone
+from vlm_mech.interventions.answered import Given, with_answers
 from vlm_mech.interventions.plan import Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
-from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Replace, Source, Together
+from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
 from vlm_mech.interventions.trace import Run, edited_embeddings, read, run
 from vlm_mech.sweeps.branching import Branch, branch_of
 from vlm_mech.sweeps.cost import Sizes, answer_bytes, pass_bytes, sizes
@@ -56,6 +57,7 @@ class Engine:
     known: dict[int, tuple[object, RecordedPass]] = field(default_factory=dict)
     states: dict[tuple[int, Site], tuple[object, Tensor]] = field(default_factory=dict)
     encodings: dict[int, tuple[object, Encoded]] = field(default_factory=dict)
+    answered: Given = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.limit = default_budget(self.vlm.device) if self.budget is None else self.budget
@@ -78,6 +80,10 @@ class Engine:
         for each in (encoded, encoded.before):
             if each is not None:
                 self.known[id(each)] = (each, clean)
+        # Where the answers are those of this batch, states of their tokens need no pass of their own either.
+        own = self.encoded.answers
+        if encoded.before is not None and own is not None and encoded.answers == own:
+            self.answered[id(encoded.before)] = (encoded.before, encoded)
 
     @property
     def reads(self) -> Float[Tensor, "batch read vocab"]:
@@ -103,6 +109,7 @@ class Engine:
         """
         if not self.provable(interventions):
             return self._by_reference(interventions, keep)
+        interventions = [with_answers(self.vlm, self.encoded, each, self.answered) for each in interventions]
         self._read_ahead(interventions)
         places = [branch_of(self.clean, plan(self.vlm, self.encoded, each, self._read), each, self._encoded)
                   for each in interventions]  # fmt: skip
@@ -191,7 +198,7 @@ class Engine:
                     layer = site.depth + (site.name == "llm.resid_post")
                     self.states[key, site] = (source, clean.hidden(layer))
             elif missing:
-                values = read(self.vlm, self._encoded(source), sorted(missing, key=str)).values
+                values = _read_side_by_side(self.vlm, self._encoded(source), sorted(missing, key=str))
                 self.states |= {(key, site): (source, value) for site, value in values.items()}
 
     def _read(self, source: Source, sites: tuple[Site, ...]) -> Activations:
@@ -270,30 +277,18 @@ class Reference:
         """As `Engine.answers`; the receipts are those of the passes over each answer."""
         kept, proofs = _Kept(len(interventions), keep or next_token), []
         for number, each in enumerate(interventions):
-            done = [
-                run(self.vlm, one, self._alone(each, answer), baseline=self.unedited[answer])
-                for answer, one in enumerate(self.alone)
-            ]
+            done = [run(self.vlm, one, each, baseline=of) for one, of in zip(self.alone, self.unedited, strict=True)]
             kept.take(number, _side_by_side(done))
             proofs.append(tuple(receipt for one in done for receipt in one.receipts))
         assert kept.found is not None, "there is an intervention"
         return kept.found, proofs
 
-    def _alone(self, intervention: Intervention | None, answer: int) -> Intervention | None:
-        """The intervention in the pass over one answer: states from runs with the same answers come from its own."""
-        if intervention is None:
-            return None
-        parts = tuple(
-            dataclasses.replace(part, source=_of_answer(part.source, answer)) if isinstance(part, Replace) else part
-            for part in intervention.flat()
-        )
-        return parts[0] if len(parts) == 1 else Together(parts=parts)
 
-
-def _of_answer(source: Any, answer: int) -> Any:
-    """The part of a source that has the same answers that belongs to one of them."""
-    several = isinstance(source, Encoded) and source.answers is not None and source.answers.side_by_side
-    return each_alone(source)[answer] if several else source
+def _read_side_by_side(vlm: "VLM", encoded: Encoded, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    """States as one pass over all the answers would have them, from passes over one each."""
+    first, *others = (read(vlm, one, sites).values for one in each_alone(encoded))
+    own = {site: [other[site][:, encoded.n_prompt :] for other in others] for site in sites if site.place == "llm"}
+    return {site: torch.cat([first[site], *own.get(site, ())], 1) for site in sites}
 
 
 def _side_by_side(runs: Sequence[Run]) -> Float[Tensor, "batch read vocab"]:

@@ -9,6 +9,7 @@ import torch
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import TooLargeError
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.answered import Given, with_answers
 from vlm_mech.interventions.plan import plan, prompts_of
 from vlm_mech.interventions.specification import Activations, Intervention, Replace, Source
 from vlm_mech.sweeps.branching import RESIDUAL, Branch, branch_of, outline
@@ -172,6 +173,8 @@ def forecast(
         TooLargeError: the budget is too small for one of them.
         UsageError: an intervention does not fit the model or the batch.
     """
+    given: Given = {}
+    interventions = [with_answers(vlm, encoded, each, given) for each in interventions]
     size, before = sizes(vlm, encoded), outline(vlm, encoded)
     own = {id(encoded), id(prompts_of(encoded))}
     encodings: dict[int, Encoded] = {id(each): each for each in (encoded, encoded.before) if each is not None}

@@ -4,14 +4,19 @@ Every adapter runs the method as a user would, on examples of the planted model,
 the words of `Claims`. None of them sees what was planted.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import Pairs
+from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.span import Span
 from vlm_mech.interventions.specification import Ablate, Intervention, Knockout, Replace, Source
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.attribution.study import attribute
@@ -21,6 +26,7 @@ from vlm_mech.methods.lens.logit_lens import lens
 from vlm_mech.organism.planted import Planted
 from vlm_mech.results import metrics
 from vlm_mech.results.claim import Claims, cells_of, counted, differences, layer_heads, layers, strengths
+from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.engine import Reference
 from vlm_mech.sweeps.measures import Measure, logit_diff
@@ -29,14 +35,40 @@ from vlm_mech.sweeps.sweep import Point, grid, sweep
 from vlm_mech.validate.probes import noisy_probes, probes
 from vlm_mech.validate.visual_flow import flow_map
 
-SPANS = ("image", "question", "last")
-EDGES = ("last<-image", "question<-image", "last<-question")
-WRITERS = ("last", "question")
-"""Where a head may write what it read."""
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+WHOLE_SAID = "last+answer"
+"""Where answers of two tokens are said: the prompt's last token foretells the first, this one the second."""
 
 Method = Callable[[Planted, Pairs], Claims]
 Edit = Callable[[Point, Source], Intervention]
 """What is done in a cell `place`, `layer`, `head`; the source are runs on the counterfactuals."""
+
+
+def said_at(planted: Planted) -> str:
+    """The tokens at which the answer is said: all that foretell a token of it, wherever the model reads the picture."""
+    return "last" if planted.recipe.answer == "word" else WHOLE_SAID
+
+
+def span_of(place: str) -> Span:
+    """The span of a place in the cells."""
+    return tuple(place.split("+")) if "+" in place else place
+
+
+def spans(said: str) -> tuple[str, str, str]:
+    """Where states are exchanged."""
+    return "image", "question", said
+
+
+def edges(said: str) -> tuple[str, str, str]:
+    """What is cut."""
+    return f"{said}<-image", "question<-image", f"{said}<-question"
+
+
+def writers(said: str) -> tuple[str, str]:
+    """Where a head may write what it read."""
+    return said, "question"
 
 
 # Layers
@@ -48,11 +80,11 @@ def layer_swap(planted: Planted, pairs: Pairs) -> Claims:
     A layer reads what is lost between a swap of the image before it and one after it, and writes what a swap of the
     last position gains; the question carries the answer where a swap of it turns the answer.
     """
-    n_layers = planted.vlm.n_layers("llm")
+    n_layers, said = planted.vlm.n_layers("llm"), said_at(planted)
     sites = [*swap_sites(planted.vlm, "llm", "resid_pre"), Site("llm.resid_post", n_layers - 1)]
     whole = _swapped(planted, pairs, sites)
     # Rows come site by site.
-    n_last = len(SPANS) * len(pairs)
+    n_last = len(spans(said)) * len(pairs)
     table, end = whole[:-n_last], whole[-n_last:].assign(layer=n_layers)
     cells = cells_of(Result("layer swap", table, ("place", "layer"), (LOGIT_DIFF,)))
     whole = pd.concat([table, end], ignore_index=True)
@@ -61,13 +93,14 @@ def layer_swap(planted: Planted, pairs: Pairs) -> Claims:
     found = counted(cells_of(steps), before)
     # Swaps lower the logit difference; above the layer that reads, one of the image does so less.
     reading = layers(found[(found["place"] == "image") & (found["effect"] > 0)])
-    writing = layers(found[(found["place"] == "last") & (found["effect"] < 0)])
+    writing = layers(found[(found["place"] == said) & (found["effect"] < 0)])
     carried = bool((counted(cells, before)["place"] == "question").any())
     return Claims(cells, reading, writing if carried else (), writing, route=_route(reading, carried))
 
 
 def _swapped(planted: Planted, pairs: Pairs, sites: Sequence[Site]) -> pd.DataFrame:
-    table, _ = swap_states(planted.vlm, pairs, sites, SPANS, directions=("noising",), only_correct=False)
+    how = {"directions": ("noising",), "only_correct": False}
+    table, _ = swap_states(planted.vlm, pairs, sites, spans(said_at(planted)), **how)
     return table.rename(columns={"span": "place"})
 
 
@@ -79,23 +112,28 @@ def _route(reading: Sequence[int], carried: bool) -> Literal["direct", "two-hop"
 
 def state_swap(point: Point, source: Source) -> Intervention:
     """The states of a span exchanged before one layer."""
-    return Replace(Site("llm.resid_pre", point.layer), point.place, source=source)
+    return Replace(Site("llm.resid_pre", point.layer), span_of(point.place), source=source)
 
 
-def knockout(planted: Planted, pairs: Pairs) -> Claims:
+def knockout(planted: Planted, pairs: Pairs, *, whole: bool = True) -> Claims:
     """Attention edges cut at single layers.
 
     What lowers the answer is needed for it; a cut of last<-question that lowers the prior answer shows suppression.
+
+    Args:
+        whole: off, of answers of two tokens the first alone is read, and where it is said alone cut.
     """
-    result = _sweep(planted, pairs, grid(place=EDGES, layer=planted.vlm.llm_layers), edge_cut)
+    said = said_at(planted) if whole else "last"
+    points = grid(place=edges(said), layer=planted.vlm.llm_layers)
+    result = _sweep(planted, pairs, points, edge_cut, whole=whole, prior=True)
     cells, before = cells_of(result, "logit_diff"), _baseline(result)
     lost = _lowered(counted(cells, before))
     prior = _lowered(counted(cells_of(result, "prior_diff"), before))
-    by_edge = {edge: layers(lost[lost["place"] == edge]) for edge in EDGES}
-    reading = tuple(sorted({*by_edge["last<-image"], *by_edge["question<-image"]}))
+    by_edge = {edge: layers(lost[lost["place"] == edge]) for edge in edges(said)}
+    reading = tuple(sorted({*by_edge[f"{said}<-image"], *by_edge["question<-image"]}))
     carried = bool(by_edge["question<-image"])
-    suppressing = layers(prior[prior["place"] == "last<-question"])
-    carrying = by_edge["last<-question"] if carried else ()
+    suppressing = layers(prior[prior["place"] == f"{said}<-question"])
+    carrying = by_edge[f"{said}<-question"] if carried else ()
     return Claims(cells, reading, carrying, suppressing=suppressing, route=_route(reading, carried))
 
 
@@ -103,28 +141,19 @@ def edge_cut(point: Point, source: Source | None = None) -> Intervention:
     """An edge cut at one layer, in one head if the point names one."""
     heads = (point.head,) if dict(point.axes).get("head", -1) >= 0 else None
     query, key = point.place.split("<-")
-    return Knockout(query, key, point.layer, heads=heads)
+    return Knockout(span_of(query), key, point.layer, heads=heads)
 
 
 def logit_lens(planted: Planted, pairs: Pairs) -> Claims:
-    """The unembedding applied to the last position; a layer writes the answer whose logit difference it raises.
+    """The unembedding applied where two answers part; a layer writes the answer whose logit difference it raises.
 
-    A layer that raises the prior answer above the picture's suppresses the latter.
+    That is at the last position, or behind the tokens that both begin with. A layer that raises the prior answer above
+    the picture's suppresses the latter.
     """
-    vlm, prior = planted.vlm, planted.priors(pairs)
-    words = sorted({*pairs.answer, *pairs.counterfactual_answer, *prior})
-    sites = [Site("llm.resid_pre", 0), *(Site("llm.resid_post", layer) for layer in vlm.llm_layers)]
-    looked = lens(vlm, pairs.base, sites, "last", words=words, batch_size=len(pairs))
-    tables: dict[str, list[pd.DataFrame]] = {"answer": [], "prior": []}
-    for number, pair in enumerate(pairs):
-        logit = {word: looked.logits[:, number, looked.word(word)].double().numpy() for word in words}
-        gap = {"answer": logit[pair.answer] - logit[pair.counterfactual_answer]}
-        gap["prior"] = logit[prior[number]] - logit[pair.answer]
-        for place, rows in tables.items():
-            at = {"example": pair.id, "place": place, "layer": range(len(sites)), "value": gap[place]}
-            rows.append(pd.DataFrame(at))
-    cells, priors = (cells_of(differences(pd.concat(rows))) for rows in tables.values())
-    answers = pd.concat(tables["answer"])
+    sites = [Site("llm.resid_pre", 0), *(Site("llm.resid_post", layer) for layer in planted.vlm.llm_layers)]
+    answers = _leads(planted.vlm, pairs, sites, "answer", pairs.answer, pairs.counterfactual_answer)
+    prior = _leads(planted.vlm, pairs, sites, "prior", planted.priors(pairs), pairs.answer)
+    cells, priors = (cells_of(differences(each)) for each in (answers, prior))
     before = answers[answers["layer"] == len(sites) - 1]["value"].mean()
     writing, suppressing = (counted(each, before) for each in (cells, priors))
     return Claims(
@@ -134,47 +163,78 @@ def logit_lens(planted: Planted, pairs: Pairs) -> Claims:
     )
 
 
+def _leads(
+    vlm: "VLM", pairs: Pairs, sites: Sequence[Site], place: str, answers: Sequence[str], others: Sequence[str]
+) -> pd.DataFrame:
+    """By how much an answer leads another in the lens, at the token where the two part; by example and layer."""
+    written = [(one.split(), other.split()) for one, other in zip(answers, others, strict=True)]
+    # The same answer twice has a lead of 0 at every token.
+    common = [
+        next((n for n, (word, rival) in enumerate(zip(*both, strict=True)) if word != rival), 0) for both in written
+    ]
+    words = [(one[n], other[n]) for (one, other), n in zip(written, common, strict=True)]
+    begun = [
+        dataclasses.replace(prompt, prefix=" ".join(one[:n])) if n else prompt
+        for prompt, (one, _), n in zip(pairs.base, written, common, strict=True)
+    ]
+    told = sorted({word for both in words for word in both})
+    looked = lens(vlm, begun, sites, "last", words=told, batch_size=len(pairs))
+    tables = []
+    for number, (pair, both) in enumerate(zip(pairs, words, strict=True)):
+        one, other = (looked.logits[:, number, looked.word(word)].double().numpy() for word in both)
+        at = {"example": pair.id, "place": place, "layer": range(len(sites))}
+        tables.append(pd.DataFrame(at | {"value": one - other}))
+    return pd.concat(tables)
+
+
 # Heads
 
 
 def head_knockout(planted: Planted, pairs: Pairs) -> Claims:
     """Attention edges cut in single heads; heads without which the answer is lower are needed for it."""
-    result = _sweep(planted, pairs, _head_points(planted, EDGES), edge_cut)
+    result = _sweep(planted, pairs, _head_points(planted, edges(said_at(planted))), edge_cut)
     return _of_heads(cells_of(result), _baseline(result))
 
 
-def head_interchange(planted: Planted, pairs: Pairs) -> Claims:
-    """Outputs of single heads exchanged with the counterfactual's; those with which the answer is lower matter."""
-    result = _sweep(planted, pairs, _head_points(planted, WRITERS), head_swap)
+def head_interchange(planted: Planted, pairs: Pairs, *, whole: bool = True) -> Claims:
+    """Outputs of single heads exchanged with the counterfactual's; those with which the answer is lower matter.
+
+    Args:
+        whole: as for `knockout`.
+    """
+    said = said_at(planted) if whole else "last"
+    result = _sweep(planted, pairs, _head_points(planted, writers(said)), head_swap, whole=whole)
     return _of_heads(cells_of(result), _baseline(result))
 
 
 def head_swap(point: Point, source: Source) -> Intervention:
     """The output of one head exchanged."""
-    return Replace(Site("llm.head_out", point.layer), point.place, heads=(point.head,), source=source)
+    return Replace(Site("llm.head_out", point.layer), span_of(point.place), heads=(point.head,), source=source)
 
 
 def zero_ablation(planted: Planted, pairs: Pairs) -> Claims:
     """Outputs of single heads set to zero; heads without which the answer is lower are needed for it."""
-    result = _sweep(planted, pairs, _head_points(planted, WRITERS), head_zero)
+    result = _sweep(planted, pairs, _head_points(planted, writers(said_at(planted))), head_zero)
     return _of_heads(cells_of(result), _baseline(result))
 
 
 def head_zero(point: Point, source: Source | None = None) -> Intervention:
     """The output of one head set to zero."""
-    return Ablate(Site("llm.head_out", point.layer), point.place, heads=(point.head,))
+    return Ablate(Site("llm.head_out", point.layer), span_of(point.place), heads=(point.head,))
 
 
 def attribution(planted: Planted, pairs: Pairs) -> Claims:
     """Effects of head interchanges as the gradient estimates them; the re-check is not used."""
     vlm, measure = planted.vlm, logit_diff(pairs.answer, pairs.counterfactual_answer)
+    places = {str(span_of(place)): place for place in writers(said_at(planted))}
     found = attribute(
-        vlm, pairs, _head_sites(planted), WRITERS, measure, heads=True, directions=("noising",),
-        top_k=1, n_random=1, engine="trace", batch=len(pairs),
+        vlm, pairs, _head_sites(planted), tuple(map(span_of, places.values())), measure, heads=True,
+        directions=("noising",), top_k=1, n_random=1, engine="trace", batch=len(pairs),
     )  # fmt: skip
     asked = readings_of(vlm, vlm.encode(pairs.base), [measure])
     before = asked.values(Reference(vlm, asked.encoded).reads)[0].mean().item()
-    return _of_heads(cells_of(found.screen, "estimate", place="span"), before)
+    cells = cells_of(found.screen, "estimate", place="span")
+    return _of_heads(cells.assign(place=cells["place"].map(places)), before)
 
 
 METHODS: dict[str, Method] = {
@@ -189,6 +249,11 @@ METHODS: dict[str, Method] = {
     "probe, 1 % noise": noisy_probes,
     "visual flow": flow_map,
 }
+CONTROLS: dict[str, Method] = {
+    "knockout, next token": partial(knockout, whole=False),
+    "head interchange, next token": partial(head_interchange, whole=False),
+}
+"""What is found in models with answers of two tokens by those who read the next token alone."""
 EDITS: dict[str, Edit] = {
     "layer swap": state_swap,
     "knockout": edge_cut,
@@ -228,14 +293,38 @@ def _of_heads(cells: pd.DataFrame, before: float) -> Claims:
     )
 
 
-def _sweep(planted: Planted, pairs: Pairs, points: Sequence[Point], edit: Edit) -> Result:
-    """Every point, with the logit difference of the two answers, and of the prior one and the picture's."""
-    vlm = planted.vlm
-    metric = Metric("prior_diff", "logits", "logit of the prior answer less that of the picture's", signed=True)
-    measures = (
-        logit_diff(pairs.answer, pairs.counterfactual_answer),
-        # Where the picture shows what is usual there is no difference to lose.
-        Measure(metric, partial(metrics.logit_diff, apart=False), (planted.priors(pairs), pairs.answer), apart=False),
-    )
-    donor = read(vlm, vlm.encode(pairs.counterfactual), _head_sites(planted)) if edit is head_swap else ()
+def _sweep(
+    planted: Planted, pairs: Pairs, points: Sequence[Point], edit: Edit, *, whole: bool = True, prior: bool = False
+) -> Result:
+    """Every point, with the logit difference of the two answers where they part.
+
+    Args:
+        whole: off, the difference of their first tokens.
+        prior: whether that of the prior answer and the picture's is measured too.
+    """
+    vlm, both = planted.vlm, (pairs.answer, pairs.counterfactual_answer)
+    measures = [logit_diff(*both) if whole else _of_first(logit_diff(*both).metric, both)]
+    if prior:
+        metric = Metric("prior_diff", "logits", "logit of the prior answer less that of the picture's", signed=True)
+        answers = (planted.priors(pairs), pairs.answer)
+        one = said_at(planted) == "last" or not whole
+        measures.append(_of_first(metric, answers) if one else Measure(metric, _parted, answers, at="whole"))
+    donor = read(vlm, counterfactuals(vlm, pairs), _head_sites(planted)) if edit is head_swap else ()
     return sweep(vlm, pairs, points, lambda point: edit(point, donor), measures, batch=len(pairs))
+
+
+def _of_first(metric: Metric, answers: tuple[Sequence[str], Sequence[str]]) -> Measure:
+    """The logit difference of first tokens; where they are the same there is no difference to lose."""
+    return Measure(metric, partial(metrics.logit_diff, apart=False), answers, apart=False)
+
+
+def _parted(one: AnswerLogits, other: AnswerLogits) -> Tensor:
+    """The logit difference at the first token where two answers part, 0 where they are the same."""
+    rows, at = torch.arange(len(one.ids)), (one.ids != other.ids).int().argmax(1)
+    return metrics.logit_diff(one.logits[rows, at], one.ids[rows, at], other.ids[rows, at], apart=False)
+
+
+def counterfactuals(vlm: "VLM", pairs: Pairs) -> Encoded:
+    """The other pictures' prompts, followed by what the two answers of each pair begin with, as `logit_diff` reads."""
+    measure = logit_diff(pairs.answer, pairs.counterfactual_answer)
+    return readings_of(vlm, vlm.encode(pairs.counterfactual), [measure]).encoded

@@ -18,8 +18,8 @@ import torch
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.organism.planted import examples, plant
-from vlm_mech.organism.planted_recipe import COLOURS, Recipe, draw
-from vlm_mech.validate.adapters import METHODS
+from vlm_mech.organism.planted_recipe import ANSWERS, Answer, Recipe, draw
+from vlm_mech.validate.adapters import CONTROLS, METHODS
 from vlm_mech.validate.grading import GRADES, NULLS, SHARP, grade
 from vlm_mech.validate.true_effects import true_cells
 
@@ -28,6 +28,7 @@ N_ACCURACY = 64
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
 """Environment of the workers: the C library keeps freed memory for the next array, which saves a tenth of the time."""
 SETS = ("plain", *NULLS, "hard", "backup")
+KNOWN = METHODS | CONTROLS
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Job:
 
     `kind` is one of `SETS`. In a matched null the mean of an effect is zero up to the noise in the weights. With random
     answers, both drawn without regard to the pictures, it is exactly zero, and exchanging the two turns an effect's
-    sign: the null of the sign-flip test is true.
+    sign: the null of the sign-flip test is true. `answer` is how the model's answers are written (see `Recipe`).
     """
 
     kind: str
@@ -45,9 +46,11 @@ class Job:
     n_examples: int = 32
     n_population: int = 512
     seed: int = 0
+    answer: Answer = "word"
 
     def __post_init__(self) -> None:
-        for name, given, known in (("set", (self.kind,), SETS), ("method", self.methods, tuple(METHODS))):
+        asked = (("set", (self.kind,), SETS), ("method", self.methods, tuple(KNOWN)))
+        for name, given, known in (*asked, ("answer", (self.answer,), ANSWERS)):
             for each in given:
                 if each not in known:
                     raise UsageError(f"{name} {each!r} is not known; one of {', '.join(known)} is")
@@ -68,14 +71,15 @@ def examine(job: Job) -> tuple[pd.DataFrame, dict[str, Any]]:
     torch.set_num_threads(1)
     began = time.perf_counter()
     # They are all of one architecture, which the check of any one of them is about.
-    planted = plant(draw(job.recipe, "null" if job.kind in NULLS else job.kind), check=False, n=N_ACCURACY)
+    recipe = draw(job.recipe, "null" if job.kind in NULLS else job.kind, answer=job.answer)
+    planted = plant(recipe, check=False, n=N_ACCURACY)
     pairs = shown(job, planted.recipe)
     true = None if job.kind in NULLS else true_cells(planted, job.methods, n=job.n_population)
     sizes = {"n_layers": planted.vlm.n_layers("llm"), "n_heads": planted.vlm.n_heads("llm")}
     rows = []
     for method in job.methods:
         known = None if true is None else true[true["method"] == method].drop(columns="method")
-        scores = grade(METHODS[method](planted, pairs), planted.truth, job.kind, true=known, **sizes)
+        scores = grade(KNOWN[method](planted, pairs), planted.truth, job.kind, true=known, **sizes)
         for name, score in scores.items():
             about = {"score": score.value, "score_baseline": score.chance, "hits": score.hits, "of": score.n}
             rows.append({"example": str(job.recipe), "set": job.kind, "grade": name, "method": method} | about)
@@ -87,15 +91,15 @@ def shown(job: Job, recipe: Recipe) -> Pairs:
     """The examples that the methods see: other ones in every planting, so that plantings are independent."""
     seed = f"{job.seed}/{job.key}"
     pairs = examples(recipe, job.n_examples, seed=seed)
-    return random_answers(pairs, seed) if job.kind == SHARP else pairs
+    return random_answers(pairs, seed, recipe.answers) if job.kind == SHARP else pairs
 
 
-def random_answers(pairs: Pairs, seed: int | str) -> Pairs:
-    """The same pictures, with two answers drawn for each pair that have nothing to do with them."""
+def random_answers(pairs: Pairs, seed: int | str, answers: Sequence[str]) -> Pairs:
+    """The same pictures, with two of some answers drawn for each pair that have nothing to do with them."""
     rng = random.Random(f"answers/{seed}")
     drawn = []
     for pair in pairs:
-        answer, other = rng.sample(COLOURS, 2)
+        answer, other = rng.sample(answers, 2)
         drawn.append(dataclasses.replace(pair, answer=answer, counterfactual_answer=other))
     return dataclasses.replace(pairs, pairs=tuple(drawn))
 
@@ -136,7 +140,7 @@ def completed(table: pd.DataFrame) -> pd.DataFrame:
     Cells that apply to no planting are not in it.
     """
     cells = table[["set", "grade", "method"]].drop_duplicates()
-    order = {name: number for number, name in enumerate((*SETS, *GRADES, *METHODS))}
+    order = {name: number for number, name in enumerate((*SETS, *GRADES, *KNOWN))}
     cells = cells.sort_values(["set", "grade", "method"], key=lambda column: column.map(order))
     examples = sorted(set(table["example"]), key=int)
     whole = [(example, *cell) for example, cell in itertools.product(examples, cells.itertuples(index=False))]

@@ -93,13 +93,17 @@ def _readable(cells: pd.DataFrame, baseline: float) -> dict[str, tuple[int, ...]
 
 
 def mean_states(planted: Planted, prompts: list) -> Features:
-    """Mean states of the spans before and after every block."""
-    vlm, found = planted.vlm, {}
+    """Mean states of the spans before and after every block.
+
+    `last` is where answers part: where all of them begin alike, the token they begin with.
+    """
+    vlm, found, answers = planted.vlm, {}, planted.recipe.answers
     sites = [Site("llm.resid_pre", 0), *(Site("llm.resid_post", layer) for layer in vlm.llm_layers)]
-    encoded = vlm.encode(prompts)
+    alike = len({answer.split()[0] for answer in answers}) == 1
+    encoded = vlm.encode(prompts, [answers[0]] * len(prompts) if alike else None)
     held = read(vlm, encoded, sites)
     for span in SPANS:
-        cells = encoded.cells(span)
+        cells = encoded.cells("answer" if alike and span == "last" else span)
         for site in sites:
             parts = held[site][cells.rows, cells.positions].split(list(cells.counts))
             found[Spot(site, span)] = torch.stack([part.mean(0) for part in parts])

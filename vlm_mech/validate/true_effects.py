@@ -1,6 +1,7 @@
 """True effects at the cells where something is planted, from many fresh examples."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,21 +12,27 @@ from vlm_mech.interventions.specification import Replace
 from vlm_mech.interventions.trace import read
 from vlm_mech.organism.planted import Planted, examples
 from vlm_mech.organism.planted_recipe import Truth
-from vlm_mech.results import metrics
 from vlm_mech.results.claim import WHOLE
 from vlm_mech.sweeps.engine import engine_of
+from vlm_mech.sweeps.measures import logit_diff
+from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.sweep import Point
-from vlm_mech.validate.adapters import EDITS, Edit
+from vlm_mech.validate.adapters import EDITS, Edit, counterfactuals, said_at
 
 
-def planted_points(truth: Truth, method: str, n_layers: int) -> tuple[Point, ...]:
-    """The cells of a method at which a planted head acts; empty for a method that edits nothing."""
+def planted_points(truth: Truth, method: str, n_layers: int, said: str = "last") -> tuple[Point, ...]:
+    """The cells of a method at which a planted head acts; empty for a method that edits nothing.
+
+    Args:
+        said: the place of the tokens at which the answer is said (see `adapters.said_at`).
+    """
     if method not in EDITS:
         return ()
-    edges = truth.of("read", "carry")
+    at = {"question": "question", "last": said, "answer": said}
+    edges = [replace(edge, query=at[edge.query]) for edge in truth.of("read", "carry")]
     if method == "layer swap":
         found = [(edge.key, edge.layer, WHOLE) for edge in edges]
-        found += [("last", edge.layer + 1, WHOLE) for edge in edges if edge.query == "last"]
+        found += [(said, edge.layer + 1, WHOLE) for edge in edges if edge.query == said]
     elif method == "knockout":
         found = [(f"{edge.query}<-{edge.key}", edge.layer, WHOLE) for edge in edges]
     elif method == "head knockout":
@@ -48,19 +55,19 @@ def population(
     sites = sorted({site for part in parts if isinstance(part, Replace) for site in part.sites}, key=str)
     for first in range(0, n, batch):
         some = pairs[first : first + batch]
-        runner = engine_of(vlm, vlm.encode(some.base), "fast")
-        donor = read(vlm, vlm.encode(some.counterfactual), sites)
-        logits, _ = runner.answers([edit(point, donor) for edit, point in cells])
-        ids = [vlm.answer_ids(runner.encoded, each) for each in (some.answer, some.counterfactual_answer)]
-        before = metrics.logit_diff(runner.baseline, *ids)
-        changes.append(torch.stack([metrics.logit_diff(each, *ids) - before for each in logits]))
+        asked = readings_of(vlm, vlm.encode(some.base), [logit_diff(some.answer, some.counterfactual_answer)])
+        runner = engine_of(vlm, asked.encoded, "fast")
+        donor = read(vlm, counterfactuals(vlm, some), sites)
+        edits = [edit(point, donor) for edit, point in cells]
+        after, _ = runner.answers(edits, keep=lambda _, logits, asked=asked: asked.value(0, logits))
+        changes.append(after - asked.value(0, runner.reads))
     return torch.cat(changes, dim=1).double().mean(dim=1).numpy()
 
 
 def true_cells(planted: Planted, methods: Sequence[str], *, n: int) -> pd.DataFrame:
     """Rows with `method`, `place`, `layer`, `head` and the `true` effect, for every planted cell of some methods."""
-    n_layers = planted.vlm.n_layers("llm")
-    named = [(method, point) for method in methods for point in planted_points(planted.truth, method, n_layers)]
+    about = planted.vlm.n_layers("llm"), said_at(planted)
+    named = [(method, point) for method in methods for point in planted_points(planted.truth, method, *about)]
     if not named:
         return pd.DataFrame(columns=["method", "place", "layer", "head", "true"])
     # Two methods that do the same are measured once.

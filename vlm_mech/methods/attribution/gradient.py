@@ -42,10 +42,7 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """A batch of prompts in forward passes: one, or one for each answer that follows them.
-
-    `encoded` are the prompts alone.
-    """
+    """A batch of prompts, with the answers that follow, in forward passes: one, or one for each answer."""
 
     encoded: Encoded
     texts: list[Text]
@@ -59,22 +56,31 @@ class Pass:
 
     @property
     def held(self) -> dict[Site, Tensor]:
-        """The states of the prompts, outside the graph."""
-        return {site: self._of_prompts(site, states).detach() for site, states in self.texts[0].states.items()}
+        """The states outside the graph, as one pass over all the answers would have them."""
+        sites = list(self.texts[0].states)
+        return {site: self._joined(site, [text.states[site].detach() for text in self.texts]) for site in sites}
 
     def gradient(self, total: Float[Tensor, ""]) -> dict[Site, Tensor]:
-        """Gradient of a number made of `reads` at the states of the prompts, which all passes share; 0 where none."""
-        found: dict[Site, Tensor] = {}
+        """Gradient of a number made of `reads` at the states; 0 where none flows.
+
+        All passes share the prompts, at whose states it is the sum; tokens of an answer are in one alone.
+        """
+        found: dict[Site, list[Tensor]] = {}
         for number, text in enumerate(self.texts):
             more = number + 1 < len(self.texts)
             slopes = torch.autograd.grad(total, list(text.states.values()), allow_unused=True, retain_graph=more)
             for (site, states), slope in zip(text.states.items(), slopes, strict=True):
-                own = self._of_prompts(site, torch.zeros_like(states) if slope is None else slope)
-                found[site] = own + found[site] if site in found else own
-        return found
+                found.setdefault(site, []).append(torch.zeros_like(states) if slope is None else slope)
+        return {site: self._joined(site, slopes, add=True) for site, slopes in found.items()}
 
-    def _of_prompts(self, site: Site, states: Tensor) -> Tensor:
-        return states[:, : self.encoded.n_prompt] if site.stream == "llm" else states
+    def _joined(self, site: Site, each: Sequence[Tensor], *, add: bool = False) -> Tensor:
+        """One tensor of one a pass: the prompts' part of the first, or their sum, and the answers' parts after it."""
+        if site.stream != "llm":
+            return sum(each[1:], each[0]) if add else each[0]
+        n_prompt = self.encoded.n_prompt
+        prompts = [states[:, :n_prompt] for states in each]
+        shared = sum(prompts[1:], prompts[0]) if add else prompts[0]
+        return torch.cat([shared, *(states[:, n_prompt:] for states in each)], 1)
 
 
 def forward(
@@ -93,7 +99,7 @@ def forward(
     alone = each_alone(encoded)
     starts = [None] * len(alone) if start is None else start
     texts = [_text(vlm, one, sites, track=track, start=own) for one, own in zip(alone, starts, strict=True)]
-    return Pass(encoded.before or encoded, texts)
+    return Pass(encoded, texts)
 
 
 def _text(vlm: "VLM", encoded: Encoded, sites: Sequence[Site], *, track: bool, start: list[Tensor] | None) -> Text:

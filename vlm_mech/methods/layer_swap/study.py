@@ -14,7 +14,7 @@ import torch
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.span import Span
 from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.results import metrics
@@ -87,8 +87,8 @@ def swap_states(
     NaN, with the reason in `skipped`.
 
     Args:
-        spans: names, several together joined by +; `answer` are the tokens of the answer that are given, swapped with
-            those of the run that has the same answer after it.
+        spans: several joined by + are swapped together, as in `last+answer`; of the span `answer`, which are an
+            answer's tokens after the prompt, states are taken from a run with the same answer after it.
         measure: how the two answers of a pair are compared (see `measures.comparison`).
         part: cells in which answers are generated too: the columns `text` and `says` (own, other or neither) of these
             rows, and `text_baseline` and `says_baseline` of the run that is patched.
@@ -144,7 +144,7 @@ def plan_swap(
 
     def of(rows: slice) -> SweepPlan:
         patched, donor = (each.encoded for each in _read(vlm, pairs[rows], measure))
-        edits = [_edit(site, span, donor) for site in sites for span in spans]
+        edits = [Replace(site, _span(span), source=donor.before or donor) for site in sites for span in spans]
         one = forecast(vlm, patched, edits, budget=budget, keeps_logits=False)
         # Both directions share their two unedited passes.
         passes = 2 / one.forwards * one.flops
@@ -153,6 +153,11 @@ def plan_swap(
         return dataclasses.replace(one, n_cells=one.n_cells * len(directions), flops=flops, forwards=forwards)
 
     return in_halves(slice(0, min(batch, len(pairs))), of)[0].over(len(pairs))
+
+
+def _span(names: str) -> Span:
+    """The span that the names stand for."""
+    return tuple(names.split("+")) if "+" in names else names
 
 
 def _read(vlm: "VLM", pairs: Pairs, name: Comparison) -> list[Readings]:
@@ -190,14 +195,14 @@ def _swapped(
         patched, donor = sides if direction == "noising" else sides[::-1]
         patched.lend(donor)
         cells = [(site, span) for site in sites for span in spans]
-        edits = [_edit(site, span, donor.encoded) for site, span in cells]
+        edits = [Replace(site, _span(span), source=donor.encoded.before or donor.encoded) for site, span in cells]
         # Both sides have the same answers after them.
         before, target = (read[own].value(own, each.reads) for each in (patched, donor))
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
-        for (site, span), after, proof in zip(cells, kept, proofs, strict=True):
+        for (site, span), edit, after, proof in zip(cells, edits, kept, proofs, strict=True):
             table = _scored(before, target, after, usable, measure)
             if len(tables) in drawn and part is not None:
-                table = table.join(_generated(vlm, pairs, direction, _edit(site, span, donor.encoded), part))
+                table = table.join(_generated(vlm, pairs, direction, edit, part))
             place: dict[str, Any] = {"point": site.point} if site.layer is None else {"layer": site.layer}
             place |= {f"{measure}{ending}": told for ending, told in read[own].each[own].places.items()}
             tables.append(table.assign(span=span, **place, example=[pair.id for pair in pairs], direction=direction))
@@ -206,14 +211,6 @@ def _swapped(
     table = pd.concat(tables, ignore_index=True)
     table = without_trivial_places(table, [measure])
     return table.assign(group=table["example"].map(groups)), receipts
-
-
-def _edit(site: Site, span: str, donor: Encoded) -> Replace:
-    """A span's states from a run that has the same answers after it; those of prompts do not depend on them."""
-    parts = tuple(span.split("+"))
-    return Replace(
-        site, parts if len(parts) > 1 else span, source=donor if "answer" in parts else donor.before or donor
-    )
 
 
 def _generated(vlm: "VLM", pairs: Pairs, direction: str, edit: Replace, part: GeneratedPart) -> pd.DataFrame:
