@@ -20,6 +20,12 @@ def rows_of(
     rendered: Sequence[tuple[str, tuple[int, int]]],
     sizes: Sequence[Sequence[tuple[int, int]]],
 ) -> tuple[Row, ...]:
+    """The rows of a batch with their images.
+
+    Args:
+        rendered: each prompt's text, and where in it the question stands.
+        sizes: width and height of each prompt's pictures.
+    """
     drafts = _drafts(vlm, processed, rendered)
     layouts = iter(layouts_of(vlm, processed, [pictures for _, pictures in drafts]))
     rows = []

@@ -1,7 +1,7 @@
-"""States of an answer's tokens taken from another run: the source's prompts are followed by the same answers.
+"""What edits of an answer's tokens mean: states for them come from a source that is followed by the same answers.
 
 A source given as prompts has no answers. Where an edit takes states at the span `answer`, both runs are given the same
-tokens (teacher forcing), so that they differ in their prompts alone.
+tokens (teacher forcing), so that they differ in their prompts alone. Where answers are generated, these are the answer.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.interventions.passes import Batch
 from vlm_mech.interventions.specification import Activations, Intervention, Replace, Source, Together
 
+GENERATED = "generated"
+"""The span of generated tokens."""
 Given = dict[int, tuple[Source, Encoded]]
 """For each source by its identity, itself and its prompts with the answers after them."""
 
@@ -56,3 +58,17 @@ def _after(vlm: Any, source: Source, answers: Answers, known: Given) -> Source:
         prompts = source if isinstance(source, Encoded) else vlm.encode(list(source))
         known[id(source)] = (source, followed(prompts, answers.ids))
     return known[id(source)][1]
+
+
+def of_generated(part: Intervention) -> Intervention:
+    """The part with `answer` taken for what is generated, which is the answer there."""
+    names = [name for name in ("span", "query", "key") if hasattr(part, name)]
+    return dataclasses.replace(part, **{name: _generated_in(getattr(part, name)) for name in names})
+
+
+def _generated_in(span: Span) -> Span:
+    if isinstance(span, Each):
+        return Each(tuple(_generated_in(part) for part in span.spans))
+    if isinstance(span, tuple):
+        return tuple(_generated_in(part) for part in span)
+    return GENERATED if span == "answer" else span

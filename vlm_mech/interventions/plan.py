@@ -3,7 +3,6 @@
 Everything that can be wrong with an intervention is found here, before the model runs.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Cells, Each, Span, in_order, whole_images
-from vlm_mech.interventions.answered import with_answers
+from vlm_mech.interventions.answered import GENERATED, of_generated, with_answers
 from vlm_mech.interventions.passes import Batch, Window
 from vlm_mech.interventions.specification import (
     Ablate,
@@ -33,7 +32,6 @@ from vlm_mech.interventions.specification import (
     as_intervention,
 )
 
-GENERATED = "generated"
 ReadStates = Callable[[Batch, tuple[Site, ...]], Activations]
 
 
@@ -170,7 +168,7 @@ def plan(
     given = None if intervention is None else with_answers(vlm, encoded, as_intervention(intervention))
     for part in () if given is None else given.flat():
         if generating:
-            part = _of_generated(part)
+            part = of_generated(part)
         if isinstance(part, Knockout):
             for cut in _cuts(vlm, encoded, part):
                 made.cuts.setdefault((cut.stream, cut.layer), []).append(cut)
@@ -189,20 +187,6 @@ def prompts_of(encoded: Batch) -> Batch:
     """The batch without the answers that follow it: what is averaged over, or drawn from, unless told otherwise."""
     before = encoded.before if isinstance(encoded, Encoded) else None
     return encoded if before is None else before
-
-
-def _of_generated(part: Intervention) -> Intervention:
-    """The part with `answer` taken for what is generated, which is the answer there."""
-    names = [name for name in ("span", "query", "key") if hasattr(part, name)]
-    return dataclasses.replace(part, **{name: _generated_in(getattr(part, name)) for name in names})
-
-
-def _generated_in(span: Span) -> Span:
-    if isinstance(span, Each):
-        return Each(tuple(_generated_in(part) for part in span.spans))
-    if isinstance(span, tuple):
-        return tuple(_generated_in(part) for part in span)
-    return GENERATED if span == "answer" else span
 
 
 def _split_generated(span: Span) -> tuple[Span | None, bool]:

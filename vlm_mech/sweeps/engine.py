@@ -305,6 +305,7 @@ class _Kept:
     found: Tensor | None = None
 
     def take(self, number: int, logits: Float[Tensor, "batch read vocab"]) -> None:
+        """Keeps what is kept of an intervention's logits."""
         made = self.keep(number, logits)
         if self.found is None:
             self.found = made.new_empty(self.n, *made.shape)
