@@ -96,7 +96,7 @@ def test_what_is_no_prompt_is_told_in_one_line(vlm, call):
         ({"question": "what?", "image": picture(1)}, needed + "a dict"),
         (None, needed + "a NoneType"),
         (picture(1), needed + "a Image"),
-        (pairs.pairs[0], needed + "a Pair"),
+        (pairs.pairs[0], r"not a Pair: give its \.base, or its \.counterfactual"),
         (pairs, r"not a Pairs: give its \.base, or its \.counterfactual"),
         (("what is this?", picture(1)), r"number 0 of the prompts is a str; Prompt\(question, image\) is needed"),
         ([Prompt("what?", picture(1)), "what?"], "number 1 of the prompts is a str"),

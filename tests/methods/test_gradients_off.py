@@ -22,6 +22,7 @@ from vlm_mech.methods.probing.training import Split
 from vlm_mech.methods.probing.training import train as train_probes
 from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.sweeps.measures import logit_diff
+from vlm_mech.sweeps.readings import readings_of
 
 SITE = Site("llm.resid_post", 1)
 
@@ -31,7 +32,7 @@ def of_gradient(_):
     encoded, measure = vlm.encode(batch()), logit_diff(["red", "red"], ["blue", "blue"])
     with frozen(vlm.model):
         made = forward(vlm, encoded, [SITE], track=True)
-        return list(gradient(made, measure, [vlm.answer_ids(encoded, each) for each in measure.answers]).values())
+        return list(gradient(made, readings_of(vlm, encoded, [measure])).values())
 
 
 def of_tuned_lens(_):
@@ -56,7 +57,9 @@ def of_probes(_):
 def of_class_names(_):
     vlm = fresh()
     examples = [Labelled(f"e{number}", picture(number), ("red", "blue")[number % 2]) for number in range(4)]
-    tune(vlm, examples, examples, "what is there?", Tuning("projector", n_steps=2, batch=2))
+    tune(
+        vlm, examples, examples, lambda image: Prompt("what is there?", image), Tuning("projector", n_steps=2, batch=2)
+    )
     return [weight for name, weight in vlm.model.named_parameters() if name.startswith(vlm.family.projector)]
 
 

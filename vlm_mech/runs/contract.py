@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm_mech.errors import UsageError, WorkError, one_line_errors
-from vlm_mech.runs.answers import about_answers, told
 from vlm_mech.runs.command_line import HOW, parse
 from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
@@ -135,6 +134,8 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
 
     Where the checkpoint ships settings of generation that no answer was generated with, these are named.
     """
+    from vlm_mech.runs.answers import about_answers
+
     # Contrastive models generate nothing.
     aside = getattr(vlm, "settings_set_aside", {})
     return {
@@ -154,6 +155,8 @@ def remarks(provenance: dict[str, Any]) -> tuple[str, ...]:
 
 def spelt(provenance: dict[str, Any]) -> tuple[str, ...]:
     """In which spelling answers were compared, where the model had several to choose from, and their tokens."""
+    from vlm_mech.runs.answers import told
+
     return told(provenance.get("answers", {}))
 
 

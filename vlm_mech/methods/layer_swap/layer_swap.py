@@ -59,8 +59,8 @@ def layer_swap(
         only_correct: leave out pairs that the model answers wrongly on either image.
         measure: how the two answers of a pair are compared: `logit_diff` at the first token where they part,
             `logprob_diff` as a whole, `logprob_diff_per_token` by the means over their tokens.
-        variants: spellings of the answers: `likeliest` takes the one that the model finds most probable on some of the
-            pairs, `the` also tries "the", `max` counts the likeliest each time, `as-written` tries none.
+        variants: spellings of the answers: "likeliest" takes the one that the model finds most probable on some of the
+            pairs, "the" also tries that word before, "max" counts the likeliest each time, "as-written" tries none.
         batch: pairs a forward pass.
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
         memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.

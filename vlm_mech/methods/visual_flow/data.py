@@ -58,13 +58,14 @@ def cases_of(pairs: Pairs) -> Cases:
 def against(name: Comparison, answer: Sequence[str], rival: Sequence[str]) -> Measure:
     """The comparison of that name of an answer with its rival, 0 where the rival is the answer itself.
 
-    Planted models have such rivals; pairs of a user do not (`data.pairs.fitting`).
+    Planted models have such rivals; pairs of a user do not (`data.fitting`).
     """
     found = comparison(name, answer, rival)
     if len(found.answers) > 2:
         return found
     of = _where_they_part if found.at == "parting" else found.of
-    return dataclasses.replace(found, of=lambda *both: of(*both).where(~_alike(*both), 0.0), at="whole")
+    either = {"at": "whole", "parts": False}
+    return dataclasses.replace(found, of=lambda *both: of(*both).where(~_alike(*both), 0.0), **either)
 
 
 def _alike(answer: AnswerLogits, rival: AnswerLogits) -> Bool[Tensor, "batch"]:
