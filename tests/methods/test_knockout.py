@@ -551,3 +551,12 @@ def test_edges_of_the_answer_that_cannot_be_are_one_line():
     edge = table[table["cut"] == EDGE]
     # Answers of one token are foretold by the prompt alone, so that nothing can be cut.
     assert edge["prob"].isna().all() and set(table["skipped"]) == {NOTHING_GIVEN}
+
+
+def test_a_control_has_as_many_edges_as_the_answer_loses():
+    visible = np.tril(np.ones((12, 12), dtype=bool))
+    ends = Ends((11,), (1, 2, 3), answer=True)
+    for n_answer in (0, 2, 5):
+        parts = control_of(ends, visible, np.random.default_rng(n_answer), n_answer=n_answer)
+        cut = {(query, key) for part in parts for query in part.query for key in part.key if key < query}
+        assert len(cut) == 3 * (1 + n_answer) and all(query != 11 for query, _ in cut)

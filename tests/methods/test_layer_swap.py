@@ -207,3 +207,15 @@ def test_what_is_generated_under_a_swap_is_read_and_told_beside_the_logits():
     assert f"{100 * agrees:.0f} % name what logit_diff prefers" in edited
     shuffled = agreement(table.assign(says=table["says"].map({"own": "other", "other": "own", "neither": "neither"})))
     assert shuffled.summary("agrees").set_index("run").loc["edited", "mean"] == pytest.approx(1 - agrees, abs=0.02)
+
+
+def test_answers_are_generated_in_as_many_cells_as_asked_for_where_they_can_be():
+    vlm = VLM.load("organism-phrases")
+    pairs, sites = fitting(vlm, load_pairs("scenes/phrases", n=4)), swap_sites(vlm, "llm", "resid_post")
+    part = GeneratedPart(n_cells=7, max_new_tokens=2)
+    table, _ = swap_states(vlm, pairs, sites, ("image", "last+answer"), directions=("noising",), part=part)
+    chosen = table[table["says"].notna()]
+    # Of the answer's own tokens there are no states to put at what is generated.
+    assert set(chosen["span"]) == {"image"} and chosen["layer"].nunique() == len(sites) == 6
+    with pytest.raises(UsageError, match="answers can be generated in no cell"):
+        swap_states(vlm, pairs, sites, ("last+answer",), part=part)

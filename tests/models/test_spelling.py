@@ -183,3 +183,10 @@ def test_with_all_variants_the_likeliest_counts():
     assert chance.tolist() == pytest.approx(reads[:, 0].softmax(-1)[:, ids("\u2581Left")].tolist())
     (line, *_) = spelt(about("?", vlm, pairs, {}))
     assert line.startswith("Of each answer the likeliest spelling counts, of as written; with a capital;")
+
+
+def test_an_answer_for_which_there_is_no_room_is_counted_out():
+    vlm = VLM(tiny_model(), tiny_processor(), name="tiny", check=False)
+    long = "red star " * vlm.n_positions
+    found = fitting(vlm, pairs_of(("red", "blue"), ("red", f"blue {long}")))
+    assert [each.id for each in found.refused] == ["p1"] and "more follow" in found.refused[0].reason

@@ -89,6 +89,7 @@ def test_the_predicted_peak_over_whole_answers_is_within_20_percent_too(attn, ki
     with peak_memory(CPU) as peak:
         Engine(vlm, encoded, PLENTY).answers(edits, keep=lambda _, logits: logits.amax(-1))
     assert 0.8 <= foreseen.peak_bytes / peak.bytes <= 1.2
+    assert sizes(vlm, encoded).n_reads == Engine(vlm, encoded, PLENTY).reads.shape[1] == 1 + 3 + 3
 
 
 @pytest.mark.parametrize("kind", ["cut long", "write"])

@@ -1,7 +1,9 @@
 """Whole answers: prompts followed by their answers, in the reference, the engine and measures."""
 
+import dataclasses
 import functools
 
+import jaxtyping
 import pytest
 import torch
 from torch.nn.functional import log_softmax
@@ -325,6 +327,9 @@ def test_an_answer_of_one_token_has_none_to_edit_and_says_so():
         assert not made.reaches and made.n_edges == 0 and "foretold by the prompt alone" in made.reason
     with pytest.raises(UsageError, match=r"span 'answer' is empty in example 0, which no answer follows"):
         run(vlm, pairs.base, edit)
+    swap = Replace(Site("llm.resid_post", 1), "answer", source=pairs.counterfactual)
+    for made in (run(vlm, encoded, swap).receipts[0], Engine(vlm, encoded).answers([swap])[1][0][0]):
+        assert not made.reaches and made.n_cells == 0
     mixed = run(vlm, vlm.encode(pairs.base, ["red", "the blue star"]), edit).receipts[0]
     assert mixed.reaches and mixed.n_edges == 2 * len(encoded.rows[1].image)
 
@@ -343,6 +348,8 @@ def test_wrong_answers_are_one_line():
         logit_diff(["red", "red"], ["red star", "blue"]),
         r"answers 'red' and 'red star' do not part: one begins the other",
     )
+    told(logprob_diff(fine, fine), r"answers 'red' and 'red' have the same tokens")
+    told(logprob_diff(["red", "red"], ["red star", "blue"]), r"answers 'red' and 'red star' do not part")
     told(logprob(["red", "the zebra"]), r"answer 'the zebra' is not in the model's vocabulary \(its 'zebra'\)")
     told(logprob(["red", "red </s> star"]), r"answer 'red </s> star' holds '</s>', which is no text")
     told(logprob(["red"]), r"logprob has 1 answers for 2 prompts")
@@ -356,6 +363,17 @@ def test_wrong_answers_are_one_line():
         generate(vlm, vlm.encode(pairs.base, fine))
     with pytest.raises(UsageError, match=r"1 answers for 2 prompts"):
         vlm.encode(pairs.base, ["red"])
+    with pytest.raises(UsageError, match=r"answers are given as 'red'; a list of texts is needed, one a prompt"):
+        vlm.encode(pairs.base, "red")
+
+
+@pytest.mark.parametrize("odd", [None, 1])
+def test_an_answer_that_is_no_text_is_one_line(odd, monkeypatch):
+    """Types are checked in the tests alone; users see what the code itself says."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    vlm, pairs = wrapped("llava_clip"), pairs_of(2)
+    with pytest.raises(UsageError, match=rf"an answer is {odd}; a text is needed"):
+        vlm.encode(pairs.base, ["red", odd])
 
 
 def test_two_hundred_tokens_are_measured_rightly():
@@ -368,3 +386,26 @@ def test_two_hundred_tokens_are_measured_rightly():
     expected = sum(told[at, token].item() for at, token in enumerate(ids))
     found = sweep(vlm, pairs, grid(layer=(1,)), lambda point: Ablate(Site("llm.mlp_out", 1), "last"), logprob(answer))
     assert found.table["logprob_baseline"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_stands_after_the_end_of_an_answer_is_missing_and_changes_nothing():
+    """A function that reads there gives nothing, whatever the batch; one that leaves it out gives the same number."""
+    vlm, pairs = wrapped("llava_clip"), several()
+    metric = Metric("mean", "nats", "mean log-probability of a token")
+
+    def measure(name, of):
+        return Measure(dataclasses.replace(metric, name=name), of, (pairs.answer,), at="whole")
+
+    careless = [
+        measure("mean", lambda told: told.logprobs().mean(-1)),
+        measure("logit", lambda told: told.logits[:, :, 5].sum(-1)),
+    ]
+    careful = measure("nanmean", lambda told: told.logprobs().nanmean(-1))
+    alone, together = (
+        sweep(vlm, pairs, grid(layer=(1,)), cut, [*careless, careful], batch=batch).table for batch in (1, 4)
+    )
+    lengths = [len(ids) for ids in vlm.answer_tokens(vlm.encode(pairs.base), pairs.answer)]
+    assert len(set(lengths)) > 1
+    for name in ("mean", "logit"):
+        assert alone[name].notna().all() and together[name].notna().tolist() == [n == max(lengths) for n in lengths]
+    assert alone["nanmean"].to_numpy() == pytest.approx(together["nanmean"].to_numpy(), abs=1e-5)

@@ -285,9 +285,9 @@ class VLM(TracedModel):
         """
         if isinstance(answers, str):
             raise UsageError(f"answers are given as {answers!r:.60}; a list of texts is needed, one a prompt")
-        odd = next((each for each in answers if not isinstance(each, str)), None)
-        if odd is not None or None in answers:
-            raise UsageError(f"an answer is {odd!r:.60}; a text is needed")
+        odd = [each for each in answers if not isinstance(each, str)]
+        if odd:
+            raise UsageError(f"an answer is {odd[0]!r:.60}; a text is needed")
         if len(answers) != len(encoded):
             raise UsageError(f"{len(answers)} answers for {len(encoded)} prompts")
         plain = (answer for answer, prompt in zip(answers, encoded.prompts, strict=True) if not prompt.special_tokens)

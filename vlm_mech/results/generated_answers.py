@@ -42,7 +42,7 @@ def agreement(table: pd.DataFrame) -> Result | None:
 def _of_cell(place: Any, rows: pd.DataFrame) -> str:
     """What is named in a cell: its axes, and how often the other answer and neither."""
     other, neither = (100 * (rows["says"] == name).mean() for name in ("other", "neither"))
-    return f"{' '.join(map(str, place))}: other {other:.0f} %, neither {neither:.0f} %"
+    return f"{', '.join(map(str, place))}: other {other:.0f} %, neither {neither:.0f} %"
 
 
 def told(table: pd.DataFrame, axes: Sequence[str], measure: str) -> tuple[str, ...]:
@@ -57,13 +57,13 @@ def told(table: pd.DataFrame, axes: Sequence[str], measure: str) -> tuple[str, .
         return ()
     rows = table[(table["says"].fillna("") != "") & table["flip"].notna()]
     cells = list(axes)
-    listed = ", ".join(_of_cell(place, some) for place, some in rows.groupby(cells, sort=False))
+    listed = "; ".join(_of_cell(place, some) for place, some in rows.groupby(cells, sort=False))
     clean = rows.drop_duplicates([name for name in ("example", "direction") if name in rows])
     before = ", ".join(f"{name} {100 * (clean['says_baseline'] == name).mean():.0f} %" for name in SAYS)
     n_cells, n_examples = len(rows[cells].drop_duplicates()), rows["example"].nunique()
     sentences = [
-        f"Answers generated in {n_cells} cells drawn at random, {n_examples} examples: without an edit the run's own "
-        f"answer, the other one or neither is named in {before}; with it {listed}."
+        f"Answers generated in {n_cells} cells drawn at random, {n_examples} examples each at most. Without an edit "
+        f"they name the run's own answer, the other one, or neither: {before}. With it: {listed}."
     ]
     agrees = found.summary("agrees").set_index("run")
     for run in ("edited", "unedited"):
