@@ -62,8 +62,8 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     vlm = VLM.load(config.model, **config.loading)
     pairs = fitting(vlm, pairs, variants=config.variants)
-    cases = cases_of(with_objects(vlm, pairs) if config.probe else pairs)
-    return vlm, cases, flow_scan(vlm, cases.pairs, window=config.window)
+    cases = cases_of(vlm, with_objects(vlm, pairs) if config.probe else pairs, config.measure)
+    return vlm, cases, flow_scan(vlm, cases, window=config.window)
 
 
 def plan(config: Config) -> Any:

@@ -15,7 +15,7 @@ from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.methods.visual_flow import study
 from vlm_mech.methods.visual_flow.claims import all_cells, claims, deepest, largest, layers_of, overtaken, where
-from vlm_mech.methods.visual_flow.data import EDGES, SPANS, Cases, cases_of, flow_edges, flow_scan
+from vlm_mech.methods.visual_flow.data import Cases, cases_of, edges, flow_edges, flow_scan, spans
 from vlm_mech.methods.visual_flow.findings import findings
 from vlm_mech.methods.visual_flow.probes import patch_probabilities, probe_examples, probe_rows
 from vlm_mech.methods.visual_flow.study import (
@@ -63,7 +63,7 @@ def mapped(name: str) -> tuple[Result, Cases]:
     planted = made(name)
     pairs = planted.pairs(N, seed=1)
     cases = Cases(pairs, tuple(planted.priors(pairs)), "the prior answer")
-    table, receipts = flow(planted.vlm, cases, flow_scan(planted.vlm, pairs))
+    table, receipts = flow(planted.vlm, cases, flow_scan(planted.vlm, cases))
     assert receipts["receipts"] == 7 * 3 + 2 * 3 * 6
     return Result("visual flow", table, AXES, METRICS), cases
 
@@ -106,8 +106,8 @@ def made_up(image=IMAGE, last=LAST, question=(0.0,) * 5, cuts=None, leads=LEADS,
     """A map of four blocks whose numbers are these means and a spread about them, balanced over the examples."""
     rng = np.random.default_rng(0)
     cuts = {"last<-image": (0.0, 0.0, -8.0, 0.0)} if cuts is None else cuts
-    curves = [(SWAP, span, DEPTHS, curve) for span, curve in zip(SPANS, (image, question, last), strict=True)]
-    for edge in EDGES:
+    curves = [(SWAP, span, DEPTHS, curve) for span, curve in zip(spans(), (image, question, last), strict=True)]
+    for edge in edges():
         curves.append((KNOCKOUT, edge, DEPTHS[1:], cuts.get(edge, (0.0,) * 4)))
         curves.append((CONTROL, edge, DEPTHS[1:], (0.0,) * 4))
     rows = []
@@ -241,9 +241,10 @@ def test_edges_that_prompts_lack_are_left_out(vlm, tiny_vlm):
     from tests.methods.test_layer_swap import Pair, Pairs, picture
 
     pairs = Pairs("pictures", (Pair("0", picture(1), picture(2), "what is this?", "red", "blue"),))
-    assert flow_edges(vlm, pairs) == EDGES
-    window = flow_scan(vlm, pairs, window=3)
-    assert window.layers.sets[1] == (0, 1, 2) and [str(edge) for edge in window.edges] == list(EDGES)
+    cases = cases_of(vlm, pairs)
+    assert cases.said == "last" and flow_edges(vlm, cases) == edges()
+    window = flow_scan(vlm, cases, window=3)
+    assert window.layers.sets[1] == (0, 1, 2) and [str(edge) for edge in window.edges] == list(edges())
     with pytest.raises(UsageError, match="2 rivals are given for 1 pairs; one for each is needed"):
         Cases(pairs, ("red", "blue"), "two")
 
@@ -255,8 +256,8 @@ def test_a_layer_that_does_not_see_the_image_has_no_cut():
     vlm = VLM(*ZOO["gemma3"]("sdpa", 0), name="gemma3", check=False)
     question = "is the red star left of the blue circle?"
     shown = [Pair(str(n), picture(n), picture(9 + n), question, "red", "blue") for n in range(4)]
-    cases = cases_of(Pairs("pictures", tuple(shown)))
-    table, _ = flow(vlm, cases, flow_scan(vlm, cases.pairs))
+    cases = cases_of(vlm, Pairs("pictures", tuple(shown)))
+    table, _ = flow(vlm, cases, flow_scan(vlm, cases))
     result = Result("visual flow", table, AXES, METRICS)
     cells = claims(result).cells.set_index(["kind", "span", "layer"])
     assert cells.loc[("edge cut", "last<-image"), "n"].tolist() == [0, 4, 0, 4]
@@ -264,14 +265,18 @@ def test_a_layer_that_does_not_see_the_image_has_no_cut():
 
 
 def test_scenes_in_conflict_are_turned_round():
+    organism = VLM.load("organism", check=False)
     pairs = load_pairs("scenes/colour-conflict", n=3)
-    cases = cases_of(pairs)
+    cases = cases_of(organism, pairs)
     for pair, turned in zip(pairs, cases.pairs, strict=True):
         assert (turned.answer, turned.counterfactual_answer) == (pair.counterfactual_answer, pair.answer)
         assert turned.image is pair.counterfactual_image and turned.counterfactual_image is pair.image
     assert list(cases.rivals) == pairs.answer and cases.rival == "the usual answer"
     plain = load_pairs("scenes/colour", n=2)
-    assert cases_of(plain).pairs is plain and list(cases_of(plain).rivals) == plain.counterfactual_answer
+    assert (
+        cases_of(organism, plain).pairs is plain
+        and list(cases_of(organism, plain).rivals) == plain.counterfactual_answer
+    )
 
 
 # Probes
@@ -280,7 +285,7 @@ def test_scenes_in_conflict_are_turned_round():
 def test_probes_read_what_is_shown_at_the_object_and_patches_know_where(tmp_path):
     """On their own examples, by folds: the colour is at its patch from the start, at `last` once it is carried."""
     planted = made("two-hop")
-    cases = cases_of(planted.pairs(N_PROBED, seed=1))
+    cases = cases_of(planted.vlm, planted.pairs(N_PROBED, seed=1))
     fitted = probe_examples(planted.vlm, cases, None, folder=tmp_path)
     table, notes = probe_rows(planted.vlm, cases, fitted, folder=tmp_path)
     assert notes["own"] and table["example"].tolist()[:N_PROBED] == [pair.id for pair in cases.pairs]
@@ -309,7 +314,7 @@ def test_a_planted_rival_may_be_the_answer():
     planted = made("two-hop")
     pairs = planted.pairs(4, seed=1)
     cases = Cases(pairs, (pairs.answer[0], *pairs.counterfactual_answer[1:]), "the usual answer")
-    leads = study._of_lens(planted.vlm, cases).set_index("example")["lead"]
+    leads = study._of_lens(planted.vlm, cases, "logit_diff").set_index("example")["lead"]
     first = pairs[0].id
     assert (leads[first] == 0).all() and (leads.drop(first) != 0).any()
 

@@ -28,7 +28,7 @@ from vlm_mech.methods.lens.data import labels_apart
 from vlm_mech.methods.visual_flow import figures
 from vlm_mech.methods.visual_flow import study as visual_flow
 from vlm_mech.methods.visual_flow.claims import changes_of, claims
-from vlm_mech.methods.visual_flow.data import SPANS, against, cases_of, flow_scan
+from vlm_mech.methods.visual_flow.data import against, cases_of, flow_scan, said_at, spans
 from vlm_mech.methods.visual_flow.findings import findings
 from vlm_mech.methods.weight_swap.blocks import Hybrids, checkpoint
 from vlm_mech.methods.weight_swap.data import exchanges
@@ -171,8 +171,8 @@ def test_a_rival_that_is_the_answer_leads_by_nothing():
 @pytest.fixture(scope="module")
 def mapped():
     vlm, pairs = wrapped("llava_clip"), some((*LONG, *LONG))
-    cases = cases_of(pairs)
-    scan = flow_scan(vlm, pairs)
+    cases = cases_of(vlm, pairs, "logprob_diff")
+    scan = flow_scan(vlm, cases)
     table, _ = visual_flow.flow(vlm, cases, scan, measure="logprob_diff")
     told = {"answers": {"tokens": {"0": []}}, "rival": cases.rival}
     return vlm, cases, scan, Result("map", table, visual_flow.AXES, visual_flow.metrics_of("logprob_diff"), {}, told)
@@ -182,7 +182,7 @@ def test_swaps_and_knockouts_of_a_map_are_those_of_the_methods(mapped):
     vlm, cases, scan, result = mapped
     sites = visual_flow.swapped_sites(vlm)
     how = {"measure": "logprob_diff", "only_correct": False}
-    swapped, _ = swap_states(vlm, cases.pairs, sites, SPANS, directions=("noising",), **how)
+    swapped, _ = swap_states(vlm, cases.pairs, sites, spans(cases.said), directions=("noising",), **how)
     rows = result.table[result.table["method"] == visual_flow.SWAP]
     assert (rows["logprob_diff"].to_numpy() == swapped["logprob_diff"].to_numpy()).all()
     cut, _ = knock_out(vlm, cases.pairs, scan, **how)
@@ -194,6 +194,32 @@ def test_swaps_and_knockouts_of_a_map_are_those_of_the_methods(mapped):
     assert np.allclose(lens["lead"], both[0] - both[1], atol=1e-4), "the lens after the last block is the model"
 
 
+@pytest.mark.parametrize(
+    ("answers", "measure", "said"),
+    [
+        (LONG, "logprob_diff", "last+answer"),
+        ((("red", "blue"),), "logprob_diff", "last"),
+        ((("red", "blue"),), "logit_diff", "last"),
+        ((("the red", "the blue"),), "logit_diff", "last+answer"),
+        ((("red star", "blue"),), "logit_diff", "last"),
+        ((("red star", "blue"),), "logprob_diff", "last+answer"),
+    ],
+)
+def test_where_an_answer_is_said_depends_on_the_tokens_that_are_compared(answers, measure, said):
+    vlm = wrapped("llava_clip")
+    assert cases_of(vlm, some(answers), measure).said == said
+
+
+def test_the_answer_of_a_map_is_said_where_any_pair_or_rival_has_it(mapped):
+    vlm, _, _, _ = mapped
+    pairs = some((("red", "blue"), ("the red", "the blue")))
+    assert said_at(vlm, pairs, ["blue"] * len(pairs)) == "last+answer"
+    one = some((("the red", "blue"),))
+    assert [said_at(vlm, one, [rival] * len(one)) for rival in ("blue", "the red", "the green")] == [
+        "last", "last", "last+answer"
+    ]  # fmt: skip
+
+
 def test_what_a_map_of_whole_answers_says_is_in_its_units(mapped):
     _, cases, _, result = mapped
     said = claims(result)
@@ -203,7 +229,11 @@ def test_what_a_map_of_whole_answers_says_is_in_its_units(mapped):
         result, provenance={**result.provenance, "claims": dataclasses.asdict(said) | {"cells": []}}
     )
     text = " ".join(findings(result, cases, said))
-    assert " nats at the end" in text and "logits" not in text and "at the last token and the answers' the lens" in text
+    assert (
+        " nats at the end" in text
+        and "logits" not in text
+        and "at the last token and the answers' tokens the lens" in text
+    )
     titles = str(figures.flow_map(told).to_dict()["layout"])
     assert "log-probability<br>difference (nats)" in titles and "rival (nats)" in titles and "logit" not in titles
 

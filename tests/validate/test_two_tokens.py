@@ -17,7 +17,7 @@ from vlm_mech.organism.planted_recipe import Answer
 from vlm_mech.results.claim import WHOLE, Claims
 from vlm_mech.results.result import Result
 from vlm_mech.validate import grading
-from vlm_mech.validate.adapters import CONTROLS, EDITS, METHODS, WHOLE_SAID
+from vlm_mech.validate.adapters import CONTROLS, EDITS, METHODS
 from vlm_mech.validate.examination import Job, random_answers, shown
 from vlm_mech.validate.grading import grade
 from vlm_mech.validate.true_effects import planted_points, population
@@ -45,6 +45,14 @@ def test_two_hops_are_found_where_answers_have_two_tokens(answer):
     for name in HEADS:
         assert told("two-hop", answer, name).heads == ((2, 1), (4, 3)), name
     assert told("two-hop", answer, "probe, 1 % noise").readable["last"][0] == 5
+    flow = told("two-hop", answer, "visual flow")
+    assert (flow.reading, flow.carrying, flow.writing, flow.suppressing, flow.route) == (
+        (2,),
+        (4,),
+        (4,),
+        (),
+        "two-hop",
+    )
 
 
 @pytest.mark.parametrize("answer", TWO)
@@ -52,6 +60,8 @@ def test_a_suppressor_is_found_where_answers_have_two_tokens(answer):
     assert told("suppressed", answer, "knockout").suppressing == (5,)
     assert told("suppressed", answer, "logit lens").suppressing == (5,)
     assert told("suppressed", answer, "layer swap").writing == (3,)
+    flow = told("suppressed", answer, "visual flow")
+    assert (flow.reading, flow.writing, flow.suppressing, flow.route) == ((3,), (3,), (5,), "direct")
     for name in HEADS:
         assert told("suppressed", answer, name).heads == ((3, 1),), name
 
@@ -71,7 +81,7 @@ def test_nothing_is_claimed_in_a_null_with_two_tokens(answer):
     planted = made("null", answer)
     pairs = random_answers(planted.pairs(24, seed=1), 0, planted.recipe.answers)
     assert set(pairs.answer) <= set(planted.recipe.answers)
-    for name in ("layer swap", "knockout", "head interchange", "logit lens"):
+    for name in ("layer swap", "knockout", "head interchange", "logit lens", "visual flow"):
         found = METHODS[name](planted, pairs)
         graded = grade(found, planted.truth, grading.SHARP, n_layers=6, n_heads=4)
         assert {each.value for each in graded.values()} == {0.0}, name
@@ -80,11 +90,11 @@ def test_nothing_is_claimed_in_a_null_with_two_tokens(answer):
 @pytest.mark.parametrize("answer", TWO)
 def test_true_effects_are_those_of_the_whole_answer(answer):
     planted = made("two-hop", answer)
-    points = planted_points(planted.truth, "layer swap", 6, WHOLE_SAID)
+    points = planted_points(planted.truth, "layer swap", 6, "last+answer")
     assert [tuple(value for _, value in point.axes) for point in points] == [
-        ("image", 2, WHOLE), ("question", 4, WHOLE), (WHOLE_SAID, 5, WHOLE)
+        ("image", 2, WHOLE), ("question", 4, WHOLE), ("last+answer", 5, WHOLE)
     ]  # fmt: skip
-    cut = planted_points(planted.truth, "knockout", 6, WHOLE_SAID)[1]
+    cut = planted_points(planted.truth, "knockout", 6, "last+answer")[1]
     found = population(planted, [(EDITS["layer swap"], points[2]), (EDITS["knockout"], cut)], n=24, seed="some")
     site, both = Site("llm.resid_pre", 5), ("last", "answer")
     swap = true_effect(planted, lambda pairs: Replace(site, both, source=pairs.counterfactual), n=24, seed="some")

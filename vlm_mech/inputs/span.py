@@ -40,6 +40,11 @@ def listed(names: str | Sequence[Any]) -> tuple[Any, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def joined(names: str) -> Span:
+    """The span that names joined by + stand for, as in `last+answer`."""
+    return tuple(names.split("+")) if "+" in names else names
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """One image of a prompt: width and height as given, positions of its tokens in the prompt, and how it was cut.

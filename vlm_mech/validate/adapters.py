@@ -16,13 +16,14 @@ from torch import Tensor
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.inputs.span import Span
+from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.specification import Ablate, Intervention, Knockout, Replace, Source
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.attribution.study import attribute
 from vlm_mech.methods.layer_swap.data import swap_sites
 from vlm_mech.methods.layer_swap.study import LOGIT_DIFF, swap_states
 from vlm_mech.methods.lens.logit_lens import lens
+from vlm_mech.methods.visual_flow.data import LAST, WHOLE, edges, spans
 from vlm_mech.organism.planted import Planted
 from vlm_mech.results import metrics
 from vlm_mech.results.claim import Claims, cells_of, counted, differences, layer_heads, layers, strengths
@@ -38,9 +39,6 @@ from vlm_mech.validate.visual_flow import flow_map
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-WHOLE_SAID = "last+answer"
-"""Where answers of two tokens are said: the prompt's last token foretells the first, this one the second."""
-
 Method = Callable[[Planted, Pairs], Claims]
 Edit = Callable[[Point, Source], Intervention]
 """What is done in a cell `place`, `layer`, `head`; the source are runs on the counterfactuals."""
@@ -48,22 +46,7 @@ Edit = Callable[[Point, Source], Intervention]
 
 def said_at(planted: Planted) -> str:
     """The tokens at which the answer is said: all that foretell a token of it, wherever the model reads the picture."""
-    return "last" if planted.recipe.answer == "word" else WHOLE_SAID
-
-
-def span_of(place: str) -> Span:
-    """The span of a place in the cells."""
-    return tuple(place.split("+")) if "+" in place else place
-
-
-def spans(said: str) -> tuple[str, str, str]:
-    """Where states are exchanged."""
-    return "image", "question", said
-
-
-def edges(said: str) -> tuple[str, str, str]:
-    """What is cut."""
-    return f"{said}<-image", "question<-image", f"{said}<-question"
+    return LAST if planted.recipe.answer == "word" else WHOLE
 
 
 def writers(said: str) -> tuple[str, str]:
@@ -112,7 +95,7 @@ def _route(reading: Sequence[int], carried: bool) -> Literal["direct", "two-hop"
 
 def state_swap(point: Point, source: Source) -> Intervention:
     """The states of a span exchanged before one layer."""
-    return Replace(Site("llm.resid_pre", point.layer), span_of(point.place), source=source)
+    return Replace(Site("llm.resid_pre", point.layer), joined(point.place), source=source)
 
 
 def knockout(planted: Planted, pairs: Pairs, *, whole: bool = True) -> Claims:
@@ -141,7 +124,7 @@ def edge_cut(point: Point, source: Source | None = None) -> Intervention:
     """An edge cut at one layer, in one head if the point names one."""
     heads = (point.head,) if dict(point.axes).get("head", -1) >= 0 else None
     query, key = point.place.split("<-")
-    return Knockout(span_of(query), key, point.layer, heads=heads)
+    return Knockout(joined(query), key, point.layer, heads=heads)
 
 
 def logit_lens(planted: Planted, pairs: Pairs) -> Claims:
@@ -209,7 +192,7 @@ def head_interchange(planted: Planted, pairs: Pairs, *, whole: bool = True) -> C
 
 def head_swap(point: Point, source: Source) -> Intervention:
     """The output of one head exchanged."""
-    return Replace(Site("llm.head_out", point.layer), span_of(point.place), heads=(point.head,), source=source)
+    return Replace(Site("llm.head_out", point.layer), joined(point.place), heads=(point.head,), source=source)
 
 
 def zero_ablation(planted: Planted, pairs: Pairs) -> Claims:
@@ -220,15 +203,15 @@ def zero_ablation(planted: Planted, pairs: Pairs) -> Claims:
 
 def head_zero(point: Point, source: Source | None = None) -> Intervention:
     """The output of one head set to zero."""
-    return Ablate(Site("llm.head_out", point.layer), span_of(point.place), heads=(point.head,))
+    return Ablate(Site("llm.head_out", point.layer), joined(point.place), heads=(point.head,))
 
 
 def attribution(planted: Planted, pairs: Pairs) -> Claims:
     """Effects of head interchanges as the gradient estimates them; the re-check is not used."""
     vlm, measure = planted.vlm, logit_diff(pairs.answer, pairs.counterfactual_answer)
-    places = {str(span_of(place)): place for place in writers(said_at(planted))}
+    places = {str(joined(place)): place for place in writers(said_at(planted))}
     found = attribute(
-        vlm, pairs, _head_sites(planted), tuple(map(span_of, places.values())), measure, heads=True,
+        vlm, pairs, _head_sites(planted), tuple(map(joined, places.values())), measure, heads=True,
         directions=("noising",), top_k=1, n_random=1, engine="trace", batch=len(pairs),
     )  # fmt: skip
     asked = readings_of(vlm, vlm.encode(pairs.base), [measure])

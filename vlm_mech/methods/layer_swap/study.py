@@ -14,7 +14,7 @@ import torch
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.span import Span
+from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.results import metrics
@@ -144,7 +144,7 @@ def plan_swap(
 
     def of(rows: slice) -> SweepPlan:
         patched, donor = (each.encoded for each in _read(vlm, pairs[rows], measure))
-        edits = [Replace(site, _span(span), source=donor.before or donor) for site in sites for span in spans]
+        edits = [Replace(site, joined(span), source=donor.before or donor) for site in sites for span in spans]
         one = forecast(vlm, patched, edits, budget=budget, keeps_logits=False)
         # Both directions share their two unedited passes.
         passes = 2 / one.forwards * one.flops
@@ -153,11 +153,6 @@ def plan_swap(
         return dataclasses.replace(one, n_cells=one.n_cells * len(directions), flops=flops, forwards=forwards)
 
     return in_halves(slice(0, min(batch, len(pairs))), of)[0].over(len(pairs))
-
-
-def _span(names: str) -> Span:
-    """The span that the names stand for."""
-    return tuple(names.split("+")) if "+" in names else names
 
 
 def _read(vlm: "VLM", pairs: Pairs, name: Comparison) -> list[Readings]:
@@ -195,7 +190,7 @@ def _swapped(
         patched, donor = sides if direction == "noising" else sides[::-1]
         patched.lend(donor)
         cells = [(site, span) for site in sites for span in spans]
-        edits = [Replace(site, _span(span), source=donor.encoded.before or donor.encoded) for site, span in cells]
+        edits = [Replace(site, joined(span), source=donor.encoded.before or donor.encoded) for site, span in cells]
         # Both sides have the same answers after them.
         before, target = (read[own].value(own, each.reads) for each in (patched, donor))
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from vlm_mech.methods.visual_flow.data import EDGES
-from vlm_mech.methods.visual_flow.study import INPUT, KNOCKOUT, LENS, PROBE, SWAP, difference_of
+from vlm_mech.methods.visual_flow.data import edges
+from vlm_mech.methods.visual_flow.study import INPUT, KNOCKOUT, LENS, PROBE, SWAP, difference_of, said_in
 from vlm_mech.results.claim import LEVEL, SHARE, SMALLEST
 from vlm_mech.results.result import N_RESAMPLES, N_SIGN_FLIPS, Result
 from vlm_mech.results.statistics import bootstrap_means, corrected, percentile_interval, sign_flip_p
@@ -124,18 +124,18 @@ def columns_of(result: Result) -> Columns:
     differences of neighbouring places, so a layer here is a block. The lead is risen over that in the decoder's input.
     What probes decode is the probability of the answer less that of its rival, not an effect on an answer.
     """
-    found = {}
-    for kind, span in ((READS, "image"), (WRITES, "last")):
+    found, place = {}, said_in(result)
+    for kind, span in ((READS, "image"), (WRITES, place)):
         changes, layers = changes_of(result, SWAP, span)
         found[kind, span] = (np.diff(changes, axis=1), layers[1:])
     found[HOLDS, "question"] = changes_of(result, SWAP, "question")
     cut = result.table.loc[result.table["method"] == KNOCKOUT, "span"]
-    for edge in (each for each in EDGES if each in set(cut)):
+    for edge in (each for each in edges(place) if each in set(cut)):
         found[CUT, edge] = changes_of(result, KNOCKOUT, edge)
-    leads, layers = values_of(result, LENS, "last", "lead")
-    found[STEP, "last"] = (np.diff(leads, axis=1), layers[1:])
-    found[RISE, "last"] = (leads[:, 1:] - leads[:, :1], layers[1:])
-    found[END, "last"] = (leads[:, -1:], layers[-1:])
+    leads, layers = values_of(result, LENS, place, "lead")
+    found[STEP, place] = (np.diff(leads, axis=1), layers[1:])
+    found[RISE, place] = (leads[:, 1:] - leads[:, :1], layers[1:])
+    found[END, place] = (leads[:, -1:], layers[-1:])
     read = result.table.loc[result.table["method"] == PROBE, "span"]
     for span in read.drop_duplicates():
         true, layers = values_of(result, PROBE, span, "p_true")
@@ -216,24 +216,25 @@ def claims(result: Result, *, seed: int = 0) -> FlowClaims:
     `SHARE` of the whole: half of what a swap of the image does in the decoder's input, or the largest rise or fall of
     the lead.
     """
-    columns, groups = columns_of(result), result.groups()
+    columns, groups, place = columns_of(result), result.groups(), said_in(result)
+    read_directly, read_by_question, taken_over = edges(place)
     cells = _tested(columns, groups, seed)
     whole, _ = changes_of(result, SWAP, "image")
     found = _counted(cells, abs(float(whole[:, 0].mean())) / 2)
-    cut = {edge: set(_of(found, CUT, edge, falling=True)["layer"]) for edge in EDGES}
-    reads, writes = _of(found, READS, "image", falling=False), _of(found, WRITES, "last", falling=True)
+    cut = {edge: set(_of(found, CUT, edge, falling=True)["layer"]) for edge in edges(place)}
+    reads, writes = _of(found, READS, "image", falling=False), _of(found, WRITES, place, falling=True)
     carried = len(_of(found, HOLDS, "question", falling=True)) > 0
-    carries = writes[writes["layer"].isin(cut[EDGES[2]])] if carried else writes[:0]
+    carries = writes[writes["layer"].isin(cut[taken_over])] if carried else writes[:0]
     leads = _counted(cells, float(cells.loc[cells["kind"] == RISE, "effect"].abs().max()))
-    pushes, risen = _of(leads, STEP, "last", falling=True), _of(leads, RISE, "last", falling=False)["layer"]
+    pushes, risen = _of(leads, STEP, place, falling=True), _of(leads, RISE, place, falling=False)["layer"]
     suppresses = pushes[pushes["layer"] > risen.min()] if len(risen) else pushes[:0]
-    (read, blocks), (changed, _) = columns[READS, "image"], columns[STEP, "last"]
+    (read, blocks), (changed, _) = columns[READS, "image"], columns[STEP, place]
     end = _claims(cells[cells["kind"] == END], set())[0]
     probed = cells[(cells["kind"] == DECODED) & (cells["p"] < LEVEL) & (cells["effect"] > 0)]
     return FlowClaims(
-        reads=_claims(reads, cut[EDGES[0]] | cut[EDGES[1]]),
-        writes=_claims(writes, cut[EDGES[0]] | cut[EDGES[2]]),
-        carries=_claims(carries, cut[EDGES[2]]),
+        reads=_claims(reads, cut[read_directly] | cut[read_by_question]),
+        writes=_claims(writes, cut[read_directly] | cut[taken_over]),
+        carries=_claims(carries, cut[taken_over]),
         pushes=_claims(pushes, set()),
         suppresses=_claims(suppresses, set()),
         reading=where(read, groups, largest, blocks, seed=seed) if len(reads) else None,
@@ -254,7 +255,7 @@ def _overtaking(result: Result, end: Claim, seed: int) -> Where | None:
     """From where on the rival leads, if it does at the end; what is in the decoder's input was not read by anything."""
     if end.p >= LEVEL or end.effect > -SMALLEST:
         return None
-    leads, layers = values_of(result, LENS, "last", "lead")
+    leads, layers = values_of(result, LENS, said_in(result), "lead")
     found = where(leads[:, 1:], result.groups(), overtaken, layers[1:], seed=seed)
     return found if found.at is not None and found.share >= CLAIMED_SHARE else None
 

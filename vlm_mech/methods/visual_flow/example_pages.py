@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.lens.figures import LONGEST_WORD
-from vlm_mech.methods.visual_flow.study import INPUT, PROBE, SWAP
+from vlm_mech.methods.visual_flow.study import INPUT, PROBE, SWAP, said_in
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.overlays import VEIL
 from vlm_mech.results.result import Result
@@ -96,9 +96,10 @@ def _curves(result: Result, page: dict[str, Any]) -> list[tuple[Any, tuple[int, 
     import plotly.graph_objects as go
 
     table = result.table[(result.table["example"] == page["example"]) & (result.table["stream"] == "llm")]
+    place = said_in(result)
     asked = (
         (SWAP, "image", "recovered", "swap of image", COLOURS[0], "solid"),
-        (SWAP, "last", "recovered", "swap of last", COLOURS[2], "solid"),
+        (SWAP, place, "recovered", f"swap of {place}", COLOURS[2], "solid"),
         (PROBE, "object", "p_true", "P(answer), object", COLOURS[4], "solid"),
         (PROBE, "last", "p_true", "P(answer), last", COLOURS[1], "solid"),
         (PROBE, "last", "p_rival", "P(rival), last", COLOURS[1], "dash"),

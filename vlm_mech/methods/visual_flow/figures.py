@@ -8,19 +8,18 @@ import pandas as pd
 
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.layer_swap.study import compared_by
-from vlm_mech.methods.visual_flow.data import EDGES, SPANS
+from vlm_mech.methods.visual_flow.data import LAST, edges, spans
 from vlm_mech.methods.visual_flow.example_pages import example_pages
 from vlm_mech.methods.visual_flow.study import (
     CONTROL,
     INPUT,
     KNOCKOUT,
-    LAST,
     LENS,
     PROBE,
     SHUFFLED,
     SWAP,
     difference_of,
-    read_at,
+    said_in,
 )
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
@@ -64,8 +63,10 @@ def flow_map(result: Result, *, title: str | None = None) -> "go.Figure":
     figure = make_subplots(len(names), 1, shared_xaxes=True, vertical_spacing=0.045)
     summary, places = result.summary(), _places(result)
     at = {place: number for number, place in enumerate(places)}
-    drawn = {"decodable here": _probes, "used here": _swaps, "preferred here": partial(_lead, read=read_at(result))}
-    drawn["must flow here"] = partial(_cuts, metric=difference_of(result))
+    place = said_in(result)
+    drawn = {"decodable here": _probes, "used here": partial(_swaps, place=place)}
+    drawn |= {"preferred here": partial(_lead, place=place)}
+    drawn["must flow here"] = partial(_cuts, metric=difference_of(result), place=place)
     how = {"what": compared_by(difference_of(result)), "unit": result.metric("lead").unit}
     for number, name in enumerate(names, 1):
         drawn[name](figure, number, summary, at, str(rival))
@@ -100,27 +101,31 @@ def _probes(figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place
     figure.update_yaxes(range=[-0.03, 1.03], row=row, col=1)
 
 
-def _swaps(figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str) -> None:
-    for span, colour in zip(SPANS, COLOURS, strict=False):
+def _swaps(
+    figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str, *, place: str
+) -> None:
+    for span, colour in zip(spans(place), COLOURS, strict=False):
         _line(figure, row, _rows(summary, SWAP, span, "recovered"), at, f"swap of {span}", colour)
 
 
 def _cuts(
-    figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str, *, metric: str
+    figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str, *, metric: str, place: str
 ) -> None:
-    for edge, colour in zip(EDGES, COLOURS, strict=False):
+    for edge, colour in zip(edges(place), COLOURS, strict=False):
         name = html.escape(edge, quote=False)
         _line(figure, row, _rows(summary, KNOCKOUT, edge, metric), at, f"cut {name}", colour, of="effect")
-    for edge, colour in zip(EDGES, COLOURS, strict=False):
+    for edge, colour in zip(edges(place), COLOURS, strict=False):
         control = _rows(summary, CONTROL, edge, metric)
         _line(figure, row, control, at, "dotted: as many<br>random edges", colour, of="effect", dash="dot", thin=True)
     figure.add_hline(y=0, line={"color": GREY, "width": 1}, row=row, col=1)
 
 
-def _lead(figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str, *, read: str) -> None:
-    where = "last" if read == LAST else "last and<br>answer's tokens"
+def _lead(
+    figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str, *, place: str
+) -> None:
+    where = "last" if place == LAST else "last and<br>answer's tokens"
     name = f"lens at {where}: answer<br>less {html.escape(rival, quote=False)}"
-    _line(figure, row, _rows(summary, LENS, "last", "lead"), at, name, COLOURS[0])
+    _line(figure, row, _rows(summary, LENS, place, "lead"), at, name, COLOURS[0])
     figure.add_hline(y=0, line={"color": GREY, "width": 1}, row=row, col=1)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from vlm_mech.errors import WorkError
 from vlm_mech.methods.layer_swap.study import compared_by, no_gap
 from vlm_mech.methods.visual_flow.claims import Claim, FlowClaims, Where
-from vlm_mech.methods.visual_flow.data import EDGES, Cases
+from vlm_mech.methods.visual_flow.data import LAST, WHOLE, Cases, edges, spans
 from vlm_mech.methods.visual_flow.study import (
     CONTROL,
     INPUT,
@@ -17,11 +17,11 @@ from vlm_mech.methods.visual_flow.study import (
     SHUFFLED,
     SWAP,
     difference_of,
-    read_at,
 )
 from vlm_mech.results.claim import LEVEL
 from vlm_mech.results.result import Result
 
+TOKENS = {LAST: "the last token", WHOLE: "the last token and the answers' tokens"}
 CORRECTED = "sign-flip test, Holm over all cells of the map"
 
 
@@ -39,13 +39,13 @@ def findings(result: Result, cases: Cases, said: FlowClaims) -> tuple[str, ...]:
     return (
         _examples(result, cases),
         *decodable,
-        _used(result, summary),
-        *_must_flow(result, summary),
+        _used(result, summary, cases.said),
+        *_must_flow(result, summary, cases.said),
         _preferred(result, summary, cases, said),
         _reads(said, unit),
-        _carries(said),
+        _carries(said, TOKENS[cases.said]),
         _suppresses(said, unit),
-        _overtaking(result, said, cases),
+        _overtaking(said, cases),
     )
 
 
@@ -106,16 +106,16 @@ def _after(layer: int) -> str:
     return "in the decoder's input" if layer == INPUT else f"after block {layer}"
 
 
-def _used(result: Result, summary: pd.DataFrame) -> str:
-    rows = {span: _rows(summary, SWAP, "recovered", span) for span in ("image", "question", "last")}
+def _used(result: Result, summary: pd.DataFrame, said: str) -> str:
+    rows = {span: _rows(summary, SWAP, "recovered", span) for span in spans(said)}
     n = int(min(each["n"].min() for each in rows.values()))
     if n < 2:
         return f"used: too few examples have a recovered fraction ({n})."
     where = {"method": SWAP, "stream": "llm"}
     ends = result.crossing(where | {"span": "image"}, "layer", 0.5, rising=False, metric="recovered")
-    starts = result.crossing(where | {"span": "last"}, "layer", 0.5, rising=True, metric="recovered")
+    starts = result.crossing(where | {"span": said}, "layer", 0.5, rising=True, metric="recovered")
     text = f"used: a swap of the image turns the answer (recovered > 0.5) {_until(ends)}"
-    text += f", one of the last token {_from(starts)}"
+    text += f", one of {TOKENS[said]} {_from(starts)}"
     question = rows["question"].loc[rows["question"]["mean"].idxmax()]
     return (
         f"{text}; one of the question at most {_after(int(question['layer']))}, recovered {_number(question)}; n = {n}."
@@ -137,9 +137,9 @@ def _place(layer: int | None) -> str:
     return "beyond the last" if layer is None else "input" if layer == INPUT else str(layer)
 
 
-def _must_flow(result: Result, summary: pd.DataFrame) -> tuple[str, ...]:
+def _must_flow(result: Result, summary: pd.DataFrame, said: str) -> tuple[str, ...]:
     name, found = difference_of(result), []
-    for edge in (each for each in EDGES if len(_rows(summary, KNOCKOUT, name, each))):
+    for edge in (each for each in edges(said) if len(_rows(summary, KNOCKOUT, name, each))):
         rows = _rows(summary, KNOCKOUT, name, edge)
         if int(rows["n"].max()) < 2:
             found.append(f"must flow: too few examples have the edge {edge} ({rows['n'].max()}).")
@@ -174,9 +174,9 @@ def _control(result: Result, summary: pd.DataFrame, edge: str, layer: int) -> st
 
 
 def _preferred(result: Result, summary: pd.DataFrame, cases: Cases, said: FlowClaims) -> str:
-    rows = _rows(summary, LENS, "lead", "last")
+    rows = _rows(summary, LENS, "lead", cases.said)
     top, last = rows.loc[rows["mean"].idxmax()], rows.iloc[-1]
-    text = f"preferred: at {read_at(result)} the lens gives the answer a lead over {cases.rival} of {_number(last)}"
+    text = f"preferred: at {TOKENS[cases.said]} the lens gives the answer a lead over {cases.rival} of {_number(last)}"
     text += f" {result.metric('lead').unit} at the end; its highest mean is {_number(top)} {_after(int(top['layer']))}"
     return f"{text} (p = {said.end.p:.2g} that the end is zero, {CORRECTED})."
 
@@ -207,10 +207,10 @@ def _strongest(found: Where | None) -> str:
     return "none" if found is None or found.at is None else f"{found.at} ({found})"
 
 
-def _carries(said: FlowClaims) -> str:
+def _carries(said: FlowClaims, last: str) -> str:
     if not said.writes:
-        return "carry: no layer is said to bring the image's answer to the last token."
-    text = f"carry: the answer reaches the last token across layers {', '.join(map(_sized, said.writes))}"
+        return f"carry: no layer is said to bring the image's answer to {last}."
+    text = f"carry: the answer reaches {last} across layers {', '.join(map(_sized, said.writes))}"
     if not said.carries:
         return f"{text}; none is said to take it from the question."
     return f"{text}; from the question at layers {_all([claim.layer for claim in said.carries])}."
@@ -228,11 +228,11 @@ def _suppresses(said: FlowClaims, unit: str) -> str:
     return f"{text} {unit}; most across layer {_strongest(said.suppressing)}."
 
 
-def _overtaking(result: Result, said: FlowClaims, cases: Cases) -> str:
+def _overtaking(said: FlowClaims, cases: Cases) -> str:
     end = f"lead at the end {said.end.effect:+.2f}, {said.end.low:+.2f} to {said.end.high:+.2f}, n = {said.end.n}"
     found = said.overtaking
     if found is None or found.at is None:
         return f"overtaking: it is not said that {cases.rival} overtakes what is shown ({end})."
-    text = f"overtaking: at {read_at(result)} {cases.rival} leads for good from the output of block {found.at} on"
+    text = f"overtaking: at {TOKENS[cases.said]} {cases.rival} leads for good from the output of block {found.at} on"
     text += ", so that what is shown never leads" if found.at == 0 else ""
     return f"{text} ({found}; {end})."

@@ -13,14 +13,16 @@ from PIL import Image
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.attention_weights import attention_from
 from vlm_mech.interventions.specification import Knockout
 from vlm_mech.methods.lens.logit_lens import lens
 from vlm_mech.methods.visual_flow.claims import FlowClaims
-from vlm_mech.methods.visual_flow.data import EDGES, Cases
+from vlm_mech.methods.visual_flow.data import Cases, edges
 from vlm_mech.methods.visual_flow.probes import ProbeExamples, patch_probabilities
 from vlm_mech.methods.visual_flow.study import INPUT, swapped_sites
 from vlm_mech.sweeps.measures import Comparison, comparison
+from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.sweep import grid, sweep
 
 if TYPE_CHECKING:
@@ -115,13 +117,15 @@ def _attention(
     """Attention of the reading head on each patch, from the queries that it reads for, and the head in words."""
     if said.reading is None or said.reading.at is None:
         return None, "no layer is said to read"
-    layer, edge = said.reading.at, EDGES[1] if said.carries else EDGES[0]
+    of_last, of_question, _ = edges(cases.said)
+    layer, edge = said.reading.at, of_question if said.carries else of_last
     query, key = edge.split("<-")
     others = cases[len(shown) : len(shown) + N_CHOOSING]
     some = others if len(others) >= len(shown) else cases[:N_CHOOSING]
     head, change = _reading_head(vlm, some, (layer, query, key), measure)
-    encoded = vlm.encode(shown.pairs.base)
-    queries = [encoded.positions(query, number) for number in range(len(encoded))]
+    compared = comparison(measure, shown.pairs.answer, shown.pairs.counterfactual_answer)
+    encoded = readings_of(vlm, vlm.encode(shown.pairs.base), [compared]).encoded
+    queries = [encoded.positions(joined(query), number) for number in range(len(encoded))]
     weights = attention_from(vlm, encoded, queries, [layer])[layer][:, head].numpy()
     looks = []
     for number, row in enumerate(encoded.rows):
@@ -130,7 +134,7 @@ def _attention(
     about = f"layer {layer} head {head}, from {query}"
     return (
         looks,
-        f"{about} (cut alone: {change:+.2f} {comparison(measure, (), ()).metric.unit} on {len(some)} examples)",
+        f"{about} (cut alone: {change:+.2f} {compared.metric.unit} on {len(some)} examples)",
     )
 
 
@@ -139,7 +143,7 @@ def _reading_head(vlm: "VLM", cases: Cases, edge: tuple[int, str, str], name: Co
     (layer, query, key), pairs = edge, cases.pairs
     measure = comparison(name, pairs.answer, pairs.counterfactual_answer)
     points = grid(head=range(vlm.n_heads("llm")))
-    cuts = {point.head: Knockout(query, key, layer, heads=(point.head,)) for point in points}
+    cuts = {point.head: Knockout(joined(query), key, layer, heads=(point.head,)) for point in points}
     table = sweep(vlm, pairs, points, lambda point: cuts[point.head], measure, check=0).table
     changes = (table[name] - table[f"{name}_baseline"]).groupby(table["head"]).mean()
     return int(changes.idxmin()), float(changes.min())

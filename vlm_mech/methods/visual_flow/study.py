@@ -20,7 +20,7 @@ from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.methods.knockout.data import EDGE, Scan
 from vlm_mech.methods.knockout.study import knock_out, plan_knockout
 from vlm_mech.methods.layer_swap.study import compared_by, plan_swap, swap_states
-from vlm_mech.methods.visual_flow.data import SPANS, Cases, against
+from vlm_mech.methods.visual_flow.data import LAST, WHOLE, Cases, against, spans
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.measures import Comparison, comparison
 from vlm_mech.sweeps.readings import readings_of
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 AXES = ("method", "span", "stream", "layer")
 PROBE, SHUFFLED = "probe", "probe of shuffled labels"
 SWAP, KNOCKOUT, CONTROL, LENS = "swap", "knockout", "knockout of as many random edges", "lens"
-LAST = "the last token"
 INPUT = -1
 """Layer that stands for what the decoder receives; other layers of swap, probe and lens are outputs of blocks."""
 
@@ -71,9 +70,9 @@ def difference_of(result: Result) -> Comparison:
     return next(name for name in get_args(Comparison) if name in names)
 
 
-def read_at(result: Result) -> str:
-    """The tokens at which the lens of a map reads, in words."""
-    return f"{LAST} and the answers'" if result.provenance.get("answers", {}).get("tokens") else LAST
+def said_in(result: Result) -> str:
+    """The tokens at which the answers of a map are said (see `data.said_at`)."""
+    return WHOLE if WHOLE in set(result.table["span"]) else LAST
 
 
 def swapped_sites(vlm: "VLM") -> list[Site]:
@@ -106,7 +105,8 @@ def flow(
         The table with one row for each example and cell of `AXES`, and the summary of all receipts.
     """
     how: dict[str, Any] = {"only_correct": False, "measure": measure, "engine": engine, "memory": memory}
-    swapped, receipts = swap_states(vlm, cases.pairs, swapped_sites(vlm), SPANS, directions=("noising",), **how)
+    swaps = swapped_sites(vlm), spans(cases.said)
+    swapped, receipts = swap_states(vlm, cases.pairs, *swaps, directions=("noising",), **how)
     cut, cut_receipts = knock_out(vlm, cases.pairs, scan, seed=seed, **how)
     tables = [_of_swap(swapped), _of_knockout(cut, measure), _of_lens(vlm, cases, measure)]
     table = pd.concat(tables, ignore_index=True)
@@ -137,7 +137,7 @@ def _of_knockout(table: pd.DataFrame, measure: Comparison) -> pd.DataFrame:
     return found.assign(skipped=found["skipped"].where(found[measure].isna(), ""))
 
 
-def _of_lens(vlm: "VLM", cases: Cases, measure: Comparison = "logit_diff") -> pd.DataFrame:
+def _of_lens(vlm: "VLM", cases: Cases, measure: Comparison) -> pd.DataFrame:
     """The lead of the answer where its tokens are foretold, read from one clean pass."""
     leads = leads_of(vlm, cases.pairs, cases.rivals, measure)
     names = [pair.id for pair in cases.pairs]
@@ -145,7 +145,7 @@ def _of_lens(vlm: "VLM", cases: Cases, measure: Comparison = "logit_diff") -> pd
         pd.DataFrame({"example": names, "layer": INPUT + depth, "lead": lead, "lead_baseline": leads[0]})
         for depth, lead in enumerate(leads)
     ]
-    return pd.concat(tables, ignore_index=True).assign(method=LENS, span="last", stream="llm", skipped="")
+    return pd.concat(tables, ignore_index=True).assign(method=LENS, span=cases.said, stream="llm", skipped="")
 
 
 def leads_of(
@@ -182,7 +182,7 @@ def plan_flow(
         TooLargeError: a single edited version of a single example does not fit into the memory.
     """
     how: dict[str, Any] = {"measure": measure, "batch": batch, "memory": memory}
-    swaps = plan_swap(vlm, cases.pairs, swapped_sites(vlm), SPANS, directions=("noising",), **how)
+    swaps = plan_swap(vlm, cases.pairs, swapped_sites(vlm), spans(cases.said), directions=("noising",), **how)
     cuts = plan_knockout(vlm, cases.pairs, scan, seed=seed, **how)
     return dataclasses.replace(
         max(swaps, cuts, key=lambda plan: plan.peak_bytes),
