@@ -13,7 +13,7 @@ from vlm_mech.interventions.specification import Activations, Replace
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.methods.attribution.gradient import forward, frozen, gradient
 from vlm_mech.models.vlm import VLM
-from vlm_mech.sweeps.engine import Reference
+from vlm_mech.sweeps.engine import Engine, Reference
 from vlm_mech.sweeps.measures import Measure, logit_diff, logprob_diff, prob
 from vlm_mech.sweeps.readings import readings_of
 
@@ -43,11 +43,11 @@ def sites_of(vlm: VLM, seed: int) -> list[Site]:
     return [*llm, *tower, Site("projector.in"), Site("projector.out")]
 
 
-def measured(vlm, encoded, measure, intervention=None):
+def measured(vlm, encoded, measure, intervention=None, *, runner=Reference):
     read = readings_of(vlm, encoded, [measure])
     kept = []
     keep = lambda _, logits: kept.append(logits) or logits[:, 0]  # noqa: E731
-    Reference(vlm, read.encoded).answers([intervention], keep=keep)
+    runner(vlm, read.encoded).answers([intervention], keep=keep)
     if measure.at != "whole":
         return read.values(kept[0])[0].double()
     # In double precision, which the measure itself does not have.
@@ -59,12 +59,14 @@ def measured(vlm, encoded, measure, intervention=None):
     return total
 
 
-def difference(vlm, encoded, states, toward, site, span, measure):
-    """Central finite difference of the measure along the line to the other states."""
+def difference(vlm, encoded, states, toward, site, span, measure, *, held=None):
+    """Central finite difference of the measure along the line to the other states, which are those of `held`."""
     found, step = [], STEPS[measure.at]
     for share in (step, -step):
-        moved = Activations({site: states[site] + share * (toward[site] - states[site])}, encoded)
-        found.append(measured(vlm, encoded, measure, Replace(site, span, source=moved)))
+        moved = Activations({site: states[site] + share * (toward[site] - states[site])}, held or encoded)
+        # States of several answers are those of one pass over all of them.
+        runner = Engine if held else Reference
+        found.append(measured(vlm, encoded, measure, Replace(site, span, source=moved), runner=runner))
     return (found[0] - found[1]) / (2 * step)
 
 
@@ -102,6 +104,26 @@ def test_gradients_equal_finite_differences(family, measure):
         assert (estimate - expected).abs().max() <= limit, (site, estimate, expected)
         n_moved += expected.abs().max().item() > 5e-3
     assert n_moved >= 4, "a test of zeros says nothing"
+
+
+@pytest.mark.parametrize("family", ["llava_clip", "gemma3", "qwen3_vl", "paligemma"])
+def test_gradients_at_the_tokens_of_answers_equal_finite_differences(family):
+    """Of states of an answer's own tokens, which stand in the pass of this answer alone."""
+    vlm, measure = wrapped(family), MEASURES["whole answers"]
+    encoded = vlm.encode(batch(1))
+    asked = readings_of(vlm, encoded, [measure]).encoded
+    sites = [Site(f"llm.{point}", layer) for point in ("resid_pre", "attn_out", "mlp_out") for layer in (1, 2)]
+    toward, _ = tracked(vlm, vlm.encode(batch(7)), sites, measure)
+    found, slopes = tracked(vlm, encoded, sites, measure)
+    n_moved = 0
+    for site in sites:
+        for span in ("answer", ("last", "answer")):
+            expected = difference(vlm, encoded, found.held, toward.held, site, span, measure, held=asked)
+            estimate = along(asked, slopes, found.held, toward.held, site, span)
+            limit = 3e-4 + 5e-3 * expected.abs().max().item()
+            assert (estimate - expected).abs().max() <= limit, (site, span, estimate, expected)
+            n_moved += expected.abs().max().item() > 5e-3
+    assert n_moved >= 6, "a test of zeros says nothing"
 
 
 @pytest.mark.parametrize(("family", "attn"), [*((name, "eager") for name in ZOO), ("llava_clip", "sdpa")])

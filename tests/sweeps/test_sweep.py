@@ -1,6 +1,8 @@
 """The fast engine equals the reference: every family, back end and kind of edit, whatever the grid and the chunking."""
 
+import dataclasses
 import functools
+import operator
 
 import hypothesis.strategies as st
 import pytest
@@ -199,24 +201,37 @@ def test_a_soft_cap_on_the_logits_is_that_of_the_model():
     assert close(engine.answers([edit])[0][0], run(vlm, encoded, edit).last)
 
 
-def spans():
-    return st.sampled_from(["image", "question", "last", "all", ("question", "last")])
+SPANS = ["image", "question", "last", "all", ("question", "last")]
 
 
 @st.composite
-def interventions(draw):
+def interventions(draw, spans=SPANS):
+    """An edit; those with states of another run have no source yet."""
     layer = draw(st.integers(0, 3))
     kind = draw(st.sampled_from(["replace", "ablate", "knockout"]))
     if kind == "replace":
         return Replace(
-            Site(f"llm.{draw(st.sampled_from(['resid_pre', 'resid_post']))}", layer), draw(spans()), source=()
+            Site(f"llm.{draw(st.sampled_from(['resid_pre', 'resid_post']))}", layer),
+            draw(st.sampled_from(spans)),
+            source=(),
         )
     if kind == "ablate":
         point = draw(st.sampled_from([*POINTS, "resid_post"]))
-        return Ablate(Site(f"llm.{point}", layer), draw(spans()))
+        return Ablate(Site(f"llm.{point}", layer), draw(st.sampled_from(spans)))
     heads = draw(st.sampled_from([None, (0,), (1, 3)]))
     last = draw(st.integers(layer, 3))
-    return Knockout(draw(spans()), "all", range(layer, last + 1), heads=heads, keep_self=True)
+    return Knockout(draw(st.sampled_from(spans)), "all", range(layer, last + 1), heads=heads, keep_self=True)
+
+
+def with_source(drawn, donors):
+    """Edits of one or several parts each, with the states of these runs."""
+    return [
+        functools.reduce(
+            operator.and_,
+            [dataclasses.replace(each, source=donors) if isinstance(each, Replace) else each for each in parts],
+        )
+        for parts in drawn
+    ]
 
 
 @given(
@@ -226,17 +241,9 @@ def interventions(draw):
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_random_grids_equal_the_reference_whatever_the_chunking(family, drawn, max_cells):
-    import dataclasses
-
     vlm = wrapped(family)
     encoded, donors = encodings(family)
-    edits = []
-    for parts in drawn:
-        parts = [dataclasses.replace(each, source=donors) if isinstance(each, Replace) else each for each in parts]
-        edit = parts[0]
-        for more in parts[1:]:
-            edit = edit & more
-        edits.append(edit)
+    edits = with_source(drawn, donors)
     baseline = run(vlm, encoded)
     logits, _ = Engine(vlm, encoded).answers(edits, max_cells=max_cells)
     for found, edit in zip(logits, edits, strict=True):

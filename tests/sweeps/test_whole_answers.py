@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 
+import hypothesis.strategies as st
 import jaxtyping
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from torch.nn.functional import log_softmax
 
-from tests.sweeps.test_sweep import edits_of
+from tests.sweeps.test_sweep import SPANS, edits_of, interventions, with_source
 from tests.zoo import ZOO
 from tests.zoo.batches import QUESTIONS, batch, pairs_of, wrapped
 from tests.zoo.tiny import picture
@@ -95,6 +97,26 @@ def test_the_engine_equals_the_reference_over_whole_answers(family, attn):
         sites = [each.site for each in proofs[number]]
         # The reference runs each answer of several tokens alone.
         assert sorted(sites * 2) == sorted(each.site for each in others[number])
+
+
+OF_ANSWERS = [*SPANS, "answer", ("last", "answer"), ("image", "answer"), ("all", "answer")]
+
+
+@given(
+    st.sampled_from(["llava_siglip_mistral", "qwen3_vl", "gemma3", "paligemma", "blip2", "llava_next_mistral"]),
+    st.lists(st.lists(interventions(OF_ANSWERS), min_size=1, max_size=2), min_size=1, max_size=4),
+    st.integers(1, 5),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_random_grids_over_whole_answers_equal_the_reference_whatever_the_chunking(family, drawn, max_cells):
+    vlm, (encoded, donors) = wrapped(family), answered(family)
+    edits, kept = with_source(drawn, donors), {}
+    Engine(vlm, encoded).answers(
+        edits, max_cells=max_cells, keep=lambda number, logits: kept.update({number: logits.clone()}) or logits[:, 0]
+    )
+    theirs, _ = read_by(Reference(vlm, encoded), edits)
+    for number, edit in enumerate(edits):
+        assert difference(kept[number], theirs[number], encoded) <= 1e-5, edit
 
 
 def test_states_of_an_answer_come_from_the_source_with_the_same_answers():
