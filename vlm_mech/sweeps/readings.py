@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlm_mech.inputs.following import Ids, padded, parting
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.teacher_forcing import followed
+from vlm_mech.interventions.answered import answer_alone
+from vlm_mech.interventions.specification import Intervention
 from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.sweeps.measures import Measure
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
+NOTHING_BEFORE = "no token of the answer comes before what is read"
+"""Why an edit of an answer's tokens alone has no effect to be measured, as where answers have one token."""
 Column = tuple[Ids, ...]
 """The tokens of an answer, for each example."""
 
@@ -49,6 +53,13 @@ class Reading:
             return {"_position": list(self.common)}
         return {"_tokens": (self.wanted[0] >= 0).sum(1).tolist()} if self.wanted else {}
 
+    def n_before(self, n_examples: int) -> Tensor:
+        """For each example how many tokens of answers come before the last one that is read."""
+        if self.measure.at == "parting":
+            return torch.tensor(self.common)
+        lengths = [(wanted >= 0).sum(1) for wanted in self.wanted]
+        return torch.stack(lengths).amax(0) - 1 if lengths else torch.zeros(n_examples, dtype=torch.long)
+
 
 @dataclass(frozen=True, eq=False)
 class Readings:
@@ -71,6 +82,12 @@ class Readings:
     def value(self, number: int, reads: Float[Tensor, "batch read vocab"]) -> Any:
         """What the function of one measure gives, by its number."""
         return self._value(self.each[number], reads, reads)
+
+    def untouched(self, intervention: Intervention) -> Bool[Tensor, "measure example"]:
+        """Where nothing that is edited comes before what is read: an answer's tokens alone, and none of them does."""
+        n_examples = len(self.encoded)
+        alone = torch.tensor(answer_alone(intervention, n_examples))
+        return torch.stack([alone & (reading.n_before(n_examples) == 0) for reading in self.each])
 
     def checked(
         self, reads: Float[Tensor, "batch read vocab"], names: Sequence[str], clean: Tensor | None = None

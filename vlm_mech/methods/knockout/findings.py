@@ -10,7 +10,7 @@ from vlm_mech.errors import WorkError
 from vlm_mech.methods.knockout.data import CONTROL, EDGE, WRONG, Layers, Scan
 from vlm_mech.methods.knockout.edges import Edge
 from vlm_mech.methods.knockout.follow_up import FollowUp, Head, HeadAttention
-from vlm_mech.methods.knockout.study import NO_PROB, OUT_OF_SIGHT, RELATIVE
+from vlm_mech.methods.knockout.study import NO_PROB, NOTHING_BEFORE, OUT_OF_SIGHT, RELATIVE
 from vlm_mech.results.claim import LEVEL
 from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
@@ -54,9 +54,9 @@ def used(result: Result, pairs: Pairs) -> str:
 
 
 def missing(result: Result) -> tuple[str, ...]:
-    """Edges and controls that some of the examples lack, with the reason."""
+    """Edges and controls that some of the examples lack, with the reason, or whose queries come after what is read."""
     columns = ["edge", "cut", "skipped"]
-    table = result.table[~result.table["skipped"].isin(["", WRONG, NO_PROB])]
+    table = result.table[~result.table["skipped"].isin(["", WRONG, NO_PROB, NOTHING_BEFORE])]
     found = []
     for edge, cut, reason in table[columns].drop_duplicates().to_numpy().tolist():
         rows = table[(table["edge"] == edge) & (table["cut"] == cut) & (table["skipped"] == reason)]
@@ -64,6 +64,11 @@ def missing(result: Result) -> tuple[str, ...]:
         layers = ", ".join(str(each) for each in rows["layer"].drop_duplicates()) if reason == OUT_OF_SIGHT else ""
         where = f" at layer {layers}" if layers else ""
         found.append(f"{what} is missing{where} in {rows['example'].nunique()} example(s): {reason}.")
+    early = result.table[result.table["skipped"] == NOTHING_BEFORE]
+    for edge, rows in early.groupby("edge", sort=False):
+        counts = {each.name: rows.loc[rows[each.name].isna(), "example"].nunique() for each in result.metrics}
+        lacking = ", ".join(f"no {name} in {count}" for name, count in counts.items() if count)
+        found.append(f"{edge} has {lacking} example(s): {NOTHING_BEFORE}.")
     return tuple(found)
 
 
