@@ -31,7 +31,8 @@ from vlm_mech.methods.knockout.study import metrics_of as knockout_metrics
 from vlm_mech.methods.layer_swap.findings import takeover, usable_share
 from vlm_mech.methods.layer_swap.study import metrics_of as swap_metrics
 from vlm_mech.methods.layer_swap.study import swap_states
-from vlm_mech.methods.lens.data import labels_apart
+from vlm_mech.methods.lens.data import label_of, labels_apart
+from vlm_mech.methods.lens.logit_lens import lens_of
 from vlm_mech.methods.visual_flow import figures
 from vlm_mech.methods.visual_flow import study as visual_flow
 from vlm_mech.methods.visual_flow.claims import changes_of, claims
@@ -113,6 +114,30 @@ def test_an_attribution_of_an_answers_tokens_needs_some_in_every_pair():
         attribute(vlm, pairs, site, ["last", "answer"], compared)
     short = dataclasses.replace(compared, answers=tuple(each[1:2] for each in compared.answers))
     attribute(vlm, pairs[1:2], site, ["last", "answer"], short)
+
+
+# The lens
+
+
+def test_the_lens_reads_an_answers_tokens_where_they_foretell_the_next():
+    """At the last layer the lens is the model; prompts of unequal lengths, answers of three tokens, one and two."""
+    vlm, (prompt, *_) = wrapped("llava_clip"), some(LONG).base
+    prompts = [prompt, dataclasses.replace(prompt, question="red?"), prompt]
+    answers, site = ["the red star", "red", "red circle"], Site("llm.resid_post", 3)
+    encoded = vlm.encode(prompts, answers)
+    readout, words = readout_of(vlm, prompt), [label_of(vlm, "red"), label_of(vlm, "star")]
+    found = lens_of(vlm, read(vlm, encoded, site), ("last", "answer"), readout, words)
+    assert [(each.example, each.text) for each in found.tokens if each.text in ("the", "red")] == [
+        (0, "the"), (0, "red"), (2, "red"),
+    ]  # fmt: skip
+    n = [len(row.present) for row in encoded.rows]
+    assert n[1] < n[0]
+    assert [each.position for each in found.tokens] == [n[0] - 1, n[0], n[0] + 1, n[1] - 1, n[2] - 1, n[2]]
+    reads = run(vlm, encoded).reads
+    expected = torch.stack([reads[0, 0], reads[0, 1], reads[0, 2], reads[1, 0], reads[2, 0], reads[2, 1]])
+    assert torch.allclose(found.logits[0], expected[:, [each.ids[0] for each in words]].cpu(), atol=1e-4)
+    with pytest.raises(UsageError, match="span 'answer' has no token here: of answers of one token"):
+        lens_of(vlm, read(vlm, vlm.encode(prompts[:1], ["red"]), site), "answer", readout, words)
 
 
 # Hybrids
