@@ -343,6 +343,25 @@ def test_where_no_token_of_an_answer_is_edited_nothing_is_measured(engine):
     assert "skipped" not in sweep(vlm, pairs, points[1:], edit, measures, engine=engine).table
 
 
+def test_the_lengths_of_both_answers_stand_in_the_table():
+    vlm, pairs = wrapped("llava_clip"), several()
+    both, points = (pairs.answer, pairs.counterfactual_answer), grid(layer=(1,))
+    measures = [logprob_diff(*both), logprob_diff(*both, per_token=True), prob(both[0]), logit_diff(*both)]
+    table = sweep(vlm, pairs, points, cut, measures, batch=2).table
+    for name in ("logprob_diff", "logprob_diff_per_token"):
+        assert table[f"{name}_tokens"].tolist() == [1, 3, 3, 1]
+        assert table[f"{name}_other_tokens"].tolist() == [1, 3, 3, 2]
+    assert table["prob_tokens"].tolist() == [1, 3, 3, 1] and "prob_other_tokens" not in table
+    assert table["logit_diff_position"].tolist() == [0, 1, 2, 0] and "logit_diff_tokens" not in table
+    some = Pairs("some", (pairs[3], pairs[0]))
+    compared = logprob_diff(some.answer, some.counterfactual_answer)
+    table = sweep(vlm, some, points, cut, compared, batch=1).table
+    assert table["logprob_diff_tokens"].tolist() == [1, 1] and table["logprob_diff_other_tokens"].tolist() == [2, 1]
+    single = pairs_of(2)
+    table = sweep(vlm, single, points, cut, logprob_diff(single.answer, single.counterfactual_answer)).table
+    assert not [name for name in table if str(name).endswith("_tokens")]
+
+
 def test_an_edit_is_of_an_answer_alone_where_nothing_else_is_touched():
     site, states = Site("llm.resid_post", 1), torch.ones(32)
     for edit, expected in (

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 NOTHING_BEFORE = "no token of the answer comes before what is read"
 """Why an edit of an answer's tokens alone has no effect to be measured, as where answers have one token."""
+LENGTHS = ("_tokens", "_other_tokens")
+"""Columns with the numbers of tokens of an answer and of the one that it is compared with, by their endings."""
 Column = tuple[Ids, ...]
 """The tokens of an answer, for each example."""
 
@@ -48,10 +50,15 @@ class Reading:
 
     @property
     def places(self) -> dict[str, list[int]]:
-        """For each example how many tokens come before the one that is compared, or how many its first answer has."""
+        """For each example how many tokens come before the one that is compared, or how many its answers have.
+
+        Of a measure of one answer against another these are two numbers; of several spellings that of the first.
+        """
         if self.measure.at == "parting":
             return {"_position": list(self.common)}
-        return {"_tokens": (self.wanted[0] >= 0).sum(1).tolist()} if self.wanted else {}
+        # Where answers need not part these are spellings of one.
+        compared = self.wanted[: 1 + self.measure.parts]
+        return {ending: (wanted >= 0).sum(1).tolist() for ending, wanted in zip(LENGTHS, compared, strict=False)}
 
     def n_before(self, n_examples: int) -> Tensor:
         """For each example how many tokens of answers come before the last one that is read."""
@@ -124,7 +131,7 @@ class Readings:
         return reads[torch.arange(len(at), device=reads.device), torch.tensor(at, device=reads.device)]
 
 
-PLACES = {"_position": 0, "_tokens": 1}
+PLACES = {"_position": 0} | dict.fromkeys(LENGTHS, 1)
 """Columns that tell where an answer is compared, by their endings, and what stands there where there is one token."""
 
 
@@ -133,10 +140,11 @@ def without_trivial_places(table: pd.DataFrame, names: Sequence[str]) -> pd.Data
 
     Batches that are one table now may have lost them, and get them back.
     """
-    for name, value in ((f"{name}{ending}", value) for name in names for ending, value in PLACES.items()):
-        if name in table:
-            held = table[name].fillna(value).astype(int)
-            table = table.drop(columns=name) if bool(np.all(held == value)) else table.assign(**{name: held})
+    for name, endings in ((name, endings) for name in names for endings in (("_position",), LENGTHS)):
+        values = {f"{name}{ending}": PLACES[ending] for ending in endings if f"{name}{ending}" in table}
+        held = {column: table[column].fillna(value).astype(int) for column, value in values.items()}
+        trivial = all(bool(np.all(held[column] == value)) for column, value in values.items())
+        table = table.drop(columns=list(held)) if trivial else table.assign(**held)
     return table
 
 

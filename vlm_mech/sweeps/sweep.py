@@ -32,7 +32,7 @@ from vlm_mech.sweeps.axis_labels import axis_table, check_axes
 from vlm_mech.sweeps.engine import Reference, engine_of
 from vlm_mech.sweeps.measures import Measure
 from vlm_mech.sweeps.memory import budget_of
-from vlm_mech.sweeps.readings import NOTHING_BEFORE, Readings, readings_of, without_trivial_places
+from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES, Readings, readings_of, without_trivial_places
 from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
 
@@ -105,8 +105,9 @@ def sweep(
     Returns:
         A `Result` with the grid's axes (labels where values are no numbers or text). Where answers share a beginning
         or have several tokens, columns tell how many tokens come before the one that is compared (`..._position`), and
-        how many an answer has (`..._tokens`). Where the tokens of an answer are edited alone and none comes before what
-        a measure reads, its value is NaN, with the reason in `skipped`. The provenance
+        how many an answer has (`..._tokens`, and `..._other_tokens` the one that it is compared with). Where the tokens
+        of an answer are edited alone and none comes before what a measure reads, its value is NaN, with the reason in
+        `skipped`. The provenance
         holds the plan (`result.plan`), the summary of all receipts and the largest difference that the check found.
 
     Raises:
@@ -245,7 +246,7 @@ class _Job:
     @functools.cached_property
     def places(self) -> pd.DataFrame:
         """The axes of the table, a row for each point."""
-        endings = ("", "_baseline", "_position", "_tokens")
+        endings = ("", "_baseline", *PLACES)
         columns = [f"{each.metric.name}{ending}" for each in self.measures for ending in endings]
         return axis_table([point.axes for point in self.points], columns)
 
