@@ -127,6 +127,26 @@ def test_wordings_that_cannot_be_are_refused_in_one_line_before_anything_is_done
     assert message in told and "\n" not in told and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--system", "Be helpful."), "the system message 'Be helpful.' holds 'Be', which organism has no token for"),
+        (("--prefix", "it seems"), "the prefix 'it seems' holds 'seems', which organism has no token for"),
+        (("--suffix", "say a word."), "the wording 'say a word.' holds 'say', which organism has no token for"),
+        (("--wording", "hello {question}"), "the wording 'hello' holds 'hello', which organism has no token for"),
+    ],
+)
+def test_words_that_the_model_does_not_know_are_refused_in_one_line(tmp_path, capsys, option, message):
+    def loading(config, work):
+        config.load()
+        return fake_run.run(config, work)
+
+    assert command("--out", tmp_path / "out", *option, experiment=loading) == 2
+    assert capsys.readouterr().err.strip() == f"error: {message}" and not (tmp_path / "out").exists()
+    known = ("--suffix", "answer with one word.", "--prefix", "it is")
+    assert command("--out", tmp_path / "out", *known, experiment=loading) == 0
+
+
 def test_an_empty_file_and_an_experiment_that_asks_nothing_are_refused(tmp_path, capsys):
     (tmp_path / "none.txt").write_text("# nothing\n\n")
     assert command("--wordings", tmp_path / "none.txt") == 2
@@ -265,6 +285,8 @@ def test_every_experiment_puts_its_questions_in_the_wording():
         if path.stem in ("benchmark", "validate"):
             assert "unasked=" in code
         else:
+            # Which refuses words around the questions that the model does not know.
+            assert "config.load(" in code and "VLM.load(" not in code
             assert "**config.drawn" in code and "seed=config.seed, split" not in code.replace(
                 "object_masks(pairs, seed", ""
             )

@@ -27,6 +27,7 @@ from vlm_mech.runs.workspace import Workspace, prepare
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
     from vlm_mech.inputs.wording import Wording
+    from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
 REASONS = 3
@@ -80,6 +81,20 @@ class RunConfig:
     def loading(self) -> dict[str, Any]:
         """How the model is loaded: options of `VLM.load`."""
         return {name: getattr(self, name) for name in ("device", "dtype", "attn", "revision")}
+
+    def load(self, name: str | None = None) -> "VLM":
+        """The model of this run, or another by its name, as the options say.
+
+        Raises:
+            UsageError: it cannot be loaded (see `VLM.load`), or has no token for a word that the options put around
+                questions.
+        """
+        from vlm_mech.inputs.wording import check_words
+        from vlm_mech.models.vlm import VLM
+
+        vlm = VLM.load(self.model if name is None else name, **self.loading)
+        check_words(vlm, self.asking)
+        return vlm
 
     @property
     def asking(self) -> "Wording":
