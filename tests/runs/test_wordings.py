@@ -9,9 +9,10 @@ import pytest
 
 from tests.runs import fake_run
 from tests.runs.test_contract import CONTRACT, command, contents
-from vlm_mech.errors import WorkError
+from vlm_mech.errors import TooFewError, WorkError
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
+from vlm_mech.results.wordings import LEFT_OUT
 from vlm_mech.runs import contract, workspace
 
 TWO = ("--wording", "{question}", "--wording", "{question} One word.")
@@ -258,6 +259,55 @@ def test_errors_name_the_wording_and_leave_what_was_done(tmp_path, capsys):
 
     assert command("--out", tmp_path / "none", *TWO, experiment=nothing) == 1
     assert not (tmp_path / "none").exists()
+
+
+def answered_in(wordings):
+    """The fake experiment, of whose examples too few count in other wordings."""
+
+    def experiment(config, work):
+        if config.asking.template in wordings:
+            return asked(config, work)
+        work.keep("00000000", fake_run.swapped(range(4)), {"from": 0})
+        raise TooFewError("1 of 12 are answered right")
+
+    return experiment
+
+
+def test_a_wording_in_which_too_few_are_answered_rightly_is_left_out(tmp_path, capsys):
+    out, third = tmp_path / "out", "{question} !"
+    three = (*TWO, "--wording", third)
+    assert command("--out", out, *three, experiment=answered_in((SAID[0], third))) == 0
+    assert "left out: 1 of 12 are answered right" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == CONTRACT | {"wordings.csv", "wording-1", "wording-3"}
+    result = Result.load(out)
+    rows = result.table[result.table["wording"] == SAID[1]]
+    why = f"{LEFT_OUT}1 of 12 are answered right"
+    assert rows["recovered"].isna().all() and set(rows["skipped"]) == {why} and rows["example"].nunique() == 12
+    assert result.provenance["left_out"] == [{"wording": SAID[1], "reason": "1 of 12 are answered right"}]
+    assert [each["wording"] for each in result.provenance["wordings"]] == [SAID[0], third]
+    assert result.findings[0].startswith("2 wordings; numbers over them are of the 12 examples")
+    assert f"Wording {SAID[1]!r}: {why}." in result.findings
+    over = pd.read_csv(out / "wordings.csv")
+    assert set(over["n_wordings"]) == {2} and not over["wording_sd"].isna().any()
+    plain = tmp_path / "plain"
+    assert command("--out", plain, "--wording", SAID[0], "--wording", third, experiment=asked) == 0
+    assert (out / "wordings.csv").read_bytes() == (plain / "wordings.csv").read_bytes()
+    names = {trace.name for trace in redraw(out)["wordings"].data}
+    assert not any(SAID[1] in name for name in names) and len(names) == 3
+    assert command("--out", out, *three, "--resume", experiment=asked) == 0
+
+
+def test_one_wording_that_is_left_stands_alone_and_none_is_an_error(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command("--out", out, *TWO, experiment=answered_in(SAID[1:])) == 0
+    result = Result.load(out)
+    assert result.findings[0].startswith(f"One wording has a result, {SAID[1]!r}; nothing is said over wordings")
+    assert {path.name for path in out.iterdir()} == CONTRACT | {"wordings.csv", "wording-2"}
+    none = tmp_path / "none"
+    assert command("--out", none, *TWO, experiment=answered_in(())) == 1
+    assert capsys.readouterr().err.strip() == "error: wording 1, '{question}': 1 of 12 are answered right"
+    # What was done is kept, and the run taken up again.
+    assert command("--out", none, *TWO, "--resume", experiment=asked) == 0
 
 
 def test_a_dry_run_says_what_each_wording_needs(tmp_path, capsys):

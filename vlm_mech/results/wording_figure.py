@@ -9,7 +9,7 @@ import pandas as pd
 
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
-from vlm_mech.results.wordings import AXIS, means_of_wordings, over_wordings, spread
+from vlm_mech.results.wordings import AXIS, means_of_wordings, over_wordings, spread, wordings_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -35,7 +35,7 @@ def wording_dots(result: Result) -> "go.Figure":
     from plotly.subplots import make_subplots
 
     over, metric = over_wordings(result), result.metrics[0]
-    wordings = list(result.cells[AXIS].drop_duplicates())
+    wordings = wordings_of(result)
     rows = pd.DataFrame() if over is None else spread(result, over)
     if over is None or not (rows["wording_sd"].notna() & (rows["metric"] == metric.name)).to_numpy().any():
         figure = go.Figure()

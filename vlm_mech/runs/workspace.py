@@ -145,6 +145,13 @@ class Workspace:
                 started.unlink()
             raise
 
+    def drop(self, name: str) -> None:
+        """Removes the batches of a run within this one that ended without a result."""
+        shutil.rmtree(self.folder / name / PARTIAL, ignore_errors=True)
+        (self.partial / f"{name}{STARTED}").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # an earlier run is in it, or it is gone
+            (self.folder / name).rmdir()
+
     def publish(self) -> None:
         """Moves the finished files into the folder, in place of an earlier run's, and removes the batches.
 

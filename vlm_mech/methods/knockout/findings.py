@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.errors import WorkError
+from vlm_mech.errors import TooFewError
 from vlm_mech.methods.knockout.data import CONTROL, EDGE, WRONG, Layers, Scan
 from vlm_mech.methods.knockout.edges import Edge
 from vlm_mech.methods.knockout.follow_up import FollowUp, Head, HeadAttention
@@ -22,7 +22,7 @@ def findings(result: Result, pairs: Pairs, scan: Scan, more: FollowUp) -> tuple[
     """Everything a run says: what was used, what each edge or head does, and what is written without it.
 
     Raises:
-        WorkError: fewer than two examples count, so that nothing can be said.
+        TooFewError: fewer than two examples count, so that nothing can be said.
     """
     found = [used(result, pairs), scan.about, *missing(result)]
     if scan.heads is None:
@@ -37,13 +37,13 @@ def used(result: Result, pairs: Pairs) -> str:
     """How many examples count, in a sentence.
 
     Raises:
-        WorkError: fewer than two are left, so that nothing can be said.
+        TooFewError: fewer than two are left, so that nothing can be said.
     """
     reasons = result.table.groupby("example", sort=False)["skipped"]
     n_examples, n_wrong = reasons.ngroups, int(reasons.agg(lambda each: (each == WRONG).all()).sum())
     n_low = int(reasons.agg(lambda each: (each == NO_PROB).any()).sum())
     if n_examples - n_wrong < 2:
-        raise WorkError(
+        raise TooFewError(
             f"{n_examples - n_wrong} of {n_examples} examples of {pairs.name} are answered right; at least two are "
             "needed (--all keeps the others too)"
         )
