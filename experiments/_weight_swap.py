@@ -23,14 +23,13 @@ def swap_weights(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.inputs.image import load_image
     from vlm_mech.methods.weight_swap import figures, findings, study
     from vlm_mech.methods.weight_swap.data import exchanges
-    from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
     if config.outcome != "logits":
         raise UsageError(f"--outcome {config.outcome} is for --swap state; an exchange of weights reads logits alone")
     pairs = load_pairs(config.data or "scenes/colour-conflict", n=config.n, split=config.split, **config.drawn)
     pairs = conflict_first(with_conflict(pairs))
-    base = VLM.load(config.model, **config.loading)
+    base = config.load()
     pairs = fitting(base, pairs, variants=config.variants)
     sides = study.two_sides(base, _tuned(config), part=config.part, second=_second(config), seed=config.seed)
     chosen = [each for schedule in config.schedules for each in exchanges(schedule, sides.n_layers, size=config.window)]
@@ -68,6 +67,5 @@ def _is_adapter(name: str) -> bool:
 
 
 def _model(config: Config, name: str | None) -> Any:
-    from vlm_mech.models.vlm import VLM
 
-    return None if name is None else VLM.load(name, **config.loading)
+    return None if name is None else config.load(name)

@@ -61,11 +61,10 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.data.pairs import load_pairs
     from vlm_mech.errors import UsageError
     from vlm_mech.methods.probing.data import with_objects
-    from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
     pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
-    vlm = VLM.load(config.model, **config.loading)
+    vlm = config.load()
     levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs)
     pairs = pairs if _probe_data(config) is None else with_objects(vlm, pairs)
     mechanism = () if config.mechanism == ("none",) else config.mechanism

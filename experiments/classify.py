@@ -78,12 +78,11 @@ def _loaded(config: Config) -> "tuple[Any, Design]":
     from vlm_mech.behaviour.classify.data import design_of
     from vlm_mech.behaviour.classify.steps import fewest
     from vlm_mech.data.image_classes import load_classes
-    from vlm_mech.models.vlm import VLM
 
     check_n(config.n, fewest(config.data, config.model, config.counts))
     sizes = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
     data = load_classes(config.data, **sizes, seed=config.seed, names=config.names)
-    vlm, style = VLM.load(config.model, **config.loading), STYLES[config.style]
+    vlm, style = config.load(), STYLES[config.style]
     style = replace(style, questions=config.questions or style.questions)
     style = replace(style, stem=style.stem if config.stem is None else config.stem)
     how = {"ks": config.k, "orders": config.orders, "n_new": config.new_tokens, "batch": config.batch}

@@ -51,9 +51,8 @@ class Config(SweepConfig):
 def _loaded(config: Config) -> "tuple[Any, Examples, tuple[Cell, ...]]":
     from vlm_mech.methods.compensation.study import cells_of
     from vlm_mech.methods.compensation.variants import layer_ranges, variants_of
-    from vlm_mech.models.vlm import VLM
 
-    vlm = VLM.load(config.model, **config.loading)
+    vlm = config.load()
     examples = _examples(config, vlm, config.split)
     variants = variants_of(vlm, vlm.encode([examples.examples[0].prompt]), config.cuts)
     return vlm, examples, cells_of(variants, layer_ranges(vlm, config.layers))

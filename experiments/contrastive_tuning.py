@@ -53,7 +53,6 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.behaviour.contrastive_tuning.training import Recipe
     from vlm_mech.behaviour.erroneous_agreement import data as erroneous_agreement_data
     from vlm_mech.models.dual_encoder import DualEncoder
-    from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
     recipe = Recipe(config.steps, config.batch, seed=config.seed)
@@ -69,7 +68,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     loading = {name: value for name, value in config.loading.items() if name != "revision"}
     encoder = DualEncoder.load(config.contrastive, **loading)
     contrastive_tuning_data.check_words(encoder, [*test, *train, *validation])
-    vlm = VLM.load(config.model, **config.loading)
+    vlm = config.load()
     test = [erroneous_agreement_data.answerable(vlm, cases) for cases in test]
     told = about(QUESTION, vlm, erroneous_agreement_data.joined(test), {}) | {"contrastive": encoder.identity()}
     pairs = contrastive_tuning_data.without_repeats(train, test)

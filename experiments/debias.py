@@ -65,14 +65,13 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.behaviour.debias import data as debias_data
     from vlm_mech.behaviour.debias import figures, findings, study, training
     from vlm_mech.data.fitting import askable, fitting
-    from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
     recipe = _recipe(config)
     counts: dict[str, Any] = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
     parts = debias_data.parts_of(config.data, **config.drawn, **counts)
     others = _untouched(config)
-    vlm = VLM.load(config.model, **config.loading)
+    vlm = config.load()
     room = config.max_new_tokens
     parts = dataclasses.replace(parts, test=fitting(vlm, parts.test))
     used = {name: training.usable(vlm, some, max_new_tokens=room) for name, some in vars(parts).items()}

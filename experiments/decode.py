@@ -51,10 +51,9 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, rates by method, curves of the dose, and the dependency on the picture along the answer."""
     from vlm_mech.behaviour.decoding import data as decoding_data
     from vlm_mech.behaviour.decoding import figures, findings, study
-    from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
-    vlm = VLM.load(config.model, **config.loading)
+    vlm = config.load()
     options = decoding_data.Options(
         config.start, config.cutoff, config.noise_step, config.max_new_tokens, config.letters, config.seed
     )

@@ -51,7 +51,6 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.behaviour.erroneous_agreement import data as erroneous_agreement_data
     from vlm_mech.behaviour.erroneous_agreement import figures, findings, study
     from vlm_mech.models.dual_encoder import DualEncoder
-    from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
     _check(config)
@@ -59,7 +58,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     loaded = [erroneous_agreement_data.load_cases(name, **options) for name in config.data]
     for cases in loaded:
         erroneous_agreement_data.check_enough(cases)
-    vlm = VLM.load(config.model, **config.loading)
+    vlm = config.load()
     loading = {name: value for name, value in config.loading.items() if name != "revision"}
     encoder = DualEncoder.load(config.contrastive, **loading)
     data = [erroneous_agreement_data.answerable(vlm, cases) for cases in loaded]

@@ -51,11 +51,10 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.data.pairs import load_pairs
     from vlm_mech.methods.knockout.data import scan_of
     from vlm_mech.methods.knockout.edges import object_masks
-    from vlm_mech.models.vlm import VLM
 
     pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     masks = object_masks(pairs, seed=config.seed, split=config.split)
-    vlm = VLM.load(config.model, **config.loading)
+    vlm = config.load()
     pairs = fitting(vlm, pairs, variants=config.variants)
     options = {"layers": config.layers, "size": config.window, "heads": config.heads, "during": config.during}
     return vlm, pairs, scan_of(vlm, pairs, masks, config.edges, **options), masks

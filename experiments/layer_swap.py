@@ -37,11 +37,10 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.data.fitting import fitting
     from vlm_mech.data.pairs import DIRECTIONS, load_pairs
     from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
-    from vlm_mech.models.vlm import VLM
 
     check_n(config.n, 2)
     pairs = load_pairs(config.data or "scenes/colour", n=config.n, split=config.split, **config.drawn)
-    vlm = VLM.load(config.model, **config.loading)
+    vlm = config.load()
     directions = DIRECTIONS if config.direction == "both" else (config.direction,)
     sites = swap_sites(vlm, config.site, config.point)
     pairs = fitting(vlm, pairs, variants=config.variants)

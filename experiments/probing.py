@@ -78,9 +78,8 @@ def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     from vlm_mech.methods.probing import data as probing_data
     from vlm_mech.methods.probing.probe import recipe_of
     from vlm_mech.methods.probing.study import Design
-    from vlm_mech.models.vlm import VLM
 
-    vlm, drawn = VLM.load(name, **config.loading), {"split": config.split, **config.drawn}
+    vlm, drawn = config.load(name), {"split": config.split, **config.drawn}
     n = 128 if config.n is None and config.data.startswith("scenes/") else config.n
     named = [(config.data, n), *((name, config.n_conflict) for name in _conflict(config))]
     data = [probing_data.with_objects(vlm, load_pairs(name, n=count, **drawn)) for name, count in named]

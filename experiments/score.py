@@ -50,11 +50,10 @@ class Config(RunConfig):
 
 def _loaded(config: Config) -> "Plan":
     from vlm_mech.behaviour.scoring import data as scoring_data
-    from vlm_mech.models.vlm import VLM
 
     sizes = {"n": config.n, "n_validation": config.n_validation}
     parts = scoring_data.load_parts(config.data, **sizes, split=config.split, **config.drawn)
-    vlms = [VLM.load(name, **config.loading) for name in (config.model, config.compare) if name]
+    vlms = [config.load(name) for name in (config.model, config.compare) if name]
     names = ("prompts", "forms", "contrastive", "caption", "loading", "seed", "batch", "max_new_tokens")
     return scoring_data.plan_of(vlms, *parts, **{name: getattr(config, name) for name in names})
 

@@ -55,12 +55,11 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.errors import UsageError
     from vlm_mech.methods.probing.data import with_objects
     from vlm_mech.methods.visual_flow.data import cases_of, flow_scan
-    from vlm_mech.models.vlm import VLM
 
     if config.pages < 0 or config.every < 1:
         raise UsageError(f"pages is {config.pages} and every is {config.every}; 0 and 1 are the least")
     pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
-    vlm = VLM.load(config.model, **config.loading)
+    vlm = config.load()
     pairs = fitting(vlm, pairs, variants=config.variants)
     cases = cases_of(vlm, with_objects(vlm, pairs) if config.probe else pairs, config.measure)
     return vlm, cases, flow_scan(vlm, cases, window=config.window)

@@ -147,6 +147,23 @@ def test_experiments_draw_and_tell_by_these_names():
         assert len(text.splitlines()) <= 120, f"{path.name} has more lines than wiring takes"
 
 
+MOST_LINES = 50
+
+
+def lines_of(function):
+    """Lines of a function without its docstring."""
+    first = function.body[0]
+    told = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if told else 0)
+
+
+def test_functions_fit_on_a_page():
+    for path in [path for room in ("vlm_mech", "experiments") for path in (ROOT / room).rglob("*.py")]:
+        for each in ast.walk(ast.parse(path.read_text())):
+            if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert lines_of(each) <= MOST_LINES, f"{path.relative_to(ROOT)}: {each.name} has {lines_of(each)} lines"
+
+
 def test_mcnemar_is_written_once():
     found = [path for path in SOURCES if re.search(r"\bbinomtest\(.*\)\.pvalue", path.read_text())]
     assert [path.relative_to(ROOT).as_posix() for path in found] == ["vlm_mech/results/statistics.py"]

@@ -4,6 +4,11 @@ Names are imported when first used, so that `import vlm_mech` is light.
 """
 
 import importlib
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -152,3 +157,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Offered(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Lets `import vlm_mech.measures`, and the other modules here, do what `from vlm_mech import measures` does."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, offered = name.rpartition(".")
+        return importlib.util.spec_from_loader(name, self) if package == __name__ and offered in _MODULES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Python takes what stands there afterwards.
+        sys.modules[module.__name__] = __getattr__(module.__name__.rpartition(".")[2])
+
+
+sys.meta_path.append(_Offered())

@@ -18,6 +18,10 @@ class WorkError(RuntimeError):
     """Work that failed although it was asked for rightly. Commands exit with status 1."""
 
 
+class TooFewError(WorkError):
+    """Too few examples count, such as those answered rightly, for anything to be said of them."""
+
+
 def shortened(text: str, most: int = 200) -> str:
     """The text on one line of at most so many characters; of a longer one, its beginning and its end."""
     line = " ".join(text.split())

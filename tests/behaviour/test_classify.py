@@ -13,7 +13,6 @@ from vlm_mech.behaviour.answering.class_name_scores import Names, names_after, s
 from vlm_mech.behaviour.answering.prompts import (
     STYLES,
     candidates,
-    check_known,
     longest,
     stemmed,
     too_long,
@@ -27,6 +26,7 @@ from vlm_mech.data.image_classes import Classes, Labelled
 from vlm_mech.data.reading import mentions, read_answer
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.interventions.trace import run
 from vlm_mech.models.vlm import VLM
 

@@ -175,7 +175,8 @@ def test_failed_work_is_one_clear_line_and_status_one(model_folder, data_folder,
     assert command(layer_swap, *usual) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "are answered right on both images; at least two are needed" in error
-    assert command(layer_swap, *usual, "--resume", "--debug") == 1
+    assert not (tmp_path / "out").exists(), "nothing was measured"
+    assert command(layer_swap, *usual, "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -16,15 +16,23 @@ from vlm_mech.behaviour.erroneous_agreement.data import Asked, Case, Cases, answ
 from vlm_mech.behaviour.erroneous_agreement.similarity import answer_scores
 from vlm_mech.data.fitting import fitting
 from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling
 from vlm_mech.interventions.trace import read, run
+from vlm_mech.methods.attribution.study import attribute
 from vlm_mech.methods.compensation import study as compensation
 from vlm_mech.methods.compensation.data import Example, Shown, examples_of
 from vlm_mech.methods.compensation.variants import ALL, NONE, VARIANTS, edit_of, layer_ranges
-from vlm_mech.methods.knockout.data import EDGE
+from vlm_mech.methods.knockout.data import EDGE, scan_of
+from vlm_mech.methods.knockout.edges import NOTHING_GIVEN
+from vlm_mech.methods.knockout.findings import missing
 from vlm_mech.methods.knockout.study import knock_out
+from vlm_mech.methods.knockout.study import metrics_of as knockout_metrics
+from vlm_mech.methods.layer_swap.findings import takeover, usable_share
+from vlm_mech.methods.layer_swap.study import metrics_of as swap_metrics
 from vlm_mech.methods.layer_swap.study import swap_states
-from vlm_mech.methods.lens.data import labels_apart
+from vlm_mech.methods.lens.data import label_of, labels_apart
+from vlm_mech.methods.lens.logit_lens import lens_of
 from vlm_mech.methods.visual_flow import figures
 from vlm_mech.methods.visual_flow import study as visual_flow
 from vlm_mech.methods.visual_flow.claims import changes_of, claims
@@ -37,8 +45,8 @@ from vlm_mech.models.readout import readout_of
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Result
 from vlm_mech.sweeps.engine import Engine
-from vlm_mech.sweeps.measures import logprob_diff
-from vlm_mech.sweeps.readings import readings_of
+from vlm_mech.sweeps.measures import logit_diff, logprob_diff
+from vlm_mech.sweeps.readings import NOTHING_BEFORE, readings_of
 from vlm_mech.sweeps.recorded_pass import record
 
 QUESTION = "what colour is the circle?"
@@ -64,6 +72,72 @@ def by_hand(vlm, prompts, answers, intervention=None):
     return np.array(
         [logprobs_of(vlm, *each, intervention)[0].sum().item() for each in zip(prompts, answers, strict=True)]
     )
+
+
+# Edits of an answer's tokens alone
+
+
+def test_what_is_read_before_an_answers_tokens_has_no_value_when_these_alone_are_edited(monkeypatch):
+    """Logits at the token where answers part: two pairs part at once, the second begins alike."""
+    vlm, pairs = wrapped("llava_clip"), some(LONG)
+    spans = ["image", "answer", "last+answer"]
+    table, _ = swap_states(vlm, pairs, [Site("llm.resid_post", 1)], spans, only_correct=False)
+    for span in spans:
+        here = table[(table["span"] == span) & (table["direction"] == "noising")]
+        lacking = [span == "answer", False, span == "answer"]
+        assert (here["skipped"] == NOTHING_BEFORE).tolist() == lacking
+        for name in ("logit_diff", "logit_diff_baseline", "flip"):
+            assert here[name].isna().tolist() == lacking, (span, name)
+    result = Result("swap", table, ("direction", "span", "layer"), swap_metrics())
+    assert f"in 2 {NOTHING_BEFORE}, so that swaps of these tokens alone have no value" in usable_share(result, pairs)
+    table["recovered"] = table["recovered"].fillna(0.0).where(table["skipped"] != NOTHING_BEFORE)
+    told = takeover(dataclasses.replace(result, table=table))
+    assert len(told) == 4 and "too few" not in told[0]
+    monkeypatch.setattr("vlm_mech.methods.knockout.study.MIN_PROB", 0.0)
+    scan = scan_of(vlm, pairs, {}, ["answer<-image", "last+answer<-image"], layers="all")
+    table, _ = knock_out(vlm, pairs, scan, only_correct=False)
+    here = table[(table["edge"] == "answer<-image") & (table["cut"] == EDGE)]
+    assert here["skipped"].tolist() == [NOTHING_BEFORE, NOTHING_BEFORE, NOTHING_GIVEN]
+    assert here["logit"].isna().all() and here["logit_diff"].isna().tolist() == [True, False, True]
+    assert here["prob"].isna().tolist() == here["lost"].isna().tolist() == [False, False, True]
+    others = table[(table["edge"] != "answer<-image") & (table["cut"] == EDGE)]
+    assert not others[["logit", "logit_diff", "prob"]].isna().any(axis=None)
+    result = Result("knockout", table, scan.axes, knockout_metrics())
+    told = [each for each in missing(result) if NOTHING_BEFORE in each]
+    assert told == [f"answer<-image has no logit_diff in 1, no logit in 2, no flip in 1 example(s): {NOTHING_BEFORE}."]
+
+
+def test_an_attribution_of_an_answers_tokens_needs_some_in_every_pair():
+    vlm, pairs, site = wrapped("llava_clip"), some(LONG), Site("llm.resid_post", 1)
+    compared = logit_diff(pairs.answer, pairs.counterfactual_answer)
+    with pytest.raises(UsageError, match="span 'answer' has nothing to exchange in pair '0': no token of the answer"):
+        attribute(vlm, pairs, site, ["last", "answer"], compared)
+    short = dataclasses.replace(compared, answers=tuple(each[1:2] for each in compared.answers))
+    attribute(vlm, pairs[1:2], site, ["last", "answer"], short)
+
+
+# The lens
+
+
+def test_the_lens_reads_an_answers_tokens_where_they_foretell_the_next():
+    """At the last layer the lens is the model; prompts of unequal lengths, answers of three tokens, one and two."""
+    vlm, (prompt, *_) = wrapped("llava_clip"), some(LONG).base
+    prompts = [prompt, dataclasses.replace(prompt, question="red?"), prompt]
+    answers, site = ["the red star", "red", "red circle"], Site("llm.resid_post", 3)
+    encoded = vlm.encode(prompts, answers)
+    readout, words = readout_of(vlm, prompt), [label_of(vlm, "red"), label_of(vlm, "star")]
+    found = lens_of(vlm, read(vlm, encoded, site), ("last", "answer"), readout, words)
+    assert [(each.example, each.text) for each in found.tokens if each.text in ("the", "red")] == [
+        (0, "the"), (0, "red"), (2, "red"),
+    ]  # fmt: skip
+    n = [len(row.present) for row in encoded.rows]
+    assert n[1] < n[0]
+    assert [each.position for each in found.tokens] == [n[0] - 1, n[0], n[0] + 1, n[1] - 1, n[2] - 1, n[2]]
+    reads = run(vlm, encoded).reads
+    expected = torch.stack([reads[0, 0], reads[0, 1], reads[0, 2], reads[1, 0], reads[2, 0], reads[2, 1]])
+    assert torch.allclose(found.logits[0], expected[:, [each.ids[0] for each in words]].cpu(), atol=1e-4)
+    with pytest.raises(UsageError, match="span 'answer' has no token here: of answers of one token"):
+        lens_of(vlm, read(vlm, vlm.encode(prompts[:1], ["red"]), site), "answer", readout, words)
 
 
 # Hybrids

@@ -185,6 +185,32 @@ def test_with_all_variants_the_likeliest_counts():
     assert line.startswith("Of each answer the likeliest spelling counts, of as written; with a capital;")
 
 
+def test_how_often_each_spelling_wins_is_told():
+    """The model says "Left": of the right answers "left" and "right" each once a pair, a capital wins the first."""
+    vlm = llama_like("\u2581Left")
+    pairs = fitting(vlm, pairs_of(("left", "right"), ("right", "left"), ("left", "left star")), variants="max")
+    asked = [
+        *zip(pairs.base, pairs.answer, strict=True),
+        *zip(pairs.counterfactual, pairs.counterfactual_answer, strict=True),
+    ]
+    ids = vlm.tokenizer.convert_tokens_to_ids
+    pieces = {
+        "left": ("\u2581left", "\u2581Left", "left", "Left"),
+        "right": ("\u2581right", "\u2581Right", "right", "Right"),
+    }
+    expected = dict.fromkeys(map(str, pairs.variants), 0.0)
+    for prompt, answer in asked:
+        logits = run(vlm, prompt).last[0]
+        best = max(range(4), key=lambda number: logits[ids(pieces[str(answer)][number])].item())
+        expected[str(pairs.variants[best])] += 1 / len(asked)
+    assert len(pairs) == 2 and pairs.wins == expected and expected["with a capital"] >= 0.5
+    told = about("?", vlm, pairs, {})
+    assert told["answers"]["wins"] == expected and told["answers"]["chosen_on"] == "the first 4 of 4"
+    (line,) = [each for each in spelt(told) if each.startswith("Share of right answers")]
+    assert "(the first 4 of 4) of which each is the likeliest: as written" in line and "with a capital" in line
+    assert fitting(vlm, pairs_of(("left", "right"), ("right", "left"))).wins == {}
+
+
 def test_an_answer_for_which_there_is_no_room_is_counted_out():
     vlm = VLM(tiny_model(), tiny_processor(), name="tiny", check=False)
     long = "red star " * vlm.n_positions

@@ -11,10 +11,10 @@ from tests.zoo import ZOO
 from tests.zoo.batches import batch, pairs_of
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
-from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.behaviour.classify.baselines import contrastive_scores
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.interventions.specification import Knockout
 from vlm_mech.interventions.trace import generate, read, run
 from vlm_mech.models.dual_encoder import DualEncoder

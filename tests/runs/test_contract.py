@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import fake_run
-from vlm_mech.errors import UsageError
+from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.results.result import Result
 from vlm_mech.runs import contract, workspace
 
@@ -238,6 +238,44 @@ def test_figures_of_an_earlier_run_do_not_linger(tmp_path):
     (out / "figures" / "mine.html").write_text("mine")
     assert command("--out", out, "--overwrite", experiment=fewer) == 0
     assert {path.name for path in (out / "figures").iterdir()} == {"heat.html", "heat.json", "mine.html"}
+
+
+def unanswered(config, work):
+    """Keeps batches without any value, as of pairs that are all answered wrongly."""
+    (work.partial / "states").mkdir(exist_ok=True)
+    values = ["recovered", "recovered_baseline", "logit_diff", "logit_diff_baseline"]
+    for key in ("00", "01"):
+        work.keep(key, fake_run.swapped(range(2)).assign(skipped="wrong", **dict.fromkeys(values, float("nan"))), {})
+    raise WorkError("0 of 4 pairs are answered right")
+
+
+def test_a_run_that_measured_nothing_leaves_what_was_there(tmp_path):
+    out = tmp_path / "new" / "out"
+    assert command("--out", out, experiment=unanswered) == 1 and not list(tmp_path.iterdir())
+    out.mkdir(parents=True)
+    assert command("--out", out, experiment=unanswered) == 1 and out.exists() and not list(out.iterdir())
+    assert command("--out", out) == 0, "the corrected command needs no --overwrite"
+    before = contents(out)
+    assert command("--out", out, "--overwrite", experiment=unanswered) == 1 and contents(out) == before
+
+
+def test_what_a_run_kept_or_found_is_never_taken_back(tmp_path):
+    def half(config, work):
+        work.keep("0", fake_run.swapped(range(2)), {})
+        unanswered(config, work)
+
+    def states(config, work):
+        (work.partial / "states").mkdir()
+        (work.partial / "states" / "000.safetensors").write_bytes(b"hours")
+        raise UsageError("no such layer")
+
+    for name, experiment, kept in (("a", half, "0.parquet"), ("b", states, "states/000.safetensors")):
+        assert command("--out", tmp_path / name, experiment=experiment) in (1, 2)
+        assert (tmp_path / name / "partial" / kept).is_file()
+    assert command("--out", tmp_path / "c", experiment=killed_after(0)) == 130
+    before = contents(tmp_path / "c")
+    assert command("--out", tmp_path / "c", "--resume", experiment=unanswered) == 1
+    assert before.items() <= contents(tmp_path / "c").items()
 
 
 def test_overwriting_never_touches_a_folder_that_is_not_ours(tmp_path, capsys):

@@ -9,9 +9,10 @@ import pytest
 
 from tests.runs import fake_run
 from tests.runs.test_contract import CONTRACT, command, contents
-from vlm_mech.errors import WorkError
+from vlm_mech.errors import TooFewError, WorkError
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
+from vlm_mech.results.wordings import LEFT_OUT
 from vlm_mech.runs import contract, workspace
 
 TWO = ("--wording", "{question}", "--wording", "{question} One word.")
@@ -127,6 +128,26 @@ def test_wordings_that_cannot_be_are_refused_in_one_line_before_anything_is_done
     assert message in told and "\n" not in told and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--system", "Be helpful."), "the system message 'Be helpful.' holds 'Be', which organism has no token for"),
+        (("--prefix", "it seems"), "the prefix 'it seems' holds 'seems', which organism has no token for"),
+        (("--suffix", "say a word."), "the wording 'say a word.' holds 'say', which organism has no token for"),
+        (("--wording", "hello {question}"), "the wording 'hello' holds 'hello', which organism has no token for"),
+    ],
+)
+def test_words_that_the_model_does_not_know_are_refused_in_one_line(tmp_path, capsys, option, message):
+    def loading(config, work):
+        config.load()
+        return fake_run.run(config, work)
+
+    assert command("--out", tmp_path / "out", *option, experiment=loading) == 2
+    assert capsys.readouterr().err.strip() == f"error: {message}" and not (tmp_path / "out").exists()
+    known = ("--suffix", "answer with one word.", "--prefix", "it is")
+    assert command("--out", tmp_path / "out", *known, experiment=loading) == 0
+
+
 def test_an_empty_file_and_an_experiment_that_asks_nothing_are_refused(tmp_path, capsys):
     (tmp_path / "none.txt").write_text("# nothing\n\n")
     assert command("--wordings", tmp_path / "none.txt") == 2
@@ -240,6 +261,55 @@ def test_errors_name_the_wording_and_leave_what_was_done(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def answered_in(wordings):
+    """The fake experiment, of whose examples too few count in other wordings."""
+
+    def experiment(config, work):
+        if config.asking.template in wordings:
+            return asked(config, work)
+        work.keep("00000000", fake_run.swapped(range(4)), {"from": 0})
+        raise TooFewError("1 of 12 are answered right")
+
+    return experiment
+
+
+def test_a_wording_in_which_too_few_are_answered_rightly_is_left_out(tmp_path, capsys):
+    out, third = tmp_path / "out", "{question} !"
+    three = (*TWO, "--wording", third)
+    assert command("--out", out, *three, experiment=answered_in((SAID[0], third))) == 0
+    assert "left out: 1 of 12 are answered right" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == CONTRACT | {"wordings.csv", "wording-1", "wording-3"}
+    result = Result.load(out)
+    rows = result.table[result.table["wording"] == SAID[1]]
+    why = f"{LEFT_OUT}1 of 12 are answered right"
+    assert rows["recovered"].isna().all() and set(rows["skipped"]) == {why} and rows["example"].nunique() == 12
+    assert result.provenance["left_out"] == [{"wording": SAID[1], "reason": "1 of 12 are answered right"}]
+    assert [each["wording"] for each in result.provenance["wordings"]] == [SAID[0], third]
+    assert result.findings[0].startswith("2 wordings; numbers over them are of the 12 examples")
+    assert f"Wording {SAID[1]!r}: {why}." in result.findings
+    over = pd.read_csv(out / "wordings.csv")
+    assert set(over["n_wordings"]) == {2} and not over["wording_sd"].isna().any()
+    plain = tmp_path / "plain"
+    assert command("--out", plain, "--wording", SAID[0], "--wording", third, experiment=asked) == 0
+    assert (out / "wordings.csv").read_bytes() == (plain / "wordings.csv").read_bytes()
+    names = {trace.name for trace in redraw(out)["wordings"].data}
+    assert not any(SAID[1] in name for name in names) and len(names) == 3
+    assert command("--out", out, *three, "--resume", experiment=asked) == 0
+
+
+def test_one_wording_that_is_left_stands_alone_and_none_is_an_error(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command("--out", out, *TWO, experiment=answered_in(SAID[1:])) == 0
+    result = Result.load(out)
+    assert result.findings[0].startswith(f"One wording has a result, {SAID[1]!r}; nothing is said over wordings")
+    assert {path.name for path in out.iterdir()} == CONTRACT | {"wordings.csv", "wording-2"}
+    none = tmp_path / "none"
+    assert command("--out", none, *TWO, experiment=answered_in(())) == 1
+    assert capsys.readouterr().err.strip() == "error: wording 1, '{question}': 1 of 12 are answered right"
+    # What was done is kept, and the run taken up again.
+    assert command("--out", none, *TWO, "--resume", experiment=asked) == 0
+
+
 def test_a_dry_run_says_what_each_wording_needs(tmp_path, capsys):
     class Config(fake_run.Config):
         dry_run = True
@@ -265,6 +335,8 @@ def test_every_experiment_puts_its_questions_in_the_wording():
         if path.stem in ("benchmark", "validate"):
             assert "unasked=" in code
         else:
+            # Which refuses words around the questions that the model does not know.
+            assert "config.load(" in code and "VLM.load(" not in code
             assert "**config.drawn" in code and "seed=config.seed, split" not in code.replace(
                 "object_masks(pairs, seed", ""
             )

@@ -19,7 +19,9 @@ from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.processing import process
 from vlm_mech.inputs.prompt import render
+from vlm_mech.inputs.span import Each, Tokens
 from vlm_mech.inputs.teacher_forcing import followed
+from vlm_mech.interventions.answered import answer_alone
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace, Steer
 from vlm_mech.interventions.trace import generate, run
 from vlm_mech.results.result import Metric
@@ -36,7 +38,7 @@ from vlm_mech.sweeps.measures import (
     rank,
     total_variation,
 )
-from vlm_mech.sweeps.readings import readings_of
+from vlm_mech.sweeps.readings import NOTHING_BEFORE, readings_of
 from vlm_mech.sweeps.sweep import grid, plan_sweep, sweep
 
 ANSWERS = (("left of the star", "red"), ("the red circle", "the blue circle is red"), ("blue", "star"))
@@ -339,6 +341,61 @@ def test_a_plan_counts_the_answers():
     long = prob(["the red circle is left of the blue star"] * 4)
     plans = [plan_sweep(vlm, pairs, grid(layer=range(4)), cut, measure) for measure in (short, long)]
     assert plans[1].flops > plans[0].flops and plans[1].forwards < 4
+
+
+@pytest.mark.parametrize("engine", ["fast", "trace"])
+def test_where_no_token_of_an_answer_is_edited_nothing_is_measured(engine):
+    """Answers that part at once or late, of one token or more; the edit at the prompt's last token is measured."""
+    vlm, pairs = wrapped("llava_clip"), several()
+    both = pairs.answer, pairs.counterfactual_answer
+    points = grid(query=("answer", "last+answer"))
+    edit = lambda point: Knockout(tuple(point.query.split("+")), "image", 1)  # noqa: E731
+    measures = [logit_diff(*both), prob(both[0]), entropy()]
+    result = sweep(vlm, pairs, points, edit, measures, engine=engine, batch=2)
+    alone, joined = (result.table[result.table["query"] == name] for name in ("answer", "last+answer"))
+    # Before the first token that is told apart, before the last one, and before the next.
+    expected = {"logit_diff": [True, False, False, True], "prob": [True, False, False, True], "entropy": [True] * 4}
+    assert {name: alone[name].isna().tolist() for name in expected} == expected
+    assert set(alone["skipped"]) == {NOTHING_BEFORE} and set(joined["skipped"]) == {""}
+    assert not joined.drop(columns="skipped").isna().any(axis=None)
+    assert not alone[[f"{name}_baseline" for name in expected]].isna().any(axis=None)
+    assert result.summary("prob").set_index("query")["n"].to_dict() == {"answer": 2, "last+answer": 4}
+    single = sweep(vlm, pairs_of(2), points, edit, prob(["red", "red"]), engine=engine)
+    assert single.table.set_index("query").loc["answer", "prob"].isna().all()
+    assert "skipped" not in sweep(vlm, pairs, points[1:], edit, measures, engine=engine).table
+
+
+def test_the_lengths_of_both_answers_stand_in_the_table():
+    vlm, pairs = wrapped("llava_clip"), several()
+    both, points = (pairs.answer, pairs.counterfactual_answer), grid(layer=(1,))
+    measures = [logprob_diff(*both), logprob_diff(*both, per_token=True), prob(both[0]), logit_diff(*both)]
+    table = sweep(vlm, pairs, points, cut, measures, batch=2).table
+    for name in ("logprob_diff", "logprob_diff_per_token"):
+        assert table[f"{name}_tokens"].tolist() == [1, 3, 3, 1]
+        assert table[f"{name}_other_tokens"].tolist() == [1, 3, 3, 2]
+    assert table["prob_tokens"].tolist() == [1, 3, 3, 1] and "prob_other_tokens" not in table
+    assert table["logit_diff_position"].tolist() == [0, 1, 2, 0] and "logit_diff_tokens" not in table
+    some = Pairs("some", (pairs[3], pairs[0]))
+    compared = logprob_diff(some.answer, some.counterfactual_answer)
+    table = sweep(vlm, some, points, cut, compared, batch=1).table
+    assert table["logprob_diff_tokens"].tolist() == [1, 1] and table["logprob_diff_other_tokens"].tolist() == [2, 1]
+    single = pairs_of(2)
+    table = sweep(vlm, single, points, cut, logprob_diff(single.answer, single.counterfactual_answer)).table
+    assert not [name for name in table if str(name).endswith("_tokens")]
+
+
+def test_an_edit_is_of_an_answer_alone_where_nothing_else_is_touched():
+    site, states = Site("llm.resid_post", 1), torch.ones(32)
+    for edit, expected in (
+        (Knockout("answer", "image", 1), (True, True)),
+        (Knockout("all", ("answer",), 1), (True, True)),
+        (Knockout(("last", "answer"), "image", 1), (False, False)),
+        (Knockout(Each(("answer", ("answer", Tokens((1,))))), "image", 1), (True, False)),
+        (Steer(site, "answer", vector=states), (True, True)),
+        (Steer(site, "answer", vector=states) & Ablate(site, "last"), (False, False)),
+        (Steer(site, "answer", vector=states) & Ablate(site, ("answer",)), (True, True)),
+    ):
+        assert answer_alone(edit, 2) == expected, edit
 
 
 def test_an_answer_of_one_token_has_none_to_edit_and_says_so():

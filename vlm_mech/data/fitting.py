@@ -9,7 +9,7 @@ from vlm_mech.data.pairs import Pairs, by_groups, checked, linked
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import SPELLINGS, WITH_ARTICLE, Spelling, spellings
 from vlm_mech.inputs.following import check_parting
-from vlm_mech.models.spelling import Asked, likeliest, spellings_of
+from vlm_mech.models.spelling import Asked, likeliest, spellings_of, wins
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -39,7 +39,11 @@ def fitting(vlm: "VLM", pairs: Pairs, *, variants: Variety = "likeliest", by_fir
     what = f"fits {vlm.name}"
     pairs = checked(pairs, lambda pair: _check_prompts(vlm, pair), what)
     spelt = _spelt(vlm, pairs, variants)
-    return checked(spelt, lambda pair: _check_answers(vlm, spelt, pair, by_first_token), what)
+    left = checked(spelt, lambda pair: _check_answers(vlm, spelt, pair, by_first_token), what)
+    if not left.variants:
+        return left
+    shares, n = wins(vlm, _asked(vlm, left, left.variants))
+    return dataclasses.replace(left, wins=shares, chosen_on=f"the first {n} of {2 * len(left)}" if n else "")
 
 
 def _spelt(vlm: "VLM", pairs: Pairs, variants: Variety) -> Pairs:

@@ -54,6 +54,8 @@ class Pairs:
     """What the spelling was chosen on, where several were possible."""
     variants: tuple[Spelling, ...] = ()
     """Spellings the likeliest of which counts each time, in place of one."""
+    wins: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The share of right answers of which each of these is the likeliest; `chosen_on` says of which answers."""
     drawn: str = ""
     """How the pairs were drawn from a larger number of the user's."""
 

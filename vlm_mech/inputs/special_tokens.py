@@ -97,3 +97,11 @@ def unknown_word(tokenizer: Any, text: str) -> str | None:
     made = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     found = (span for number, span in zip(made["input_ids"], made["offset_mapping"], strict=True) if number == unknown)
     return next((text[start:end] for start, end in found), None)
+
+
+def check_known(model: Any, texts: Sequence[str], what: str) -> None:
+    """Raises `UsageError` when a text holds a word that the model's tokenizer does not know."""
+    for text in texts:
+        word = unknown_word(model.tokenizer, text)
+        if word is not None:
+            raise UsageError(f"{what} {text!r} holds {word!r}, which {model.name} has no token for")

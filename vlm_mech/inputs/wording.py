@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.special_tokens import check_known
 
 QUESTION = "{question}"
 
@@ -54,3 +56,14 @@ class Wording:
 
 BARE = Wording()
 """Questions as they stand."""
+
+
+def check_words(model: Any, wording: Wording) -> None:
+    """Raises `UsageError` where a wording holds a word that the model's tokenizer does not know."""
+    parts = {
+        "the wording": wording.template.replace(QUESTION, " ").strip(),
+        "the system message": wording.system,
+        "the prefix": wording.prefix,
+    }
+    for what, text in parts.items():
+        check_known(model, [text] if text else [], what)

@@ -60,6 +60,18 @@ def _after(vlm: Any, source: Source, answers: Answers, known: Given) -> Source:
     return known[id(source)][1]
 
 
+def answer_alone(intervention: Intervention, n_examples: int) -> tuple[bool, ...]:
+    """For each example whether nothing but tokens of its answer is edited: in a knockout as queries, or as keys."""
+    parts = intervention.flat()
+    return tuple(all(_is_of_answer(part, example) for part in parts) for example in range(n_examples))
+
+
+def _is_of_answer(part: Intervention, example: int) -> bool:
+    spans = [getattr(part, name) for name in ("span", "query", "key") if hasattr(part, name)]
+    own = [span.spans[example] if isinstance(span, Each) else span for span in spans]
+    return any(set(span) == {"answer"} if isinstance(span, tuple) else span == "answer" for span in own)
+
+
 def of_generated(part: Intervention) -> Intervention:
     """The part with `answer` taken for what is generated, which is the answer there."""
     names = [name for name in ("span", "query", "key") if hasattr(part, name)]

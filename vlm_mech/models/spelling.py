@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import SPELLINGS, Spelling
@@ -60,18 +62,38 @@ def likeliest(vlm: "VLM", asked: Asked) -> tuple[Spelling, dict[str, float]]:
 
     Where one is left, or the model has no weights, nothing is run and there are no probabilities.
     """
-    plainest, *others = asked.spellings
-    if not others or not asked.prompts or vlm.device.type == "meta":
-        return plainest, {}
-    single = all(len(ids) == 1 for row in asked.tokens for ids in row)
-    n_asked = N_ASKED if single else max(1, N_ASKED // len(asked.spellings))
-    found = []
-    for prompt, answer, ids in list(zip(asked.prompts, asked.answers, asked.tokens, strict=True))[:n_asked]:
-        found.append(_probabilities(vlm, prompt, answer, ids, asked.spellings))
-    means = torch.stack(found).mean(0).tolist()
+    found = _each(vlm, asked)
+    if found is None:
+        return asked.spellings[0], {}
+    means = found.mean(0).tolist()
     best = max(range(len(means)), key=lambda number: means[number])
     told = {str(each): mean for each, mean in zip(asked.spellings, means, strict=True)}
     return asked.spellings[best], told
+
+
+def wins(vlm: "VLM", asked: Asked) -> tuple[dict[str, float], int]:
+    """The share of answers of which each spelling is the likeliest, and of how many: of as many as `likeliest` asks.
+
+    Where one spelling is left, or the model has no weights, nothing is run and there are no shares. Of equally likely
+    ones the plainer counts.
+    """
+    found = _each(vlm, asked)
+    if found is None:
+        return {}, 0
+    # Of several largest values argmax names any.
+    first = [row.index(max(row)) for row in found.tolist()]
+    shares = {str(each): first.count(number) / len(first) for number, each in enumerate(asked.spellings)}
+    return shares, len(first)
+
+
+def _each(vlm: "VLM", asked: Asked) -> Float[Tensor, "prompt spelling"] | None:
+    """Probabilities of the first answers in each spelling; None where there is nothing to choose, or no weights."""
+    if len(asked.spellings) < 2 or not asked.prompts or vlm.device.type == "meta":
+        return None
+    single = all(len(ids) == 1 for row in asked.tokens for ids in row)
+    n_asked = N_ASKED if single else max(1, N_ASKED // len(asked.spellings))
+    rows = list(zip(asked.prompts, asked.answers, asked.tokens, strict=True))[:n_asked]
+    return torch.stack([_probabilities(vlm, *row, asked.spellings) for row in rows])
 
 
 def _probabilities(

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
-from vlm_mech.results.wordings import AXIS, means_of_wordings, over_wordings, spread
+from vlm_mech.results.wordings import AXIS, means_of_wordings, over_wordings, spread, wordings_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -31,52 +31,28 @@ def wording_dots(result: Result) -> "go.Figure":
     Args:
         result: of `results.wordings.side_by_side`.
     """
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    over, metric = over_wordings(result), result.metrics[0]
-    wordings = list(result.cells[AXIS].drop_duplicates())
+    over, metric, wordings = over_wordings(result), result.metrics[0], wordings_of(result)
     rows = pd.DataFrame() if over is None else spread(result, over)
     if over is None or not (rows["wording_sd"].notna() & (rows["metric"] == metric.name)).to_numpy().any():
-        figure = go.Figure()
-        figure.add_annotation(text="no cell has a value of the same example in all wordings", showarrow=False)
-        return figure.update_layout(meta=drawn_by(wording_dots))
+        return _without_panels(len(wordings))
     rows = rows[rows["metric"] == metric.name].dropna(subset=["wording_sd"])
     x, facets = _along(over)
     panels, n_panels = _panels(rows, facets)
     dots, ticks = means_of_wordings(result, metric.name), list(rows[x].drop_duplicates())
     n_columns = min(3, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
-    titles = _titles(facets, panels)
     figure = make_subplots(
-        n_rows, n_columns, shared_yaxes="all", subplot_titles=titles,
+        n_rows, n_columns, shared_yaxes="all", subplot_titles=_titles(facets, panels),
         vertical_spacing=min(0.3, 0.5 / n_rows), horizontal_spacing=0.04,
     )  # fmt: skip
     for number, key in enumerate(panels):
         place: dict[str, Any] = {"row": number // n_columns + 1, "col": number % n_columns + 1}
-        for shown, wording in enumerate(wordings):
-            own = _of(dots[dots[AXIS] == wording], facets, key)
-            shift = REACH * (2 * (shown + 1) / len(wordings) - 1)
-            figure.add_scatter(
-                x=[ticks.index(value) + shift for value in own[x]], y=own["mean"], mode="markers",
-                marker={"color": COLOURS[shown % (len(COLOURS) - 1)], "size": 7, "opacity": 0.8},
-                name=f"{shown + 1}: {_cut(wording)}", legendgroup=str(shown), showlegend=number == 0, **place,
-            )  # fmt: skip
-        own = _of(rows, facets, key)
-        figure.add_scatter(
-            x=[ticks.index(value) - REACH for value in own[x]], y=own["mean"], mode="markers",
-            marker={"color": COLOURS[-1], "size": 8, "symbol": "diamond"},
-            error_y={
-                "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
-                "array": own["ci_high"] - own["mean"], "arrayminus": own["mean"] - own["ci_low"],
-            },
-            name="mean over wordings, 95 % interval over examples", showlegend=number == 0, legendgroup="mean", **place,
-        )  # fmt: skip
-    every = range(0, len(ticks), math.ceil(len(ticks) / MOST_TICKS))
-    labels = [_cut(str(ticks[number]), 24) for number in every]
-    figure.update_xaxes(tickvals=list(every), ticktext=labels, range=[-0.6, len(ticks) - 0.4], title_standoff=4)
-    for column in range(1, n_columns + 1):
-        figure.update_xaxes(title_text=x.replace("_", " "), row=n_rows, col=column)
+        place |= {"showlegend": number == 0}
+        _draw_dots(figure, _of(dots, facets, key), wordings, (x, ticks), place)
+        _draw_mean(figure, _of(rows, facets, key), (x, ticks), place)
+    _name_ticks(figure, (x, ticks), n_rows, n_columns)
     figure.update_yaxes(title_text=f"{metric.name} ({metric.unit})", col=1)
     figure.update_annotations(font_size=12)
     some = "" if len(panels) == n_panels else f"; {len(panels)} of {n_panels} panels, where wordings lie furthest apart"
@@ -86,6 +62,55 @@ def wording_dots(result: Result) -> "go.Figure":
         legend={"orientation": "v", "yanchor": "top", "y": -60 / (250 * n_rows), "x": 0},
         margin={"t": 110, "b": 80 + 20 * len(wordings)}, meta=drawn_by(wording_dots),
     )  # fmt: skip
+
+
+def _without_panels(n_wordings: int) -> "go.Figure":
+    import plotly.graph_objects as go
+
+    why = "no cell has a value of the same example in all wordings" if n_wordings > 1 else "one wording has a result"
+    return go.Figure().add_annotation(text=why, showarrow=False).update_layout(meta=drawn_by(wording_dots))
+
+
+Ticks = tuple[str, list[Any]]
+"""The axis along which a panel is drawn, and its values."""
+
+
+def _draw_dots(
+    figure: "go.Figure", dots: pd.DataFrame, wordings: list[str], along: Ticks, place: dict[str, Any]
+) -> None:
+    """The mean of each wording, beside each other in every cell."""
+    x, ticks = along
+    for shown, wording in enumerate(wordings):
+        own, shift = dots[dots[AXIS] == wording], REACH * (2 * (shown + 1) / len(wordings) - 1)
+        figure.add_scatter(
+            x=[ticks.index(value) + shift for value in own[x]], y=own["mean"], mode="markers",
+            marker={"color": COLOURS[shown % (len(COLOURS) - 1)], "size": 7, "opacity": 0.8},
+            name=f"{shown + 1}: {_cut(wording)}", legendgroup=str(shown), **place,
+        )  # fmt: skip
+
+
+def _draw_mean(figure: "go.Figure", own: pd.DataFrame, along: Ticks, place: dict[str, Any]) -> None:
+    """The mean over wordings in every cell, with its interval over examples."""
+    x, ticks = along
+    figure.add_scatter(
+        x=[ticks.index(value) - REACH for value in own[x]], y=own["mean"], mode="markers",
+        marker={"color": COLOURS[-1], "size": 8, "symbol": "diamond"},
+        error_y={
+            "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
+            "array": own["ci_high"] - own["mean"], "arrayminus": own["mean"] - own["ci_low"],
+        },
+        name="mean over wordings, 95 % interval over examples", legendgroup="mean", **place,
+    )  # fmt: skip
+
+
+def _name_ticks(figure: "go.Figure", along: Ticks, n_rows: int, n_columns: int) -> None:
+    """Some values of the axis by name, and the axis below the last row of panels."""
+    x, ticks = along
+    every = range(0, len(ticks), math.ceil(len(ticks) / MOST_TICKS))
+    labels = [_cut(str(ticks[number]), 24) for number in every]
+    figure.update_xaxes(tickvals=list(every), ticktext=labels, range=[-0.6, len(ticks) - 0.4], title_standoff=4)
+    for column in range(1, n_columns + 1):
+        figure.update_xaxes(title_text=x.replace("_", " "), row=n_rows, col=column)
 
 
 def _along(over: Result) -> tuple[str, list[str]]:

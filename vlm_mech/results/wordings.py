@@ -5,6 +5,7 @@ wordings), and which wordings were (the spread of the wordings' means over the s
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -15,20 +16,25 @@ from vlm_mech.results.result import Result
 AXIS = "wording"
 MISSING = "not in the run of this wording"
 """Why an example has no value where another wording has it."""
+LEFT_OUT = "the wording is left out: "
+"""Begins why no example has a value in a wording whose run could say nothing."""
 WORDS = 60
 """Letters of a wording that a finding shows."""
 
 
-def side_by_side(results: Mapping[str, Result]) -> Result:
+def side_by_side(results: Mapping[str, Result], left_out: Mapping[str, str] = MappingProxyType({})) -> Result:
     """The results of a run of each wording in one table, with an axis `wording` before the others.
 
     An example that a wording does not have (its run refused it, or left it out) stands there without a value. Metrics
     are those that all have.
 
+    Args:
+        left_out: wordings whose runs have no result, with the reason: no example has a value there.
+
     Raises:
-        UsageError: fewer than two results, or results of other axes or without a metric in common.
+        UsageError: fewer than two wordings, no result, or results of other axes or without a metric in common.
     """
-    if len(results) < 2:
+    if len(results) + len(left_out) < 2 or not results:
         raise UsageError(f"{len(results)} wording is given; two are needed to be compared")
     first, *others = results.values()
     names = set.intersection(*({metric.name for metric in each.metrics} for each in results.values()))
@@ -47,6 +53,9 @@ def side_by_side(results: Mapping[str, Result]) -> Result:
         if lacking:
             rows.append(pd.DataFrame({"example": lacking}).merge(each.cells, how="cross").assign(skipped=MISSING))
         tables.append(pd.concat(rows, ignore_index=True).assign(**{AXIS: wording}))
+    for wording, reason in left_out.items():
+        rows = pd.DataFrame({"example": list(groups)}).merge(first.cells, how="cross")
+        tables.append(rows.assign(skipped=f"{LEFT_OUT}{reason}", **{AXIS: wording}))
     table = pd.concat(tables, ignore_index=True)
     if any("group" in each.table for each in results.values()):
         table["group"] = table["example"].map(groups)
@@ -112,7 +121,19 @@ def means_of_wordings(result: Result, metric: str) -> pd.DataFrame:
 
 def findings(result: Result, over: Result | None) -> tuple[str, ...]:
     """How many examples count in all wordings, and how far the wordings lie apart in the first metric."""
+    return (*_over(result, over), *(f"Wording {_short(each)}: {why}." for each, why in _left_out(result).items()))
+
+
+def wordings_of(result: Result) -> list[str]:
+    """The wordings that are compared, without those that are left out."""
+    gone = _left_out(result)
+    return [each for each in result.cells[AXIS].drop_duplicates() if each not in gone]
+
+
+def _over(result: Result, over: Result | None) -> tuple[str, ...]:
     n, table, metric = _n_wordings(result), result.table, result.metrics[0]
+    if n == 1:
+        return (f"One wording has a result, {_short(wordings_of(result)[0])}; nothing is said over wordings.",)
     n_all = table["example"].nunique()
     if over is None:
         return (f"{n} wordings, {n_all} examples; no cell is there in all wordings, so nothing is said over them.",)
@@ -151,12 +172,22 @@ def _span(row: pd.Series) -> str:
 
 
 def _n_wordings(result: Result) -> int:
-    return len(set(result.table[AXIS]))
+    return len(wordings_of(result))
+
+
+def _left_out(result: Result) -> dict[str, str]:
+    """Wordings that are left out, each with the reason."""
+    if "skipped" not in result.table:
+        return {}
+    rows = result.table[result.table["skipped"].str.startswith(LEFT_OUT)].drop_duplicates(AXIS)
+    return dict(zip(rows[AXIS], rows["skipped"], strict=True))
 
 
 def _shared_cells(result: Result) -> pd.DataFrame:
     """The rows of the cells that every wording has."""
     axes = list(result.axes[1:])
-    counts = result.cells.groupby(axes, sort=False, observed=True)[AXIS].nunique()
-    shared = counts[counts == _n_wordings(result)].reset_index()[axes]
-    return result.table.merge(shared, how="inner", on=axes)
+    kept = wordings_of(result)
+    cells, table = (each[each[AXIS].isin(kept)] for each in (result.cells, result.table))
+    counts = cells.groupby(axes, sort=False, observed=True)[AXIS].nunique()
+    shared = counts[counts == len(kept)].reset_index()[axes]
+    return table.merge(shared, how="inner", on=axes)

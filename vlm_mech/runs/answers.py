@@ -20,6 +20,8 @@ def about_answers(vlm: Any, pairs: "Pairs") -> dict[str, Any]:
         found["chosen_on"] = pairs.chosen_on
     if pairs.variants:
         found["variants"] = [str(each) for each in pairs.variants]
+    if pairs.wins:
+        found |= {"wins": pairs.wins, "chosen_on": pairs.chosen_on}
     return found | ({} if vlm.is_contrastive else _tokens(vlm, pairs))
 
 
@@ -56,6 +58,9 @@ def told(answers: dict[str, Any]) -> tuple[str, ...]:
         found.append(f"Answers are compared {answers['spelling']}{on}; mean probability of right answers: {shares}.")
     if len(answers.get("variants", ())) > 1:
         found.append(f"Of each answer the likeliest spelling counts, of {'; '.join(answers['variants'])}.")
+    if answers.get("wins"):
+        shares = "; ".join(f"{name} {share:.2f}" for name, share in answers["wins"].items())
+        found.append(f"Share of right answers ({answers['chosen_on']}) of which each is the likeliest: {shares}.")
     if "tokens" in answers:
         (fewest, most), (least, longest) = answers["n_tokens"], answers["in_common"]
         alike = (

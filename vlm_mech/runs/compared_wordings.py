@@ -16,16 +16,17 @@ TOGETHER = (
 )
 
 
-def compared(found: Mapping[str, tuple[Path, Result]]) -> Outcome:
+def compared(found: Mapping[str, tuple[Path, Result]], left_out: Mapping[str, str]) -> Outcome:
     """The results of all wordings in one, the table and figure over wordings, and links to the runs of each.
 
     Args:
         found: by wording the folder of its run, and what it found.
+        left_out: by wording why its run could say nothing.
 
     Raises:
         UsageError: runs that cannot be compared.
     """
-    result = side_by_side({wording: each for wording, (_, each) in found.items()})
+    result = side_by_side({wording: each for wording, (_, each) in found.items()}, left_out)
     over = over_wordings(result)
     first = next(iter(found.values()))[1].provenance
     told = {name: _without_wording(first[name]) for name in ("model", "data") if name in first}
@@ -39,6 +40,8 @@ def compared(found: Mapping[str, tuple[Path, Result]]) -> Outcome:
         }
         for wording, (folder, each) in found.items()
     ]
+    if left_out:
+        told["left_out"] = [{"wording": wording, "reason": reason} for wording, reason in left_out.items()]
     result = dataclasses.replace(result, provenance=told, findings=findings(result, over))
     links = {
         f"{folder.name}: {wording!r} - {' '.join(each.findings[:1])}": f"{folder.name}/report.html"

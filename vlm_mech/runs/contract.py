@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from vlm_mech.errors import UsageError, WorkError, one_line_errors
+from vlm_mech.errors import TooFewError, UsageError, WorkError, one_line_errors
 from vlm_mech.runs.command_line import HOW, parse
 from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
@@ -27,6 +27,7 @@ from vlm_mech.runs.workspace import Workspace, prepare
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
     from vlm_mech.inputs.wording import Wording
+    from vlm_mech.models.vlm import VLM
     from vlm_mech.results.result import Result
 
 REASONS = 3
@@ -80,6 +81,20 @@ class RunConfig:
     def loading(self) -> dict[str, Any]:
         """How the model is loaded: options of `VLM.load`."""
         return {name: getattr(self, name) for name in ("device", "dtype", "attn", "revision")}
+
+    def load(self, name: str | None = None) -> "VLM":
+        """The model of this run, or another by its name, as the options say.
+
+        Raises:
+            UsageError: it cannot be loaded (see `VLM.load`), or has no token for a word that the options put around
+                questions.
+        """
+        from vlm_mech.inputs.wording import check_words
+        from vlm_mech.models.vlm import VLM
+
+        vlm = VLM.load(self.model if name is None else name, **self.loading)
+        check_words(vlm, self.asking)
+        return vlm
 
     @property
     def asking(self) -> "Wording":
@@ -269,17 +284,27 @@ def _of_each(config: ConfigT, work: Workspace, *, run: Callable[[ConfigT, Worksp
     from vlm_mech.runs.compared_wordings import compared
 
     found: dict[str, tuple[Path, Result]] = {}
+    too_few: dict[str, TooFewError] = {}
     for number, one in enumerate(worded(config), 1):
         print(f"\nwording {number} of {len(config.wording)}: {one.asking.template!r}")
         asked = one.asking.template
-        with work.part(f"wording-{number}", as_json(one)) as part:
-            try:
+        try:
+            with work.part(f"wording-{number}", as_json(one)) as part:
                 _carried_out(one, run, part, name=name, besides=work.folder)
-            except (UsageError, WorkError) as error:
-                raise type(error)(f"wording {number}, {asked!r}: {error}") from error
-            found[asked] = part.folder, Result.load(part.folder)
-    print(f"\nover {len(config.wording)} wordings:")
-    return compared(found)
+                found[asked] = part.folder, Result.load(part.folder)
+        except TooFewError as error:
+            print(f"left out: {error}")
+            too_few[asked] = error
+        except (UsageError, WorkError) as error:
+            raise type(error)(f"wording {number}, {asked!r}: {error}") from error
+    if not found:
+        asked, error = next(iter(too_few.items()))
+        raise TooFewError(f"wording 1, {asked!r}: {error}") from error
+    for number, one in enumerate(worded(config), 1):
+        if one.asking.template in too_few:
+            work.drop(f"wording-{number}")
+    print(f"\nover {len(found)} wordings:")
+    return compared(found, {asked: str(error) for asked, error in too_few.items()})
 
 
 def _carried_out(

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,10 @@ class Workspace:
     folder: Path
     seen: set[str] = field(default_factory=set, compare=False, repr=False)
     """Keys of the batches that are known to be kept."""
+    made: tuple[Path, ...] = field(default=(), compare=False, repr=False)
+    """Folders that were made for this run, the inmost first."""
+    resumed: bool = field(default=False, compare=False, repr=False)
+    """Whether the run was begun before."""
 
     @property
     def partial(self) -> Path:
@@ -141,6 +145,13 @@ class Workspace:
                 started.unlink()
             raise
 
+    def drop(self, name: str) -> None:
+        """Removes the batches of a run within this one that ended without a result."""
+        shutil.rmtree(self.folder / name / PARTIAL, ignore_errors=True)
+        (self.partial / f"{name}{STARTED}").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # an earlier run is in it, or it is gone
+            (self.folder / name).rmdir()
+
     def publish(self) -> None:
         """Moves the finished files into the folder, in place of an earlier run's, and removes the batches.
 
@@ -157,12 +168,16 @@ class Workspace:
         shutil.rmtree(self.partial)
 
     def withdraw(self) -> None:
-        """Takes the folder back if nothing was done in it, so that a corrected command finds it as it was."""
-        if any(self.partial.glob("*.parquet")) or any(self.partial.glob(f"*{STARTED}")):
+        """Takes the folder back if nothing was measured in it, so that a corrected command finds it as it was.
+
+        What was there before the run stays, and so does what it kept: batches with a value, states, runs within it.
+        """
+        if self.resumed or any(map(_is_kept, self.partial.iterdir())):
             return
         shutil.rmtree(self.partial)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        for folder in self.made:
+            with contextlib.suppress(OSError):  # another run is in it
+                folder.rmdir()
 
 
 def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool) -> Workspace:
@@ -183,7 +198,7 @@ def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bo
             pass
     if resume:
         _check_same(folder, wanted)
-        return work
+        return replace(work, resumed=True)
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise UsageError(
@@ -192,9 +207,10 @@ def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bo
         if not _holds_run(folder):
             raise UsageError(f"folder {str(folder)!r} holds files but no run of ours; --overwrite replaces runs only")
         shutil.rmtree(work.partial, ignore_errors=True)
+    made = tuple(each for each in (folder, *folder.parents) if not each.exists())
     work.partial.mkdir(parents=True, exist_ok=True)
     _write(work.partial / "config.json", json.dumps(wanted).encode())
-    return work
+    return replace(work, made=made)
 
 
 def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
@@ -206,6 +222,19 @@ def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
     different = sorted(key for key in {*saved, *wanted} if saved.get(key) != wanted.get(key))
     if different:
         raise UsageError(f"the run in {str(folder)!r} had other options: {', '.join(different)}")
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether something among the batches is worth keeping; a batch of which nothing was measured is not."""
+    if path.suffix == ".parquet":
+        import pandas as pd
+
+        table = pd.read_parquet(path)
+        metrics = [name for name in table if f"{name}_baseline" in table]
+        return not metrics or bool(table[metrics].notna().any(axis=None))
+    if path.is_dir():
+        return path.name != "finished" and any(each.is_file() for each in path.rglob("*"))
+    return path.suffix not in (".json", ".new") and path.name != LOCK
 
 
 def _holds_run(folder: Path) -> bool:

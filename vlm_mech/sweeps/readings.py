@@ -10,18 +10,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlm_mech.inputs.following import Ids, padded, parting
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.teacher_forcing import followed
+from vlm_mech.interventions.answered import answer_alone
+from vlm_mech.interventions.specification import Intervention
 from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.sweeps.measures import Measure
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
+NOTHING_BEFORE = "no token of the answer comes before what is read"
+"""Why an edit of an answer's tokens alone has no effect to be measured, as where answers have one token."""
+LENGTHS = ("_tokens", "_other_tokens")
+"""Columns with the numbers of tokens of an answer and of the one that it is compared with, by their endings."""
 Column = tuple[Ids, ...]
 """The tokens of an answer, for each example."""
 
@@ -44,10 +50,22 @@ class Reading:
 
     @property
     def places(self) -> dict[str, list[int]]:
-        """For each example how many tokens come before the one that is compared, or how many its first answer has."""
+        """For each example how many tokens come before the one that is compared, or how many its answers have.
+
+        Of a measure of one answer against another these are two numbers; of several spellings that of the first.
+        """
         if self.measure.at == "parting":
             return {"_position": list(self.common)}
-        return {"_tokens": (self.wanted[0] >= 0).sum(1).tolist()} if self.wanted else {}
+        # Where answers need not part these are spellings of one.
+        compared = self.wanted[: 1 + self.measure.parts]
+        return {ending: (wanted >= 0).sum(1).tolist() for ending, wanted in zip(LENGTHS, compared, strict=False)}
+
+    def n_before(self, n_examples: int) -> Tensor:
+        """For each example how many tokens of answers come before the last one that is read."""
+        if self.measure.at == "parting":
+            return torch.tensor(self.common)
+        lengths = [(wanted >= 0).sum(1) for wanted in self.wanted]
+        return torch.stack(lengths).amax(0) - 1 if lengths else torch.zeros(n_examples, dtype=torch.long)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +89,12 @@ class Readings:
     def value(self, number: int, reads: Float[Tensor, "batch read vocab"]) -> Any:
         """What the function of one measure gives, by its number."""
         return self._value(self.each[number], reads, reads)
+
+    def untouched(self, intervention: Intervention) -> Bool[Tensor, "measure example"]:
+        """Where nothing that is edited comes before what is read: an answer's tokens alone, and none of them does."""
+        n_examples = len(self.encoded)
+        alone = torch.tensor(answer_alone(intervention, n_examples))
+        return torch.stack([alone & (reading.n_before(n_examples) == 0) for reading in self.each])
 
     def checked(
         self, reads: Float[Tensor, "batch read vocab"], names: Sequence[str], clean: Tensor | None = None
@@ -107,7 +131,7 @@ class Readings:
         return reads[torch.arange(len(at), device=reads.device), torch.tensor(at, device=reads.device)]
 
 
-PLACES = {"_position": 0, "_tokens": 1}
+PLACES = {"_position": 0} | dict.fromkeys(LENGTHS, 1)
 """Columns that tell where an answer is compared, by their endings, and what stands there where there is one token."""
 
 
@@ -116,10 +140,11 @@ def without_trivial_places(table: pd.DataFrame, names: Sequence[str]) -> pd.Data
 
     Batches that are one table now may have lost them, and get them back.
     """
-    for name, value in ((f"{name}{ending}", value) for name in names for ending, value in PLACES.items()):
-        if name in table:
-            held = table[name].fillna(value).astype(int)
-            table = table.drop(columns=name) if bool(np.all(held == value)) else table.assign(**{name: held})
+    for name, endings in ((name, endings) for name in names for endings in (("_position",), LENGTHS)):
+        values = {f"{name}{ending}": PLACES[ending] for ending in endings if f"{name}{ending}" in table}
+        held = {column: table[column].fillna(value).astype(int) for column, value in values.items()}
+        trivial = all(bool(np.all(held[column] == value)) for column, value in values.items())
+        table = table.drop(columns=list(held)) if trivial else table.assign(**held)
     return table
 
 

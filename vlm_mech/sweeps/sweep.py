@@ -32,7 +32,7 @@ from vlm_mech.sweeps.axis_labels import axis_table, check_axes
 from vlm_mech.sweeps.engine import Reference, engine_of
 from vlm_mech.sweeps.measures import Measure
 from vlm_mech.sweeps.memory import budget_of
-from vlm_mech.sweeps.readings import Readings, readings_of, without_trivial_places
+from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES, Readings, readings_of, without_trivial_places
 from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
 
@@ -105,7 +105,9 @@ def sweep(
     Returns:
         A `Result` with the grid's axes (labels where values are no numbers or text). Where answers share a beginning
         or have several tokens, columns tell how many tokens come before the one that is compared (`..._position`), and
-        how many an answer has (`..._tokens`). The provenance
+        how many an answer has (`..._tokens`, and `..._other_tokens` the one that it is compared with). Where the tokens
+        of an answer are edited alone and none comes before what a measure reads, its value is NaN, with the reason in
+        `skipped`. The provenance
         holds the plan (`result.plan`), the summary of all receipts and the largest difference that the check found.
 
     Raises:
@@ -137,6 +139,8 @@ def sweep(
                 work.keep(key, *parts[-1])
     table, notes = work.collect() if work is not None else _collected(parts)
     table = without_trivial_places(table, [each.metric.name for each in measures])
+    if "skipped" in table:
+        table["skipped"] = table["skipped"].fillna("")  # batches in which nothing was
     axes = tuple(axis for axis, _ in points[0].axes)
     provenance = {"model": vlm.identity(), "engine": engine, "receipts": add_up([each["receipts"] for each in notes])}
     if planned is not None:
@@ -242,7 +246,7 @@ class _Job:
     @functools.cached_property
     def places(self) -> pd.DataFrame:
         """The axes of the table, a row for each point."""
-        endings = ("", "_baseline", "_position", "_tokens")
+        endings = ("", "_baseline", *PLACES)
         columns = [f"{each.metric.name}{ending}" for each in self.measures for ending in endings]
         return axis_table([point.axes for point in self.points], columns)
 
@@ -302,7 +306,11 @@ class _Job:
 
         values, receipts = runner.answers(edits, max_cells=self.max_cells, keep=keep)
         worst = _agree(self.vlm, read, edits, whole)
+        untouched = torch.stack([read.untouched(each) for each in edits])
+        values = values.masked_fill(untouched, float("nan"))
         table = _table(self.places, read, names, _stacked(read.checked(runner.reads, names)), values)
+        if untouched.any():
+            table["skipped"] = np.where(untouched.any(1).flatten().numpy(), NOTHING_BEFORE, "")
         if isinstance(self.data, Pairs):
             groups = {pair.id: pair.group or pair.id for pair in self.data}
             table = table.assign(group=table["example"].map(groups))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
-from vlm_mech.inputs.special_tokens import unknown_word
 
 if TYPE_CHECKING:
     from vlm_mech.data.image_classes import Labelled
@@ -85,11 +84,3 @@ def longest(names: Sequence[str], tokens: Sequence[int], k: int) -> list[str]:
     """The k names with most tokens: no other candidates make a longer prompt."""
     order = sorted(range(len(names)), key=lambda number: -tokens[number])
     return [names[number] for number in order[:k]]
-
-
-def check_known(vlm: "VLM", texts: Sequence[str], what: str) -> None:
-    """Raises `UsageError` when a text holds a word that the model's tokenizer does not know."""
-    for text in texts:
-        word = unknown_word(vlm.tokenizer, text)
-        if word is not None:
-            raise UsageError(f"{what} {text!r} holds {word!r}, which {vlm.name} has no token for")

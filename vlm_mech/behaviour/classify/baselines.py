@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.table import CLASSES, CONTRASTIVE, GENERATION, LOADED, NO_ORDER, OPEN, Cell, score_rows
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.span import Patches
+from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.probing.crossfit import by_width, stacked_states
 from vlm_mech.methods.probing.data import POSITION, Features, Spot, read_states

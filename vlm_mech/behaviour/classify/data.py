@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from vlm_mech.behaviour.answering.class_name_scores import Names, names_after
 from vlm_mech.behaviour.answering.prompts import (
     Style,
-    check_known,
     longest,
     stemmed,
     too_long,
 )
 from vlm_mech.data.image_classes import Classes
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.inputs.wording import BARE, Wording
 
 if TYPE_CHECKING:

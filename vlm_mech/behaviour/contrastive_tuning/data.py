@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.behaviour.contrastive_tuning.training import Variant
 from vlm_mech.behaviour.erroneous_agreement.data import Case, Cases
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.special_tokens import check_known
 
 if TYPE_CHECKING:
     from vlm_mech.models.dual_encoder import DualEncoder

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.behaviour.erroneous_agreement.data import Case
 from vlm_mech.behaviour.erroneous_agreement.similarity import (
     alignment_with_floor,
@@ -21,6 +20,7 @@ from vlm_mech.behaviour.erroneous_agreement.similarity import (
     rank_correlations,
     tower_patches,
 )
+from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.results.result import N_RESAMPLES, Metric, Result
 from vlm_mech.results.statistics import corrected, mcnemar, point_biserial
 

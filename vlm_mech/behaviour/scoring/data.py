@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTERED,
@@ -20,6 +19,7 @@ from vlm_mech.behaviour.scoring.measures import (
 from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, load_pairs
 from vlm_mech.data.reading import check_options
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.inputs.wording import BARE, Wording
 from vlm_mech.models.dual_encoder import DualEncoder
 

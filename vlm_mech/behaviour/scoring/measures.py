@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from vlm_mech.behaviour.answering.class_name_scores import Names, names_after, score_names
-from vlm_mech.behaviour.answering.prompts import check_known
 from vlm_mech.data.reading import ALPHABET, check_options, mentions, read_answer
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.special_tokens import check_known
 
 if TYPE_CHECKING:
     from vlm_mech.inputs.prompt import Prompt

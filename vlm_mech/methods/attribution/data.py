@@ -12,7 +12,9 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import Each, Span, settled
+from vlm_mech.interventions.specification import StateEdit
 from vlm_mech.sweeps.measures import Measure
+from vlm_mech.sweeps.readings import NOTHING_BEFORE, Readings
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -85,6 +87,17 @@ def check(pairs: Pairs, measure: Measure, directions: Sequence[str], numbers: di
     for answers in measure.answers:
         if len(answers) != len(pairs):
             raise UsageError(f"{measure.metric.name} has {len(answers)} answers for {len(pairs)} pairs")
+
+
+def check_touched(pairs: Pairs, read: Readings, spots: Sequence[Cell]) -> None:
+    """Raise `UsageError` where a span is of an answer's tokens alone and none comes before what is read of a pair."""
+    for span in dict.fromkeys(spot.span for spot in spots):
+        untouched = read.untouched(StateEdit(spots[0].site, span))[0].tolist()
+        if any(untouched):
+            raise UsageError(
+                f"span {span!r} has nothing to exchange in pair {pairs[untouched.index(True)].id!r}: {NOTHING_BEFORE}; "
+                "leave out the span or such pairs, or take a span such as ('last', 'answer')"
+            )
 
 
 # The re-check

@@ -29,7 +29,7 @@ from vlm_mech.interventions.plan import plan
 from vlm_mech.interventions.specification import Activations, Replace
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.attribution.agreement import NUMBERS, agreement_of
-from vlm_mech.methods.attribution.data import Cell, cells_of, check, chosen_cells, exchanged
+from vlm_mech.methods.attribution.data import Cell, cells_of, check, check_touched, chosen_cells, exchanged
 from vlm_mech.methods.attribution.findings import findings
 from vlm_mech.methods.attribution.gradient import Pass, forward, frozen, gradient
 from vlm_mech.results.result import Metric, Result
@@ -159,6 +159,7 @@ def _screen(
     """Estimates and distances of every cell for one batch of pairs."""
     sites = list(dict.fromkeys(spot.site for spot in spots))
     read = [readings_of(vlm, vlm.encode(prompts), [measure]) for prompts in (pairs.base, pairs.counterfactual)]
+    check_touched(pairs, read[0], spots)
     about = {"example": [pair.id for pair in pairs], "group": [pair.group or pair.id for pair in pairs]}
     tables = []
     with frozen(vlm.model):

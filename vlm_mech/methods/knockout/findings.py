@@ -6,11 +6,11 @@ from typing import Any
 import pandas as pd
 
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.errors import WorkError
+from vlm_mech.errors import TooFewError
 from vlm_mech.methods.knockout.data import CONTROL, EDGE, WRONG, Layers, Scan
 from vlm_mech.methods.knockout.edges import Edge
 from vlm_mech.methods.knockout.follow_up import FollowUp, Head, HeadAttention
-from vlm_mech.methods.knockout.study import NO_PROB, OUT_OF_SIGHT, RELATIVE
+from vlm_mech.methods.knockout.study import NO_PROB, NOTHING_BEFORE, OUT_OF_SIGHT, RELATIVE
 from vlm_mech.results.claim import LEVEL
 from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
@@ -22,7 +22,7 @@ def findings(result: Result, pairs: Pairs, scan: Scan, more: FollowUp) -> tuple[
     """Everything a run says: what was used, what each edge or head does, and what is written without it.
 
     Raises:
-        WorkError: fewer than two examples count, so that nothing can be said.
+        TooFewError: fewer than two examples count, so that nothing can be said.
     """
     found = [used(result, pairs), scan.about, *missing(result)]
     if scan.heads is None:
@@ -37,13 +37,13 @@ def used(result: Result, pairs: Pairs) -> str:
     """How many examples count, in a sentence.
 
     Raises:
-        WorkError: fewer than two are left, so that nothing can be said.
+        TooFewError: fewer than two are left, so that nothing can be said.
     """
     reasons = result.table.groupby("example", sort=False)["skipped"]
     n_examples, n_wrong = reasons.ngroups, int(reasons.agg(lambda each: (each == WRONG).all()).sum())
     n_low = int(reasons.agg(lambda each: (each == NO_PROB).any()).sum())
     if n_examples - n_wrong < 2:
-        raise WorkError(
+        raise TooFewError(
             f"{n_examples - n_wrong} of {n_examples} examples of {pairs.name} are answered right; at least two are "
             "needed (--all keeps the others too)"
         )
@@ -54,9 +54,9 @@ def used(result: Result, pairs: Pairs) -> str:
 
 
 def missing(result: Result) -> tuple[str, ...]:
-    """Edges and controls that some of the examples lack, with the reason."""
+    """Edges and controls that some of the examples lack, with the reason, or whose queries come after what is read."""
     columns = ["edge", "cut", "skipped"]
-    table = result.table[~result.table["skipped"].isin(["", WRONG, NO_PROB])]
+    table = result.table[~result.table["skipped"].isin(["", WRONG, NO_PROB, NOTHING_BEFORE])]
     found = []
     for edge, cut, reason in table[columns].drop_duplicates().to_numpy().tolist():
         rows = table[(table["edge"] == edge) & (table["cut"] == cut) & (table["skipped"] == reason)]
@@ -64,6 +64,11 @@ def missing(result: Result) -> tuple[str, ...]:
         layers = ", ".join(str(each) for each in rows["layer"].drop_duplicates()) if reason == OUT_OF_SIGHT else ""
         where = f" at layer {layers}" if layers else ""
         found.append(f"{what} is missing{where} in {rows['example'].nunique()} example(s): {reason}.")
+    early = result.table[result.table["skipped"] == NOTHING_BEFORE]
+    for edge, rows in early.groupby("edge", sort=False):
+        counts = {each.name: rows.loc[rows[each.name].isna(), "example"].nunique() for each in result.metrics}
+        lacking = ", ".join(f"no {name} in {count}" for name, count in counts.items() if count)
+        found.append(f"{edge} has {lacking} example(s): {NOTHING_BEFORE}.")
     return tuple(found)
 
 

@@ -22,7 +22,7 @@ from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
 from vlm_mech.results.result import Metric
 from vlm_mech.sweeps.generated_answers import GeneratedPart, generated
 from vlm_mech.sweeps.measures import Comparison, Measure, comparison, prob, said
-from vlm_mech.sweeps.readings import PLACES
+from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.schedule import SweepPlan
 from vlm_mech.sweeps.sweep import Point, plan_sweep, sweep
@@ -190,14 +190,19 @@ def _assembled(
         found_in = pd.concat(tables, ignore_index=True)
         places = [f"{measure}{ending}" for ending in PLACES]
         spoken = [name for name in (*SPOKEN, *places) if name in found_in]
-        found_in = found_in[["example", *axes, *columns, *spoken]]
-        table = table.merge(found_in, on=["example", *axes], how="left", validate="one_to_one")
+        found_in = found_in.reindex(columns=["example", *axes, *columns, *spoken, "skipped"])
+        table = table.merge(found_in, on=["example", *axes], how="left", validate="one_to_one", suffixes=("", "_in"))
     else:
         table = table.assign(**dict.fromkeys(columns, np.nan))
     table["relative_change"] = relative_change(table["prob"].to_numpy(), table["prob_baseline"].to_numpy())
     table["relative_change_baseline"] = np.where(table["relative_change"].isna(), np.nan, 0.0)
     low = (table["skipped"] == "") & table["relative_change"].isna()
-    return table.assign(skipped=table["skipped"].where(~low, NO_PROB))
+    table["skipped"] = table["skipped"].where(~low, NO_PROB)
+    if tables:
+        # What is said whole is measured there; what is read before the answer's tokens is not.
+        early = (table.pop("skipped_in") == NOTHING_BEFORE) & (table["skipped"] == "")
+        table["skipped"] = table["skipped"].where(~early, NOTHING_BEFORE)
+    return table
 
 
 def relative_change(after: np.ndarray, before: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """What a layer swap says, in sentences made from its numbers."""
 
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.errors import WorkError
-from vlm_mech.methods.layer_swap.study import WRONG
+from vlm_mech.errors import TooFewError
+from vlm_mech.methods.layer_swap.study import ANSWER, NOTHING_BEFORE, WRONG
 from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
 
@@ -14,7 +14,7 @@ def findings(result: Result, pairs: Pairs) -> tuple[str, ...]:
     """How many pairs count, and at which layers the answer turns.
 
     Raises:
-        WorkError: fewer than two pairs count, so that nothing can be said.
+        TooFewError: fewer than two pairs count, so that nothing can be said.
     """
     said = told(result.table, result.axes, result.metrics[1].name)
     return (usable_share(result, pairs), *takeover(result), *said)
@@ -24,14 +24,14 @@ def usable_share(result: Result, pairs: Pairs) -> str:
     """How many pairs count, in a sentence.
 
     Raises:
-        WorkError: fewer than two pairs count, so that nothing can be said.
+        TooFewError: fewer than two pairs count, so that nothing can be said.
     """
     first = result.table.drop_duplicates("example")
     n_examples, n_wrong = len(first), int((first["skipped"] == WRONG).sum())
-    close = ~result.table["skipped"].isin(["", WRONG])
+    close = ~result.table["skipped"].isin(["", WRONG, NOTHING_BEFORE])
     n_close = int(result.table[close]["example"].nunique())
     if n_examples - n_wrong < 2:
-        raise WorkError(
+        raise TooFewError(
             f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are answered right on both images; "
             "at least two are needed (only_correct=False, or --all of the command, keeps the others too)"
         )
@@ -39,6 +39,8 @@ def usable_share(result: Result, pairs: Pairs) -> str:
     text += f"; {n_wrong} are left out because they are {WRONG}" if n_wrong else ""
     why = result.table[close]["skipped"].iloc[0] if n_close else ""
     text += f"; in {n_close} the {why}, so that they have no recovered fraction" if n_close else ""
+    bare = result.table.loc[result.table["skipped"] == NOTHING_BEFORE, "example"].nunique()
+    text += f"; in {bare} {NOTHING_BEFORE}, so that swaps of these tokens alone have no value" if bare else ""
     return f"{text}."
 
 
@@ -46,7 +48,9 @@ def takeover(result: Result) -> tuple[str, ...]:
     """Where the image tokens stop mattering and the last token takes over, in sentences made from the numbers."""
     if "layer" not in result.axes:
         return ()
-    n_fewest = int(result.summary("recovered")["n"].min())
+    summary = result.summary("recovered")
+    # A span of the answer's tokens alone may have no value, and nothing is said of it.
+    n_fewest = int(summary.loc[summary["span"] != ANSWER, "n"].min()) if {*summary["span"]} - {ANSWER} else 0
     if n_fewest < 2:
         return (f"too few pairs have a recovered fraction to say where the answer turns ({n_fewest} in some cells).",)
     found = []

@@ -24,7 +24,7 @@ from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.generated_answers import GeneratedPart, generated
 from vlm_mech.sweeps.measures import Comparison, comparison, said
 from vlm_mech.sweeps.memory import budget_of
-from vlm_mech.sweeps.readings import Readings, readings_of, without_trivial_places
+from vlm_mech.sweeps.readings import NOTHING_BEFORE, Readings, readings_of, without_trivial_places
 from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves
 
 if TYPE_CHECKING:
@@ -83,8 +83,9 @@ def swap_states(
 
     `noising` runs the image with states of its counterfactual, `denoising` the counterfactual with states of the
     image. Pairs that the model answers wrongly on either side (see `measures.said`) are skipped unless `only_correct`
-    is off; a recovered fraction whose denominator is below `metrics.MIN_GAP` is skipped as well. Skipped values are
-    NaN, with the reason in `skipped`.
+    is off; a recovered fraction whose denominator is below `metrics.MIN_GAP` is skipped as well, and so is a
+    swap of an answer's tokens alone where none comes before what is read. Skipped values are NaN, with the reason in
+    `skipped`.
 
     Args:
         spans: several joined by + are swapped together, as in `last+answer`; of the span `answer`, which are an
@@ -195,7 +196,7 @@ def _swapped(
         before, target = (read[own].value(own, each.reads) for each in (patched, donor))
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
         for (site, span), edit, after, proof in zip(cells, edits, kept, proofs, strict=True):
-            table = _scored(before, target, after, usable, measure)
+            table = _scored(before, target, after, usable, measure, read[own].untouched(edit)[own])
             if len(tables) in drawn and part is not None:
                 table = table.join(_generated(vlm, pairs, direction, edit, part))
             place: dict[str, Any] = {"point": site.point} if site.layer is None else {"layer": site.layer}
@@ -219,12 +220,19 @@ def _generated(vlm: "VLM", pairs: Pairs, direction: str, edit: Replace, part: Ge
 
 
 def _scored(
-    before: torch.Tensor, target: torch.Tensor, after: torch.Tensor, usable: torch.Tensor, name: Comparison
+    before: torch.Tensor,
+    target: torch.Tensor,
+    after: torch.Tensor,
+    usable: torch.Tensor,
+    name: Comparison,
+    untouched: torch.Tensor,
 ) -> pd.DataFrame:
     """The metrics of one swap, a row a pair, from the differences of the answers in the three runs."""
     fraction = metrics.recovered(after, before, target)
     skipped = [no_gap(compared_by(name)) if missing else "" for missing in fraction.isnan().tolist()]
+    skipped = [NOTHING_BEFORE if no else reason for reason, no in zip(skipped, untouched.tolist(), strict=True)]
     skipped = [reason if use else WRONG for reason, use in zip(skipped, usable.tolist(), strict=True)]
+    usable = usable & ~untouched.to(usable.device)
     columns = {
         "recovered": fraction,
         "recovered_baseline": torch.zeros_like(fraction).where(~fraction.isnan(), float("nan")),

@@ -133,8 +133,14 @@ TokenPositions = dict[Site, list[tuple[int, int]]]
 def token_positions(
     encoded: Encoded, sites: Sequence[Site], span: Span, first: int
 ) -> tuple[list[Token], TokenPositions]:
-    """The tokens of a span, examples counted from `first`, and where each site holds them."""
+    """The tokens of a span, examples counted from `first`, and where each site holds them.
+
+    Raises:
+        UsageError: the span has no token, as that of answers of one token, or one that `projector.out` does not hold.
+    """
     cells = encoded.cells(span)
+    if not len(cells):
+        raise UsageError(f"span {span!r} has no token here: of answers of one token the model is given none")
     where = list(zip(cells.rows.tolist(), cells.positions.tolist(), strict=True))
     known = [_image_tokens(encoded, example) for example in range(len(encoded))]
     tokens = [_token(encoded, known, first, *at) for at in where]
@@ -181,5 +187,9 @@ def _image_tokens(encoded: Encoded, example: int) -> dict[int, tuple[dict[str, i
 
 def _token(encoded: Encoded, known: Sequence[dict[int, Any]], first: int, example: int, position: int) -> Token:
     row = encoded.rows[example]
+    if encoded.answers is not None and position >= encoded.n_prompt:
+        number = encoded.answers.depth[position] - encoded.n_prompt + len(row.present)
+        token = encoded.vlm.tokenizer.convert_ids_to_tokens(int(encoded.inputs["input_ids"][example, position]))
+        return Token(first + example, number, token)
     place = known[example][position][0] if position in known[example] else {}
     return Token(first + example, row.present.index(position), row.tokens[position], **place)

@@ -164,8 +164,12 @@ def lens_of(vlm: "VLM", states: Activations, span: Span, readout: Readout, label
     """The logit lens on states that were read already, such as those of an edited run, at all their sites.
 
     Args:
+        span: `answer` too, where the states are of prompts with answers after them.
         readout: from states to scores of the vocabulary (see `readout.readout_of`).
         labels: the words whose numbers are kept (see `label_of`).
+
+    Raises:
+        UsageError: states that are no prompts', a site that the head cannot read, or a span without a token.
     """
     encoded, sites = states.encoded, tuple(states.values)
     if not isinstance(encoded, Encoded):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from vlm_mech.errors import WorkError
+from vlm_mech.errors import TooFewError
 from vlm_mech.methods.layer_swap.study import compared_by, no_gap
 from vlm_mech.methods.visual_flow.claims import Claim, FlowClaims, Where
 from vlm_mech.methods.visual_flow.data import LAST, WHOLE, Cases, edges, spans
@@ -29,10 +29,10 @@ def findings(result: Result, cases: Cases, said: FlowClaims) -> tuple[str, ...]:
     """One sentence for each of: examples, decodable, used, must flow, preferred, read, carry, suppress, overtaking.
 
     Raises:
-        WorkError: fewer than two examples, of which nothing can be said.
+        TooFewError: fewer than two examples, of which nothing can be said.
     """
     if len(cases) < 2:
-        raise WorkError(f"{cases.pairs.name} gives {len(cases)} example; at least two are needed")
+        raise TooFewError(f"{cases.pairs.name} gives {len(cases)} example; at least two are needed")
     summary = result.summary()
     decodable = _decodable(summary, said) if PROBE in set(summary["method"]) else ()
     unit = result.metric("lead").unit
