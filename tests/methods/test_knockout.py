@@ -34,6 +34,7 @@ from vlm_mech.methods.knockout.edges import (
     object_masks,
     parse_edge,
 )
+from vlm_mech.methods.knockout.figures import drawn
 from vlm_mech.methods.knockout.findings import by_edge, by_head, missing, used
 from vlm_mech.methods.knockout.follow_up import top_heads
 from vlm_mech.methods.knockout.study import METRICS, OUT_OF_SIGHT, knock_out
@@ -382,6 +383,16 @@ def test_heads_are_chosen_on_one_half_and_told_of_on_the_other():
     _, sentence = by_head(result, heads)
     assert "-0.0 % " in sentence or "+0.0 % " in sentence
     assert "n = 10" in sentence
+
+
+def test_the_difference_of_answers_is_drawn_as_the_change_that_a_knockout_makes():
+    """The level of a difference is high wherever nothing happens, so that all cells would be as dark."""
+    result = synthetic(lambda example, cut, layer, head: 0.0)
+    lost = 3.0 * ((result.table["cut"] == EDGE) & (result.table["layer"] == 1))
+    result = dataclasses.replace(result, table=result.table.assign(logit_diff=10 - lost, logit_diff_baseline=10.0))
+    edge, control = [trace for trace in drawn(result)["logit_diff_heatmap"].data if trace.type == "heatmap"]
+    assert np.array_equal(edge.z, [[0, -3, 0]]) and np.array_equal(control.z, [[0, 0, 0]])
+    assert (edge.zmin, edge.zmid, edge.zmax) == (-3, 0, 3)
 
 
 # Attention

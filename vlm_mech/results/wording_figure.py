@@ -75,8 +75,10 @@ def wording_dots(result: Result) -> "go.Figure":
     every = range(0, len(ticks), math.ceil(len(ticks) / MOST_TICKS))
     labels = [_cut(str(ticks[number]), 24) for number in every]
     figure.update_xaxes(tickvals=list(every), ticktext=labels, range=[-0.6, len(ticks) - 0.4], title_standoff=4)
-    for column in range(1, n_columns + 1):
-        figure.update_xaxes(title_text=x.replace("_", " "), row=n_rows, col=column)
+    for number in range(max(0, len(panels) - n_columns), len(panels)):
+        # The lowest panel of each column: the last row need not be full.
+        row, column = divmod(number, n_columns)
+        figure.update_xaxes(title_text=x.replace("_", " "), row=row + 1, col=column + 1)
     figure.update_yaxes(title_text=f"{metric.name} ({metric.unit})", col=1)
     figure.update_annotations(font_size=12)
     some = "" if len(panels) == n_panels else f"; {len(panels)} of {n_panels} panels, where wordings lie furthest apart"

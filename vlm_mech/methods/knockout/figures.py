@@ -22,12 +22,12 @@ Pictures = tuple[tuple[str, Image.Image], ...]
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
-    """Relative change and logit difference as heatmaps over layers and edges, or heads; of edges lines as well."""
+    """Changes of probability and of the answers' difference as heatmaps over layers and edges, or heads; and lines."""
     by_head = "head" in result.axes
     across, down = ("head", "layer") if by_head else ("layer", "edge")
     found = {
-        f"{metric}_heatmap": figures.heatmap(result, x=across, y=down, metric=metric, facet="cut")
-        for metric in ("relative_change", result.metrics[1].name)
+        f"{metric}_heatmap": figures.heatmap(result, x=across, y=down, metric=metric, facet="cut", value=value)
+        for metric, value in {"relative_change": "mean", result.metrics[1].name: "effect"}.items()
     }
     if not by_head:
         found["relative_change_lines"] = figures.lines(
