@@ -64,10 +64,11 @@ def _loaded(config: Config) -> tuple[Any, ...]:
 def plan(config: Config) -> Any:
     """What the run will need."""
     from vlm_mech.methods.knockout.study import plan_knockout
+    from vlm_mech.sweeps.generated_answers import part_of
 
     *what, masks = _loaded(config)
     how = {"measure": config.measure, "batch": config.batch, "seed": config.seed, "memory": config.memory}
-    return plan_knockout(*what, masks=masks, **how)
+    return plan_knockout(*what, masks=masks, part=part_of(config), **how)
 
 
 def run(config: Config, work: Workspace) -> Outcome:

@@ -19,11 +19,12 @@ from vlm_mech.runs.workspace import Workspace
 def plan(config: Config) -> Any:
     """What the run will need."""
     from vlm_mech.methods.layer_swap.study import plan_swap
+    from vlm_mech.sweeps.generated_answers import part_of
 
     if config.swap == "weights":
         raise UsageError("--dry-run foresees swaps of states only; an exchange of weights keeps one pass a hybrid")
     *what, directions = _loaded(config)
-    how = {"measure": config.measure, "batch": config.batch, "memory": config.memory}
+    how = {"measure": config.measure, "part": part_of(config), "batch": config.batch, "memory": config.memory}
     return plan_swap(*what, directions=directions, **how)
 
 

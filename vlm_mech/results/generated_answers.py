@@ -53,7 +53,7 @@ def _spoken(table: pd.DataFrame) -> pd.DataFrame:
     """The rows for which an answer was generated and the logits are known."""
     if "says" not in table:
         return table.iloc[:0]
-    return table[(table["says"].fillna("") != "") & table["flip"].notna()]
+    return pd.DataFrame(table[(table["says"].fillna("") != "") & table["flip"].notna()])
 
 
 def _of_cell(place: Any, rows: pd.DataFrame) -> str:
