@@ -76,6 +76,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.interventions.receipt import add_up
     from vlm_mech.methods.knockout import figures, findings, study
     from vlm_mech.methods.knockout.follow_up import follow_up
+    from vlm_mech.results.generated_answers import examples
     from vlm_mech.results.result import Result
     from vlm_mech.sweeps.generated_answers import part_of
 
@@ -92,7 +93,8 @@ def run(config: Config, work: Workspace) -> Outcome:
     more = follow_up(vlm, result, pairs, scan, masks, n_generated=config.generate)
     provenance = about(QUESTION, vlm, pairs, add_up(receipts)) | {"generated": more.generated}
     result = dataclasses.replace(result, provenance=provenance, findings=findings.findings(result, pairs, scan, more))
-    return Outcome(result, figures.drawn(result), figures.pictures(pairs, scan, more))
+    said = examples(result.table, result.axes, {pair.id: pair.question for pair in pairs})
+    return Outcome(result, figures.drawn(result), figures.pictures(pairs, scan, more), said=said)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.methods.layer_swap.figures import drawn
     from vlm_mech.methods.layer_swap.layer_swap import QUESTION, swap_result, told
     from vlm_mech.methods.layer_swap.study import swap_states
+    from vlm_mech.results.generated_answers import examples
     from vlm_mech.sweeps.generated_answers import part_of
 
     vlm, pairs, sites, spans, directions = _loaded(config)
@@ -69,7 +70,8 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     table, receipts = work.collect()
     provenance = about(QUESTION, vlm, pairs, add_up(receipts))
     result = told(swap_result(config.site, table, provenance, config.measure), pairs)
-    return Outcome(result, drawn(result), pictures(pairs))
+    said = examples(result.table, result.axes, {pair.id: pair.question for pair in pairs})
+    return Outcome(result, drawn(result), pictures(pairs), said=said)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from vlm_mech.results.generated_answers import agreement, told
+from vlm_mech.results.generated_answers import MOST_ROWS, agreement, examples, told
 
 CUTS = ("edge", "control")
 
@@ -41,3 +41,29 @@ def test_each_has_a_sentence():
     assert [line.startswith(begin) for line, begin in zip(lines, begins, strict=True)] == [True] * 3
     assert "0 % name what logit_diff prefers" in lines[0] and "n = 4" in lines[1]
     assert told(spoken().drop(columns="says"), ("cut", "layer"), "logit_diff", apart=("cut",)) == ()
+
+
+def written(n_cells, n=6):
+    """Of six examples of each cell the edit changes the last two alone; of a further cell nothing was generated."""
+    rows = [
+        {
+            "example": f"pair {example}", "cut": "edge", "layer": layer, "flip": 0.0, "text_baseline": "left",
+            "text": "left" if example < 4 else "right", "says": ("own" if example < 4 else "other") if layer else None,
+        }
+        for layer in range(n_cells + 1) for example in range(n)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_a_few_answers_of_each_cell_are_shown_changed_ones_and_others():
+    questions = {f"pair {example}": f"where is {example}?" for example in range(6)}
+    shown = examples(written(8), ("cut", "layer"), questions)
+    named = ["question", "without the edit", "with the edit", "whose answer"]
+    assert list(shown.columns) == ["cut", "layer", *named]
+    assert shown.groupby("layer").size().to_dict() == dict.fromkeys(range(1, 9), 2)
+    first = shown[shown["layer"] == 1][named].values.tolist()
+    assert first == [["where is 4?", "left", "right", "other"], ["where is 0?", "left", "left", "own"]]
+    assert len(examples(written(2), ("cut", "layer"), questions)) == 12, "no more than there are"
+    many = examples(written(30), ("cut", "layer"), questions)
+    assert len(many) == MOST_ROWS and many["layer"].is_unique
+    assert examples(written(2).drop(columns="says"), ("cut", "layer"), questions) is None

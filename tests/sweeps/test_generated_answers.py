@@ -17,6 +17,7 @@ from vlm_mech.errors import TooLargeError
 from vlm_mech.methods.knockout.data import scan_of
 from vlm_mech.methods.knockout.study import knock_out, plan_knockout
 from vlm_mech.methods.layer_swap.study import plan_swap, swap_states
+from vlm_mech.results.result import Result
 from vlm_mech.sweeps.generated_answers import GeneratedPart
 from vlm_mech.sweeps.memory import peak_memory
 
@@ -129,3 +130,16 @@ def test_a_dry_run_tells_what_is_generated(experiment, capsys):
     assert "answers generated in 3 of the cells" in capsys.readouterr().out
     assert command(experiment, "--n", "4", "--dry-run") == 0
     assert "generated" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("experiment", "said"), [(layer_swap, ("edited runs: ",)), (knockout, ("edited runs (edge): ", "(control of"))]
+)
+def test_a_report_shows_what_is_said_and_tells_how_often_logits_agree(experiment, said, tmp_path):
+    given = ("--model", "organism-phrases", "--data", "scenes/phrases", "--n", "8", "--new-tokens", "6")
+    assert command(experiment, *given, "--outcome", "generation", "--out", tmp_path / "out") == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    shown = page.partition("<h2>What is said</h2>")[2].partition("</table>")[0]
+    (first, *_) = Result.load(tmp_path / "out").table.dropna(subset=["says", "flip"])["text_baseline"]
+    assert 9 <= shown.count("<tr") <= 21 and "whose answer" in shown and f"<td>{first}</td>" in shown
+    assert [text for text in said if text not in page] == []

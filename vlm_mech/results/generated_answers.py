@@ -1,6 +1,6 @@
 """What generated answers say beside the logits of the same runs: whose answer it is, and how often both agree."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,8 @@ SAYS: tuple[Says, ...] = ("own", "other", "neither")
 AGREES = Metric(
     "agrees", "share", "share of answers that name one of the two, and the one that the logits of this run prefer"
 )
+MOST_ROWS = 20
+"""Rows of a table of examples at most."""
 NAMED = Metric("named", "share", "share of generated answers that name one of the two")
 
 
@@ -89,3 +91,28 @@ def told(table: pd.DataFrame, axes: Sequence[str], measure: str, apart: Sequence
             what = f"of those that name one of the two, {100 * row['mean']:.0f} % name what {measure} prefers"
             sentences.append(f"{run} runs{kind and f' {kind}'}: {what} ({interval}, n = {row['n']}).")
     return tuple(sentences)
+
+
+def examples(table: pd.DataFrame, axes: Sequence[str], questions: Mapping[str, str]) -> pd.DataFrame | None:
+    """Some of the answers that were generated in each cell, as a table to read; None where none was generated.
+
+    As many of each cell as `MOST_ROWS` allow, of more cells than that the first ones; by turns an answer that the edit
+    changed and one that it did not.
+
+    Args:
+        axes: what tells the cells apart.
+        questions: what is asked, by example.
+
+    Returns:
+        The axes, `question`, `without the edit`, `with the edit`, and `whose answer` the latter is: that of the run
+        itself (own), the other one, or neither.
+    """
+    rows = _spoken(table)
+    if rows.empty:
+        return None
+    rows = rows.assign(same=rows["text"] == rows["text_baseline"], cell=rows.groupby(list(axes), sort=False).ngroup())
+    rows = rows.assign(turn=rows.groupby(["cell", "same"]).cumcount()).sort_values(["cell", "turn", "same"])
+    shown = rows.groupby("cell").head(max(1, MOST_ROWS // rows["cell"].nunique())).head(MOST_ROWS)
+    named = {"text_baseline": "without the edit", "text": "with the edit", "says": "whose answer"}
+    shown = shown.assign(question=shown["example"].map(questions)).rename(columns=named)
+    return pd.DataFrame(shown[[*axes, "question", *named.values()]].reset_index(drop=True))
