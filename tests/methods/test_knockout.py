@@ -552,6 +552,17 @@ def test_edges_of_the_answer_are_cut_for_its_tokens_too_and_stay_cut_while_it_is
     assert set(controls["skipped"]) <= {"", NO_CONTROL}
 
 
+def test_answers_are_generated_in_no_cell_that_examples_lack(vlm, pairs, monkeypatch):
+    """The one cell that was drawn is a control, which no example has here; heads are an axis of their own."""
+    monkeypatch.setattr(data, "control_of", lambda *given, **named: NO_CONTROL)
+    wanted = scan_of(vlm, pairs, {}, ("last<-image",), heads=True)
+    parts = [GeneratedPart(n_cells=1, seed=seed) for seed in range(20)]
+    points = wanted.points()
+    part = next(each for each in parts if points[min(each.of(range(len(points))))].cut == CONTROL)
+    table, _ = knock_out(vlm, pairs, wanted, only_correct=False, part=part)
+    assert table["says"].isna().all() and table[table["cut"] == EDGE]["logit_diff"].notna().all()
+
+
 def test_edges_of_the_answer_that_cannot_be_are_one_line():
     for text, match in (("image<-answer", "can be queries, not keys"), ("answers<-image", "names the group 'answers'")):
         with pytest.raises(UsageError, match=match):

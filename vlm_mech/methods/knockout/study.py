@@ -95,7 +95,8 @@ def knock_out(
         table = result.table
         if part is not None:
             said = _generated(vlm, chosen, [point for point in some if point in drawn], cut, part)
-            table = table.merge(said, on=["example", *(axis for axis, _ in points[0].axes)], how="left")
+            said = said.reindex(columns=["example", *scan.axes, *SPOKEN])
+            table = table.merge(said, on=["example", *scan.axes], how="left")
         tables.append(table)
         notes.append(result.provenance["receipts"])
     return _assembled(pairs, points, found, tables, sets, measure), add_up(notes)
@@ -161,9 +162,7 @@ def _generated(
         generated(vlm, pairs.base, cut(point), both, **how).join(clean).assign(example=names, **dict(point.axes))
         for point in points
     ]
-    axes = ["edge", "cut", "layer"]
-    columns = ["example", *axes, *SPOKEN]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _measures(pairs: Pairs, name: Comparison) -> tuple[Measure, ...]:
