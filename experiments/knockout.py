@@ -63,10 +63,11 @@ def _loaded(config: Config) -> tuple[Any, ...]:
 def plan(config: Config) -> Any:
     """What the run will need."""
     from vlm_mech.methods.knockout.study import plan_knockout
+    from vlm_mech.sweeps.generated_answers import part_of
 
     *what, masks = _loaded(config)
     how = {"measure": config.measure, "batch": config.batch, "seed": config.seed, "memory": config.memory}
-    return plan_knockout(*what, masks=masks, **how)
+    return plan_knockout(*what, masks=masks, part=part_of(config), **how)
 
 
 def run(config: Config, work: Workspace) -> Outcome:
@@ -74,6 +75,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.interventions.receipt import add_up
     from vlm_mech.methods.knockout import figures, findings, study
     from vlm_mech.methods.knockout.follow_up import follow_up
+    from vlm_mech.results.generated_answers import examples
     from vlm_mech.results.result import Result
     from vlm_mech.sweeps.generated_answers import part_of
 
@@ -90,7 +92,8 @@ def run(config: Config, work: Workspace) -> Outcome:
     more = follow_up(vlm, result, pairs, scan, masks, n_generated=config.generate)
     provenance = about(QUESTION, vlm, pairs, add_up(receipts)) | {"generated": more.generated}
     result = dataclasses.replace(result, provenance=provenance, findings=findings.findings(result, pairs, scan, more))
-    return Outcome(result, figures.drawn(result), figures.pictures(pairs, scan, more))
+    said = examples(result.table, result.axes, {pair.id: pair.question for pair in pairs})
+    return Outcome(result, figures.drawn(result), figures.pictures(pairs, scan, more), said=said)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ from vlm_mech.runs.workspace import Workspace
 def plan(config: Config) -> Any:
     """What the run will need."""
     from vlm_mech.methods.layer_swap.study import plan_swap
+    from vlm_mech.sweeps.generated_answers import part_of
 
     if config.swap == "weights":
         raise UsageError("--dry-run foresees swaps of states only; an exchange of weights keeps one pass a hybrid")
     *what, directions = _loaded(config)
-    how = {"measure": config.measure, "batch": config.batch, "memory": config.memory}
+    how = {"measure": config.measure, "part": part_of(config), "batch": config.batch, "memory": config.memory}
     return plan_swap(*what, directions=directions, **how)
 
 
@@ -54,6 +55,7 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.methods.layer_swap.figures import drawn
     from vlm_mech.methods.layer_swap.layer_swap import QUESTION, swap_result, told
     from vlm_mech.methods.layer_swap.study import swap_states
+    from vlm_mech.results.generated_answers import examples
     from vlm_mech.sweeps.generated_answers import part_of
 
     vlm, pairs, sites, spans, directions = _loaded(config)
@@ -67,7 +69,8 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     table, receipts = work.collect()
     provenance = about(QUESTION, vlm, pairs, add_up(receipts))
     result = told(swap_result(config.site, table, provenance, config.measure), pairs)
-    return Outcome(result, drawn(result), pictures(pairs))
+    said = examples(result.table, result.axes, {pair.id: pair.question for pair in pairs})
+    return Outcome(result, drawn(result), pictures(pairs), said=said)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
+from tests.runs import fake_run
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
+from vlm_mech.architectures.site import Site, sites
 from vlm_mech.behaviour.blur_decay.blur import NONE
 from vlm_mech.behaviour.blur_decay.data import asked_at, ladder, with_images
 from vlm_mech.behaviour.erroneous_agreement.data import load_cases
@@ -16,13 +19,23 @@ from vlm_mech.data.fitting import fitting
 from vlm_mech.data.pairs import Pair, Pairs, about_others, apart, linked, load_pairs, pictures, turned
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image, side_by_side
+from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span_kinds import OneImage
 from vlm_mech.methods.compensation.data import examples_of
+from vlm_mech.methods.knockout import figures as knockout_figures
+from vlm_mech.methods.knockout.data import scan_of
 from vlm_mech.methods.knockout.edges import object_masks
+from vlm_mech.methods.knockout.follow_up import FollowUp, Head, attention_of
 from vlm_mech.methods.layer_swap.layer_swap import layer_swap
+from vlm_mech.methods.lens.figures import patch_words
+from vlm_mech.methods.lens.logit_lens import lens
 from vlm_mech.methods.probing.controls import _blanked
-from vlm_mech.methods.probing.data import changed_patches, probe_sites, spread
+from vlm_mech.methods.probing.data import OBJECT, Spot, changed_patches, probe_sites, read_states, spread
 from vlm_mech.methods.probing.data import examples_of as probe_examples
+from vlm_mech.methods.probing.descent import ProbeRecipe
+from vlm_mech.methods.probing.figures import patch_picture
+from vlm_mech.methods.probing.patch_map import patch_map
+from vlm_mech.methods.probing.training import Split
 from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.models.vlm import VLM
 from vlm_mech.runs.ingredients import ingredients
@@ -193,3 +206,31 @@ def test_what_is_made_for_one_picture_says_so(tmp_path):
     vlm = wrapped("llava_clip")
     with pytest.raises(UsageError, match="it shows 2 images in one prompt; masks of a part and its object are of one"):
         examples_of(vlm, Pairs("mine", (two(),)), {}, min_share=0.2)
+
+
+def test_maps_over_one_of_several_pictures_say_which(tmp_path):
+    vlm, pairs = (
+        wrapped("llava_clip"),
+        Pairs("mine", (two(), *map(_renamed, "bcd"))),
+    )
+    prompts = [Prompt("what is it?", (picture(1), picture(2))), Prompt("what is it?", picture(3))]
+    found = lens(vlm, prompts, sites("llm.resid_post", [3]), "image")
+    titles = [patch_words(vlm, found, **which).layout.title.text for which in ({}, {"image": 1}, {"example": 1})]
+    assert titles == [f"logit lens: what is it?{end}" for end in (" (picture 1 of 2)", " (picture 2 of 2)", "")]
+
+    heads = (Head(1, 0, pd.Series(dtype=float)),)
+    cut = scan_of(vlm, pairs, {}, ("last<-image",), heads=True)
+    maps = attention_of(vlm, pairs, cut.edges[0], heads, {}, n_maps=1)
+    ((caption, shown),) = knockout_figures.pictures(pairs, cut, FollowUp(heads, maps))
+    assert caption.startswith("what colour is the second? red (picture 1 of 2) - layer 1 head 0, from last: ")
+    assert "% on the images, brightest patch" in caption and shown.height == shown.width
+
+    examples, spot = probe_examples(vlm, pairs), Spot(Site("projector.out"), OBJECT)
+    features = {spot: read_states(vlm, examples.prompts, examples.objects, [spot], folder=tmp_path / "read")[spot]}
+    parts = Split(np.arange(4), np.arange(4, 6), np.arange(6, 8))
+    labels = np.arange(8) % 2
+    step = {"model": vlm.name, "map": patch_map(
+        vlm, examples, labels, ("red", "blue"), features, parts, ProbeRecipe(max_epochs=1), folder=tmp_path
+    )}  # fmt: skip
+    title = patch_picture(fake_run.swap_result(2, provenance={"steps": [step]}), model=vlm.name).layout.title.text
+    assert title.endswith(" (picture 1 of 2)")

@@ -34,6 +34,7 @@ from vlm_mech.methods.knockout.edges import (
     object_masks,
     parse_edge,
 )
+from vlm_mech.methods.knockout.figures import drawn
 from vlm_mech.methods.knockout.findings import by_edge, by_head, missing, used
 from vlm_mech.methods.knockout.follow_up import top_heads
 from vlm_mech.methods.knockout.study import METRICS, OUT_OF_SIGHT, knock_out
@@ -384,6 +385,16 @@ def test_heads_are_chosen_on_one_half_and_told_of_on_the_other():
     assert "n = 10" in sentence
 
 
+def test_the_difference_of_answers_is_drawn_as_the_change_that_a_knockout_makes():
+    """The level of a difference is high wherever nothing happens, so that all cells would be as dark."""
+    result = synthetic(lambda example, cut, layer, head: 0.0)
+    lost = 3.0 * ((result.table["cut"] == EDGE) & (result.table["layer"] == 1))
+    result = dataclasses.replace(result, table=result.table.assign(logit_diff=10 - lost, logit_diff_baseline=10.0))
+    edge, control = [trace for trace in drawn(result)["logit_diff_heatmap"].data if trace.type == "heatmap"]
+    assert np.array_equal(edge.z, [[0, -3, 0]]) and np.array_equal(control.z, [[0, 0, 0]])
+    assert (edge.zmin, edge.zmid, edge.zmax) == (-3, 0, 3)
+
+
 # Attention
 
 
@@ -539,6 +550,17 @@ def test_edges_of_the_answer_are_cut_for_its_tokens_too_and_stay_cut_while_it_is
     assert whole == (generated["lost"] == 0).tolist()
     controls = table[(table["edge"] == "last+answer<-image") & (table["cut"] == CONTROL)]
     assert set(controls["skipped"]) <= {"", NO_CONTROL}
+
+
+def test_answers_are_generated_in_no_cell_that_examples_lack(vlm, pairs, monkeypatch):
+    """The one cell that was drawn is a control, which no example has here; heads are an axis of their own."""
+    monkeypatch.setattr(data, "control_of", lambda *given, **named: NO_CONTROL)
+    wanted = scan_of(vlm, pairs, {}, ("last<-image",), heads=True)
+    parts = [GeneratedPart(n_cells=1, seed=seed) for seed in range(20)]
+    points = wanted.points()
+    part = next(each for each in parts if points[min(each.of(range(len(points))))].cut == CONTROL)
+    table, _ = knock_out(vlm, pairs, wanted, only_correct=False, part=part)
+    assert table["says"].isna().all() and table[table["cut"] == EDGE]["logit_diff"].notna().all()
 
 
 def test_edges_of_the_answer_that_cannot_be_are_one_line():

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.runs import fake_run
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.fitting import fitting
@@ -11,6 +12,7 @@ from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.interventions.trace import generate, run
+from vlm_mech.methods.layer_swap import figures
 from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
 from vlm_mech.methods.layer_swap.findings import findings, takeover, usable_share
 from vlm_mech.methods.layer_swap.layer_swap import layer_swap, swap_result, told
@@ -186,6 +188,15 @@ def test_whole_answers_are_swapped_at_the_last_token_and_at_their_own():
         swap_states(vlm, pairs, sites[:1], ("last",))[0]["logit_diff_position"],
     )
     assert positions[0].between(3, 4).all() and positions[1].between(0, 3).all() and positions[1].nunique() > 2
+
+
+def test_the_difference_of_answers_is_drawn_as_the_change_that_a_swap_makes():
+    """The level of a difference is high wherever nothing happens, so that all cells would be as dark."""
+    result = fake_run.swap_result()
+    panel = figures.drawn(result)["logit_diff_heatmap"].data[0]
+    summary = result.summary("logit_diff").query("direction == 'noising'").set_index(["span", "layer"])["effect"]
+    assert panel.z[2][0] == summary["last", 0] and abs(panel.z[2][0]) < 2 < 8 < result.table["logit_diff"].max()
+    assert panel.zmid == 0 and panel.zmin == -panel.zmax and panel.zmax == pytest.approx(abs(summary).max(), rel=0.05)
 
 
 def test_what_is_generated_under_a_swap_is_read_and_told_beside_the_logits():

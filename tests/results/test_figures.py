@@ -46,9 +46,25 @@ def test_a_heatmap_can_show_the_change_instead():
     summary = result.summary("logit_diff").query("direction == 'noising' and span == 'last'")
     assert np.allclose(panels[0].z[2], summary["effect"])
     assert panels[0].zmid == 0 and panels[0].zmin == -panels[0].zmax and panels[1].zmax == panels[0].zmax
-    assert panels[1].colorbar.title.text == "change of logit_diff (logits)"
+    assert panels[1].colorbar.title.text == "<br>change of logit_diff (logits)"
     # A fraction is not signed, but its change is.
     assert of_type(heat(result, value="effect"), "heatmap")[0].zmid == 0
+
+
+def test_the_title_of_a_scale_stays_within_the_figure():
+    result = one_axis([1.0, -2.0], "nats per token", signed=True)
+    named = dataclasses.replace(
+        result,
+        table=result.table.rename(
+            columns={"m": "logprob_diff_per_token", "m_baseline": "logprob_diff_per_token_baseline"}
+        ),
+        metrics=(dataclasses.replace(result.metrics[0], name="logprob_diff_per_token"),),
+    )
+    figure = figures.heatmap(named, x="layer", y="place", value="effect")
+    first, *lines = of_type(figure, "heatmap")[0].colorbar.title.text.split("<br>")
+    # The first line is empty, since plotly sets the title over numbers of more than three signs.
+    assert first == "" and " ".join(lines) == "change of logprob_diff_per_token (nats per token)"
+    assert max(map(len, lines)) * 8 <= figure.layout.height - 80
 
 
 def test_lines_can_show_the_change_instead():

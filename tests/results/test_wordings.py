@@ -142,3 +142,17 @@ def test_many_cells_are_shown_where_wordings_lie_furthest_apart():
     assert titles == [f"name &lt;b&gt;{cell}" for cell in range(30 - MOST_PANELS, 30)]
     assert f"{MOST_PANELS} of 30 panels" in figure.layout.title.text
     assert len(figure.layout.xaxis.tickvals) <= 16
+
+
+def test_the_lowest_panel_of_each_column_names_the_axis():
+    """Of five panels in three columns, the third column ends in the first row."""
+    tables = {}
+    for number, wording in enumerate((ONE, OTHER)):
+        rows = [
+            {"example": f"e{one}", "name": name, "layer": layer, "score": number + one, "score_baseline": 0.0}
+            for one in range(3) for name in "abcde" for layer in range(2)
+        ]  # fmt: skip
+        tables[wording] = Result("made", pd.DataFrame(rows), ("name", "layer"), (METRIC,))
+    layout = wording_dots(side_by_side(tables)).to_dict()["layout"]
+    titled = [layout[f"xaxis{number or ''}"].get("title", {}).get("text") for number in ("", 2, 3, 4, 5)]
+    assert titled == [None, None, "layer", "layer", "layer"]

@@ -326,6 +326,11 @@ def test_errors_are_one_line_with_their_status(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and "--help lists the options" in error
         assert arguments[0] in error
+    for arguments, said in ((["--kind", "round"], "invalid choice 'round' for"), (["--n"], "missing value for")):
+        assert command("--out", tmp_path / "out", *arguments) == 2
+        error = capsys.readouterr().err.lower()
+        assert error.startswith(f"error: {said}"), "the title of tyro's frame says the same again"
+        assert "---" not in error and ".; " not in error
     assert command("--out", tmp_path / "debug", "--wrong", "bug", "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
 

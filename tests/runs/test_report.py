@@ -6,6 +6,7 @@ import io
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -59,8 +60,9 @@ def page(tmp_path_factory):
         "curves": figures.lines(result, x="layer", colour="span", facet="direction"),
     }
     pictures = ((f"caption {NASTY}", Image.new("RGB", (8, 6), (10, 200, 30))),)
+    said = pd.DataFrame({"layer": [3], "question": [f"question {NASTY}"], "with the edit": [f"said {NASTY * 3}"]})
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, Outcome(result, drawn, pictures), command=f"python -m {NASTY}")
+    write_report(path, Outcome(result, drawn, pictures, said=said), command=f"python -m {NASTY}")
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -71,6 +73,7 @@ def test_everything_is_on_the_page(page):
     for heading in ("Examples", "Summary", "Metrics", "Receipts", "Provenance", "Configuration", "Repeat"):
         assert heading in page.text
     assert f"largest error {NASTY * 3}" in page.text, "long values are not cut short"
+    assert "What is said" in page.text and f"question {NASTY} said {NASTY * 3}" in page.text
     assert "how far the answer moves" in page.text and "difference of two logits" in page.text
 
 
@@ -105,6 +108,6 @@ def test_the_table_has_every_cell_and_says_what_is_missing(page, tmp_path):
     plain = Page(path.read_text(encoding="utf-8"))
     rows = [tag for tag, _ in plain.tags if tag == "tr"]
     assert len(rows) == 1 + 2 * 36, "one row a cell and metric, and the head"
-    assert "Examples" not in plain.text and "Receipts None." in plain.text
+    assert "Examples" not in plain.text and "What is said" not in plain.text and "Receipts None." in plain.text
     first = result.summary().iloc[0]
     assert f"{first['mean']:.3f} {first['ci_low']:.3f} {first['ci_high']:.3f}" in plain.text

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import math
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,8 @@ MOST_NUMBERS = 12
 MOST_TICKS = 16
 USUAL_NAME = 16
 """Letters of a name in a legend that a figure has room for."""
+LETTER = 8
+"""Pixels that a letter of an upright title takes."""
 SAME = 1e-9
 
 Value = Literal["mean", "effect"]
@@ -191,11 +194,11 @@ def heatmap(
     chosen = result.metric(metric)
     summary = result.summary(chosen.name)
     panels = _facets(summary, facet)
-    figure = _panels(panels)
+    figure, height = _panels(panels), 220 + 56 * summary[y].nunique()
     for column, (_, panel) in enumerate(panels, 1):
         heat = _heat(result, panel, x, y, value)
         heat.update(_scale(chosen, value, summary[value]), showscale=column == len(panels))
-        heat.colorbar = {"title": {"text": _text(_quantity(chosen, value)), "side": "right"}, "thickness": 14}
+        heat.colorbar = {"title": {"text": _beside(_quantity(chosen, value), height), "side": "right"}, "thickness": 14}
         figure.add_trace(heat, row=1, col=column)
         figure.add_trace(_dots(panel, x, y), row=1, col=column)
     figure.update_xaxes(title_text=_label(x), type="category")
@@ -205,9 +208,14 @@ def heatmap(
     _caption(figure, f"{_counts(summary)} per cell; {dots}")
     options = {"metric": chosen.name, "facet": facet, "value": value, "where": where, "title": title}
     figure.update_layout(meta=drawn_by(heatmap, x=x, y=y, **options))
-    height = 220 + 56 * summary[y].nunique()
     made = _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), height)
     return _with_room(made, summary[x])
+
+
+def _beside(text: str, height: int) -> str:
+    """The title of a scale of colours, upright in lines that the figure has room for, clear of the scale's numbers."""
+    # plotly sets it at a fixed distance, where numbers of three signs end.
+    return "<br>" + "<br>".join(_text(line) for line in textwrap.wrap(text, (height - 100) // LETTER))
 
 
 def _panels(panels: list[tuple[str, pd.DataFrame]]) -> "go.Figure":

@@ -60,6 +60,11 @@ def _scaled(box: "Box", scale: int) -> tuple[int, int, int, int]:
     return left, top, max(left, right - 1), max(top, bottom - 1)
 
 
+def which_picture(n: int, image: int = 0) -> str:
+    """Which of the `n` pictures of a prompt is shown, as the end of a title; nothing where there is one alone."""
+    return f" (picture {image + 1} of {n})" if n > 1 else ""
+
+
 LONGEST_SIDE = 640
 """Width or height of the drawn picture in pixels of the screen."""
 VEIL = ((0, "rgba(255, 255, 255, 0.4)"), (1, "rgba(230, 159, 0, 0.8)"))

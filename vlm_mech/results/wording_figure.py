@@ -52,7 +52,7 @@ def wording_dots(result: Result) -> "go.Figure":
         place |= {"showlegend": number == 0}
         _draw_dots(figure, _of(dots, facets, key), wordings, (x, ticks), place)
         _draw_mean(figure, _of(rows, facets, key), (x, ticks), place)
-    _name_ticks(figure, (x, ticks), n_rows, n_columns)
+    _name_ticks(figure, (x, ticks), len(panels), n_columns)
     figure.update_yaxes(title_text=f"{metric.name} ({metric.unit})", col=1)
     figure.update_annotations(font_size=12)
     some = "" if len(panels) == n_panels else f"; {len(panels)} of {n_panels} panels, where wordings lie furthest apart"
@@ -103,14 +103,16 @@ def _draw_mean(figure: "go.Figure", own: pd.DataFrame, along: Ticks, place: dict
     )  # fmt: skip
 
 
-def _name_ticks(figure: "go.Figure", along: Ticks, n_rows: int, n_columns: int) -> None:
-    """Some values of the axis by name, and the axis below the last row of panels."""
+def _name_ticks(figure: "go.Figure", along: Ticks, n_panels: int, n_columns: int) -> None:
+    """Some values of the axis by name, and the axis below the lowest panel of each column."""
     x, ticks = along
     every = range(0, len(ticks), math.ceil(len(ticks) / MOST_TICKS))
     labels = [_cut(str(ticks[number]), 24) for number in every]
     figure.update_xaxes(tickvals=list(every), ticktext=labels, range=[-0.6, len(ticks) - 0.4], title_standoff=4)
-    for column in range(1, n_columns + 1):
-        figure.update_xaxes(title_text=x.replace("_", " "), row=n_rows, col=column)
+    for number in range(max(0, n_panels - n_columns), n_panels):
+        # The lowest panel of each column: the last row need not be full.
+        row, column = divmod(number, n_columns)
+        figure.update_xaxes(title_text=x.replace("_", " "), row=row + 1, col=column + 1)
 
 
 def _along(over: Result) -> tuple[str, list[str]]:

@@ -59,11 +59,12 @@ def _parsed(config_class: type[ConfigT], arguments: Sequence[str], *, name: str)
 
 
 def _plain(message: str) -> str:
-    """tyro's framed message as one line."""
+    """tyro's framed message as one line, without the title of the frame, which the message says again."""
     bare = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    lines = [re.sub(r"[─│╭╮╰╯]+", " ", line).strip() for line in bare.splitlines()]
-    kept = [line for line in lines if line and line != "Parsing error" and not line.startswith("For full helptext")]
-    return " ".join(kept) or "the options cannot be understood"
+    # Where the terminal takes ASCII alone, the frame is made of blanks and rules of dashes.
+    lines = [re.sub(r"[─│╭╮╰╯]+|^ *-{2,} *$", " ", line).strip() for line in bare.splitlines()]
+    title, *kept = [line for line in lines if line and not line.startswith("For full helptext")] or [""]
+    return (" ".join(kept) or title).rstrip(".") or "the options cannot be understood"
 
 
 def _replayed(config_class: type[ConfigT], arguments: Sequence[str]) -> list[str]:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class Outcome:
     """What an experiment hands back: its result, figures by name, and pictures to show with captions.
 
-    `links` are other reports by what is said of them, `tables` more tables by the name of their csv.
+    `links` are other reports by what is said of them, `tables` more tables by the name of their csv. `said` are
+    examples of generated answers, a row each, which the report shows.
     """
 
     result: "Result"
@@ -22,3 +23,4 @@ class Outcome:
     pictures: tuple[tuple[str, "Image.Image"], ...] = ()
     links: dict[str, str] = field(default_factory=dict)
     tables: "dict[str, pd.DataFrame]" = field(default_factory=dict)
+    said: "pd.DataFrame | None" = None

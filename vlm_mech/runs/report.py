@@ -37,7 +37,7 @@ pre { background: #f5f5f5; padding: 0.8em; overflow: auto; max-height: 420px; fo
 
 
 def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
-    """Writes the page: findings, figures, pictures, summary table, receipts, provenance, how to repeat."""
+    """Writes the page: findings, figures, answers, pictures, summary table, receipts, provenance, how to repeat."""
     result = outcome.result
     figures = "".join(_figure(figure, first=number == 0) for number, figure in enumerate(outcome.figures.values()))
     parts = [
@@ -47,6 +47,7 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
         _links(outcome.links),
         figures,
         *(f"<h2>{html.escape(name)}.csv</h2>{_table(_rounded(table))}" for name, table in outcome.tables.items()),
+        _said(outcome.said),
         _gallery(outcome.pictures),
         "<h2>Summary</h2>" + _table(_rounded(result.summary())),
         "<h2>Metrics</h2>" + _metrics(result),
@@ -70,6 +71,16 @@ def _links(links: dict[str, str]) -> str:
         return ""
     shown = "".join(f"<li><a href='{html.escape(link)}'>{html.escape(said)}</a></li>" for said, link in links.items())
     return f"<h2>Each alone</h2><ul class='findings'>{shown}</ul>"
+
+
+def _said(answers: pd.DataFrame | None) -> str:
+    if answers is None:
+        return ""
+    told = (
+        "Some of the generated answers, and whether with the edit the run's own answer is named, the other one, or "
+        "neither; all of them are in result.parquet (columns text, says, text_baseline, says_baseline)."
+    )
+    return f"<h2>What is said</h2><p>{told}</p>{_table(answers, style='words')}"
 
 
 def _gallery(pictures: "tuple[tuple[str, Image.Image], ...]") -> str:

@@ -154,6 +154,24 @@ def pass_peak(size: Sizes) -> int:
     return max(size.tower_bytes + size.stream, pass_bytes(size) + in_block(size, 1, size.n_pos, joined=True))
 
 
+def generation_flops(size: Sizes, n_new: int) -> int:
+    """Operations of a greedy generation of `n_new` tokens a prompt: `size` is that of the prompts alone.
+
+    The pass over the prompt gives the first token; each other one takes a step over a single token, with the keys and
+    values before it at hand.
+    """
+    n_steps = n_new - 1
+    n_keys = n_steps * size.n_pos + n_steps * (n_steps + 1) // 2
+    blocks = size.n_layers * (2 * size.weights * n_steps + 4 * size.n_heads * size.d_head * n_keys)
+    return pass_flops(size) + size.batch * (blocks + 2 * n_steps * size.d_model * size.n_vocab)
+
+
+def generation_peak(size: Sizes, n_new: int) -> int:
+    """Bytes at the peak of a generation of `n_new` tokens: all keys and values, and a block over the prompt."""
+    cache = 2 * size.n_layers * size.batch * (size.n_pos + n_new) * size.n_groups * size.d_head * size.itemsize
+    return max(size.tower_bytes + size.stream, cache + in_block(size, 1, size.n_pos, joined=True))
+
+
 def answer_bytes(size: Sizes) -> int:
     """Bytes of the next token's logits of one edited version."""
     return size.batch * size.n_vocab * size.itemsize

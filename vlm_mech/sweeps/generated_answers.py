@@ -1,5 +1,6 @@
 """What is said under an edit, not only what is preferred: answers generated with it, read by the one reader."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +8,17 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from vlm_mech.architectures.site import Site
 from vlm_mech.data.reading import read_answer
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.specification import Intervention
 from vlm_mech.interventions.trace import generate
 from vlm_mech.results.generated_answers import SAYS
 from vlm_mech.runs.contract import SpokenConfig
 from vlm_mech.sweeps.asked import check_whole
+from vlm_mech.sweeps.cost import Sizes, generation_flops, generation_peak, pass_flops, sizes
+from vlm_mech.sweeps.schedule import SweepPlan
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -51,6 +55,75 @@ def part_of(config: SpokenConfig) -> GeneratedPart | None:
     if config.outcome == "logits":
         return None
     return GeneratedPart(config.generated_cells, config.seed, config.new_tokens)
+
+
+@dataclass(frozen=True)
+class SpokenPlan(SweepPlan):
+    """What a sweep will need with the answers that are generated in `n_generated` of its cells, and without an edit.
+
+    `flops`, `forwards` and `peak_bytes` count these too; `generated_forwards` is their part of `forwards`. Every answer
+    is taken to have `new_tokens` tokens; those that end sooner cost less.
+    """
+
+    n_generated: int = 0
+    new_tokens: int = 0
+    generated_forwards: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{super().__str__()}; {self.generated_forwards:.3g} forwards of either are for answers generated in "
+            f"{self.n_generated} of the cells and without an edit, all taken to have {self.new_tokens} new tokens "
+            "(many end sooner)"
+        )
+
+    @property
+    def in_a_loop(self) -> float:
+        """Plain forward passes of a loop over cells, with what is generated."""
+        return super().in_a_loop + self.generated_forwards
+
+
+def with_generated(
+    plan: SweepPlan,
+    vlm: "VLM",
+    prompts: Encoded,
+    part: GeneratedPart,
+    *,
+    n_cells: int,
+    n_clean: int = 1,
+    read: Sequence[Site] = (),
+    held: int = 0,
+) -> SpokenPlan:
+    """The plan of a sweep over a batch with what is generated beside it; nothing is run.
+
+    Args:
+        prompts: the batch, without answers.
+        n_cells: cells in which answers are generated.
+        n_clean: how often they are generated without an edit.
+        read: sites whose states are read from other prompts of this size, in a pass of its own each that ends there.
+        held: bytes of what is kept meanwhile.
+    """
+    size = sizes(vlm, prompts)
+    each = generation_flops(size, part.max_new_tokens)
+    # What an edit does is held against the first token of the same prompts without it.
+    flops = n_clean * each + n_cells * (each + pass_flops(size)) + sum(_reading(size, site) for site in read)
+    forwards = flops / (plan.flops / plan.forwards)
+    changes = {
+        "peak_bytes": max(plan.peak_bytes, held + generation_peak(size, part.max_new_tokens) if n_cells else 0),
+        "flops": plan.flops + flops,
+        "forwards": plan.forwards + forwards,
+    }
+    return SpokenPlan(
+        **dataclasses.asdict(plan) | changes,
+        n_generated=n_cells,
+        new_tokens=part.max_new_tokens,
+        generated_forwards=forwards,
+    )
+
+
+def _reading(size: Sizes, site: Site) -> int:
+    """Operations of a pass that ends where the states of a site are there."""
+    n_blocks = 0 if site.stream != "llm" or site.layer is None else site.layer + (site.point != "resid_pre")
+    return pass_flops(dataclasses.replace(size, n_layers=n_blocks, n_vocab=0))
 
 
 def generated(

@@ -60,8 +60,13 @@ class SweepPlan:
         return (
             f"{self.n_cells} cells x {self.n_examples} examples, {self.batch} examples and up to {self.cells_at_once} "
             f"cells at once: {self.flops / 1e12:.3g} TFLOP, as much as {self.forwards:.3g} plain forwards (a loop over "
-            f"cells: {self.n_cells + 1}); peak {readable(self.peak_bytes)} of {readable(self.budget)}"
+            f"cells: {round(self.in_a_loop)}); peak {readable(self.peak_bytes)} of {readable(self.budget)}"
         )
+
+    @property
+    def in_a_loop(self) -> float:
+        """Plain forward passes of a loop over cells, the unedited run among them."""
+        return self.n_cells + 1
 
     def over(self, n_examples: int) -> "SweepPlan":
         """The plan for more examples like these, batch after batch."""
@@ -152,6 +157,16 @@ def check_pass(size: Sizes, budget: int, *, n_passes: int = 1) -> None:
         raise TooLargeError(
             f"{n_passes} unedited pass(es) over {size.batch} example(s) of {size.n_pos} tokens need "
             f"{readable(needed)}; the budget is {readable(budget)}"
+        )
+
+
+def check_peak(plan: SweepPlan, device: torch.device) -> None:
+    """Raise `TooLargeError` when a plan does not fit into its budget."""
+    needed = MARGIN["cpu" if device.type == "cpu" else "cuda"] * plan.peak_bytes
+    if needed > plan.budget:
+        raise TooLargeError(
+            f"{plan.n_examples} example(s) need {readable(needed)} with the answers that are generated; the budget is "
+            f"{readable(plan.budget)}"
         )
 
 

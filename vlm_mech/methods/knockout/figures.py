@@ -9,7 +9,7 @@ from vlm_mech.inputs.image import load_image, side_by_side
 from vlm_mech.methods.knockout.data import Scan
 from vlm_mech.methods.knockout.follow_up import N_SHOWN, AttentionMap, FollowUp
 from vlm_mech.results import figures
-from vlm_mech.results.overlays import laid_over
+from vlm_mech.results.overlays import laid_over, which_picture
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ Pictures = tuple[tuple[str, Image.Image], ...]
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
-    """Relative change and logit difference as heatmaps over layers and edges, or heads; of edges lines as well."""
+    """Changes of probability and of the answers' difference as heatmaps over layers and edges, or heads; and lines."""
     by_head = "head" in result.axes
     across, down = ("head", "layer") if by_head else ("layer", "edge")
     found = {
-        f"{metric}_heatmap": figures.heatmap(result, x=across, y=down, metric=metric, facet="cut")
-        for metric in ("relative_change", result.metrics[1].name)
+        f"{metric}_heatmap": figures.heatmap(result, x=across, y=down, metric=metric, facet="cut", value=value)
+        for metric, value in {"relative_change": "mean", result.metrics[1].name: "effect"}.items()
     }
     if not by_head:
         found["relative_change_lines"] = figures.lines(
@@ -50,8 +50,10 @@ def _attention(found: AttentionMap, what: str) -> tuple[str, Image.Image]:
     """Every patch as bright as its share of the largest weight on any token, those of the object framed."""
     picture = load_image(found.pair.images[0])
     shown = laid_over(picture, found.boxes, found.weights, most=found.most, outlined=found.of_object)
-    amounts = f"{100 * found.on_image:.0f} % on the image, brightest patch {100 * found.weights.max():.0f} %"
-    return f"{found.pair.question} {found.pair.answer} - {what}: {amounts}", shown
+    images = "image" if len(found.pair.images) == 1 else "images"
+    amounts = f"{100 * found.on_image:.0f} % on the {images}, brightest patch {100 * found.weights.max():.0f} %"
+    which = which_picture(len(found.pair.images))
+    return f"{found.pair.question} {found.pair.answer}{which} - {what}: {amounts}", shown
 
 
 def _written(pairs: "Pairs", texts: pd.DataFrame) -> Pictures:

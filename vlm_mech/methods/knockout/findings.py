@@ -29,7 +29,7 @@ def findings(result: Result, pairs: Pairs, scan: Scan, more: FollowUp) -> tuple[
         found += by_edge(result, scan.layers)
     else:
         found += [*by_head(result, more.heads), *(attended(scan.edges[0], each) for each in more.attention)]
-    found += told(result.table, result.axes, result.metrics[1].name)
+    found += told(result.table, result.axes, result.metrics[1].name, apart=("cut",))
     return tuple(found) if more.texts is None else (*found, continued(more.texts))
 
 

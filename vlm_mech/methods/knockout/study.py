@@ -20,7 +20,7 @@ from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.knockout.data import FoundBy, Masks, Scan, found_edges, queries_of, sweeps
 from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
 from vlm_mech.results.result import Metric
-from vlm_mech.sweeps.generated_answers import GeneratedPart, generated
+from vlm_mech.sweeps.generated_answers import GeneratedPart, generated, with_generated
 from vlm_mech.sweeps.measures import Comparison, Measure, comparison, prob, said
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES
 from vlm_mech.sweeps.recorded_pass import record
@@ -88,14 +88,15 @@ def knock_out(
     points, sets = scan.points(), scan.layers.sets
     found = found_edges(vlm, pairs, scan, masks or {}, only_correct=only_correct, seed=seed)
     tables, notes = [], [summarise(())]
-    drawn = {points[number] for number in part.of(range(len(points)))} if part is not None else set()
+    drawn = _drawn(points, part)
     for chosen, some, cut in sweeps(pairs, points, found, sets):
         how = {"engine": engine, "batch": len(chosen), "memory": memory}
         result = sweep(vlm, chosen, some, cut, _measures(chosen, measure), **how)
         table = result.table
         if part is not None:
             said = _generated(vlm, chosen, [point for point in some if point in drawn], cut, part)
-            table = table.merge(said, on=["example", *(axis for axis, _ in points[0].axes)], how="left")
+            said = said.reindex(columns=["example", *scan.axes, *SPOKEN])
+            table = table.merge(said, on=["example", *scan.axes], how="left")
         tables.append(table)
         notes.append(result.provenance["receipts"])
     return _assembled(pairs, points, found, tables, sets, measure), add_up(notes)
@@ -108,6 +109,7 @@ def plan_knockout(
     *,
     masks: Masks | None = None,
     measure: Comparison = "logit_diff",
+    part: GeneratedPart | None = None,
     batch: int = 32,
     seed: int = 0,
     memory: int | str | None = None,
@@ -116,25 +118,37 @@ def plan_knockout(
 
     One unedited pass over the first batch is run, to see which edges there are.
 
+    Args:
+        part: cells in which answers are generated too; the plan is a `SpokenPlan` then.
+
     Raises:
         TooLargeError: a single knockout of a single example does not fit into the memory.
     """
     first = pairs[:batch]
     found = found_edges(vlm, first, scan, masks or {}, only_correct=False, seed=seed)
-    plans = [
-        plan_sweep(vlm, chosen, points, cut, _measures(chosen, measure), batch=len(chosen), memory=memory)
-        for chosen, points, cut in sweeps(first, scan.points(), found, scan.layers.sets)
-    ]
+    points = scan.points()
+    drawn, plans = _drawn(points, part), []
+    for chosen, some, cut in sweeps(first, points, found, scan.layers.sets):
+        plan = plan_sweep(vlm, chosen, some, cut, _measures(chosen, measure), batch=len(chosen), memory=memory)
+        n_drawn = len(drawn & set(some))
+        how = {"n_cells": n_drawn, "n_clean": min(n_drawn, 1)}
+        plans.append(plan if part is None else with_generated(plan, vlm, vlm.encode(chosen.base), part, **how))
     if not plans:
         raise UsageError("no example has any of the edges")
-    forwards = sum(each.forwards * each.n_examples for each in plans) / len(first)
+    added = {"forwards"} if part is None else {"forwards", "generated_forwards"}
+    together = {name: sum(getattr(each, name) * each.n_examples for each in plans) / len(first) for name in added}
     return dataclasses.replace(
         max(plans, key=lambda each: each.peak_bytes),
-        n_cells=len(scan.points()),
+        n_cells=len(points),
         n_examples=len(first),
         flops=sum(each.flops for each in plans),
-        forwards=forwards,
+        **together | ({} if part is None else {"n_generated": len(drawn)}),
     ).over(len(pairs))
+
+
+def _drawn(points: Sequence[Point], part: GeneratedPart | None) -> set[Point]:
+    """The cells in which answers are generated."""
+    return set() if part is None else {points[number] for number in part.of(range(len(points)))}
 
 
 def _generated(
@@ -148,9 +162,7 @@ def _generated(
         generated(vlm, pairs.base, cut(point), both, **how).join(clean).assign(example=names, **dict(point.axes))
         for point in points
     ]
-    axes = ["edge", "cut", "layer"]
-    columns = ["example", *axes, *SPOKEN]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _measures(pairs: Pairs, name: Comparison) -> tuple[Measure, ...]:

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
-    """Recovered fraction as heatmap and as lines, and the answers' difference, over depth and span, by direction."""
+    """Recovered fraction as heatmap and as lines, and the change of the answers' difference, by depth and span."""
     depth, difference = result.axes[-1], result.metrics[1].name
+    axes = {"x": depth, "y": "span", "facet": "direction"}
     return {
-        "recovered_heatmap": figures.heatmap(result, x=depth, y="span", metric="recovered", facet="direction"),
+        "recovered_heatmap": figures.heatmap(result, metric="recovered", **axes),
         "recovered_lines": figures.lines(result, x=depth, colour="span", metric="recovered", facet="direction"),
-        f"{difference}_heatmap": figures.heatmap(result, x=depth, y="span", metric=difference, facet="direction"),
+        f"{difference}_heatmap": figures.heatmap(result, metric=difference, value="effect", **axes),
     }

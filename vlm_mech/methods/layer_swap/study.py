@@ -5,6 +5,7 @@ exchange of blocks between checkpoints.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +15,20 @@ import torch
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
 from vlm_mech.sweeps.asked import check_once
+from vlm_mech.sweeps.cost import pass_bytes, sizes
 from vlm_mech.sweeps.engine import engine_of
-from vlm_mech.sweeps.generated_answers import GeneratedPart, generated
+from vlm_mech.sweeps.generated_answers import GeneratedPart, generated, with_generated
 from vlm_mech.sweeps.measures import Comparison, comparison, said
 from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, Readings, readings_of, without_trivial_places
-from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves
+from vlm_mech.sweeps.schedule import SweepPlan, check_peak, forecast, in_halves
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -109,7 +112,7 @@ def swap_states(
 
     at_most = None
     if memory is not None and engine == "fast":
-        how: dict[str, Any] = {"directions": directions, "measure": measure, "memory": memory}
+        how: dict[str, Any] = {"directions": directions, "measure": measure, "part": part, "memory": memory}
         plan = plan_swap(vlm, pairs, sites, spans, batch=len(pairs), **how)
         at_most = plan.batch
     done = in_halves(slice(0, len(pairs)), swapped, at_most=at_most)
@@ -132,13 +135,18 @@ def plan_swap(
     *,
     directions: Sequence[str] = DIRECTIONS,
     measure: Comparison = "logit_diff",
+    part: GeneratedPart | None = None,
     batch: int = 32,
     memory: int | str | None = None,
 ) -> SweepPlan:
     """What `swap_states` over all pairs, `batch` at a time, will need; nothing is run.
 
+    Args:
+        part: cells in which answers are generated too; the plan is a `SpokenPlan` then.
+
     Raises:
-        TooLargeError: a single swap of a single pair does not fit into the memory.
+        TooLargeError: a single swap of a single pair does not fit into the memory, or what is generated for it.
+        UsageError: answers can be generated in no cell.
     """
     _check_asked(spans, directions)
     budget = budget_of(vlm.device, memory)
@@ -151,9 +159,51 @@ def plan_swap(
         passes = 2 / one.forwards * one.flops
         flops = int(passes + len(directions) * (one.flops - passes))
         forwards = one.forwards * flops / one.flops
-        return dataclasses.replace(one, n_cells=one.n_cells * len(directions), flops=flops, forwards=forwards)
+        plan = dataclasses.replace(one, n_cells=one.n_cells * len(directions), flops=flops, forwards=forwards)
+        return plan if part is None else _with_generated(vlm, plan, patched, directions, sites, spans, part)
 
     return in_halves(slice(0, min(batch, len(pairs))), of)[0].over(len(pairs))
+
+
+def _with_generated(
+    vlm: "VLM",
+    plan: SweepPlan,
+    patched: Encoded,
+    directions: Sequence[str],
+    sites: Sequence[Site],
+    spans: Sequence[str],
+    part: GeneratedPart,
+) -> SweepPlan:
+    """The plan of a batch with what is generated for it, while both unedited passes are kept.
+
+    Raises:
+        TooLargeError: it does not fit into the memory.
+    """
+    drawn = _drawn(directions, sites, spans, part)
+    cells = [(direction, site) for direction in directions for site in sites for _ in spans]
+    found = with_generated(
+        plan,
+        vlm,
+        patched.before or patched,
+        part,
+        n_cells=len(drawn),
+        n_clean=len({cells[number][0] for number in drawn}),
+        read=[cells[number][1] for number in drawn],
+        held=2 * pass_bytes(sizes(vlm, patched)),
+    )
+    check_peak(found, vlm.device)
+    return found
+
+
+def _drawn(
+    directions: Sequence[str], sites: Sequence[Site], spans: Sequence[str], part: GeneratedPart | None
+) -> frozenset[int]:
+    """Numbers of the cells in which answers are generated, in the order of the table."""
+    if part is None:
+        return frozenset()
+    every = [span for _ in directions for _ in sites for span in spans]
+    # There are no states of the other run to put at what is generated.
+    return part.of([number for number, span in enumerate(every) if ANSWER not in span.split("+")])
 
 
 def _read(vlm: "VLM", pairs: Pairs, name: Comparison) -> list[Readings]:
@@ -181,10 +231,7 @@ def _swapped(
     right = read[0].value(2, sides[0].reads).bool() & read[1].value(3, sides[1].reads).bool()
     usable = right if only_correct else torch.ones_like(right)
     tables, receipts = [], []
-    every = [span for _ in directions for _ in sites for span in spans]
-    # There are no states of the other run to put at what is generated.
-    possible = [number for number, span in enumerate(every) if ANSWER not in span.split("+")]
-    drawn = part.of(possible) if part is not None else frozenset()
+    drawn = _drawn(directions, sites, spans, part)
     for direction in directions:
         # On the image's side the first difference is that of its own answer, on the other side the second.
         own = 0 if direction == "noising" else 1
@@ -194,11 +241,13 @@ def _swapped(
         edits = [Replace(site, joined(span), source=donor.encoded.before or donor.encoded) for site, span in cells]
         # Both sides have the same answers after them.
         before, target = (read[own].value(own, each.reads) for each in (patched, donor))
+        clean = functools.cache(lambda direction=direction: _generated(vlm, pairs, direction, None, part))
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
         for (site, span), edit, after, proof in zip(cells, edits, kept, proofs, strict=True):
             table = _scored(before, target, after, usable, measure, read[own].untouched(edit)[own])
             if len(tables) in drawn and part is not None:
                 table = table.join(_generated(vlm, pairs, direction, edit, part))
+                table = table.join(clean().add_suffix("_baseline"))
             place: dict[str, Any] = {"point": site.point} if site.layer is None else {"layer": site.layer}
             place |= {f"{measure}{ending}": told for ending, told in read[own].each[own].places.items()}
             tables.append(table.assign(span=span, **place, example=[pair.id for pair in pairs], direction=direction))
@@ -209,14 +258,12 @@ def _swapped(
     return table.assign(group=table["example"].map(groups)), receipts
 
 
-def _generated(vlm: "VLM", pairs: Pairs, direction: str, edit: Replace, part: GeneratedPart) -> pd.DataFrame:
-    """What is said with a swap in force and without, and whose answer that is, a row a pair."""
+def _generated(vlm: "VLM", pairs: Pairs, direction: str, edit: Replace | None, part: GeneratedPart) -> pd.DataFrame:
+    """What is said with a swap in force or without, and whose answer that is, a row a pair."""
     noising = direction == "noising"
     prompts = pairs.base if noising else pairs.counterfactual
     both = [(pair.answer, pair.counterfactual_answer)[:: 1 if noising else -1] for pair in pairs]
-    how = {"max_new_tokens": part.max_new_tokens}
-    clean = generated(vlm, prompts, None, both, **how).add_suffix("_baseline")
-    return generated(vlm, prompts, edit, both, **how).join(clean)
+    return generated(vlm, prompts, edit, both, max_new_tokens=part.max_new_tokens)
 
 
 def _scored(

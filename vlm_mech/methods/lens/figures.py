@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import Box, load_image
 from vlm_mech.methods.lens.logit_lens import Lens
-from vlm_mech.results.overlays import VEIL, lay_out
+from vlm_mech.results.overlays import VEIL, lay_out, which_picture
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -28,7 +28,7 @@ def patch_words(
     Args:
         example: number of the prompt in the lens.
         image: which image of the prompt.
-        title: of the figure; it names the question by default.
+        title: of the figure; it names the question by default, and which of several pictures is shown.
         view: of an image that became several grids of tokens, such as tiles and an overview.
 
     Raises:
@@ -53,7 +53,8 @@ def patch_words(
     cells = [[places.get((row, column)) for column in range(n_columns)] for row in range(n_rows)]
     figure = go.Figure([_map(lens, number, cells, edges) for number in range(len(lens.sites))])
     _choose(figure, lens)
-    lay_out(figure, load_image(prompt.images[image]), title or f"logit lens: {prompt.question}")
+    named = f"logit lens: {prompt.question}{which_picture(len(prompt.images), image)}"
+    lay_out(figure, load_image(prompt.images[image]), title or named)
     return figure
 
 

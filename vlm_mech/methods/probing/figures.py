@@ -12,7 +12,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.controls import NONE
 from vlm_mech.methods.probing.study import CONFLICT, best_spot, summary_of
 from vlm_mech.results.figures import COLOURS, drawn_by
-from vlm_mech.results.overlays import VEIL, lay_out
+from vlm_mech.results.overlays import VEIL, lay_out, which_picture
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -191,9 +191,9 @@ def patch_picture(result: Result, *, model: str) -> "go.Figure":
         )  # fmt: skip
     figure = go.Figure(maps)
     figure.update_layout(sliders=[_slider(found["places"])])
-    lay_out(
-        figure, picture, f"{found['model']}, {found['probe']} probe of the object: {found['question']} {found['label']}"
-    )
+    which = which_picture(found.get("n_pictures", 1))
+    text = f"{found['model']}, {found['probe']} probe of the object: {found['question']} {found['label']}{which}"
+    lay_out(figure, picture, text)
     figure.update_layout(meta=drawn_by(patch_picture, model=model))
     return figure
 

@@ -36,6 +36,8 @@ def patch_map(
 ) -> dict[str, Any] | None:
     """For the first test example of a split: at each place and patch the probability of the label, and the best class.
 
+    Of a prompt with several pictures, patches of the first one.
+
     The probes are fitted on the mean state of the object's patches in the training part. JSON values, so that the
     picture can be drawn again from a saved run; None when no object was read.
     """
@@ -67,6 +69,7 @@ def patch_map(
         "label": classes[labels[number]],
         "grid": [n_rows, n_columns],
         "picture": _small(prompt.images[0]),
+        "n_pictures": len(prompt.images),
         "boxes": [[box.left, box.top, box.right, box.bottom] for box in vlm.encode(prompt).boxes()],
         "places": [str(spot.site) for spot in spots],
         "p_true": [true[place] for place in range(len(spots))],
