@@ -71,8 +71,8 @@ class SpokenPlan(SweepPlan):
 
     def __str__(self) -> str:
         return (
-            f"{super().__str__()}; {self.generated_forwards:.3g} forwards of either are for answers generated in "
-            f"{self.n_generated} of the cells and without an edit, all taken to have {self.new_tokens} new tokens "
+            f"{super().__str__()}; both counts hold {self.generated_forwards:.3g} forwards for answers generated in "
+            f"{self.n_generated} of the cells and without an edit, each taken to have {self.new_tokens} new tokens "
             "(many end sooner)"
         )
 

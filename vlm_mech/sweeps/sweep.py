@@ -307,7 +307,7 @@ class _Job:
         values, receipts = runner.answers(edits, max_cells=self.max_cells, keep=keep)
         worst = _agree(self.vlm, read, edits, whole)
         untouched = torch.stack([read.untouched(each) for each in edits])
-        values = values.masked_fill(untouched, float("nan"))
+        values = values.masked_fill(untouched.to(values.device), float("nan"))
         table = _table(self.places, read, names, _stacked(read.checked(runner.reads, names)), values)
         if untouched.any():
             table["skipped"] = np.where(untouched.any(1).flatten().numpy(), NOTHING_BEFORE, "")
