@@ -30,7 +30,7 @@ def swap_weights(config: Config, work: Workspace) -> Outcome:
     pairs = load_pairs(config.data or "scenes/colour-conflict", n=config.n, split=config.split, **config.drawn)
     pairs = conflict_first(with_conflict(pairs))
     base = config.load()
-    pairs = fitting(base, pairs, variants=config.variants)
+    pairs = fitting(base, pairs, **config.fits)
     sides = study.two_sides(base, _tuned(config), part=config.part, second=_second(config), seed=config.seed)
     chosen = [each for schedule in config.schedules for each in exchanges(schedule, sides.n_layers, size=config.window)]
     for start in work.progress(range(0, len(pairs), config.batch), "exchanges"):

@@ -65,7 +65,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     vlm = config.load()
-    levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs)
+    levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs, spoken=True)
     pairs = pairs if _probe_data(config) is None else with_objects(vlm, pairs)
     mechanism = () if config.mechanism == ("none",) else config.mechanism
     unknown = [each for each in mechanism if each not in map(str, config.kernels)]

@@ -62,7 +62,7 @@ def _examples(config: Config, vlm: Any, split: str) -> "Examples":
     from vlm_mech.methods.compensation.data import load_examples
 
     options = {"n": config.n, "min_share": config.min_share, "split": split, **config.drawn}
-    return load_examples(vlm, config.data, variants=config.variants, **options)
+    return load_examples(vlm, config.data, **config.fits, **options)
 
 
 def plan(config: Config) -> Any:

@@ -73,7 +73,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     others = _untouched(config)
     vlm = config.load()
     room = config.max_new_tokens
-    parts = dataclasses.replace(parts, test=fitting(vlm, parts.test))
+    parts = dataclasses.replace(parts, test=fitting(vlm, parts.test, spoken=True))
     used = {name: training.usable(vlm, some, max_new_tokens=room) for name, some in vars(parts).items()}
     parts = debias_data.Parts(**used)
     others = [askable(vlm, some, n_new=room) for some in others]

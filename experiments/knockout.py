@@ -55,7 +55,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     masks = object_masks(pairs, seed=config.seed, split=config.split)
     vlm = config.load()
-    pairs = fitting(vlm, pairs, variants=config.variants)
+    pairs = fitting(vlm, pairs, **config.fits)
     options = {"layers": config.layers, "size": config.window, "heads": config.heads, "during": config.during}
     return vlm, pairs, scan_of(vlm, pairs, masks, config.edges, **options), masks
 

@@ -44,8 +44,9 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     vlm = config.load()
     directions = DIRECTIONS if config.direction == "both" else (config.direction,)
     sites = swap_sites(vlm, config.site, config.point)
-    pairs = fitting(vlm, pairs, variants=config.variants)
-    return vlm, pairs, sites, config.spans or default_spans(vlm, config.site), directions
+    pairs = fitting(vlm, pairs, **config.fits)
+    spans = config.spans or default_spans(vlm, config.site, pairs=pairs, measure=config.measure)
+    return vlm, pairs, sites, spans, directions
 
 
 def _swap_states(config: Config, work: Workspace) -> Outcome:

@@ -60,7 +60,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
         raise UsageError(f"pages is {config.pages} and every is {config.every}; 0 and 1 are the least")
     pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     vlm = config.load()
-    pairs = fitting(vlm, pairs, variants=config.variants)
+    pairs = fitting(vlm, pairs, **config.fits)
     cases = cases_of(vlm, with_objects(vlm, pairs) if config.probe else pairs, config.measure)
     return vlm, cases, flow_scan(vlm, cases, window=config.window)
 

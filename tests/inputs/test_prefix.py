@@ -121,7 +121,7 @@ def test_a_prefix_that_merges_with_the_prompt_is_refused():
 def test_what_identifies_a_prompt_knows_its_prefix():
     vlm = wrapped("llava_clip")
     bare, begun = Prompt(QUESTION, picture(1)), Prompt(QUESTION, picture(1), prefix=BEGUN)
-    other = dataclasses.replace(begun, prefix="it is")
+    other = dataclasses.replace(begun, prefix="what is")
     for name, of in (
         ("sweep", digest),
         ("states", lambda prompt: prompts_hash([prompt])),

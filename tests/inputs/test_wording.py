@@ -9,11 +9,24 @@ from tests.zoo.tiny import picture
 from vlm_mech.data.fitting import fitting
 from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span_kinds import Words
 from vlm_mech.inputs.wording import BARE, Wording
 from vlm_mech.models.vlm import VLM
 
 WORDING = Wording("look : {question} answer with one word.", prefix="the colour is")
+
+
+def test_words_that_a_model_does_not_know_are_refused_in_python_too():
+    vlm, pairs = VLM.load("organism", check=False), load_pairs("scenes/colour", n=2)
+    for wording, told in (
+        (Wording("zebra {question}"), "the wording 'zebra' holds 'zebra'"),
+        (Wording(prefix="the zebra"), "the prefix 'the zebra' holds 'zebra'"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            fitting(vlm, pairs.worded(wording))
+    with pytest.raises(UsageError, match="the prefix 'the zebra' holds 'zebra', which organism has no token for"):
+        vlm.encode(Prompt("what colour is the star?", pairs[0].image, prefix="the zebra"))
 
 
 def some(wording=BARE):
@@ -81,7 +94,8 @@ def test_pairs_are_loaded_in_a_wording():
 def test_a_special_token_in_a_prefix_ends_in_one_line():
     vlm = VLM(*ZOO["llava_clip"]("sdpa", 0), name="tiny", check=False)
     with pytest.raises(UsageError) as caught:
-        fitting(vlm, some(Wording(prefix="it is <image>")))
-    assert "none of the 1 pairs of mine fits tiny: the prefix 'it is <image>' holds '<image>', which is no text" in str(
-        caught.value
+        fitting(vlm, some(Wording(prefix="what is <image>")))
+    assert (
+        "none of the 1 pairs of mine fits tiny: the prefix 'what is <image>' holds '<image>', which is no text"
+        in str(caught.value)
     )

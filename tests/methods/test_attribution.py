@@ -20,7 +20,7 @@ from vlm_mech.methods.attribution.figures import LEGENDS, estimate_against_effec
 from vlm_mech.methods.attribution.study import attribute
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.result import Result
-from vlm_mech.sweeps.measures import logit_diff, prob
+from vlm_mech.sweeps.measures import kl, logit_diff, prob, total_variation
 
 QUICK = {"top_k": 1, "n_random": 1}
 """For tests of the screen alone."""
@@ -191,8 +191,17 @@ def test_wrong_use(pairs):
     for message, (where, spans, options) in wrong.items():
         with pytest.raises(UsageError, match=message):
             attribute(vlm, pairs, where, spans, measure, **options)
+    for compared in (kl(), total_variation()):
+        with pytest.raises(UsageError, match=f"{compared.metric.name} compares with the unedited run, where it has no"):
+            attribute(vlm, pairs, [site], ["last"], compared)
     with pytest.raises(UsageError, match="logit_diff has 4 answers for 3 pairs"):
         attribute(vlm, pairs[:3], [site], ["last"], measure)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_several_measures_are_one_clear_line(pairs):
+    with pytest.raises(UsageError, match="an attribution takes one Measure, not a list"):
+        attribute(wrapped(), pairs, [Site("llm.resid_post", 1)], ["last"], [difference(pairs)])
 
 
 def test_the_screen_finds_what_matters_in_a_trained_model():

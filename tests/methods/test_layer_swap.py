@@ -230,3 +230,11 @@ def test_answers_are_generated_in_as_many_cells_as_asked_for_where_they_can_be()
     assert set(chosen["span"]) == {"image"} and chosen["layer"].nunique() == len(sites) == 6
     with pytest.raises(UsageError, match="answers can be generated in no cell"):
         swap_states(vlm, pairs, sites, ("last+answer",), part=part)
+
+
+def test_answers_of_several_tokens_are_swapped_at_their_own_tokens_too():
+    vlm = VLM.load("organism-phrases", check=False)
+    phrases, colours = load_pairs("scenes/phrases", n=4), load_pairs("scenes/colour", n=4)
+    assert default_spans(vlm, "llm", pairs=phrases) == ("image", "question", "last", "last+answer", "all")
+    assert default_spans(vlm, "llm", pairs=colours) == ("image", "question", "last", "all") == default_spans(vlm, "llm")
+    assert default_spans(vlm, "vision", pairs=phrases) == default_spans(vlm, "vision")

@@ -9,14 +9,17 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from tests.zoo.tiny import SPECIALS, WORDS, picture, tiny_model, tiny_processor
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.fitting import fitting
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Attached, Spelling
 from vlm_mech.interventions.specification import Ablate
 from vlm_mech.interventions.trace import run
+from vlm_mech.methods.knockout.data import scan_of
+from vlm_mech.methods.knockout.study import knock_out
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results import metrics
 from vlm_mech.runs.contract import about, spelt
+from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.measures import Measure, logit_diff, logprob_diff, prob
 from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.sweep import grid, sweep
@@ -183,6 +186,62 @@ def test_with_all_variants_the_likeliest_counts():
     assert chance.tolist() == pytest.approx(reads[:, 0].softmax(-1)[:, ids("\u2581Left")].tolist())
     (line, *_) = spelt(about("?", vlm, pairs, {}))
     assert line.startswith("Of each answer the likeliest spelling counts, of as written; with a capital;")
+
+
+def test_whole_answers_in_all_spellings_may_begin_alike():
+    """As whole answers they need not begin apart, as they must where first tokens are compared."""
+    vlm = llama_like("\u2581Left")
+    pairs = pairs_of(("left red", "left blue"), ("right", "left"))
+    found = fitting(vlm, pairs, variants="max", whole=True)
+    assert [pair.answer for pair in found] == ["left red", "right"] and len(found.variants) > 1
+    by_first = fitting(vlm, pairs, variants="max")
+    assert [pair.answer for pair in by_first] == ["right"]
+    assert by_first.refused[0].reason.endswith(
+        "by which logit_diff compares several spellings; logprob_diff compares all"
+    )
+    read = readings_of(
+        vlm, vlm.encode(found.base), [logprob_diff(found.answer, found.counterfactual_answer), prob(found.answer)]
+    )
+    difference, chance = read.values(run_of(vlm, read))
+    others = readings_of(vlm, vlm.encode(found.base), [prob(found.counterfactual_answer)])
+    (other,) = others.values(run_of(vlm, others))
+    assert difference.tolist() == pytest.approx((chance.log() - other.log()).tolist(), abs=1e-4)
+
+
+def run_of(vlm, read):
+    """Logits of a run over the answers that are read."""
+    return Engine(vlm, read.encoded).reads
+
+
+def test_one_spelling_is_no_choice_among_all():
+    """Where all spellings are the same tokens, `max` compares as the one there is, behind a common beginning too."""
+    vlm = VLM.load("organism-phrases", check=False)
+    pairs = load_pairs("scenes/phrases", n=8)
+    found, plain = (fitting(vlm, pairs, variants=name) for name in ("max", "as-written"))
+    assert found.variants == () and [pair.id for pair in found] == [pair.id for pair in plain] and len(plain) == 8
+
+
+def test_a_logit_of_a_space_alone_does_not_stop_a_knockout():
+    """Of digits the first piece is a space; what compares whole answers needs no other, and no pair is lost."""
+    vlm = llama_like("\u2581Left")
+    pairs = pairs_of(("5", "7"), ("left", "right"))
+    with pytest.raises(UsageError, match="a space alone"):
+        vlm.answer_ids(vlm.encode(pairs.base), pairs.answer)
+    scan = scan_of(vlm, pairs, {}, ["last<-image"], layers="all")
+    table, _ = knock_out(vlm, pairs, scan, only_correct=False, measure="logprob_diff")
+    rows = table[table["cut"] == "edge"]
+    ids = [vlm.tokenizer.convert_tokens_to_ids(piece) for piece in ("\u2581", "\u2581left")]
+    assert rows["logit_baseline"].tolist() == pytest.approx(run(vlm, pairs.base).last[[0, 1], ids].tolist(), abs=1e-5)
+    assert rows["logprob_diff"].notna().all()
+
+
+def test_answers_that_read_alike_are_counted_out_where_they_are_to_be_read():
+    vlm = llama_like("\u2581Left")
+    pairs = pairs_of(("left", "right"), ("the red", "red"), (")", "left"))
+    assert len(fitting(vlm, pairs, variants="as-written")) == 3
+    found = fitting(vlm, pairs, variants="as-written", spoken=True)
+    assert [pair.answer for pair in found] == ["left"]
+    assert ["read alike" in each.reason or "a text with a word" in each.reason for each in found.refused] == [True] * 2
 
 
 def test_how_often_each_spelling_wins_is_told():

@@ -20,6 +20,7 @@ from vlm_mech.interventions.receipt import KnockoutReceipt
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace, Steer
 from vlm_mech.interventions.trace import run
 from vlm_mech.models.vlm import VLM
+from vlm_mech.results.result import Metric
 from vlm_mech.sweeps import suffix_attention
 from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.measures import Measure, logit_diff, prob
@@ -374,8 +375,6 @@ def test_arguments_that_are_none_are_refused_where_they_are_given():
 
 def test_measures_of_ones_own():
     vlm, pairs = wrapped("llava_clip"), pairs_of(2)
-    from vlm_mech.results.result import Metric
-
     entropy = Measure(
         Metric("entropy", "nats", "entropy of the next token"),
         lambda logits: torch.distributions.Categorical(logits=logits.float()).entropy(),
@@ -383,3 +382,22 @@ def test_measures_of_ones_own():
     table = sweep(vlm, [Prompt(pair.question, pair.image) for pair in pairs], grid(layer=(0, 2)),
                   lambda point: Knockout("last", "image", point.layer), entropy).table  # fmt: skip
     assert (table["entropy"] > 0).all() and (table["entropy"] != table["entropy_baseline"]).all()
+
+
+@pytest.mark.parametrize("ending", ["_baseline", "_position", "_tokens", "_other_tokens"])
+def test_a_measure_is_not_called_like_a_column_beside_another(ending):
+    """Its numbers would be taken for counts of tokens, and lose their fractions."""
+    vlm, pairs = wrapped("llava_clip"), pairs_of(2)
+    mine = Measure(Metric(f"prob{ending}", "logits", "mine"), lambda logits: logits[:, 0])
+    with pytest.raises(
+        UsageError, match=f"a measure is called 'prob{ending}', as is a column beside 'prob'; rename it"
+    ):
+        sweep(
+            vlm,
+            pairs,
+            grid(layer=(0,)),
+            lambda point: Ablate(Site("llm.mlp_out", 0), "last"),
+            [prob(pairs.answer), mine],
+        )
+    alone = sweep(vlm, pairs, grid(layer=(0,)), lambda point: Ablate(Site("llm.mlp_out", 0), "last"), mine)
+    assert alone.table[f"prob{ending}"].dtype.kind == "f"

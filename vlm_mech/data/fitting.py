@@ -1,14 +1,17 @@
 """Which pairs a model can be asked, and in which spelling their answers are compared."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.pairs import Pairs, by_groups, checked, linked
+from vlm_mech.data.reading import check_options
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import SPELLINGS, WITH_ARTICLE, Spelling, spellings
 from vlm_mech.inputs.following import check_parting
+from vlm_mech.inputs.wording import check_words
 from vlm_mech.models.spelling import Asked, likeliest, spellings_of, wins
 
 if TYPE_CHECKING:
@@ -20,7 +23,15 @@ SHARE_OF_SPELLING, FEWEST_TO_PART = 0.2, 5
 """The share of groups that a spelling is chosen on, and from how many on they are parted for it."""
 
 
-def fitting(vlm: "VLM", pairs: Pairs, *, variants: Variety = "likeliest", by_first_token: bool = False) -> Pairs:
+def fitting(
+    vlm: "VLM",
+    pairs: Pairs,
+    *,
+    variants: Variety = "likeliest",
+    whole: bool = False,
+    by_first_token: bool = False,
+    spoken: bool = False,
+) -> Pairs:
     """The pairs that this model can be asked: same tokens in both prompts, answers that part somewhere.
 
     Both pictures must give it pixel values that differ somewhere. Answers are spelt as the model would (see
@@ -31,15 +42,21 @@ def fitting(vlm: "VLM", pairs: Pairs, *, variants: Variety = "likeliest", by_fir
         variants: `likeliest` chooses among cases and with or without a space before; `the` also with an article before;
             `max` keeps all spellings, the likeliest of which counts each time (after pixels-vs-priors); `as-written`
             none but that of the data.
+        whole: answers in several spellings are compared as a whole; off, by their first tokens, which must differ.
         by_first_token: the answers must begin with different tokens.
+        spoken: answers are to be generated and read, so that the words of both must differ (see `data.reading`).
 
     Raises:
-        UsageError: none fits.
+        UsageError: none fits, or a word of a wording that the model has no token for.
     """
     what = f"fits {vlm.name}"
+    for wording in dict.fromkeys(pair.wording for pair in pairs):
+        check_words(vlm, wording)
+    if spoken:
+        pairs = checked(pairs, lambda pair: check_options((pair.answer, pair.counterfactual_answer)), what)
     pairs = checked(pairs, lambda pair: _check_prompts(vlm, pair), what)
     spelt = _spelt(vlm, pairs, variants)
-    left = checked(spelt, lambda pair: _check_answers(vlm, spelt, pair, by_first_token), what)
+    left = checked(spelt, lambda pair: _check_answers(vlm, spelt, pair, whole, by_first_token), what)
     if not left.variants:
         return left
     shares, n = wins(vlm, _asked(vlm, left, left.variants))
@@ -52,9 +69,11 @@ def _spelt(vlm: "VLM", pairs: Pairs, variants: Variety) -> Pairs:
         return pairs
     among = (*SPELLINGS, *WITH_ARTICLE) if variants == "the" else SPELLINGS
     asked = _asked(vlm, pairs, among)
+    if len(asked.spellings) < 2:
+        return pairs
     if variants == "max":
         return dataclasses.replace(pairs, variants=asked.spellings)
-    if len(asked.spellings) < 2 or vlm.device.type == "meta":
+    if vlm.device.type == "meta":
         return pairs
     n_groups = len({pair.group or pair.id for pair in linked(pairs)})
     if n_groups < FEWEST_TO_PART:
@@ -109,14 +128,18 @@ def askable(vlm: "VLM", pairs: Pairs, *, n_new: int = 0) -> Pairs:
     return checked(pairs, check, f"fits {vlm.name}")
 
 
-def _check_answers(vlm: "VLM", pairs: Pairs, pair: Pair, by_first_token: bool) -> None:
+def _check_answers(vlm: "VLM", pairs: Pairs, pair: Pair, whole: bool, by_first_token: bool) -> None:
     encoded = vlm.encode(pair.base)
     both = [spellings(pairs.written(answer)) for answer in (pair.answer, pair.counterfactual_answer)]
-    if by_first_token or pairs.variants:
+    if by_first_token or (pairs.variants and not whole):
         ids = [{vlm.answer_ids(encoded, [each]).item() for each in spelt} for spelt in both]
         if ids[0] & ids[1]:
-            raise UsageError(f"answers {both[0][0]!r} and {both[1][0]!r} start with the same token")
+            why = (
+                "" if by_first_token else ", by which logit_diff compares several spellings; logprob_diff compares all"
+            )
+            raise UsageError(f"answers {both[0][0]!r} and {both[1][0]!r} start with the same token{why}")
         return
-    tokens = [vlm.answer_tokens(encoded, [each])[0] for (each,) in both]
-    encoded.check_room(max(map(len, tokens)) - 1)
-    check_parting(*tokens, [each for (each,) in both])
+    for each in itertools.product(*both):
+        tokens = [vlm.answer_tokens(encoded, [answer])[0] for answer in each]
+        encoded.check_room(max(map(len, tokens)) - 1)
+        check_parting(*tokens, each)

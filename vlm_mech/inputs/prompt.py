@@ -16,7 +16,7 @@ from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, images_of, loa
 from vlm_mech.inputs.processing import laid_out, process
 from vlm_mech.inputs.prompt_rows import draft_of, layouts_of, rows_of
 from vlm_mech.inputs.span import Cells, Row, Span, flatten, resolve, settled
-from vlm_mech.inputs.special_tokens import check_plain, tokenized
+from vlm_mech.inputs.special_tokens import check_known, check_plain, tokenized
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +203,8 @@ def render(vlm: Any, prompt: Prompt) -> tuple[str, tuple[int, int]]:
     """The prompt's text with one placeholder an image, and where in it the question stands (start, end).
 
     Raises:
-        UsageError: a special token in the question, the system message or the prefix, a template that does not keep
+        UsageError: a special token in the question, the system message or the prefix, a word of the latter two that
+            the tokenizer does not know, a template that does not keep
             them, or a prefix that changes the tokens before it.
     """
     if not prompt.special_tokens:
@@ -211,6 +212,8 @@ def render(vlm: Any, prompt: Prompt) -> tuple[str, tuple[int, int]]:
         for what, said in parts.items():
             if said:
                 check_plain(vlm, said, what)
+                # A question is the data's; a word of it that becomes unknown is told by those who score answers.
+                check_known(vlm, [said] if what != "the question" else [], what)
     if prompt.text is not None:
         start = prompt.text.index(prompt.question)
         return prompt.text, (start, start + len(prompt.question))

@@ -74,7 +74,8 @@ def rank(logits: Float[Tensor, "batch vocab"], answer: Int[Tensor, "batch"]) -> 
 def kl(logits: Float[Tensor, "batch vocab"], reference: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
     """Kullback-Leibler divergence `D(reference || logits)` of the two next-token distributions, in nats."""
     ours, theirs = log_softmax(logits.float(), -1), log_softmax(reference.float(), -1)
-    return kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    # Never below zero, where rounding would take it.
+    return kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).clamp(min=0)
 
 
 def total_variation(

@@ -53,7 +53,7 @@ def told(answers: dict[str, Any]) -> tuple[str, ...]:
     found = []
     probabilities: dict[str, float] = answers.get("probabilities", {})
     if probabilities:
-        shares = ", ".join(f"{name} {value:.3f}" for name, value in probabilities.items())
+        shares = ", ".join(f"{name} {value:.3g}" for name, value in probabilities.items())
         on = f" (chosen on {answers['chosen_on']})" if answers.get("chosen_on") else ""
         found.append(f"Answers are compared {answers['spelling']}{on}; mean probability of right answers: {shares}.")
     if len(answers.get("variants", ())) > 1:

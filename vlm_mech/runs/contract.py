@@ -41,7 +41,7 @@ class RunConfig:
     """Options that every experiment has."""
 
     model: str = "organism"
-    """Embedded model (organism, organism-grounded), folder, or Hugging Face id."""
+    """Embedded model (organism, organism-grounded, organism-phrases), folder, or Hugging Face id."""
     data: str = "scenes/colour"
     """Generated pairs (scenes/colour, scenes/left-right, ...) or a folder with pairs.jsonl."""
     n: int | None = None
@@ -128,6 +128,11 @@ class SweepConfig(RunConfig):
     dry_run: bool = False
     """Say what the sweep will need (work, memory) and stop."""
 
+    @property
+    def fits(self) -> dict[str, Any]:
+        """Which pairs can be asked, and in which spellings: options of `data.fitting.fitting`."""
+        return {"variants": self.variants, "whole": self.measure != "logit_diff"}
+
 
 @dataclass(frozen=True)
 class SpokenConfig(SweepConfig):
@@ -139,6 +144,11 @@ class SpokenConfig(SweepConfig):
     """Cells of --outcome generation."""
     new_tokens: int = 16
     """Tokens of a generated answer at most."""
+
+    @property
+    def fits(self) -> dict[str, Any]:
+        """As for a `SweepConfig`; answers that are generated must read apart."""
+        return super().fits | {"spoken": self.outcome == "generation"}
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -402,7 +412,8 @@ def _announce(result: "Result", folder: Path, seconds: float) -> None:
     fewest, most = int(summary["n"].min()), int(summary["n"].max())
     n = f"n = {fewest}" if fewest == most else f"n = {fewest} to {most}"
     print(f"{metric.name} ({metric.unit}), mean by {axes[-1]}, {n}")
-    print(table.to_string(max_cols=14, max_rows=20, float_format=lambda value: f"{value:.2f}", na_rep="-"))
+    shown = table.to_string(max_cols=14, max_rows=20, float_format=lambda value: f"{value:.2f}", na_rep="-")
+    print("no example has a value" if table.empty else shown)
     print("\n".join(["", *(f"- {finding}" for finding in result.findings)]))
     more = f"; {', '.join(each.name for each in others)} in summary.csv" if others else ""
     print(f"\n{len(result.table)} rows in {seconds:.1f} s -> {folder}{more}")

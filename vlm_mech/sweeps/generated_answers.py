@@ -54,6 +54,7 @@ def part_of(config: SpokenConfig) -> GeneratedPart | None:
     """The cells that the options of a run name; None without `--outcome generation`."""
     if config.outcome == "logits":
         return None
+    check_whole(**{"--generated-cells": (config.generated_cells, 1), "--new-tokens": (config.new_tokens, 1)})
     return GeneratedPart(config.generated_cells, config.seed, config.new_tokens)
 
 

@@ -51,6 +51,7 @@ class Measure:
         apart: with "next", whether the answers of an example must begin with different tokens.
         clean: whether the function takes the same logits of the unedited run too, as the keyword `clean` (a tuple of
             `AnswerLogits` with "whole").
+        any_token: with "next", whether an answer's first token may be a space alone, as other answers have it too.
         parts: with "whole", whether the two answers of an example must part: neither is, or begins, the other.
     """
 
@@ -61,6 +62,7 @@ class Measure:
     at: At = "next"
     clean: bool = False
     parts: bool = False
+    any_token: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, Metric) or not callable(self.of):
@@ -100,7 +102,11 @@ class Measure:
             UsageError: an answer cannot be compared (see `VLM.answer_ids`), or two of an example begin alike.
         """
         texts = [list(answers[rows]) for answers in self.answers]
-        ids = [vlm.answer_ids(encoded, each) for each in texts]
+        if self.any_token:
+            firsts = ([tokens[0] for tokens in vlm.answer_tokens(encoded, each)] for each in texts)
+            ids = [torch.tensor(each, device=vlm.device) for each in firsts]
+        else:
+            ids = [vlm.answer_ids(encoded, each) for each in texts]
         for one, other in itertools.combinations(range(len(ids)), 2) if self.apart else ():
             for row in (ids[one] == ids[other]).nonzero().flatten().tolist():
                 token = vlm.tokenizer.convert_ids_to_tokens(ids[one][row].item())

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlm_mech.inputs.following import Ids, padded, parting
-from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.prompt import Encoded, Prompt, written
 from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.interventions.answered import answer_alone
 from vlm_mech.interventions.specification import Intervention
@@ -161,6 +161,20 @@ def readings_of(vlm: "VLM", encoded: Encoded, measures: Sequence[Measure], rows:
     columns = _apart([column for each in asked for column in each.needed])
     following = followed(encoded, columns) if columns else encoded
     return Readings(following, tuple(each.reading(columns) for each in asked))
+
+
+def reads_behind(vlm: "VLM", prompts: Sequence[Prompt], measure: Measure) -> bool:
+    """Whether a measure reads a token of an answer that another one of it comes before, in any example.
+
+    Then such tokens may look at the picture again, and edits of the prompt alone leave them their own look.
+    """
+    if measure.at == "next":
+        return False
+    for text, *answers in zip(written(vlm, prompts), *measure.answers, strict=True):
+        ids = [vlm.tokens_after(text, answer) for answer in answers]
+        if (parting(*ids) or 0) if measure.at == "parting" else max(map(len, ids)) > 1:
+            return True
+    return False
 
 
 @dataclass(frozen=True, eq=False)

@@ -323,10 +323,19 @@ def _check(job: _Job, points: Sequence[Point], measures: tuple[Measure, ...]) ->
     if not prompts or not points or not measures:
         raise UsageError("a sweep needs prompts, points of a grid and a measure")
     check_once(job.names, "a pair with the id")
+    _check_columns([each.metric.name for each in measures])
     for each in measures:
         for answers in each.answers:
             if len(answers) != len(prompts):
                 raise UsageError(f"{each.metric.name} has {len(answers)} answers for {len(prompts)} prompts")
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    """Raises `UsageError` where a measure is called like a column that stands beside another one."""
+    beside = {f"{name}{ending}": name for name in names for ending in ("_baseline", *PLACES)}
+    taken = [name for name in names if name in beside]
+    if taken:
+        raise UsageError(f"a measure is called {taken[0]!r}, as is a column beside {beside[taken[0]]!r}; rename it")
 
 
 ROUNDING = 1e-5 / torch.finfo(torch.float32).eps

@@ -77,7 +77,7 @@ def parts_of(vlm: "VLM", data: str, *, n: int | None, seed: int, wording: Wordin
     scenes, parts = data.startswith("scenes/"), (VALIDATION, TEST)
     drawn = {"n": n, "seed": seed, "wording": wording}
     loaded = [load_pairs(data, split=split, **drawn) for split in (parts if scenes else (TEST,))]
-    both = [conflict_first(fitting(vlm, with_conflict(pairs))) for pairs in loaded]
+    both = [conflict_first(fitting(vlm, with_conflict(pairs), spoken=True)) for pairs in loaded]
     validation, test = both if scenes else by_groups(both[0], (0.5,), seed=seed)
     for pairs, part in ((validation, VALIDATION), (test, TEST)):
         if len(pairs) < 2:

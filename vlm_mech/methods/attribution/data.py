@@ -72,6 +72,13 @@ def check(pairs: Pairs, measure: Measure, directions: Sequence[str], numbers: di
     Args:
         numbers: by name for the message, what must be at least 1.
     """
+    if not isinstance(measure, Measure):
+        raise UsageError(f"an attribution takes one Measure, not a {type(measure).__name__}")
+    if measure.clean:
+        name = measure.metric.name
+        raise UsageError(
+            f"{name} compares with the unedited run, where it has no slope; an attribution takes a measure of one run"
+        )
     if not len(pairs):
         raise UsageError("an attribution needs at least one pair")
     for name, number in numbers.items():

@@ -119,11 +119,12 @@ def load_examples(
     min_share: float = MIN_SHARE,
     wording: Wording = BARE,
     variants: Variety = "likeliest",
+    whole: bool = False,
 ) -> Examples:
     """The examples of generated scenes (`SOME` by default) or of a folder; those that do not fit the model are refused.
 
     Args:
-        variants: which spellings of answers are tried (see `data.pairs.fitting`).
+        variants, whole: which spellings of answers are tried, and how they are compared (see `data.fitting.fitting`).
 
     Raises:
         UsageError: see `shown_parts` and `examples_of`.
@@ -131,7 +132,8 @@ def load_examples(
     n = SOME if n is None and data.startswith("scenes/") else n
     pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording)
     shown = shown_parts(pairs, seed=seed, split=split)
-    return examples_of(vlm, fitting(vlm, pairs, variants=variants), shown, min_share=min_share, seed=seed)
+    pairs = fitting(vlm, pairs, variants=variants, whole=whole)
+    return examples_of(vlm, pairs, shown, min_share=min_share, seed=seed)
 
 
 def shown_parts(pairs: Pairs, *, seed: int, split: str) -> dict[str, Shown]:

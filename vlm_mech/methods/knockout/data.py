@@ -143,7 +143,7 @@ def scan_of(
             known and image tokens are patches, without last<-question where both overlap; for heads last<-image alone.
         layers, size: see `layer_sets`.
         heads: all heads one by one, at single layers, for one edge.
-        during: `answer` adds the answer's own tokens to the queries of edges from `last`.
+        during: `answer` adds the answer's own tokens to the queries of edges from `last`, or `after`, which holds it.
 
     Raises:
         UsageError: an edge or layers that are not known, an edge twice, several edges or windows for heads.
@@ -162,7 +162,12 @@ def scan_of(
 
 def _during(edge: Edge, during: str) -> Edge:
     """The edge, with the answer's tokens among its queries where these are to lose it too."""
-    if during == "prompt" or edge.of_answer or "last" not in edge.query.split("+") or edge.query == edge.key:
+    if (
+        during == "prompt"
+        or edge.of_answer
+        or not {"last", "after"} & {*edge.query.split("+")}
+        or edge.query == edge.key
+    ):
         return edge
     return Edge(f"{edge.query}+{ANSWER}", edge.key)
 

@@ -24,7 +24,7 @@ def findings(result: Result, pairs: Pairs, scan: Scan, more: FollowUp) -> tuple[
     Raises:
         TooFewError: fewer than two examples count, so that nothing can be said.
     """
-    found = [used(result, pairs), scan.about, *missing(result)]
+    found = [used(result, pairs), scan.about, *of_the_prompt(result, scan), *missing(result)]
     if scan.heads is None:
         found += by_edge(result, scan.layers)
     else:
@@ -51,6 +51,15 @@ def used(result: Result, pairs: Pairs) -> str:
     text += f"; {n_wrong} are left out because they are {WRONG}" if n_wrong else ""
     text += f"; in {n_low} {NO_PROB}, so that they have no relative change" if n_low else ""
     return f"{text}."
+
+
+def of_the_prompt(result: Result, scan: Scan) -> tuple[str, ...]:
+    """That edges are cut for tokens of the prompt alone, where answers have several tokens."""
+    alone = [str(edge) for edge in scan.edges if not edge.of_answer and {"last", "after"} & {*edge.query.split("+")}]
+    if not alone or not result.provenance.get("answers", {}).get("tokens"):
+        return ()
+    edges = ", ".join(alone)
+    return (f"Answers have several tokens; {edges} is cut for the prompt's tokens alone (--during answer: for both).",)
 
 
 def missing(result: Result) -> tuple[str, ...]:

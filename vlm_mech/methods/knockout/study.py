@@ -171,7 +171,7 @@ def _measures(pairs: Pairs, name: Comparison) -> tuple[Measure, ...]:
     return (
         compared,
         prob(*own),
-        Measure(LOGIT, lambda logits, ids: logits.float().gather(1, ids[:, None])[:, 0], own),
+        Measure(LOGIT, lambda logits, ids: logits.float().gather(1, ids[:, None])[:, 0], own, any_token=True),
         dataclasses.replace(compared, metric=FLIP, of=lambda *given: (compared.of(*given) < 0).float()),
         dataclasses.replace(is_said, metric=LOST, of=lambda answer: 1 - is_said.of(answer)),
     )

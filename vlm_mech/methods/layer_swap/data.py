@@ -3,7 +3,10 @@
 from typing import TYPE_CHECKING
 
 from vlm_mech.architectures.site import BLOCK_POINTS, PROJECTOR_POINTS, Site
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.sweeps.measures import Comparison, comparison
+from vlm_mech.sweeps.readings import reads_behind
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -12,10 +15,21 @@ if TYPE_CHECKING:
 STREAMS = ("llm", "projector", "vision")
 
 
-def default_spans(vlm: "VLM", stream: str) -> tuple[str, ...]:
-    """The spans a swap compares at the sites of a stream."""
+def default_spans(
+    vlm: "VLM", stream: str, *, pairs: Pairs | None = None, measure: Comparison = "logit_diff"
+) -> tuple[str, ...]:
+    """The spans a swap compares at the sites of a stream.
+
+    Args:
+        pairs: what is asked; where tokens of its answers are compared that others of the answer come before,
+            `last+answer` is among the spans of the decoder.
+        measure: how answers are compared (see `measures.comparison`).
+    """
     if stream == "llm":
-        return ("image", "question", "last", "all")
+        spans = ("image", "question", "last", "all")
+        compared = None if pairs is None else comparison(measure, pairs.answer, pairs.counterfactual_answer)
+        behind = pairs is not None and compared is not None and reads_behind(vlm, pairs.base, compared)
+        return (*spans[:3], "last+answer", *spans[3:]) if behind else spans
     if stream == "projector":
         return ("image",)
     return ("image", "class", "all") if vlm.n_class_tokens else ("image",)

@@ -53,7 +53,8 @@ def layer_swap(
 
     Args:
         site: `llm`, `projector` or `vision`; `point` is the tensor of each block.
-        spans: spans of tokens to swap; by default `image`, `question`, `last` and `all` in the decoder, `image` at the
+        spans: spans of tokens to swap; by default `image`, `question`, `last` and `all` in the decoder (and
+            `last+answer` where tokens of answers are compared that others of the answer come before), `image` at the
             projector, and `image`, `class` and `all` in a tower with class tokens (`image` in others).
         directions: `noising` puts the counterfactual's states into the image's run, `denoising` the reverse.
         only_correct: leave out pairs that the model answers wrongly on either image.
@@ -80,8 +81,9 @@ def layer_swap(
     if batch < 1:
         raise UsageError(f"batch is {batch}; at least 1 is needed")
     check_once([pair.id for pair in pairs], "a pair with the id")
-    sites, spans = swap_sites(vlm, site, point), listed(spans) or default_spans(vlm, site)
-    pairs = fitting(vlm, pairs, variants=variants)
+    sites = swap_sites(vlm, site, point)
+    pairs = fitting(vlm, pairs, variants=variants, whole=measure != "logit_diff")
+    spans = listed(spans) or default_spans(vlm, site, pairs=pairs, measure=measure)
     directions = listed(directions)
     how: dict[str, Any] = {"directions": directions, "only_correct": only_correct, "measure": measure}
     how |= {"engine": engine, "memory": memory}

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from vlm_mech.data.pairs import Pairs, conflict_first
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.following import parting
-from vlm_mech.inputs.prompt import written
 from vlm_mech.methods.knockout.data import EDGE, Scan, scan_of
 from vlm_mech.methods.knockout.edges import parse_edge, visible_edges
 from vlm_mech.results import metrics
 from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.sweeps.measures import Comparison, Measure, comparison
+from vlm_mech.sweeps.readings import reads_behind
 from vlm_mech.sweeps.recorded_pass import record
 
 if TYPE_CHECKING:
@@ -82,14 +81,9 @@ def said_at(vlm: "VLM", pairs: Pairs, rivals: Sequence[str], measure: Comparison
     at the picture again, and what is swapped and cut at `last` alone would miss it. The tokens that come before the
     compared ones are those that the span `answer` has.
     """
-    at, rivals = comparison(measure, (), ()).at, [pairs.written(each) for each in rivals]
-    for text, *answers in zip(written(vlm, pairs.base), pairs.answer, pairs.counterfactual_answer, rivals, strict=True):
-        own, *others = (vlm.tokens_after(text, answer) for answer in answers)
-        for other in others:
-            given = parting(own, other) if at == "parting" else max(len(own), len(other)) - 1
-            if given:
-                return WHOLE
-    return LAST
+    others = pairs.counterfactual_answer, [pairs.written(each) for each in rivals]
+    measures = (comparison(measure, pairs.answer, other) for other in others)
+    return WHOLE if any(reads_behind(vlm, pairs.base, each) for each in measures) else LAST
 
 
 def against(name: Comparison, answer: Sequence[str], rival: Sequence[str]) -> Measure:
