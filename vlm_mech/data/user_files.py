@@ -35,31 +35,39 @@ class Refused:
 
 @dataclass(frozen=True)
 class Row:
-    """An object of a file of JSON lines: the number of its line from 1 on, its id (else that number), its fields."""
+    """A row of a file: its number from 1 on, its id (else that number), its fields, and where it stands."""
 
     line: int
     id: str
     fields: dict[str, Any]
+    where: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for errors: its line unless something else is told."""
+        return self.where or f"line {self.line}"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The objects of a file of JSON lines in its order, and by line what holds none."""
+    """The rows of a source in its order, by number what holds none, and what is to be told of it."""
 
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     refused: dict[int, Refused]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Drawn(Generic[UsedT]):
     """What was made of the rows of a file that are used, and which could not be, both in the order of the file.
 
-    `told` says how they were drawn where these are not all rows.
+    `told` says how they were drawn where these are not all rows; `notes` are those of the source.
     """
 
     used: tuple[UsedT, ...]
     refused: tuple[Refused, ...]
     told: str
+    notes: tuple[str, ...] = ()
 
 
 def check_count(n: object, name: str, of: str) -> None:
@@ -111,7 +119,12 @@ def _named_apart(rows: Sequence[Row]) -> tuple[Row, ...]:
     )
 
 
-def _row(number: int, line: bytes) -> Row:
+def object_of(line: bytes) -> dict[str, Any]:
+    """The object that a line of JSON lines holds.
+
+    Raises:
+        UsageError: it is not UTF-8, not JSON, or no object.
+    """
     try:
         fields = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -120,6 +133,11 @@ def _row(number: int, line: bytes) -> Row:
         raise UsageError(f"is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise UsageError(f"is a {type(fields).__name__}; an object is needed")
+    return fields
+
+
+def _row(number: int, line: bytes) -> Row:
+    fields = object_of(line)
     told = fields.get("id")
     name = str(number if told is None else told)
     if not isinstance(told, str | int | float | None) or isinstance(told, bool) or not name.strip():
@@ -175,15 +193,17 @@ def draw(found: Rows, n: int | None, seed: int, use: Callable[[Row], UsedT]) -> 
     For a row that `use` refuses with a `UsageError` another is drawn, as long as there are any.
     """
     rows, n_rows = found.rows, len(found.rows) + len(found.refused)
-    order = rows if n is None else random.Random(f"rows/{seed}").sample(rows, len(rows))
+    order = range(len(rows)) if n is None else random.Random(f"rows/{seed}").sample(range(len(rows)), len(rows))
     used: dict[int, UsedT] = {}
     refused = dict(found.refused)
-    for row in order:
+    for at in order:
         if len(used) == n:
             break
+        row = rows[at]
         try:
             used[row.line] = use(row)
         except UsageError as error:
             refused[row.line] = Refused(row.id, str(error))
     told = "" if n is None or n >= n_rows else f"{len(used)} of {n_rows} rows, drawn with seed {seed}"
-    return Drawn(tuple(used[line] for line in sorted(used)), tuple(refused[line] for line in sorted(refused)), told)
+    kept = tuple(used[line] for line in sorted(used)), tuple(refused[line] for line in sorted(refused))
+    return Drawn(*kept, told, found.notes)

@@ -9,14 +9,12 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from vlm_mech.behaviour.erroneous_agreement.similarity import FEWEST
 from vlm_mech.data.counterfactual_scenes import ScenePair, sample_pairs
-from vlm_mech.data.pair_folder import pair_fields
 from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_questions import caption
@@ -41,7 +39,6 @@ RELATIONS = {
 }  # fmt: skip
 """How captions put what answers say. Captions that the embedded contrastive model was trained on never say above or
 below, and left or right seldom."""
-FOLDER_CAPTIONS = ("caption", "counterfactual_caption")
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def load_cases(name: str, *, n: int | None, seed: int, split: str, template: str
         found = sample_pairs(name.removeprefix("scenes/"), len(pairs), seed=seed, split=split)
         captions = [scene_captions(each) for each in found]
     else:
-        captions = _folder_captions(Path(name), pairs, template)
+        captions = _folder_captions(pairs, template)
     return _cases(pairs, captions)
 
 
@@ -141,14 +138,10 @@ def relation_caption(one: Thing, other: Thing, answer: str) -> str:
     return f"a {one.colour} {one.kind} {RELATIONS[answer]} a {other.colour} {other.kind}"
 
 
-def _folder_captions(folder: Path, pairs: Pairs, template: str) -> list[tuple[str, ...]]:
+def _folder_captions(pairs: Pairs, template: str) -> list[tuple[str, ...]]:
     if "{answer}" not in template:
         raise UsageError(f"caption {template!r} has no {{answer}}; it is needed, as in '{{question}} {{answer}}'")
-    told: dict[str, tuple[str, ...]] = {}
-    for name, fields in pair_fields(folder).items():
-        if all(isinstance(fields.get(field), str) for field in FOLDER_CAPTIONS):
-            told[name] = tuple(fields[field] for field in FOLDER_CAPTIONS)
-    return [told.get(pair.id) or _filled(template, pair) for pair in pairs]
+    return [pair.captions or _filled(template, pair) for pair in pairs]
 
 
 def _filled(template: str, pair: Pair) -> tuple[str, ...]:
