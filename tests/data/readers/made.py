@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from pyarrow import parquet
+
 from tests.zoo.tiny import picture
+from vlm_mech.inputs.image import load_image
 
 
 def save(path: Path, number: int) -> Path:
@@ -78,3 +82,21 @@ def mmvp(folder: Path, rows: list[tuple]) -> Path:
         if str(row[0]).isdigit():
             save(folder / "MMVP Images" / f"{row[0]}.jpg", int(row[0]))
     return folder
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], *, group: int = 2) -> Path:
+    """Rows in groups of this many, as large files have them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+    return path
+
+
+def held(number: int) -> dict[str, Any]:
+    """A picture as the hub's parquet files hold it."""
+    return {"bytes": content(number), "path": f"{number}.png"}
+
+
+def shown(image: Any) -> int:
+    """Which of the numbered pictures it is."""
+    pixels = load_image(image).tobytes()
+    return next(number for number in range(60) if picture(number).tobytes() == pixels)

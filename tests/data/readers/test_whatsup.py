@@ -4,19 +4,11 @@ import json
 
 import pytest
 
-from tests.data.readers.made import save, whatsup, write_json
-from tests.zoo.tiny import picture
+from tests.data.readers.made import save, shown, whatsup, write_json
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.image import load_image
 
 THINGS = (("beer bottle", "armchair"), ("mug", "table"))
-
-
-def shown(image):
-    """Which of the numbered pictures it is."""
-    pixels = load_image(image).tobytes()
-    return next(number for number in range(40) if picture(number).tobytes() == pixels)
 
 
 def test_opposite_relations_of_a_group_are_pairs(tmp_path):
