@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -22,7 +21,7 @@ from vlm_mech.data.readers.format import ReaderOptions
 from vlm_mech.data.readers.registry import find_source, is_file, names_of_formats
 from vlm_mech.data.render import render
 from vlm_mech.data.scenes import check_split
-from vlm_mech.data.shared_pictures import components, pixel_hash
+from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
 from vlm_mech.data.user_files import Drawn, Refused, check_count
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling, Variants
@@ -31,6 +30,7 @@ from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.wording import BARE, Wording
 
 ITEMS = "items.jsonl"
+"""A folder with this file holds items (`data.items`)."""
 Direction = Literal["noising", "denoising"]
 DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 """Noising puts states of the counterfactual into the run on the image, denoising the reverse."""
@@ -197,7 +197,7 @@ def _read(name_or_folder: str | Path, n: int | None, seed: int, fix_labels: bool
     folder = Path(name_or_folder)
     if is_file(folder / FILE):
         return read_pairs(folder, n=n, seed=seed)
-    source = find_source(name_or_folder)
+    source = None if is_file(folder / ITEMS) else find_source(name_or_folder)
     if source is None or source.format.holds != "pairs":
         held = ITEMS if source is None and is_file(folder / ITEMS) else source.format.name if source else ""
         if held:
@@ -293,20 +293,12 @@ def _check_conflict(pair: Pair) -> None:
 
 def linked(pairs: Pairs) -> Pairs:
     """The pairs, those that share a picture of the same pixels in one group, however they are linked over others."""
-    groups = [pair.group or pair.id for pair in pairs]
     shown = [[pixel_hash(image) for image in pair.pictures] for pair in pairs]
-    # The first picture of every pair comes first, and stands for it.
-    rows = [(0, number) for number in range(len(groups))]
-    rows += [(at, number) for number, each in enumerate(shown) for at in range(1, len(each))]
-    keys = [groups[number] for _, number in rows], [shown[number][at] for at, number in rows]
-    numbers = components(*keys)[: len(groups)].tolist() if groups else []
-    first, sizes = dict[int, str](), Counter(numbers)
-    for number, group in zip(numbers, groups, strict=True):
-        first.setdefault(number, group)
+    groups = linked_groups([pair.group or pair.id for pair in pairs], shown)
     # The first of several says its group too: one without a group is no part of a group that has its id.
     changed = [
-        pair if pair.group == first[number] or sizes[number] == 1 else dataclasses.replace(pair, group=first[number])
-        for pair, number in zip(pairs, numbers, strict=True)
+        pair if group in (None, pair.group) else dataclasses.replace(pair, group=group)
+        for pair, group in zip(pairs, groups, strict=True)
     ]
     return dataclasses.replace(pairs, pairs=tuple(changed))
 
