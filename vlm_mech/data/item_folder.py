@@ -8,8 +8,8 @@ import dataclasses
 from pathlib import Path
 
 from vlm_mech.data.item import Item
-from vlm_mech.data.pair_folder import check_ids, first_reason
-from vlm_mech.data.row_fields import as_given, opened, pictures_of, text_of, told_of
+from vlm_mech.data.pair_folder import check_ids, check_unlike, first_reason
+from vlm_mech.data.row_fields import as_given, kept_form, opened, pictures_of, text_of, told_of
 from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
 from vlm_mech.data.user_files import Drawn, Row, Rows, draw
 from vlm_mech.errors import UsageError
@@ -35,6 +35,7 @@ def items_of(found: Rows, folder: Path, name: str, *, n: int | None, seed: int) 
     if not drawn.used:
         raise UsageError(f"{name!r} holds no usable item{first_reason(drawn)}")
     items = [item for item, _ in drawn.used]
+    check_unlike([item.id for item in items], "item", name)
     groups = linked_groups([each.group or each.id for each in items], [shown for _, shown in drawn.used])
     made = [
         item if group is None else dataclasses.replace(item, group=group)
@@ -51,10 +52,10 @@ def _item(folder: Path, row: Row) -> tuple[Item, list[str]]:
     """
     images = pictures_of(row, folder, "image", "images")
     question, answer = (text_of(row, field, row.fields.get(field)) for field in ("question", "answer"))
-    shown = [pixel_hash(each) for each in opened(images)]
+    pixels = opened(images)
     item = Item(
         row.id,
-        as_given(images),
+        as_given(kept_form(images, pixels)),
         question,
         answer,
         options=row.fields.get("options") or (),
@@ -63,4 +64,4 @@ def _item(folder: Path, row: Row) -> tuple[Item, list[str]]:
         group=told_of(row, "group"),
         conflict=row.fields.get("conflict"),
     )
-    return item, shown
+    return item, [pixel_hash(each) for each in pixels]

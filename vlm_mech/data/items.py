@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
+from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.item import Item
 from vlm_mech.data.item_folder import FILE, items_of
 from vlm_mech.data.pair_folder import FILE as PAIRS
@@ -40,6 +41,40 @@ class Items:
                 what = type(odd[0]).__name__
                 raise UsageError(f"{name} of {self.name!r} holds a {what}; a tuple of {kind.__name__} is needed")
             object.__setattr__(self, name, tuple(given))
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[Any],
+        *,
+        name: str = "rows",
+        folder: str | Path = ".",
+        n: int | None = None,
+        seed: int = 0,
+        wording: Wording = BARE,
+    ) -> "Items":
+        """Items of rows in memory, with the fields of a line of `items.jsonl` (docs/data.md).
+
+        Rows are a list of dicts, a pandas DataFrame, a `datasets.Dataset` (streaming too) or any iterable of dicts;
+        pictures PIL images, arrays, bytes, base64, paths, addresses or the hub's mappings. Only rows that are drawn
+        are fetched, and only their pictures opened.
+
+        Args:
+            name: what the data are called in results.
+            folder: from which paths of pictures go out.
+            n: number of items, drawn with the seed; of an iterable without a length the first n that can be used.
+            seed: draws them.
+            wording: how their questions are put.
+
+        Raises:
+            UsageError: no rows, none that can be used, or an id that occurs twice.
+        """
+        if n is not None:
+            check_count(n, "n", "item")
+        found = rows_given(rows, "Items.from_rows")
+        drawn = items_of(found, Path(folder), name, n=n, seed=seed)
+        items = cls(name, drawn.used, drawn.refused, drawn.told)
+        return items if wording == BARE else items.worded(wording)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -8,16 +8,16 @@ instead, of equal length; each picture stands in the place of its counterfactual
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.readers.format import ReaderOptions
 from vlm_mech.data.readers.registry import find_source
-from vlm_mech.data.row_fields import as_given, opened, pictures_of, text_of, told_of
+from vlm_mech.data.row_fields import as_given, kept_form, opened, pictures_of, text_of, told_of
 from vlm_mech.data.user_files import Drawn, Row, Rows, draw, read_rows
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.image import ImageLike
 
 FILE = "pairs.jsonl"
 PICTURES = {"image": "images", "counterfactual_image": "counterfactual_images"}
@@ -53,12 +53,19 @@ def pairs_of(
     drawn = draw(found, n, seed, lambda row: _pair(folder, row, keep_pixels))
     if not drawn.used:
         raise UsageError(f"{name!r} holds no usable pair{first_reason(drawn)}")
+    check_unlike([pair.id for pair in drawn.used], "pair", name)
     return drawn
 
 
 def check_ids(found: Rows, what: str, name: str) -> None:
-    """Raises `UsageError` where two rows have one id."""
-    twice = [each for each, count in Counter(row.id for row in found.rows).items() if count > 1]
+    """Raises `UsageError` where two rows have one id; of rows that are not there yet it is not known."""
+    if isinstance(found.rows, tuple):
+        check_unlike([row.id for row in found.rows], what, name)
+
+
+def check_unlike(ids: Sequence[str], what: str, name: str) -> None:
+    """Raises `UsageError` where an id occurs twice."""
+    twice = [each for each, count in Counter(ids).items() if count > 1]
     if twice:
         raise UsageError(f"{what} id {twice[0]!r:.60} occurs twice in {name!r}")
 
@@ -91,7 +98,7 @@ def _pair(folder: Path, row: Row, keep_pixels: bool) -> Pair:
     sides = [opened(each) for each in named]
     if all(one.size == other.size and one.tobytes() == other.tobytes() for one, other in zip(*sides, strict=True)):
         raise UsageError("both pictures have the same pixels" if len(sides[0]) == 1 else "both sides show equal pixels")
-    kept: list[list[ImageLike]] = [list(each) for each in sides] if keep_pixels else named
+    kept = [kept_form(*each, keep_pixels=keep_pixels) for each in zip(named, sides, strict=True)]
     captions = [row.fields.get(field) for field in CAPTIONS]
     return Pair(
         row.id,

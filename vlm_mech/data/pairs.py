@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS, sample_pairs
+from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.pair import SIDES, Pair, with_own_groups
 from vlm_mech.data.pair_folder import FILE, pairs_of, read_pairs
 from vlm_mech.data.readers.format import ReaderOptions
@@ -68,6 +69,40 @@ class Pairs:
                 raise UsageError(f"{name} of {self.name!r} holds a {what}; a tuple of {kind.__name__} is needed")
             object.__setattr__(self, name, tuple(given))
         object.__setattr__(self, "pairs", with_own_groups(self.pairs))
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[Any],
+        *,
+        name: str = "rows",
+        folder: str | Path = ".",
+        n: int | None = None,
+        seed: int = 0,
+        wording: Wording = BARE,
+    ) -> "Pairs":
+        """Pairs of rows in memory, with the fields of a line of `pairs.jsonl` (docs/data.md).
+
+        Rows are a list of dicts, a pandas DataFrame, a `datasets.Dataset` (streaming too) or any iterable of dicts;
+        pictures PIL images, arrays, bytes, base64, paths, addresses or the hub's mappings. Only rows that are drawn
+        are fetched, and only their pictures opened.
+
+        Args:
+            name: what the data are called in results.
+            folder: from which paths of pictures go out.
+            n: number of pairs, drawn with the seed; of an iterable without a length the first n that can be used.
+            seed: draws them.
+            wording: how their questions are put.
+
+        Raises:
+            UsageError: no rows, none that can be used, or an id that occurs twice.
+        """
+        if n is not None:
+            check_count(n, "n", "pair")
+        found = rows_given(rows, "Pairs.from_rows")
+        drawn = pairs_of(found, Path(folder), name, n=n, seed=seed)
+        pairs = cls(name, drawn.used, drawn.refused, drawn=drawn.told)
+        return linked(pairs if wording == BARE else pairs.worded(wording))
 
     def __len__(self) -> int:
         return len(self.pairs)

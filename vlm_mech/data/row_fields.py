@@ -8,7 +8,7 @@ from PIL import Image
 
 from vlm_mech.data.user_files import Row
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.image import ImageLike, image_named, load_image
+from vlm_mech.inputs.image import ADDRESSES, ImageLike, image_named, load_image
 
 LISTED = (list, tuple)
 
@@ -59,6 +59,14 @@ def opened(images: list[ImageLike]) -> list[Image.Image]:
         UsageError: one that cannot be read.
     """
     return [load_image(image) for image in images]
+
+
+def kept_form(images: list[ImageLike], pixels: list[Image.Image], *, keep_pixels: bool = False) -> list[ImageLike]:
+    """The pictures in the form in which they are kept: as the row has them, but what was fetched as pixels."""
+    return [
+        loaded if keep_pixels or (isinstance(image, str) and image.startswith(ADDRESSES)) else image
+        for image, loaded in zip(images, pixels, strict=True)
+    ]
 
 
 def as_given(images: list[ImageLike]) -> ImageLike | tuple[ImageLike, ...]:

@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -50,9 +50,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a source in its order, by number what holds none, and what is to be told of it."""
+    """The rows of a source in its order, by number what holds none, and what is to be told of it.
 
-    rows: Sequence[Row]
+    Rows of a stream, whose number is not known, come one after the other.
+    """
+
+    rows: Sequence[Row] | Iterator[Row]
     refused: dict[int, Refused]
     notes: tuple[str, ...] = ()
 
@@ -190,20 +193,37 @@ def read_told(path: Path, what: str, columns: str, *, key: Callable[[str], str] 
 def draw(found: Rows, n: int | None, seed: int, use: Callable[[Row], UsedT]) -> Drawn[UsedT]:
     """What `use` makes of n rows drawn with the seed, of all where n is None.
 
-    For a row that `use` refuses with a `UsageError` another is drawn, as long as there are any.
+    For a row that `use` refuses with a `UsageError` another is drawn, as long as there are any. Of a stream the first n
+    that can be used are taken, and it is read no further.
     """
-    rows, n_rows = found.rows, len(found.rows) + len(found.refused)
-    order = range(len(rows)) if n is None else random.Random(f"rows/{seed}").sample(range(len(rows)), len(rows))
     used: dict[int, UsedT] = {}
     refused = dict(found.refused)
-    for at in order:
-        if len(used) == n:
-            break
-        row = rows[at]
+    for row in _in_order(found.rows, n, seed):
         try:
             used[row.line] = use(row)
         except UsageError as error:
             refused[row.line] = Refused(row.id, str(error))
-    told = "" if n is None or n >= n_rows else f"{len(used)} of {n_rows} rows, drawn with seed {seed}"
+        if len(used) == n:
+            break
     kept = tuple(used[line] for line in sorted(used)), tuple(refused[line] for line in sorted(refused))
-    return Drawn(*kept, told, found.notes)
+    return Drawn(*kept, _told(found, len(used), n, seed), found.notes)
+
+
+def _in_order(rows: Sequence[Row] | Iterator[Row], n: int | None, seed: int) -> Iterator[Row]:
+    """The rows in the order in which they are tried."""
+    if not isinstance(rows, Sequence):
+        yield from rows
+        return
+    order = range(len(rows)) if n is None else random.Random(f"rows/{seed}").sample(range(len(rows)), len(rows))
+    for at in order:
+        yield rows[at]
+
+
+def _told(found: Rows, n_used: int, n: int | None, seed: int) -> str:
+    """How rows were drawn; nothing where all were taken."""
+    if n is None:
+        return ""
+    if not isinstance(found.rows, Sequence):
+        return f"the first {n_used} rows of a stream that could be used"
+    n_rows = len(found.rows) + len(found.refused)
+    return "" if n >= n_rows else f"{n_used} of {n_rows} rows, drawn with seed {seed}"
