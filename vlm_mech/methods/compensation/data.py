@@ -119,6 +119,7 @@ def load_examples(
     min_share: float = MIN_SHARE,
     wording: Wording = BARE,
     variants: Variety = "likeliest",
+    fix_labels: bool = False,
 ) -> Examples:
     """The examples of generated scenes (`SOME` by default) or of a folder; those that do not fit the model are refused.
 
@@ -129,7 +130,7 @@ def load_examples(
         UsageError: see `shown_parts` and `examples_of`.
     """
     n = SOME if n is None and data.startswith("scenes/") else n
-    pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording)
+    pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording, fix_labels=fix_labels)
     shown = shown_parts(pairs, seed=seed, split=split)
     return examples_of(vlm, fitting(vlm, pairs, variants=variants), shown, min_share=min_share, seed=seed)
 
