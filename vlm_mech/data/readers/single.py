@@ -31,7 +31,8 @@ def each_row(
     found = Collector()
     for table in tables:
         for row in read(table, held):
-            name = row.id if isinstance(row, Refused) else str(row.fields.get(id_column) or row.id)
+            told = None if isinstance(row, Refused) else row.fields.get(id_column)
+            name = row.id if told is None or told == "" else str(told)
             name = f"{table.path.stem}/{name}" if len(tables) > 1 else name
             try:
                 if isinstance(row, Refused):
