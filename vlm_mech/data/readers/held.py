@@ -3,7 +3,6 @@
 import base64
 import binascii
 import csv
-import hashlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,9 +70,8 @@ class HeldColumn:
 class HeldCell(Held):
     """A picture in base64 in a cell of a csv or tsv: where its row begins, and the number of the cell."""
 
-    def __init__(self, path: Path, start: int, delimiter: str, at: int, text: str) -> None:
+    def __init__(self, path: Path, start: int, delimiter: str, at: int) -> None:
         self._path, self._start, self._delimiter, self._at = path, start, delimiter, at
-        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _given(self) -> Mapping[str, Any]:
         _, cells = next(records(self._path, self._delimiter, start=self._start))

@@ -1,7 +1,7 @@
 """HR-Bench (Wang et al. 2024, arXiv 2408.15556): pictures of 4K and 8K in the cells of a tsv.
 
-A picture stays in the file until it is needed. Rows about one picture (the same question with its options in another
-order) are a group.
+A picture stays in the file until it is needed. Several rows ask the same of one picture, with the options in another
+order; as items that share a picture they are a group.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,7 @@ def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
 
 
 def _fields(row: Row, table: Table) -> dict[str, Any]:
-    image = row.fields["image"]
-    fields = {"image": image, "question": text(row, "question"), "category": row.fields["category"]}
-    fields |= {"group": f"picture {image.digest}"} if image else {}
+    fields = {name: row.fields[name] for name in ("image", "category")} | {"question": text(row, "question")}
     return fields | chosen(row, "answer", {letter: text(row, letter) for letter in OPTIONS})
 
 

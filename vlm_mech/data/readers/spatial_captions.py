@@ -25,6 +25,9 @@ TWO = re.compile(
 PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 SIDES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 
+FIRST = ("left", "above", "top", "right", "below", "bottom")
+"""Sides in the order in which a question names two of them, before they are exchanged."""
+
 
 def rows_of(tables: Sequence[Table], options: ReaderOptions, picture: Callable[[Table, int], Any]) -> Rows:
     """The items of tables of [number of the picture, right caption, wrong caption].
@@ -42,7 +45,7 @@ def _fields(row: Row, table: Table, seed: int, picture: Callable[[Table, int], A
     (x, side, y), (other_x, other, other_y) = (_read(str(each), row) for each in captions)
     if (x, y) != (other_x, other_y) or side == other:
         raise UsageError(f"{row.place}: its captions {captions!r:.100} differ in more than the side, or not in it")
-    named = [side, other] if (side in ("left", "above", "top")) else [other, side]
+    named = sorted((side, other), key=FIRST.index)
     if random.Random(f"{seed}/{table.path.name}/{row.line}").random() < 0.5:
         named.reverse()
     places = [f"{SIDES[each]} a {y}" if y else PLACES[each] for each in named]

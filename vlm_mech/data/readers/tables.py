@@ -135,7 +135,7 @@ def _cells(table: Table, held: Sequence[str]) -> Iterator[Row | Refused]:
         for column in held:
             if fields.get(column):
                 at = table.columns.index(column)
-                fields[column] = HeldCell(table.path, start, delimiter, at, fields[column])
+                fields[column] = HeldCell(table.path, start, delimiter, at)
         yield Row(number, str(number), fields, _place(table, number))
 
 
