@@ -40,3 +40,8 @@ class Config(SpokenConfig):
     """Weights: layers of a window."""
     engine: Literal["fast", "trace"] = "fast"
     """The fast one computes only what can change; trace runs a whole pass for every cell."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The data sets of this run."""
+        return (self.data or ("scenes/colour" if self.swap == "state" else "scenes/colour-conflict"),)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from vlm_mech.behaviour.decoding.processors import Drawn as Drawn
     from vlm_mech.data.image_classes import Classes as Classes
     from vlm_mech.data.image_classes import load_classes as load_classes
+    from vlm_mech.data.items import Item as Item
+    from vlm_mech.data.items import Items as Items
+    from vlm_mech.data.items import load_items as load_items
     from vlm_mech.data.pairs import Pair as Pair
     from vlm_mech.data.pairs import Pairs as Pairs
     from vlm_mech.data.pairs import load_pairs as load_pairs
@@ -102,6 +105,7 @@ _HOMES = {
     "architectures.site": ("Site", "sites"),
     "behaviour.decoding.processors": ("M3ID", "VCD", "Drawn"),
     "data.image_classes": ("Classes", "load_classes"),
+    "data.items": ("Item", "Items", "load_items"),
     "data.pairs": ("Pair", "Pairs", "load_pairs"),
     "errors": ("TooLargeError", "UsageError", "WorkError"),
     "extraction.extract": ("extract",),

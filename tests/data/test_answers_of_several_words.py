@@ -21,8 +21,9 @@ from experiments import (
     visual_flow,
 )
 from tests.helpers import as_folder, command
-from vlm_mech.behaviour.erroneous_agreement.data import FOLDER_CAPTIONS, scene_captions
+from vlm_mech.behaviour.erroneous_agreement.data import scene_captions
 from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.pair_folder import CAPTIONS
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.results.result import Result
 
@@ -70,7 +71,7 @@ def written(folder, answers, n):
     """Pairs in conflict with other answers, in turn, with captions, and masks as if a part were asked for."""
     pairs = load_pairs(CONFLICT, n=n)
     found = sample_pairs(CONFLICT.removeprefix("scenes/"), n, seed=0, split="test")
-    more = [dict(zip(FOLDER_CAPTIONS, scene_captions(pair), strict=True)) for pair in found]
+    more = [dict(zip(CAPTIONS, scene_captions(pair), strict=True)) for pair in found]
     more = [each | {"part_mask": "part.png", "object_mask": "object.png"} for each in more]
     changed = [
         dataclasses.replace(pair, answer=answers[number % len(answers)][0],

@@ -46,6 +46,8 @@ def some(n, *, groups=None):
 
 def test_turned_pairs_ask_about_the_other_picture():
     pairs = some(2)
+    told = dataclasses.replace(pairs[0], captions=("one", "two"))
+    assert [each.captions for each in turned(Pairs("told", (told, pairs[1])))] == [("two", "one"), None]
     other = turned(pairs)
     assert other.answer == ["b0", "b1"] and other.counterfactual_answer == ["a0", "a1"]
     assert [each.images for each in other.base] == [each.images for each in pairs.counterfactual]

@@ -19,8 +19,9 @@ from experiments import (
     visual_flow,
 )
 from tests.helpers import as_folder, command
-from vlm_mech.behaviour.erroneous_agreement.data import FOLDER_CAPTIONS, scene_captions
+from vlm_mech.behaviour.erroneous_agreement.data import scene_captions
 from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.pair_folder import CAPTIONS
 from vlm_mech.data.pairs import load_pairs, turned
 from vlm_mech.methods.compensation.data import shown_parts
 from vlm_mech.results.result import Result
@@ -53,7 +54,7 @@ def table_of(experiment, data, out, *more):
 def captioned(name, n):
     """Captions as scenes have them, for the lines of a folder."""
     found = sample_pairs(name.removeprefix("scenes/"), n, seed=0, split="test")
-    return [dict(zip(FOLDER_CAPTIONS, scene_captions(pair), strict=True)) for pair in found]
+    return [dict(zip(CAPTIONS, scene_captions(pair), strict=True)) for pair in found]
 
 
 @pytest.mark.parametrize("name", RUNS)

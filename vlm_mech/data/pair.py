@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from vlm_mech.data.options import checked_options, checked_text
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike, images_of
 from vlm_mech.inputs.prompt import Prompt
@@ -21,10 +22,11 @@ class Pair:
     Several images may stand in the place of each (`image=(first, second)`), as many on both sides: the prompt then
     shows all of them. `wording` says how the question is put to a model. `conflict` says which of the two pictures,
     first or second, shows something that contradicts the usual answer; the answer to the other picture is the usual
-    one. None: neither does, or it is not known.
+    one. None: neither does, or it is not known. `options` are the texts among which both answers are; `prior` is the
+    usual answer, whatever is shown; `captions` describe the two pictures.
 
     Raises:
-        UsageError: a text that is none, equal answers, no images, or unlike numbers of them.
+        UsageError: a text that is none, equal answers, no images, unlike numbers of them, or options without an answer.
     """
 
     id: str
@@ -36,6 +38,10 @@ class Pair:
     group: str | None = None
     conflict: Side | None = None
     wording: Wording = BARE
+    options: Sequence[str] = ()
+    prior: str | None = None
+    category: str | None = None
+    captions: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("id", "question", "answer", "counterfactual_answer"):
@@ -51,6 +57,10 @@ class Pair:
                 f"pair {self.id}: {counts[0]} images and {counts[1]} counterfactual images; as many of both are "
                 "needed, one at least"
             )
+        of, answers = f"pair {self.id}", (self.answer, self.counterfactual_answer)
+        object.__setattr__(self, "options", checked_options(self.options, answers, of=of))
+        for name in ("prior", "category"):
+            checked_text(getattr(self, name), name, of=of)
 
     @property
     def images(self) -> tuple[ImageLike, ...]:

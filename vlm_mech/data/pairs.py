@@ -5,32 +5,33 @@ import hashlib
 import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from PIL import Image
 
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS, sample_pairs
+from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.pair import SIDES, Pair, with_own_groups
-from vlm_mech.data.pair_folder import FILE, read_pairs
+from vlm_mech.data.pair_folder import FILE, pairs_of, read_pairs
+from vlm_mech.data.readers.format import ReaderOptions
+from vlm_mech.data.readers.registry import find_source, is_file, names_of_formats
 from vlm_mech.data.render import render
 from vlm_mech.data.scenes import check_split
-from vlm_mech.data.shared_pictures import components, pixel_hash
-from vlm_mech.data.user_files import Refused, check_count
+from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
+from vlm_mech.data.user_files import Drawn, Refused, check_count
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling, Variants
 from vlm_mech.inputs.image import load_image, side_by_side
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.wording import BARE, Wording
 
-if TYPE_CHECKING:
-    pass
-
+ITEMS = "items.jsonl"
+"""A folder with this file holds items (`data.items`)."""
 Direction = Literal["noising", "denoising"]
 DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 """Noising puts states of the counterfactual into the run on the image, denoising the reverse."""
@@ -58,6 +59,8 @@ class Pairs:
     """The share of right answers of which each of these is the likeliest; `chosen_on` says of which answers."""
     drawn: str = ""
     """How the pairs were drawn from a larger number of the user's."""
+    notes: tuple[str, ...] = ()
+    """What is to be told of the data, such as known label errors."""
 
     def __post_init__(self) -> None:
         for name, kind in (("pairs", Pair), ("refused", Refused)):
@@ -68,6 +71,40 @@ class Pairs:
                 raise UsageError(f"{name} of {self.name!r} holds a {what}; a tuple of {kind.__name__} is needed")
             object.__setattr__(self, name, tuple(given))
         object.__setattr__(self, "pairs", with_own_groups(self.pairs))
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[Any],
+        *,
+        name: str = "rows",
+        folder: str | Path = ".",
+        n: int | None = None,
+        seed: int = 0,
+        wording: Wording = BARE,
+    ) -> "Pairs":
+        """Pairs of rows in memory, with the fields of a line of `pairs.jsonl` (docs/data.md).
+
+        Rows are a list of dicts, a pandas DataFrame, a `datasets.Dataset` (streaming too) or any iterable of dicts;
+        pictures PIL images, arrays, bytes, base64, paths, addresses or the hub's mappings. Only rows that are drawn
+        are fetched, and only their pictures opened.
+
+        Args:
+            name: what the data are called in results.
+            folder: from which paths of pictures go out.
+            n: number of pairs, drawn with the seed; of an iterable without a length the first n that can be used.
+            seed: draws them.
+            wording: how their questions are put.
+
+        Raises:
+            UsageError: no rows, none that can be used, or an id that occurs twice.
+        """
+        if n is not None:
+            check_count(n, "n", "pair")
+        found = rows_given(rows, "Pairs.from_rows")
+        drawn = pairs_of(found, Path(folder), name, n=n, seed=seed)
+        pairs = cls(name, drawn.used, drawn.refused, drawn=drawn.told)
+        return linked(pairs if wording == BARE else pairs.worded(wording))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -137,6 +174,7 @@ class Pairs:
         """What the provenance of a run says of its data."""
         told: dict[str, Any] = {"name": self.name, "n": len(self), "hash": self.digest}
         told |= {"drawn": self.drawn} if self.drawn else {}
+        told |= {"notes": list(self.notes)} if self.notes else {}
         wordings = list(dict.fromkeys(pair.wording for pair in self.pairs))
         if any(each.told for each in wordings):
             told["wording"] = wordings[0].told if len(wordings) == 1 else [each.told for each in wordings]
@@ -163,32 +201,51 @@ def load_pairs(
     seed: int = 0,
     split: str = "test",
     wording: Wording = BARE,
+    fix_labels: bool = False,
 ) -> Pairs:
-    """Pairs by name (`scenes/colour`, ...) or from a folder with `pairs.jsonl`.
+    """Pairs by name (`scenes/colour`, ...), from a folder with `pairs.jsonl`, or of an official format.
 
-    Pairs of a folder that share a picture are one group, whatever the folder says: they are no independent examples.
+    `mmvp:FOLDER` names a format (docs/data.md); a folder alone is known by its files. Pairs of a folder that share a
+    picture are one group, whatever the folder says: they are no independent examples.
 
     Args:
         n: number of pairs: 64 scenes by default; all of a folder, or n drawn from it, which keep their order.
         seed: draws the scenes, or the pairs of a folder.
         split: `train`, `validation` or `test` scenes; the embedded models were trained on `train` alone.
         wording: how their questions are put (`Pairs.worded` changes it).
+        fix_labels: correct label errors that are known; they are told in `notes` either way.
 
     Raises:
-        UsageError: an unknown name, a folder without `pairs.jsonl`, or one without a pair that can be used.
+        UsageError: an unknown name, a folder of no format or of items alone, or one without a pair that can be used.
     """
     if n is not None:
         check_count(n, "n", "pair")
     check_split(split)
     if str(name_or_folder).startswith("scenes/"):
         return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split, wording)
-    folder = Path(name_or_folder)
-    if not (folder / FILE).is_file():
-        names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
-        raise UsageError(f"data {str(name_or_folder)!r} is neither a folder with {FILE} nor one of {names}")
-    drawn = read_pairs(folder, n=n, seed=seed)
-    pairs = Pairs(str(folder), drawn.used, drawn.refused, drawn=drawn.told)
+    drawn = _read(name_or_folder, n, seed, fix_labels)
+    name = str(Path(name_or_folder))
+    pairs = Pairs(name, drawn.used, drawn.refused, drawn=drawn.told, notes=drawn.notes)
     return linked(pairs if wording == BARE else pairs.worded(wording))
+
+
+def _read(name_or_folder: str | Path, n: int | None, seed: int, fix_labels: bool) -> Drawn[Pair]:
+    """The pairs of a folder with `pairs.jsonl` or of a format."""
+    folder = Path(name_or_folder)
+    if is_file(folder / FILE):
+        return read_pairs(folder, n=n, seed=seed)
+    source = None if is_file(folder / ITEMS) else find_source(name_or_folder)
+    if source is None or source.format.holds != "pairs":
+        held = ITEMS if source is None and is_file(folder / ITEMS) else source.format.name if source else ""
+        if held:
+            raise UsageError(f"data {str(name_or_folder)!r} holds items ({held}), single pictures; pairs are needed")
+        names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
+        raise UsageError(
+            f"data {str(name_or_folder)!r} is neither a folder with {FILE} nor one of {names} nor of a known format, "
+            f"as in mmvp:FOLDER ({names_of_formats()})"
+        )
+    found = source.rows(ReaderOptions(fix_labels, seed))
+    return pairs_of(found, source.root, str(name_or_folder), n=n, seed=seed)
 
 
 def _scene_pairs(name: str, n: int, seed: int, split: str, wording: Wording) -> Pairs:
@@ -243,6 +300,7 @@ def _turned(pair: Pair) -> Pair:
         answer=pair.counterfactual_answer,
         counterfactual_answer=pair.answer,
         conflict=None if pair.conflict is None else SIDES[1 - SIDES.index(pair.conflict)],
+        captions=None if pair.captions is None else (pair.captions[1], pair.captions[0]),
     )
 
 
@@ -272,20 +330,12 @@ def _check_conflict(pair: Pair) -> None:
 
 def linked(pairs: Pairs) -> Pairs:
     """The pairs, those that share a picture of the same pixels in one group, however they are linked over others."""
-    groups = [pair.group or pair.id for pair in pairs]
     shown = [[pixel_hash(image) for image in pair.pictures] for pair in pairs]
-    # The first picture of every pair comes first, and stands for it.
-    rows = [(0, number) for number in range(len(groups))]
-    rows += [(at, number) for number, each in enumerate(shown) for at in range(1, len(each))]
-    keys = [groups[number] for _, number in rows], [shown[number][at] for at, number in rows]
-    numbers = components(*keys)[: len(groups)].tolist() if groups else []
-    first, sizes = dict[int, str](), Counter(numbers)
-    for number, group in zip(numbers, groups, strict=True):
-        first.setdefault(number, group)
+    groups = linked_groups([pair.group or pair.id for pair in pairs], shown)
     # The first of several says its group too: one without a group is no part of a group that has its id.
     changed = [
-        pair if pair.group == first[number] or sizes[number] == 1 else dataclasses.replace(pair, group=first[number])
-        for pair, number in zip(pairs, numbers, strict=True)
+        pair if group in (None, pair.group) else dataclasses.replace(pair, group=group)
+        for pair, group in zip(pairs, groups, strict=True)
     ]
     return dataclasses.replace(pairs, pairs=tuple(changed))
 

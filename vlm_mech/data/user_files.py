@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -35,31 +35,42 @@ class Refused:
 
 @dataclass(frozen=True)
 class Row:
-    """An object of a file of JSON lines: the number of its line from 1 on, its id (else that number), its fields."""
+    """A row of a file: its number from 1 on, its id (else that number), its fields, and where it stands."""
 
     line: int
     id: str
     fields: dict[str, Any]
+    where: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for errors: its line unless something else is told."""
+        return self.where or f"line {self.line}"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The objects of a file of JSON lines in its order, and by line what holds none."""
+    """The rows of a source in its order, by number what holds none, and what is to be told of it.
 
-    rows: tuple[Row, ...]
+    Rows of a stream, whose number is not known, come one after the other.
+    """
+
+    rows: Sequence[Row] | Iterator[Row]
     refused: dict[int, Refused]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Drawn(Generic[UsedT]):
     """What was made of the rows of a file that are used, and which could not be, both in the order of the file.
 
-    `told` says how they were drawn where these are not all rows.
+    `told` says how they were drawn where these are not all rows; `notes` are those of the source.
     """
 
     used: tuple[UsedT, ...]
     refused: tuple[Refused, ...]
     told: str
+    notes: tuple[str, ...] = ()
 
 
 def check_count(n: object, name: str, of: str) -> None:
@@ -111,7 +122,12 @@ def _named_apart(rows: Sequence[Row]) -> tuple[Row, ...]:
     )
 
 
-def _row(number: int, line: bytes) -> Row:
+def object_of(line: bytes) -> dict[str, Any]:
+    """The object that a line of JSON lines holds.
+
+    Raises:
+        UsageError: it is not UTF-8, not JSON, or no object.
+    """
     try:
         fields = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -120,6 +136,11 @@ def _row(number: int, line: bytes) -> Row:
         raise UsageError(f"is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise UsageError(f"is a {type(fields).__name__}; an object is needed")
+    return fields
+
+
+def _row(number: int, line: bytes) -> Row:
+    fields = object_of(line)
     told = fields.get("id")
     name = str(number if told is None else told)
     if not isinstance(told, str | int | float | None) or isinstance(told, bool) or not name.strip():
@@ -172,18 +193,37 @@ def read_told(path: Path, what: str, columns: str, *, key: Callable[[str], str] 
 def draw(found: Rows, n: int | None, seed: int, use: Callable[[Row], UsedT]) -> Drawn[UsedT]:
     """What `use` makes of n rows drawn with the seed, of all where n is None.
 
-    For a row that `use` refuses with a `UsageError` another is drawn, as long as there are any.
+    For a row that `use` refuses with a `UsageError` another is drawn, as long as there are any. Of a stream the first n
+    that can be used are taken, and it is read no further.
     """
-    rows, n_rows = found.rows, len(found.rows) + len(found.refused)
-    order = rows if n is None else random.Random(f"rows/{seed}").sample(rows, len(rows))
     used: dict[int, UsedT] = {}
     refused = dict(found.refused)
-    for row in order:
-        if len(used) == n:
-            break
+    for row in _in_order(found.rows, n, seed):
         try:
             used[row.line] = use(row)
         except UsageError as error:
             refused[row.line] = Refused(row.id, str(error))
-    told = "" if n is None or n >= n_rows else f"{len(used)} of {n_rows} rows, drawn with seed {seed}"
-    return Drawn(tuple(used[line] for line in sorted(used)), tuple(refused[line] for line in sorted(refused)), told)
+        if len(used) == n:
+            break
+    kept = tuple(used[line] for line in sorted(used)), tuple(refused[line] for line in sorted(refused))
+    return Drawn(*kept, _told(found, len(used), n, seed), found.notes)
+
+
+def _in_order(rows: Sequence[Row] | Iterator[Row], n: int | None, seed: int) -> Iterator[Row]:
+    """The rows in the order in which they are tried."""
+    if not isinstance(rows, Sequence):
+        yield from rows
+        return
+    order = range(len(rows)) if n is None else random.Random(f"rows/{seed}").sample(range(len(rows)), len(rows))
+    for at in order:
+        yield rows[at]
+
+
+def _told(found: Rows, n_used: int, n: int | None, seed: int) -> str:
+    """How rows were drawn; nothing where all were taken."""
+    if n is None:
+        return ""
+    if not isinstance(found.rows, Sequence):
+        return f"the first {n_used} rows of a stream that could be used"
+    n_rows = len(found.rows) + len(found.refused)
+    return "" if n >= n_rows else f"{n_used} of {n_rows} rows, drawn with seed {seed}"

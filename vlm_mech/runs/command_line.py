@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from vlm_mech.errors import UsageError
 
 ConfigT = TypeVar("ConfigT")
-HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run", "workers")
+HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run", "workers", "describe")
 """Options that do not change the numbers of a run."""
 
 

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 REASONS = 3
 """How many of the examples that could not be used are told with the findings."""
 ASKING = ("system", "prefix", "suffix", "wording", "wordings")
-"""Options that say how questions are put; a run without them does not mention them."""
+"""Options that say how questions are put."""
+UNSAID = (*ASKING, "fix_labels")
+"""Options that a run does not mention where they are not given."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class RunConfig:
     model: str = "organism"
     """Embedded model (organism, organism-grounded, organism-phrases), folder, or Hugging Face id."""
     data: str = "scenes/colour"
-    """Generated pairs (scenes/colour, scenes/left-right, ...) or a folder with pairs.jsonl."""
+    """Generated pairs (scenes/colour, ...), a folder with pairs.jsonl, or an official format (mmvp:FOLDER)."""
     n: int | None = None
     """Number of examples; 64 scenes by default, all of a folder."""
     seed: int = 0
@@ -74,6 +76,10 @@ class RunConfig:
     """Replace the results of an earlier run in the folder."""
     debug: bool = False
     """Show the whole traceback of an error."""
+    describe: bool = False
+    """Say what the data hold (counts, options, chance, what cannot be used and why), without a model, and stop."""
+    fix_labels: bool = False
+    """Correct label errors of official data sets that are known; they are told either way."""
     config: Path | None = None
     """Repeat the run of a config.json; options given beside it take precedence."""
 
@@ -112,7 +118,12 @@ class RunConfig:
     @property
     def drawn(self) -> dict[str, Any]:
         """How examples are drawn and put: options of `load_pairs`."""
-        return {"seed": self.seed, "wording": self.asking}
+        return {"seed": self.seed, "wording": self.asking} | ({"fix_labels": True} if self.fix_labels else {})
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The data sets of this run."""
+        return (self.data,) if isinstance(self.data, str) else tuple(self.data)
 
 
 @dataclass(frozen=True)
@@ -174,8 +185,9 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
 
 
 def remarks(provenance: dict[str, Any]) -> tuple[str, ...]:
-    """How answers were spelt and which examples were left out, in the sentences that end the findings."""
-    return (*spelt(provenance), *left_out(provenance))
+    """How answers were spelt, which examples were left out, what is to be told of the data: what ends the findings."""
+    data = provenance.get("data", {})
+    return (*spelt(provenance), *left_out(provenance), *(remarks_on(data) if isinstance(data, dict) else ()))
 
 
 def spelt(provenance: dict[str, Any]) -> tuple[str, ...]:
@@ -202,7 +214,7 @@ def as_json(config: RunConfig) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         for name, value in values.items()
-        if name not in HOW and (name not in ASKING or value not in (None, ()))
+        if name not in HOW and (name not in UNSAID or value not in (None, (), False))
     }
 
 
@@ -230,7 +242,10 @@ def main(
             config = parse(config_class, arguments, name=name)
             check_n(config.n, fewest)
             each = worded(config, unasked=unasked)
-            if plan is not None and getattr(config, "dry_run", False):
+            check_fixed(config)
+            if config.describe:
+                print(description(config))
+            elif plan is not None and getattr(config, "dry_run", False):
                 print("\n".join(str(plan(one)) for one in each))
             elif len(each) == 1:
                 execute(each[0], run, name=name)
@@ -248,6 +263,31 @@ def check_n(n: int | None, fewest: int) -> None:
     # What loads the data refuses none at all.
     if n is not None and 0 < n < fewest:
         raise UsageError(f"--n is {n}; at least {fewest} examples are needed")
+
+
+def check_fixed(config: RunConfig) -> None:
+    """Raises `UsageError` where labels are to be corrected and no data set is of an official format."""
+    if not config.fix_labels:
+        return
+    from vlm_mech.data.readers.registry import find_source
+
+    if not any(find_source(each) for each in config.sources):
+        raise UsageError(
+            f"--fix-labels is for official formats, such as whatsup:FOLDER; {', '.join(config.sources)} is of none"
+        )
+
+
+def description(config: RunConfig) -> str:
+    """What the data sets of a run hold, in lines."""
+    from vlm_mech.data.description import describe
+
+    how = {"n": config.n, "seed": config.seed, "split": getattr(config, "split", "test")}
+    return "\n\n".join(describe(each, **how, fix_labels=config.fix_labels) for each in config.sources)
+
+
+def remarks_on(data: dict[str, Any]) -> tuple[str, ...]:
+    """What is to be told of the data, such as known label errors."""
+    return tuple(f"{data.get('name')}: {note}." for note in data.get("notes", ()))
 
 
 def worded(config: ConfigT, *, unasked: str = "") -> list[ConfigT]:

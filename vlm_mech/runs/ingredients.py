@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_mech.data.readers.registry import named
+
 LINES = "pairs.jsonl"
 """A folder with this file is data; what its lines name belongs to it."""
 
@@ -14,13 +16,16 @@ LINES = "pairs.jsonl"
 def ingredients(options: Mapping[str, Any], *, besides: Path) -> dict[str, str]:
     """A digest of the files behind each option that names a file or a folder: models, data, tables of the user's.
 
+    The name of a format before a colon (`mmvp:FOLDER`) is no part of the path.
+
     Args:
         besides: folder of the run, which may lie within one of them.
     """
     found = {}
     for name, value in options.items():
         given = value if isinstance(value, list | tuple) else [value]
-        paths = [Path(each) for each in given if isinstance(each, str | Path) and _is_there(each)]
+        named_paths = [named(each)[1] for each in given if isinstance(each, str | Path) and str(each)]
+        paths = [path for path in named_paths if _is_there(path)]
         if paths:
             found[name] = _digest([file for path in paths for file in _files(path, besides.resolve())])
     return found

@@ -23,7 +23,16 @@ class Parts:
     test: Pairs
 
 
-def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed: int, wording: Wording = BARE) -> Parts:
+def parts_of(
+    data: str,
+    *,
+    n: int | None,
+    n_train: int,
+    n_validation: int,
+    seed: int,
+    wording: Wording = BARE,
+    fix_labels: bool = False,
+) -> Parts:
     """The pairs of a set in conflict, turned where needed so that the picture in conflict is asked about first.
 
     Generated scenes have splits of their own. The pairs of a folder are cut by groups: 60 % to train, 20 % to validate,
@@ -33,7 +42,8 @@ def parts_of(data: str, *, n: int | None, n_train: int, n_validation: int, seed:
         UsageError: no pair says which picture is in conflict, or a folder with too few groups.
     """
     if not data.startswith("scenes/"):
-        return Parts(*by_groups(_faced(load_pairs(data, n=n, seed=seed, wording=wording)), SHARES, seed=seed))
+        pairs = load_pairs(data, n=n, seed=seed, wording=wording, fix_labels=fix_labels)
+        return Parts(*by_groups(_faced(pairs), SHARES, seed=seed))
     wanted = {"train": n_train, "validation": n_validation, "test": n}
     drawn = {"seed": seed, "wording": wording}
     found = {split: load_pairs(data, n=count, split=split, **drawn) for split, count in wanted.items()}

@@ -68,14 +68,16 @@ def grid(kinds: Sequence[str], alphas: Sequence[float], rates: Sequence[float], 
     return found
 
 
-def parts_of(vlm: "VLM", data: str, *, n: int | None, seed: int, wording: Wording = BARE) -> tuple[Pairs, Pairs]:
+def parts_of(
+    vlm: "VLM", data: str, *, n: int | None, seed: int, wording: Wording = BARE, fix_labels: bool = False
+) -> tuple[Pairs, Pairs]:
     """Validation and test pairs in conflict that fit the model: splits of the scenes, or halves of a folder.
 
     Raises:
         UsageError: no pair says which picture is in conflict, or fewer than two pairs in a part.
     """
     scenes, parts = data.startswith("scenes/"), (VALIDATION, TEST)
-    drawn = {"n": n, "seed": seed, "wording": wording}
+    drawn = {"n": n, "seed": seed, "wording": wording, "fix_labels": fix_labels}
     loaded = [load_pairs(data, split=split, **drawn) for split in (parts if scenes else (TEST,))]
     both = [conflict_first(fitting(vlm, with_conflict(pairs), spoken=True)) for pairs in loaded]
     validation, test = both if scenes else by_groups(both[0], (0.5,), seed=seed)

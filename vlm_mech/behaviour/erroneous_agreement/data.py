@@ -9,14 +9,12 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from vlm_mech.behaviour.erroneous_agreement.similarity import FEWEST
 from vlm_mech.data.counterfactual_scenes import ScenePair, sample_pairs
-from vlm_mech.data.pair_folder import pair_fields
 from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_questions import caption
@@ -41,7 +39,6 @@ RELATIONS = {
 }  # fmt: skip
 """How captions put what answers say. Captions that the embedded contrastive model was trained on never say above or
 below, and left or right seldom."""
-FOLDER_CAPTIONS = ("caption", "counterfactual_caption")
 
 
 @dataclass(frozen=True)
@@ -77,15 +74,28 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Cases:
-    """The cases of one data set; `refused` lists what could not be used, `drawn` says of what they were drawn."""
+    """The cases of one data set; `refused` lists what could not be used, `drawn` says of what they were drawn.
+
+    `notes` are what is to be told of them.
+    """
 
     name: str
     cases: tuple[Case, ...]
     refused: tuple[Refused, ...] = ()
     drawn: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def load_cases(name: str, *, n: int | None, seed: int, split: str, template: str, wording: Wording = BARE) -> Cases:
+def load_cases(
+    name: str,
+    *,
+    n: int | None,
+    seed: int,
+    split: str,
+    template: str,
+    wording: Wording = BARE,
+    fix_labels: bool = False,
+) -> Cases:
     """Pairs by name or folder (see `load_pairs`), or `scenes/relations`, with captions.
 
     Captions of scenes name what is in them, or the relation asked about; those of a folder are the fields `caption`
@@ -95,18 +105,19 @@ def load_cases(name: str, *, n: int | None, seed: int, split: str, template: str
         n: pairs, or sets of four; 64 pairs or 32 sets by default, all of a folder.
         template: caption of a folder's pictures, with {question} and {answer}.
         wording: how the questions are put to a VLM; captions stay as they are.
+        fix_labels: correct label errors that are known.
 
     Raises:
         UsageError: as for `load_pairs`, or a template without {answer}.
     """
     if name == SETS:
         return _sets(SOME_SETS if n is None else n, seed, split, wording)
-    pairs = load_pairs(name, n=n, seed=seed, split=split, wording=wording)
+    pairs = load_pairs(name, n=n, seed=seed, split=split, wording=wording, fix_labels=fix_labels)
     if name.startswith("scenes/"):
         found = sample_pairs(name.removeprefix("scenes/"), len(pairs), seed=seed, split=split)
         captions = [scene_captions(each) for each in found]
     else:
-        captions = _folder_captions(Path(name), pairs, template)
+        captions = _folder_captions(pairs, template)
     return _cases(pairs, captions)
 
 
@@ -121,7 +132,7 @@ def _cases(pairs: Pairs, captions: Sequence[tuple[str, ...]]) -> Cases:
             kept.append(Case(pair.id, images, told, asked, pair.group or pair.id))
         except UsageError as error:
             refused.append(Refused(pair.id, str(error)))
-    return Cases(pairs.name, tuple(kept), tuple(refused), pairs.drawn)
+    return Cases(pairs.name, tuple(kept), tuple(refused), pairs.drawn, pairs.notes)
 
 
 def scene_captions(pair: ScenePair) -> tuple[str, str]:
@@ -141,14 +152,10 @@ def relation_caption(one: Thing, other: Thing, answer: str) -> str:
     return f"a {one.colour} {one.kind} {RELATIONS[answer]} a {other.colour} {other.kind}"
 
 
-def _folder_captions(folder: Path, pairs: Pairs, template: str) -> list[tuple[str, ...]]:
+def _folder_captions(pairs: Pairs, template: str) -> list[tuple[str, ...]]:
     if "{answer}" not in template:
         raise UsageError(f"caption {template!r} has no {{answer}}; it is needed, as in '{{question}} {{answer}}'")
-    told: dict[str, tuple[str, ...]] = {}
-    for name, fields in pair_fields(folder).items():
-        if all(isinstance(fields.get(field), str) for field in FOLDER_CAPTIONS):
-            told[name] = tuple(fields[field] for field in FOLDER_CAPTIONS)
-    return [told.get(pair.id) or _filled(template, pair) for pair in pairs]
+    return [pair.captions or _filled(template, pair) for pair in pairs]
 
 
 def _filled(template: str, pair: Pair) -> tuple[str, ...]:
@@ -252,7 +259,8 @@ def joined(data: Sequence[Cases]) -> Pairs:
     ]  # fmt: skip
     refused = [Refused(f"{cases.name}/{each.id}", each.reason) for cases in data for each in cases.refused]
     drawn = "; ".join(f"{cases.name}: {cases.drawn}" for cases in data if cases.drawn)
-    return Pairs(" + ".join(cases.name for cases in data), tuple(pairs), tuple(refused), drawn=drawn)
+    notes = tuple(f"{cases.name}: {note}" if len(data) > 1 else note for cases in data for note in cases.notes)
+    return Pairs(" + ".join(cases.name for cases in data), tuple(pairs), tuple(refused), drawn=drawn, notes=notes)
 
 
 def shown(data: Sequence[Cases]) -> tuple[tuple[str, Image.Image], ...]:

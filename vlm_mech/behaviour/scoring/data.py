@@ -69,6 +69,7 @@ def load_parts(
     seed: int,
     split: str = TEST,
     wording: Wording = BARE,
+    fix_labels: bool = False,
 ) -> tuple[Pairs, Pairs | None]:
     """Pairs to test on, and to choose the best prompt on (None: that is left out).
 
@@ -76,13 +77,14 @@ def load_parts(
         n_validation: pairs to choose on; by default 32 of generated scenes, and a third of a folder.
         split: of generated scenes.
         wording: how what the prompts ask is put.
+        fix_labels: correct label errors that are known.
 
     Raises:
         UsageError: as for `load_pairs`, a negative number, or fewer than two pairs to test on.
     """
     if n_validation is not None and n_validation < 0:
         raise UsageError(f"n_validation is {n_validation}; 0 leaves the best prompt out, otherwise pairs are needed")
-    pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording)
+    pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording, fix_labels=fix_labels)
     scenes = data.startswith("scenes/")
     if n_validation is None:
         n_validation = N_VALIDATION if scenes else len(pairs) // 3

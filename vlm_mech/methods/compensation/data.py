@@ -120,6 +120,7 @@ def load_examples(
     wording: Wording = BARE,
     variants: Variety = "likeliest",
     whole: bool = False,
+    fix_labels: bool = False,
 ) -> Examples:
     """The examples of generated scenes (`SOME` by default) or of a folder; those that do not fit the model are refused.
 
@@ -130,7 +131,7 @@ def load_examples(
         UsageError: see `shown_parts` and `examples_of`.
     """
     n = SOME if n is None and data.startswith("scenes/") else n
-    pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording)
+    pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording, fix_labels=fix_labels)
     shown = shown_parts(pairs, seed=seed, split=split)
     pairs = fitting(vlm, pairs, variants=variants, whole=whole)
     return examples_of(vlm, pairs, shown, min_share=min_share, seed=seed)

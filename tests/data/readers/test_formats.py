@@ -1,0 +1,67 @@
+"""The formats: each is known by its own files alone, and the table of the docs is made from them."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlm_mech.data.export.__main__ import export
+from vlm_mech.data.readers import registry
+from vlm_mech.data.readers.format import Format
+from vlm_mech.data.readers.tables import tables_in
+from vlm_mech.data.user_files import Rows
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_table_of_formats_is_that_of_the_docs():
+    script = runpy.run_path(str(ROOT / "docs" / "formats_table.py"))
+    page = script["PAGE"].read_text()
+    assert script["with_table"](page) == page, "run: python docs/formats_table.py"
+    assert [f"`{each.name}`" for each in registry.formats()] == re.findall(
+        r"^\| (`[\w-]+`) \| (?:pairs|items) ", page, re.M
+    )
+
+
+@pytest.mark.parametrize("name", [each.name for each in registry.formats()])
+def test_files_of_a_format_are_of_no_other(name, tmp_path):
+    export(name, tmp_path / "made", n=4)
+    tables = tables_in(tmp_path / "made")
+    assert {each.name for each in registry.formats() for table in tables if each.reads(table)} == {name}
+    source = registry.find_source(tmp_path / "made")
+    assert source is not None and source.format.name == name and len(source.tables) == len(tables)
+
+
+def test_a_module_with_a_format_is_all_that_is_needed(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("from tests.data.readers.test_formats import MINE\nFORMAT = MINE\n")
+    monkeypatch.setattr(registry.readers, "__path__", [*registry.readers.__path__, str(tmp_path)])
+    registry.formats.cache_clear()
+    try:
+        assert "mine" in [each.name for each in registry.formats()]
+        assert registry.named("mine:somewhere") == (MINE, Path("somewhere"))
+    finally:
+        registry.formats.cache_clear()
+        sys.modules.pop("vlm_mech.data.readers.mine")
+
+
+MINE = Format("mine", "items", ("a",), lambda tables, options: Rows((), {}), "a file", "an item")
+
+
+def test_what_names_no_format_is_a_path(tmp_path):
+    assert registry.named("hf:owner/name") == (None, Path("hf:owner/name"))
+    assert registry.find_source("hf:owner/name") is None
+    assert registry.find_source("x" * 5_000) is None
+    assert registry.find_source(tmp_path) is None
+
+
+def test_formats_are_light_to_import():
+    """`--help` imports them."""
+    code = (
+        "import sys\nfrom vlm_mech.data.readers.registry import formats\nassert len(formats()) > 12\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'pyarrow', 'PIL', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,87 @@
+"""Rows that are given in Python: a list of mappings, a pandas DataFrame, a data set of the hub, or a stream.
+
+A row is fetched when it is drawn, and no picture is decoded before its row is.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_mech.data.user_files import Row, Rows
+from vlm_mech.errors import UsageError
+
+
+class _Fetched(Sequence[Row]):
+    """Rows of a source that gives each by its number."""
+
+    def __init__(self, n: int, fetch: Callable[[int], Any]) -> None:
+        self._n, self._fetch = n, fetch
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, at: Any) -> Any:
+        return _row(at, self._fetch(at))
+
+
+def rows_given(given: Iterable[Any], call: str) -> Rows:
+    """The rows of what is given; those of a stream, which has no length, in its order as long as they are asked for.
+
+    Args:
+        call: that they are given to, for the error.
+
+    Raises:
+        UsageError: what is given has no rows.
+    """
+    if isinstance(given, str | bytes | Path | Mapping) or not isinstance(given, Iterable):
+        raise UsageError(
+            f"{call} takes rows, not a {type(given).__name__}: a list of dicts, a DataFrame, a datasets.Dataset, or an "
+            "iterable of dicts"
+        )
+    source: Any = given
+    if hasattr(source, "iloc"):
+        return Rows(_Fetched(len(source), lambda at: source.iloc[at].to_dict()), {})
+    source = _undecoded(source)
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+        return Rows(_Fetched(len(source), lambda at: source[at]), {})
+    return Rows(_streamed(source), {})
+
+
+def _streamed(source: Iterable[Any]) -> Iterator[Row]:
+    return (_row(number, each) for number, each in enumerate(source))
+
+
+def _row(at: int, fields: Any) -> Row:
+    """The row at a place, missing values left out."""
+    if not isinstance(fields, Mapping):
+        raise UsageError(f"row {at + 1} is a {type(fields).__name__}; a mapping of image, question, answer is needed")
+    told = {str(name): _listed(value) for name, value in fields.items() if not _is_missing(value)}
+    name = told.get("id")
+    return Row(at + 1, str(at + 1 if name is None else name), told, f"row {at + 1}")
+
+
+def _listed(value: Any) -> Any:
+    """Arrays of texts or objects, as tables hold lists, as lists."""
+    return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "OU" else value
+
+
+def _is_missing(value: Any) -> bool:
+    return (
+        value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
+    )
+
+
+def _undecoded(source: Any) -> Any:
+    """A data set of the hub that gives pictures as it holds them, not decoded; anything else as it is."""
+    features = getattr(source, "features", None)
+    if not isinstance(features, Mapping) or not hasattr(source, "cast_column"):
+        return source
+    for column, feature in features.items():
+        inner = getattr(feature, "feature", None)
+        if type(feature).__name__ == "Image":
+            source = source.cast_column(column, type(feature)(decode=False))
+        elif type(inner).__name__ == "Image":
+            source = source.cast_column(column, type(feature)(type(inner)(decode=False)))
+    return source

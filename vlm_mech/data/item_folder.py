@@ -1,0 +1,67 @@
+"""Items of files: a folder with `items.jsonl`, one object a line, or an official format (`data.readers`).
+
+A line has `image` (a path from the folder, an address, or the picture in base64) or a list `images`, `question` and
+`answer`. It may also have `id`, `options` (a list of texts), `prior`, `category`, `group` and `conflict` (see `Item`).
+"""
+
+import dataclasses
+from pathlib import Path
+
+from vlm_mech.data.item import Item
+from vlm_mech.data.pair_folder import check_ids, check_unlike, first_reason
+from vlm_mech.data.row_fields import as_given, kept_form, opened, pictures_of, text_of, told_of
+from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
+from vlm_mech.data.user_files import Drawn, Row, Rows, draw
+from vlm_mech.errors import UsageError
+
+FILE = "items.jsonl"
+
+
+def items_of(found: Rows, folder: Path, name: str, *, n: int | None, seed: int) -> Drawn[Item]:
+    """The items of rows, or n of them drawn with the seed; those that share a picture are one group.
+
+    Each picture is opened once, so that one which cannot be read is refused here, and is kept in the form (file, bytes)
+    in which the row has it.
+
+    Args:
+        folder: from which pictures are named.
+        name: what the source is called in errors.
+
+    Raises:
+        UsageError: no item can be used, or an id occurs twice.
+    """
+    check_ids(found, "item", name)
+    drawn = draw(found, n, seed, lambda row: _item(folder, row))
+    if not drawn.used:
+        raise UsageError(f"{name!r} holds no usable item{first_reason(drawn)}")
+    items = [item for item, _ in drawn.used]
+    check_unlike([item.id for item in items], "item", name)
+    groups = linked_groups([each.group or each.id for each in items], [shown for _, shown in drawn.used])
+    made = [
+        item if group is None else dataclasses.replace(item, group=group)
+        for item, group in zip(items, groups, strict=True)
+    ]
+    return Drawn(tuple(made), drawn.refused, drawn.told, drawn.notes)
+
+
+def _item(folder: Path, row: Row) -> tuple[Item, list[str]]:
+    """The item of a row, and hashes of its pictures.
+
+    Raises:
+        UsageError: a field that is none, or a picture that cannot be read.
+    """
+    images = pictures_of(row, folder, "image", "images")
+    question, answer = (text_of(row, field, row.fields.get(field)) for field in ("question", "answer"))
+    pixels = opened(images)
+    item = Item(
+        row.id,
+        as_given(kept_form(images, pixels)),
+        question,
+        answer,
+        options=row.fields.get("options") or (),
+        prior=told_of(row, "prior"),
+        category=told_of(row, "category"),
+        group=told_of(row, "group"),
+        conflict=row.fields.get("conflict"),
+    )
+    return item, [pixel_hash(each) for each in pixels]

@@ -1,0 +1,181 @@
+"""Single items (`Item`) as a data set: of a folder of the user's own, or of an official format."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any, overload
+
+from vlm_mech.data.given_rows import rows_given
+from vlm_mech.data.item import Item
+from vlm_mech.data.item_folder import FILE, items_of
+from vlm_mech.data.pair_folder import FILE as PAIRS
+from vlm_mech.data.readers.format import ReaderOptions
+from vlm_mech.data.readers.registry import find_source, is_file, names_of_formats
+from vlm_mech.data.user_files import Drawn, Refused, check_count, read_rows
+from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.wording import BARE, Wording
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """Items of one data set; `refused` lists those that could not be used, `notes` what is to be told of the data."""
+
+    name: str
+    items: tuple[Item, ...]
+    refused: tuple[Refused, ...] = ()
+    drawn: str = ""
+    """How the items were drawn from a larger number of the user's."""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, kind in (("items", Item), ("refused", Refused)):
+            given = getattr(self, name)
+            odd = [each for each in given if not isinstance(each, kind)] if isinstance(given, list | tuple) else [given]
+            if odd:
+                what = type(odd[0]).__name__
+                raise UsageError(f"{name} of {self.name!r} holds a {what}; a tuple of {kind.__name__} is needed")
+            object.__setattr__(self, name, tuple(given))
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[Any],
+        *,
+        name: str = "rows",
+        folder: str | Path = ".",
+        n: int | None = None,
+        seed: int = 0,
+        wording: Wording = BARE,
+    ) -> "Items":
+        """Items of rows in memory, with the fields of a line of `items.jsonl` (docs/data.md).
+
+        Rows are a list of dicts, a pandas DataFrame, a `datasets.Dataset` (streaming too) or any iterable of dicts;
+        pictures PIL images, arrays, bytes, base64, paths, addresses or the hub's mappings. Only rows that are drawn
+        are fetched, and only their pictures opened.
+
+        Args:
+            name: what the data are called in results.
+            folder: from which paths of pictures go out.
+            n: number of items, drawn with the seed; of an iterable without a length the first n that can be used.
+            seed: draws them.
+            wording: how their questions are put.
+
+        Raises:
+            UsageError: no rows, none that can be used, or an id that occurs twice.
+        """
+        if n is not None:
+            check_count(n, "n", "item")
+        found = rows_given(rows, "Items.from_rows")
+        drawn = items_of(found, Path(folder), name, n=n, seed=seed)
+        items = cls(name, drawn.used, drawn.refused, drawn.told)
+        return items if wording == BARE else items.worded(wording)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    @overload
+    def __getitem__(self, rows: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, rows: slice) -> "Items": ...
+
+    def __getitem__(self, rows: int | slice) -> "Item | Items":
+        """One item by its number, or some of them as `Items`."""
+        if isinstance(rows, slice):
+            return dataclasses.replace(self, items=self.items[rows])
+        if not isinstance(rows, Integral):
+            raise UsageError(f"{rows!r} is no row of items; a number gives an item, a slice such as [:8] gives Items")
+        return self.items[rows]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The question about each image."""
+        return [item.prompt for item in self.items]
+
+    @property
+    def answer(self) -> list[str]:
+        """The right answers."""
+        return [item.answer for item in self.items]
+
+    def worded(self, wording: Wording) -> "Items":
+        """The same items with their questions put in another way."""
+        return dataclasses.replace(self, items=tuple(dataclasses.replace(item, wording=wording) for item in self.items))
+
+    @property
+    def digest(self) -> str:
+        """A hash of every pixel, question, wording, answer and option."""
+        found = hashlib.sha256()
+        for item in self.items:
+            for image in item.images:
+                loaded = load_image(image)
+                found.update(repr(loaded.size).encode() + loaded.tobytes())
+            said: list[Any] = [item.id, item.question, item.answer, list(item.options)]
+            said += [item.wording.told] if item.wording.told else []
+            found.update(json.dumps(said).encode())
+        return found.hexdigest()[:16]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the provenance of a run says of its data."""
+        told: dict[str, Any] = {"name": self.name, "n": len(self), "hash": self.digest}
+        told |= {"drawn": self.drawn} if self.drawn else {}
+        told |= {"notes": list(self.notes)} if self.notes else {}
+        wordings = list(dict.fromkeys(item.wording for item in self.items))
+        if any(each.told for each in wordings):
+            told["wording"] = wordings[0].told if len(wordings) == 1 else [each.told for each in wordings]
+        return told
+
+
+def load_items(
+    name_or_folder: str | Path,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    wording: Wording = BARE,
+    fix_labels: bool = False,
+) -> Items:
+    """Items from a folder with `items.jsonl`, or of an official format.
+
+    `pope:FOLDER` names a format (docs/data.md); a folder alone is known by its files. Items that share a picture are
+    one group. Pictures stay in their files, but each is opened once, so that what cannot be read is refused.
+
+    Args:
+        n: number of items drawn, which keep their order; all by default.
+        seed: draws them, and what an official protocol draws.
+        wording: how their questions are put (`Items.worded` changes it).
+        fix_labels: correct label errors that are known; they are told in `notes` either way.
+
+    Raises:
+        UsageError: a folder of no format or of pairs alone, or one without an item that can be used.
+    """
+    if n is not None:
+        check_count(n, "n", "item")
+    drawn = _read(name_or_folder, n, seed, fix_labels)
+    items = Items(str(Path(name_or_folder)), drawn.used, drawn.refused, drawn.told, drawn.notes)
+    return items if wording == BARE else items.worded(wording)
+
+
+def _read(name_or_folder: str | Path, n: int | None, seed: int, fix_labels: bool) -> Drawn[Item]:
+    """The items of a folder with `items.jsonl` or of a format."""
+    folder, name = Path(name_or_folder), str(name_or_folder)
+    if is_file(folder / FILE):
+        return items_of(read_rows(folder / FILE, "items"), folder, str(folder / FILE), n=n, seed=seed)
+    source = None if is_file(folder / PAIRS) else find_source(name_or_folder)
+    held = source.format.name if source else PAIRS if is_file(folder / PAIRS) else ""
+    if held and (source is None or source.format.holds != "items"):
+        raise UsageError(f"data {name!r} holds pairs ({held}); single items are needed")
+    if source is None:
+        raise UsageError(
+            f"data {name!r} is neither a folder with {FILE} nor of a known format, as in pope:FOLDER "
+            f"({names_of_formats()})"
+        )
+    return items_of(source.rows(ReaderOptions(fix_labels, seed)), source.root, name, n=n, seed=seed)

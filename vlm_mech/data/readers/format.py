@@ -1,0 +1,96 @@
+"""What a format is: the tables by which it is known, and how their rows become rows of pairs or of items."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm_mech.data.user_files import Refused, Row, Rows
+
+
+@dataclass(frozen=True)
+class ReaderOptions:
+    """How a source is read.
+
+    `fix_labels` corrects label errors that are known; `seed` draws what an official protocol draws, such as the order
+    in which two options are named.
+    """
+
+    fix_labels: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file of rows: where it lies, the folder it was found in, its columns, and its first row."""
+
+    path: Path
+    root: Path
+    columns: tuple[str, ...]
+    first: dict[str, Any] = field(default_factory=dict)
+
+    def picture(self, named: Any, *folders: str) -> Any:
+        """The picture that a cell names: the path of a file, or the cell itself where there is no such file.
+
+        Args:
+            named: what the cell holds; what is no text stays as it is.
+            folders: in which of them the file may lie, beside the table's own folder, its parent and the root.
+        """
+        if not isinstance(named, str) or not named.strip() or len(named) > 500:
+            return named
+        bases = dict.fromkeys((self.path.parent, self.root, self.path.parent.parent))
+        places = [base / folder for base in bases for folder in ("", *folders)]
+        return next((place / named for place in places if (place / named).is_file()), named)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: by which columns its tables are known, and what their rows become.
+
+    `rows` gives rows with the fields of a line of `pairs.jsonl` or `items.jsonl`; pictures are named, not opened.
+    `fits` says whether a table with these columns is one, where columns alone do not tell. `layout` and `becomes` are
+    for the table of formats in docs/data.md.
+    """
+
+    name: str
+    holds: Literal["pairs", "items"]
+    columns: tuple[str, ...]
+    rows: Callable[[Sequence[Table], ReaderOptions], Rows]
+    layout: str
+    becomes: str
+    fits: Callable[[Table], bool] = lambda table: True
+
+    def reads(self, table: Table) -> bool:
+        """Whether a table is of this format."""
+        return set(self.columns) <= set(table.columns) and self.fits(table)
+
+
+class Collector:
+    """Rows and refusals of a source in their order, over all its tables."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.refused: dict[int, Refused] = {}
+        self.notes: list[str] = []
+
+    @property
+    def _number(self) -> int:
+        return len(self.rows) + len(self.refused) + 1
+
+    def keep(self, place: str, name: str, fields: dict[str, Any]) -> None:
+        """A row: where it stands in its file, its id, its fields."""
+        self.rows.append(Row(self._number, name, fields, place))
+
+    def refuse(self, name: str, reason: object) -> None:
+        """What cannot be used, and why."""
+        self.refused[self._number] = Refused(name, str(reason))
+
+    def note(self, text: str) -> None:
+        """What is to be told of the source, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @property
+    def found(self) -> Rows:
+        """All of it."""
+        return Rows(tuple(self.rows), self.refused, tuple(self.notes))
