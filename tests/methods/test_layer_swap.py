@@ -170,7 +170,7 @@ def test_whole_answers_are_swapped_at_the_last_token_and_at_their_own():
     """The states of prompt and answer together are all that foretells an answer; both engines say the same."""
     vlm = VLM.load("organism-phrases")
     pairs = fitting(vlm, load_pairs("scenes/phrases", n=8))
-    sites, spans = swap_sites(vlm, "llm", "resid_post"), ("last", "last+answer", "all+answer")
+    sites, spans = swap_sites(vlm, "llm", "resid_post")[1::2], ("last", "last+answer", "all+answer")
     found = {}
     for name in ("logit_diff", "logprob_diff"):
         tables = [

@@ -71,8 +71,8 @@ def difference(ours, theirs, encoded) -> float:
 
 
 def edits_with_answers(vlm, donors):
-    edits = edits_of(vlm, donors)[::3]
-    for layer in vlm.llm_layers:
+    edits = edits_of(vlm, donors)[::4]
+    for layer in list(vlm.llm_layers)[1::2]:
         edits.append(Knockout(("last", "answer"), "all", layer, keep_self=True))
         edits.append(Knockout("answer", "question", range(layer + 1)))
         edits.append(Ablate(Site("llm.head_out", layer), "answer", heads=(1,)))
