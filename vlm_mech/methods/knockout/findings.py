@@ -91,7 +91,7 @@ def by_edge(result: Result, layers: Layers) -> tuple[str, ...]:
 def _edge_sentence(result: Result, summary: pd.DataFrame, edge: str, layers: Layers) -> str:
     rows = summary[(summary["edge"] == edge) & (summary["cut"] == EDGE)]
     if int(rows["n"].max()) < 2:
-        return f"{edge}: too few examples have this edge ({rows['n'].max()})."
+        return f"{edge}: too few examples have this edge and a relative change ({rows['n'].max()})."
     marked = rows[rows["p_corrected"] < LEVEL]
     strongest = (rows if marked.empty else marked).sort_values("effect", key=abs, kind="stable").iloc[-1]
     place = f"{layers.where} layer {strongest['layer']}"
