@@ -156,3 +156,18 @@ def test_what_has_no_rows_is_one_line():
         Pairs.from_rows([row | {"id": "a"} for row in pair_rows(2)], name="mine")
     with pytest.raises(UsageError, match="n is 0; at least one item is needed"):
         Items.from_rows([], n=0)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_what_is_missing_in_any_way_is_missing_and_what_is_no_text_is_refused():
+    shown = {"image": picture(1), "question": "what is it?", "answer": "a"}
+    missing = {"prior": np.float32("nan"), "group": np.datetime64("NaT"), "category": float("nan")}
+    (item,) = Items.from_rows([shown | missing])
+    assert (item.prior, item.group, item.category) == (None, None, None)
+    (item,) = Items.from_rows([shown | {"options": np.array(["a", "b"]), "conflict": np.bool_(True)}])
+    assert item.options == ("a", "b") and item.conflict
+    assert Items.from_rows([shown | {"options": pd.Series(["b", "a"])}])[0].options == ("b", "a")
+    odd = {"prior": ["p"], "category": {"a": 1}, "group": True, "options": "", "conflict": np.array([1, 0])}
+    items = Items.from_rows([shown, *(shown | {name: value} for name, value in odd.items())])
+    assert len(items) == 1 and len(items.refused) == len(odd)
+    assert all(name in each.reason for name, each in zip(odd, items.refused, strict=True))

@@ -40,7 +40,7 @@ class Item:
         of = f"item {self.id}"
         if not self.images:
             raise UsageError(f"{of}: it shows no image; one at least is needed")
-        if self.conflict not in (None, True, False):
+        if not isinstance(self.conflict, bool | None):
             raise UsageError(f"{of}: conflict is {self.conflict!r:.60}; true, false or null is needed")
         object.__setattr__(self, "options", checked_options(self.options, (self.answer,), of=of))
         for name in ("prior", "category", "group"):

@@ -7,9 +7,11 @@ A line has `image` (a path from the folder, an address, or the picture in base64
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from vlm_mech.data.item import Item
 from vlm_mech.data.pair_folder import check_ids, check_unlike, first_reason
-from vlm_mech.data.row_fields import as_given, kept_form, opened, pictures_of, text_of, told_of
+from vlm_mech.data.row_fields import as_given, kept_form, opened, options_of, pictures_of, text_of, told_of
 from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
 from vlm_mech.data.user_files import Drawn, Row, Rows, draw
 from vlm_mech.errors import UsageError
@@ -52,16 +54,16 @@ def _item(folder: Path, row: Row) -> tuple[Item, list[str]]:
     """
     images = pictures_of(row, folder, "image", "images")
     question, answer = (text_of(row, field, row.fields.get(field)) for field in ("question", "answer"))
-    pixels = opened(images)
+    pixels, conflict = opened(images), row.fields.get("conflict")
     item = Item(
         row.id,
         as_given(kept_form(images, pixels)),
         question,
         answer,
-        options=row.fields.get("options") or (),
+        options=options_of(row),
         prior=told_of(row, "prior"),
         category=told_of(row, "category"),
         group=told_of(row, "group"),
-        conflict=row.fields.get("conflict"),
+        conflict=bool(conflict) if isinstance(conflict, np.bool_) else conflict,
     )
     return item, [pixel_hash(each) for each in pixels]

@@ -49,7 +49,7 @@ class Pair:
                 raise UsageError(f"{name} of a pair is {getattr(self, name)!r:.60}; a text is needed")
         if self.answer.strip() == self.counterfactual_answer.strip():
             raise UsageError(f"pair {self.id}: both answers are {self.answer!r:.60}; they must differ")
-        if self.conflict not in (None, *SIDES):
+        if not isinstance(self.conflict, str | None) or self.conflict not in (None, *SIDES):
             raise UsageError(f'pair {self.id}: conflict is {self.conflict!r:.60}; "first", "second" or null is needed')
         counts = len(self.images), len(self.counterfactual_images)
         if counts[0] != counts[1] or not counts[0]:

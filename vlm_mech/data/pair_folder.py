@@ -15,7 +15,7 @@ from typing import Any
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.readers.format import ReaderOptions
 from vlm_mech.data.readers.registry import find_source
-from vlm_mech.data.row_fields import as_given, kept_form, opened, pictures_of, text_of, told_of
+from vlm_mech.data.row_fields import as_given, kept_form, opened, options_of, pictures_of, text_of, told_of
 from vlm_mech.data.user_files import Drawn, Row, Rows, draw, read_rows
 from vlm_mech.errors import UsageError
 
@@ -107,7 +107,7 @@ def _pair(folder: Path, row: Row, keep_pixels: bool) -> Pair:
         *answers,
         told_of(row, "group"),
         row.fields.get("conflict"),
-        options=row.fields.get("options") or (),
+        options=options_of(row),
         prior=told_of(row, "prior"),
         category=told_of(row, "category"),
         captions=(captions[0], captions[1]) if all(isinstance(each, str) for each in captions) else None,

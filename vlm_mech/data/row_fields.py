@@ -1,5 +1,6 @@
 """The fields of a row of pairs or items: its texts, the pictures that it names, and what it may say beside these."""
 
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,24 @@ def text_of(row: Row, field: str, given: Any) -> str:
 
 
 def told_of(row: Row, field: str) -> str | None:
-    """A text that a row may have; a number is written out."""
+    """A text that a row may have; a number is written out, and what is not a number is missing.
+
+    Raises:
+        UsageError: something else.
+    """
     given = row.fields.get(field)
-    return None if given is None else str(given)
+    if given is None or (isinstance(given, float) and given != given):
+        return None
+    if isinstance(given, bool) or not isinstance(given, str | Number):
+        raise UsageError(f"{row.place}: {field} is {given!r:.60}; a text is needed, or none")
+    return str(given)
+
+
+def options_of(row: Row) -> Any:
+    """The options that a row may have, arrays and columns as lists; `checked_options` says what is wrong with them."""
+    given: Any = row.fields.get("options")
+    given = given.tolist() if hasattr(given, "tolist") else given
+    return () if given is None or given in ([], ()) else given
 
 
 def pictures_of(row: Row, folder: Path, one: str, several: str) -> list[ImageLike]:
@@ -36,7 +52,7 @@ def pictures_of(row: Row, folder: Path, one: str, several: str) -> list[ImageLik
     Raises:
         UsageError: both ways are used, or something that is no picture.
     """
-    if row.fields.get(several) is None and several not in row.fields:
+    if row.fields.get(several) is None and (several not in row.fields or row.fields.get(one) is not None):
         return [_picture(row, folder, one, row.fields.get(one))]
     if row.fields.get(one) is not None:
         raise UsageError(f"{row.place}: both {one} and {several} are given; one of them is needed")

@@ -143,7 +143,7 @@ def _row(number: int, line: bytes) -> Row:
     fields = object_of(line)
     told = fields.get("id")
     name = str(number if told is None else told)
-    if not isinstance(told, str | int | float | None) or isinstance(told, bool) or not name.strip():
+    if not isinstance(told, str | int | float | None) or isinstance(told, bool) or told != told or not name.strip():
         raise UsageError(f"has the id {told!r}; a text or a number is needed")
     return Row(number, name, fields)
 

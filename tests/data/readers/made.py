@@ -79,7 +79,7 @@ def mmvp(folder: Path, rows: list[tuple]) -> Path:
     """Rows with the pictures of their numbers."""
     write_csv(folder / "Questions.csv", MMVP, *rows)
     for row in rows:
-        if str(row[0]).isdigit():
+        if str(row[0]).isdecimal():
             save(folder / "MMVP Images" / f"{row[0]}.jpg", int(row[0]))
     return folder
 

@@ -267,7 +267,7 @@ def test_vlmbias_has_its_prior_and_conflict(tmp_path, lines):
     assert [(item.answer, item.prior, item.conflict, shown(item.image)) for item in items] == [
         ("5", "4", True, 1), ("4", "4", False, 2),
     ]  # fmt: skip
-    assert items[0].question.endswith("{9}.") and "both are needed" in items.refused[0].reason
+    assert items[0].question.endswith("{9}.") and "a text or a number is needed" in items.refused[0].reason
 
 
 # COCO- and GQA-spatial
@@ -330,3 +330,22 @@ def test_a_file_of_another_name_is_no_table_of_the_format(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"a": 1}))
     with pytest.raises(UsageError, match="holds no file of the format coco-spatial: needed is"):
         load_items(f"coco-spatial:{tmp_path}")
+
+
+def test_vlmbias_compares_numbers_as_numbers(tmp_path):
+    """A column with a number missing is read as fractions; what is no answer is counted."""
+    save(tmp_path / "1.png", 1)
+    given = [("5", 5.0), (4.0, "4"), (float("nan"), "4"), (True, "4"), (5, "4")]
+    rows = [
+        {"image": "1.png", "prompt": "How many?", "ground_truth": right, "expected_bias": usual, "topic": "animals"}
+        for right, usual in given
+    ]
+    rows += [{name: value for name, value in rows[0].items() if name != "topic"}]
+    write_lines(tmp_path / "main.jsonl", rows)
+    items = load_items(f"vlmbias:{tmp_path}")
+    assert [(item.answer, item.prior, item.conflict) for item in items] == [
+        ("5", "5", False), ("4", "4", False), ("5", "4", True)
+    ]  # fmt: skip
+    assert [each.reason.rpartition(": ")[2] for each in items.refused][-1] == "it has no topic" and len(
+        items.refused
+    ) == 3

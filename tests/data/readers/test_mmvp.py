@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.data.readers.made import MMVP, mmvp, write_csv
+from tests.data.readers.made import MMVP, mmvp, save, shown, write_csv
 from tests.zoo.tiny import picture
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError
@@ -85,3 +85,26 @@ def test_a_missing_picture_is_counted(tmp_path):
     pairs = load_pairs(folder)
     assert [pair.id for pair in pairs] == ["9/10"]
     assert pairs.refused[0].id == "1/2" and "does not exist" in pairs.refused[0].reason
+
+
+def test_a_picture_elsewhere_is_not_taken_for_the_official_one(tmp_path):
+    """Neither before the one in the layout's folder, nor in the place of one that is missing there."""
+    folder = mmvp(tmp_path / "above" / "mmvp", ROWS)
+    for stray in (folder / "1.jpg", folder / "10.jpg", folder.parent / "MMVP Images" / "10.jpg"):
+        save(stray, 77)
+    (folder / "MMVP Images" / "10.jpg").unlink()
+    pairs = load_pairs(f"mmvp:{folder}")
+    assert [pair.id for pair in pairs] == ["1/2"] and shown(pairs[0].image) == 1
+    assert [each.id for each in pairs.refused] == ["9/10"] and "does not exist" in pairs.refused[0].reason
+
+
+def test_rows_without_a_cell_or_with_a_letter_twice_are_counted(tmp_path):
+    rows = [(number, "Is it open?", "(a) Open (b) Closed (b) Ajar", "(b)") for number in (3, 4)]
+    rows += [(5, " ", "(a) Open (b) Closed", "(a)"), (6, "Is it open?", "(a) Open (b) Closed", "(b)")]
+    rows += [("\u00b2", "Is it open?", "(a) Open (b) Closed", "(b)")]
+    pairs = load_pairs(f"mmvp:{mmvp(tmp_path, [*ROWS[:2], *rows])}")
+    assert len(pairs) == 1
+    told = sorted(each.reason.partition(": ")[2] for each in pairs.refused)
+    assert len(told) == 3 and "have the letter (b) twice" in told[2] + told[1] + told[0]
+    assert any("Question is ' '; a non-empty text is needed" in each for each in told)
+    assert any("Index is '\u00b2'; a whole number from 1 on is needed" in each for each in told)

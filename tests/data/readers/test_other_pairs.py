@@ -169,3 +169,16 @@ def test_a_wrong_column_is_named(tmp_path):
         load_pairs(f"mmvp-vlm:{tmp_path}")
     with pytest.raises(UsageError, match=r"nor of a known format, as in mmvp:FOLDER \(.*mmvp, mmvp-vlm"):
         load_pairs(tmp_path)
+
+
+def test_a_figure_is_not_paired_with_itself(tmp_path):
+    """The same figure with both answers, a question that is none, and a number that is none."""
+    rows = [
+        hallusion("0", figure, answer, number=number)
+        for number, (figure, answer) in enumerate((("0", "1"), ("0", "0"), ("1", "0"), ("\u00b2", "0")), 1)
+    ]
+    rows += [hallusion("9", figure, answer, question=None, number=1) for figure, answer in (("0", "1"), ("1", "0"))]
+    pairs = load_pairs(f"hallusionbench:{hallusionbench(tmp_path, rows)}")
+    assert len(pairs) == 1 and pairs[0].question == "Is it larger?"
+    told = " ".join(each.reason for each in pairs.refused)
+    assert "figure 0 is there twice" in told and "figure_id is '\u00b2'" in told and told.count("question is None") == 2

@@ -34,13 +34,21 @@ class Table:
 
         Args:
             named: what the cell holds; what is no text stays as it is.
-            folders: in which of them the file may lie, beside the table's own folder, its parent and the root.
+            folders: in which of them, beside the table or in the root, the layout has pictures; where there is none,
+                they may lie beside the table or in the root itself.
         """
         if not isinstance(named, str) or not named.strip() or len(named) > 500:
             return named
-        bases = dict.fromkeys((self.path.parent, self.root, self.path.parent.parent))
-        places = [base / folder for base in bases for folder in ("", *folders)]
-        return next((place / named for place in places if (place / named).is_file()), named)
+        # RePOPE has its tables in a folder of their own, beside those of pictures.
+        above = (self.path.parent.parent,) if self.path.parent.name == "annotations" else ()
+        bases = dict.fromkeys((self.path.parent, self.root, *above))
+        laid_out = [base / folder for base in bases for folder in folders if (base / folder).is_dir()]
+        # What lies elsewhere under the name of a missing picture is another one.
+        places = [*laid_out, *bases] if "/" in named else laid_out or list(bases)
+        # A picture that the layout's folder lacks is missing, whatever has its name elsewhere.
+        lacking = bool(laid_out and Path(named).suffix and "://" not in named)
+        missing = laid_out[0] / named if lacking else named
+        return next((place / named for place in places if (place / named).is_file()), missing)
 
 
 @dataclass(frozen=True)

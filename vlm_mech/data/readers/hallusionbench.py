@@ -4,10 +4,12 @@ Rows with the same set and question are together; the figure with the lowest num
 for which the answer is another makes a pair with it.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from vlm_mech.data.readers.format import Collector, Format, ReaderOptions, Table
+from vlm_mech.data.readers.single import text
 from vlm_mech.data.readers.tables import read
 from vlm_mech.data.user_files import Refused, Row, Rows
 from vlm_mech.errors import UsageError
@@ -26,15 +28,20 @@ def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
                 if isinstance(row, Refused):
                     raise UsageError(row.reason)
                 _check(row)
-                question = " ".join(str(row.fields["question"]).split())
+                question = " ".join(text(row, "question").split())
                 asked.setdefault((*_set(row), question), []).append((row, table))
             except UsageError as error:
                 found.refuse(row.id, error)
+            except KeyError as error:
+                found.refuse(row.id, f"{row.place}: it has no {error.args[0]}")
     for key, figures in asked.items():
-        original, *others = sorted(figures, key=lambda each: int(str(each[0].fields["figure_id"])))
+        original, *others = sorted(figures, key=lambda each: _figure(each[0]))
         if not others:
             found.refuse(_name(original[0]), f"{original[0].place}: its question is asked about no other figure")
-        for each in others:
+        for before, each in itertools.pairwise((original, *others)):
+            if _figure(each[0]) == _figure(before[0]):
+                found.refuse(_name(each[0]), f"{each[0].place}: figure {_figure(each[0])} is there twice")
+                continue
             _keep(found, "/".join(key[:-1]), original, each)
     return found.found
 
@@ -43,12 +50,16 @@ def _set(row: Row) -> tuple[str, ...]:
     return tuple(str(row.fields[field]) for field in WITHIN if row.fields.get(field) is not None)
 
 
+def _figure(row: Row) -> int:
+    return int(str(row.fields["figure_id"]))
+
+
 def _check(row: Row) -> None:
     if not row.fields.get("image"):
         raise UsageError(f"{row.place}: it has no picture")
     if str(row.fields["gt_answer"]).strip() not in ANSWERS:
         raise UsageError(f"{row.place}: gt_answer is {row.fields['gt_answer']!r:.40}; 0 or 1 is needed")
-    if not str(row.fields["figure_id"]).isdigit():
+    if not str(row.fields["figure_id"]).isdecimal():
         raise UsageError(f"{row.place}: figure_id is {row.fields['figure_id']!r:.40}; a number is needed")
 
 

@@ -25,8 +25,8 @@ def in_twos(
         if isinstance(row, Refused):
             found.refuse(row.id, row.reason)
             continue
-        given = str(row.fields[column]).strip()
-        if not given.isdigit() or int(given) < 1:
+        given = str(row.fields.get(column)).strip()
+        if not given.isdecimal() or int(given) < 1:
             found.refuse(given, f"{row.place}: {column} is {given!r:.40}; a whole number from 1 on is needed")
         elif int(given) in numbered:
             raise UsageError(f"{table.path.name}: {column} {given} occurs twice, in {row.place} too")
@@ -42,4 +42,6 @@ def in_twos(
             found.keep(two[0].place, f"{first}/{first + 1}", fields(two[0], two[1]))
         except UsageError as error:
             found.refuse(f"{first}/{first + 1}", error)
+        except KeyError as error:
+            found.refuse(f"{first}/{first + 1}", f"{two[0].place}: it or its pair has no {error.args[0]}")
     return made

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from vlm_mech.data.readers.format import Collector, Format, ReaderOptions, Table
 from vlm_mech.data.readers.in_twos import in_twos
+from vlm_mech.data.readers.single import text
 from vlm_mech.data.user_files import Row, Rows
 from vlm_mech.errors import UsageError
 
@@ -32,7 +33,7 @@ def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
 
 
 def _fields(one: Row, other: Row, table: Table) -> dict:
-    if _plain(one.fields["Question"]) != _plain(other.fields["Question"]):
+    if _plain(text(one, "Question")) != _plain(text(other, "Question")):
         raise UsageError(f"{one.place}: its pair is asked another question, {other.fields['Question']!r:.80}")
     chosen, answers = zip(*map(_chosen, (one, other)), strict=True)
     if set(chosen[0]) != set(chosen[1]):
@@ -50,9 +51,13 @@ def _fields(one: Row, other: Row, table: Table) -> dict:
 
 def _chosen(row: Row) -> tuple[tuple[str, ...], str]:
     """The options of a row, and the one whose letter is right."""
-    _, *parts = LETTER.split(row.fields["Options"])
+    _, *parts = LETTER.split(text(row, "Options"))
+    letters = [each.lower() for each in parts[::2]]
+    twice = next((each for each in letters if letters.count(each) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{row.place}: its options {row.fields['Options']!r:.80} have the letter ({twice}) twice")
     options = {letter.lower(): text.strip() for letter, text in zip(parts[::2], parts[1::2], strict=True)}
-    said = LETTER.search(row.fields["Correct Answer"])
+    said = LETTER.search(text(row, "Correct Answer"))
     letter = said[1].lower() if said else ""
     if letter not in options:
         raise UsageError(

@@ -40,6 +40,8 @@ def each_row(
                 found.keep(row.place, name, fields(row, table))
             except UsageError as error:
                 found.refuse(name, error)
+            except KeyError as error:
+                found.refuse(name, f"{row.id}: it has no {error.args[0]}")
     return found.found
 
 

@@ -40,7 +40,7 @@ def rows_of(tables: Sequence[Table], options: ReaderOptions, picture: Callable[[
 
 def _fields(row: Row, table: Table, seed: int, picture: Callable[[Table, int], Any]) -> dict[str, Any]:
     number, *captions = (row.fields.get(column) for column in "012")
-    if not str(number).isdigit() or not all(isinstance(each, str) for each in captions):
+    if not str(number).isdecimal() or not all(isinstance(each, str) for each in captions):
         raise UsageError(f"{row.place}: it is {list(row.fields.values())!r:.80}; a number and two captions are needed")
     (x, side, y), (other_x, other, other_y) = (_read(str(each), row) for each in captions)
     if (x, y) != (other_x, other_y) or side == other:

@@ -18,10 +18,7 @@ def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
 
 
 def _fields(row: Row, table: Table) -> dict[str, Any]:
-    answers = [row.fields.get(column) for column in ("ground_truth", "expected_bias")]
-    if any(each is None or not str(each).strip() for each in answers):
-        raise UsageError(f"{row.place}: ground_truth and expected_bias are {answers!r:.60}; both are needed")
-    right, usual = (str(each).strip() for each in answers)
+    right, usual = (_answer(row, column) for column in ("ground_truth", "expected_bias"))
     return {
         "image": table.picture(row.fields["image"]),
         "question": text(row, "prompt"),
@@ -30,6 +27,16 @@ def _fields(row: Row, table: Table) -> dict[str, Any]:
         "conflict": right.lower() != usual.lower(),
         "category": row.fields["topic"],
     }
+
+
+def _answer(row: Row, column: str) -> str:
+    """A text, or a number written as one: columns of numbers some of which are missing are read as fractions."""
+    given = row.fields.get(column)
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)
+    if isinstance(given, bool) or not isinstance(given, str | int | float) or given != given or not str(given).strip():
+        raise UsageError(f"{row.place}: {column} is {given!r:.60}; a text or a number is needed")
+    return str(given).strip()
 
 
 FORMAT = Format(
