@@ -5,10 +5,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
+from vlm_mech.data.collection import check_parts, described, row_of
 from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.item import Item
 from vlm_mech.data.item_folder import FILE, items_of
@@ -34,13 +34,7 @@ class Items:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, kind in (("items", Item), ("refused", Refused)):
-            given = getattr(self, name)
-            odd = [each for each in given if not isinstance(each, kind)] if isinstance(given, list | tuple) else [given]
-            if odd:
-                what = type(odd[0]).__name__
-                raise UsageError(f"{name} of {self.name!r} holds a {what}; a tuple of {kind.__name__} is needed")
-            object.__setattr__(self, name, tuple(given))
+        check_parts(self, items=Item, refused=Refused)
 
     @classmethod
     def from_rows(
@@ -92,9 +86,7 @@ class Items:
         """One item by its number, or some of them as `Items`."""
         if isinstance(rows, slice):
             return dataclasses.replace(self, items=self.items[rows])
-        if not isinstance(rows, Integral):
-            raise UsageError(f"{rows!r} is no row of items; a number gives an item, a slice such as [:8] gives Items")
-        return self.items[rows]
+        return row_of(self.items, rows, "items")
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -126,13 +118,7 @@ class Items:
     @property
     def described(self) -> dict[str, Any]:
         """What the provenance of a run says of its data."""
-        told: dict[str, Any] = {"name": self.name, "n": len(self), "hash": self.digest}
-        told |= {"drawn": self.drawn} if self.drawn else {}
-        told |= {"notes": list(self.notes)} if self.notes else {}
-        wordings = list(dict.fromkeys(item.wording for item in self.items))
-        if any(each.told for each in wordings):
-            told["wording"] = wordings[0].told if len(wordings) == 1 else [each.told for each in wordings]
-        return told
+        return described(self, (item.wording for item in self.items))
 
 
 def load_items(

@@ -7,13 +7,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
 from PIL import Image
 
+from vlm_mech.data.collection import check_parts, described, row_of
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS, sample_pairs
 from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.pair import SIDES, Pair, with_own_groups
@@ -63,13 +63,7 @@ class Pairs:
     """What is to be told of the data, such as known label errors."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("pairs", Pair), ("refused", Refused)):
-            given = getattr(self, name)
-            odd = [each for each in given if not isinstance(each, kind)] if isinstance(given, list | tuple) else [given]
-            if odd:
-                what = type(odd[0]).__name__
-                raise UsageError(f"{name} of {self.name!r} holds a {what}; a tuple of {kind.__name__} is needed")
-            object.__setattr__(self, name, tuple(given))
+        check_parts(self, pairs=Pair, refused=Refused)
         object.__setattr__(self, "pairs", with_own_groups(self.pairs))
 
     @classmethod
@@ -122,9 +116,7 @@ class Pairs:
         """One pair by its number, or some of them as `Pairs`."""
         if isinstance(rows, slice):
             return dataclasses.replace(self, pairs=self.pairs[rows])
-        if not isinstance(rows, Integral):
-            raise UsageError(f"{rows!r} is no row of pairs; a number gives a pair, a slice such as [:8] gives Pairs")
-        return self.pairs[rows]
+        return row_of(self.pairs, rows, "pairs")
 
     @property
     def base(self) -> list[Prompt]:
@@ -172,13 +164,7 @@ class Pairs:
     @property
     def described(self) -> dict[str, Any]:
         """What the provenance of a run says of its data."""
-        told: dict[str, Any] = {"name": self.name, "n": len(self), "hash": self.digest}
-        told |= {"drawn": self.drawn} if self.drawn else {}
-        told |= {"notes": list(self.notes)} if self.notes else {}
-        wordings = list(dict.fromkeys(pair.wording for pair in self.pairs))
-        if any(each.told for each in wordings):
-            told["wording"] = wordings[0].told if len(wordings) == 1 else [each.told for each in wordings]
-        return told
+        return described(self, (pair.wording for pair in self.pairs))
 
 
 def check_pairs(given: Any, call: str) -> None:
