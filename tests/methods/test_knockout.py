@@ -35,12 +35,12 @@ from vlm_mech.methods.knockout.edges import (
     parse_edge,
 )
 from vlm_mech.methods.knockout.figures import drawn
-from vlm_mech.methods.knockout.findings import by_edge, by_head, missing, used
+from vlm_mech.methods.knockout.findings import by_edge, by_head, missing, of_the_prompt, used
 from vlm_mech.methods.knockout.follow_up import top_heads
 from vlm_mech.methods.knockout.study import METRICS, OUT_OF_SIGHT, knock_out
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.overlays import DARKEST, laid_over
-from vlm_mech.results.result import Result
+from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.generated_answers import GeneratedPart
 from vlm_mech.sweeps.measures import logprob_diff, prob, said
 from vlm_mech.sweeps.recorded_pass import record
@@ -582,3 +582,18 @@ def test_a_control_has_as_many_edges_as_the_answer_loses():
         parts = control_of(ends, visible, np.random.default_rng(n_answer), n_answer=n_answer)
         cut = {(query, key) for part in parts for query in part.query for key in part.key if key < query}
         assert len(cut) == 3 * (1 + n_answer) and all(query != 11 for query, _ in cut)
+
+
+def test_what_is_cut_for_the_prompt_alone_is_said_where_answers_have_several_tokens():
+    vlm, pairs = VLM.load("organism-phrases", check=False), load_pairs("scenes/phrases", n=2)
+    plain, both = (
+        scan_of(vlm, pairs, {}, ["after<-image", "last<-image", "question<-image"], during=during)
+        for during in ("prompt", "answer")
+    )
+    assert [str(edge) for edge in both.edges] == ["after+answer<-image", "last+answer<-image", "question<-image"]
+    table = pd.DataFrame({"example": ["a"], "edge": ["e"], "m": [1.0], "m_baseline": [0.0]})
+    result = Result("knockout", table, ("edge",), (Metric("m", "u", "some"),))
+    long = dataclasses.replace(result, provenance={"answers": {"tokens": {"a": []}}})
+    (told,) = of_the_prompt(long, plain)
+    assert "after<-image, last<-image is cut for the prompt's tokens alone (--during answer: for both)" in told
+    assert of_the_prompt(long, both) == of_the_prompt(result, plain) == ()
