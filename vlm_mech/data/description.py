@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS
+from vlm_mech.data.hub import holds_classes, is_of_hub
 from vlm_mech.data.image_classes import SCENES, load_classes
 from vlm_mech.data.item import Item
 from vlm_mech.data.items import Items, load_items
@@ -36,7 +37,7 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
     drawn = {"n": n, "seed": seed, "fix_labels": fix_labels}
     if name.startswith("scenes/") and name.removeprefix("scenes/") in PAIR_SETS:
         return _pairs(name, "generated scenes", load_pairs(name, **drawn, split=split))
-    if name in SCENES or name.startswith("hf:"):
+    if name in SCENES or (is_of_hub(name) and holds_classes(name)):
         return _classes(name, n, seed)
     found = find_data(name)
     if found is None:

@@ -113,7 +113,7 @@ def first_reason(drawn: Drawn[Any]) -> str:
     return f"; the first was refused because {drawn.refused[0].reason}" if drawn.refused else ""
 
 
-def pair_fields(source: Path) -> dict[str, dict[str, Any]]:
+def pair_fields(source: str | Path) -> dict[str, dict[str, Any]]:
     """All that the rows of a folder or of an official format say, by the ids of their pairs."""
     known = find_data(source)
     return {} if known is None else {row.id: row.fields for row in known.rows(ReaderOptions()).rows}

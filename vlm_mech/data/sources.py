@@ -1,18 +1,31 @@
-"""Where pairs and items come from: a file of the user's own, or an official format; which of them a name means."""
+"""Where pairs and items come from: a file of the user's own, an official format, or the hub; which one a name means."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlm_mech.data.given_rows import rows_given
+from vlm_mech.data.hub import holds_classes, hub_data, is_of_hub
 from vlm_mech.data.readers.format import ReaderOptions
-from vlm_mech.data.readers.registry import find_source, is_file, known_in, named, near_misses
+from vlm_mech.data.readers.registry import Source, find_source, formats, is_file, known_in, named, near_misses
 from vlm_mech.data.user_files import Rows, read_rows
 from vlm_mech.errors import UsageError
 
 Holds = Literal["pairs", "items"]
 OWN: dict[str, Holds] = {"pairs.jsonl": "pairs", "items.jsonl": "items"}
 """Files of the user's own, and what they hold."""
+NEEDED: dict[Holds, tuple[tuple[str, ...], ...]] = {
+    "pairs": (
+        ("image", "images"),
+        ("counterfactual_image", "counterfactual_images"),
+        ("question",),
+        ("answer",),
+        ("counterfactual_answer",),
+    ),
+    "items": (("image", "images"), ("question",), ("answer",)),
+}
+"""Fields without which a row is none, each by either of its names."""
 MOST = 8
 
 
@@ -22,7 +35,7 @@ class Found:
 
     holds: Holds
     kind: str
-    """`pairs.jsonl`, `items.jsonl`, or the name of a format."""
+    """The name of a format, or `pairs.jsonl`, `items.jsonl`, whose fields the rows have."""
     told: str
     """The same with its files, for people."""
     place: str
@@ -33,17 +46,20 @@ class Found:
     @property
     def is_own(self) -> bool:
         """Whether it is a file of the user's own."""
-        return self.kind in OWN
+        return self.kind in OWN and not is_of_hub(self.place)
 
 
 def find_data(name_or_path: str | Path) -> Found | None:
     """What a name or a path means; None where it is neither a file of the user's own nor of a format.
 
-    `pairs.jsonl` and `items.jsonl` may be given themselves, or their folder.
+    `pairs.jsonl` and `items.jsonl` may be given themselves, or their folder. A data set of the hub (`hf:NAME`) is known
+    by its columns: those of a format, or the fields of these files.
 
     Raises:
-        UsageError: a folder holds several, none of which is named.
+        UsageError: a folder holds several, none of which is named; or a data set of the hub has other columns.
     """
+    if is_of_hub(name_or_path):
+        return _of_hub(str(name_or_path))
     path = Path(name_or_path)
     if named(name_or_path)[0] is None and (own := _own_files(path)):
         beside = "" if is_file(path) else _beside(path, own)
@@ -57,6 +73,32 @@ def find_data(name_or_path: str | Path) -> Found | None:
     more = f" and {len(files) - MOST} more" if len(files) > MOST else ""
     told = f"format {source.format.name} ({', '.join(files[:MOST])}{more})"
     return Found(source.format.holds, source.format.name, told, str(name_or_path), source.root, source.rows)
+
+
+def _of_hub(name: str) -> Found:
+    given = hub_data(name)
+    fitting = [each for each in formats() if each.reads(given.table)]
+    table = given.table
+    about = f"({table.path.name}, {len(given.data)} rows)"
+    if len(fitting) > 1:
+        names = ", ".join(each.name for each in fitting)
+        raise UsageError(
+            f"data set {name!r} has columns of several formats: {names}; save it as the file of one of them"
+        )
+    if fitting:
+        source = Source(fitting[0], table.root, (table,))
+        told = f"format {source.format.name} {about}"
+        return Found(source.format.holds, source.format.name, told, name, table.root, source.rows)
+    rows = rows_given(given.data, name)
+    for file, holds in OWN.items():
+        if all(any(each in given.columns for each in either) for either in NEEDED[holds]):
+            return Found(holds, file, f"rows with the fields of {file} {about}", name, table.root, lambda options: rows)
+    needed = "; ".join(f"{holds} need {', '.join(each[0] for each in either)}" for holds, either in NEEDED.items())
+    classes = " (pictures with a class, which classify reads)" if holds_classes(name) else ""
+    raise UsageError(
+        f"data set {name!r} has the columns {', '.join(given.columns):.200}{classes}; {needed}, and formats their own "
+        "(docs/data.md)"
+    )
 
 
 def what_is_there(name_or_path: str | Path) -> str:

@@ -29,6 +29,8 @@ class Table:
     root: Path
     columns: tuple[str, ...]
     first: dict[str, Any] = field(default_factory=dict)
+    given: Any = field(default=None, compare=False, repr=False)
+    """Its rows, where they are those of a data set of the hub."""
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from vlm_mech.data.readers.format import Table
 from vlm_mech.data.readers.held import HeldCell, records
+from vlm_mech.data.readers.hub_rows import hub_rows
 from vlm_mech.data.readers.parquet import parquet_columns, parquet_first, parquet_rows
 from vlm_mech.data.text_files import not_utf8, opened_text
 from vlm_mech.data.user_files import Refused, Row, Twice, object_of, once, read_rows
@@ -169,14 +170,15 @@ def read(table: Table, held: Sequence[str] = ()) -> Iterator[Row | Refused]:
 
     Args:
         held: columns whose cells hold pictures, which are left in the file (`Held`); those of parquet that are bytes,
-            or as the hub holds pictures, always are, of JSON none.
+            or as the hub holds pictures, and those of the hub always are, of JSON none.
 
     Raises:
         UsageError: the file cannot be read.
     """
     kind = kind_of(table.path)
-    if kind == ".parquet":
-        numbered = enumerate(parquet_rows(table.path, held), 1)
+    if table.given is not None or kind == ".parquet":
+        rows = parquet_rows(table.path, held) if table.given is None else hub_rows(table.given)
+        numbered = enumerate(rows, 1)
         yield from (Row(number, str(number), fields, _place(table, number)) for number, fields in numbered)
     elif kind in (".csv", ".tsv"):
         yield from _cells(table, held)
