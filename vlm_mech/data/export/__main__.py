@@ -7,10 +7,11 @@ import tyro
 
 from vlm_mech.data.export.items import ITEMS
 from vlm_mech.data.export.pairs import PAIRS
+from vlm_mech.data.export.parts import PARTS_OF_OBJECTS
 from vlm_mech.data.user_files import check_count
 from vlm_mech.errors import UsageError, one_line_errors
 
-WRITERS = PAIRS | ITEMS
+WRITERS = PAIRS | ITEMS | PARTS_OF_OBJECTS
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Export:
     folder: tyro.conf.Positional[Path]
     """Where to; a new or empty folder."""
     n: int = 48
-    """Number of pairs or items."""
+    """Number of pairs or items; of paco and pascal-part, of objects, with an item for each part."""
     seed: int = 0
     """Draws the scenes."""
 
