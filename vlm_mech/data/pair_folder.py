@@ -19,7 +19,7 @@ from vlm_mech.data.row_fields import as_given, kept_form, opened, options_of, pi
 from vlm_mech.data.user_files import Drawn, Row, Rows, draw, read_rows
 from vlm_mech.errors import UsageError
 
-FILE = "pairs.jsonl"
+FILE, ITEMS = "pairs.jsonl", "items.jsonl"
 PICTURES = {"image": "images", "counterfactual_image": "counterfactual_images"}
 """What names a picture, and what names several instead."""
 TEXTS = ("question", "answer", "counterfactual_answer")
@@ -76,9 +76,10 @@ def first_reason(drawn: Drawn[Any]) -> str:
 
 
 def pair_fields(source: Path) -> dict[str, dict[str, Any]]:
-    """All that the rows of a folder or of an official format say, by the ids of their pairs."""
-    if (source / FILE).is_file() or (known := find_source(source)) is None:
-        return {row.id: row.fields for row in read_rows(source / FILE, "pairs").rows}
+    """All that the rows of a folder or of an official format say, by the ids of their pairs or items."""
+    own = next((source / each for each in (FILE, ITEMS) if (source / each).is_file()), None)
+    if own is not None or (known := find_source(source)) is None:
+        return {row.id: row.fields for row in read_rows(own or source / FILE, "rows").rows}
     return {row.id: row.fields for row in known.rows(ReaderOptions()).rows}
 
 
