@@ -8,13 +8,11 @@ from typing import Any, get_args
 
 from vlm_mech.data.blur import blurred_out, mean_coloured
 from vlm_mech.data.item import Item
-from vlm_mech.data.item_folder import FILE as ITEMS
 from vlm_mech.data.items import Items, load_items
 from vlm_mech.data.pair import Made, Pair
-from vlm_mech.data.pair_folder import FILE as PAIRS
 from vlm_mech.data.pairs import Pairs, load_pairs
-from vlm_mech.data.readers.registry import find_source, is_file
 from vlm_mech.data.row_fields import as_given
+from vlm_mech.data.sources import find_data
 from vlm_mech.data.user_files import Refused
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import Altered, ImageLike, load_image
@@ -31,12 +29,15 @@ SAID, NONE = "another answer to the same question, drawn", "none"
 
 
 def holds_items(name_or_folder: str | Path) -> bool:
-    """Whether a source of `--data` holds single items: a folder with `items.jsonl` alone, or a format of items."""
-    folder = Path(name_or_folder)
-    if str(name_or_folder).startswith("scenes/") or is_file(folder / PAIRS):
+    """Whether a source of `--data` holds single items.
+
+    Raises:
+        UsageError: it is not told which of several files of a folder is meant.
+    """
+    if str(name_or_folder).startswith("scenes/"):
         return False
-    source = None if is_file(folder / ITEMS) else find_source(name_or_folder)
-    return is_file(folder / ITEMS) or (source is not None and source.format.holds == "items")
+    found = find_data(name_or_folder)
+    return found is not None and found.holds == "items"
 
 
 def load_examples(

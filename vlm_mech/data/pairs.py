@@ -18,12 +18,13 @@ from vlm_mech.data.collection import check_parts, described, row_of
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS
 from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.pair import SIDES, Made, Pair, with_own_groups
-from vlm_mech.data.pair_folder import FILE, ITEMS, pairs_of, read_pairs
+from vlm_mech.data.pair_folder import FILE, pairs_of
 from vlm_mech.data.readers.format import ReaderOptions
-from vlm_mech.data.readers.registry import find_source, is_file, names_of_formats
+from vlm_mech.data.readers.registry import names_of_formats
 from vlm_mech.data.scene_pairs import scene_pairs
 from vlm_mech.data.scenes import check_split
 from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
+from vlm_mech.data.sources import find_data, what_is_there
 from vlm_mech.data.user_files import Drawn, Refused, check_count
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling, Variants
@@ -96,7 +97,7 @@ class Pairs:
             check_count(n, "n", "pair")
         found = rows_given(rows, "Pairs.from_rows")
         drawn = pairs_of(found, Path(folder), name, n=n, seed=seed)
-        pairs = cls(name, drawn.used, drawn.refused, drawn=drawn.told)
+        pairs = cls(name, drawn.used, drawn.refused, drawn=drawn.told, notes=drawn.notes)
         return linked(pairs if wording == BARE else pairs.worded(wording))
 
     def __len__(self) -> int:
@@ -224,21 +225,17 @@ def load_pairs(
 
 def _read(name_or_folder: str | Path, n: int | None, seed: int, fix_labels: bool) -> Drawn[Pair]:
     """The pairs of a folder with `pairs.jsonl` or of a format."""
-    folder = Path(name_or_folder)
-    if is_file(folder / FILE):
-        return read_pairs(folder, n=n, seed=seed)
-    source = None if is_file(folder / ITEMS) else find_source(name_or_folder)
-    if source is None or source.format.holds != "pairs":
-        held = ITEMS if source is None and is_file(folder / ITEMS) else source.format.name if source else ""
-        if held:
-            raise UsageError(f"data {str(name_or_folder)!r} holds items ({held}), single pictures; pairs are needed")
+    found = find_data(name_or_folder)
+    if found is not None and found.holds != "pairs":
+        raise UsageError(f"data {str(name_or_folder)!r} holds items ({found.kind}), single pictures; pairs are needed")
+    if found is None:
         names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
         raise UsageError(
             f"data {str(name_or_folder)!r} is neither a folder with {FILE} nor one of {names} nor of a known format, "
-            f"as in mmvp:FOLDER ({names_of_formats()})"
+            f"as in mmvp:FOLDER ({names_of_formats()}){what_is_there(name_or_folder)}"
         )
-    found = source.rows(ReaderOptions(fix_labels, seed))
-    return pairs_of(found, source.root, str(name_or_folder), n=n, seed=seed)
+    rows = found.rows(ReaderOptions(fix_labels, seed))
+    return pairs_of(rows, found.folder, found.place, n=n, seed=seed, keep_pixels=found.is_own)
 
 
 def partners(n: int, *, seed: int, groups: Sequence[str] = ()) -> list[int]:
