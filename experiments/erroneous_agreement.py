@@ -39,7 +39,7 @@ class Config(RunConfig):
     tau: float = 0.95
     """Similarity above which two images count as the same to the model."""
     caption: str = "{question} {answer}"
-    """Captions of a folder whose lines have no caption and counterfactual_caption."""
+    """Captions of a folder whose lines have none; with {caption} ("a photo of {caption}") words around their own."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     batch: int = 16

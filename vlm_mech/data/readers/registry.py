@@ -69,7 +69,8 @@ def find_source(name_or_path: str | Path) -> Source | None:
         if not fitting:
             raise UsageError(f"{str(path)!r:.200} holds no file of the format {asked.name}: {_lacking(asked, tables)}")
         return Source(asked, root, fitting)
-    found = [(each, tuple(table for table in tables if each.reads(table))) for each in formats()]
+    known_by_files = [each for each in formats() if each.known_by_files]
+    found = [(each, tuple(table for table in tables if each.reads(table))) for each in known_by_files]
     known = [(each, fitting) for each, fitting in found if fitting]
     if len(known) > 1:
         names = ", ".join(f"{each.name} ({fitting[0].path.name})" for each, fitting in known)
