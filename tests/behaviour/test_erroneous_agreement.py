@@ -16,6 +16,7 @@ from tests.data.readers.made import shown, whatsup
 from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
+from vlm_mech.behaviour.answering.by_category import by_category
 from vlm_mech.behaviour.erroneous_agreement import study
 from vlm_mech.behaviour.erroneous_agreement.data import (
     RELATIONS,
@@ -297,6 +298,23 @@ def test_pairs_that_make_sets_are_cases_of_four(tmp_path):
     right = [np.array([True] * 4), np.array([True, True, False, True])]
     found = study.accuracies(right)
     assert found["set"][::2].tolist() == [1, 0] and found["pair"].tolist() == [1, 1, 1, 0]
+
+
+def test_accuracy_is_told_by_pattern(clip, vlm):
+    """The captions of one pattern are each picture's own, those of the other are exchanged."""
+    captions = ("a red circle", "a blue circle")
+    cases = [
+        dataclasses.replace(case(number, captions=captions), categories=("ab"[number % 2],)) for number in range(4)
+    ]
+    images = study.looked_at(clip, vlm, cases, cases[0]).assign(data="some", n_layers=4)
+    scores = {"a": [[1.0, 0.0], [0.0, 1.0]], "b": [[0.0, 1.0], [1.0, 1.0]]}
+    images["captions"] = [np.array(scores["ab"[row // 2 % 2]][row % 2]) for row in range(8)]
+    table, _ = study.pair_table(images, tau=0.5)
+    told = by_category(Result("r", table, study.AXES, study.METRICS), **study.BY_CATEGORY)
+    told = told.set_index(["view", "category", "metric"])["mean"]
+    for view in (study.TO_TEXT, study.TO_IMAGE):
+        assert told.loc[(view, "a")].to_dict() == {"individual": 1, "pair": 1}
+        assert told.loc[(view, "b")].to_dict() == {"individual": 0, "pair": 0}, "one is wrong, a tie is too"
 
 
 def test_the_experiment_on_the_embedded_models(tmp_path, monkeypatch, capsys):

@@ -67,6 +67,8 @@ class Case:
     captions: tuple[str, ...]
     asked: tuple[Asked, ...]
     group: str
+    categories: tuple[str, ...] = ()
+    """Of each pair, where they have any."""
 
     def __post_init__(self) -> None:
         if len(set(self.captions)) < len(self.captions):
@@ -151,7 +153,8 @@ def _case(pairs: Sequence[Pair], captions: Mapping[str, tuple[str, ...]]) -> Cas
     images = tuple(load_image(image) for pair in pairs for image in pair.pictures)
     told = tuple(caption for pair in pairs for caption in captions[pair.id])
     asked = (Asked(first.question, answers, first.wording),)
-    return Case(first.id, images, told, asked, first.group or first.id)
+    categories = tuple(pair.category or "" for pair in pairs) if any(pair.category for pair in pairs) else ()
+    return Case(first.id, images, told, asked, first.group or first.id, categories)
 
 
 def scene_captions(pair: ScenePair) -> tuple[str, str]:

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from vlm_mech.behaviour.answering.by_category import categories, has_categories
 from vlm_mech.behaviour.scoring.comparisons import same_verdicts
 from vlm_mech.behaviour.scoring.measures import RANDOM, STARTS, SUBSTRING
-from vlm_mech.behaviour.scoring.study import BEST, BOTH, MEAN, OWN, STRANGER
+from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
@@ -25,6 +26,8 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
     found = {"accuracies": accuracies(result), "prompts": prompts(result)}
     if result.table["position_bias"].notna().to_numpy().any():
         found["order_bias"] = order_bias(result)
+    if has_categories(result):
+        found["categories"] = categories(result, **BY_CATEGORY, named=["model", "scoring"])
     return found | {"agreement": agreement(result)}
 
 

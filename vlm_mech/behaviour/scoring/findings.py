@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category
 from vlm_mech.behaviour.scoring.comparisons import comparisons, decided, matched
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
@@ -17,7 +18,7 @@ from vlm_mech.behaviour.scoring.measures import (
     SUBSTRING,
     TO_IMAGE,
 )
-from vlm_mech.behaviour.scoring.study import BEST, BOTH, MEAN, OWN, STRANGER, options_of
+from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER, options_of
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.whole_sets import sets_in
 from vlm_mech.results.result import Result
@@ -42,6 +43,10 @@ def findings(
         found += _matching(result, summary, model, scoring)
     for model in dict.fromkeys(result.table["model"]):
         found += [*_looser(summary, str(model)), *_order(summary, str(model))]
+    if has_categories(result):
+        table = by_category(result, **BY_CATEGORY)
+        for metric in BY_CATEGORY["metrics"]:
+            found += told_by_category(table, ["model", "scoring"], metric)
     return (*found, *_comparisons(result))
 
 

@@ -74,6 +74,17 @@ def answers_first(pair: Pair) -> tuple[str, ...]:
     return (*right, *(each for each in options_of(pair) if each not in right))
 
 
+SCORINGS = (GENERATION, SUBSTRING, STARTS, RANDOM, OPTIONS, LETTERS, SIMILARITY, TO_IMAGE)
+BY_CATEGORY = {
+    "metrics": [INDIVIDUAL.name, PAIR.name],
+    "cells": {
+        "view": [OWN], "order": [BOTH], "prompt": [MEAN],
+        "scoring": [GENERATION, OPTIONS, LETTERS, SIMILARITY, TO_IMAGE],
+    },
+}  # fmt: skip
+"""What is told by category: all prompts together, in both orders."""
+
+
 # One batch
 
 
@@ -328,9 +339,6 @@ def finished(test: pd.DataFrame, validation: pd.DataFrame | None) -> tuple[pd.Da
     ranks["order"] = [BOTH, AS_GIVEN, SWAPPED]
     keys = [table[name].map({each: number for number, each in enumerate(ranks[name])}) for name in AXES]
     return table.iloc[np.lexsort(keys[::-1])].reset_index(drop=True), best
-
-
-SCORINGS = (GENERATION, SUBSTRING, STARTS, RANDOM, OPTIONS, LETTERS, SIMILARITY, TO_IMAGE)
 
 
 def _best(validation: pd.DataFrame, model: str, scoring: str, prompts: Sequence[str]) -> str:
