@@ -22,7 +22,7 @@ from vlm_mech.inputs.image import load_image
 from vlm_mech.results.result import Result
 
 N, SEED = 8, 3
-PAIRS = [each.name for each in formats() if each.holds == "pairs"]
+PAIRS = [each.name for each in formats() if each.holds == "pairs" and each.known_by_files]
 ITEMS = [each.name for each in formats() if each.holds == "items"]
 
 

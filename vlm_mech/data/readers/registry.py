@@ -77,7 +77,8 @@ def find_source(name_or_path: str | Path) -> Source | None:
             told = unread_notes(unread) if unread and not _nearest(asked, tables) else [_lacking(asked, tables)]
             raise UsageError(f"{str(path)!r:.200} holds no file of the format {asked.name}: {'; '.join(told)}")
         return Source(asked, root, fitting, strays(asked, fitting, tables, unread))
-    found = [(each, tuple(table for table in tables if each.reads(table))) for each in formats()]
+    known_by_files = [each for each in formats() if each.known_by_files]
+    found = [(each, tuple(table for table in tables if each.reads(table))) for each in known_by_files]
     known = [(each, fitting) for each, fitting in found if fitting]
     if len(known) > 1:
         names = ", ".join(f"{each.name} ({fitting[0].path.name})" for each, fitting in known)
