@@ -14,6 +14,7 @@ from vlm_mech.data.pair_folder import FILE as PAIRS
 from vlm_mech.data.pairs import Pairs, load_pairs
 from vlm_mech.data.readers.registry import find_source, is_file
 from vlm_mech.data.scenes import SPLITS
+from vlm_mech.data.training_text import describe_text
 from vlm_mech.data.user_files import Refused
 
 OWN = ("planted", "noise", "scenes/relations")
@@ -42,11 +43,13 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
     for file, told in ((PAIRS, _pairs), (ITEMS, _items)):
         if is_file(Path(name) / file):
             return told(name, file, (load_pairs if file == PAIRS else load_items)(name, **drawn))
-    source = find_source(name)
+    source = find_source(name, text=True)
     if source is None:
         # What is neither is a folder of classes, or nothing.
         return _classes(name, n, seed) if _has_folders(Path(name)) else _pairs(name, "", load_pairs(name, **drawn))
     kind = f"format {source.format.name} ({', '.join(table.path.name for table in source.tables[:MOST])})"
+    if source.format.holds == "text":
+        return "\n".join([f"{name}: {kind}", *describe_text(name)])
     if source.format.holds == "pairs":
         return _pairs(name, kind, load_pairs(name, **drawn))
     return _items(name, kind, load_items(name, **drawn))
