@@ -24,6 +24,7 @@ from vlm_mech.results.result import Result
 N, SEED = 8, 3
 PAIRS = [each.name for each in formats() if each.holds == "pairs" and each.known_by_files]
 ITEMS = [each.name for each in formats() if each.holds == "items"]
+TEXT = [each.name for each in formats() if each.holds == "text"]
 
 
 def of_pairs(name, n=N):
@@ -81,7 +82,7 @@ def pixels(images):
 
 
 def test_every_format_is_written():
-    assert sorted(WRITERS) == sorted(PAIRS + ITEMS) and PAIRS and ITEMS
+    assert sorted(WRITERS) == sorted(PAIRS + ITEMS + TEXT) and PAIRS and ITEMS and TEXT
 
 
 @pytest.mark.parametrize("name", PAIRS)
