@@ -28,7 +28,7 @@ class Config(RunConfig):
 
     data: str = CONFLICT
     """Pairs or single items; in this set, a thing in its usual colour and its counterfactual in another one."""
-    counterfactual: Literal["other", "blur", "mean"] | None = None
+    counterfactual: Literal["other", "blur", "mean", "none"] | None = None
     """Counterfactual picture of single items to swap states with; by default none, and nothing is swapped."""
     kernels: tuple[int, ...] = (1, 5, 11, 19, 29, 39, 49, 61)
     """Sizes of the Gaussian kernels in pixels."""
