@@ -20,7 +20,7 @@ from vlm_mech.data.sources import find_data
 from vlm_mech.data.user_files import Drawn, Row, Rows, draw
 from vlm_mech.errors import UsageError
 
-FILE = "pairs.jsonl"
+FILE, ITEMS = "pairs.jsonl", "items.jsonl"
 PICTURES = {"image": "images", "counterfactual_image": "counterfactual_images"}
 """What names a picture, and what names several instead."""
 TEXTS = ("question", "answer", "counterfactual_answer")

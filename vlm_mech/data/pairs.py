@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,13 @@ import numpy as np
 from PIL import Image
 
 from vlm_mech.data.collection import check_parts, described, row_of
-from vlm_mech.data.counterfactual_scenes import PAIR_SETS, sample_pairs
+from vlm_mech.data.counterfactual_scenes import PAIR_SETS
 from vlm_mech.data.given_rows import rows_given
-from vlm_mech.data.pair import SIDES, Pair, with_own_groups
+from vlm_mech.data.pair import SIDES, Made, Pair, with_own_groups
 from vlm_mech.data.pair_folder import FILE, pairs_of
 from vlm_mech.data.readers.format import ReaderOptions
 from vlm_mech.data.readers.registry import names_of_formats
-from vlm_mech.data.render import render
+from vlm_mech.data.scene_pairs import scene_pairs
 from vlm_mech.data.scenes import check_split
 from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
 from vlm_mech.data.sources import find_data, what_is_there
@@ -152,10 +153,11 @@ class Pairs:
         """A hash of every pixel, question, wording and answer."""
         found = hashlib.sha256()
         for pair in self.pairs:
-            for image in pair.pictures:
+            for image in pair.pictures if pair.made == "other" else pair.own_pictures:
                 loaded = load_image(image)
                 found.update(repr(loaded.size).encode() + loaded.tobytes())
             said: list[Any] = [pair.id, pair.question, pair.answer, pair.counterfactual_answer]
+            said += [pair.made, list(pair.options)] if pair.made else []
             said += [pair.wording.told] if pair.wording.told else []
             found.update(json.dumps(said).encode())
         return found.hexdigest()[:16]
@@ -163,7 +165,13 @@ class Pairs:
     @property
     def described(self) -> dict[str, Any]:
         """What the provenance of a run says of its data."""
-        return described(self, (pair.wording for pair in self.pairs))
+        told = described(self, (pair.wording for pair in self.pairs))
+        return told | ({"counterfactual": self.made} if self.made else {})
+
+    @property
+    def made(self) -> Made | None:
+        """How the counterfactual pictures of single items were made; None for pairs."""
+        return self.pairs[0].made if self.pairs else None
 
 
 def check_pairs(given: Any, call: str) -> None:
@@ -207,7 +215,8 @@ def load_pairs(
         check_count(n, "n", "pair")
     check_split(split)
     if str(name_or_folder).startswith("scenes/"):
-        return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split, wording)
+        name = str(name_or_folder)
+        return Pairs(name, scene_pairs(name, 64 if n is None else n, seed, split, wording))
     drawn = _read(name_or_folder, n, seed, fix_labels)
     name = str(Path(name_or_folder))
     pairs = Pairs(name, drawn.used, drawn.refused, drawn=drawn.told, notes=drawn.notes)
@@ -229,34 +238,23 @@ def _read(name_or_folder: str | Path, n: int | None, seed: int, fix_labels: bool
     return pairs_of(rows, found.folder, found.place, n=n, seed=seed, keep_pixels=found.is_own)
 
 
-def _scene_pairs(name: str, n: int, seed: int, split: str, wording: Wording) -> Pairs:
-    pairs = []
-    for found in sample_pairs(name.removeprefix("scenes/"), n, seed=seed, split=split):
-        pairs.append(
-            Pair(
-                id=found.scene.key[:12],
-                image=render(found.scene),
-                counterfactual_image=render(found.counterfactual),
-                question=found.question.text,
-                answer=found.question.answer,
-                counterfactual_answer=found.counterfactual_answer,
-                conflict=found.conflict,
-                wording=wording,
-            )
-        )
-    return Pairs(name, tuple(pairs))
-
-
-def partners(n: int, *, seed: int) -> list[int]:
+def partners(n: int, *, seed: int, groups: Sequence[str] = ()) -> list[int]:
     """For each of n examples another one, so that every one is taken once.
+
+    Args:
+        groups: of the examples; the other one is of another group, unless more than half of them are of one.
 
     Raises:
         UsageError: fewer than two.
     """
     if n < 2:
         raise UsageError(f"{n} example has no other one whose picture it could be asked about; at least two are needed")
-    order = np.random.default_rng(seed).permutation(n)
-    return [int(other) for _, other in sorted(zip(order, np.roll(order, 1), strict=True))]
+    order, step = np.random.default_rng(seed).permutation(n), 1
+    most = max(Counter(groups).values(), default=1)
+    if 1 < most <= n / 2:
+        first = {group: place for place, group in reversed(list(enumerate(groups[number] for number in order)))}
+        order, step = np.array(sorted(order, key=lambda number: first[groups[number]])), most
+    return [int(other) for _, other in sorted(zip(order, np.roll(order, step), strict=True))]
 
 
 def about_others(pairs: Pairs, others: Sequence[Pair]) -> Pairs:
@@ -274,6 +272,8 @@ def turned(pairs: Pairs) -> Pairs:
 
 
 def _turned(pair: Pair) -> Pair:
+    if pair.made:
+        raise UsageError(f"pair {pair.id} is a single item: what is true of its counterfactual picture is not known")
     return dataclasses.replace(
         pair,
         image=pair.counterfactual_image,
@@ -306,12 +306,16 @@ def _check_conflict(pair: Pair) -> None:
     if pair.conflict is None:
         raise UsageError(
             'conflict is not given; "first" or "second" is needed in its line (scenes/colour-conflict has "second")'
+            if pair.made is None
+            else "conflict is not true; an item is needed that contradicts the usual answer"
         )
+    if pair.made and pair.counterfactual_answer != pair.prior:
+        raise UsageError("its usual answer is not known; prior is needed, another than the right answer")
 
 
 def linked(pairs: Pairs) -> Pairs:
     """The pairs, those that share a picture of the same pixels in one group, however they are linked over others."""
-    shown = [[pixel_hash(image) for image in pair.pictures] for pair in pairs]
+    shown = [[pixel_hash(image) for image in pair.own_pictures] for pair in pairs]
     groups = linked_groups([pair.group or pair.id for pair in pairs], shown)
     # The first of several says its group too: one without a group is no part of a group that has its id.
     changed = [
@@ -327,10 +331,10 @@ def apart(pairs: Pairs, others: Pairs) -> Pairs:
     Raises:
         UsageError: none is left.
     """
-    met = {pixel_hash(image): other.id for other in others for image in other.pictures}
+    met = {pixel_hash(image): other.id for other in others for image in other.own_pictures}
 
     def check(pair: Pair) -> None:
-        shared = [met[shown] for shown in map(pixel_hash, pair.pictures) if shown in met]
+        shared = [met[shown] for shown in map(pixel_hash, pair.own_pictures) if shown in met]
         if shared:
             raise UsageError(f"it shows a picture of pair {shared[0]} of {others.name}")
 
@@ -392,6 +396,8 @@ def pictures(pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]
     """Both images of some pairs, with question and answer; several of one prompt stand side by side."""
     shown = []
     for pair in list(pairs)[:n]:
-        for images, answer in ((pair.images, pair.answer), (pair.counterfactual_images, pair.counterfactual_answer)):
-            shown.append((f"{pair.question} {answer}", side_by_side(images)))
+        shown.append((f"{pair.question} {pair.answer}", side_by_side(pair.images)))
+        if pair.made != "none":
+            said = pair.counterfactual_answer if pair.made is None else f"counterfactual picture ({pair.made})"
+            shown.append((f"{pair.question} {said}", side_by_side(pair.counterfactual_images)))
     return tuple(shown)

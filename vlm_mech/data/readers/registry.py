@@ -58,12 +58,26 @@ def named(source: str | Path) -> tuple[Format | None, Path]:
     return None, Path(source)
 
 
-def find_source(name_or_path: str | Path) -> Source | None:
+def find_source(name_or_path: str | Path, *, text: bool = False) -> Source | None:
     """The source that a name or a path means; None where it is of no format.
 
+    Args:
+        text: whether it may be training text, which holds neither pairs nor items.
+
     Raises:
-        UsageError: a format is named and the files are not of it, or the files may be of several.
+        UsageError: a format is named and the files are not of it, the files may be of several, or they are training
+            text where that is not wanted.
     """
+    found = _found(name_or_path)
+    if found is not None and found.format.holds == "text" and not text:
+        raise UsageError(
+            f"data {str(name_or_path)!r:.200} holds training text ({found.format.name}), neither pairs nor items; "
+            "contrastive_tuning --train and frequency --text read it"
+        )
+    return found
+
+
+def _found(name_or_path: str | Path) -> Source | None:
     asked, path = named(name_or_path)
     if asked is not None and not _exists(path):
         raise UsageError(f"{asked.name}: there is no folder or file {str(path)!r:.200}")
@@ -77,7 +91,8 @@ def find_source(name_or_path: str | Path) -> Source | None:
             told = unread_notes(unread) if unread and not _nearest(asked, tables) else [_lacking(asked, tables)]
             raise UsageError(f"{str(path)!r:.200} holds no file of the format {asked.name}: {'; '.join(told)}")
         return Source(asked, root, fitting, strays(asked, fitting, tables, unread))
-    found = [(each, tuple(table for table in tables if each.reads(table))) for each in formats()]
+    known_by_files = [each for each in formats() if each.known_by_files]
+    found = [(each, tuple(table for table in tables if each.reads(table))) for each in known_by_files]
     known = [(each, fitting) for each, fitting in found if fitting]
     if len(known) > 1:
         names = ", ".join(f"{each.name} ({fitting[0].path.name})" for each, fitting in known)
@@ -95,7 +110,8 @@ def names_of_formats() -> str:
 def known_in(folder: Path) -> list[tuple[Path, str]]:
     """The first table of each format that lies in a folder itself, and the name of the format."""
     tables, _ = files_in(folder, depth=0)
-    found = ((each, next((table.path for table in tables if each.reads(table)), None)) for each in formats())
+    known = (each for each in formats() if each.known_by_files)
+    found = ((each, next((table.path for table in tables if each.reads(table)), None)) for each in known)
     return [(path, each.name) for each, path in found if path is not None]
 
 
