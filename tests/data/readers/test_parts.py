@@ -257,7 +257,7 @@ def test_part_ranks_of_pictures_and_their_masks(tmp_path):
     assert command(experiment, "--data", data, *given, "--out", tmp_path / "out") == 0
     result = Result.load(tmp_path / "out")
     assert set(result.table["variant"]) == {"none", "V-part"} and result.table["example"].nunique() >= 3
-    assert any("questions about one picture each" in each for each in result.findings)
+    assert any("single items; right answers are compared with" in each for each in result.findings)
     expected = asked(data)
     assert len(expected) >= 3
     lines = asked(as_lines(data, tmp_path / "lines"))
@@ -297,11 +297,15 @@ def as_lines(data, folder):
 def test_items_without_masks_or_options_are_one_line(tmp_path):
     row = {"image": "1.png", "question": "q", "answer": "a", "options": ["a", "b"]}
     save(tmp_path / "1.png", 1)
-    for rows, said in (([row], "it names no part_mask"), ([row | {"options": None}], "it has no options, of which")):
+    masks = {"part_mask": "1.png", "object_mask": "1.png"}
+    for rows, said in (
+        ([row], "it names no part_mask"),
+        ([row | masks | {"options": None}], "it has no options, and no"),
+    ):
         write_lines(tmp_path / "items.jsonl", rows)
         found = find_data(tmp_path)
         assert found is not None
-        with pytest.raises(UsageError, match=f"none of the 1 items of 'x' can be used: {said}"):
+        with pytest.raises(UsageError, match=f"none of the 1 pairs of x has masks of a part and its object: {said}"):
             about_one_picture(found, "x", n=None, seed=0, wording=BARE, fix_labels=False)
 
 

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image
 
 from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.examples import as_pairs
 from vlm_mech.data.fitting import Variety, fitting
-from vlm_mech.data.item import Item
 from vlm_mech.data.item_folder import items_of
+from vlm_mech.data.items import Items
 from vlm_mech.data.masks import pixels_of
 from vlm_mech.data.pair_folder import pair_fields
-from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
+from vlm_mech.data.pairs import Pair, Pairs, Refused, checked, load_pairs
 from vlm_mech.data.readers.format import ReaderOptions
 from vlm_mech.data.render import masks
 from vlm_mech.data.sources import Found, find_data
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling
-from vlm_mech.inputs.image import Box, load_image
+from vlm_mech.inputs.image import Box
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
 from vlm_mech.inputs.wording import BARE, Wording
@@ -44,10 +44,6 @@ SOME = 32
 """Scenes by default."""
 MASKS = ("part_mask", "object_mask")
 """Fields of a folder's lines that name pictures of the pixels of part and object."""
-ONE_PICTURE = (
-    "questions about one picture each: the other answer is another part's word, and no second picture is shown to the "
-    "model but a plain one, on which the spelling of answers is chosen too"
-)
 MIN_SHARE = 0.25
 """Share of a patch's pixels that the part must cover; with half, two of five parts of the scenes have no patch."""
 
@@ -148,7 +144,8 @@ def load_examples(
     else:
         pairs = load_pairs(data, split=split, **drawn)
         shown = shown_parts(pairs, seed=seed, split=split)
-    pairs = fitting(vlm, pairs, variants=variants, whole=whole)
+    alone = any(pair.made for pair in pairs)
+    pairs = fitting(vlm, pairs, variants=variants, whole=whole, alone=alone)
     return examples_of(vlm, pairs, shown, min_share=min_share, seed=seed)
 
 
@@ -199,47 +196,26 @@ def _shown(fields: Mapping[str, Any], folder: Path) -> Shown:
 def about_one_picture(
     found: Found, data: str, *, n: int | None, seed: int, wording: Wording, fix_labels: bool
 ) -> tuple[Pairs, dict[str, Shown]]:
-    """Items with masks as pairs, and the pixels of their parts: the other answer is the first option that is wrong.
-
-    There is no other picture that has it. In its place stands a plain one of the picture's mean colour, which the
-    choice of the answers' spelling alone looks at.
+    """Items with masks as pairs without a second picture (`as_pairs`), and the pixels of their parts.
 
     Raises:
-        UsageError: no item with options and two masks that can be read.
+        UsageError: no item with another answer to compare with, and two masks that can be read.
     """
     rows = found.rows(ReaderOptions(fix_labels, seed))
-    kept = dict[str, Shown]()
     fields = {row.id: row.fields for row in rows.rows}
     drawn = items_of(rows, found.folder, found.place, n=n, seed=seed)
-    pairs, refused = list[Pair](), list(drawn.refused)
-    for item in drawn.used:
-        try:
-            pairs.append(_as_pair(item, wording))
-            lacking = _lacking(fields[item.id])
-            if lacking:
-                raise UsageError(f"it names no {lacking}, a picture of the part's pixels")
-            kept[item.id] = _shown(fields[item.id], found.folder)
-        except UsageError as error:
-            refused.append(Refused(item.id, str(error)))
-    if not kept:
-        raise UsageError(f"none of the {len(drawn.used)} items of {data!r} can be used: {refused[-1].reason}")
-    notes = (*drawn.notes, ONE_PICTURE)
-    whole = tuple(pair for pair in pairs if pair.id in kept)
-    return Pairs(str(Path(data)), whole, tuple(refused), drawn=drawn.told, notes=notes), kept
+    items = Items(str(Path(data)), drawn.used, drawn.refused, drawn.told, drawn.notes).worded(wording)
+    shown = dict[str, Shown]()
 
+    def check(pair: Pair) -> None:
+        lacking = _lacking(fields[pair.id])
+        if lacking:
+            raise UsageError(f"it names no {lacking}, a picture of the part's pixels")
+        if not pair.counterfactual_answer.strip():
+            raise UsageError("it has no options, and no other part is known to compare its part with")
+        shown[pair.id] = _shown(fields[pair.id], found.folder)
 
-def _as_pair(item: Item, wording: Wording) -> Pair:
-    other = next((option for option in item.options if option != item.answer), None)
-    if other is None:
-        raise UsageError("it has no options, of which one that is wrong is the other part")
-    picture, *more = item.images
-    if more:
-        raise UsageError(f"it shows {len(item.images)} images in one prompt; masks of a part and its object are of one")
-    shown = load_image(picture)
-    mean = np.asarray(shown).reshape(-1, 3).mean(0).round().astype(int)
-    plain = Image.new("RGB", shown.size, tuple(mean.tolist()))
-    told = {name: getattr(item, name) for name in ("group", "options", "prior", "category")}
-    return Pair(item.id, picture, plain, item.question, item.answer, other, wording=wording, **told)
+    return checked(as_pairs(items, seed=seed), check, "has masks of a part and its object"), shown
 
 
 def examples_of(
