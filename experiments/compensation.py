@@ -31,7 +31,7 @@ class Config(SweepConfig):
     """Options of the compensation experiment."""
 
     data: str = "scenes/part"
-    """scenes/part (32 by default), paco:FOLDER, pascal-part:FOLDER, or lines of your own with masks of part and object."""
+    """scenes/part (32 by default), paco:FOLDER, pascal-part:FOLDER, or a folder of your own with masks."""
     cuts: tuple[str, ...] = ()
     """What is cut, such as V-part L-part V+L-part; all that the model has by default."""
     layers: tuple[str, ...] = ("all", "first", "middle", "last")
@@ -108,7 +108,7 @@ def _site(config: Config, vlm: Any, examples: "Examples", readout: Any) -> tuple
     if config.site is not None:
         return study.check_site(vlm, examples, config.site), "as asked for"
     if not config.data.startswith("scenes/"):
-        raise UsageError("only scenes have a validation part on which to choose a site; name one, as --site projector.out")
+        raise UsageError("only scenes have a part on which to choose a site; name one, as --site projector.out")
     others = _examples(config, vlm, "validation")
     site = study.best_site(vlm, others, readout, batch=config.batch, seed=config.seed)
     return site, f"the best site on {len(others.examples)} validation scenes"
