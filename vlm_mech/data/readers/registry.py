@@ -84,7 +84,7 @@ def _found(name_or_path: str | Path) -> Source | None:
     if not _exists(path):
         return None
     tables, unread = files_in(path)
-    root = path if path.is_dir() else path.parent
+    root = tables[0].root if tables else path if path.is_dir() else path.parent
     if asked is not None:
         fitting = tuple(each for each in tables if asked.reads(each))
         if not fitting:
