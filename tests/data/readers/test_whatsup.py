@@ -144,7 +144,7 @@ def test_a_missing_column_is_named(tmp_path):
     with pytest.raises(UsageError, match=told):
         load_pairs(f"whatsup:{tmp_path}")
     path.write_text("[{")
-    with pytest.raises(UsageError, match="holds no file of the format whatsup: needed is `controlled_images"):
+    with pytest.raises(UsageError, match="format whatsup: controlled_images_dataset.json is not read: it is not JSON"):
         load_pairs(f"whatsup:{tmp_path}")
     with pytest.raises(UsageError, match="whatsup: there is no folder or file .*nowhere"):
         load_pairs(f"whatsup:{tmp_path / 'nowhere'}")

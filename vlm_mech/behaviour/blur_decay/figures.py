@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
     """Curves of the answers by level, and of the swaps by layer, a panel a level."""
-    behaviour = {"view": [each for two in FLOORS.items() for each in two], "layer": WHOLE}
+    views = [each for two in FLOORS.items() for each in two if each in set(result.table["view"])]
+    behaviour = {"view": views, "layer": WHOLE}
     titles = {
         "unchanged": "answers that never changed (C)", "same": "answers as on the clean picture (E)",
         "correct": "right answers", "correct_unchanged": "right answers among the unchanged",
@@ -27,6 +28,12 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
         name: figures.lines(result, x="level", colour="view", metric=name, where=behaviour, title=title)
         for name, title in titles.items()
     }
+    guessed = result.provenance.get("guessing") or {}
+    for name in guessed:
+        x = [level_name(level) for level in result.provenance["levels"]]
+        found[name].add_scatter(
+            x=x, y=guessed[name], name="guessing among the options", line={"dash": "dot", "color": "grey"}
+        )
     if set(SWAPS.values()) & set(result.table["view"]):
         found["read_layers"] = figures.lines(
             result, x="layer", colour="level", metric="recovered", facet="view", where={"view": list(SWAPS.values())},

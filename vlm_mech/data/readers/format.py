@@ -1,8 +1,9 @@
 """What a format is: the tables by which it is known, and how their rows become rows of pairs or of items."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from vlm_mech.data.user_files import Refused, Row, Rows
@@ -28,6 +29,22 @@ class Table:
     root: Path
     columns: tuple[str, ...]
     first: dict[str, Any] = field(default_factory=dict)
+    given: Any = field(default=None, compare=False, repr=False)
+    """Its rows, where they are those of a data set of the hub."""
+
+    @property
+    def name(self) -> str:
+        """Its path from the folder that was given."""
+        return self.path.relative_to(self.root).as_posix()
+
+    def group_of(self, picture: Any) -> str | None:
+        """What questions about one picture have in common: the path of its file; None where it lies in no file.
+
+        Files of one name in several folders are several pictures.
+        """
+        if not isinstance(picture, Path):
+            return None
+        return picture.relative_to(self.root).as_posix() if picture.is_relative_to(self.root) else str(picture)
 
     def picture(self, named: Any, *folders: str) -> Any:
         """The picture that a cell names: the path of a file, or the cell itself where there is no such file.
@@ -73,6 +90,15 @@ class Format:
     def reads(self, table: Table) -> bool:
         """Whether a table is of this format."""
         return set(self.columns) <= set(table.columns) and self.fits(table)
+
+
+def unlike_stems(tables: Sequence[Table]) -> dict[Path, str]:
+    """What each table is called: its file without the suffix, with the folders before it where two are called alike."""
+    stems = Counter(table.path.stem for table in tables)
+    return {
+        table.path: table.path.stem if stems[table.path.stem] == 1 else str(PurePosixPath(table.name).with_suffix(""))
+        for table in tables
+    }
 
 
 class Collector:
