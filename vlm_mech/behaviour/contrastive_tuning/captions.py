@@ -108,7 +108,7 @@ def read_captions(
                 continue
             assert isinstance(each, Entry)
             n_fit += 1
-            made = Captioned(each.id, each.image, tuple(text for text in each.answers if text))
+            made = Captioned(each.id, each.image, tuple(" ".join(text.split()) for text in each.answers if text))
             # Of a stream n are kept at random (Vitter 1985, algorithm R).
             if n is None or len(kept) < n:
                 kept.append(made)
