@@ -15,6 +15,7 @@ from experiments import score
 from tests.helpers import as_folder, assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import SPECIALS, WORDS, picture, tiny_model, tiny_processor
+from vlm_mech.behaviour.answering.asked_options import Template, answers_first
 from vlm_mech.behaviour.answering.by_category import by_category
 from vlm_mech.behaviour.classify.tuning import with_answers
 from vlm_mech.behaviour.erroneous_agreement.data import load_cases
@@ -30,7 +31,6 @@ from vlm_mech.behaviour.scoring.measures import (
     SIMILARITY,
     STARTS,
     SUBSTRING,
-    Template,
     check_letters,
     check_options,
     hits,
@@ -401,7 +401,7 @@ def test_every_option_is_scored_and_listed_in_the_order_of_the_data(vlm):
     template = Template("listed", "{question} {first} or {second}?")
     table = study.score_pairs(vlm, Pairs("one", (pair,)), [], [template], (GENERATION, OPTIONS))
     own = ("red", "blue", "green", "star")
-    assert study.answers_first(pair) == own
+    assert answers_first(pair) == own
     for order, listed in ((AS_GIVEN, options), (SWAPPED, options[::-1])):
         row = table[(table["scoring"] == OPTIONS) & (table["order"] == order)].iloc[0]
         asked = f"what is there? {' or '.join(listed)}?"

@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vlm_mech.behaviour.answering.asked_options import Template, answers_first, options_of
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTERED,
     LETTERS,
     OPTIONS,
     PLAIN,
-    Template,
     check_letters,
     option_tokens,
 )
-from vlm_mech.behaviour.scoring.study import answers_first, options_of
 from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, load_pairs
 from vlm_mech.data.reading import check_options
 from vlm_mech.data.whole_sets import load_sets, sets_in, sets_together

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from vlm_mech.behaviour.answering.asked_options import options_of
 from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category
 from vlm_mech.behaviour.scoring.comparisons import comparisons, decided, matched
 from vlm_mech.behaviour.scoring.measures import (
@@ -18,7 +19,7 @@ from vlm_mech.behaviour.scoring.measures import (
     SUBSTRING,
     TO_IMAGE,
 )
-from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER, options_of
+from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.whole_sets import sets_in
 from vlm_mech.results.result import Result

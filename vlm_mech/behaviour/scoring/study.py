@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from vlm_mech.behaviour.answering.asked_options import Template, answers_first, options_of
 from vlm_mech.behaviour.classify.baselines import contrastive_scores
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
@@ -19,7 +20,6 @@ from vlm_mech.behaviour.scoring.measures import (
     SUBSTRING,
     TO_IMAGE,
     Kind,
-    Template,
     hits,
     judged,
     mean_nll,
@@ -61,17 +61,6 @@ VALUES = (*(each.name for each in METRICS), "chose_first_answer", "right_1", "ri
 def metrics_of(table: pd.DataFrame) -> tuple[Metric, ...]:
     """The metrics of a table: with whole sets that of sets too."""
     return (*METRICS[:2], SET, *METRICS[2:]) if "set" in table else METRICS
-
-
-def options_of(pair: Pair) -> tuple[str, ...]:
-    """The options of a pair in the order in which they are listed: its own, or both answers."""
-    return tuple(pair.options) or (pair.answer, pair.counterfactual_answer)
-
-
-def answers_first(pair: Pair) -> tuple[str, ...]:
-    """The options of a pair, the right one of each picture first: the order of scores."""
-    right = (pair.answer, pair.counterfactual_answer)
-    return (*right, *(each for each in options_of(pair) if each not in right))
 
 
 SCORINGS = (GENERATION, SUBSTRING, STARTS, RANDOM, OPTIONS, LETTERS, SIMILARITY, TO_IMAGE)

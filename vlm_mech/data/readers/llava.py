@@ -80,8 +80,14 @@ def _entry(table: Table, place: str, value: Any) -> Entry:
     image = value.get("image") or None
     if image is not None and not isinstance(image, str):
         raise UsageError(f"image is {image!r:.60}; the name of one picture is needed")
-    parted = tuple((who, " ".join(text.replace(IMAGE, " ").split())) for who, text in turns)
+    parted = tuple((who, _tidied(text)) for who, text in turns)
     return Entry(str(value.get("id", place)), place, table.picture(image, "images"), parted)
+
+
+def _tidied(text: str) -> str:
+    """The text without the picture's place; lines stay, spaces are one and empty lines none."""
+    lines = (" ".join(line.split()) for line in text.replace(IMAGE, " ").splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 FORMAT = Format(
