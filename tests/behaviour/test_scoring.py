@@ -565,7 +565,7 @@ def test_the_experiment_scores_items(tmp_path, capsys):
     assert command(score, "--data", f"pope:{tmp_path / 'pope'}", *given, "--out", tmp_path / "one") == 0
     said = capsys.readouterr().out
     assert "4 items of pope:" in said and "Chance among 2 options is 0.5;" in said and "precision" in said
-    assert "all their options are scored" in said and "drawn" not in said
+    assert "all their options count" in said and "drawn" not in said
     assert set(redraw(tmp_path / "one")) == {"accuracies", "prompts", "agreement"}
     rows = [json.loads(line) for line in (tmp_path / "pope" / "coco_pope_random.json").read_text().splitlines()]
     folder = tmp_path / "pope" / "val2014"

@@ -1,9 +1,11 @@
 """Which options a pair has, in which order, and how a question is asked with them."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm_mech.data.pair import Pair
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.reading import ALPHABET
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
@@ -31,6 +33,13 @@ def answers_first(pair: Pair) -> tuple[str, ...]:
     """The options of a pair, the right one of each picture first: the order of scores."""
     right = [answer for _, answer in asked_sides(pair)]
     return (*right, *(each for each in options_of(pair) if each not in right))
+
+
+def of_all_options(pairs: Pairs) -> Pairs:
+    """The pairs; single items say that all their options are read, and no wrong answer drawn from them."""
+    if not pairs.made:
+        return pairs
+    return dataclasses.replace(pairs, notes=(*pairs.notes[:-1], "single items; all their options count"))
 
 
 @dataclass(frozen=True)

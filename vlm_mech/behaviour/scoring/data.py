@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.behaviour.answering.asked_options import Template, answers_first, asked_sides, options_of
+from vlm_mech.behaviour.answering.asked_options import Template, answers_first, asked_sides, of_all_options, options_of
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTERED,
@@ -89,7 +89,7 @@ def load_parts(
     if n_validation is not None and n_validation < 0:
         raise UsageError(f"n_validation is {n_validation}; 0 leaves the best prompt out, otherwise pairs are needed")
     drawn = {"n": n, "seed": seed, "wording": wording, "fix_labels": fix_labels}
-    pairs = _items(data, **drawn) if holds_items(data) else load_sets(data, split=split, **drawn)
+    pairs = of_all_options(load_examples(data, **drawn)) if holds_items(data) else load_sets(data, split=split, **drawn)
     scenes = data.startswith("scenes/")
     if n_validation is None:
         n_validation = N_VALIDATION if scenes else len(pairs) // 3
@@ -99,12 +99,6 @@ def load_parts(
         return pairs, load_pairs(data, n=n_validation, seed=seed, split=VALIDATION, wording=wording)
     validation, test = by_groups(pairs, (n_validation / len(pairs),), seed=seed)
     return test, validation
-
-
-def _items(data: str, **drawn: Any) -> Pairs:
-    """Single items, all options of which are scored, and not one wrong answer alone."""
-    pairs = load_examples(data, **drawn)
-    return dataclasses.replace(pairs, notes=(*pairs.notes[:-1], "single items; all their options are scored"))
 
 
 def plan_of(
