@@ -14,9 +14,9 @@ from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "Each question is asked about both pictures of a pair, blurred more and more, then about their mean colour, then "
-    "about no picture. Answers that never change may not have come from the picture; how many would not change if it "
-    "had been another picture all along is the floor."
+    "Each question is asked about both pictures of a pair (an item's own), blurred more and more, then about its mean "
+    "colour, then about no picture. Answers that never change may not have come from the picture; how many would not "
+    "change if it had been another picture all along is the floor."
 )
 CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
 PROBES = "probes"
@@ -28,7 +28,7 @@ class Config(RunConfig):
 
     data: str = CONFLICT
     """Pairs or single items; in this set, a thing in its usual colour and its counterfactual in another one."""
-    counterfactual: Literal["other", "blur", "mean"] | None = None
+    counterfactual: Literal["other", "blur", "mean", "none"] | None = None
     """Counterfactual picture of single items to swap states with; by default none, and nothing is swapped."""
     kernels: tuple[int, ...] = (1, 5, 11, 19, 29, 39, 49, 61)
     """Sizes of the Gaussian kernels in pixels."""

@@ -25,21 +25,31 @@ class Config(RunConfig):
     """Options of the tuning."""
 
     data: tuple[str, ...] = (*RELATIONS, "scenes/colour")  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Pairs asked before and after: generated (scenes/left-right, ...) or folders with pairs.jsonl."""
+    """Pairs asked before and after: generated (scenes/left-right, ...), folders with pairs.jsonl, or a format."""
     train: tuple[str, ...] = RELATIONS
-    """Generated pairs to tune on, of the train split."""
-    n_train: int = 224
-    """Pairs of each to tune on."""
-    n_validation: int = 48
-    """Pairs of each to choose the learning rate by."""
+    """What is tuned on: generated pairs (of the train split), pairs of a folder or format (groups are dealt out; what
+    is tuned on is not asked), or llava:FILE, pictures with answers about them as captions."""
+    sides: bool = False
+    """Of llava:FILE keep entries with "on the left", "on the right", "to the left", "at the left" or "at the right"."""
+    n_train: int | None = None
+    """Pairs of each to tune on, or pictures of llava:FILE in all; 224 of generated sets, all of files by default."""
+    n_validation: int | None = None
+    """Pairs of each to choose the learning rate by (48 of generated sets), or pictures of llava:FILE (a tenth, 256 at
+    most; by their loss)."""
     contrastive: str = "clip"
     """Contrastive model: embedded (clip), folder, or Hugging Face id."""
     variants: tuple[str, ...] = ()
     """Variants to tune, by name; all by default."""
     steps: int = 40
     """Steps of every tuning."""
+    epochs: int = 0
+    """Epochs in place of steps: everything is seen once in each."""
     batch: int = 40
-    """Pictures a step."""
+    """Pictures a step; each is compared with the captions of all."""
+    micro_batch: int = 0
+    """Pictures of a step that are in memory at a time, the loss being that of the whole batch; 0 for all."""
+    warmup: float = 0.1
+    """Share of the steps in which the rate rises, or their number from 1 on."""
     rates: tuple[float, ...] = (3e-4, 1e-3)
     """Peak learning rates to choose among on validation; large models need far smaller ones."""
     caption: str = "{question} {answer}"
@@ -48,58 +58,42 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, before and after by variant and data set, and a pair of each data set with its captions."""
-    from vlm_mech.behaviour.contrastive_tuning import data as contrastive_tuning_data
-    from vlm_mech.behaviour.contrastive_tuning import figures, findings, study
-    from vlm_mech.behaviour.contrastive_tuning.training import Recipe
-    from vlm_mech.behaviour.erroneous_agreement import data as erroneous_agreement_data
+    from vlm_mech.behaviour.contrastive_tuning import data, figures, findings, study
+    from vlm_mech.behaviour.contrastive_tuning.batches import Recipe
+    from vlm_mech.behaviour.contrastive_tuning.sources import check_options, is_text, load_parts, with_captions
+    from vlm_mech.behaviour.erroneous_agreement.data import answerable, joined, shown
     from vlm_mech.models.dual_encoder import DualEncoder
     from vlm_mech.results.result import Result
 
-    recipe = Recipe(config.steps, config.batch, seed=config.seed)
-    variants = _variants(config)
-    options: dict[str, Any] = {"template": config.caption, **config.drawn}
-    test = [erroneous_agreement_data.load_cases(name, n=config.n, split="test", **options) for name in config.data]
-    train, validation = (
-        [erroneous_agreement_data.load_cases(name, n=n, split=split, **options) for name in config.train]
-        for n, split in ((config.n_train, "train"), (config.n_validation, "validation"))
-    )
-    for some in (test, train, validation):
-        contrastive_tuning_data.check_counterfactuals(some)
+    how: dict[str, Any] = {"seed": config.seed, "epochs": config.epochs, "micro": config.micro_batch}
+    recipe = Recipe(config.steps, config.batch, config.warmup, **how)
+    check_options(config.train, config.data, config.rates, sides=config.sides)
+    of_captions = is_text(config.train)
+    variants = data.variants_of(config.variants, data.CAPTION_VARIANTS if of_captions else data.VARIANTS)
+    sizes = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
+    pairs = load_parts(config.train, config.data, **sizes, template=config.caption, **config.drawn)
     loading = {name: value for name, value in config.loading.items() if name != "revision"}
     encoder = DualEncoder.load(config.contrastive, **loading)
-    contrastive_tuning_data.check_words(encoder, [*test, *train, *validation])
+    data.check_tunable(encoder)
+    train, validation, test = ([data.in_words_known(encoder, cases) for cases in part] for part in pairs)
     vlm = config.load()
-    test = [erroneous_agreement_data.answerable(vlm, cases) for cases in test]
-    told = about(QUESTION, vlm, erroneous_agreement_data.joined(test), {}) | {"contrastive": encoder.identity()}
-    pairs = contrastive_tuning_data.without_repeats(train, test)
-    parts = contrastive_tuning_data.Parts(pairs, validation, test)
+    test = [answerable(vlm, cases) for cases in test]
+    told = about(QUESTION, vlm, joined(test), {}) | {"contrastive": encoder.identity()}
+    told["refused"] = [*told["refused"], *data.refused_of([*train, *validation])]
+    parts = data.Parts(data.without_repeats(train, test), validation, test)
+    if of_captions:
+        held = {"n_train": config.n_train, "n_held": config.n_validation, "seed": config.seed}
+        parts = with_captions(parts, config.train, encoder, sides=config.sides, **held)
     notes = study.kept(work, encoder, vlm, parts, variants, recipe, config.rates)
     told["tuning"] = {
-        "recipe": dataclasses.asdict(recipe), "rates": config.rates, "train": config.train, "n_train": len(pairs),
-        "n_fitted": min(study.SOME, len(pairs)),
-        "n_validation": sum(len(cases.cases) for cases in validation), "variants": notes,
+        "recipe": dataclasses.asdict(recipe), "rates": config.rates, "train": config.train,
+        **study.counted(parts), "variants": notes,
     }  # fmt: skip
     table = study.completed(work.collect()[0])
     result = Result("contrastive tuning", table, study.AXES, study.METRICS, {}, told)
     told["tests"] = study.tests(result).to_dict("records")
     result = dataclasses.replace(result, findings=findings.findings(result))
-    return Outcome(result, figures.drawn(result), erroneous_agreement_data.shown(test))
-
-
-def _variants(config: Config) -> list[Any]:
-    """The variants asked for; everything wrong with the options is said before anything is loaded."""
-    from vlm_mech.behaviour.contrastive_tuning.data import variants_of
-    from vlm_mech.errors import UsageError
-
-    if not config.rates or min(config.rates) <= 0:
-        raise UsageError(f"rates {' '.join(map(str, config.rates))}: learning rates above zero are needed")
-    folders = [name for name in config.train if not name.startswith("scenes/")]
-    if folders or not config.train or not config.data:
-        raise UsageError(
-            f"train {folders[0]!r} has no train split of pairs; generated ones are needed, as in {RELATIONS[0]}"
-            if folders else "--data and --train need a data set each"
-        )  # fmt: skip
-    return variants_of(config.variants)
+    return Outcome(result, figures.drawn(result), shown(test))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from scipy.stats import binomtest
 
 from experiments import contrastive_tuning as experiment
 from tests.helpers import assert_help_is_light, command, killed_at
-from vlm_mech.behaviour.contrastive_tuning import data, findings, study
+from vlm_mech.behaviour.contrastive_tuning import batches, data, findings, losses, study
 from vlm_mech.behaviour.contrastive_tuning import training as tuning
-from vlm_mech.behaviour.contrastive_tuning.training import Recipe, Tuned, Variant, tuned_by
+from vlm_mech.behaviour.contrastive_tuning.batches import Recipe, Variant
+from vlm_mech.behaviour.contrastive_tuning.training import Tuned, tuned_by
 from vlm_mech.behaviour.erroneous_agreement.data import Asked, Case, Cases, load_cases
 from vlm_mech.errors import UsageError
 from vlm_mech.models.dual_encoder import DualEncoder
@@ -56,17 +57,17 @@ def weights(tuned, image):
 
 def test_losses_by_hand():
     by_image, by_text = (-np.diag(log_softmax(LOGITS, axis=axis)).mean() for axis in (1, 0))
-    found = tuning.contrastive_loss(torch.tensor(LOGITS)).item()
+    found = losses.contrastive_loss(torch.tensor(LOGITS)).item()
     assert found == pytest.approx((by_image + by_text) / 2, abs=1e-12)
     wide = np.hstack([LOGITS, SWAPPED])
     with_swapped = -np.diag(log_softmax(wide, axis=1)[:, :3]).mean()
-    found = tuning.negatives_loss(torch.tensor(LOGITS), torch.tensor(SWAPPED)).item()
+    found = losses.negatives_loss(torch.tensor(LOGITS), torch.tensor(SWAPPED)).item()
     assert found == pytest.approx((with_swapped + by_text) / 2, abs=1e-12)
     assert with_swapped > by_image
 
 
 def test_the_rate_warms_up_and_falls_to_zero():
-    rates = [tuning.learning_rate(step, n_steps=20, peak=0.5, warmup=0.1) for step in range(21)]
+    rates = [batches.learning_rate(step, n_steps=20, peak=0.5, warmup=0.1) for step in range(21)]
     assert rates[:3] == [0.25, 0.5, 0.5] and rates[11] == pytest.approx(0.25) and rates[20] == pytest.approx(0)
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[2:]))
 
@@ -76,15 +77,15 @@ def test_the_rate_warms_up_and_falls_to_zero():
 def test_what_is_locked_stays_to_the_bit(encoder, seen, known, locked, decoder):
     before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
     variant = Variant("some", "twins", locked=locked, decoder=decoder)
-    tuned, losses = tuned_by(encoder.model, seen, variant, RECIPE, rate=1e-3, known=known)
+    tuned, once = tuned_by(encoder.model, seen, variant, RECIPE, rate=1e-3, known=known)
     for image, stays in ((True, locked), (False, decoder)):
         now = {name: value for name, value in weights(tuned, image).items() if not name.startswith("logit")}
         same = [torch.equal(value, before[name]) for name, value in now.items()]
         assert len(same) > 10 and (all(same) if stays else sum(same) < 0.1 * len(same))
     assert all(torch.equal(value, before[name]) for name, value in encoder.model.state_dict().items())
-    assert len(losses) == 3 and (tuned.head is not None) == decoder
+    assert len(once) == 3 and (tuned.head is not None) == decoder
     again, twice = tuned_by(encoder.model, seen, variant, RECIPE, rate=1e-3, known=known)
-    assert twice == losses
+    assert twice == once
     assert all(torch.equal(v, again.model.state_dict()[name]) for name, v in tuned.model.state_dict().items())
     assert np.array_equal(tuning.pair_scores(tuned, seen), tuning.pair_scores(again, seen))
     other, _ = tuned_by(encoder.model, seen, variant, dataclasses.replace(RECIPE, seed=1), rate=1e-3, known=known)
@@ -95,12 +96,12 @@ def test_what_is_locked_stays_to_the_bit(encoder, seen, known, locked, decoder):
 def test_the_loss_of_a_step_is_that_of_its_batch(encoder, seen, known, objective):
     """At a rate that moves nothing; every step draws other pairs."""
     variant, recipe = Variant("some", objective, locked=False), Recipe(3, 8)
-    _, losses = tuned_by(encoder.model, seen, variant, recipe, rate=1e-9, known=known)
+    _, found = tuned_by(encoder.model, seen, variant, recipe, rate=1e-9, known=known)
     with torch.no_grad():
         words = {name: value.flatten(0, 1) for name, value in seen.words.items()}
         texts = tuning.text_embeddings(Tuned(encoder.model), words, None).unflatten(0, (-1, 2)).numpy()
     scale, batches = encoder.model.logit_scale.exp().item(), set()
-    for step, loss in enumerate(losses):
+    for step, loss in enumerate(found):
         rng = np.random.default_rng((0, step))
         rows = rng.choice(12, 4 if objective == "twins" else 8, replace=False)
         sides = np.tile([0, 1], 4) if objective == "twins" else rng.integers(0, 2, 8)
@@ -115,8 +116,8 @@ def test_the_loss_of_a_step_is_that_of_its_batch(encoder, seen, known, objective
 
 def test_tuning_learns_what_it_is_shown(encoder, cases, seen, known):
     variant, recipe = Variant("some", "twins", locked=False), Recipe(25, 24)
-    tuned, losses = tuned_by(encoder.model, seen, variant, recipe, rate=1e-3, known=known)
-    assert losses[-1] < 0.6 * losses[0]
+    tuned, found = tuned_by(encoder.model, seen, variant, recipe, rate=1e-3, known=known)
+    assert found[-1] < 0.6 * found[0]
     before, after = (
         study.scored([cases], [tuning.pair_scores(each, seen)], "some")["pair"].mean()
         for each in (Tuned(encoder.model), tuned)
@@ -186,7 +187,7 @@ def test_wrong_use(encoder, seen, known):
     for numbers, message in (((0, 8), "steps is 0"), ((3, 7), "batch is 7"), ((3, 2), "batch is 2")):
         with pytest.raises(UsageError, match=message):
             Recipe(*numbers)
-    with pytest.raises(UsageError, match="12 pairs are fewer than the 14 of a step"):
+    with pytest.raises(UsageError, match="12 pairs are fewer than the 14 of a step; more or a smaller batch"):
         tuned_by(encoder.model, seen, Variant("some", "captions"), Recipe(3, 14), rate=1e-3, known=known)
     bare = dataclasses.replace(seen, states=None)
     with pytest.raises(UsageError, match="states of a decoder are needed"):
@@ -217,7 +218,7 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         (["--contrastive", "organism"], "is no contrastive model"),
         (["--rates", "0"], "learning rates above zero are needed"),
         (["--steps", "0"], "steps is 0; at least 1 is needed"),
-        (["--train", "some_folder"], "has no train split of pairs"),
+        (["--train", "some_folder"], "is neither a folder"),
         (["--data", "scenes/relations"], "has no counterfactuals"),
         (["--data", "scenes/colour", "scenes/colour"], "is given twice"),
         (["--variants", "all"], "variant 'all' is not known"),

@@ -13,6 +13,7 @@ from experiments import layer_swap
 from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
+from vlm_mech.behaviour.adapter_files import save_adapter
 from vlm_mech.behaviour.debias import adapter as debias_adapter
 from vlm_mech.behaviour.debias import data, study, training
 from vlm_mech.behaviour.debias.data import IN_CONFLICT, USUAL
@@ -203,7 +204,7 @@ def test_the_truth_rises_on_what_is_taught_and_the_adapter_is_read_elsewhere(tmp
     for name, weight in frozen.items():
         own = held[name] if name in held else held[name.replace(".weight", ".base_layer.weight")]
         assert torch.equal(own, weight)
-    debias_adapter.save_adapter(vlm, adapter, tmp_path / "adapter")
+    save_adapter(vlm, adapter, tmp_path / "adapter")
     other = fresh()
     base, on = adapted(other, str(tmp_path / "adapter"))
     with switched(on.blocks, on=True), torch.no_grad():

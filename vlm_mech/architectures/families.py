@@ -69,6 +69,8 @@ class Family:
     """Whether the projector receives patches, or tokens already merged."""
     placeholder: str | None = "image_token"
     """Attribute of the processor that holds the text to be put for an image; None: the processor adds it itself."""
+    resampler: tuple[str, ...] = ()
+    """Modules and parameters between tower and projector (a Q-Former and its queries), trained with the projector."""
     queries_first: bool = False
     """Whether the processor puts query tokens before the whole text, padding included (Q-Former families)."""
     plain_text: str | None = None
@@ -308,6 +310,7 @@ INSTRUCTBLIP = Family(
     drops_class_tokens=lambda config: False,
     takes="tokens",
     placeholder=None,
+    resampler=("qformer", "query_tokens"),
     queries_first=True,
     plain_text="{images}{question}",
 )

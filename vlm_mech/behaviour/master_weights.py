@@ -6,7 +6,8 @@ of every such weight; the model gets its rounding after each step. Weights in fl
 `classify`, `contrastive_tuning` and `debias` tune so.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ HALF = (torch.bfloat16, torch.float16)
 LOSS_SCALES = (4096.0, 256.0, 16.0, 1.0)
 """What the loss of a float16 model is multiplied by, so that small gradients do not become 0; the first that overflows
 nothing is taken, at every step anew, so that a step depends on nothing before it."""
+OVERFLOW = "the gradients are not finite in float16; bfloat16 or float32 has the range that they need"
 
 
 class Descent:
@@ -28,14 +30,25 @@ class Descent:
 
     Args:
         dtype: in what the model computes.
+        factors: for each parameter what its learning rate is multiplied by; 1 by default.
     """
 
     def __init__(
-        self, trained: Iterable[nn.Parameter], *, dtype: torch.dtype, rate: float, weight_decay: float = 0.0
+        self,
+        trained: Iterable[nn.Parameter],
+        *,
+        dtype: torch.dtype,
+        rate: float,
+        weight_decay: float = 0.0,
+        factors: Sequence[float] = (),
     ) -> None:
         self.trained: Sequence[nn.Parameter] = list(trained)
         self.moved: Sequence[Tensor] = [_master(parameter) for parameter in self.trained]
-        self.adam = torch.optim.AdamW(self.moved, lr=rate, weight_decay=weight_decay)
+        by_factor: dict[float, list[Tensor]] = {}
+        for tensor, factor in zip(self.moved, factors or [1.0] * len(self.moved), strict=True):
+            by_factor.setdefault(factor, []).append(tensor)
+        groups = [{"params": some, "lr": rate * factor, "factor": factor} for factor, some in by_factor.items()]
+        self.adam = torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay)
         self._scales = LOSS_SCALES if dtype == torch.float16 else (1.0,)
 
     def step(self, loss: Float[Tensor, ""], *, rate: float | None = None) -> None:
@@ -44,9 +57,33 @@ class Descent:
         Raises:
             WorkError: the gradients of a float16 model are not finite.
         """
+        self._move(self._backward(loss), rate)
+
+    @torch.enable_grad()
+    def step_over(self, parts: Sequence[Callable[[], Float[Tensor, ""]]], *, rate: float | None = None) -> float:
+        """One step down the sum of several losses, each computed and forgotten before the next; returns the sum.
+
+        Raises:
+            WorkError: a loss is not finite, or the gradients of a float16 model are not.
+        """
+        for scale in self._scales:
+            self.forget_gradients()
+            total = 0.0
+            for part in parts:
+                loss = part()
+                total += loss.item()
+                if not math.isfinite(total):
+                    raise WorkError(f"the loss is {total}; a smaller learning rate may hold")
+                (loss * scale).backward()
+            if self._finite():
+                self._move(scale, rate)
+                return total
+        raise WorkError(OVERFLOW)
+
+    def _move(self, scale: float, rate: float | None) -> None:
+        """One step along the gradients, which are `scale` times too large."""
         for group in self.adam.param_groups:
-            group["lr"] = group["lr"] if rate is None else rate
-        scale = self._backward(loss)
+            group["lr"] = group["lr"] if rate is None else rate * group["factor"]
         pairs = list(zip(self.trained, self.moved, strict=True))
         for parameter, master in pairs:
             if master is not parameter and parameter.grad is not None:
@@ -66,10 +103,13 @@ class Descent:
         for scale in self._scales:
             self.forget_gradients()
             (loss if scale == 1 else loss * scale).backward(retain_graph=scale != self._scales[-1])
-            found = [each.grad for each in self.trained if each.grad is not None]
-            if len(self._scales) == 1 or all(bool(torch.isfinite(each).all()) for each in found):
+            if self._finite():
                 return scale
-        raise WorkError("the gradients are not finite in float16; bfloat16 or float32 has the range that they need")
+        raise WorkError(OVERFLOW)
+
+    def _finite(self) -> bool:
+        found = [each.grad for each in self.trained if each.grad is not None]
+        return len(self._scales) == 1 or all(bool(torch.isfinite(each).all()) for each in found)
 
     def forget_gradients(self) -> None:
         """Frees the gradients, for instance at the end."""

@@ -11,9 +11,10 @@ from vlm_mech.data.item import Item
 from vlm_mech.data.items import Items, load_items
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.pairs import Pairs, load_pairs
-from vlm_mech.data.readers.registry import near_misses
+from vlm_mech.data.readers.registry import find_source, near_misses
 from vlm_mech.data.scenes import SPLITS
 from vlm_mech.data.sources import find_data
+from vlm_mech.data.training_text import describe_text
 from vlm_mech.data.user_files import Refused
 
 OWN = ("planted", "noise", "scenes/relations")
@@ -39,6 +40,10 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
         return _pairs(name, "generated scenes", load_pairs(name, **drawn, split=split))
     if name in SCENES or (is_of_hub(name) and holds_classes(name)):
         return _classes(name, n, seed)
+    source = None if is_of_hub(name) else find_source(name, text=True)
+    if source is not None and source.format.holds == "text":
+        files = ", ".join(table.path.name for table in source.tables[:MOST])
+        return "\n".join([f"{name}: format {source.format.name} ({files})", *describe_text(name)])
     found = find_data(name)
     if found is None:
         # What is neither is a folder of classes, or nothing.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_mech.data.readers.hub_rows import class_names
 from vlm_mech.data.user_files import Row, Rows, written
 from vlm_mech.errors import UsageError
 
@@ -51,31 +52,6 @@ def rows_given(given: Iterable[Any], call: str) -> Rows:
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return Rows(_Fetched(len(source), lambda at: named(source[at])), {})
     return Rows((_row(number, named(each)) for number, each in enumerate(source)), {})
-
-
-def class_names(source: Any) -> Callable[[Any], Any]:
-    """What writes the classes of a row of a data set of the hub by their names, which it holds as numbers."""
-    features = getattr(source, "features", None)
-    known = {column: _names_of(each) for column, each in features.items()} if isinstance(features, Mapping) else {}
-    labelled = {column: names for column, names in known.items() if names}
-
-    def name(value: Any, names: Sequence[str]) -> Any:
-        if isinstance(value, list | tuple):
-            return [name(each, names) for each in value]
-        return names[value] if isinstance(value, int | np.integer) and 0 <= value < len(names) else None
-
-    def named(row: Any) -> Any:
-        if not labelled or not isinstance(row, Mapping):
-            return row
-        return {key: name(value, labelled[key]) if key in labelled else value for key, value in row.items()}
-
-    return named
-
-
-def _names_of(feature: Any) -> Sequence[str]:
-    """The names of the classes of a column, or of a column of lists of them; none of others."""
-    inner = next((each for each in (feature, getattr(feature, "feature", None)) if hasattr(each, "int2str")), None)
-    return () if inner is None else tuple(inner.names)
 
 
 def _row(at: int, fields: Any) -> Row:

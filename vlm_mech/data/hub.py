@@ -50,7 +50,7 @@ def _loaded(name: str) -> Mapping[str, Any]:
     place, config, split = _parted(name)
     try:
         if not split:
-            return datasets.load_dataset(place, config or None)
+            return {str(each): data for each, data in datasets.load_dataset(place, config or None).items()}
         names = datasets.get_dataset_split_names(place, config or None)
         if split not in names:
             raise UsageError(f"data set {name!r} has no split {split!r}; it has {', '.join(names)}")

@@ -77,7 +77,7 @@ def find_data(name_or_path: str | Path) -> Found | None:
 
 def _of_hub(name: str) -> Found:
     given = hub_data(name)
-    fitting = [each for each in formats() if each.reads(given.table)]
+    fitting = [each for each in formats() if each.known_by_files and each.reads(given.table)]
     table = given.table
     about = f"({table.path.name}, {len(given.data)} rows)"
     if len(fitting) > 1:

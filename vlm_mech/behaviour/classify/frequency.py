@@ -24,6 +24,7 @@ from vlm_mech.data.image_classes import normalised
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import in_conflict
 from vlm_mech.data.user_files import read_told
+from vlm_mech.data.words import words_of
 from vlm_mech.errors import UsageError
 from vlm_mech.organism.train_vlm import BLANK_SHARE, CONFLICT_SHARE, RECIPES, draw_questions
 from vlm_mech.results.statistics import percentile_interval
@@ -44,7 +45,8 @@ def counted(texts: Iterable[str], names: Sequence[str], *, rule: Rule = "contigu
         by_first[each[0]].append(number)
     found = np.zeros(len(names), int)
     for text in texts:
-        told = normalised(text)
+        # What is read once is not worth keeping, as `normalised` would.
+        told = " ".join(words_of.__wrapped__(text))
         known, padded = set(told.split()), f" {told} "
         for number in (each for word in known for each in by_first.get(word, ())):
             if rule == "together":

@@ -1,6 +1,8 @@
 """The steps of a classification run, each kept when it is done: before tuning, tuning, and after it."""
 
 import functools
+import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_mech.behaviour.classify.baselines import contrastive_table, probe_table
+from vlm_mech.behaviour.classify.checkpoint import put_in
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.frequency import (
     FEWEST_CLASSES,
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 N_PICTURES = 2000
 """Pictures whose training text is counted; the embedded models saw 109,056."""
 SCENES = "scenes/"
+KEPT = "tuned"
+"""Folder of a run in which the weights that tuning left are kept."""
 EMBEDDED = ("organism", "organism-grounded", "organism-phrases")
 
 
@@ -101,7 +106,7 @@ def options_of(
 
 
 def run_all(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> tuple[Result, list[Calibration]]:
-    """Everything, in the order in which it can be taken up again; tuning is done anew when a killed run goes on.
+    """Everything, in the order in which it can be taken up again; tuning that was not finished is done anew.
 
     Returns:
         The result without its findings, whose provenance says what was counted, tuned and compared; the calibrations.
@@ -116,14 +121,27 @@ def run_all(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> 
     tuned = None
     if options.tuning is not None:
         name = f"tuned ({options.tuning.what})"
-        asked_of = functools.partial(design.wording.prompt, design.question)
-        tuned = tune(vlm, design.data.train, design.data.validation, asked_of, options.tuning)
-        tuned = {"model": name} | tuned
+        tuned = {"model": name} | _tuned(vlm, design, options.tuning, work)
         _model_steps(vlm, design, asked, name, "1", work)
     table = completed(work.collect()[0])
     frequency = _frequency(table, design, options, counts)
     about |= others | {"calibrations": [asdict(each) for each in calibrations], "tuned": tuned, "frequency": frequency}
     return Result("classification", table, AXES, METRICS, provenance=about), calibrations
+
+
+def _tuned(vlm: "VLM", design: Design, tuning: Tuning, work: "Workspace") -> dict[str, Any]:
+    """Tunes the model in place, keeps what was trained in `tuned/`, and says how it went."""
+    folder, told = work.partial / KEPT, work.partial / KEPT / "tuning.json"
+    if told.is_file():
+        put_in(vlm, folder)
+    else:
+        asked = functools.partial(design.wording.prompt, design.question)
+        found = tune(vlm, design.data.train, design.data.validation, asked, tuning, folder=folder)
+        # Written last: where it is, the weights are there.
+        told.write_text(json.dumps(found))
+        shutil.rmtree(work.folder / KEPT, ignore_errors=True)
+        shutil.copytree(folder, work.folder / KEPT)
+    return json.loads(told.read_text())
 
 
 def _about(vlm: "VLM", design: Design, options: Options) -> dict[str, Any]:

@@ -1,16 +1,23 @@
 """What a contrastive model is tuned on and tested on, and the variants of its tuning."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from vlm_mech.behaviour.contrastive_tuning.training import Variant
+import numpy as np
+
+from vlm_mech.behaviour.contrastive_tuning.batches import Variant
 from vlm_mech.behaviour.erroneous_agreement.data import Case, Cases
+from vlm_mech.data.picture_splits import SHARES
+from vlm_mech.data.user_files import Refused
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.contrastive_batch import padded
 from vlm_mech.inputs.special_tokens import check_known
 
 if TYPE_CHECKING:
+    from vlm_mech.behaviour.contrastive_tuning.captions import Read
     from vlm_mech.models.dual_encoder import DualEncoder
 
 NONE, READER, COUNTERFACTUALS = "none", "VLM", "unlocked: twins"
@@ -27,19 +34,34 @@ VARIANTS = (
     Variant("control, unlocked: sides at random", "twins", locked=False, shuffled="sides"),
     Variant("control, unlocked: shuffled captions", "twins", locked=False, shuffled="captions"),
 )
+CAPTIONS = "unlocked: captions"
+CAPTION_VARIANTS = (
+    Variant("locked: captions", "captions"),
+    Variant("locked: negatives", "negatives"),
+    Variant("locked, decoder: captions", "captions", decoder=True),
+    Variant("locked, decoder: negatives", "negatives", decoder=True),
+    Variant(CAPTIONS, "captions", locked=False),
+    Variant("unlocked: negatives", "negatives", locked=False),
+    Variant("unlocked, decoder: captions", "captions", locked=False, decoder=True),
+    Variant("unlocked, decoder: negatives", "negatives", locked=False, decoder=True),
+    Variant("control, unlocked: captions of others", "captions", locked=False, shuffled="captions"),
+)
+"""Of single pictures with captions; the first eight are those of arXiv 2411.05195."""
+REPEATED = {"twins": COUNTERFACTUALS, "captions": CAPTIONS}
+"""What a control repeats, by its objective."""
 
 
-def variants_of(names: Sequence[str]) -> list[Variant]:
+def variants_of(names: Sequence[str], every: Sequence[Variant] = VARIANTS) -> list[Variant]:
     """The variants of these names, all where none is named.
 
     Raises:
         UsageError: an unknown name.
     """
-    known = {variant.name: variant for variant in VARIANTS}
+    known = {variant.name: variant for variant in every}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(f"variant {unknown[0]!r} is not known; these are: {', '.join(map(repr, known))}")
-    return [known[name] for name in names] or list(VARIANTS)
+    return [known[name] for name in names] or list(every)
 
 
 # Data
@@ -47,11 +69,45 @@ def variants_of(names: Sequence[str]) -> list[Variant]:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Pairs to tune on, data sets to choose the learning rate by, and data sets to report."""
+    """Pairs to tune on, data sets to choose the learning rate by, and data sets to report.
+
+    Pictures with captions (`read`) may take the place of the former two: the first `n_held` are to choose by.
+    """
 
     train: Sequence[Case]
     validation: Sequence[Cases]
     test: Sequence[Cases]
+    read: "Read | None" = None
+    n_held: int = 0
+
+
+def parted(cases: Cases, *, tested: bool, seed: int) -> tuple[Cases, Cases, Cases]:
+    """Cases of a file to tune on, to choose by, and to report, by groups; the last are none unless they are `tested`.
+
+    Raises:
+        UsageError: fewer groups than parts.
+    """
+    shares = {part: share for part, share in SHARES.items() if tested or part != "test"}
+    groups = sorted({case.group for case in cases.cases})
+    if len(groups) < len(shares):
+        raise UsageError(
+            f"{cases.name} has {len(groups)} groups of pairs; at least {len(shares)} are needed, one a part"
+        )
+    order = np.random.default_rng((seed, 5)).permutation(len(groups))
+    sizes = [max(1, round(share / sum(shares.values()) * len(groups))) for share in list(shares.values())[1:]]
+    ends = np.cumsum([0, len(groups) - sum(sizes), *sizes])
+    parts = [{groups[at] for at in order[start:end]} for start, end in itertools.pairwise(ends)]
+    some = [tuple(case for case in cases.cases if case.group in part) for part in [*parts, set[str]()][:3]]
+    first, second, third = (replace(cases, cases=part) for part in some)
+    return first, second, third
+
+
+def some(cases: Cases, n: int | None) -> Cases:
+    """At most n of the cases, evenly spread; all where n is None."""
+    if n is None or n >= len(cases.cases):
+        return cases
+    rows = np.unique(np.linspace(0, len(cases.cases) - 1, n).round().astype(int))
+    return replace(cases, cases=tuple(cases.cases[row] for row in rows))
 
 
 def without_repeats(data: Sequence[Cases], held: Sequence[Cases] = ()) -> list[Case]:
@@ -88,12 +144,34 @@ def check_counterfactuals(data: Sequence[Cases]) -> None:
             )
 
 
-def check_words(encoder: "DualEncoder", data: Sequence[Cases]) -> None:
-    """Raise `UsageError` where a caption has a word unknown to the contrastive model."""
-    captions = [each for cases in data for case in cases.cases for each in case.captions]
-    check_known(_as_vlm(encoder), captions, "caption")
+def check_tunable(encoder: "DualEncoder") -> None:
+    """Raise `UsageError` for a model whose pictures do not have one shape."""
+    if encoder.family.layout is padded:
+        raise UsageError(
+            f"{encoder.name} takes pictures of any shape (NaFlex), which cannot be tuned here; CLIP and SigLIP "
+            "can, and SigLIP2 of a fixed size"
+        )
 
 
-def _as_vlm(encoder: Any) -> Any:
-    """An encoder, for a check that asks for a tokenizer alone."""
-    return encoder
+def refused_of(data: Sequence[Cases]) -> list[dict[str, str]]:
+    """What could not be used of several data sets, for provenance."""
+    return [{"id": f"{cases.name}/{each.id}", "reason": each.reason} for cases in data for each in cases.refused]
+
+
+def in_words_known(encoder: "DualEncoder", cases: Cases) -> Cases:
+    """The cases all words of whose captions the contrastive model knows; the others move to `refused`.
+
+    Raises:
+        UsageError: none is left.
+    """
+    kept: list[Case] = []
+    refused = list(cases.refused)
+    for case in cases.cases:
+        try:
+            check_known(encoder, case.captions, "caption")
+            kept.append(case)
+        except UsageError as error:
+            refused.append(Refused(case.id, str(error)))
+    if not kept:
+        raise UsageError(f"no pair of {cases.name} can be read by {encoder.name}: {refused[-1].reason}")
+    return replace(cases, cases=tuple(kept), refused=tuple(refused))

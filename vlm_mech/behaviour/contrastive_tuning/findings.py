@@ -19,20 +19,39 @@ def findings(result: Result) -> tuple[str, ...]:
     summary, tested = result.summary("pair"), tests(result)
     summary = summary[summary["n"] > 0]
     data = list(summary["data"].drop_duplicates())
-    found = [
-        f"tuned on {told['n_train']} pairs of {', '.join(told['train'])} (train split), {told['recipe']['n_steps']} "
-        f"steps of {told['recipe']['batch']} pictures, one seed; rates chosen among "
-        f"{', '.join(f'{rate:g}' for rate in told['rates'])} by pair accuracy on {told['n_validation']} validation "
-        "pairs of these sets; below, test pairs, pair accuracy (chance 0.25), intervals over pairs.",
-        _verdict(summary, tested, told),
-    ]
+    found = [_tuned_on(told), _verdict(summary, tested, told)]
     found += [_beside_vlm(summary, tested, name) for name in data]
     found.append("by tuning: pair accuracy, and in brackets pairs won and lost against no tuning, McNemar's p (Holm).")
     for note in told["variants"]:
         parts = [_moved(summary, tested, note["tuning"], name) for name in data]
-        fitted = f"{note['fitted']:.2f} of the pairs tuned on"
+        fitted = f"{note['fitted']:.2f} of the {_what(told)} tuned on"
         found.append(f"{note['tuning']} (rate {note['rate']:g}, {fitted}): {'; '.join(parts)}.")
     return tuple(found)
+
+
+def _what(told: dict[str, Any]) -> str:
+    return "pictures" if told.get("captions") else "pairs"
+
+
+def _tuned_on(told: dict[str, Any]) -> str:
+    """What was tuned on, how long, and how the rate was chosen."""
+    recipe, rates = told["recipe"], ", ".join(f"{rate:g}" for rate in told["rates"])
+    length = f"{recipe['n_steps']} steps"
+    if recipe.get("epochs"):
+        steps = sorted({trial["n_steps"] for note in told["variants"] for trial in note["trials"]})
+        length = f"{recipe['epochs']} epochs ({' or '.join(map(str, steps))} steps)"
+    length += f" of {recipe['batch']} pictures, one seed"
+    asked = "below, test pairs, pair accuracy (chance 0.25), intervals over pairs."
+    if not told.get("captions"):
+        return (
+            f"tuned on {told['n_train']} pairs of {', '.join(told['train'])} (train split), {length}; rates chosen "
+            f"among {rates} by pair accuracy on {told['n_validation']} validation pairs of these sets; {asked}"
+        )
+    chosen = f"chosen among {rates} by the loss on {told['n_validation']} held out" if "," in rates else rates
+    return (
+        f"tuned on {told['n_train']} pictures with captions of {', '.join(told['train'])}, {told['captions']['used']}; "
+        f"{length}; an answer drawn each time as caption; rates {chosen}; {asked}"
+    )
 
 
 def _verdict(summary: pd.DataFrame, tested: pd.DataFrame, told: dict[str, Any]) -> str:
@@ -54,11 +73,12 @@ def _verdict(summary: pd.DataFrame, tested: pd.DataFrame, told: dict[str, Any]) 
         if best["fitted"] >= LEARNED
         else "where this is low too, the tuning was too short or the tower does not show it, which is not told apart"
     )
+    asked = "asked again" if not told.get("captions") else "asked for their own text among theirs"
     return (
         f"above chance and above no tuning (McNemar, Holm over tunings and data sets, p < {LEVEL}): "
         f"{', '.join(lifted) or 'none'}; worse than before on what was not tuned on: {', '.join(lost) or 'none'}. "
-        f"Most is learned of the pairs tuned on by {best['tuning']}: {best['fitted']:.2f} of {told['n_fitted']} asked "
-        f"again; {carried}."
+        f"Most is learned of the {_what(told)} tuned on by {best['tuning']}: {best['fitted']:.2f} of "
+        f"{told['n_fitted']} {asked}; {carried}."
     )
 
 

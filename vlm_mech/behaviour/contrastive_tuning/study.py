@@ -1,6 +1,7 @@
 """What tuning a contrastive model buys on pairs that differ in a relation, as the rows of a table."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,12 +9,12 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm_mech.behaviour.contrastive_tuning.data import COUNTERFACTUALS, NONE, READER, Parts
+from vlm_mech.behaviour.contrastive_tuning.batches import Recipe, Source, Variant
+from vlm_mech.behaviour.contrastive_tuning.captions import Captions
+from vlm_mech.behaviour.contrastive_tuning.data import NONE, READER, REPEATED, Parts
 from vlm_mech.behaviour.contrastive_tuning.training import (
     Material,
-    Recipe,
     Tuned,
-    Variant,
     embedded_images,
     material,
     pair_scores,
@@ -81,18 +82,15 @@ def kept(
     keys = {f"{number:02d}": variant for number, variant in enumerate(variants, 1)}
     if any(key not in work for key in keys):
         reader = vlm if any(variant.decoder for variant in variants) else None
-        train = material(encoder, parts.train, reader)
-        known = embedded_images(Tuned(encoder.model), train)
-        validation, test = (
-            [material(encoder, cases.cases, reader) for cases in some] for some in (parts.validation, parts.test)
-        )
+        trials = _of_captions(encoder, reader, parts) if parts.read else _of_pairs(encoder, reader, parts)
+        test = [material(encoder, cases.cases, reader) for cases in parts.test]
         if "00" not in work:
             scores = [pair_scores(Tuned(encoder.model), some) for some in test]
             work.keep("00", scored(parts.test, scores, NONE), {})
         for key, variant in keys.items():
             if key not in work:
                 some = rates_for(variant, rates, work.collect()[1])
-                tuned, notes = tried(encoder, variant, recipe, some, (train, known), validation, work.progress)
+                tuned, notes = tried(encoder, variant, recipe, some, trials, work.progress)
                 scores = [pair_scores(tuned, each) for each in test]
                 work.keep(key, scored(parts.test, scores, variant.name), notes)
     if "99" not in work:
@@ -100,10 +98,63 @@ def kept(
     return [note for note in work.collect()[1] if note]
 
 
+def counted(parts: Parts) -> dict[str, Any]:
+    """How many examples each part has; `captions` says which entries were used, where it was tuned on such."""
+    if parts.read is not None:
+        n_train = len(parts.read.used) - parts.n_held
+        about = {"used": parts.read.told, "n_entries": parts.read.n_entries, "left_out": parts.read.left_out}
+        return {"n_train": n_train, "n_fitted": min(SOME, n_train), "n_validation": parts.n_held, "captions": about}
+    n_validation = sum(len(cases.cases) for cases in parts.validation)
+    n_train = len(parts.train)
+    return {"n_train": n_train, "n_fitted": min(SOME, n_train), "n_validation": n_validation}
+
+
 def rates_for(variant: Variant, rates: Sequence[float], notes: Sequence[dict[str, Any]]) -> Sequence[float]:
     """The rates to choose among; a control takes the one chosen for what it repeats, if that was tuned."""
     chosen = {note["tuning"]: note["rate"] for note in notes if note}
-    return (chosen[COUNTERFACTUALS],) if variant.shuffled != "no" and COUNTERFACTUALS in chosen else rates
+    repeated = REPEATED.get(variant.objective)
+    return (chosen[repeated],) if variant.shuffled != "no" and repeated in chosen else rates
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """What is tuned on, the untuned embeddings of its pictures, and two measures of what was tuned.
+
+    `validated` is what a rate is chosen by, the greater the better, and of how many examples; `fitted` the share that
+    is right of some that were tuned on.
+    """
+
+    source: Source
+    known: Float[Tensor, "..."]
+    validated: Callable[[Tuned], tuple[float, int]]
+    fitted: Callable[[Tuned], float]
+
+
+def _of_pairs(encoder: "DualEncoder", reader: "VLM | None", parts: Parts) -> Trials:
+    train = material(encoder, parts.train, reader)
+    validation = [material(encoder, cases.cases, reader) for cases in parts.validation]
+
+    def validated(tuned: Tuned) -> tuple[float, int]:
+        right = np.concatenate([_right(tuned, some) for some in validation])
+        return float(right.mean()), len(right)
+
+    known = embedded_images(Tuned(encoder.model), train)
+    return Trials(train, known, validated, lambda tuned: float(_right(tuned, part(train, SOME)).mean()))
+
+
+def _of_captions(encoder: "DualEncoder", reader: "VLM | None", parts: Parts) -> Trials:
+    """Pictures with captions: a rate is chosen by the loss on those held out, all of them as one batch."""
+    assert parts.read is not None
+    used, n = parts.read.used, parts.n_held
+    held, train = (Captions(encoder, some) for some in (used[:n], used[n:]))
+    if reader is not None:
+        held, train = held.with_decoder(reader), train.with_decoder(reader)
+    return Trials(
+        train,
+        train.embedded(Tuned(encoder.model)),
+        lambda tuned: (-held.asked(tuned)[0] if n else 0.0, n),
+        lambda tuned: train.first(SOME).asked(tuned)[1],
+    )
 
 
 def tried(
@@ -111,29 +162,26 @@ def tried(
     variant: Variant,
     recipe: Recipe,
     rates: Sequence[float],
-    train: tuple[Material, Float[Tensor, "_ 2 d_embed"]],
-    validation: Sequence[Material],
+    trials: Trials,
     progress: Callable[[Sequence[int], str], Iterator[int]],
 ) -> tuple[Tuned, dict[str, Any]]:
-    """A variant tuned at every rate: the model with the best pair accuracy on validation, among equals the slower.
-
-    Args:
-        train: pairs to tune on, and the untuned embeddings of their pictures.
+    """A variant tuned at every rate: the model that validates best, among equals the slower.
 
     Returns:
-        The model; notes with its rate, what it learned of the pairs tuned on, and validation and losses of every rate.
+        The model; notes with its rate, what it learned of what it saw, and validation and losses of every rate.
     """
-    found, trials = [], []
+    found, notes = [], []
     for rate in sorted(rates):
-        steps = progress(range(recipe.n_steps), f"{variant.name}, {rate:g}")
-        tuned, losses = tuned_by(encoder.model, train[0], variant, recipe, rate=rate, known=train[1], progress=steps)
-        right = np.concatenate([_right(tuned, some) for some in validation])
+        steps = progress(range(recipe.steps(len(trials.source), variant)), f"{variant.name}, {rate:g}")
+        how = {"rate": rate, "known": trials.known, "progress": steps}
+        tuned, losses = tuned_by(encoder.model, trials.source, variant, recipe, **how)
         ends = [float(np.mean(part)) for part in (losses[:5], losses[-5:])]
-        trials.append({"rate": rate, "validation": float(right.mean()), "n": len(right), "losses": ends})
+        validation, n = trials.validated(tuned)
+        notes.append({"rate": rate, "validation": validation, "n": n, "n_steps": len(losses), "losses": ends})
         found.append(tuned)
-    best = int(np.argmax([trial["validation"] for trial in trials]))
-    fitted = float(_right(found[best], part(train[0], SOME)).mean())
-    return found[best], {"tuning": variant.name, "rate": trials[best]["rate"], "fitted": fitted, "trials": trials}
+    best = int(np.argmax([note["validation"] for note in notes]))
+    fitted = trials.fitted(found[best])
+    return found[best], {"tuning": variant.name, "rate": notes[best]["rate"], "fitted": fitted, "trials": notes}
 
 
 def _right(tuned: Tuned, some: Material) -> np.ndarray:

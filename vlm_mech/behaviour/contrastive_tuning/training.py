@@ -2,22 +2,32 @@
 
 After arXiv 2411.05195, which tunes CLIP for five epochs on image-caption data of LLaVA, with a locked or unlocked
 image tower, swapped left and right as hard negatives, and a language model with a two-layer MLP as text tower. Ours
-tunes for a few steps on generated scenes; the learning rate is chosen on validation.
+tunes on pairs for a few steps, or on such data (`captions.py`); the learning rate is chosen on validation.
 """
 
 import copy
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from vlm_mech.architectures.site import Site
+from vlm_mech.behaviour.contrastive_tuning.batches import (
+    Drawn,
+    Recipe,
+    Source,
+    Texts,
+    Variant,
+    examples_a_step,
+    learning_rate,
+)
+from vlm_mech.behaviour.contrastive_tuning.losses import batch_loss
 from vlm_mech.behaviour.erroneous_agreement.data import Case
 from vlm_mech.behaviour.master_weights import Descent
 from vlm_mech.errors import UsageError, WorkError
@@ -28,52 +38,11 @@ if TYPE_CHECKING:
     from vlm_mech.models.dual_encoder import DualEncoder
     from vlm_mech.models.vlm import VLM
 
-Objective = Literal["captions", "negatives", "twins"]
 IMAGE_SIDE = "vis"
 """How the names of all parameters of an image tower and its projection begin (CLIP, SigLIP)."""
-LARGEST_SCALE = 100.0
-"""CLIP's bound of what multiplies cosines."""
 CHUNK = 64
 HIDDEN = 4
 """Width of the MLP's hidden layer, in widths of the embedding."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is tuned on what.
-
-    Objectives: `captions` (InfoNCE over pictures of different pairs), `negatives` (the swapped caption is a further
-    negative of each picture, as in NegCLIP), `twins` (both pictures and both captions of each pair in the batch).
-    With `decoder` a frozen decoder's states and a trained MLP take the place of the text tower. `shuffled` moves
-    captions to other pictures: all of a pair (`captions`), or at random within the pair alone (`sides`).
-    """
-
-    name: str
-    objective: Objective = "twins"
-    locked: bool = True
-    decoder: bool = False
-    shuffled: Literal["no", "captions", "sides"] = "no"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How all variants are tuned; `batch` is the number of pictures a step.
-
-    Raises:
-        UsageError: a number that makes no tuning.
-    """
-
-    n_steps: int
-    batch: int
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.n_steps < 1:
-            raise UsageError(f"steps is {self.n_steps}; at least 1 is needed")
-        if self.batch < 4 or self.batch % 2:
-            raise UsageError(f"batch is {self.batch}; an even number of pictures from 4 on is needed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +56,35 @@ class Material:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def drawn(self, variant: Variant, recipe: Recipe, step: int, known: Tensor | None) -> Drawn:
+        """Both pictures of some pairs (`twins`), or one of each."""
+        n_pairs = examples_a_step(variant, recipe)
+        rng = np.random.default_rng((recipe.seed, step))
+        rows = recipe.rows(len(self), n_pairs, step, rng)
+        if variant.objective == "twins":
+            rows, sides = np.repeat(rows, 2), np.tile([0, 1], n_pairs)
+        else:
+            sides = rng.integers(0, 2, n_pairs)
+        negatives = self._texts(rows, 1 - sides) if variant.objective == "negatives" else None
+        return Drawn(
+            lambda part: self.pixels[rows[part], sides[part]],
+            self._texts(rows, sides),
+            negatives,
+            None if known is None else known[rows, sides],
+        )
+
+    def _texts(self, rows: np.ndarray, sides: np.ndarray) -> Texts:
+        words = {name: each[rows, sides] for name, each in self.words.items()}
+        return Texts(words, None if self.states is None else self.states[rows, sides])
+
+    def shuffled(self, how: str, *, seed: int) -> "Material":
+        """The pictures with captions of other pairs, or swapped within half of them."""
+        return shuffled(self, how, seed=seed)
+
+    def decoded_width(self) -> int | None:
+        """Width of a decoder's states of the captions; None without them."""
+        return None if self.states is None else self.states.shape[-1]
+
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
@@ -94,42 +92,6 @@ class Tuned:
 
     model: nn.Module
     head: nn.Module | None = None
-
-
-# Losses
-
-
-def contrastive_loss(logits: Float[Tensor, "image image"]) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE: mean of the cross-entropies over the captions of each image and the images of each caption.
-
-    Radford et al. 2021, figure 3.
-    """
-    own = torch.arange(len(logits), device=logits.device)
-    return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
-
-
-def negatives_loss(logits: Float[Tensor, "image image"], negatives: Float[Tensor, "image image"]) -> Float[Tensor, ""]:
-    """InfoNCE in which images also have to reject the swapped captions of all images; after NegCLIP.
-
-    Captions choose among images as before: a swapped caption has no image.
-
-    Args:
-        negatives: similarities of each image with each image's swapped caption.
-    """
-    own = torch.arange(len(logits), device=logits.device)
-    by_image = functional.cross_entropy(torch.cat([logits, negatives], 1), own)
-    return (by_image + functional.cross_entropy(logits.T, own)) / 2
-
-
-def learning_rate(step: int, *, n_steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then cosine to zero."""
-    n_warm = max(1, round(warmup * n_steps))
-    if step < n_warm:
-        return peak * (step + 1) / n_warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warm) / max(1, n_steps - n_warm)))
-
-
-# Material
 
 
 def material(encoder: "DualEncoder", cases: Sequence[Case], vlm: "VLM | None" = None) -> Material:
@@ -234,12 +196,12 @@ def pair_scores(
 
 def tuned_by(
     model: nn.Module,
-    some: Material,
+    some: Source,
     variant: Variant,
     recipe: Recipe,
     *,
     rate: float,
-    known: Float[Tensor, "pair two d_embed"],
+    known: Float[Tensor, "..."],
     progress: Iterable[int] | None = None,
 ) -> tuple[Tuned, list[float]]:
     """A tuned copy of a contrastive model, and the loss of every step; the model itself stays as it is.
@@ -253,33 +215,29 @@ def tuned_by(
         progress: the steps, for a progress bar.
 
     Raises:
-        UsageError: a rate that is not above zero, or fewer pairs than a step takes.
+        UsageError: a rate that is not above zero, or fewer examples than a step takes.
         WorkError: the loss is no number any more.
     """
     if rate <= 0:
         raise UsageError(f"learning rate is {rate:g}; a number above zero is needed")
-    if len(some) < pairs_a_step(variant, recipe):
-        n_pairs = pairs_a_step(variant, recipe)
-        raise UsageError(f"{len(some)} pairs are fewer than the {n_pairs} of a step; more pairs or a smaller batch")
-    some = some if variant.shuffled == "no" else shuffled(some, variant.shuffled, seed=recipe.seed)
+    if len(some) < (n_rows := examples_a_step(variant, recipe)):
+        what = "pairs" if isinstance(some, Material) else "pictures with captions"
+        raise UsageError(f"{len(some)} {what} are fewer than the {n_rows} of a step; more or a smaller batch is needed")
+    some = some if variant.shuffled == "no" else some.shuffled(variant.shuffled, seed=recipe.seed)
     tuned = _fresh(model, some, variant, width=known.shape[-1], seed=recipe.seed)
     dtype = next(tuned.model.parameters()).dtype
     descent = Descent(trainable(tuned, variant), dtype=dtype, rate=rate, weight_decay=recipe.weight_decay)
-    losses = []
-    for step in range(recipe.n_steps) if progress is None else progress:
+    losses, n_steps = [], recipe.steps(len(some), variant)
+    for step in range(n_steps) if progress is None else progress:
+        drawn = some.drawn(variant, recipe, step, known if variant.locked else None)
         with torch.enable_grad():
-            loss = _loss(tuned, some, variant, recipe, step, known if variant.locked else None)
+            loss = loss_of(tuned, drawn, micro=recipe.micro)
         if not torch.isfinite(loss):
             raise WorkError(f"{variant.name}: the loss of step {step} is {loss.item()} at rate {rate:g}; lower it")
-        descent.step(loss, rate=learning_rate(step, n_steps=recipe.n_steps, peak=rate, warmup=recipe.warmup))
+        descent.step(loss, rate=learning_rate(step, n_steps=n_steps, peak=rate, warmup=recipe.warmup))
         losses.append(loss.item())
     tuned.model.eval()
     return tuned, losses
-
-
-def pairs_a_step(variant: Variant, recipe: Recipe) -> int:
-    """How many pairs the pictures of a step come from: both pictures of a pair, or one."""
-    return recipe.batch // 2 if variant.objective == "twins" else recipe.batch
 
 
 def trainable(tuned: Tuned, variant: Variant) -> list[nn.Parameter]:
@@ -294,38 +252,49 @@ def trainable(tuned: Tuned, variant: Variant) -> list[nn.Parameter]:
     return chosen + head
 
 
-def _fresh(model: nn.Module, some: Material, variant: Variant, *, width: int, seed: int) -> Tuned:
+def _fresh(model: nn.Module, some: Source, variant: Variant, *, width: int, seed: int) -> Tuned:
     """A copy to be tuned, with a new head where a decoder's states are read."""
     copied = copy.deepcopy(model).train()
     if not variant.decoder:
         return Tuned(copied)
-    if some.states is None:
+    d_model, device = some.decoded_width(), next(copied.parameters()).device
+    if d_model is None:
         raise UsageError(f"{variant.name}: the states of a decoder are needed for the captions")
-    d_model, device = some.states.shape[-1], some.states.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = nn.LayerNorm(d_model), nn.Linear(d_model, HIDDEN * width), nn.GELU(), nn.Linear(HIDDEN * width, width)
     return Tuned(copied, nn.Sequential(*layers).to(device))
 
 
-def _loss(
-    tuned: Tuned, some: Material, variant: Variant, recipe: Recipe, step: int, known: Tensor | None
-) -> Float[Tensor, ""]:
-    rng = np.random.default_rng((recipe.seed, step))
-    n_pairs = pairs_a_step(variant, recipe)
-    rows = rng.choice(len(some), n_pairs, replace=False)
-    if variant.objective == "twins":
-        rows, sides = np.repeat(rows, 2), np.tile([0, 1], n_pairs)
-    else:
-        sides = rng.integers(0, 2, n_pairs)
-    images = image_embeddings(tuned, some.pixels[rows, sides]) if known is None else known[rows, sides]
-    scale = tuned.model.get_parameter("logit_scale").float().exp().clamp(max=LARGEST_SCALE)
-    logits = scale * images @ _texts(tuned, some, rows, sides).T
-    if variant.objective == "negatives":
-        return negatives_loss(logits, scale * images @ _texts(tuned, some, rows, 1 - sides).T)
-    return contrastive_loss(logits)
+def loss_of(tuned: Tuned, drawn: Drawn, *, micro: int = 0) -> Float[Tensor, ""]:
+    """The loss of a whole batch, of which `micro` pictures or captions at a time keep what their gradients need.
+
+    Every part is computed once for the loss, which needs the embeddings of all, and once more when its gradient is
+    (as in GradCache, arXiv 2101.06983). Summing the losses of the parts would not do: each picture would have fewer
+    captions to reject.
+    """
+    images = drawn.known
+    if images is None:
+        images = _in_parts(lambda part: image_embeddings(tuned, drawn.pixels(part)), len(drawn.texts), micro)
+    texts = embedded_texts(tuned, drawn.texts, micro)
+    negatives = None if drawn.negatives is None else embedded_texts(tuned, drawn.negatives, micro)
+    return batch_loss(tuned.model, images, texts, negatives)
 
 
-def _texts(tuned: Tuned, some: Material, rows: np.ndarray, sides: np.ndarray) -> Tensor:
-    words = {name: each[rows, sides] for name, each in some.words.items()}
-    return text_embeddings(tuned, words, None if some.states is None else some.states[rows, sides])
+def embedded_texts(tuned: Tuned, texts: Texts, micro: int) -> Float[Tensor, "row d_embed"]:
+    """Embeddings of captions, so many at a time (all where that is 0)."""
+
+    def some(part: slice) -> Tensor:
+        words = {name: each[part] for name, each in texts.words.items()}
+        return text_embeddings(tuned, words, None if texts.states is None else texts.states[part])
+
+    return _in_parts(some, len(texts), micro)
+
+
+def _in_parts(embed: Callable[[slice], Tensor], n: int, micro: int) -> Float[Tensor, "row d_embed"]:
+    if not micro or micro >= n:
+        return embed(slice(0, n))
+    parts = (slice(start, start + micro) for start in range(0, n, micro))
+    if not torch.is_grad_enabled():
+        return torch.cat([embed(part) for part in parts])
+    return torch.cat([checkpoint(embed, part, use_reentrant=False) for part in parts])  # pyright: ignore

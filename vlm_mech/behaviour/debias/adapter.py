@@ -1,7 +1,6 @@
 """The LoRA adapter of a tuning, and all that is needed to go on with one that was killed; safetensors alone."""
 
 import json
-import os
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
+from vlm_mech.behaviour.adapter_files import stored
 from vlm_mech.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,28 +67,6 @@ def put_back(adapter: Any, path: Path) -> None:
             parameter.copy_(saved[name])
 
 
-def save_adapter(vlm: "VLM", adapter: Any, folder: Path) -> None:
-    """Writes the adapter as peft reads it: `adapter_model.safetensors` and `adapter_config.json`."""
-    from peft import get_peft_model_state_dict
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(adapter, save_embedding_layers=False)
-    _stored(dict(sorted(weights.items())), folder / "adapter_model.safetensors", format="pt")
-    config = adapter.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": vlm.name, "inference_mode": True}
-    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    config["target_modules"] = sorted(config["target_modules"])
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str) + "\n")
-
-
-def _stored(tensors: dict[str, Tensor], path: Path, **notes: str) -> None:
-    """All or nothing: a kill leaves the file as it was. One note at most: the order of several is not fixed."""
-    fresh = path.with_name(path.name + ".new")
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(kept, fresh, notes)
-    os.replace(fresh, path)
-
-
 # Checkpoints
 
 
@@ -103,9 +81,9 @@ def keep_state(named: dict[str, nn.Parameter], adam: torch.optim.Optimizer, hist
     state = {f"weight/{name}": weight for name, weight in weights.items()}
     for name, parameter in named.items():
         state |= {f"{key}/{name}": adam.state[parameter][key] for key in MOMENTS}
-    _stored(weights, checkpoint_at(folder, history[-1]["step"]), format="pt")
+    stored(weights, checkpoint_at(folder, history[-1]["step"]), format="pt")
     # The state comes last: what it tells of is there.
-    _stored(state, folder / STATE, history=json.dumps(history))
+    stored(state, folder / STATE, history=json.dumps(history))
 
 
 def taken_up(named: dict[str, nn.Parameter], adam: torch.optim.Optimizer, path: Path) -> History:

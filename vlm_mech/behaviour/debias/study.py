@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vlm_mech.behaviour.debias.adapter import History, checkpoint_at, put_back, save_adapter, trained_of
+from vlm_mech.behaviour.adapter_files import save_adapter
+from vlm_mech.behaviour.debias.adapter import History, checkpoint_at, put_back, trained_of
 from vlm_mech.behaviour.debias.data import IN_CONFLICT, USUAL, Parts, tasks_of
 from vlm_mech.behaviour.debias.training import Recipe, train
 from vlm_mech.data.pairs import Pairs

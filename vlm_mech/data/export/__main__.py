@@ -7,31 +7,33 @@ import tyro
 
 from vlm_mech.data.export.items import ITEMS
 from vlm_mech.data.export.pairs import PAIRS
+from vlm_mech.data.export.parts import PARTS_OF_OBJECTS
+from vlm_mech.data.export.text import TEXT
 from vlm_mech.data.user_files import check_count
 from vlm_mech.errors import UsageError, one_line_errors
 
-WRITERS = PAIRS | ITEMS
+WRITERS = PAIRS | ITEMS | PARTS_OF_OBJECTS | TEXT
 
 
 @dataclass(frozen=True)
 class Export:
-    """Writes generated scenes of the test split in the layout of an official data set."""
+    """Writes generated scenes in the layout of an official data set: of the test split; training text: of train."""
 
     format: tyro.conf.Positional[str]
     """Format, such as whatsup, mmvp or pope; docs/data.md lists them."""
     folder: tyro.conf.Positional[Path]
     """Where to; a new or empty folder."""
     n: int = 48
-    """Number of pairs or items."""
+    """Number of pairs, items or entries of training text; of paco and pascal-part of objects, an item for each part."""
     seed: int = 0
     """Draws the scenes."""
 
 
 def export(format: str, folder: Path, *, n: int = 48, seed: int = 0) -> None:
-    """Writes generated scenes of the test split in the layout of a format.
+    """Writes generated scenes of the test split (training text: of the train split) in the layout of a format.
 
     Args:
-        n: number of pairs or items. seed: draws the scenes.
+        n: number of pairs, items or entries. seed: draws the scenes.
 
     Raises:
         UsageError: an unknown format, no number above zero, or a folder with files in it.

@@ -1,9 +1,9 @@
 """Rows of a data set of the hub, in which pictures stay until they are needed (`Held`)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
-from vlm_mech.data.given_rows import class_names
 from vlm_mech.data.readers.held import Held
 
 
@@ -42,3 +42,28 @@ def _empty(column: Any) -> list[bool]:
         inner = [pc.is_null(pc.struct_field(cells, field)) for field in ("bytes", "path")]
         found += pc.or_(pc.is_null(cells), pc.and_(*inner)).to_pylist()
     return found
+
+
+def class_names(source: Any) -> Callable[[Any], Any]:
+    """What writes the classes of a row of a data set of the hub by their names, which it holds as numbers."""
+    features = getattr(source, "features", None)
+    known = {column: _names_of(each) for column, each in features.items()} if isinstance(features, Mapping) else {}
+    labelled = {column: names for column, names in known.items() if names}
+
+    def name(value: Any, names: Sequence[str]) -> Any:
+        if isinstance(value, list | tuple):
+            return [name(each, names) for each in value]
+        return names[int(value)] if isinstance(value, Integral) and 0 <= int(value) < len(names) else None
+
+    def named(row: Any) -> Any:
+        if not labelled or not isinstance(row, Mapping):
+            return row
+        return {key: name(value, labelled[key]) if key in labelled else value for key, value in row.items()}
+
+    return named
+
+
+def _names_of(feature: Any) -> Sequence[str]:
+    """The names of the classes of a column, or of a column of lists of them; none of others."""
+    inner = next((each for each in (feature, getattr(feature, "feature", None)) if hasattr(each, "int2str")), None)
+    return () if inner is None else tuple(inner.names)

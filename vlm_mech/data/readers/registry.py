@@ -58,19 +58,33 @@ def named(source: str | Path) -> tuple[Format | None, Path]:
     return None, Path(source)
 
 
-def find_source(name_or_path: str | Path) -> Source | None:
+def find_source(name_or_path: str | Path, *, text: bool = False) -> Source | None:
     """The source that a name or a path means; None where it is of no format.
 
+    Args:
+        text: whether it may be training text, which holds neither pairs nor items.
+
     Raises:
-        UsageError: a format is named and the files are not of it, or the files may be of several.
+        UsageError: a format is named and the files are not of it, the files may be of several, or they are training
+            text where that is not wanted.
     """
+    found = _found(name_or_path)
+    if found is not None and found.format.holds == "text" and not text:
+        raise UsageError(
+            f"data {str(name_or_path)!r:.200} holds training text ({found.format.name}), neither pairs nor items; "
+            "contrastive_tuning --train and frequency --text read it"
+        )
+    return found
+
+
+def _found(name_or_path: str | Path) -> Source | None:
     asked, path = named(name_or_path)
     if asked is not None and not _exists(path):
         raise UsageError(f"{asked.name}: there is no folder or file {str(path)!r:.200}")
     if not _exists(path):
         return None
     tables, unread = files_in(path)
-    root = path if path.is_dir() else path.parent
+    root = tables[0].root if tables else path if path.is_dir() else path.parent
     if asked is not None:
         fitting = tuple(each for each in tables if asked.reads(each))
         if not fitting:
@@ -96,7 +110,8 @@ def names_of_formats() -> str:
 def known_in(folder: Path) -> list[tuple[Path, str]]:
     """The first table of each format that lies in a folder itself, and the name of the format."""
     tables, _ = files_in(folder, depth=0)
-    found = ((each, next((table.path for table in tables if each.reads(table)), None)) for each in formats())
+    known = (each for each in formats() if each.known_by_files)
+    found = ((each, next((table.path for table in tables if each.reads(table)), None)) for each in known)
     return [(path, each.name) for each, path in found if path is not None]
 
 

@@ -22,6 +22,8 @@ from vlm_mech.data.user_files import Refused, Row, Twice, object_of, once, read_
 from vlm_mech.errors import UsageError
 
 KINDS = {".csv": ",", ".tsv": "\t", ".json": "", ".jsonl": "", ".parquet": ""}
+WHOLE = {"paco_lvis_v1": ("images", "annotations", "categories"), "annotations_part": ("anno",)}
+"""Columns of what is known by how its name begins, and not opened: large files of one object, folders of many files."""
 DEPTH = 2
 """Folders below the one that is given in which tables are looked for."""
 HEAD = 1 << 20
@@ -47,19 +49,23 @@ def files_in(path: Path, *, depth: int = DEPTH) -> tuple[tuple[Table, ...], dict
     Raises:
         UsageError: a folder that cannot be read.
     """
-    root = path if path.is_dir() else path.parent
+    root = path if path.is_dir() and not _whole(path) else path.parent
     try:
-        paths = [path] if path.is_file() else sorted(_files(path, depth))
+        paths = [path] if path.is_file() or _whole(path) else sorted(_files(path, depth))
     except OSError as error:
         raise UsageError(f"folder {str(path)!r:.200} cannot be read: {error}") from error
     tables, unread = list[Table](), dict[str, str]()
     for each in paths:
         try:
-            table = _table(each, root) if kind_of(each) in KINDS else None
+            table = _table(each, root) if kind_of(each) in KINDS or each.is_dir() else None
             tables += [] if table is None else [table]
         except (OSError, UsageError, RecursionError) as error:
             unread[each.relative_to(root).as_posix()] = str(error)
     return tuple(tables), unread
+
+
+def _whole(path: Path) -> tuple[str, ...]:
+    return next((columns for name, columns in WHOLE.items() if path.name.lower().startswith(name)), ())
 
 
 def kind_of(path: Path) -> str:
@@ -72,7 +78,10 @@ def _files(folder: Path, depth: int) -> Iterator[Path]:
         if each.name.startswith("."):
             continue
         if each.is_dir():
-            yield from _files(each, depth - 1) if depth else ()
+            if _whole(each):
+                yield each
+            else:
+                yield from _files(each, depth - 1) if depth else ()
         elif kind_of(each) in KINDS and each.is_file():
             yield each
 
@@ -83,7 +92,9 @@ def _table(path: Path, root: Path) -> Table | None:
     Raises:
         UsageError: it cannot be read as its name says, is empty, or names a column twice.
     """
-    kind = kind_of(path)
+    kind, whole = kind_of(path), _whole(path)
+    if whole and (kind == ".json" or path.is_dir()):
+        return Table(path, root, whole)
     if not path.stat().st_size:
         raise UsageError("it is empty")
     if kind == ".parquet":
