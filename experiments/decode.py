@@ -24,7 +24,7 @@ class Config(RunConfig):
     """Options of contrastive decoding."""
 
     data: str = "scenes/colour-conflict"
-    """Pairs that say which of their pictures is in conflict; it is asked about: here, a thing in an unusual colour."""
+    """Pairs or items whose picture, which is asked about, is in conflict: here, a thing in an unusual colour."""
     methods: tuple[Literal["M3ID", "VCD"], ...] = ("M3ID", "VCD")
     """Methods; M3ID and the dependency along the answer need a model that can run without a picture."""
     alphas: tuple[float, ...] = (0.6, 1.0)

@@ -27,7 +27,7 @@ class Config(RunConfig):
     """Options of the scoring."""
 
     data: str = "scenes/colour-conflict"
-    """Pairs: generated, or a folder with pairs.jsonl; both answers are the options."""
+    """Pairs or single items; options are theirs, or both answers of a pair."""
     compare: str | None = None
     """A second model, scored on the same pairs."""
     forms: tuple[Literal["generation", "options", "letters"], ...] = ()

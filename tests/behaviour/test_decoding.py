@@ -552,6 +552,27 @@ def test_both_pictures_of_pairs_without_conflict(tmp_path, capsys):
         )
 
 
+def test_items_have_one_picture_and_no_usual_one(vlm):
+    """The answer, or what is usual, about their own picture and about another item's."""
+    items = [
+        Pair(f"i{k}", picture(k), (), "what colour is the circle?", "red", "blue", conflict="first", prior="blue",
+             options=("blue", "red", "green"), made="none")
+        for k in range(3)
+    ]  # fmt: skip
+    given = {"split": TEST, "options": data.Options(max_new_tokens=2), "dependency": True}
+    table = study.contrast(
+        vlm, Pairs("items", tuple(items)), items[::-1], [Setting(), Setting("M3ID", 1.0, 1.0)], **given
+    )
+    assert set(table["picture"]) == {OWN, STRANGER} and {"truth", "prior", "dependency"} <= set(table)
+    template = Template("open", "{question}")
+    told = both_pictures.both_pictures(
+        vlm, Pairs("items", tuple(items)), items[::-1], template, data.fixed(["M3ID"]), data.Options(max_new_tokens=2)
+    )
+    assert "pair" not in told and set(told["individual_baseline"]) == {1 / 3} and len(told) == 2 * 2 * 3
+    own = told[(told["picture"] == OWN) & (told["method"] == GREEDY)]
+    assert own["individual"].tolist() == [float(text.split() == ["red"]) for text in own["answer_1"]]
+
+
 def test_a_folder_is_halved_and_vcd_needs_no_run_without_picture(tmp_path, vlm, model_folder, capsys):
     rows = []
     for n, pair in enumerate(pairs_of(8)):

@@ -1,5 +1,6 @@
 """Ways of scoring: what answers say, perplexities by hand, the signs of matching, order, choice of prompts, the run."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -42,6 +43,7 @@ from vlm_mech.behaviour.scoring.measures import (
     starts_alike,
 )
 from vlm_mech.behaviour.scoring.study import AS_GIVEN, BEST, BOTH, MEAN, OWN, STRANGER, SWAPPED
+from vlm_mech.data.export.__main__ import export
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
@@ -486,6 +488,98 @@ def test_the_experiment_scores_sets_of_four(tmp_path, capsys):
     told = pd.DataFrame(result.provenance["by_category"])
     assert set(told["category"]) == {"left/right", "above/below"} and set(told["scoring"]) == {OPTIONS, SIMILARITY}
     assert "individual by category: above/below " in said
+
+
+# Single items
+
+
+def some_items(answers: str = "ynyynn", options=("no", "yes")) -> Pairs:
+    """Items that are answered yes or no."""
+    said = {"y": "yes", "n": "no"}
+    made = [
+        Pair(f"i{number}", picture(number), (), "is there a star?", said[each], "", options=options, made="none",
+             category="ab"[number % 2])
+        for number, each in enumerate(answers)
+    ]  # fmt: skip
+    return Pairs("items", tuple(made))
+
+
+def test_what_pope_tells_is_counted_by_hand(vlm, monkeypatch):
+    """Said: yes, yes, yes, nothing, no, no, of y n y y n n: right 4 of 6, of 3 said yes 2, of 3 true ones 2."""
+    said = ("Yes.", "yes", "yes", "perhaps", "no", "No, there is none")
+    monkeypatch.setattr(
+        study, "generate", lambda vlm, prompts, **_: Generation(said, torch.zeros(6, 1, dtype=torch.long))
+    )
+    # By perplexity no is always better, and once both are alike, which is neither.
+    scores = np.array([[1.0, 2.0]] * 5 + [[1.0, 1.0]])
+    monkeypatch.setattr(study, "mean_nll", lambda vlm, prompts, options: scores)
+    items = some_items()
+    table = study.score_pairs(vlm, items, [], [Template("open", "{question}")], (GENERATION, OPTIONS))
+    table, _ = study.finished(table, None)
+    result = Result("r", table, study.AXES, study.metrics_of(table))
+    assert [each.name for each in result.metrics] == ["individual", "unread", "position_bias"]
+    generated, by_options = comparisons.yes_no(result, items)
+    shares = {name: generated[name] for name in ("accuracy", "precision", "recall", "f1", "yes")}
+    assert shares == {"accuracy": 4 / 6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes": 0.5}
+    assert (by_options["accuracy"], by_options["yes"], by_options["precision"], by_options["recall"]) == (
+        2 / 6,
+        0,
+        None,
+        0,
+    )
+    told = by_category(result, **study.BY_CATEGORY).set_index(["scoring", "category"])["mean"]
+    assert told[GENERATION, "a"] == 1 and told[GENERATION, "b"] == pytest.approx(1 / 3)
+    assert comparisons.yes_no(result, some_pairs()) == [] and comparisons.yes_no(result, some_items(options=())) == []
+    made = comparisons.comparisons(result)
+    assert made[-1].metric == "individual" and made[-1].counts.n == 6
+
+
+def test_items_with_unlike_numbers_of_options_have_chances_of_their_own(vlm):
+    """Two, three, or none: without options an answer is held against the right one alone, and no chance is told."""
+    sizes = (("red", "blue"), ("blue", "red", "star"), ("green", "circle", "red"))
+    items = [
+        Pair(f"i{number}", picture(number), (), "what is there?", "red", "", options=some, made="none")
+        for number, some in enumerate(sizes)
+    ]
+    table = study.score_pairs(vlm, Pairs("items", tuple(items)), items[::-1], PLAIN, (GENERATION, OPTIONS))
+    own = table[(table["scoring"] == OPTIONS) & (table["prompt"] == "open") & (table["view"] == OWN)].set_index(
+        "example"
+    )
+    assert own["individual_baseline"].to_dict() == {"i0": 1 / 2, "i1": 1 / 3, "i2": 1 / 3}
+    for item in items:
+        first = ["red", *(each for each in item.options if each != "red")]
+        expected = mean_nll(vlm, [Prompt("what is there?", item.image)], [first])[0]
+        names = [f"score_1_{number}" for number in range(1, len(first) + 1)]
+        assert own.loc[item.id, names].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+        assert own.loc[item.id, "individual"] == (expected.argmin() == 0)
+    assert own["pair"].isna().all() and own["right_2"].isna().all()
+    bare = dataclasses.replace(items[0], options=())
+    alone = study.score_pairs(vlm, Pairs("items", (bare,)), [], PLAIN[:1], (GENERATION,))
+    assert set(alone["individual_baseline"]) == {0} and set(alone[alone["scoring"] == RANDOM]["individual"]) <= {0, 1}
+
+
+def test_the_experiment_scores_items(tmp_path, capsys):
+    """POPE's, and lines without options, whose answers alone are known."""
+    export("pope", tmp_path / "pope", n=4)
+    given = ["--prompts", "{question}", "--n-validation", "0", "--batch", "3"]
+    assert command(score, "--data", f"pope:{tmp_path / 'pope'}", *given, "--out", tmp_path / "one") == 0
+    said = capsys.readouterr().out
+    assert "4 items of pope:" in said and "Chance among 2 options is 0.5;" in said and "precision" in said
+    assert "all their options count" in said and "drawn" not in said
+    assert set(redraw(tmp_path / "one")) == {"accuracies", "prompts", "agreement"}
+    rows = [json.loads(line) for line in (tmp_path / "pope" / "coco_pope_random.json").read_text().splitlines()]
+    folder = tmp_path / "pope" / "val2014"
+    lines = [{"image": row["image"], "question": row["text"], "answer": row["label"]} for row in rows]
+    (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert command(score, "--data", folder, *given, "--out", tmp_path / "two") == 0
+    said = capsys.readouterr().out
+    assert "Without options chance is 0" in said and "compared with the right answer alone" in said
+    one, two = (Result.load(tmp_path / name).table for name in ("one", "two"))
+    assert set(two["scoring"]) == {GENERATION, SUBSTRING, STARTS, RANDOM}
+    texts = [each[(each["view"] == OWN) & (each["prompt"] == "{question}")]["answer_1"] for each in (one, two)]
+    assert sorted({*texts[0]} - {""}) == sorted({*texts[1]} - {""})
+    assert command(score, "--data", folder, *given, "--forms", "options", "--out", tmp_path / "three") == 2
+    assert "at least two are needed to choose from" in capsys.readouterr().err
 
 
 # The run

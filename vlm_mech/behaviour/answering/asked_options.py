@@ -1,24 +1,45 @@
 """Which options a pair has, in which order, and how a question is asked with them."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm_mech.data.pair import Pair
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.reading import ALPHABET
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.image import ImageLike
 
 QUESTION, FIRST, SECOND = "{question}", "{first}", "{second}"
 
 
 def options_of(pair: Pair) -> tuple[str, ...]:
-    """The options of a pair in the order in which they are listed: its own, or both answers."""
+    """The options of a pair in the order in which they are listed: its own, or both answers.
+
+    A single item without options has its answer alone.
+    """
+    if not pair.options and pair.made is not None:
+        return (pair.answer,)
     return tuple(pair.options) or (pair.answer, pair.counterfactual_answer)
+
+
+def asked_sides(pair: Pair) -> list[tuple[ImageLike | Sequence[ImageLike], str]]:
+    """The pictures that are asked about, with the right answer of each: both of a pair, the one of a single item."""
+    sides = [(pair.image, pair.answer), (pair.counterfactual_image, pair.counterfactual_answer)]
+    return sides if pair.made is None else sides[:1]
 
 
 def answers_first(pair: Pair) -> tuple[str, ...]:
     """The options of a pair, the right one of each picture first: the order of scores."""
-    right = (pair.answer, pair.counterfactual_answer)
+    right = [answer for _, answer in asked_sides(pair)]
     return (*right, *(each for each in options_of(pair) if each not in right))
+
+
+def of_all_options(pairs: Pairs) -> Pairs:
+    """The pairs; single items say that all their options are read, and no wrong answer drawn from them."""
+    if not pairs.made:
+        return pairs
+    return dataclasses.replace(pairs, notes=(*pairs.notes[:-1], "single items; all their options count"))
 
 
 @dataclass(frozen=True)
@@ -51,8 +72,12 @@ class Template:
 
     def asked(self, question: str, options: Sequence[str]) -> str:
         """What is asked, the options in their order."""
+        if not self.listed:
+            return self.text.replace(QUESTION, question)
+        if len(options) < 2:
+            raise UsageError(f"prompt {self.text!r} lists options, and there are none")
         first, second, *more = options
-        between = self.text[self.text.find(FIRST) + len(FIRST) : self.text.find(SECOND)] if self.listed else ""
+        between = self.text[self.text.find(FIRST) + len(FIRST) : self.text.find(SECOND)]
         letters = ALPHABET.lower()[2:]
         rest = [f"{between.replace('(b)', f'({each})')}{option}" for each, option in zip(letters, more, strict=False)]
         told = self.text.replace(FIRST, first).replace(SECOND, second + "".join(rest))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from vlm_mech.behaviour.answering.asked_options import Template, options_of
+from vlm_mech.behaviour.answering.asked_options import Template, asked_sides, options_of
 from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category, with_categories
 from vlm_mech.behaviour.decoding.data import Options, Setting, every_pair, fixed, label
 from vlm_mech.behaviour.decoding.study import OWN, STRANGER, answered
@@ -57,13 +57,16 @@ def measured(
     """
     template, settings = Template(prompt, prompt), fixed(kinds)
     pairs = every_pair(vlm, data, template, n=n, seed=seed, n_new=options.max_new_tokens, **drawn)
-    others = [pairs.pairs[other] for other in partners(len(pairs), seed=seed)]
+    groups = [pair.group or pair.id for pair in pairs] if pairs.made else []
+    others = [pairs.pairs[other] for other in partners(len(pairs), seed=seed, groups=groups)]
     for start in work.progress(range(0, len(pairs), batch), "both pictures"):
         key, rows = f"{start:08d}", slice(start, start + batch)
         if key not in work:
             work.keep(key, both_pictures(vlm, pairs[rows], others[rows], template, settings, options), {})
     told = {"settings": [asdict(each) for each in settings], "prompt": prompt}
-    result = with_categories(Result("both pictures", work.collect()[0], AXES, METRICS, {}, told), BY_CATEGORY)
+    table = work.collect()[0]
+    metrics = tuple(each for each in METRICS if each.name in table)
+    result = with_categories(Result("both pictures", table, AXES, metrics, {}, told), BY_CATEGORY)
     return replace(result, findings=said_of_both(result)), pairs
 
 
@@ -78,7 +81,7 @@ def both_pictures(
     tables = []
     for picture, shown in {OWN: pairs, STRANGER: about_others(pairs, others)}.items():
         texts: dict[str, list[tuple[str, ...]]] = {}
-        for side, prompts in enumerate((shown.base, shown.counterfactual)):
+        for side, prompts in enumerate((shown.base,) if pairs.made else (shown.base, shown.counterfactual)):
             encoded = vlm.encode(prompts)
             names = [f"{pair.id}/{side}" for pair in pairs]
             for setting in settings:
@@ -92,19 +95,21 @@ def both_pictures(
 def _rows(pairs: Pairs, texts: Sequence[Sequence[str]], lettered: bool) -> pd.DataFrame:
     """A row per pair, from the answers about its first and about its second picture."""
     named = np.array([[_named(text, pair, lettered) for text, pair in zip(one, pairs, strict=True)] for one in texts])
-    own = [
-        [options_of(pair).index(answer) for pair, answer in zip(pairs, answers, strict=True)]
-        for answers in ([pair.answer for pair in pairs], [pair.counterfactual_answer for pair in pairs])
-    ]
-    right: Float[np.ndarray, "image pair"] = (named == np.array(own)).astype(float)
-    guess = 1 / np.array([len(options_of(pair)) for pair in pairs])
+    own = [[options_of(pair).index(answer) for _, answer in asked_sides(pair)] for pair in pairs]
+    right: Float[np.ndarray, "image pair"] = (named == np.array(own).T).astype(float)
+    sizes = np.array([len(options_of(pair)) for pair in pairs])
+    # Where the answer alone is known there is nothing to guess among.
+    guess = np.where(sizes > 1, 1 / sizes, 0.0)
     table = pd.DataFrame({"example": [pair.id for pair in pairs], "group": [pair.group or pair.id for pair in pairs]})
     if any(pair.category for pair in pairs):
         table["category"] = [pair.category or "" for pair in pairs]
-    values = {"individual": right.mean(0), "pair": right.prod(0), "unread": (named < 0).mean(0)}
-    chances = {"individual_baseline": guess, "pair_baseline": guess**2, "unread_baseline": 0.0}
-    sides = {"right_1": right[0], "right_2": right[1], "answer_1": list(texts[0]), "answer_2": list(texts[1])}
-    return table.assign(**values, **chances, **sides)
+    table = table.assign(individual=right.mean(0), individual_baseline=guess)
+    table = table.assign(unread=(named < 0).mean(0), unread_baseline=0.0)
+    if len(texts) == 2:
+        table = table.assign(pair=right.prod(0), pair_baseline=guess**2)
+    for side, said in enumerate(texts):
+        table[f"right_{side + 1}"], table[f"answer_{side + 1}"] = right[side], list(said)
+    return table
 
 
 def _named(text: str, pair: Pair, lettered: bool) -> int:
@@ -117,29 +122,33 @@ def _named(text: str, pair: Pair, lettered: bool) -> int:
 def said_of_both(result: Result) -> tuple[str, ...]:
     """Individual and pair accuracy of each setting, each held against greedy on the same pairs, and the floor."""
     summary = result.summary().set_index(["picture", "method", "metric"])
-    table = result.table[result.table["picture"] == OWN].set_index(["method", "example"])["pair"]
+    kinds = [each.name for each in result.metrics if each.name != "unread"]
+    named = "pairs" if "pair" in kinds else "items"
+    table = result.table[result.table["picture"] == OWN].set_index(["method", "example"])[kinds[-1]]
     methods = list(dict.fromkeys(result.table["method"]))
     greedy = table.loc[methods[0]]
     right = [(table.loc[each].loc[greedy.index].eq(1).to_numpy(), greedy.eq(1).to_numpy()) for each in methods[1:]]
     tests = holm([mcnemar(*both, (each, methods[0])) for each, both in zip(methods[1:], right, strict=True)])
-    chances = [summary.loc[(OWN, methods[0], metric), "baseline"] for metric in ("individual", "pair")]
+    chances = [summary.loc[(OWN, methods[0], metric), "baseline"] for metric in kinds]
+    both = ", both pictures asked about" if named == "pairs" else ""
+    of_pairs = f" and {chances[1]:.3g} for both of a pair" if named == "pairs" else ""
     found = [
-        f"{len(greedy)} pairs, both pictures asked about; settings are the papers', nothing is chosen. Chance is "
-        f"{chances[0]:.3g} a picture and {chances[1]:.3g} for both of a pair; answers that name no option, or several, "
-        "are wrong."
+        f"{len(greedy)} {named}{both}; settings are the papers', nothing is chosen. Chance is {chances[0]:.3g} a "
+        f"picture{of_pairs}; answers that name no option, or several, are wrong."
     ]
     for number, method in enumerate(methods):
-        told = [_told(summary, OWN, method, metric) for metric in ("individual", "pair", "unread")]
-        floor = [_told(summary, STRANGER, method, metric) for metric in ("individual", "pair")]
-        text = f"{method}: {told[0]} of pictures and {told[1]} of pairs right, {told[2]} unread; about another pair's "
-        text += f"pictures {floor[0]} and {floor[1]}"
+        told = [_told(summary, OWN, method, metric) for metric in (*kinds, "unread")]
+        floor = [_told(summary, STRANGER, method, metric) for metric in kinds]
+        of = [f"{value} of {what}" for value, what in zip(told, ("pictures", "pairs")[: len(kinds)], strict=False)]
+        text = f"{method}: {' and '.join(of)} right, {told[-1]} unread; about another example's pictures "
+        text += " and ".join(floor)
         if number:
             test = tests[number - 1]
             by = result.contrast(
                 {"picture": OWN, "method": method}, {"picture": OWN, "method": methods[0]}, "individual"
             )
             text += (
-                f"; against greedy {test.only_one} pairs gained, {test.only_other} lost (McNemar exact p = "
+                f"; against greedy {test.only_one} {named} gained, {test.only_other} lost (McNemar exact p = "
                 f"{test.p:.2g}, Holm {test.p_corrected:.2g}), pictures {by['mean']:+.3f} ({by['ci_low']:+.3f} to "
                 f"{by['ci_high']:+.3f})"
             )

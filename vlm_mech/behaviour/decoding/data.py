@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlm_mech.behaviour.answering.asked_options import Template, options_of
+from vlm_mech.behaviour.answering.asked_options import Template, of_all_options, options_of
 from vlm_mech.behaviour.decoding.processors import ALPHA, CUTOFF, NOISE_STEP, RATE, START, STRENGTH
+from vlm_mech.data.examples import load_examples
 from vlm_mech.data.fitting import askable, fitting
-from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, conflict_first, load_pairs, with_conflict
+from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, conflict_first, with_conflict
 from vlm_mech.data.reading import check_options
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.special_tokens import check_known
@@ -85,15 +86,15 @@ def fixed(kinds: Sequence[str]) -> list[Setting]:
 def parts_of(
     vlm: "VLM", data: str, *, n: int | None, seed: int, wording: Wording = BARE, fix_labels: bool = False
 ) -> tuple[Pairs, Pairs]:
-    """Validation and test pairs in conflict that fit the model: splits of the scenes, or halves of a folder.
+    """Validation and test pairs (or items) in conflict that fit the model: splits of the scenes, or halves of a folder.
 
     Raises:
         UsageError: no pair says which picture is in conflict, or fewer than two pairs in a part.
     """
     scenes, parts = data.startswith("scenes/"), (VALIDATION, TEST)
     drawn = {"n": n, "seed": seed, "wording": wording, "fix_labels": fix_labels}
-    loaded = [load_pairs(data, split=split, **drawn) for split in (parts if scenes else (TEST,))]
-    both = [conflict_first(fitting(vlm, with_conflict(pairs), spoken=True)) for pairs in loaded]
+    loaded = [load_examples(data, split=split, **drawn) for split in (parts if scenes else (TEST,))]
+    both = [conflict_first(fitting(vlm, with_conflict(pairs), spoken=True, alone=True)) for pairs in loaded]
     validation, test = both if scenes else by_groups(both[0], (0.5,), seed=seed)
     for pairs, part in ((validation, VALIDATION), (test, TEST)):
         if len(pairs) < 2:
@@ -105,7 +106,7 @@ def every_pair(
     vlm: "VLM", data: str, template: Template, *, n: int | None, seed: int, wording: Wording = BARE,
     fix_labels: bool = False, n_new: int = 8,
 ) -> Pairs:  # fmt: skip
-    """All pairs, both pictures of which are asked about in a way, in conflict or not.
+    """All pairs, both pictures of which are asked about in a way, in conflict or not; or all single items.
 
     Args:
         n_new: tokens of an answer at most.
@@ -113,17 +114,20 @@ def every_pair(
     Raises:
         UsageError: as for `load_pairs`, or fewer than two pairs that the model has tokens and room for.
     """
-    pairs = load_pairs(data, n=n, seed=seed, wording=wording, fix_labels=fix_labels)
+    pairs = of_all_options(load_examples(data, n=n, seed=seed, wording=wording, fix_labels=fix_labels))
     asked = (dataclasses.replace(pair, question=template.asked(pair.question, options_of(pair))) for pair in pairs)
     pairs = dataclasses.replace(pairs, pairs=tuple(asked))
 
     def check(pair: Pair) -> None:
         check_options(options_of(pair))
         check_known(vlm, [pair.base.question], "prompt")
+        if pair.made:
+            vlm.encode(pair.base).check_room(n_new)
 
-    found = askable(vlm, checked(pairs, check, "can be asked"), n_new=n_new)
+    found = checked(pairs, check, "can be asked")
+    found = found if found.made else askable(vlm, found, n_new=n_new)
     if len(found) < 2:
-        raise UsageError(f"{found.name} gives {len(found)} pair; at least two are needed")
+        raise UsageError(f"{found.name} gives {len(found)} example; at least two are needed")
     return found
 
 

@@ -21,7 +21,7 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
 
     Where both pictures of all pairs were asked about, accuracy by method.
     """
-    if any(each.name == "pair" for each in result.metrics):
+    if any(each.name == "individual" for each in result.metrics):
         found = {"accuracies": accuracies(result)}
         named = {"categories": categories(result, **BY_CATEGORY, named=["method"])} if has_categories(result) else {}
         return found | named
@@ -45,8 +45,11 @@ def methods(result: Result) -> "go.Figure":
     summary = summary[(summary["split"] == TEST) & (summary["step"] == WHOLE) & (summary["n"] > 0)]
     summary = summary.assign(label=[label(*each) for each in zip(summary["method"], summary["dose"], strict=True)])
     names = list(summary["label"].drop_duplicates())
-    figure = make_subplots(cols=3, shared_yaxes=True, subplot_titles=(OWN, STRANGER, USUAL), horizontal_spacing=0.04)
-    for column, picture in enumerate((OWN, STRANGER, USUAL), 1):
+    pictures = [each for each in (OWN, STRANGER, USUAL) if each in set(summary["picture"])]
+    figure = make_subplots(
+        cols=len(pictures), shared_yaxes=True, subplot_titles=tuple(pictures), horizontal_spacing=0.04
+    )
+    for column, picture in enumerate(pictures, 1):
         for number, (metric, told) in enumerate((("truth", "right"), ("prior", "the usual answer"))):
             rows = summary[(summary["picture"] == picture) & (summary["metric"] == metric)]
             trace = _dots(rows, [names.index(each) for each in rows["label"]], told, number)
@@ -73,7 +76,10 @@ def accuracies(result: Result) -> "go.Figure":
     summary = result.summary()
     names = list(dict.fromkeys(summary["method"]))
     titles = {"individual": "pictures right", "pair": "both of a pair right"}
-    figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=list(titles.values()), horizontal_spacing=0.04)
+    titles = {name: title for name, title in titles.items() if name in set(summary["metric"])}
+    figure = make_subplots(
+        cols=len(titles), shared_yaxes=True, subplot_titles=list(titles.values()), horizontal_spacing=0.04
+    )
     for column, metric in enumerate(titles, 1):
         for number, picture in enumerate((OWN, STRANGER)):
             rows = summary[(summary["picture"] == picture) & (summary["metric"] == metric)]
@@ -87,7 +93,7 @@ def accuracies(result: Result) -> "go.Figure":
         tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.4, -0.6], automargin=True
     )
     figure.update_xaxes(title_text="share", range=[-0.04, 1.04])
-    title = f"answers about both pictures (n = {int(summary['n'].max())} pairs; bars: 95 % interval; dotted: chance)"
+    title = f"answers by method (n = {int(summary['n'].max())}; bars: 95 % interval; dotted: chance)"
     return figure.update_layout(
         template="plotly_white", width=960, height=210 + 44 * len(names), title={"text": title, "x": 0.01},
         font={"family": "Helvetica, Arial, sans-serif", "size": 13}, margin={"t": 90, "b": 60},

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 import pandas as pd
 
 from vlm_mech.behaviour.decoding.data import GREEDY, PLAIN, Setting, label
-from vlm_mech.behaviour.decoding.study import DEPENDENCY, OWN, STRANGER, USUAL, WHOLE, against_greedy, answers_on_test
+from vlm_mech.behaviour.decoding.study import (
+    DEPENDENCY,
+    OWN,
+    STRANGER,
+    USUAL,
+    WHOLE,
+    Answers,
+    against_greedy,
+    answers_on_test,
+)
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import share_interval
 
@@ -18,23 +27,29 @@ def findings(result: Result, settings: Sequence[Setting], choice: Sequence[Setti
     tests = against_greedy(values, told)
     found = [
         f"{len(plain)} test examples. greedy is right in {_share(plain['truth'])}, says what is usual in "
-        f"{_share(plain['prior'])}; right about another's picture: {_share(values[STRANGER, GREEDY, 0.0]['truth'])}, "
-        f"about the usual one: {_share(values[USUAL, GREEDY, 0.0]['truth'])}."
+        f"{_share(plain['prior'])}; right about another's picture: {_share(values[STRANGER, GREEDY, 0.0]['truth'])}"
+        f"{_usual(values, GREEDY, 0.0)}."
     ]
     for setting, test in zip(told, tests, strict=True):
-        own, floor, usual = (values[each, setting.method, setting.dose] for each in (OWN, STRANGER, USUAL))
+        own, floor = (values[each, setting.method, setting.dose] for each in (OWN, STRANGER))
         origin = " (chosen on validation)" if setting in choice else ""
         found.append(
             f"{label(setting.method, setting.dose)}{origin}: right {_share(own['truth'])}, usual "
             f"{_share(own['prior'])}; against greedy {test.only_one} gained, {test.only_other} lost (McNemar exact p = "
-            f"{test.p:.2g}, Holm {test.p_corrected:.2g}); right about another's picture: {_share(floor['truth'])}, "
-            f"about the usual one: {_share(usual['truth'])}."
+            f"{test.p:.2g}, Holm {test.p_corrected:.2g}); right about another's picture: {_share(floor['truth'])}"
+            f"{_usual(values, setting.method, setting.dose)}."
         )
     for setting in settings:
         if setting.kind == "M3ID" and setting.dose == 0:
             same = int((values[OWN, setting.method, 0.0]["answer"] == plain["answer"]).sum())
             found.append(f"control: with lambda 0, {same} of {len(plain)} answers are those of greedy.")
     return (*found, *(_dependence(result) if DEPENDENCY in result.metrics else ()))
+
+
+def _usual(values: Answers, method: str, dose: float) -> str:
+    """How often usual pictures are answered rightly; of single items there are none."""
+    found = values.get((USUAL, method, dose))
+    return "" if found is None else f", about the usual one: {_share(found['truth'])}"
 
 
 def _dependence(result: Result) -> tuple[str, ...]:

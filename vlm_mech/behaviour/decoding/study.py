@@ -80,7 +80,9 @@ def contrast(
     """
     views = {OWN: pairs}
     if split == TEST:
-        views |= {STRANGER: about_others(pairs, others), USUAL: turned(pairs)}
+        views |= {STRANGER: about_others(pairs, others)}
+        # Of a single item there is no picture of what is usual.
+        views |= {} if pairs.made else {USUAL: turned(pairs)}
     names, tables = [pair.id for pair in pairs], []
     for picture, shown in views.items():
         encoded = vlm.encode(shown.base)

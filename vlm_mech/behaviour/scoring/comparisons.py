@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from vlm_mech.behaviour.scoring.measures import (
     relaxed,
 )
 from vlm_mech.behaviour.scoring.study import AS_GIVEN, AXES, BEST, MEAN, OWN, SCORES
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import Paired, holm, mcnemar
@@ -72,9 +74,42 @@ def comparisons(result: Result) -> list[Compared]:
         contrastive = bool({SIMILARITY, TO_IMAGE} & {one["scoring"], other["scoring"]})
         loose = one["scoring"] in (SUBSTRING, STARTS)
         if (one["scoring"] == GENERATION and (models or contrastive)) or (scorings and not models and not loose):
-            found.append(compared(result, other, one))
+            found.append(compared(result, other, one, verdict(result)))
     tests = holm([each.counts for each in found])
     return [replace(each, counts=test) for each, test in zip(found, tests, strict=True)]
+
+
+def verdict(result: Result) -> str:
+    """What is compared: pairs with both pictures right, or single items."""
+    return "pair" if any(each.name == "pair" for each in result.metrics) else "individual"
+
+
+def yes_no(result: Result, pairs: Pairs) -> list[dict[str, Any]]:
+    """Of single items that are all answered yes or no, what POPE tells of each cell of `decided`; none of others.
+
+    Accuracy, precision, recall and F1 of yes, and the share of answers that are yes, in which an answer that cannot be
+    read is none. NaN where nothing is divided by.
+    """
+    answers = {pair.id: pair.answer.strip().lower() for pair in pairs}
+    if not pairs.made or set(answers.values()) - {"yes", "no"} or any(len(pair.options) != 2 for pair in pairs):
+        return []
+    yes_first = {pair.id: pair.options[0].strip().lower() == "yes" for pair in pairs}
+    found = []
+    for cell in decided(result):
+        if cell["scoring"] in (SUBSTRING, STARTS, RANDOM):
+            continue
+        rows = result.table[(result.table[list(AXES)] == pd.Series(cell)).all(axis=1)]
+        first = (rows["chose_first_answer"] == 1).to_numpy()
+        other = (rows["chose_first_answer"] == 0).to_numpy()
+        at_first = rows["example"].map(yes_first).to_numpy(dtype=bool)
+        said, true = np.where(at_first, first, other), rows["example"].map(answers).eq("yes").to_numpy()
+        hits, n = int((said & true).sum()), len(rows)
+        counts = {"accuracy": (int(rows["individual"].sum()), n), "precision": (hits, int(said.sum()))}
+        counts |= {"recall": (hits, int(true.sum())), "f1": (2 * hits, int(said.sum() + true.sum()))}
+        counts |= {"yes": (int(said.sum()), n)}
+        shares = {name: some / of if of else None for name, (some, of) in counts.items()}
+        found.append(cell | {"n": n} | shares)
+    return found
 
 
 def decided(result: Result) -> list[Cell]:
@@ -104,9 +139,10 @@ def same_verdicts(result: Result) -> tuple[list[Cell], Float[np.ndarray, "cell c
         The cells of `decided` whose verdicts are decided, the share of any two, and the number of pairs.
     """
     cells = [cell for cell in decided(result) if cell["scoring"] not in UNDECIDED]
+    sides = ["right_1", "right_2"] if verdict(result) == "pair" else ["right_1"]
     table, verdicts = result.table, []
     for cell in cells:
         rows = table[(table[list(AXES)] == pd.Series(cell)).all(axis=1)]
-        verdicts.append(rows.set_index("example")[["right_1", "right_2"]].to_numpy().ravel())
+        verdicts.append(rows.set_index("example")[sides].to_numpy().ravel())
     shares = [[float((one == other).mean()) for other in verdicts] for one in verdicts]
-    return cells, np.array(shares), len(verdicts[0]) // 2
+    return cells, np.array(shares), len(verdicts[0]) // len(sides)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.behaviour.answering.asked_options import Template, answers_first, options_of
+from vlm_mech.behaviour.answering.asked_options import Template, answers_first, asked_sides, of_all_options, options_of
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTERED,
@@ -16,6 +16,7 @@ from vlm_mech.behaviour.scoring.measures import (
     check_letters,
     option_tokens,
 )
+from vlm_mech.data.examples import holds_items, load_examples
 from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, load_pairs
 from vlm_mech.data.reading import check_options
 from vlm_mech.data.whole_sets import load_sets, sets_in, sets_together
@@ -74,7 +75,7 @@ def load_parts(
     wording: Wording = BARE,
     fix_labels: bool = False,
 ) -> tuple[Pairs, Pairs | None]:
-    """Pairs to test on, and to choose the best prompt on (None: that is left out).
+    """Pairs (or single items as such) to test on, and to choose the best prompt on (None: that is left out).
 
     Args:
         n_validation: pairs to choose on; by default 32 of generated scenes, and a third of a folder.
@@ -87,7 +88,8 @@ def load_parts(
     """
     if n_validation is not None and n_validation < 0:
         raise UsageError(f"n_validation is {n_validation}; 0 leaves the best prompt out, otherwise pairs are needed")
-    pairs = load_sets(data, n=n, seed=seed, split=split, wording=wording, fix_labels=fix_labels)
+    drawn = {"n": n, "seed": seed, "wording": wording, "fix_labels": fix_labels}
+    pairs = of_all_options(load_examples(data, **drawn)) if holds_items(data) else load_sets(data, split=split, **drawn)
     scenes = data.startswith("scenes/")
     if n_validation is None:
         n_validation = N_VALIDATION if scenes else len(pairs) // 3
@@ -118,7 +120,10 @@ def plan_of(
         raise UsageError(f"{vlms[-1].name!r} is compared with the model itself; another one is needed")
     templates, left_out = _templates(prompts, forms, vlms)
     lettered = any(template.lettered for template in templates)
-    forms = tuple(dict.fromkeys(forms)) or (GENERATION, OPTIONS, *([LETTERS] if lettered else []))
+    asked, forms = forms, tuple(dict.fromkeys(forms)) or (GENERATION, OPTIONS, *([LETTERS] if lettered else []))
+    if all(len(options_of(pair)) < 2 for pair in test):
+        templates, forms, more = _without_options(templates, asked, forms, own=bool(prompts))
+        left_out = (*left_out, more)
     whole, partial = sets_in(test)
     room = {"forms": forms, "n_new": max_new_tokens}
     test = sets_together(usable(vlms, test, templates, **room))
@@ -165,6 +170,22 @@ def _templates(
     return (*PLAIN, LETTERED), ()
 
 
+def _without_options(
+    templates: tuple[Template, ...], asked: Sequence[str], forms: tuple[str, ...], *, own: bool
+) -> tuple[tuple[Template, ...], tuple[str, ...], str]:
+    """What is asked of items without options: no prompt that lists them, generation alone; and what is said of it.
+
+    Args:
+        asked: the forms that were asked for.
+        own: whether the prompts are the user's.
+    """
+    open_ones = tuple(each for each in templates if not each.listed)
+    said = (
+        "the items have no options: what is generated is compared with the right answer alone, for which chance is 0."
+    )
+    return templates if own else open_ones, tuple(asked) or (GENERATION,), said
+
+
 def usable(
     vlms: "Sequence[VLM]", pairs: Pairs, templates: Sequence[Template], *, forms: Sequence[str], n_new: int
 ) -> Pairs:
@@ -181,7 +202,8 @@ def usable(
 
 def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template], forms: Sequence[str], n_new: int) -> None:
     options = options_of(pair)
-    check_options(options)
+    if len(options) > 1 or {OPTIONS, LETTERS} & set(forms):
+        check_options(options)
     for vlm in vlms:
         room = 0
         for template in templates:
@@ -190,15 +212,15 @@ def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template], for
             check_known(vlm, [prompt.question], "prompt")
             if template.lettered and LETTERS in forms and len(options) > 2:
                 check_letters(vlm, template, len(options))
-            found = option_tokens(vlm, prompt, template.strings(options))
-            room = max(room, n_new, *map(len, found.ids))
+            found = option_tokens(vlm, prompt, template.strings(options)).ids if len(options) > 1 else ()
+            room = max(room, n_new, *map(len, found))
         _check_room(vlm, pair, [template.asked(pair.question, options) for template in templates], room)
 
 
 def _check_room(vlm: "VLM", pair: Pair, asked: Sequence[str], n_new: int) -> None:
     """Raises `UsageError` when the longest of the prompts about a picture leaves no room for an answer."""
     longest = max(asked, key=lambda text: len(vlm.tokenizer(text, verbose=False)["input_ids"]))
-    for image in (pair.image, pair.counterfactual_image):
+    for image, _ in asked_sides(pair):
         vlm.encode(pair.wording.prompt(longest, image)).check_room(n_new)
 
 

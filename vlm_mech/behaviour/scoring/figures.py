@@ -8,7 +8,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from vlm_mech.behaviour.answering.by_category import categories, has_categories
-from vlm_mech.behaviour.scoring.comparisons import same_verdicts
+from vlm_mech.behaviour.scoring.comparisons import same_verdicts, verdict
 from vlm_mech.behaviour.scoring.measures import RANDOM, STARTS, SUBSTRING
 from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER
 from vlm_mech.results.figures import COLOURS, drawn_by
@@ -54,7 +54,7 @@ def accuracies(result: Result) -> "go.Figure":
         chance = shown[shown["metric"] == metric]["baseline"].mean()
         figure.add_vline(x=chance, line={"dash": "dot", "color": "#888888"}, row=1, col=column)
     figure.update_xaxes(range=[-0.04, 1.04], dtick=0.25, title_text="share")
-    counts = f"n = {int(shown['n'].max())} pairs; bars: 95 % interval; dotted: chance of two options"
+    counts = f"n = {int(shown['n'].max())} {_noun(result)}; bars: 95 % interval; dotted: {_chance(shown)}"
     return _styled(figure, labels, "ways of scoring the same pairs", counts, accuracies, width=1100)
 
 
@@ -68,7 +68,7 @@ def order_bias(result: Result) -> "go.Figure":
     _dots(figure, shown, labels, "bias", COLOURS[0], "circle", 0.0, 1)
     figure.add_vline(x=0, line={"dash": "dot", "color": "#888888"})
     figure.update_xaxes(range=[-1.05, 1.05], title_text="chosen when listed first, less when listed second (share)")
-    counts = f"n = {int(shown['n'].max())} pairs; bars: 95 % interval over pairs"
+    counts = f"n = {int(shown['n'].max())} {_noun(result)}; bars: 95 % interval over {_noun(result)}"
     return _styled(figure, labels, "does the order of the options decide?", counts, order_bias).update_layout(
         showlegend=False
     )
@@ -81,7 +81,7 @@ def prompts(result: Result) -> "go.Figure":
     labels = _labels(result, shown)
     across = [each for each in dict.fromkeys(shown["prompt"]) if each != MEAN] + [MEAN]
     values = _square(shown, labels, across)
-    return _matrix(values, across, labels, "right answers by prompt (share of pictures)", prompts, shown)
+    return _matrix(values, across, labels, "right answers by prompt (share of pictures)", prompts, shown, _noun(result))
 
 
 def agreement(result: Result) -> "go.Figure":
@@ -91,7 +91,16 @@ def agreement(result: Result) -> "go.Figure":
     names = [labels[cell["model"], cell["scoring"]] for cell in cells]
     shown = pd.DataFrame({"n": [n_pairs]})
     title = "same verdict on a picture (share)"
-    return _matrix(values, names, dict.fromkeys(names), title, agreement, shown, down=names)
+    return _matrix(values, names, dict.fromkeys(names), title, agreement, shown, _noun(result), down=names)
+
+
+def _noun(result: Result) -> str:
+    return "pairs" if verdict(result) == "pair" else "items"
+
+
+def _chance(shown: pd.DataFrame) -> str:
+    """What the dotted lines are."""
+    return "chance of two options" if set(shown[shown["metric"] == "individual"]["baseline"]) == {0.5} else "chance"
 
 
 def _labels(result: Result, shown: pd.DataFrame) -> dict[tuple[str, str], str]:
@@ -138,7 +147,7 @@ def _square(
 
 def _matrix(
     values: Float[np.ndarray, "down across"], across: Sequence[str], labels: Mapping[Any, str | None], title: str,
-    function: "Callable[..., go.Figure]", shown: pd.DataFrame, *, down: Sequence[str] | None = None,
+    function: "Callable[..., go.Figure]", shown: pd.DataFrame, noun: str, *, down: Sequence[str] | None = None,
 ) -> "go.Figure":  # fmt: skip
     import plotly.graph_objects as go
 
@@ -152,7 +161,7 @@ def _matrix(
     # Shortened names may be alike: places are numbers.
     figure.update_xaxes(tickvals=list(range(len(across))), ticktext=[_short(each) for each in across], tickangle=90)
     figure.update_yaxes(type="category")
-    made = _styled(figure, dict.fromkeys(rows), title, f"n = {int(shown['n'].max())} pairs", function)
+    made = _styled(figure, dict.fromkeys(rows), title, f"n = {int(shown['n'].max())} {noun}", function)
     return made.update_yaxes(autorange="reversed", tickmode="auto", range=None)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from vlm_mech.behaviour.answering.asked_options import options_of
 from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category
-from vlm_mech.behaviour.scoring.comparisons import comparisons, decided, matched
+from vlm_mech.behaviour.scoring.comparisons import comparisons, decided, matched, verdict, yes_no
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTERS,
@@ -32,8 +32,8 @@ def findings(
     """Each scoring with its interval, chance and floor; the best prompt; matching; looser rules; order; comparisons."""
     summary = result.summary()
     found = [
-        f"{len(pairs)} pairs of {pairs.name}. {_chance(pairs)}; ties count against the model; intervals are 95 % "
-        "bootstrap over pairs."
+        f"{len(pairs)} {_noun(pairs)} of {pairs.name}. {_chance(pairs)}; ties count against the model; intervals are "
+        f"95 % bootstrap over {_noun(pairs)}."
     ]
     found += [*_sets(pairs, n_partial_sets), *left_out]
     if len(pairs) < 2:
@@ -44,6 +44,7 @@ def findings(
         found += _matching(result, summary, model, scoring)
     for model in dict.fromkeys(result.table["model"]):
         found += [*_looser(summary, str(model)), *_order(summary, str(model))]
+    found += _yes_no(result, pairs)
     if has_categories(result):
         table = by_category(result, **BY_CATEGORY)
         for metric in BY_CATEGORY["metrics"]:
@@ -51,9 +52,18 @@ def findings(
     return (*found, *_comparisons(result))
 
 
+def _noun(pairs: Pairs) -> str:
+    return "items" if pairs.made else "pairs"
+
+
 def _chance(pairs: Pairs) -> str:
     """What guessing gives."""
     sizes = sorted({len(options_of(pair)) for pair in pairs})
+    if pairs.made:
+        chances = [1 / len(options_of(pair)) if len(options_of(pair)) > 1 else 0 for pair in pairs]
+        among = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        none = "Without options chance is 0"
+        return none if sizes == [1] else f"Chance among {among} options is {np.mean(chances):.3g}"
     if sizes == [2]:
         return "Chance between two options is 0.5 a picture, 0.25 for both of a pair and 0.5 for matching a pair"
     among = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
@@ -93,6 +103,8 @@ def _accuracy(
     summary: pd.DataFrame, model: str, scoring: str, best: Mapping[tuple[str, str], str], n_validation: int
 ) -> str:
     one, two = (_at(summary, metric, model, scoring) for metric in ("individual", "pair"))
+    if two == "none":
+        return _single_accuracy(summary, model, scoring, best, n_validation)
     floors = [_at(summary, metric, model, scoring, view=STRANGER) for metric in ("individual", "pair")]
     text = (
         f"{one} of pictures and {two} of pairs right, mean of prompts; about another pair's pictures {floors[0]} and "
@@ -104,6 +116,18 @@ def _accuracy(
         chosen = [_at(summary, metric, model, scoring, prompt=BEST) for metric in ("individual", "pair")]
         text += f" With the prompt best on {n_validation} validation pairs, {best[model, scoring]!r}: "
         text += f"{chosen[0]} and {chosen[1]}."
+    return text
+
+
+def _single_accuracy(
+    summary: pd.DataFrame, model: str, scoring: str, best: Mapping[tuple[str, str], str], n_validation: int
+) -> str:
+    """Of single items."""
+    told, floor = (_at(summary, "individual", model, scoring, view=view) for view in (OWN, STRANGER))
+    text = f"{told} of items right, mean of prompts; about another item's picture {floor}."
+    if (model, scoring) in best and scoring != SIMILARITY:
+        chosen = _at(summary, "individual", model, scoring, prompt=BEST)
+        text += f" With the prompt best on {n_validation} validation items, {best[model, scoring]!r}: {chosen}."
     return text
 
 
@@ -159,10 +183,26 @@ def _order(summary: pd.DataFrame, model: str) -> list[str]:
     return [f"{model}: an option is chosen more often when it is listed first than second by {'; '.join(each)}."]
 
 
+def _yes_no(result: Result, pairs: Pairs) -> list[str]:
+    """What POPE tells of questions answered yes or no."""
+    found = []
+    for cell in yes_no(result, pairs):
+        told = ", ".join(
+            f"{name} {'none' if cell[name] is None else format(cell[name], '.3f')}"
+            for name in ("accuracy", "precision", "recall", "f1")
+        )
+        yes = f"yes is {cell['yes']:.3f} of the answers"
+        found.append(
+            f"{cell['model']}, {cell['scoring']} with prompt {cell['prompt']!r}: {told} of yes; {yes}; n = {cell['n']}."
+        )
+    return found
+
+
 def _comparisons(result: Result) -> list[str]:
     """Those that judge a pair unlike in a sentence each, the others in one."""
     made = comparisons(result)
     found, same = [], []
+    right = "pairs with both pictures right" if verdict(result) == "pair" else "items right"
     for each in made:
         names = [f"{cell['scoring']} of {cell['model']} ({cell['prompt']!r})" for cell in (each.one, each.other)]
         if not each.counts.only_one + each.counts.only_other:
@@ -170,11 +210,12 @@ def _comparisons(result: Result) -> list[str]:
             continue
         by = each.difference
         found.append(
-            f"pairs with both pictures right: only by {names[0]} {each.counts.only_one}, only by {names[1]} "
+            f"{right}: only by {names[0]} {each.counts.only_one}, only by {names[1]} "
             f"{each.counts.only_other}; difference {by['mean']:+.3f} ({by['ci_low']:+.3f} to {by['ci_high']:+.3f}, "
             f"n = {by['n']}), McNemar's exact p {_p(each.counts.p_corrected)} (Holm over {len(made)})."
         )
-    return [*found, f"the same verdict on every pair: {'; '.join(same)}."] if same else found
+    what = "pair" if verdict(result) == "pair" else "item"
+    return [*found, f"the same verdict on every {what}: {'; '.join(same)}."] if same else found
 
 
 def _p(value: float) -> str:

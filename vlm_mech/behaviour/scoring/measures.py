@@ -75,8 +75,13 @@ def judged(answer: str, own: int, options: Sequence[str], *, letters: bool = Fal
         GENERATION: float(named == own),
         SUBSTRING: float(mentions(answer, wanted) or lettered),
         STARTS: float(starts_alike(answer, wanted) or lettered),
-        RANDOM: 1 / len(options) if named is None else float(named == own),
+        RANDOM: _drawn(options) if named is None else float(named == own),
     }
+
+
+def _drawn(options: Sequence[str]) -> float:
+    """What drawing an option gives; where the answer alone is known there is nothing to draw from."""
+    return 1 / len(options) if len(options) > 1 else 0.0
 
 
 # Perplexity

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def score_all(plan: Plan, work: "Workspace") -> None:
     """Scores every batch that is not done yet: both parts with every model, then the contrastive model's cosines."""
-    others = [plan.test.pairs[other] for other in partners(len(plan.test), seed=plan.seed)]
+    # Items often share a picture, which is no other one.
+    groups = [pair.group or pair.id for pair in plan.test] if plan.test.made else []
+    others = [plan.test.pairs[other] for other in partners(len(plan.test), seed=plan.seed, groups=groups)]
     steps = [(number, TEST, start) for number in range(len(plan.vlms)) for start in _starts(plan, plan.test)]
     if plan.validation is not None:
         steps += [

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from vlm_mech.behaviour.answering.asked_options import Template, answers_first, options_of
+from vlm_mech.behaviour.answering.asked_options import Template, answers_first, asked_sides, options_of
 from vlm_mech.behaviour.classify.baselines import contrastive_scores
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
@@ -59,7 +59,9 @@ VALUES = (*(each.name for each in METRICS), "chose_first_answer", "right_1", "ri
 
 
 def metrics_of(table: pd.DataFrame) -> tuple[Metric, ...]:
-    """The metrics of a table: with whole sets that of sets too."""
+    """The metrics of a table: with whole sets that of sets too; of single items those of one picture."""
+    if not table["pair"].notna().to_numpy().any():
+        return INDIVIDUAL, UNREAD, BIAS
     return (*METRICS[:2], SET, *METRICS[2:]) if "set" in table else METRICS
 
 
@@ -147,10 +149,11 @@ def _cosines(
 ) -> Float[np.ndarray, "pair image option"]:
     texts = list(dict.fromkeys(text for each in captions for text in each))
     places = np.array([[texts.index(text) for text in each] for each in captions])
-    images = [image for pair in pairs for image in pair.pictures]
+    images = [image for pair in pairs for image, _ in asked_sides(pair)]
     examples = [Labelled(str(number), image, texts[0]) for number, image in enumerate(images)]
-    cosines = contrastive_scores(encoder, examples, texts, "{class}", batch=batch).reshape(len(pairs), 2, -1)
-    return np.take_along_axis(cosines, places[:, None, :].repeat(2, axis=1), axis=2)
+    cosines = contrastive_scores(encoder, examples, texts, "{class}", batch=batch)
+    cosines = cosines.reshape(len(pairs), len(images) // len(pairs), -1)
+    return np.take_along_axis(cosines, places[:, None, :].repeat(cosines.shape[1], axis=1), axis=2)
 
 
 def _orders(template: Template) -> tuple[str, ...]:
@@ -161,13 +164,13 @@ def _prompts(pairs: Pairs, template: Template, order: str) -> tuple[list[Prompt]
     """First pictures' prompts, then second pictures', and each one's options as they are listed."""
     listed = [options_of(pair)[:: -1 if order == SWAPPED else 1] for pair in pairs]
     asked = [template.asked(pair.question, options) for pair, options in zip(pairs, listed, strict=True)]
-    images = [pair.image for pair in pairs], [pair.counterfactual_image for pair in pairs]
+    sides = list(zip(*map(asked_sides, pairs), strict=True))
     prompts = [
         pair.wording.prompt(text, image)
-        for some in images
-        for pair, text, image in zip(pairs, asked, some, strict=True)
+        for some in sides
+        for pair, text, (image, _) in zip(pairs, asked, some, strict=True)
     ]
-    return prompts, listed * 2
+    return prompts, listed * len(sides)
 
 
 def _generated(
@@ -178,7 +181,7 @@ def _generated(
     for order in _orders(template):
         prompts, listed = _prompts(pairs, template, order)
         texts = generate(vlm, prompts, max_new_tokens=max_new_tokens).texts
-        right = [pair.answer for pair in pairs] + [pair.counterfactual_answer for pair in pairs]
+        right = [answer for some in zip(*map(asked_sides, pairs), strict=True) for _, answer in some]
         own = [some.index(answer) for some, answer in zip(listed, right, strict=True)]
         letters = {"letters": template.lettered}
         read = [judged(text, one, some, **letters) for text, one, some in zip(texts, own, listed, strict=True)]
@@ -187,13 +190,13 @@ def _generated(
         first = [np.nan if each is None else each == (last if order == SWAPPED else 0) for each in named]
         tables = []
         for scoring in read[0]:
-            right = np.array([each[scoring] for each in read]).reshape(2, -1).T
+            right = np.array([each[scoring] for each in read]).reshape(-1, len(pairs)).T
             table = _rows(pairs, {**cell, "scoring": scoring, "order": order}, right)
-            table["unread"] = np.array([each is None for each in named], float).reshape(2, -1).mean(0)
+            table["unread"] = np.array([each is None for each in named], float).reshape(-1, len(pairs)).mean(0)
             # An answer that names none speaks for no order.
-            chose = np.array(first, float).reshape(2, -1)
+            chose = np.array(first, float).reshape(-1, len(pairs))
             table["chose_first_answer"] = np.where(np.isnan(chose), 0.5, chose).mean(0)
-            tables.append(table.assign(answer_1=texts[: len(pairs)], answer_2=texts[len(pairs) :]))
+            tables.append(table.assign(answer_1=texts[: len(pairs)], answer_2=texts[len(pairs) :] or ""))
         by_order.append(tables)
     if len(by_order) == 1:
         return by_order[0]
@@ -212,8 +215,9 @@ def _by_perplexity(
         nll = mean_nll(vlm, prompts, strings)
         # Columns in the order of `answers_first`, whatever the order in the prompt.
         places = [[some.index(each) for each in answers_first(pair)] for pair, some in zip(pairs, listed, strict=False)]
-        nll = np.take_along_axis(nll, np.array([*places, *places]), axis=1)
-        found.append(nll.reshape(2, len(pairs), -1).swapaxes(0, 1))
+        n_sides = len(nll) // len(pairs)
+        nll = np.take_along_axis(nll, np.array(places * n_sides), axis=1)
+        found.append(nll.reshape(n_sides, len(pairs), -1).swapaxes(0, 1))
     cell = {**cell, "scoring": form}
     tables = [
         _scored_rows(pairs, {**cell, "order": order}, scores, "perplexity")
@@ -229,13 +233,20 @@ def _scored_rows(
     pairs: Pairs, cell: Mapping[str, str], scores: Float[np.ndarray, "pair image option"], kind: Kind
 ) -> pd.DataFrame:
     table = _rows(pairs, cell, hits(scores, kind=kind).astype(float))
-    positive = (scores > 0).all((1, 2)) if kind == "similarity" else np.ones(len(scores), bool)
-    table["relaxed"] = relaxed(scores, kind=kind).astype(float)
-    table.loc[positive, "relaxed_ratio"] = relaxed(scores[positive], kind=kind, form="ratio").astype(float)
+    if scores.shape[1] == 2:
+        table = _matched(table, scores, kind)
     table["unread"] = 0.0
     table["chose_first_answer"] = _chose_first(pairs, scores if kind == "similarity" else -scores)
     for (image, option), values in _columns(scores):
         table[f"score_{image + 1}_{option + 1}"] = values
+    return table
+
+
+def _matched(table: pd.DataFrame, scores: Float[np.ndarray, "pair image option"], kind: Kind) -> pd.DataFrame:
+    """The rows with what one decision a pair gives."""
+    positive = (scores > 0).all((1, 2)) if kind == "similarity" else np.ones(len(scores), bool)
+    table["relaxed"] = relaxed(scores, kind=kind).astype(float)
+    table.loc[positive, "relaxed_ratio"] = relaxed(scores[positive], kind=kind, form="ratio").astype(float)
     return table
 
 
@@ -261,8 +272,12 @@ def _rows(pairs: Pairs, cell: Mapping[str, str], right: Float[np.ndarray, "pair 
     if any(pair.category for pair in pairs):
         table["category"] = [pair.category or "" for pair in pairs]
     table = table.assign(**{axis: cell[axis] for axis in AXES}, **dict.fromkeys(VALUES, np.nan))
-    table = table.assign(individual=right.mean(1), pair=right.prod(1), right_1=right[:, 0], right_2=right[:, 1])
-    guess = 1 / np.array([len(options_of(pair)) for pair in pairs])
+    table = table.assign(individual=right.mean(1), right_1=right[:, 0])
+    if right.shape[1] == 2:
+        table = table.assign(pair=right.prod(1), right_2=right[:, 1])
+    sizes = np.array([len(options_of(pair)) for pair in pairs])
+    # Where the answer alone is known there is nothing to guess among.
+    guess = np.where(sizes > 1, 1 / sizes, 0.0)
     chances = {"individual": guess, "pair": guess**2, "relaxed": 0.5, "relaxed_ratio": 0.5}
     chances |= {"unread": 0.0, "position_bias": 0.0}
     table = table.assign(**{f"{name}_baseline": chance for name, chance in chances.items()}, answer_1="", answer_2="")
