@@ -43,11 +43,13 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
     for file, told in ((PAIRS, _pairs), (ITEMS, _items)):
         if is_file(Path(name) / file):
             return told(name, file, (load_pairs if file == PAIRS else load_items)(name, **drawn))
-    source = find_source(name, text=True)
+    source = find_source(name, others=True)
     if source is None:
         # What is neither is a folder of classes, or nothing.
         return _classes(name, n, seed) if _has_folders(Path(name)) else _pairs(name, "", load_pairs(name, **drawn))
     kind = f"format {source.format.name} ({', '.join(table.path.name for table in source.tables[:MOST])})"
+    if source.format.holds == "classes":
+        return _classes(name, n, seed)
     if source.format.holds == "text":
         return "\n".join([f"{name}: {kind}", *describe_text(name)])
     if source.format.holds == "pairs":

@@ -17,7 +17,11 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_mech.data.picture_splits import SHARES, Labelled, deal, draw_parts
+from vlm_mech.data.class_parts import completed, parts_of_items, parts_of_lines
+from vlm_mech.data.item_folder import FILE as ITEMS
+from vlm_mech.data.picture_splits import Labelled, deal, draw_parts
+from vlm_mech.data.readers.format import Table
+from vlm_mech.data.readers.registry import find_source, is_file
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import CLASSES, COLOURS, PRIORS, SHAPES, SPLITS, Scene, Split
@@ -102,7 +106,10 @@ def load_classes(
     seed: int = 0,
     names: Path | None = None,
 ) -> Classes:
-    """A data set by name (`scenes/things`, `scenes/kinds`, `scenes/beetles`, `hf:owner/name`) or folder.
+    """A data set by name (`scenes/things`, `scenes/kinds`, `scenes/beetles`, `hf:owner/name`), folder or format.
+
+    Of single items (`data.items`) the answer is the class; they are dealt out.
+
 
     A folder holds one folder a class, named after it, or `train`, `validation` and `test` that do (in any case, and as
     `val`, `valid`, `dev` or `training` too). Without parts of its own its pictures are dealt out by the seed. Files and
@@ -126,6 +133,11 @@ def load_classes(
         return _scenes(data, sizes, seed)
     if data.startswith("hf:"):
         return from_splits(data, _downloaded(data.removeprefix("hf:")), sizes, seed=seed, names=names)
+    source = find_source(data, others=True)
+    if source is not None and source.format.holds == "classes":
+        return _from_format(data, source.tables, sizes, seed, names)
+    if is_file(Path(data) / ITEMS) or (source is not None and source.format.holds == "items"):
+        return _of_items(data, sizes, seed, names)
     folder = Path(data)
     if not folder.is_dir():
         raise UsageError(f"data {data!r} is neither a folder, nor hf:owner/name, nor one of {', '.join(SCENES)}")
@@ -280,16 +292,25 @@ def from_splits(
         raise UsageError(
             f"no row of the train split of {name!r} has a label; labelled rows are needed to fit and to test"
         )
-    missing, notes = [part for part in ("validation", "test") if not parts.get(part)], []
-    if missing:
-        shares = {"train": SHARES["train"]} | {part: SHARES[part] for part in missing}
-        shares = {part: share / sum(shares.values()) for part, share in shares.items()}
-        dealt, unused = deal(parts["train"], seed, shares)
-        parts |= dealt
-        refused += unused
-        notes = [f"{' and '.join(missing)}: dealt out of the training split with seed {seed}"]
+    parts, notes = completed(parts, refused, seed)
     order = unique_names(_column(name, known["train"], "ClassLabel")[1].names)
     return _finished(_Read(name, parts, order, refused, notes), sizes, seed, names)
+
+
+def _from_format(
+    data: str, tables: Sequence[Table], sizes: Mapping[str, int | None], seed: int, names: Path | None
+) -> Classes:
+    """Pictures of a format that has them with a class and a part."""
+    parts, order, refused = parts_of_lines(data, tables)
+    parts, notes = completed(parts, refused, seed)
+    return _finished(_Read(data, parts, order, refused, notes), sizes, seed, names)
+
+
+def _of_items(data: str, sizes: Mapping[str, int | None], seed: int, names: Path | None) -> Classes:
+    """Single items as pictures whose class is the answer."""
+    parts, refused, notes = parts_of_items(data, seed)
+    order = sorted({each.label for part in SPLITS for each in parts[part]})
+    return _finished(_Read(data, parts, order, refused, notes), sizes, seed, names)
 
 
 def _column(name: str, split: Any, kind: str) -> tuple[str, Any]:

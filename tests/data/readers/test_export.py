@@ -24,7 +24,7 @@ from vlm_mech.results.result import Result
 N, SEED = 8, 3
 PAIRS = [each.name for each in formats() if each.holds == "pairs"]
 ITEMS = [each.name for each in formats() if each.holds == "items"]
-TEXT = [each.name for each in formats() if each.holds == "text"]
+OTHERS = [each.name for each in formats() if each.holds in ("text", "classes")]
 
 
 def of_pairs(name, n=N):
@@ -82,7 +82,7 @@ def pixels(images):
 
 
 def test_every_format_is_written():
-    assert sorted(WRITERS) == sorted(PAIRS + ITEMS + TEXT) and PAIRS and ITEMS and TEXT
+    assert sorted(WRITERS) == sorted(PAIRS + ITEMS + OTHERS) and PAIRS and ITEMS and OTHERS
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -22,7 +22,7 @@ def test_the_table_of_formats_is_that_of_the_docs():
     page = script["PAGE"].read_text()
     assert script["with_table"](page) == page, "run: python docs/formats_table.py"
     assert [f"`{each.name}`" for each in registry.formats()] == re.findall(
-        r"^\| (`[\w-]+`) \| (?:pairs|items|text) ", page, re.M
+        r"^\| (`[\w-]+`) \| (?:pairs|items|text|classes) ", page, re.M
     )
 
 
@@ -31,7 +31,7 @@ def test_files_of_a_format_are_of_no_other(name, tmp_path):
     export(name, tmp_path / "made", n=4)
     tables = tables_in(tmp_path / "made")
     assert {each.name for each in registry.formats() for table in tables if each.reads(table)} == {name}
-    source = registry.find_source(tmp_path / "made", text=True)
+    source = registry.find_source(tmp_path / "made", others=True)
     assert source is not None and source.format.name == name and len(source.tables) == len(tables)
 
 
@@ -63,5 +63,5 @@ def test_formats_are_light_to_import():
         "import sys\nfrom vlm_mech.data.readers.registry import formats\nassert len(formats()) > 12\n"
         "heavy = {'torch', 'numpy', 'pandas', 'pyarrow', 'PIL', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, others=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
