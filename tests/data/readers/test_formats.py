@@ -63,5 +63,5 @@ def test_formats_are_light_to_import():
         "import sys\nfrom vlm_mech.data.readers.registry import formats\nassert len(formats()) > 12\n"
         "heavy = {'torch', 'numpy', 'pandas', 'pyarrow', 'PIL', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, others=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
