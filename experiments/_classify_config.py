@@ -12,7 +12,8 @@ class Config(RunConfig):
     """Options of the classification."""
 
     data: str = "scenes/things"
-    """scenes/things (128 classes), scenes/kinds, scenes/beetles, a folder of a folder a class, or hf:owner/name."""
+    """scenes/things (128 classes), scenes/kinds, scenes/beetles, a folder of a folder a class, hf:owner/name,
+    vlmclassifier:FOLDER, or single items, whose answers are the classes."""
     n: int | None = None
     """Test pictures; two scenes a class by default, all of a folder."""
     n_train: int | None = None
@@ -41,8 +42,15 @@ class Config(RunConfig):
     """csv of class,count in the training text; the embedded models' own is counted for the generated scenes."""
     rule: Literal["together", "contiguous"] = "together"
     """How the embedded models' text is counted; contiguous is the paper's rule."""
-    qa: Path | None = None
-    """jsonl of questions about the class (image, class, question, options, answer); beetles for the scenes."""
+    qa: str | None = None
+    """Questions about the class: jsonl (image, class, question, options, answer), or single items whose category is the
+    class (imagewikiqa:FOLDER); beetles for the scenes."""
+    qa_letters: bool = False
+    """Put options of items as ImageWikiQA does, with letters, and read the letter that is mentioned last."""
+    thought: bool = False
+    """End these questions with "Let's think step by step."; 1,024 tokens unless --qa-tokens says otherwise."""
+    qa_tokens: int | None = None
+    """Tokens of their answers at most; --new-tokens by default."""
     n_qa: int = 64
     """Number of two-hop questions (drawn with the seed), and of other questions of each type around tuning."""
     tune: Literal["none", "projector", "lora"] = "none"

@@ -52,7 +52,19 @@ def _options(config: Config) -> "Options":
         names = ("rate", "lora_rate", "rank", "alpha", "batch", "epochs", "schedule", "warmup", "decay", "keep")
         given |= {name: getattr(config, f"tune_{name}") for name in names}
         tuning = Tuning(config.tune, **given)
-    names = ("contrastive", "loading", "probes", "positions", "counts", "rule", "qa", "n_qa")
+    names = (
+        "contrastive",
+        "loading",
+        "probes",
+        "positions",
+        "counts",
+        "rule",
+        "qa",
+        "n_qa",
+        "qa_letters",
+        "thought",
+        "qa_tokens",
+    )
     given = {name: getattr(config, name) for name in names}
     return options_of(config.data, config.model, question=QUESTION, tuning=tuning, **given)
 

@@ -40,7 +40,9 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
         return _pairs(name, "generated scenes", load_pairs(name, **drawn, split=split))
     if name in SCENES or (is_of_hub(name) and holds_classes(name)):
         return _classes(name, n, seed)
-    source = None if is_of_hub(name) else find_source(name, text=True)
+    source = None if is_of_hub(name) else find_source(name, others=True)
+    if source is not None and source.format.holds == "classes":
+        return _classes(name, n, seed)
     if source is not None and source.format.holds == "text":
         files = ", ".join(table.path.name for table in source.tables[:MOST])
         return "\n".join([f"{name}: format {source.format.name} ({files})", *describe_text(name)])

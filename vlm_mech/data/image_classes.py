@@ -16,11 +16,15 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_mech.data.hub import hub_splits, is_of_hub
-from vlm_mech.data.picture_splits import SHARES, Labelled, deal, draw_parts
+from vlm_mech.data.class_parts import completed, parts_of_items, parts_of_lines
+from vlm_mech.data.hub import holds_classes, hub_splits, is_of_hub
+from vlm_mech.data.picture_splits import Labelled, deal, draw_parts
+from vlm_mech.data.readers.format import Table
+from vlm_mech.data.readers.registry import find_source
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import CLASSES, COLOURS, PRIORS, SHAPES, SPLITS, Scene, Split
+from vlm_mech.data.sources import find_data
 from vlm_mech.data.user_files import Refused, check_count, read_told
 from vlm_mech.data.words import words_of
 from vlm_mech.errors import UsageError
@@ -102,7 +106,10 @@ def load_classes(
     seed: int = 0,
     names: Path | None = None,
 ) -> Classes:
-    """A data set by name (`scenes/things`, `scenes/kinds`, `scenes/beetles`, `hf:owner/name`) or folder.
+    """A data set by name (`scenes/things`, `scenes/kinds`, `scenes/beetles`, `hf:owner/name`), folder or format.
+
+    Of single items (`data.items`) the answer is the class; they are dealt out.
+
 
     A folder holds one folder a class, named after it, or `train`, `validation` and `test` that do (in any case, and as
     `val`, `valid`, `dev` or `training` too). Without parts of its own its pictures are dealt out by the seed. Files and
@@ -124,8 +131,14 @@ def load_classes(
             check_count(size, f"the number of {part} pictures", "picture")
     if data in SCENES:
         return _scenes(data, sizes, seed)
-    if is_of_hub(data):
+    if is_of_hub(data) and holds_classes(data):
         return from_splits(data, hub_splits(data), sizes, seed=seed, names=names)
+    source = None if is_of_hub(data) else find_source(data, others=True)
+    if source is not None and source.format.holds == "classes":
+        return _from_format(data, source.tables, sizes, seed, names)
+    known = find_data(data)
+    if known is not None and known.holds == "items":
+        return _of_items(data, sizes, seed, names)
     folder = Path(data)
     if not folder.is_dir():
         raise UsageError(f"data {data!r} is neither a folder, nor hf:owner/name, nor one of {', '.join(SCENES)}")
@@ -268,16 +281,25 @@ def from_splits(
         raise UsageError(
             f"no row of the train split of {name!r} has a label; labelled rows are needed to fit and to test"
         )
-    missing, notes = [part for part in ("validation", "test") if not parts.get(part)], []
-    if missing:
-        shares = {"train": SHARES["train"]} | {part: SHARES[part] for part in missing}
-        shares = {part: share / sum(shares.values()) for part, share in shares.items()}
-        dealt, unused = deal(parts["train"], seed, shares)
-        parts |= dealt
-        refused += unused
-        notes = [f"{' and '.join(missing)}: dealt out of the training split with seed {seed}"]
+    parts, notes = completed(parts, refused, seed)
     order = unique_names(_column(name, known["train"], "ClassLabel")[1].names)
     return _finished(_Read(name, parts, order, refused, notes), sizes, seed, names)
+
+
+def _from_format(
+    data: str, tables: Sequence[Table], sizes: Mapping[str, int | None], seed: int, names: Path | None
+) -> Classes:
+    """Pictures of a format that has them with a class and a part."""
+    parts, order, refused = parts_of_lines(data, tables)
+    parts, notes = completed(parts, refused, seed)
+    return _finished(_Read(data, parts, order, refused, notes), sizes, seed, names)
+
+
+def _of_items(data: str, sizes: Mapping[str, int | None], seed: int, names: Path | None) -> Classes:
+    """Single items as pictures whose class is the answer."""
+    parts, refused, notes = parts_of_items(data, seed)
+    order = sorted({each.label for part in SPLITS for each in parts[part]})
+    return _finished(_Read(data, parts, order, refused, notes), sizes, seed, names)
 
 
 def _column(name: str, split: Any, kind: str) -> tuple[str, Any]:

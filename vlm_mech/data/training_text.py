@@ -20,7 +20,7 @@ def entries(source: str | Path) -> Iterator[Entry | Refused]:
     Raises:
         UsageError: it is something else, or cannot be read.
     """
-    found = find_source(source, text=True)
+    found = find_source(source, others=True)
     if found is None or found.format.holds != "text":
         told = "" if found is None else f"; it holds {found.format.holds} ({found.format.name})"
         raise UsageError(f"{str(source)!r:.200} is no training text, as in llava:FILE{told}")

@@ -269,9 +269,10 @@ def check_fixed(config: RunConfig) -> None:
     """Raises `UsageError` where labels are to be corrected and no data set is of an official format."""
     if not config.fix_labels:
         return
-    from vlm_mech.data.readers.registry import find_source
+    from vlm_mech.data.sources import OWN, find_data
 
-    if not any(find_source(each) for each in config.sources):
+    found = [find_data(each) for each in config.sources if not each.startswith("scenes/")]
+    if all(each is None or each.kind in OWN for each in found):
         raise UsageError(
             f"--fix-labels is for official formats, such as whatsup:FOLDER; {', '.join(config.sources)} is of none"
         )

@@ -39,7 +39,7 @@ def organism():
 
 PAIRS = [each.name for each in formats() if each.holds == "pairs" and each.known_by_files]
 ITEMS = [each.name for each in formats() if each.holds == "items"]
-TEXT = [each.name for each in formats() if each.holds == "text"]
+OTHERS = [each.name for each in formats() if each.holds in ("text", "classes")]
 
 
 def of_pairs(name, n=N):
@@ -99,7 +99,7 @@ def pixels(images):
 
 
 def test_every_format_is_written():
-    assert sorted(WRITERS) == sorted(PAIRS + ITEMS + TEXT) and PAIRS and ITEMS and TEXT
+    assert sorted(WRITERS) == sorted(PAIRS + ITEMS + OTHERS) and PAIRS and ITEMS and OTHERS
 
 
 @pytest.mark.parametrize("name", PAIRS)

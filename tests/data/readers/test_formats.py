@@ -22,7 +22,7 @@ def test_the_table_of_formats_is_that_of_the_docs():
     page = script["PAGE"].read_text()
     assert script["with_table"](page) == page, "run: python docs/formats_table.py"
     assert [f"`{each.name}`" for each in registry.formats()] == re.findall(
-        r"^\| (`[\w-]+`) \| (?:pairs|items|text) ", page, re.M
+        r"^\| (`[\w-]+`) \| (?:pairs|items|text|classes) ", page, re.M
     )
 
 
@@ -34,7 +34,7 @@ def test_files_of_a_format_are_of_no_other(name, tmp_path):
     export(name, tmp_path / "made", n=4)
     tables = tables_in(tmp_path / "made")
     assert {each.name for each in KNOWN for table in tables if each.reads(table)} == {name}
-    source = registry.find_source(tmp_path / "made", text=True)
+    source = registry.find_source(tmp_path / "made", others=True)
     assert source is not None and source.format.name == name and len(source.tables) == len(tables)
 
 

@@ -63,7 +63,7 @@ def test_entries_have_their_turns_and_pictures(made):
         refused, ("conversations is []", "image is ['1.jpg'", "conversations is [{", "a str"), strict=True
     ):
         assert said in each.reason
-    source = find_source(made / "llava.json", text=True)
+    source = find_source(made / "llava.json", others=True)
     assert source is not None and source.format is FORMAT
     assert [row.fields["turns"][0][0] for row in source.rows(ReaderOptions()).rows] == ["human"] * 4
 

@@ -9,7 +9,7 @@ from vlm_mech.behaviour.classify.baselines import AT, PROBES
 from vlm_mech.behaviour.classify.data import Design
 from vlm_mech.behaviour.classify.study import Calibration
 from vlm_mech.behaviour.classify.table import CLASSES, CLOSED, CONTRASTIVE, GENERATION, LOADED, MEAN, OPEN, SUM
-from vlm_mech.behaviour.classify.two_hops import FIRST_HOP, NAMED, OTHERS, TWO_HOP, UNSEEN
+from vlm_mech.behaviour.classify.two_hops import DRAWN, FIRST_HOP, NAMED, OTHERS, TWO_HOP, UNSEEN
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import Paired
 
@@ -128,7 +128,7 @@ def _frequency(correlations: Sequence[Mapping[str, Any]], design: Design) -> lis
 
 def _two_hops(summary: pd.DataFrame) -> list[str]:
     found = []
-    for method in (GENERATION, MEAN):
+    for method in (GENERATION, DRAWN, MEAN):
         rows = [(task, _one(summary, task=task, model=LOADED, method=method)) for task in _tasks()]
         told = [f"{task} {_told(row)}" for task, row in rows if row is not None]
         if told:

@@ -26,13 +26,17 @@ from vlm_mech.behaviour.classify.study import Calibration, all_scores, averaged,
 from vlm_mech.behaviour.classify.table import AXES, LOADED, METRICS, completed
 from vlm_mech.behaviour.classify.tuning import Tuning, tune
 from vlm_mech.behaviour.classify.two_hops import (
+    THOUGHT,
     Asked,
     Questions,
     answered,
+    load_item_questions,
     load_questions,
     other_questions,
     scene_questions,
 )
+from vlm_mech.data.item_folder import FILE as ITEMS
+from vlm_mech.data.readers.registry import find_source, is_file, named
 from vlm_mech.errors import UsageError
 from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.results.result import Result
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 N_PICTURES = 2000
 """Pictures whose training text is counted; the embedded models saw 109,056."""
 SCENES = "scenes/"
+THOUGHT_TOKENS = 1024
+"""Tokens generated at most where the model thinks first."""
 KEPT = "tuned"
 """Folder of a run in which the weights that tuning left are kept."""
 EMBEDDED = ("organism", "organism-grounded", "organism-phrases")
@@ -61,9 +67,21 @@ class Options:
     counts: Path | None
     rule: Rule
     stage: str | None
-    qa: Path | None
+    qa: str | None
     n_qa: int
+    qa_letters: bool
+    thought: bool
+    qa_tokens: int | None
     tuning: Tuning | None
+
+
+def holds_items(source: str) -> bool:
+    """Whether questions are single items of a folder or a format, and not a file of lines of our own."""
+    return (
+        is_file(Path(source) / ITEMS)
+        or (not source.endswith(".jsonl") and find_source(source) is not None)
+        or (named(source)[0] is not None)
+    )
 
 
 def fewest(data: str, model: str, counts: Path | None) -> int:
@@ -116,13 +134,13 @@ def run_all(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> 
     about["refused"] += [asdict(each) for each in questions.refused]
     about |= {"questions": {"n": len(questions.asked), "drawn": questions.drawn}} if questions.drawn else {}
     asked = questions.asked
-    calibrations = _model_steps(vlm, design, asked, LOADED, "0", work)
+    calibrations = _model_steps(vlm, design, options, asked, LOADED, "0", work)
     others = _other_steps(vlm, design, options, work)
     tuned = None
     if options.tuning is not None:
         name = f"tuned ({options.tuning.what})"
         tuned = {"model": name} | _tuned(vlm, design, options.tuning, work)
-        _model_steps(vlm, design, asked, name, "1", work)
+        _model_steps(vlm, design, options, asked, name, "1", work)
     table = completed(work.collect()[0])
     frequency = _frequency(table, design, options, counts)
     about |= others | {"calibrations": [asdict(each) for each in calibrations], "tuned": tuned, "frequency": frequency}
@@ -168,7 +186,11 @@ def _first_prompt(design: Design) -> Any:
 def _questions(design: Design, options: Options) -> Questions:
     """Two-hop questions: the user's own, or about beetles; other questions too where a model is tuned."""
     if options.qa is not None:
-        return load_questions(options.qa, design.style, n=options.n_qa, seed=design.seed)
+        drawn = {"n": options.n_qa, "seed": design.seed}
+        if holds_items(options.qa):
+            how = {"lettered": options.qa_letters, "thought": THOUGHT if options.thought else ""}
+            return load_item_questions(options.qa, design.style, **how, **drawn)
+        return load_questions(Path(options.qa), design.style, **drawn)
     if not design.data.name.startswith(SCENES):
         return Questions(())
     found = scene_questions(options.n_qa, seed=design.seed)
@@ -177,7 +199,7 @@ def _questions(design: Design, options: Options) -> Questions:
 
 
 def _model_steps(
-    vlm: "VLM", design: Design, asked: tuple[Asked, ...], model: str, key: str, work: "Workspace"
+    vlm: "VLM", design: Design, options: Options, asked: tuple[Asked, ...], model: str, key: str, work: "Workspace"
 ) -> list[Calibration]:
     """Answers, scores and questions of one state of the model."""
     made = []
@@ -191,7 +213,8 @@ def _model_steps(
     table, calibrations = score_tables(design, model, scores)
     work.keep(f"{key}-2-scores", table, {})
     if asked and f"{key}-4-asked" not in work:
-        how = {"n_new": design.n_new, "batch": design.batch, "n_rows": design.rows, "wording": design.wording}
+        n_new = options.qa_tokens or (THOUGHT_TOKENS if options.thought else design.n_new)
+        how = {"n_new": n_new, "batch": design.batch, "n_rows": design.rows, "wording": design.wording}
         work.keep(f"{key}-4-asked", answered(vlm, asked, model, **how), {})
     return calibrations
 

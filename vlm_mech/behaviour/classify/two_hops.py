@@ -17,7 +17,8 @@ from vlm_mech.behaviour.answering.class_name_scores import names_after, score_na
 from vlm_mech.behaviour.answering.prompts import Style
 from vlm_mech.behaviour.classify.table import GENERATION, MEAN, NO_ORDER, OPEN, Cell, best, rows
 from vlm_mech.data.image_classes import Labelled, check_names
-from vlm_mech.data.reading import mentions, read_answer
+from vlm_mech.data.items import load_items
+from vlm_mech.data.reading import ALPHABET, mentions, read_answer
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_questions import facts, questions
 from vlm_mech.data.user_files import Refused, Row, draw, read_rows
@@ -36,13 +37,19 @@ OTHERS = ("colour", "kind", "presence", "count", "left-right")
 """Types of question that show what tuning on classes has unlearned."""
 FIELDS = ("image", "class", "question", "answer")
 OBJECT = "this object"
+THOUGHT = " Let's think step by step."
+"""What follows a question so that the model thinks first (Zhang et al. 2024)."""
+DRAWN = "generation, a guess where no letter is"
 WHICHEVER = "whichever"
 """Stands for the question in the table where every example has its own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A question with options about a picture (None: without one); `task` says which kind of question it is."""
+    """A question with options about a picture (None: without one); `task` says which kind of question it is.
+
+    With `letters` the options have letters, in their order, and the answer is the letter mentioned last.
+    """
 
     id: str
     task: str
@@ -50,6 +57,7 @@ class Asked:
     question: str
     options: tuple[str, ...]
     answer: str
+    letters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +93,56 @@ def other_questions(n: int, *, seed: int) -> tuple[Asked, ...]:
         for kind in OTHERS
         for number, (scene, asked) in enumerate(questions_about_scenes(kind, n, seed=seed))
     )
+
+
+def load_item_questions(
+    data: str, style: Style, *, lettered: bool, thought: str = "", n: int | None = None, seed: int = 0
+) -> Questions:
+    """Single items with options and a category, such as ImageWikiQA's: asked with and without the class named.
+
+    Args:
+        lettered: options are put as in ImageWikiQA, a letter and a line each; they are listed as the style does
+            otherwise.
+        thought: what follows every question, such as `THOUGHT`.
+        n: of the items, drawn with the seed; all by default.
+
+    Raises:
+        UsageError: no items, or none with options, a class and one picture.
+    """
+    items = load_items(data, n=n, seed=seed)
+    refused, asked = list(items.refused), []
+    for item in items:
+        why = "" if item.options else "it has no options"
+        why = why or ("" if item.category else "it has no category, which is the class")
+        why = why or ("" if len(item.images) == 1 else f"it shows {len(item.images)} pictures; one is needed")
+        if why:
+            refused.append(Refused(item.id, why))
+            continue
+        letters = tuple(ALPHABET[: len(item.options)]) if lettered else ()
+        for task, seen, text in _told(item.question, str(item.category), item.images[0]):
+            put = _lettered(text, item.options) if lettered else style.among(text, item.options)
+            asked.append(Asked(item.id, task, seen, f"{put}{thought}", tuple(item.options), item.answer, letters))
+    if not asked:
+        raise UsageError(f"questions {data!r} holds none: {refused[0].reason}")
+    return Questions(tuple(asked), tuple(refused), items.drawn)
+
+
+def _lettered(question: str, options: Sequence[str]) -> str:
+    """The question as ImageWikiQA puts it."""
+    letters = ALPHABET[: len(options)]
+    told = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+    return f"{question}\n{told}\nChoose {', '.join(letters[:-1])}, or {letters[-1]}."
+
+
+def last_letter(answer: str, letters: Sequence[str]) -> str:
+    """The letter that is mentioned last: those in brackets count if there are any, else those that stand alone, else
+    those before a full stop; empty if there is none. After the parser of MMMU, without its random choice."""
+    padded = f" {answer.strip().strip(',.!?;:' + chr(39))} "
+    for form in ("({})", " {} ", "{}."):
+        places = {letter: padded.rfind(form.format(letter)) for letter in letters}
+        if max(places.values()) >= 0:
+            return max(places, key=lambda letter: places[letter])
+    return ""
 
 
 def load_questions(path: Path, style: Style, *, n: int | None = None, seed: int = 0) -> Questions:
@@ -125,12 +183,15 @@ def _three(folder: Path, row: Row, style: Style) -> list[Asked]:
     answer, question = fields["answer"], fields["question"]
     if answer not in options:
         raise UsageError(f"{where}: answer {answer!r:.60} is none of the options {', '.join(options)}")
-    named = question.replace(OBJECT, f"the {fields['class']}")
-    if OBJECT not in question:
-        named = f"The object is a {fields['class']}. {question}"
     key = f"question {row.line}" if fields.get("id") is None else row.id
-    told = [(TWO_HOP, image, question), (NAMED, image, named), (UNSEEN, None, named)]
+    told = _told(question, fields["class"], image)
     return [Asked(key, task, seen, style.among(text, options), tuple(options), answer) for task, seen, text in told]
+
+
+def _told(question: str, name: str, image: ImageLike) -> list[tuple[str, ImageLike | None, str]]:
+    """The question about the picture, with the class named, and that without the picture."""
+    named = question.replace(OBJECT, f"the {name}") if OBJECT in question else f"The object is a {name}. {question}"
+    return [(TWO_HOP, image, question), (NAMED, image, named), (UNSEEN, None, named)]
 
 
 def answered(
@@ -145,8 +206,9 @@ def answered(
 ) -> pd.DataFrame:
     """What is generated, and which option has the highest mean log-probability, for every task among the questions.
 
-    An answer that names none of its options, or several, is wrong (never a random option). Tasks without an image are
-    left out where the family takes none.
+    An answer that names none of its options, or several, is wrong. Where options have letters it is counted a second
+    time as `DRAWN`, with the chance of a guess in its place (the official parser draws an option at random). Tasks
+    without an image are left out where the family takes none.
     """
     tables = []
     for task in dict.fromkeys(each.task for each in asked):
@@ -163,6 +225,10 @@ def answered(
         texts = {"answers": [each.text for each in read], "predicted": [each.only for each in read]}
         substring = [each.substring for each in read]
         tables.append(rows(cell, examples, right, substring=substring, chance=chance, **texts))
+        if some[0].letters:
+            cell = Cell(task, model, WHICHEVER, OPEN, NO_ORDER, DRAWN, k)
+            guessed = [hit if each.only else guess for hit, each, guess in zip(right, read, chance, strict=True)]
+            tables.append(rows(cell, examples, guessed, chance=chance, **texts))
         cell = Cell(task, model, WHICHEVER, OPEN, NO_ORDER, MEAN, k)
         tables.append(rows(cell, examples, hits, predicted=first, chance=chance))
     return pd.concat(tables, ignore_index=True)
@@ -185,8 +251,7 @@ def _asked_in_batches(
         encoded = vlm.encode(prompts)
         texts = generate(vlm, encoded, max_new_tokens=n_new).texts
         for text, each in zip(texts, some, strict=True):
-            only = read_answer(text, each.options).only
-            read.append(_Read(text, mentions(text, each.answer), "" if only is None else each.options[only]))
+            read.append(_Read(text, mentions(text, each.answer), _read(text, each)))
         options = some[0].options
         names = names_after(vlm, prompts, options)
         scores = score_names(vlm, encoded, names, rows=n_rows).double().cpu().numpy() / np.array(names.lengths)
@@ -194,6 +259,15 @@ def _asked_in_batches(
         hits += right.tolist()
         first += [options[number] for number in highest]
     return read, hits, first
+
+
+def _read(text: str, asked: Asked) -> str:
+    """The one option that an answer names, or whose letter it mentions last; empty if there is none."""
+    if asked.letters:
+        letter = last_letter(text, asked.letters)
+        return asked.options[asked.letters.index(letter)] if letter else ""
+    only = read_answer(text, asked.options).only
+    return "" if only is None else asked.options[only]
 
 
 def _of_like_options(asked: Sequence[Asked], batch: int) -> list[list[Asked]]:

@@ -11,7 +11,7 @@ def findings(result: Result, file: str) -> tuple[str, ...]:
     told = result.provenance["text"]
     counts = result.table.groupby("example", sort=False)["count"].sum().astype(int)
     texts = "; ".join(f"{n} of {source}" for source, n in told["n_texts"].items())
-    never = [str(name) for name, count in counts.items() if count == 0]
+    never = [str(name) for name in counts.index[counts.to_numpy() == 0]]
     most = counts.sort_values(ascending=False, kind="stable").iloc[:MOST]
     unit = "sentences" if told["rule"] == "contiguous" else "questions with their answers, or lines"
     named = f": {', '.join(never[:MOST])}{', ...' if len(never) > MOST else ''}" if never else ""

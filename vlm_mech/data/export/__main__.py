@@ -6,13 +6,13 @@ from pathlib import Path
 import tyro
 
 from vlm_mech.data.export.items import ITEMS
+from vlm_mech.data.export.others import OTHERS
 from vlm_mech.data.export.pairs import PAIRS
 from vlm_mech.data.export.parts import PARTS_OF_OBJECTS
-from vlm_mech.data.export.text import TEXT
 from vlm_mech.data.user_files import check_count
 from vlm_mech.errors import UsageError, one_line_errors
 
-WRITERS = PAIRS | ITEMS | PARTS_OF_OBJECTS | TEXT
+WRITERS = PAIRS | ITEMS | PARTS_OF_OBJECTS | OTHERS
 
 
 @dataclass(frozen=True)

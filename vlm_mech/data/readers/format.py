@@ -72,14 +72,15 @@ class Table:
 class Format:
     """A format: by which columns its tables are known, and what their rows become.
 
-    `rows` gives rows with the fields of a line of `pairs.jsonl` or `items.jsonl`, or a stream of those of training text
-    (`text`, which is neither); pictures are named, not opened. `fits` says whether a table with these columns is one,
-    where columns alone do not tell. One that is not `known_by_files` reads files of another format in another way, and
-    must be named. `layout` and `becomes` are for the table of formats in docs/data.md.
+    `rows` gives rows with the fields of a line of `pairs.jsonl` or `items.jsonl`, a stream of those of training text
+    (`text`), or pictures with a class (`classes`), which are neither; pictures are named, not opened. `fits` says
+    whether a table with these columns is one, where columns alone do not tell. One that is not `known_by_files` reads
+    files of another format in another way, and must be named. `layout` and `becomes` are for the table of formats in
+    docs/data.md.
     """
 
     name: str
-    holds: Literal["pairs", "items", "text"]
+    holds: Literal["pairs", "items", "text", "classes"]
     columns: tuple[str, ...]
     rows: Callable[[Sequence[Table], ReaderOptions], Rows]
     layout: str

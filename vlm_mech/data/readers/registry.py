@@ -15,6 +15,11 @@ from vlm_mech.data.readers.tables import files_in, kind_of
 from vlm_mech.data.user_files import Rows
 from vlm_mech.errors import UsageError
 
+OTHERS = {
+    "text": ("training text", "contrastive_tuning --train and frequency --text read it"),
+    "classes": ("pictures with a class", "classify takes them"),
+}
+"""What a format holds that is neither pairs nor items, and what reads it."""
 NAMED = re.compile(r"([a-z][a-z0-9-]*):(.+)", re.DOTALL)
 MOST = 4
 """Files that are told one by one."""
@@ -58,21 +63,21 @@ def named(source: str | Path) -> tuple[Format | None, Path]:
     return None, Path(source)
 
 
-def find_source(name_or_path: str | Path, *, text: bool = False) -> Source | None:
+def find_source(name_or_path: str | Path, *, others: bool = False) -> Source | None:
     """The source that a name or a path means; None where it is of no format.
 
     Args:
-        text: whether it may be training text, which holds neither pairs nor items.
+        others: whether it may hold neither pairs nor items: training text, or pictures with a class.
 
     Raises:
-        UsageError: a format is named and the files are not of it, the files may be of several, or they are training
-            text where that is not wanted.
+        UsageError: a format is named and the files are not of it, the files may be of several, or they hold something
+            else than pairs and items where that is not wanted.
     """
     found = _found(name_or_path)
-    if found is not None and found.format.holds == "text" and not text:
+    if found is not None and found.format.holds in OTHERS and not others:
+        what, who = OTHERS[found.format.holds]
         raise UsageError(
-            f"data {str(name_or_path)!r:.200} holds training text ({found.format.name}), neither pairs nor items; "
-            "contrastive_tuning --train and frequency --text read it"
+            f"data {str(name_or_path)!r:.200} holds {what} ({found.format.name}), neither pairs nor items; {who}"
         )
     return found
 

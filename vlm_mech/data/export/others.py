@@ -1,13 +1,15 @@
-"""Writers of the formats that hold training text."""
+"""Writers of the formats that hold training text, or pictures with a class."""
 
 import itertools
 import random
 from pathlib import Path
 
 from vlm_mech.data.counterfactual_scenes import ScenePair, sample_pairs
-from vlm_mech.data.export.writing import save, write_json
+from vlm_mech.data.export.writing import save, write_json, write_lines
+from vlm_mech.data.image_classes import class_names, load_classes
 from vlm_mech.data.scene_questions import caption, facts
 from vlm_mech.data.scenes import Scene
+from vlm_mech.inputs.image import load_image
 
 ROUND = 6
 """Of so many entries four are about left and right, one about a picture without that, and one has no picture."""
@@ -45,4 +47,19 @@ def _turns(*asked: tuple[str, str]) -> list[dict[str, str]]:
     return [{"from": who, "value": text} for both in asked for who, text in zip(("human", "gpt"), both, strict=True)]
 
 
-TEXT = {"llava": llava}
+def vlmclassifier(folder: Path, n: int, seed: int) -> None:
+    """Beetles of eight kinds: the same in turn in train, valid and test."""
+    rows, names = [], class_names("scenes/beetles")
+    data = load_classes("scenes/beetles", n=n, n_train=n, n_validation=n, seed=seed)
+    for split, part in (("train", data.train), ("valid", data.validation), ("test", data.test)):
+        for number, each in enumerate(part):
+            image = f"images/{split}/{number:05d}.jpg"
+            path = folder / image
+            path.parent.mkdir(parents=True, exist_ok=True)
+            load_image(each.image).save(path, "PNG")
+            rows.append({"image": image, "label": each.label, "split": split})
+    write_lines(folder / "beetles.jsonl", rows)
+    write_json(folder / "beetles_classes.json", names)
+
+
+OTHERS = {"llava": llava, "vlmclassifier": vlmclassifier}

@@ -1,0 +1,59 @@
+"""Pictures with a class of official files and of single items, by part."""
+
+from collections.abc import Sequence
+
+from vlm_mech.data.items import load_items
+from vlm_mech.data.picture_splits import SHARES, Labelled, deal
+from vlm_mech.data.readers.format import Table
+from vlm_mech.data.readers.vlmclassifier import names_beside, pictured
+from vlm_mech.data.scenes import SPLITS
+from vlm_mech.data.user_files import Refused
+from vlm_mech.errors import UsageError
+
+
+def completed(
+    parts: dict[str, list[Labelled]], refused: list[Refused], seed: int
+) -> tuple[dict[str, list[Labelled]], list[str]]:
+    """The parts, a missing one dealt out of the training part, and what is told of that; more goes to `refused`."""
+    missing = [part for part in ("validation", "test") if not parts.get(part)]
+    if not missing:
+        return parts, []
+    shares = {"train": SHARES["train"]} | {part: SHARES[part] for part in missing}
+    shares = {part: share / sum(shares.values()) for part, share in shares.items()}
+    dealt, unused = deal(parts["train"], seed, shares)
+    refused += unused
+    return parts | dealt, [f"{' and '.join(missing)}: dealt out of the training split with seed {seed}"]
+
+
+def parts_of_lines(data: str, tables: Sequence[Table]) -> tuple[dict[str, list[Labelled]], list[str], list[Refused]]:
+    """The pictures of the tables by part, the names of their classes in order, and what is no such picture.
+
+    Raises:
+        UsageError: none to train on.
+    """
+    parts: dict[str, list[Labelled]] = {part: [] for part in SPLITS}
+    refused: list[Refused] = []
+    for each in pictured(tables):
+        if isinstance(each, Refused):
+            refused.append(each)
+        else:
+            parts[each.part].append(Labelled(each.id, each.image, each.label))
+    if not parts["train"]:
+        why = f": {refused[0].id}: {refused[0].reason}" if refused else ""
+        raise UsageError(f"data {data!r} has no picture to train on{why}")
+    used = list(dict.fromkeys(each.label for part in SPLITS for each in parts[part]))
+    return parts, list(dict.fromkeys(names_beside(tables))) or used, refused
+
+
+def parts_of_items(data: str, seed: int) -> tuple[dict[str, list[Labelled]], list[Refused], list[str]]:
+    """Single items as pictures whose class is the answer, dealt out; those that cannot be, and what is told of them."""
+    items = load_items(data, seed=seed)
+    refused, shown = list(items.refused), []
+    for item in items:
+        if len(item.images) == 1:
+            shown.append(Labelled(item.id, item.images[0], item.answer))
+        else:
+            refused.append(Refused(item.id, f"it shows {len(item.images)} pictures; one has a class"))
+    parts, unused = deal(shown, seed)
+    notes = [*items.notes, f"answers of items are the classes; parts dealt out with seed {seed}"]
+    return parts, [*refused, *unused], notes
