@@ -12,6 +12,8 @@ class Config(SpokenConfig):
 
     data: str = ""
     """Generated pairs or a folder; by default scenes/colour, for weights (in conflict alone) scenes/colour-conflict."""
+    counterfactual: Literal["other", "blur", "mean", "none"] | None = None
+    """Counterfactual picture of single items: another item's, or their own blurred or of its mean colour."""
     swap: Literal["state", "weights"] = "state"
     """What is exchanged: hidden states of a run and its counterfactual, or decoder blocks of a model and its tune."""
     site: Literal["llm", "projector", "vision"] = "llm"

@@ -18,8 +18,9 @@ QUESTION = (
 
 def swap_weights(config: Config, work: Workspace) -> Outcome:
     """The result, its figures by schedule and donor, and example pictures."""
+    from vlm_mech.data.examples import load_examples
     from vlm_mech.data.fitting import fitting
-    from vlm_mech.data.pairs import conflict_first, load_pairs, with_conflict
+    from vlm_mech.data.pairs import conflict_first, with_conflict
     from vlm_mech.inputs.image import load_image
     from vlm_mech.methods.weight_swap import figures, findings, study
     from vlm_mech.methods.weight_swap.data import exchanges
@@ -27,10 +28,12 @@ def swap_weights(config: Config, work: Workspace) -> Outcome:
 
     if config.outcome != "logits":
         raise UsageError(f"--outcome {config.outcome} is for --swap state; an exchange of weights reads logits alone")
-    pairs = load_pairs(config.data or "scenes/colour-conflict", n=config.n, split=config.split, **config.drawn)
+    if config.counterfactual is not None:
+        raise UsageError("--counterfactual is for --swap state; an exchange of weights asks about one picture alone")
+    pairs = load_examples(config.data or "scenes/colour-conflict", n=config.n, split=config.split, **config.drawn)
     pairs = conflict_first(with_conflict(pairs))
     base = config.load()
-    pairs = fitting(base, pairs, **config.fits)
+    pairs = fitting(base, pairs, **config.fits, alone=True)
     sides = study.two_sides(base, _tuned(config), part=config.part, second=_second(config), seed=config.seed)
     chosen = [each for schedule in config.schedules for each in exchanges(schedule, sides.n_layers, size=config.window)]
     for start in work.progress(range(0, len(pairs), config.batch), "exchanges"):

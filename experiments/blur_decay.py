@@ -14,9 +14,9 @@ from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "Each question is asked about both pictures of a pair, blurred more and more, then about their mean colour, then "
-    "about no picture. Answers that never change may not have come from the picture; how many would not change if it "
-    "had been another picture all along is the floor."
+    "Each question is asked about both pictures of a pair (an item's own), blurred more and more, then about its mean "
+    "colour, then about no picture. Answers that never change may not have come from the picture; how many would not "
+    "change if it had been another picture all along is the floor."
 )
 CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
 PROBES = "probes"
@@ -27,9 +27,15 @@ class Config(RunConfig):
     """Options of the decay."""
 
     data: str = CONFLICT
-    """Pairs; in this set, a thing in its usual colour and its counterfactual in another one."""
+    """Pairs or single items; in this set, a thing in its usual colour and its counterfactual in another one."""
+    counterfactual: Literal["other", "blur", "mean", "none"] | None = None
+    """Counterfactual picture of single items to swap states with; by default none, and nothing is swapped."""
     kernels: tuple[int, ...] = (1, 5, 11, 19, 29, 39, 49, 61)
-    """Sizes of the Gaussian kernels in pixels, on pictures whose long side is 448."""
+    """Sizes of the Gaussian kernels in pixels."""
+    long_side: str = "448"
+    """Pixels of the long side to which pictures are brought before; none leaves them as they are."""
+    scaled: bool = False
+    """Kernels grow with the picture, from their size at a long side of 448."""
     mechanism: tuple[str, ...] = ("1", "11", "29", "61")
     """Levels at which states are swapped between the two pictures of each pair and probes read them; none of this."""
     probe: bool = True
@@ -55,28 +61,21 @@ def run(config: Config, work: Workspace) -> Outcome:
     import numpy as np
 
     from vlm_mech.behaviour.blur_decay import figures, findings, study
-    from vlm_mech.behaviour.blur_decay.blur import levels_of
-    from vlm_mech.behaviour.blur_decay.data import ladder
+    from vlm_mech.behaviour.blur_decay.blur import levels_of, scale_of
+    from vlm_mech.behaviour.blur_decay.data import ladder, swapped_levels
+    from vlm_mech.data.examples import load_examples
     from vlm_mech.data.fitting import fitting
-    from vlm_mech.data.pairs import load_pairs
-    from vlm_mech.errors import UsageError
     from vlm_mech.methods.probing.data import with_objects
     from vlm_mech.results.result import Result
 
-    pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
+    scale, made = scale_of(config.long_side, config.scaled), config.counterfactual
+    pairs = load_examples(config.data, n=config.n, split=config.split, counterfactual=made, **config.drawn)
     vlm = config.load()
-    levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs, spoken=True)
+    levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs, spoken=True, alone=True)
     pairs = pairs if _probe_data(config) is None else with_objects(vlm, pairs)
-    mechanism = () if config.mechanism == ("none",) else config.mechanism
-    unknown = [each for each in mechanism if each not in map(str, config.kernels)]
-    if unknown or min(len(pairs), config.batch) < 2:
-        raise UsageError(
-            f"level {unknown[0]!r} is none of the kernels {' '.join(map(str, config.kernels))}"
-            if unknown
-            else f"{len(pairs)} pairs of {pairs.name} in batches of {config.batch}; at least two of both are needed"
-        )
+    mechanism = swapped_levels(config.mechanism, config.kernels, pairs, batch=config.batch)
     options: dict[str, Any] = {"mechanism": mechanism, "memory": config.memory, "seed": config.seed}
-    options |= {"letters": config.letters, "max_new_tokens": config.max_new_tokens}
+    options |= {"letters": config.letters, "max_new_tokens": config.max_new_tokens, "scale": scale}
     # No batch has a single pair: another one of the same batch lends its picture for the floor.
     n_batches = min(math.ceil(len(pairs) / config.batch), len(pairs) // 2)
     for rows in work.progress(np.array_split(np.arange(len(pairs)), n_batches), "decay"):
@@ -85,16 +84,17 @@ def run(config: Config, work: Workspace) -> Outcome:
             work.keep(key, study.decay(vlm, pairs[rows[0] : rows[-1] + 1], levels, **options), {})
     _probed(config, work, vlm, pairs, mechanism)
     table, _ = work.collect()
-    told = about(QUESTION, vlm, pairs, {}) | {"levels": levels}
+    told = about(QUESTION, vlm, pairs, {}) | {"levels": levels, "guessing": study.guessing(pairs, levels)}
     # Without swaps or probes their columns do not exist.
     metrics = tuple(metric for metric in study.METRICS if metric.name in table)
     result = Result("visual decay", table, study.AXES, metrics, {}, told)
     result = dataclasses.replace(result, findings=findings.findings(result, pairs, levels))
-    return Outcome(result, figures.drawn(result), figures.pictures(ladder(pairs, levels)))
+    return Outcome(result, figures.drawn(result), figures.pictures(ladder(pairs, levels, scale)))
 
 
 def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tuple[str, ...]) -> None:
     """Rows of probes, kept among the batches."""
+    from vlm_mech.behaviour.blur_decay.blur import scale_of
     from vlm_mech.behaviour.blur_decay.probes import probed
     from vlm_mech.data.pairs import load_pairs
     from vlm_mech.methods.probing.data import with_objects
@@ -106,6 +106,7 @@ def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tu
     others = with_objects(vlm, load_pairs(name, n=config.n_probe, split=config.split, **config.drawn))
     check_apart(pairs, others)
     options: dict[str, Any] = {"folder": work.partial, "seed": config.seed, "batch": config.batch}
+    options["scale"] = scale_of(config.long_side, config.scaled)
     work.keep(PROBES, probed(vlm, pairs, others, mechanism, **options), {})
 
 

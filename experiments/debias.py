@@ -24,7 +24,7 @@ class Config(RunConfig):
     """Options of the tuning."""
 
     data: str = CONFLICT
-    """Pairs that say which of their pictures is in conflict with a prior; it is tuned on, and so is the usual one."""
+    """Pairs that say which picture is in conflict with a prior (both are tuned on), or single items that do."""
     n_train: int = 256
     """Pairs to tune on; of a folder 60 %."""
     n_validation: int = 64
@@ -73,7 +73,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     others = _untouched(config)
     vlm = config.load()
     room = config.max_new_tokens
-    parts = dataclasses.replace(parts, test=fitting(vlm, parts.test, spoken=True))
+    parts = dataclasses.replace(parts, test=fitting(vlm, parts.test, spoken=True, alone=True))
     used = {name: training.usable(vlm, some, max_new_tokens=room) for name, some in vars(parts).items()}
     parts = debias_data.Parts(**used)
     others = [askable(vlm, some, n_new=room) for some in others]

@@ -39,6 +39,10 @@ class Config(RunConfig):
     """b of VCD: tokens with less than that share of the best one's probability are ruled out."""
     noise_step: int = 500
     """Step of VCD's diffusion, 0 to 999."""
+    both: bool = False
+    """Ask about both pictures of every pair, in conflict or not, with the papers' values and nothing chosen (MMVP)."""
+    prompt: str = "{question}"
+    """Way of asking with --both; of {question}, (a) {first} and (b) {second} letters are read."""
     letters: bool = False
     """Answers are letters of options."""
     max_new_tokens: int = 8
@@ -51,12 +55,17 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, rates by method, curves of the dose, and the dependency on the picture along the answer."""
     from vlm_mech.behaviour.decoding import data as decoding_data
     from vlm_mech.behaviour.decoding import figures, findings, study
+    from vlm_mech.errors import UsageError
     from vlm_mech.results.result import Result
 
+    if config.prompt != Config.prompt and not config.both:
+        raise UsageError(f"--prompt {config.prompt!r} is for --both; --wording puts questions otherwise")
     vlm = config.load()
     options = decoding_data.Options(
         config.start, config.cutoff, config.noise_step, config.max_new_tokens, config.letters, config.seed
     )
+    if config.both:
+        return _both(config, work, vlm, options)
     settings = decoding_data.grid(config.methods, config.alphas, config.rates, config.strengths)
     validation, test = decoding_data.parts_of(vlm, config.data, n=config.n, **config.drawn)
     _kept(config, work, vlm, validation, settings, decoding_data.VALIDATION, options)
@@ -73,6 +82,19 @@ def run(config: Config, work: Workspace) -> Outcome:
     metrics = tuple(each for each in study.METRICS if each.name in table)
     result = Result("contrastive decoding", table, study.AXES, metrics, {}, told)
     result = dataclasses.replace(result, findings=findings.findings(result, settings, choice))
+    return Outcome(result, figures.drawn(result))
+
+
+def _both(config: Config, work: Workspace, vlm: Any, options: Any) -> Outcome:
+    """Both pictures of all pairs, individual and pair accuracy."""
+    from vlm_mech.behaviour.decoding import both_pictures, figures
+
+    given = {name: getattr(config, name) for name in ("alphas", "rates", "strengths")}
+    both_pictures.check_fixed(given, {name: getattr(Config, name) for name in given})
+    asked = {"n": config.n, "batch": config.batch, **config.drawn}
+    result, pairs = both_pictures.measured(vlm, config.data, work, config.prompt, config.methods, options, **asked)
+    told = about(both_pictures.QUESTION, vlm, pairs, {}) | result.provenance
+    result = dataclasses.replace(result, provenance=told)
     return Outcome(result, figures.drawn(result))
 
 

@@ -39,7 +39,7 @@ class Config(RunConfig):
     tau: float = 0.95
     """Similarity above which two images count as the same to the model."""
     caption: str = "{question} {answer}"
-    """Captions of a folder whose lines have no caption and counterfactual_caption."""
+    """Captions of a folder whose lines have none; with {caption} ("a photo of {caption}") words around their own."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     batch: int = 16
@@ -48,6 +48,7 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, who is right at which similarity, accuracies, alignment along the tower, and some pairs."""
+    from vlm_mech.behaviour.answering.by_category import with_categories
     from vlm_mech.behaviour.erroneous_agreement import data as erroneous_agreement_data
     from vlm_mech.behaviour.erroneous_agreement import figures, findings, study
     from vlm_mech.models.dual_encoder import DualEncoder
@@ -71,6 +72,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     told = about(QUESTION, vlm, pairs, {}) | {"contrastive": encoder.identity(), "tau": config.tau, "floors": floors}
     told["alignment"] = study.alignments(images, seed=config.seed)
     result = Result("erroneous agreement", table, study.AXES, study.METRICS, {}, told)
+    result = with_categories(result, study.BY_CATEGORY)
     found = findings.findings(result, tau=config.tau, floors=floors)
     result = dataclasses.replace(result, findings=found)
     return Outcome(result, figures.drawn(result), erroneous_agreement_data.shown(data))

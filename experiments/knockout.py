@@ -47,15 +47,15 @@ class Config(SpokenConfig):
 
 def _loaded(config: Config) -> tuple[Any, ...]:
     """The model, the pairs, what is cut, and which pixels show what is asked about."""
+    from vlm_mech.data.examples import load_examples
     from vlm_mech.data.fitting import fitting
-    from vlm_mech.data.pairs import load_pairs
     from vlm_mech.methods.knockout.data import scan_of
     from vlm_mech.methods.knockout.edges import object_masks
 
-    pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
+    pairs = load_examples(config.data, n=config.n, split=config.split, **config.drawn)
     masks = object_masks(pairs, seed=config.seed, split=config.split)
     vlm = config.load()
-    pairs = fitting(vlm, pairs, **config.fits)
+    pairs = fitting(vlm, pairs, **config.fits, alone=True)
     options = {"layers": config.layers, "size": config.window, "heads": config.heads, "during": config.during}
     return vlm, pairs, scan_of(vlm, pairs, masks, config.edges, **options), masks
 

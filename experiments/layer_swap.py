@@ -35,12 +35,15 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _loaded(config: Config) -> tuple[Any, ...]:
     """The model, the pairs, and what is swapped: sites, spans, directions."""
+    from vlm_mech.data.examples import check_made, load_examples
     from vlm_mech.data.fitting import fitting
-    from vlm_mech.data.pairs import DIRECTIONS, load_pairs
+    from vlm_mech.data.pairs import DIRECTIONS
     from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
 
     check_n(config.n, 2)
-    pairs = load_pairs(config.data or "scenes/colour", n=config.n, split=config.split, **config.drawn)
+    check_made(config.data, config.counterfactual, "a swap of states")
+    how = {"n": config.n, "split": config.split, "counterfactual": config.counterfactual}
+    pairs = load_examples(config.data or "scenes/colour", **how, **config.drawn)
     vlm = config.load()
     directions = DIRECTIONS if config.direction == "both" else (config.direction,)
     sites = swap_sites(vlm, config.site, config.point)
@@ -54,7 +57,7 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.data.pairs import pictures
     from vlm_mech.interventions.receipt import add_up, summarise
     from vlm_mech.methods.layer_swap.figures import drawn
-    from vlm_mech.methods.layer_swap.layer_swap import QUESTION, swap_result, told
+    from vlm_mech.methods.layer_swap.layer_swap import question_of, swap_result, told
     from vlm_mech.methods.layer_swap.study import swap_states
     from vlm_mech.results.generated_answers import examples
     from vlm_mech.sweeps.generated_answers import part_of
@@ -68,7 +71,7 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
             table, receipts = swap_states(vlm, pairs[start : start + config.batch], sites, spans, **how)
             work.keep(key, table, summarise(receipts))
     table, receipts = work.collect()
-    provenance = about(QUESTION, vlm, pairs, add_up(receipts))
+    provenance = about(question_of(pairs), vlm, pairs, add_up(receipts))
     result = told(swap_result(config.site, table, provenance, config.measure), pairs)
     said = examples(result.table, result.axes, {pair.id: pair.question for pair in pairs})
     return Outcome(result, drawn(result), pictures(pairs), said=said)

@@ -18,15 +18,15 @@ class Config(RunConfig):
     model: tuple[str, ...] = ("organism",)  # pyright: ignore[reportIncompatibleVariableOverride]
     """One model, or several side by side: organism organism-grounded, folders, or Hugging Face ids."""
     n: int | None = None
-    """Pairs, two examples each; 128 scenes by default."""
+    """Pairs, two examples each, or single items; 128 scenes by default, all of a folder."""
     conflict: str | None = None
     """Pairs that say which picture is in conflict, or none; scenes/colour-conflict for scenes/colour by default."""
     n_conflict: int = 64
     """Number of these."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
-    spans: tuple[str, ...] = ("last", "image", "object")
-    """Also all, question, each (every image token apart), "patch 2,3", "position 5"."""
+    spans: tuple[str, ...] = ()
+    """By default last image object (no object of items). Also all, question, each, "patch 2,3", "position 5"."""
     probes: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
     """Which probes are fitted."""
     controls: tuple[str, ...] = ("shuffled", "control task", "no image", "random weights")
@@ -74,19 +74,22 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     """A model, its examples, the scenes in conflict, what is done with them, and what is known of the data."""
-    from vlm_mech.data.pairs import apart, load_pairs, with_conflict
+    from vlm_mech.data.examples import load_examples
+    from vlm_mech.data.pairs import apart, with_conflict
     from vlm_mech.methods.probing import data as probing_data
+    from vlm_mech.methods.probing.data import OBJECT, SPANS
     from vlm_mech.methods.probing.probe import recipe_of
     from vlm_mech.methods.probing.study import Design
 
     vlm, drawn = config.load(name), {"split": config.split, **config.drawn}
     n = 128 if config.n is None and config.data.startswith("scenes/") else config.n
     named = [(config.data, n), *((name, config.n_conflict) for name in _conflict(config))]
-    data = [probing_data.with_objects(vlm, load_pairs(name, n=count, **drawn)) for name, count in named]
+    data = [probing_data.with_objects(vlm, load_examples(name, n=count, **drawn)) for name, count in named]
     data[1:] = [with_conflict(apart(each, data[0])) for each in data[1:]]
     examples = probing_data.examples_of(vlm, data[0])
     conflicts = probing_data.conflicts_of(vlm, data[1]) if len(data) > 1 else None
-    sites, spans = probing_data.probe_sites(vlm, every=config.every), probing_data.spread(vlm, config.spans, examples)
+    spans = config.spans or tuple(each for each in SPANS if data[0].made is None or each != OBJECT)
+    sites, spans = probing_data.probe_sites(vlm, every=config.every), probing_data.spread(vlm, spans, examples)
     spots = probing_data.spots_of(sites, spans)
     recipes = tuple(recipe_of(probe, hidden=config.hidden) for probe in config.probes)
     options = {"grouping": config.grouping, "n_folds": config.folds, "n_seeds": config.seeds, "seed": config.seed}

@@ -39,7 +39,7 @@ class Config(RunConfig):
     contrastive: str | None = None
     """Contrastive model to score by similarity; clip for generated scenes with known captions; none leaves it out."""
     caption: str = ""
-    """Caption of an answer for the contrastive model, such as "a photo of a {answer}"."""
+    """Caption of an answer for the contrastive model, such as "a photo of a {answer}"; {caption} is the data's own."""
     max_new_tokens: int = 8
     """Tokens of an answer at most."""
     split: Literal["test", "train"] = "test"
@@ -60,6 +60,7 @@ def _loaded(config: Config) -> "Plan":
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its figures, and some pairs."""
+    from vlm_mech.behaviour.answering.by_category import with_categories
     from vlm_mech.behaviour.scoring import figures, findings, steps, study
     from vlm_mech.data.pairs import pictures
     from vlm_mech.results.result import Result
@@ -70,8 +71,10 @@ def run(config: Config, work: Workspace) -> Outcome:
     told: dict[str, Any] = about(QUESTION, plan.vlms[0], plan.test, {})
     told |= plan.told | {"best": [{"model": one, "scoring": two, "prompt": best[one, two]} for one, two in best]}
     told["refused"] = [vars(each) for some in (plan.validation, plan.test) if some for each in some.refused]
-    result = Result("ways of scoring", table, study.AXES, study.METRICS, {}, told)
-    said = findings.findings(result, plan.test, best, len(plan.validation or ()), plan.left_out)
+    result = with_categories(
+        Result("ways of scoring", table, study.AXES, study.metrics_of(table), {}, told), study.BY_CATEGORY
+    )
+    said = findings.findings(result, plan.test, best, len(plan.validation or ()), plan.left_out, plan.n_partial_sets)
     result = dataclasses.replace(result, findings=said)
     return Outcome(result, figures.drawn(result), pictures(plan.test))
 

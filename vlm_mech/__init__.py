@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vlm_mech.behaviour.decoding.processors import M3ID as M3ID
     from vlm_mech.behaviour.decoding.processors import VCD as VCD
     from vlm_mech.behaviour.decoding.processors import Drawn as Drawn
+    from vlm_mech.data.examples import as_pairs as as_pairs
+    from vlm_mech.data.examples import load_examples as load_examples
     from vlm_mech.data.image_classes import Classes as Classes
     from vlm_mech.data.image_classes import load_classes as load_classes
     from vlm_mech.data.items import Item as Item
@@ -104,6 +106,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "architectures.site": ("Site", "sites"),
     "behaviour.decoding.processors": ("M3ID", "VCD", "Drawn"),
+    "data.examples": ("as_pairs", "load_examples"),
     "data.image_classes": ("Classes", "load_classes"),
     "data.items": ("Item", "Items", "load_items"),
     "data.pairs": ("Pair", "Pairs", "load_pairs"),

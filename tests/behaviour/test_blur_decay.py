@@ -10,9 +10,10 @@ from experiments import blur_decay
 from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
-from vlm_mech.behaviour.blur_decay import blur, study
-from vlm_mech.behaviour.blur_decay.blur import MEAN, NONE, blurred, decayed, kernel, levels_of, resized
+from vlm_mech.behaviour.blur_decay import study
+from vlm_mech.behaviour.blur_decay.blur import KERNELS, MEAN, NONE, blurred, decayed, kernel, levels_of, resized
 from vlm_mech.behaviour.blur_decay.study import compared
+from vlm_mech.data.blur import SMALL
 from vlm_mech.data.pairs import load_pairs, partners
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
@@ -45,12 +46,12 @@ def test_a_blur_is_a_sum_over_neighbours(size):
     image = picture(2, 24, 16)
     sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8
     weights = np.array([np.exp(-((i - (size - 1) / 2) ** 2) / (2 * sigma**2)) for i in range(size)])
-    weights = blur.SMALL[size] if size in blur.SMALL else weights / weights.sum()
+    weights = SMALL[size] if size in SMALL else weights / weights.sum()
     difference = np.abs(by_hand(image, size, weights) - np.asarray(blurred(image, size), float))
     assert difference.max() <= 0.5 + 1e-9
 
 
-@pytest.mark.parametrize("size", blur.KERNELS)
+@pytest.mark.parametrize("size", KERNELS)
 def test_kernels_are_those_of_opencv_to_a_grey_level(size):
     cv2 = pytest.importorskip("cv2")
     image = picture(3, 120, 80)
@@ -60,7 +61,7 @@ def test_kernels_are_those_of_opencv_to_a_grey_level(size):
 
 def test_kernels_sum_to_one_and_widen():
     spreads = []
-    for size in blur.KERNELS:
+    for size in KERNELS:
         weights = kernel(size)
         assert weights.sum() == pytest.approx(1, abs=1e-12) and len(weights) == size
         spreads.append((weights * (np.arange(size) - size // 2) ** 2).sum())

@@ -1,5 +1,6 @@
 """Contrastive decoding: the formulas by hand, the second branch against whole forwards, and the experiment."""
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -16,8 +17,9 @@ from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
+from vlm_mech.behaviour.answering.asked_options import Template
 from vlm_mech.behaviour.answering.without_image import without_images
-from vlm_mech.behaviour.decoding import data, study
+from vlm_mech.behaviour.decoding import both_pictures, data, study
 from vlm_mech.behaviour.decoding import processors as decoding_processors
 from vlm_mech.behaviour.decoding.data import GREEDY, TEST, VALIDATION, Setting
 from vlm_mech.behaviour.decoding.processors import (
@@ -38,7 +40,7 @@ from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace
-from vlm_mech.interventions.trace import generate
+from vlm_mech.interventions.trace import Generation, generate
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
@@ -447,8 +449,6 @@ def test_the_choice_looks_at_validation_alone_and_changes_little():
 
 
 def test_answers_that_are_over_count_no_more(vlm):
-    from vlm_mech.interventions.trace import Generation
-
     ids = torch.tensor([[5, 2, 0, 0], [5, 6, 7, 2], [2, 0, 0, 0]])
     assert vlm.model.generation_config.eos_token_id == 2
     going = study.alive(vlm, Generation(("", "", ""), ids))
@@ -502,6 +502,56 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_both_pictures_are_counted_by_hand(vlm, monkeypatch):
+    """Letters of four pairs; M3ID has both pictures of two pairs right, greedy of one, and one answer is unread."""
+    said = {GREEDY: (("A", "A", "A", "C"), ("B", "A", "A", "B")), "M3ID": (("A", "A", "B", "C"), ("B", "B", "A", "B"))}
+    views = []
+
+    def told(vlm, encoded, names, setting, options, more=()):
+        views.append([name.rpartition("/")[2] for name in names])
+        both = said[setting.kind if setting.kind == "M3ID" else GREEDY]
+        return Generation(both[int(names[0][-1])], torch.zeros(4, 1, dtype=torch.long))
+
+    monkeypatch.setattr(both_pictures, "answered", told)
+    pairs = Pairs("some", tuple(dataclasses.replace(pair, category="ab"[k % 2]) for k, pair in enumerate(pairs_of(4))))
+    template, settings = Template("letters", "{question} (a) {first} (b) {second}"), data.fixed(["M3ID"])
+    assert [(each.dose, each.alpha, each.sampled) for each in settings] == [(0, 0, False), (0.15, 0.6, False)]
+    table = both_pictures.both_pictures(vlm, pairs, pairs.pairs[::-1], template, settings, data.Options())
+    own = table[table["picture"] == OWN].set_index("method")
+    m3id = "M3ID greedy, alpha 0.6, lambda 0.15"
+    assert own.loc[GREEDY, "individual"].tolist() == [1, 0.5, 0.5, 0.5] and own.loc[GREEDY, "pair"].tolist() == [
+        1,
+        0,
+        0,
+        0,
+    ]
+    assert own.loc[m3id, "individual"].tolist() == [1, 1, 0, 0.5] and own.loc[m3id, "pair"].tolist() == [1, 1, 0, 0]
+    assert own.loc[GREEDY, "unread"].tolist() == [0, 0, 0, 0.5]
+    assert set(table["individual_baseline"]) == {0.5} and set(table["pair_baseline"]) == {0.25} and len(views) == 8
+    result = Result("r", table, both_pictures.AXES, both_pictures.METRICS)
+    found = both_pictures.said_of_both(result)
+    assert found[0].startswith("4 pairs, both pictures asked about")
+    assert found[1].startswith("greedy: 0.625 (") and "against greedy" not in found[1]
+    assert found[2].startswith(f"{m3id}: 0.625 (") and "against greedy 1 pairs gained, 0 lost" in found[2]
+    assert ") of pictures and 0.500 (" in found[2]
+    assert any(each.startswith("greedy, individual by category: a 0.750") for each in found[3:])
+
+
+def test_both_pictures_of_pairs_without_conflict(tmp_path, capsys):
+    given = ["--data", "scenes/colour", "--both", "--n", "3", "--batch", "2", "--methods", "M3ID"]
+    asked = ["--prompt", "{question} answer with one word."]
+    assert command(experiment, *given, *asked, "--out", tmp_path / "one") == 0
+    told = capsys.readouterr().out
+    assert "3 pairs, both pictures asked about; settings are the papers'" in told and "usual" not in told
+    result = Result.load(tmp_path / "one")
+    assert result.provenance["settings"][1]["dose"] == 0.15 and result.provenance["settings"][1]["alpha"] == 0.6
+    assert set(redraw(tmp_path / "one")) == {"accuracies"}
+    with pytest.raises(UsageError, match="holds 'zebra'"):
+        data.every_pair(
+            VLM.load("organism", check=False), "scenes/colour", Template("z", "{question} zebra"), n=2, seed=0
+        )
+
+
 def test_a_folder_is_halved_and_vcd_needs_no_run_without_picture(tmp_path, vlm, model_folder, capsys):
     rows = []
     for n, pair in enumerate(pairs_of(8)):
@@ -526,6 +576,9 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         (["--methods", "VCD", "VCD"], "each once"),
         (["--n", "1"], "at least two are needed"),
         (["--methods", "beams"], "--methods"),
+        (["--both", "--alphas", "1"], "--alphas are values to choose among; with --both"),
+        (["--prompt", "{question} one word."], "is for --both"),
+        (["--both", "--prompt", "what?"], "has no {question}"),
     ):
         assert command(experiment, *given, "--out", tmp_path / "none") == 2
         error = capsys.readouterr().err

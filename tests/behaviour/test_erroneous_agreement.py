@@ -12,9 +12,11 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 
 from experiments import erroneous_agreement
+from tests.data.readers.made import shown, whatsup
 from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
+from vlm_mech.behaviour.answering.by_category import by_category
 from vlm_mech.behaviour.erroneous_agreement import study
 from vlm_mech.behaviour.erroneous_agreement.data import (
     RELATIONS,
@@ -271,6 +273,48 @@ def test_captions_of_a_folder(tmp_path):
     assert [each.id for each in cases.refused] == ["p4"] and "cannot be read" in cases.refused[0].reason
     with pytest.raises(UsageError, match="has no {answer}"):
         load_cases(str(folder), n=None, seed=0, split="test", template="a picture")
+
+
+def test_pairs_that_make_sets_are_cases_of_four(tmp_path):
+    """What'sUp among four captions; of the set that lacks a picture nothing is counted."""
+    folder = whatsup(tmp_path, (("circle", "star"), ("ring", "heart"), ("fish", "frog")))
+    (folder / "data" / "controlled_clevr" / "ring_behind_heart.jpeg").unlink()
+    options = {"n": None, "seed": 0, "split": "test", "template": "{question} {answer}"}
+    cases = load_cases(f"whatsup-four:{folder}", **options)
+    assert len(cases.cases) == 5 and [len(each.images) for each in cases.cases] == [4] * 5
+    one = next(case for case in cases.cases if case.captions[2] == "A circle on a star")
+    assert one.captions[:2] == ("A circle to the left of a star", "A circle to the right of a star")
+    assert one.captions[3] == "A circle under a star" and one.asked[0].answers == ("left", "right", "on", "under")
+    # Pictures are numbered in the order on, under, left, right.
+    assert [shown(image) for image in one.images] == [3, 4, 1, 2]
+    reasons = [each.reason for each in cases.refused]
+    assert len(reasons) == 2 and "cannot be counted" in reasons[1]
+    two_way = load_cases(f"whatsup:{folder}", **options)
+    assert len(two_way.cases) == 11 and {len(each.images) for each in two_way.cases} == {2}
+    worded = load_cases(f"whatsup:{folder}", **options | {"template": "a photo of {caption}"})
+    told = {f"a photo of {caption}" for each in two_way.cases for caption in each.captions}
+    assert {caption for each in worded.cases for caption in each.captions} == told
+    assert len(load_cases(f"whatsup-four:{folder}", **options | {"n": 4}).cases) == 4
+    right = [np.array([True] * 4), np.array([True, True, False, True])]
+    found = study.accuracies(right)
+    assert found["set"][::2].tolist() == [1, 0] and found["pair"].tolist() == [1, 1, 1, 0]
+
+
+def test_accuracy_is_told_by_pattern(clip, vlm):
+    """The captions of one pattern are each picture's own, those of the other are exchanged."""
+    captions = ("a red circle", "a blue circle")
+    cases = [
+        dataclasses.replace(case(number, captions=captions), categories=("ab"[number % 2],)) for number in range(4)
+    ]
+    images = study.looked_at(clip, vlm, cases, cases[0]).assign(data="some", n_layers=4)
+    scores = {"a": [[1.0, 0.0], [0.0, 1.0]], "b": [[0.0, 1.0], [1.0, 1.0]]}
+    images["captions"] = [np.array(scores["ab"[row // 2 % 2]][row % 2]) for row in range(8)]
+    table, _ = study.pair_table(images, tau=0.5)
+    told = by_category(Result("r", table, study.AXES, study.METRICS), **study.BY_CATEGORY)
+    told = told.set_index(["view", "category", "metric"])["mean"]
+    for view in (study.TO_TEXT, study.TO_IMAGE):
+        assert told.loc[(view, "a")].to_dict() == {"individual": 1, "pair": 1}
+        assert told.loc[(view, "b")].to_dict() == {"individual": 0, "pair": 0}, "one is wrong, a tie is too"
 
 
 def test_the_experiment_on_the_embedded_models(tmp_path, monkeypatch, capsys):

@@ -12,10 +12,13 @@ from scipy.stats import binomtest
 from transformers import LlavaProcessor
 
 from experiments import score
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import as_folder, assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import SPECIALS, WORDS, picture, tiny_model, tiny_processor
+from vlm_mech.behaviour.answering.asked_options import Template, answers_first
+from vlm_mech.behaviour.answering.by_category import by_category
 from vlm_mech.behaviour.classify.tuning import with_answers
+from vlm_mech.behaviour.erroneous_agreement.data import load_cases
 from vlm_mech.behaviour.scoring import comparisons, study
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
@@ -28,7 +31,6 @@ from vlm_mech.behaviour.scoring.measures import (
     SIMILARITY,
     STARTS,
     SUBSTRING,
-    Template,
     check_letters,
     check_options,
     hits,
@@ -330,6 +332,160 @@ def test_two_scorings_are_compared_by_mcnemar_and_paired_bootstrap():
         comparisons.compared(result, {"scoring": GENERATION}, {"scoring": RANDOM})
     made = comparisons.comparisons(result)
     assert [(each.one["scoring"], each.other["scoring"]) for each in made] == [(OPTIONS, GENERATION)]
+
+
+# Several options, and sets of four
+
+SIDES = ("left", "right", "above", "below")
+
+
+def set_pairs(n: int = 3, *, wording: str = "where is thing {}?") -> Pairs:
+    """Two pairs a set; the last set lacks its second."""
+    made = []
+    for number in range(2 * n - 1):
+        first, group = 2 * (number % 2), number // 2
+        images = picture(number), picture(number + 20)
+        captions = tuple(f"thing {group} {SIDES[first + side]}" for side in range(2))
+        made.append(
+            Pair(f"p{number}", *images, wording.format(group), *SIDES[first : first + 2], f"set {group}",
+                 options=SIDES, category=f"{SIDES[first]}/{SIDES[first + 1]}", captions=captions)
+        )  # fmt: skip
+    return Pairs("sets", tuple(made))
+
+
+def test_pictures_pairs_and_sets_are_counted_apart(vlm, monkeypatch):
+    """Perplexities by hand: set 0 all right, of set 1 one picture tied, and set 2 is not whole.
+
+    Right are 4 + 3 + 1 of 10 pictures, 2 + 1 of 5 pairs and 1 of 2 sets.
+    """
+    right = {"p0": (True, True), "p1": (True, True), "p2": (True, True), "p3": (True, False), "p4": (False, True)}
+    pairs = set_pairs()
+    images = {id(image): (pair, side) for pair in pairs for side, image in enumerate(pair.pictures)}
+
+    def told(vlm, prompts, options):
+        rows = []
+        for prompt, listed in zip(prompts, options, strict=True):
+            pair, side = images[id(prompt.image)]
+            answer = (pair.answer, pair.counterfactual_answer)[side]
+            # What is wrong is as likely as another option: a tie.
+            best = [answer] if right[pair.id][side] else [answer, next(each for each in SIDES if each != answer)]
+            rows.append([1.0 if each in best else 2.0 for each in listed])
+        return np.array(rows)
+
+    monkeypatch.setattr(study, "mean_nll", told)
+    templates = (Template("open", "{question}"), Template("listed", "{question} {first} or {second}?"))
+    table = study.score_pairs(vlm, pairs, [], templates, (OPTIONS,))
+    table, _ = study.finished(table, None)
+    result = Result("r", table, study.AXES, study.metrics_of(table))
+    summary = result.summary().set_index(["prompt", "order", "metric"])
+    for cell in (("open", BOTH), ("listed", AS_GIVEN), ("listed", SWAPPED), ("listed", BOTH), (MEAN, BOTH)):
+        found = summary.loc[cell]
+        assert found["mean"][["individual", "pair", "set"]].tolist() == [0.8, 0.6, 0.5]
+        assert found["n"][["individual", "pair", "set"]].tolist() == [5, 5, 2]
+        assert found["baseline"][["individual", "pair", "set"]].tolist() == [1 / 4, 1 / 16, 1 / 256]
+    told = by_category(result, **study.BY_CATEGORY).set_index(["category", "metric"])
+    assert told["mean"].to_dict() == {
+        ("left/right", "individual"): pytest.approx(5 / 6), ("left/right", "pair"): pytest.approx(2 / 3),
+        ("above/below", "individual"): 0.75, ("above/below", "pair"): 0.5,
+    }  # fmt: skip
+    assert told["n"].to_dict() == {("left/right", each): 3 for each in ("individual", "pair")} | {
+        ("above/below", each): 2 for each in ("individual", "pair")
+    }
+    assert summary.loc[("listed", BOTH, "position_bias"), "mean"] == 0
+
+
+def test_every_option_is_scored_and_listed_in_the_order_of_the_data(vlm):
+    """Columns of scores are the pictures' own options first, whatever the order in the data and in the prompt."""
+    answers, options = ("red", "blue"), ("green", "blue", "star", "red")
+    pair = Pair("p", picture(1), picture(2), "what is there?", *answers, options=options)
+    template = Template("listed", "{question} {first} or {second}?")
+    table = study.score_pairs(vlm, Pairs("one", (pair,)), [], [template], (GENERATION, OPTIONS))
+    own = ("red", "blue", "green", "star")
+    assert answers_first(pair) == own
+    for order, listed in ((AS_GIVEN, options), (SWAPPED, options[::-1])):
+        row = table[(table["scoring"] == OPTIONS) & (table["order"] == order)].iloc[0]
+        asked = f"what is there? {' or '.join(listed)}?"
+        for side, image in enumerate((pair.image, pair.counterfactual_image), 1):
+            expected = mean_nll(vlm, [Prompt(asked, image)], [own])[0]
+            assert row[[f"score_{side}_{option}" for option in range(1, 5)]].tolist() == pytest.approx(
+                expected.tolist()
+            )
+            assert row[f"right_{side}"] == (expected.argmin() == side - 1)
+    generated = table[(table["scoring"] == RANDOM) & (table["order"] == AS_GIVEN)].iloc[0]
+    assert generated["individual_baseline"] == 0.25 and generated["pair_baseline"] == 1 / 16
+
+
+def test_letters_are_those_of_the_options_in_the_order_of_the_data(monkeypatch):
+    """As MMVP lists them: the right answer of the first picture may be (b); `B` said of both is right of it alone."""
+    vlm = letter_vlm()
+    pair = Pair("p", picture(1), picture(2), "what is there?", "red", "blue", options=("blue", "red"))
+    asked = []
+
+    def says_b(vlm, prompts, **_):
+        asked.extend(prompt.question for prompt in prompts)
+        return Generation(("B",) * len(prompts), torch.zeros(len(prompts), 1, dtype=torch.long))
+
+    monkeypatch.setattr(study, "generate", says_b)
+    table = study.score_pairs(vlm, Pairs("one", (pair,)), [], [LISTED], (GENERATION, LETTERS))
+    assert asked[:2] == ["what is there? (a) blue or (b) red?"] * 2
+    rows = table[table["scoring"] == GENERATION].set_index("order")[["right_1", "right_2", "position_bias"]]
+    assert rows.loc[AS_GIVEN].tolist()[:2] == [1, 0] and rows.loc[SWAPPED].tolist()[:2] == [0, 1]
+    assert rows.loc[BOTH, "position_bias"] == -1, "what is listed second is chosen"
+    letters = table[(table["scoring"] == LETTERS) & (table["order"] == AS_GIVEN)].iloc[0]
+    prompt = Prompt("what is there? (a) blue or (b) red?", pair.image)
+    assert letters[["score_1_1", "score_1_2"]].tolist() == pytest.approx(
+        mean_nll(vlm, [prompt], ["AB"])[0, ::-1].tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{question} {first}, {second}.", "q red, blue, star, ring."),
+        ("{question} {first} or {second}?", "q red or blue or star or ring?"),
+        ("{question} (a) {first} (b) {second}", "q (a) red (b) blue (c) star (d) ring"),
+    ],
+)
+def test_further_options_are_listed_as_the_second_is(text, expected):
+    assert Template("t", text).asked("q", ("red", "blue", "star", "ring")) == expected
+    lettered = Template("t", "{question} (a) {first} (b) {second}").strings(("red", "blue", "star"))
+    assert lettered == ("(a) red", "(b) blue", "(c) star")
+
+
+def test_the_experiment_scores_sets_of_four(tmp_path, capsys):
+    """Two things in four relations, as lines with groups, options and captions; the last set lacks a pair."""
+    pairs = []
+    for number, case in enumerate(load_cases("scenes/relations", n=3, seed=0, split="test", template="").cases):
+        for first in (0, 2):
+            two = slice(first, first + 2)
+            asked = case.asked[0]
+            pairs.append(
+                Pair(f"{number} {first}", *case.images[two], asked.question, *asked.answers[two], case.group,
+                     options=asked.answers, captions=case.captions[two])  # pyright: ignore[reportArgumentType]
+            )  # fmt: skip
+    pairs = Pairs("relations", tuple(pairs[:-1]))
+    more = [
+        {"group": pair.group, "options": list(pair.options), "category": f"{pair.answer}/{pair.counterfactual_answer}"}
+        | dict(zip(("caption", "counterfactual_caption"), pair.captions or (), strict=True))
+        for pair in pairs
+    ]
+    data = as_folder(tmp_path / "data", pairs, more=more)
+    given = ["--data", data, "--prompts", "{question}", "--n-validation", "0", "--forms", "options"]
+    assert command(score, *given, "--contrastive", "clip", "--batch", "3", "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "2 whole sets (8 pictures), all of one right by chance 0.0039 of the time; 1 lack a pair" in said
+    assert "Chance among 4 options is 0.25 a picture, 0.0625 for both of a pair" in said
+    assert "1 example could not be used" in said and "no caption is known for its option 'above'" in said
+    result = Result.load(tmp_path / "out")
+    summary = result.summary().set_index(["view", "scoring", "prompt", "metric"])["n"]
+    assert summary[OWN, OPTIONS, "{question}", "set"] == 2
+    assert summary[OWN, SIMILARITY, "caption", "individual"] == 4 and summary[OWN, SIMILARITY, "caption", "set"] == 2
+    assert "set" in {each.name for each in result.metrics} and {"accuracies", "categories"} <= set(
+        redraw(tmp_path / "out")
+    )
+    told = pd.DataFrame(result.provenance["by_category"])
+    assert set(told["category"]) == {"left/right", "above/below"} and set(told["scoring"]) == {OPTIONS, SIMILARITY}
+    assert "individual by category: above/below " in said
 
 
 # The run

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS
+from vlm_mech.data.hub import holds_classes, is_of_hub
 from vlm_mech.data.image_classes import SCENES, load_classes
 from vlm_mech.data.item import Item
-from vlm_mech.data.item_folder import FILE as ITEMS
 from vlm_mech.data.items import Items, load_items
 from vlm_mech.data.pair import Pair
-from vlm_mech.data.pair_folder import FILE as PAIRS
 from vlm_mech.data.pairs import Pairs, load_pairs
-from vlm_mech.data.readers.registry import find_source, is_file
+from vlm_mech.data.readers.registry import find_source, near_misses
 from vlm_mech.data.scenes import SPLITS
+from vlm_mech.data.sources import find_data
 from vlm_mech.data.training_text import describe_text
 from vlm_mech.data.user_files import Refused
 
@@ -38,23 +38,21 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
     drawn = {"n": n, "seed": seed, "fix_labels": fix_labels}
     if name.startswith("scenes/") and name.removeprefix("scenes/") in PAIR_SETS:
         return _pairs(name, "generated scenes", load_pairs(name, **drawn, split=split))
-    if name in SCENES or name.startswith("hf:"):
+    if name in SCENES or (is_of_hub(name) and holds_classes(name)):
         return _classes(name, n, seed)
-    for file, told in ((PAIRS, _pairs), (ITEMS, _items)):
-        if is_file(Path(name) / file):
-            return told(name, file, (load_pairs if file == PAIRS else load_items)(name, **drawn))
-    source = find_source(name, others=True)
-    if source is None:
+    source = None if is_of_hub(name) else find_source(name, others=True)
+    if source is not None and source.format.holds == "classes":
+        return _classes(name, n, seed)
+    if source is not None and source.format.holds == "text":
+        files = ", ".join(table.path.name for table in source.tables[:MOST])
+        return "\n".join([f"{name}: format {source.format.name} ({files})", *describe_text(name)])
+    found = find_data(name)
+    if found is None:
         # What is neither is a folder of classes, or nothing.
         return _classes(name, n, seed) if _has_folders(Path(name)) else _pairs(name, "", load_pairs(name, **drawn))
-    kind = f"format {source.format.name} ({', '.join(table.path.name for table in source.tables[:MOST])})"
-    if source.format.holds == "classes":
-        return _classes(name, n, seed)
-    if source.format.holds == "text":
-        return "\n".join([f"{name}: {kind}", *describe_text(name)])
-    if source.format.holds == "pairs":
-        return _pairs(name, kind, load_pairs(name, **drawn))
-    return _items(name, kind, load_items(name, **drawn))
+    if found.holds == "pairs":
+        return _pairs(name, found.told, load_pairs(name, **drawn))
+    return _items(name, found.told, load_items(name, **drawn))
 
 
 def _has_folders(path: Path) -> bool:
@@ -69,7 +67,8 @@ def _pairs(name: str, kind: str, pairs: Pairs) -> str:
     lines += _shared(pairs.pairs, answers)
     lines += [_counted("in conflict", (side for side in conflicts.elements() if side))] if any(conflicts) else []
     both = sum(1 / size**2 for size in sizes) / len(sizes)
-    without = "" if all(pair.options for pair in pairs) else " (both answers where there are no options)"
+    n_without = sum(not pair.options for pair in pairs)
+    without = f" (both answers for the {n_without} of {len(pairs)} pairs without options)" if n_without else ""
     lines.append(f"chance: {_mean(sizes):.3f} for one picture, {both:.3f} for both of a pair{without}")
     return "\n".join([*lines, *_told(pairs)])
 
@@ -81,7 +80,9 @@ def _items(name: str, kind: str, items: Items) -> str:
     if set(conflicts) != {None}:
         lines.append(f"in conflict: {conflicts[True]}, not {conflicts[False]}, not known {conflicts[None]}")
     sizes = [len(item.options) for item in items if item.options]
-    lines.append(f"chance: {_mean(sizes):.3f}" if sizes else "chance: none, there are no options")
+    without = len(items) - len(sizes)
+    told = f" ({without} of {len(items)} items have no options and do not count)" if sizes and without else ""
+    lines.append(f"chance: {_mean(sizes):.3f}{told}" if sizes else "chance: none, there are no options")
     return "\n".join([*lines, *_told(items)])
 
 
@@ -132,4 +133,5 @@ def _classes(name: str, n: int | None, seed: int) -> str:
     parts = ", ".join(f"{part} {len(getattr(data, part))}" for part in SPLITS)
     lines = [f"{name}: pictures with a class", f"classes: {len(data.names)}", f"pictures: {parts}"]
     lines += [f"chance: {1 / len(data.names):.3f}", *(f"note: {note}" for note in data.notes)]
+    lines += [f"note: {note}" for note in near_misses(Path(name))]
     return "\n".join([*lines, *_refused(data.refused)])

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.pairs import Pairs, by_groups, checked, linked
-from vlm_mech.data.reading import check_options
+from vlm_mech.data.reading import check_options, check_readable
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import SPELLINGS, WITH_ARTICLE, Spelling, spellings
 from vlm_mech.inputs.following import check_parting
+from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.wording import check_words
 from vlm_mech.models.spelling import Asked, likeliest, spellings_of, wins
 
@@ -31,6 +32,7 @@ def fitting(
     whole: bool = False,
     by_first_token: bool = False,
     spoken: bool = False,
+    alone: bool = False,
 ) -> Pairs:
     """The pairs that this model can be asked: same tokens in both prompts, answers that part somewhere.
 
@@ -45,6 +47,7 @@ def fitting(
         whole: answers in several spellings are compared as a whole; off, by their first tokens, which must differ.
         by_first_token: the answers must begin with different tokens.
         spoken: answers are to be generated and read, so that the words of both must differ (see `data.reading`).
+        alone: the counterfactual pictures are not needed, so that single items may have none.
 
     Raises:
         UsageError: none fits, or a word of a wording that the model has no token for.
@@ -53,14 +56,16 @@ def fitting(
     for wording in dict.fromkeys(pair.wording for pair in pairs):
         check_words(vlm, wording)
     if spoken:
-        pairs = checked(pairs, lambda pair: check_options((pair.answer, pair.counterfactual_answer)), what)
-    pairs = checked(pairs, lambda pair: _check_prompts(vlm, pair), what)
+        pairs = checked(pairs, _check_read, what)
+    pairs = checked(pairs, lambda pair: _check_prompts(vlm, pair, alone), what)
     spelt = _spelt(vlm, pairs, variants)
-    left = checked(spelt, lambda pair: _check_answers(vlm, spelt, pair, whole, by_first_token), what)
+    compared = _Compared(whole, by_first_token, bare=alone and spoken)
+    left = checked(spelt, lambda pair: _check_answers(vlm, spelt, pair, compared), what)
     if not left.variants:
         return left
     shares, n = wins(vlm, _asked(vlm, left, left.variants))
-    return dataclasses.replace(left, wins=shares, chosen_on=f"the first {n} of {2 * len(left)}" if n else "")
+    n_asked = len(left) * (1 if left.made else 2)
+    return dataclasses.replace(left, wins=shares, chosen_on=f"the first {n} of {n_asked}" if n else "")
 
 
 def _spelt(vlm: "VLM", pairs: Pairs, variants: Variety) -> Pairs:
@@ -96,12 +101,31 @@ def _spelt(vlm: "VLM", pairs: Pairs, variants: Variety) -> Pairs:
 
 
 def _asked(vlm: "VLM", pairs: Pairs, among: Sequence[Spelling]) -> Asked:
-    prompts = [each for both in zip(pairs.base, pairs.counterfactual, strict=True) for each in both]
-    right = [each for pair in pairs for each in (pair.answer, pair.counterfactual_answer)]
-    return spellings_of(vlm, prompts, right, among)
+    known = [(pair.base, pair.answer) for pair in pairs]
+    known = [each for pair, first in zip(pairs, known, strict=True) for each in (first, *_second(pair))]
+    prompts, right = zip(*known, strict=True)
+    return spellings_of(vlm, list(prompts), list(right), among)
 
 
-def _check_prompts(vlm: "VLM", pair: Pair) -> None:
+def _second(pair: Pair) -> list[tuple[Prompt, str]]:
+    """The question about the counterfactual picture and its right answer, which of a single item is not known."""
+    return [] if pair.made else [(pair.counterfactual, pair.counterfactual_answer)]
+
+
+def _check_read(pair: Pair) -> None:
+    """Raises `UsageError` where no answer could be read as one of those that are compared."""
+    if pair.made and not pair.foils:
+        check_readable((pair.answer,))
+    else:
+        check_options((pair.answer, *pair.foils))
+
+
+def _check_prompts(vlm: "VLM", pair: Pair, alone: bool) -> None:
+    if pair.made == "none":
+        if not alone:
+            raise UsageError("it has no counterfactual picture; another item's, a blurred or a mean-coloured one does")
+        vlm.encode(pair.base)
+        return
     one, other = (vlm.encode(prompt) for prompt in (pair.base, pair.counterfactual))
     if one.rows[0].tokens != other.rows[0].tokens:
         counts = [len(encoded.rows[0].tokens) for encoded in (one, other)]
@@ -122,20 +146,35 @@ def askable(vlm: "VLM", pairs: Pairs, *, n_new: int = 0) -> Pairs:
     """
 
     def check(pair: Pair) -> None:
-        for prompt in (pair.base, pair.counterfactual):
+        for prompt in (pair.base, pair.counterfactual) if pair.made != "none" else (pair.base,):
             vlm.encode(prompt).check_room(n_new)
 
     return checked(pairs, check, f"fits {vlm.name}")
 
 
-def _check_answers(vlm: "VLM", pairs: Pairs, pair: Pair, whole: bool, by_first_token: bool) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Compared:
+    """How two answers are compared: as a whole, by their first tokens, or perhaps not at all (`bare`)."""
+
+    whole: bool
+    by_first_token: bool
+    bare: bool
+
+
+def _check_answers(vlm: "VLM", pairs: Pairs, pair: Pair, how: _Compared) -> None:
     encoded = vlm.encode(pair.base)
+    if not pair.counterfactual_answer:
+        if how.bare:
+            return
+        raise UsageError("it has no wrong answer to compare with; options or a prior are needed")
     both = [spellings(pairs.written(answer)) for answer in (pair.answer, pair.counterfactual_answer)]
-    if by_first_token or (pairs.variants and not whole):
+    if how.by_first_token or (pairs.variants and not how.whole):
         ids = [{vlm.answer_ids(encoded, [each]).item() for each in spelt} for spelt in both]
         if ids[0] & ids[1]:
             why = (
-                "" if by_first_token else ", by which logit_diff compares several spellings; logprob_diff compares all"
+                ""
+                if how.by_first_token
+                else ", by which logit_diff compares several spellings; logprob_diff compares all"
             )
             raise UsageError(f"answers {both[0][0]!r} and {both[1][0]!r} start with the same token{why}")
         return

@@ -3,13 +3,14 @@
 A row is fetched when it is drawn, and no picture is decoded before its row is.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlm_mech.data.user_files import Row, Rows
+from vlm_mech.data.readers.hub_rows import class_names
+from vlm_mech.data.user_files import Row, Rows, written
 from vlm_mech.errors import UsageError
 
 
@@ -42,15 +43,15 @@ def rows_given(given: Iterable[Any], call: str) -> Rows:
         )
     source: Any = given
     if hasattr(source, "iloc"):
+        columns = [str(each) for each in source.columns]
+        twice = next((each for each in columns if columns.count(each) > 1), None)
+        if twice is not None:
+            raise UsageError(f"{call}: column {twice!r:.60} is named twice; each needs a name of its own")
         return Rows(_Fetched(len(source), lambda at: source.iloc[at].to_dict()), {})
-    source = _undecoded(source)
+    source, named = undecoded(source), class_names(source)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
-        return Rows(_Fetched(len(source), lambda at: source[at]), {})
-    return Rows(_streamed(source), {})
-
-
-def _streamed(source: Iterable[Any]) -> Iterator[Row]:
-    return (_row(number, each) for number, each in enumerate(source))
+        return Rows(_Fetched(len(source), lambda at: named(source[at])), {})
+    return Rows((_row(number, named(each)) for number, each in enumerate(source)), {})
 
 
 def _row(at: int, fields: Any) -> Row:
@@ -58,8 +59,9 @@ def _row(at: int, fields: Any) -> Row:
     if not isinstance(fields, Mapping):
         raise UsageError(f"row {at + 1} is a {type(fields).__name__}; a mapping of image, question, answer is needed")
     told = {str(name): _listed(value) for name, value in fields.items() if not _is_missing(value)}
-    name = told.get("id")
-    return Row(at + 1, str(at + 1 if name is None else name), told, f"row {at + 1}")
+    # An id that is none is refused once the row is used.
+    name = (written(told.get("id")) or "").strip()
+    return Row(at + 1, name or str(at + 1), told, f"row {at + 1}")
 
 
 def _listed(value: Any) -> Any:
@@ -73,7 +75,7 @@ def _is_missing(value: Any) -> bool:
     return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
-def _undecoded(source: Any) -> Any:
+def undecoded(source: Any) -> Any:
     """A data set of the hub that gives pictures as it holds them, not decoded; anything else as it is."""
     features = getattr(source, "features", None)
     if not isinstance(features, Mapping) or not hasattr(source, "cast_column"):

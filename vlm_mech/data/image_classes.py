@@ -11,13 +11,13 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from vlm_mech.data.class_parts import completed, parts_of_items, parts_of_lines
+from vlm_mech.data.hub import hub_splits, is_of_hub
 from vlm_mech.data.item_folder import FILE as ITEMS
 from vlm_mech.data.picture_splits import Labelled, deal, draw_parts
 from vlm_mech.data.readers.format import Table
@@ -131,8 +131,8 @@ def load_classes(
             check_count(size, f"the number of {part} pictures", "picture")
     if data in SCENES:
         return _scenes(data, sizes, seed)
-    if data.startswith("hf:"):
-        return from_splits(data, _downloaded(data.removeprefix("hf:")), sizes, seed=seed, names=names)
+    if is_of_hub(data):
+        return from_splits(data, hub_splits(data), sizes, seed=seed, names=names)
     source = find_source(data, others=True)
     if source is not None and source.format.holds == "classes":
         return _from_format(data, source.tables, sizes, seed, names)
@@ -258,18 +258,6 @@ def _in_folder(folder: Path) -> list[Labelled]:
             )
         found += [Labelled(str(each.relative_to(folder)), each, path.name) for each in files]
     return found
-
-
-def _downloaded(name: str) -> Any:
-    if find_spec("datasets") is None:
-        raise UsageError(f"data 'hf:{name}' needs datasets, which is not installed: pip install datasets")
-    import datasets
-
-    owner, _, configuration = name.partition(":")
-    try:
-        return datasets.load_dataset(owner, configuration or None)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def from_splits(

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from vlm_mech.data.item import Item
-from vlm_mech.data.pair_folder import check_ids, check_unlike, first_reason
+from vlm_mech.data.pair_folder import READ_BY_METHODS, drawn_examples
 from vlm_mech.data.row_fields import as_given, kept_form, opened, options_of, pictures_of, text_of, told_of
 from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
-from vlm_mech.data.user_files import Drawn, Row, Rows, draw
-from vlm_mech.errors import UsageError
+from vlm_mech.data.user_files import Drawn, Row, Rows
 
 FILE = "items.jsonl"
+FIELDS = ("image", "images", "question", "answer", "id", "options", "prior", "category", "group", "conflict")
+FIELDS += READ_BY_METHODS
+"""All fields that are read, some by methods alone."""
 
 
 def items_of(found: Rows, folder: Path, name: str, *, n: int | None, seed: int) -> Drawn[Item]:
@@ -32,13 +34,11 @@ def items_of(found: Rows, folder: Path, name: str, *, n: int | None, seed: int) 
     Raises:
         UsageError: no item can be used, or an id occurs twice.
     """
-    check_ids(found, "item", name)
-    drawn = draw(found, n, seed, lambda row: _item(folder, row))
-    if not drawn.used:
-        raise UsageError(f"{name!r} holds no usable item{first_reason(drawn)}")
-    items = [item for item, _ in drawn.used]
-    check_unlike([item.id for item in items], "item", name)
-    groups = linked_groups([each.group or each.id for each in items], [shown for _, shown in drawn.used])
+    drawn, shown = drawn_examples(found, "item", name, lambda row: _item(folder, row), n=n, seed=seed, known=FIELDS)
+    items = drawn.used
+    named = {each.group for each in items}
+    own = [each.group or (f"item {each.id}" if each.id in named else each.id) for each in items]
+    groups = linked_groups(own, shown)
     made = [
         item if group is None else dataclasses.replace(item, group=group)
         for item, group in zip(items, groups, strict=True)

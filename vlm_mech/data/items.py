@@ -12,10 +12,10 @@ from vlm_mech.data.collection import check_parts, described, row_of
 from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.item import Item
 from vlm_mech.data.item_folder import FILE, items_of
-from vlm_mech.data.pair_folder import FILE as PAIRS
 from vlm_mech.data.readers.format import ReaderOptions
-from vlm_mech.data.readers.registry import find_source, is_file, names_of_formats
-from vlm_mech.data.user_files import Drawn, Refused, check_count, read_rows
+from vlm_mech.data.readers.registry import names_of_formats
+from vlm_mech.data.sources import find_data, what_is_there
+from vlm_mech.data.user_files import Drawn, Refused, check_count
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
@@ -67,7 +67,7 @@ class Items:
             check_count(n, "n", "item")
         found = rows_given(rows, "Items.from_rows")
         drawn = items_of(found, Path(folder), name, n=n, seed=seed)
-        items = cls(name, drawn.used, drawn.refused, drawn.told)
+        items = cls(name, drawn.used, drawn.refused, drawn.told, drawn.notes)
         return items if wording == BARE else items.worded(wording)
 
     def __len__(self) -> int:
@@ -152,16 +152,12 @@ def load_items(
 
 def _read(name_or_folder: str | Path, n: int | None, seed: int, fix_labels: bool) -> Drawn[Item]:
     """The items of a folder with `items.jsonl` or of a format."""
-    folder, name = Path(name_or_folder), str(name_or_folder)
-    if is_file(folder / FILE):
-        return items_of(read_rows(folder / FILE, "items"), folder, str(folder / FILE), n=n, seed=seed)
-    source = None if is_file(folder / PAIRS) else find_source(name_or_folder)
-    held = source.format.name if source else PAIRS if is_file(folder / PAIRS) else ""
-    if held and (source is None or source.format.holds != "items"):
-        raise UsageError(f"data {name!r} holds pairs ({held}); single items are needed")
-    if source is None:
+    name, found = str(name_or_folder), find_data(name_or_folder)
+    if found is not None and found.holds != "items":
+        raise UsageError(f"data {name!r} holds pairs ({found.kind}); single items are needed")
+    if found is None:
         raise UsageError(
             f"data {name!r} is neither a folder with {FILE} nor of a known format, as in pope:FOLDER "
-            f"({names_of_formats()})"
+            f"({names_of_formats()}){what_is_there(name_or_folder)}"
         )
-    return items_of(source.rows(ReaderOptions(fix_labels, seed)), source.root, name, n=n, seed=seed)
+    return items_of(found.rows(ReaderOptions(fix_labels, seed)), found.folder, found.place, n=n, seed=seed)

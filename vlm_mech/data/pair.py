@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from vlm_mech.data.options import checked_options, checked_text
 from vlm_mech.errors import UsageError
@@ -13,6 +13,9 @@ from vlm_mech.inputs.wording import BARE, Wording
 
 Side = Literal["first", "second"]
 SIDES: tuple[Side, ...] = ("first", "second")
+Made = Literal["other", "blur", "mean", "none"]
+"""How the counterfactual picture of a single item was made: another item's picture, its own blurred or of its mean
+colour, or none at all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +27,10 @@ class Pair:
     first or second, shows something that contradicts the usual answer; the answer to the other picture is the usual
     one. None: neither does, or it is not known. `options` are the texts among which both answers are; `prior` is the
     usual answer, whatever is shown; `captions` describe the two pictures.
+
+    A single item stands as a pair too (`data.examples`): `made` then says how its counterfactual picture was made
+    (`none`: there is no picture), what is true of that picture is not known, and `counterfactual_answer` is a wrong
+    answer to the first, empty where none is known.
 
     Raises:
         UsageError: a text that is none, equal answers, no images, unlike numbers of them, or options without an answer.
@@ -42,22 +49,25 @@ class Pair:
     prior: str | None = None
     category: str | None = None
     captions: tuple[str, str] | None = None
+    made: Made | None = None
 
     def __post_init__(self) -> None:
         for name in ("id", "question", "answer", "counterfactual_answer"):
             if not isinstance(getattr(self, name), str):
                 raise UsageError(f"{name} of a pair is {getattr(self, name)!r:.60}; a text is needed")
+        if self.made is not None and self.made not in get_args(Made):
+            raise UsageError(f"pair {self.id}: made is {self.made!r:.60}; other, blur, mean, none or null is needed")
         if self.answer.strip() == self.counterfactual_answer.strip():
             raise UsageError(f"pair {self.id}: both answers are {self.answer!r:.60}; they must differ")
         if not isinstance(self.conflict, str | None) or self.conflict not in (None, *SIDES):
             raise UsageError(f'pair {self.id}: conflict is {self.conflict!r:.60}; "first", "second" or null is needed')
         counts = len(self.images), len(self.counterfactual_images)
-        if counts[0] != counts[1] or not counts[0]:
+        if (counts[0] != counts[1] and self.made != "none") or not counts[0]:
             raise UsageError(
                 f"pair {self.id}: {counts[0]} images and {counts[1]} counterfactual images; as many of both are "
                 "needed, one at least"
             )
-        of, answers = f"pair {self.id}", (self.answer, self.counterfactual_answer)
+        of, answers = f"pair {self.id}", [self.answer, *self.foils]
         object.__setattr__(self, "options", checked_options(self.options, answers, of=of))
         for name in ("prior", "category"):
             checked_text(getattr(self, name), name, of=of)
@@ -76,6 +86,18 @@ class Pair:
     def pictures(self) -> tuple[ImageLike, ...]:
         """All images of both sides."""
         return *self.images, *self.counterfactual_images
+
+    @property
+    def own_pictures(self) -> tuple[ImageLike, ...]:
+        """The images of the data set that belong to this pair: of both sides, or those of a single item."""
+        return self.pictures if self.made is None else self.images
+
+    @property
+    def foils(self) -> tuple[str, ...]:
+        """Wrong answers to the first image: the counterfactual one; of a single item all options but the right one."""
+        if self.made is not None and self.options:
+            return tuple(each for each in self.options if each != self.answer)
+        return (self.counterfactual_answer,) if self.counterfactual_answer else ()
 
     def asked(self, image: ImageLike | Sequence[ImageLike] | None) -> Prompt:
         """The question in its wording about an image, several, or none."""

@@ -7,33 +7,29 @@ instead, of equal length; each picture stands in the place of its counterfactual
 (see `Pair`). Some methods read further fields (`pair_fields`).
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.readers.format import ReaderOptions
-from vlm_mech.data.readers.registry import find_source
-from vlm_mech.data.row_fields import as_given, kept_form, opened, options_of, pictures_of, text_of, told_of
-from vlm_mech.data.user_files import Drawn, Row, Rows, draw, read_rows
+from vlm_mech.data.row_fields import as_given, check_id, kept_form, opened, options_of, pictures_of, text_of, told_of
+from vlm_mech.data.row_remarks import FieldRemarks, repeats
+from vlm_mech.data.shared_pictures import pixel_hash
+from vlm_mech.data.sources import find_data
+from vlm_mech.data.user_files import Drawn, Row, Rows, draw
 from vlm_mech.errors import UsageError
 
-FILE = "pairs.jsonl"
+FILE, ITEMS = "pairs.jsonl", "items.jsonl"
 PICTURES = {"image": "images", "counterfactual_image": "counterfactual_images"}
 """What names a picture, and what names several instead."""
 TEXTS = ("question", "answer", "counterfactual_answer")
 CAPTIONS = ("caption", "counterfactual_caption")
-
-
-def read_pairs(folder: Path, *, n: int | None, seed: int) -> Drawn[Pair]:
-    """The pairs of a folder with their pictures opened, or n of them drawn with the seed.
-
-    Raises:
-        UsageError: no pair can be used, or an id occurs twice.
-    """
-    found = read_rows(folder / FILE, "pairs")
-    return pairs_of(found, folder, str(folder / FILE), n=n, seed=seed, keep_pixels=True)
+READ_BY_METHODS = ("object", "part_mask", "object_mask")
+FIELDS = (*PICTURES, *PICTURES.values(), *TEXTS, *CAPTIONS, "id", "group", "conflict", "options", "prior", "category")
+FIELDS += READ_BY_METHODS
+"""All fields that are read, some by methods alone."""
+PartT = TypeVar("PartT")
 
 
 def pairs_of(
@@ -49,25 +45,67 @@ def pairs_of(
     Raises:
         UsageError: no pair can be used, or an id occurs twice.
     """
-    check_ids(found, "pair", name)
-    drawn = draw(found, n, seed, lambda row: _pair(folder, row, keep_pixels))
-    if not drawn.used:
-        raise UsageError(f"{name!r} holds no usable pair{first_reason(drawn)}")
-    check_unlike([pair.id for pair in drawn.used], "pair", name)
-    return drawn
+    return drawn_examples(
+        found, "pair", name, lambda row: _pair(folder, row, keep_pixels), n=n, seed=seed, known=FIELDS
+    )[0]
 
 
-def check_ids(found: Rows, what: str, name: str) -> None:
-    """Raises `UsageError` where two rows have one id; of rows that are not there yet it is not known."""
+def drawn_examples(
+    found: Rows,
+    what: str,
+    name: str,
+    use: Callable[[Row], tuple[PartT, list[str]]],
+    *,
+    n: int | None,
+    seed: int,
+    known: Collection[str],
+) -> tuple[Drawn[PartT], list[list[str]]]:
+    """What `use` makes of rows, or of n of them drawn with the seed, and hashes of the pictures of each.
+
+    Notes tell of fields that are spelt wrongly, and of examples that are there twice.
+
+    Args:
+        what: what one is called in errors. name: what the source is called there.
+        use: gives an example of a row, and hashes of its pictures.
+        known: fields that a row may have.
+
+    Raises:
+        UsageError: none can be used, or an id occurs twice.
+    """
     if isinstance(found.rows, tuple):
-        check_unlike([row.id for row in found.rows], what, name)
+        # Of rows that are not there yet it is not known.
+        check_unlike(found.rows, what, name)
+    remarks = FieldRemarks(known)
+
+    def used(row: Row) -> tuple[Row, PartT, list[str]]:
+        remarks.look(row)
+        check_id(row)
+        return row, *use(row)
+
+    drawn = draw(found, n, seed, used)
+    if not drawn.used:
+        raise UsageError(f"{name!r} holds no usable {what}{first_reason(drawn)}")
+    rows, examples, shown = zip(*drawn.used, strict=True)
+    check_unlike(rows, what, name)
+    said = [_said(example, hashes) for example, hashes in zip(examples, shown, strict=True)]
+    notes = (*drawn.notes, *remarks.notes, *repeats([row.id for row in rows], said))
+    return Drawn(examples, drawn.refused, drawn.told, notes), list(shown)
 
 
-def check_unlike(ids: Sequence[str], what: str, name: str) -> None:
-    """Raises `UsageError` where an id occurs twice."""
-    twice = [each for each, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise UsageError(f"{what} id {twice[0]!r:.60} occurs twice in {name!r}")
+def _said(example: Any, hashes: Sequence[str]) -> tuple[Any, ...]:
+    """All that tells an example from another."""
+    answers = example.answer, getattr(example, "counterfactual_answer", None)
+    return *hashes, example.question, *answers, tuple(example.options)
+
+
+def check_unlike(rows: Iterable[Row], what: str, name: str) -> None:
+    """Raises `UsageError` where two rows have one id."""
+    met: dict[str, Row] = {}
+    for row in rows:
+        other = met.setdefault(row.id, row)
+        if other is not row:
+            places = f"{other.place} and {row.place}"
+            raise UsageError(f"{what} id {row.id!r:.60} occurs twice in {name!r}: {places}")
 
 
 def first_reason(drawn: Drawn[Any]) -> str:
@@ -75,15 +113,14 @@ def first_reason(drawn: Drawn[Any]) -> str:
     return f"; the first was refused because {drawn.refused[0].reason}" if drawn.refused else ""
 
 
-def pair_fields(source: Path) -> dict[str, dict[str, Any]]:
+def pair_fields(source: str | Path) -> dict[str, dict[str, Any]]:
     """All that the rows of a folder or of an official format say, by the ids of their pairs."""
-    if (source / FILE).is_file() or (known := find_source(source)) is None:
-        return {row.id: row.fields for row in read_rows(source / FILE, "pairs").rows}
-    return {row.id: row.fields for row in known.rows(ReaderOptions()).rows}
+    known = find_data(source)
+    return {} if known is None else {row.id: row.fields for row in known.rows(ReaderOptions()).rows}
 
 
-def _pair(folder: Path, row: Row, keep_pixels: bool) -> Pair:
-    """The pair of a row.
+def _pair(folder: Path, row: Row, keep_pixels: bool) -> tuple[Pair, list[str]]:
+    """The pair of a row, and hashes of its pictures.
 
     Raises:
         UsageError: a field that is none, a picture that cannot be read, unlike numbers of pictures, or the same pixels
@@ -96,11 +133,11 @@ def _pair(folder: Path, row: Row, keep_pixels: bool) -> Pair:
             f"{row.place}: {len(named[0])} images and {len(named[1])} counterfactual_images; as many of both are needed"
         )
     sides = [opened(each) for each in named]
-    if all(one.size == other.size and one.tobytes() == other.tobytes() for one, other in zip(*sides, strict=True)):
+    shown = [[pixel_hash(each) for each in side] for side in sides]
+    if shown[0] == shown[1]:
         raise UsageError("both pictures have the same pixels" if len(sides[0]) == 1 else "both sides show equal pixels")
     kept = [kept_form(*each, keep_pixels=keep_pixels) for each in zip(named, sides, strict=True)]
-    captions = [row.fields.get(field) for field in CAPTIONS]
-    return Pair(
+    pair = Pair(
         row.id,
         *(as_given(each) for each in kept),
         question,
@@ -110,5 +147,21 @@ def _pair(folder: Path, row: Row, keep_pixels: bool) -> Pair:
         options=options_of(row),
         prior=told_of(row, "prior"),
         category=told_of(row, "category"),
-        captions=(captions[0], captions[1]) if all(isinstance(each, str) for each in captions) else None,
+        captions=_captions(row),
     )
+    return pair, [*shown[0], *shown[1]]
+
+
+def _captions(row: Row) -> tuple[str, str] | None:
+    """The captions of both pictures; none where there are none.
+
+    Raises:
+        UsageError: one alone, or something that is no text.
+    """
+    one, other = (told_of(row, field) for field in CAPTIONS)
+    if one is None and other is None:
+        return None
+    if one is None or other is None:
+        lacking = CAPTIONS[0 if one is None else 1]
+        raise UsageError(f"{row.place}: it has a caption, but no {lacking}; both are needed, or neither")
+    return one, other

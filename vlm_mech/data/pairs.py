@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,16 @@ import numpy as np
 from PIL import Image
 
 from vlm_mech.data.collection import check_parts, described, row_of
-from vlm_mech.data.counterfactual_scenes import PAIR_SETS, sample_pairs
+from vlm_mech.data.counterfactual_scenes import PAIR_SETS
 from vlm_mech.data.given_rows import rows_given
-from vlm_mech.data.pair import SIDES, Pair, with_own_groups
-from vlm_mech.data.pair_folder import FILE, pairs_of, read_pairs
+from vlm_mech.data.pair import SIDES, Made, Pair, with_own_groups
+from vlm_mech.data.pair_folder import FILE, pairs_of
 from vlm_mech.data.readers.format import ReaderOptions
-from vlm_mech.data.readers.registry import find_source, is_file, names_of_formats
-from vlm_mech.data.render import render
+from vlm_mech.data.readers.registry import names_of_formats
+from vlm_mech.data.scene_pairs import scene_pairs
 from vlm_mech.data.scenes import check_split
 from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
+from vlm_mech.data.sources import find_data, what_is_there
 from vlm_mech.data.user_files import Drawn, Refused, check_count
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling, Variants
@@ -30,8 +32,6 @@ from vlm_mech.inputs.image import load_image, side_by_side
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.wording import BARE, Wording
 
-ITEMS = "items.jsonl"
-"""A folder with this file holds items (`data.items`)."""
 Direction = Literal["noising", "denoising"]
 DIRECTIONS: tuple[Direction, ...] = ("noising", "denoising")
 """Noising puts states of the counterfactual into the run on the image, denoising the reverse."""
@@ -97,7 +97,7 @@ class Pairs:
             check_count(n, "n", "pair")
         found = rows_given(rows, "Pairs.from_rows")
         drawn = pairs_of(found, Path(folder), name, n=n, seed=seed)
-        pairs = cls(name, drawn.used, drawn.refused, drawn=drawn.told)
+        pairs = cls(name, drawn.used, drawn.refused, drawn=drawn.told, notes=drawn.notes)
         return linked(pairs if wording == BARE else pairs.worded(wording))
 
     def __len__(self) -> int:
@@ -153,10 +153,11 @@ class Pairs:
         """A hash of every pixel, question, wording and answer."""
         found = hashlib.sha256()
         for pair in self.pairs:
-            for image in pair.pictures:
+            for image in pair.pictures if pair.made == "other" else pair.own_pictures:
                 loaded = load_image(image)
                 found.update(repr(loaded.size).encode() + loaded.tobytes())
             said: list[Any] = [pair.id, pair.question, pair.answer, pair.counterfactual_answer]
+            said += [pair.made, list(pair.options)] if pair.made else []
             said += [pair.wording.told] if pair.wording.told else []
             found.update(json.dumps(said).encode())
         return found.hexdigest()[:16]
@@ -164,7 +165,13 @@ class Pairs:
     @property
     def described(self) -> dict[str, Any]:
         """What the provenance of a run says of its data."""
-        return described(self, (pair.wording for pair in self.pairs))
+        told = described(self, (pair.wording for pair in self.pairs))
+        return told | ({"counterfactual": self.made} if self.made else {})
+
+    @property
+    def made(self) -> Made | None:
+        """How the counterfactual pictures of single items were made; None for pairs."""
+        return self.pairs[0].made if self.pairs else None
 
 
 def check_pairs(given: Any, call: str) -> None:
@@ -208,7 +215,8 @@ def load_pairs(
         check_count(n, "n", "pair")
     check_split(split)
     if str(name_or_folder).startswith("scenes/"):
-        return _scene_pairs(str(name_or_folder), 64 if n is None else n, seed, split, wording)
+        name = str(name_or_folder)
+        return Pairs(name, scene_pairs(name, 64 if n is None else n, seed, split, wording))
     drawn = _read(name_or_folder, n, seed, fix_labels)
     name = str(Path(name_or_folder))
     pairs = Pairs(name, drawn.used, drawn.refused, drawn=drawn.told, notes=drawn.notes)
@@ -217,51 +225,36 @@ def load_pairs(
 
 def _read(name_or_folder: str | Path, n: int | None, seed: int, fix_labels: bool) -> Drawn[Pair]:
     """The pairs of a folder with `pairs.jsonl` or of a format."""
-    folder = Path(name_or_folder)
-    if is_file(folder / FILE):
-        return read_pairs(folder, n=n, seed=seed)
-    source = None if is_file(folder / ITEMS) else find_source(name_or_folder)
-    if source is None or source.format.holds != "pairs":
-        held = ITEMS if source is None and is_file(folder / ITEMS) else source.format.name if source else ""
-        if held:
-            raise UsageError(f"data {str(name_or_folder)!r} holds items ({held}), single pictures; pairs are needed")
+    found = find_data(name_or_folder)
+    if found is not None and found.holds != "pairs":
+        raise UsageError(f"data {str(name_or_folder)!r} holds items ({found.kind}), single pictures; pairs are needed")
+    if found is None:
         names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
         raise UsageError(
             f"data {str(name_or_folder)!r} is neither a folder with {FILE} nor one of {names} nor of a known format, "
-            f"as in mmvp:FOLDER ({names_of_formats()})"
+            f"as in mmvp:FOLDER ({names_of_formats()}){what_is_there(name_or_folder)}"
         )
-    found = source.rows(ReaderOptions(fix_labels, seed))
-    return pairs_of(found, source.root, str(name_or_folder), n=n, seed=seed)
+    rows = found.rows(ReaderOptions(fix_labels, seed))
+    return pairs_of(rows, found.folder, found.place, n=n, seed=seed, keep_pixels=found.is_own)
 
 
-def _scene_pairs(name: str, n: int, seed: int, split: str, wording: Wording) -> Pairs:
-    pairs = []
-    for found in sample_pairs(name.removeprefix("scenes/"), n, seed=seed, split=split):
-        pairs.append(
-            Pair(
-                id=found.scene.key[:12],
-                image=render(found.scene),
-                counterfactual_image=render(found.counterfactual),
-                question=found.question.text,
-                answer=found.question.answer,
-                counterfactual_answer=found.counterfactual_answer,
-                conflict=found.conflict,
-                wording=wording,
-            )
-        )
-    return Pairs(name, tuple(pairs))
-
-
-def partners(n: int, *, seed: int) -> list[int]:
+def partners(n: int, *, seed: int, groups: Sequence[str] = ()) -> list[int]:
     """For each of n examples another one, so that every one is taken once.
+
+    Args:
+        groups: of the examples; the other one is of another group, unless more than half of them are of one.
 
     Raises:
         UsageError: fewer than two.
     """
     if n < 2:
         raise UsageError(f"{n} example has no other one whose picture it could be asked about; at least two are needed")
-    order = np.random.default_rng(seed).permutation(n)
-    return [int(other) for _, other in sorted(zip(order, np.roll(order, 1), strict=True))]
+    order, step = np.random.default_rng(seed).permutation(n), 1
+    most = max(Counter(groups).values(), default=1)
+    if 1 < most <= n / 2:
+        first = {group: place for place, group in reversed(list(enumerate(groups[number] for number in order)))}
+        order, step = np.array(sorted(order, key=lambda number: first[groups[number]])), most
+    return [int(other) for _, other in sorted(zip(order, np.roll(order, step), strict=True))]
 
 
 def about_others(pairs: Pairs, others: Sequence[Pair]) -> Pairs:
@@ -279,6 +272,8 @@ def turned(pairs: Pairs) -> Pairs:
 
 
 def _turned(pair: Pair) -> Pair:
+    if pair.made:
+        raise UsageError(f"pair {pair.id} is a single item: what is true of its counterfactual picture is not known")
     return dataclasses.replace(
         pair,
         image=pair.counterfactual_image,
@@ -311,12 +306,16 @@ def _check_conflict(pair: Pair) -> None:
     if pair.conflict is None:
         raise UsageError(
             'conflict is not given; "first" or "second" is needed in its line (scenes/colour-conflict has "second")'
+            if pair.made is None
+            else "conflict is not true; an item is needed that contradicts the usual answer"
         )
+    if pair.made and pair.counterfactual_answer != pair.prior:
+        raise UsageError("its usual answer is not known; prior is needed, another than the right answer")
 
 
 def linked(pairs: Pairs) -> Pairs:
     """The pairs, those that share a picture of the same pixels in one group, however they are linked over others."""
-    shown = [[pixel_hash(image) for image in pair.pictures] for pair in pairs]
+    shown = [[pixel_hash(image) for image in pair.own_pictures] for pair in pairs]
     groups = linked_groups([pair.group or pair.id for pair in pairs], shown)
     # The first of several says its group too: one without a group is no part of a group that has its id.
     changed = [
@@ -332,10 +331,10 @@ def apart(pairs: Pairs, others: Pairs) -> Pairs:
     Raises:
         UsageError: none is left.
     """
-    met = {pixel_hash(image): other.id for other in others for image in other.pictures}
+    met = {pixel_hash(image): other.id for other in others for image in other.own_pictures}
 
     def check(pair: Pair) -> None:
-        shared = [met[shown] for shown in map(pixel_hash, pair.pictures) if shown in met]
+        shared = [met[shown] for shown in map(pixel_hash, pair.own_pictures) if shown in met]
         if shared:
             raise UsageError(f"it shows a picture of pair {shared[0]} of {others.name}")
 
@@ -397,6 +396,8 @@ def pictures(pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]
     """Both images of some pairs, with question and answer; several of one prompt stand side by side."""
     shown = []
     for pair in list(pairs)[:n]:
-        for images, answer in ((pair.images, pair.answer), (pair.counterfactual_images, pair.counterfactual_answer)):
-            shown.append((f"{pair.question} {answer}", side_by_side(images)))
+        shown.append((f"{pair.question} {pair.answer}", side_by_side(pair.images)))
+        if pair.made != "none":
+            said = pair.counterfactual_answer if pair.made is None else f"counterfactual picture ({pair.made})"
+            shown.append((f"{pair.question} {said}", side_by_side(pair.counterfactual_images)))
     return tuple(shown)

@@ -30,10 +30,11 @@ def check_options(options: Sequence[str]) -> None:
     """Raises `UsageError` for fewer than two options, one without a word, or two that read alike."""
     if len(options) < 2:
         raise UsageError(f"there is one option, {', '.join(options)!r}; at least two are needed to choose from")
-    _check_words(options)
+    check_readable(options)
 
 
-def _check_words(options: Sequence[str]) -> None:
+def check_readable(options: Sequence[str]) -> None:
+    """Raises `UsageError` for an option without a word, or two that read alike."""
     known: dict[tuple[str, ...], str] = {}
     for number, option in enumerate(options, 1):
         words = _bare(option)
@@ -77,7 +78,7 @@ def read_answer(answer: str, options: Sequence[str], *, letters: Sequence[str] =
     Raises:
         UsageError: an option without a word, or two that read alike.
     """
-    _check_words(options)
+    check_readable(options)
     given = letters or [""] * len(options)
     texts = [_bare(option, letter) for option, letter in zip(options, given, strict=True)]
     known = [letter.upper() or _lone(words) for letter, words in zip(given, texts, strict=True)]

@@ -1,13 +1,12 @@
 """The fields of a row of pairs or items: its texts, the pictures that it names, and what it may say beside these."""
 
-from numbers import Number
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vlm_mech.data.user_files import Row
+from vlm_mech.data.user_files import Row, id_of, written
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ADDRESSES, ImageLike, image_named, load_image
 
@@ -26,7 +25,7 @@ def text_of(row: Row, field: str, given: Any) -> str:
 
 
 def told_of(row: Row, field: str) -> str | None:
-    """A text that a row may have; a number is written out, and what is not a number is missing.
+    """A text that a row may have; a number is written out (7.0 as 7), and what is not a number is missing.
 
     Raises:
         UsageError: something else.
@@ -34,9 +33,18 @@ def told_of(row: Row, field: str) -> str | None:
     given = row.fields.get(field)
     if given is None or (isinstance(given, float) and given != given):
         return None
-    if isinstance(given, bool) or not isinstance(given, str | Number):
+    told = written(given)
+    if told is None:
         raise UsageError(f"{row.place}: {field} is {given!r:.60}; a text is needed, or none")
-    return str(given)
+    return told
+
+
+def check_id(row: Row) -> None:
+    """Raises `UsageError` for an id that is neither a text nor a number."""
+    try:
+        id_of(row.fields, row.line)
+    except UsageError as error:
+        raise UsageError(f"{row.place} {error}") from error
 
 
 def options_of(row: Row) -> Any:

@@ -6,14 +6,16 @@ silence.
 
 import csv
 import dataclasses
+import io
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from vlm_mech.data.text_files import opened_text
 from vlm_mech.errors import UsageError, shortened
 
 MOST_TOLD, MOST_OF_ID = 200, 80
@@ -95,12 +97,15 @@ def read_rows(path: Path, what: str) -> Rows:
         what: what the file is called where it cannot be read.
 
     Raises:
-        UsageError: the file cannot be read.
+        UsageError: the file cannot be read, or is empty.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
+        with opened_text(path) as file:
+            content = file.read()
+    except (OSError, UsageError) as error:
         raise UsageError(f"{what} {str(path)!r} cannot be read: {error}") from error
+    if not content.strip():
+        raise UsageError(f"{what} {str(path)!r} is empty")
     rows: list[Row] = []
     refused: dict[int, Refused] = {}
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
@@ -126,26 +131,66 @@ def object_of(line: bytes) -> dict[str, Any]:
     """The object that a line of JSON lines holds.
 
     Raises:
-        UsageError: it is not UTF-8, not JSON, or no object.
+        UsageError: it is not UTF-8, not JSON, no object, or one that names a field twice.
     """
     try:
-        fields = json.loads(line.decode())
+        fields = json.loads(line.decode(), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise UsageError(f"is not UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise UsageError(f"is a {type(fields).__name__}; an object is needed")
+    if isinstance(fields, Twice):
+        raise UsageError(fields.told)
     return fields
+
+
+class Twice(dict[str, Any]):
+    """An object of JSON that names a field twice, of which JSON keeps the last alone."""
+
+    told = ""
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these fields; a `Twice` where one is named twice."""
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    names = [name for name, _ in pairs]
+    odd = Twice(fields)
+    odd.told = f"names {next(name for name in names if names.count(name) > 1)!r:.60} twice"
+    return odd
 
 
 def _row(number: int, line: bytes) -> Row:
     fields = object_of(line)
-    told = fields.get("id")
-    name = str(number if told is None else told)
-    if not isinstance(told, str | int | float | None) or isinstance(told, bool) or told != told or not name.strip():
-        raise UsageError(f"has the id {told!r}; a text or a number is needed")
-    return Row(number, name, fields)
+    return Row(number, id_of(fields, number), fields)
+
+
+def id_of(fields: Mapping[str, Any], number: int) -> str:
+    """What a row is called: its id, or else its number.
+
+    Raises:
+        UsageError: an id that is neither a text nor a number.
+    """
+    given = fields.get("id")
+    told = str(number) if given is None else written(given)
+    if told is None or not told.strip():
+        raise UsageError(f"has the id {given!r:.60}; a text or a number is needed")
+    return told
+
+
+def written(given: object) -> str | None:
+    """A text as it is, a number as a text; None for anything else.
+
+    7.0 is 7: of whole numbers, some of which are missing, tables make fractions.
+    """
+    if isinstance(given, str):
+        return given
+    if isinstance(given, bool) or not isinstance(given, Real) or given != given:
+        return None
+    return str(int(given)) if isinstance(given, Integral) or float(given).is_integer() else str(given)
 
 
 def read_cells(path: Path, what: str) -> dict[int, list[str]]:
@@ -158,7 +203,7 @@ def read_cells(path: Path, what: str) -> dict[int, list[str]]:
         UsageError: the file cannot be read.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as opened:
+        with io.TextIOWrapper(opened_text(path), encoding="utf-8-sig", newline="") as opened:
             lines = csv.reader(opened)
             # A cell in quotes may go over several lines; the row then has the number of the last.
             numbered = [(lines.line_num, row) for row in lines]

@@ -7,7 +7,7 @@ formula.
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,16 @@ from torch import Tensor
 from vlm_mech.errors import UsageError, shortened
 from vlm_mech.inputs.image_layout import ImageLayout, Tile
 
-ImageLike = Image.Image | str | Path | bytes | np.ndarray | Mapping[str, Any]
+
+@dataclass(frozen=True, eq=False)
+class Altered:
+    """A picture made from another whenever it is opened, so that it takes no memory meanwhile."""
+
+    image: Any
+    change: Callable[[Image.Image], Image.Image]
+
+
+ImageLike = Image.Image | str | Path | bytes | np.ndarray | Mapping[str, Any] | Altered
 """A picture in any form that `load_image` opens."""
 ADDRESSES = ("http://", "https://")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -54,7 +63,7 @@ def load_image(image: object) -> Image.Image:
     Args:
         image: a PIL image, a path, an http(s) address, a picture file's content as bytes or as text in base64 (a
             `data:` address or bare), an array of uint8 (height x width, or height x width x 3 or 4), or a mapping with
-            `bytes` or `path`, as data sets of the Hugging Face hub hold pictures.
+            `bytes` or `path`, as data sets of the Hugging Face hub hold pictures; or what is made of one of these.
 
     Raises:
         UsageError: there is no such file, the address gives none, what is there is not an image, has no pixel or
@@ -71,6 +80,8 @@ def load_image(image: object) -> Image.Image:
         return _rgb(_from_array(image), "the image")
     if isinstance(image, Mapping):
         return load_image(_held(image))
+    if isinstance(image, Altered):
+        return image.change(load_image(image.image))
     if isinstance(image, bytes):
         return _opened(io.BytesIO(image), "the image")
     if isinstance(image, str) and image.startswith(ADDRESSES):

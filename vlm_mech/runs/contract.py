@@ -34,7 +34,7 @@ REASONS = 3
 """How many of the examples that could not be used are told with the findings."""
 ASKING = ("system", "prefix", "suffix", "wording", "wordings")
 """Options that say how questions are put."""
-UNSAID = (*ASKING, "fix_labels")
+UNSAID = (*ASKING, "fix_labels", "counterfactual")
 """Options that a run does not mention where they are not given."""
 
 

@@ -129,7 +129,7 @@ def test_pope_has_yes_and_no_and_groups_of_one_picture(tmp_path):
         ("3", "no", 2),
     ]
     assert {(item.options, item.category) for item in items} == {(("yes", "no"), "popular")}
-    assert [item.group for item in items] == [f"COCO_val2014_{number:012d}.jpg" for number in (1, 1, 2)]
+    assert [item.group for item in items] == [f"val2014/COCO_val2014_{number:012d}.jpg" for number in (1, 1, 2)]
     pope(tmp_path, "annotations/coco_repope_random.json", labels=("no", "no"))
     both = load_items(tmp_path)
     assert len(both) == 5 and [item.category for item in both] == ["random"] * 2 + ["popular"] * 3

@@ -71,7 +71,7 @@ def test_reported_label_errors_are_told_and_left(tmp_path):
 
 
 def test_a_number_that_occurs_twice_and_a_cell_that_does_not_end_are_one_line(tmp_path):
-    with pytest.raises(UsageError, match="Questions.csv: Index 1 occurs twice, in Questions.csv row 5 too"):
+    with pytest.raises(UsageError, match="Index 1 occurs twice, in Questions.csv row 1 and Questions.csv row 5"):
         load_pairs(mmvp(tmp_path, [*ROWS, ROWS[0]]))
     path = write_csv(tmp_path / "Questions.csv", MMVP, *ROWS)
     path.write_text(path.read_text() + '11,"no end,(a) Yes (b) No,(a)\n')

@@ -6,6 +6,7 @@ import pytest
 
 from tests.data.readers.made import save, shown, whatsup, write_json
 from vlm_mech.data.pairs import load_pairs
+from vlm_mech.data.whole_sets import sets_in
 from vlm_mech.errors import UsageError
 
 THINGS = (("beer bottle", "armchair"), ("mug", "table"))
@@ -71,6 +72,30 @@ def test_the_exchanged_pictures_are_exchanged_back_only_when_asked(tmp_path, fix
     assert pairs.described["notes"] == list(pairs.notes)
 
 
+def test_all_four_relations_are_options_and_groups_are_sets(tmp_path):
+    """Two parts of two things are four whole sets; without one picture, three and one that lacks a pair."""
+    folder = whatsup(tmp_path, THINGS)
+    pairs, two_way = load_pairs(f"whatsup-four:{folder}"), load_pairs(f"whatsup:{folder}")
+    by_id = {pair.id: pair for pair in pairs}
+    mug = by_id["controlled_clevr/mug_in-front_of_table/mug_behind_table"]
+    assert mug.question == "Where is the mug in relation to the table? Answer with left, right, front or behind."
+    assert (mug.answer, mug.counterfactual_answer) == ("front", "behind")
+    assert mug.options == ("left", "right", "front", "behind")
+    bottle = by_id["controlled_images/beer-bottle_on_armchair/beer-bottle_under_armchair"]
+    asked = "Where is the beer bottle in relation to the armchair? Answer with left, right, on or under."
+    assert (bottle.question, bottle.options) == (asked, ("left", "right", "on", "under"))
+    for four, two in zip(pairs, two_way, strict=True):
+        same = ("id", "group", "category", "captions")
+        assert [getattr(four, name) for name in same] == [getattr(two, name) for name in same]
+        assert list(map(shown, four.pictures)) == list(map(shown, two.pictures))
+    whole, partial = sets_in(pairs)
+    assert [len(some) for some in whole] == [2] * 4 and partial == 0
+    assert sets_in(two_way) == ((), 0)
+    (folder / "data" / "controlled_clevr" / "mug_behind_table.jpeg").unlink()
+    whole, partial = sets_in(load_pairs(f"whatsup-four:{folder}"))
+    assert len(whole) == 3 and partial == 1
+
+
 def test_what_is_no_pair_is_refused_with_its_reason(tmp_path):
     folder = whatsup(tmp_path, THINGS)
     path = folder / "data" / "controlled_images_dataset.json"
@@ -103,13 +128,23 @@ def test_two_pictures_of_one_relation_in_a_group(tmp_path):
     assert len(pairs) == 2 and "its group has another picture of 'on'" in pairs.refused[0].reason
 
 
+def test_a_wrong_caption_without_a_relation_refuses_its_pair_of_four(tmp_path):
+    path = whatsup(tmp_path) / "data" / "controlled_images_dataset.json"
+    rows = json.loads(path.read_text())
+    for row in rows:
+        row["caption_options"] = [each.replace("under", "near") for each in row["caption_options"]]
+    path.write_text(json.dumps(rows))
+    with pytest.raises(UsageError, match="tells no relation"):
+        load_pairs(f"whatsup-four:{path}")
+
+
 def test_a_missing_column_is_named(tmp_path):
     path = write_json(tmp_path / "controlled_images_dataset.json", [{"image_path": "a.png", "captions": ["a"]}])
     told = "controlled_images_dataset.json has no column 'caption_options', only image_path, captions"
     with pytest.raises(UsageError, match=told):
         load_pairs(f"whatsup:{tmp_path}")
     path.write_text("[{")
-    with pytest.raises(UsageError, match="holds no file of the format whatsup: needed is `controlled_images"):
+    with pytest.raises(UsageError, match="format whatsup: controlled_images_dataset.json is not read: it is not JSON"):
         load_pairs(f"whatsup:{tmp_path}")
     with pytest.raises(UsageError, match="whatsup: there is no folder or file .*nowhere"):
         load_pairs(f"whatsup:{tmp_path / 'nowhere'}")

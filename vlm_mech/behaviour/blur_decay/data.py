@@ -9,40 +9,58 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from vlm_mech.behaviour.blur_decay.blur import NONE, decayed, resized
+from vlm_mech.behaviour.blur_decay.blur import AS_USUAL, NONE, Scale, decayed
 from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike, images_of, load_image, side_by_side
 from vlm_mech.inputs.prompt import Prompt
 
 
-def with_images(pairs: Pairs, level: str) -> Pairs:
+def with_images(pairs: Pairs, level: str, scale: Scale = AS_USUAL) -> Pairs:
     """The pairs with both pictures resized and brought to a level."""
     changed = [
         dataclasses.replace(
             pair,
-            image=_at(pair.images, level),
-            counterfactual_image=_at(pair.counterfactual_images, level),
+            image=_at(pair.images, level, scale),
+            counterfactual_image=_at(pair.counterfactual_images, level, scale) if pair.made != "none" else (),
         )
         for pair in pairs
     ]
     return dataclasses.replace(pairs, pairs=tuple(changed))
 
 
-def asked_at(pairs: Pairs, level: str) -> list[Prompt]:
+def asked_at(pairs: Pairs, level: str, scale: Scale = AS_USUAL) -> list[Prompt]:
     """The questions about the first pictures at a level."""
-    return [pair.asked(_at(pair.images, level)) for pair in pairs]
+    return [pair.asked(_at(pair.images, level, scale)) for pair in pairs]
 
 
-def _at(images: tuple[ImageLike, ...], level: str) -> tuple[Image.Image, ...] | Image.Image:
+def _at(images: tuple[ImageLike, ...], level: str, scale: Scale) -> tuple[Image.Image, ...] | Image.Image:
     """The pictures of a prompt resized and brought to a level; one of one."""
-    found = tuple(decayed(resized(load_image(image)), level) for image in images)
+    found = tuple(decayed(load_image(image), level, scale) for image in images)
     return found if len(images) > 1 else found[0]
 
 
-def ladder(pairs: Pairs, levels: Sequence[str], *, n: int = 3) -> list[tuple[Pair, str, Image.Image]]:
+def swapped_levels(given: Sequence[str], kernels: Sequence[int], pairs: Pairs, *, batch: int) -> tuple[str, ...]:
+    """The levels at which states are swapped; none where items have no counterfactual pictures.
+
+    Raises:
+        UsageError: one that is no kernel, or batches of one pair, which has no other one's picture for its floor.
+    """
+    levels = () if tuple(given) == ("none",) or pairs.made == "none" else tuple(given)
+    unknown = [each for each in levels if each not in map(str, kernels)]
+    if unknown:
+        raise UsageError(f"level {unknown[0]!r} is none of the kernels {' '.join(map(str, kernels))}")
+    if min(len(pairs), batch) < 2:
+        raise UsageError(f"{len(pairs)} pairs of {pairs.name} in batches of {batch}; at least two of both are needed")
+    return levels
+
+
+def ladder(
+    pairs: Pairs, levels: Sequence[str], scale: Scale = AS_USUAL, *, n: int = 3
+) -> list[tuple[Pair, str, Image.Image]]:
     """The first pictures of some pairs at every level that has one, with pair and level."""
     shown = []
     for pair in list(pairs)[:n]:
         some = [level for level in levels if level != NONE]
-        shown += [(pair, level, side_by_side(images_of(_at(pair.images, level)))) for level in some]
+        shown += [(pair, level, side_by_side(images_of(_at(pair.images, level, scale)))) for level in some]
     return shown

@@ -16,17 +16,15 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+TITLES = {
+    "unchanged": "answers that never changed (C)", "same": "answers as on the clean picture (E)",
+    "correct": "right answers", "correct_unchanged": "right answers among the unchanged",
+}  # fmt: skip
+
+
 def drawn(result: Result) -> "dict[str, go.Figure]":
     """Curves of the answers by level, and of the swaps by layer, a panel a level."""
-    behaviour = {"view": [each for two in FLOORS.items() for each in two], "layer": WHOLE}
-    titles = {
-        "unchanged": "answers that never changed (C)", "same": "answers as on the clean picture (E)",
-        "correct": "right answers", "correct_unchanged": "right answers among the unchanged",
-    }  # fmt: skip
-    found = {
-        name: figures.lines(result, x="level", colour="view", metric=name, where=behaviour, title=title)
-        for name, title in titles.items()
-    }
+    found = {name: by_level(result, name) for name in TITLES}
     if set(SWAPS.values()) & set(result.table["view"]):
         found["read_layers"] = figures.lines(
             result, x="layer", colour="level", metric="recovered", facet="view", where={"view": list(SWAPS.values())},
@@ -39,6 +37,18 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
             title="what probes of clear pictures read as the pictures decay: share of answers",
         )  # fmt: skip
     return found
+
+
+def by_level(result: Result, metric: str) -> "go.Figure":
+    """Answers about each kind of picture by level; dashed, what guessing among the options would give."""
+    views = [each for two in FLOORS.items() for each in two if each in set(result.table["view"])]
+    behaviour = {"view": views, "layer": WHOLE}
+    figure = figures.lines(result, x="level", colour="view", metric=metric, where=behaviour, title=TITLES[metric])
+    guessed = (result.provenance.get("guessing") or {}).get(metric)
+    if guessed:
+        line, name = {"color": "#888888", "width": 1.5, "dash": "dash"}, "guessing among the options"
+        figure.add_scatter(x=list(result.provenance["levels"]), y=guessed, mode="lines", name=name, line=line)
+    return figure.update_layout(meta=figures.drawn_by(by_level, metric=metric))
 
 
 def pictures(ladder: Sequence[tuple[Pair, str, Image.Image]]) -> tuple[tuple[str, Image.Image], ...]:

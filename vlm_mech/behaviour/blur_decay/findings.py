@@ -16,12 +16,20 @@ def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, 
     """How much stays unchanged under all decay, above which floor, for whom, and where the answer is read meanwhile."""
     found = [f"{len(pairs)} examples of {pairs.name}."]
     summary = result.summary()
-    for view, right in ((OWN, pairs.answer), (COUNTERFACTUAL, pairs.counterfactual_answer)):
+    views = ((OWN, pairs.answer), (COUNTERFACTUAL, pairs.counterfactual_answer))
+    for view, right in views if pairs.made is None else views[:1]:
         answers = dict(zip([pair.id for pair in pairs], right, strict=True))
         found += _unchanged(result, summary, view, answers, levels[-1])
     unread = result.table[result.table["view"].isin(list(FLOORS)) & (result.table["unread"] == True)]  # noqa: E712
     if len(unread):
         found.append(f"{len(unread)} answers say nothing and count as changed.")
+    if guessed := result.provenance.get("guessing"):
+        found.append(
+            f"answers drawn from the options at every level would never change in {guessed['unchanged'][-1]:.2g}, and "
+            f"be that to the clear picture at the last level in {guessed['same'][-1]:.3f}."
+        )
+    if pairs.made == "none":
+        found.append("items have no counterfactual picture, and no states were swapped (--counterfactual makes one).")
     return (*found, *_reading(result), *_decoded(result))
 
 
@@ -37,7 +45,7 @@ def _unchanged(result: Result, summary: pd.DataFrame, view: str, answers: dict[s
     ]
     asked = f"answers about the {view}"
     found = [
-        f"{asked}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another pair's "
+        f"{asked}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another example's "
         f"picture at every level but the same question: {_told(rows[floor])}; above it by {difference['mean']:+.3f} "
         f"({difference['ci_low']:+.3f} to {difference['ci_high']:+.3f}); unchanged are {' and '.join(by_clean)}."
     ]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vlm_mech.behaviour.blur_decay.blur import KERNELS
+from vlm_mech.behaviour.blur_decay.blur import AS_USUAL, KERNELS, Scale
 from vlm_mech.behaviour.blur_decay.data import asked_at, with_images
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.methods.probing.crossfit import crossfit, is_first
@@ -34,7 +34,15 @@ DECODED = Metric(
 
 
 def probed(
-    vlm: "VLM", pairs: Pairs, others: Pairs, levels: Sequence[str], *, folder: Path, seed: int = 0, batch: int = 32
+    vlm: "VLM",
+    pairs: Pairs,
+    others: Pairs,
+    levels: Sequence[str],
+    *,
+    folder: Path,
+    scale: Scale = AS_USUAL,
+    seed: int = 0,
+    batch: int = 32,
 ) -> pd.DataFrame:
     """Rows of the decay's result: probes after every decoder block, and probes of shuffled labels, at some levels.
 
@@ -46,13 +54,15 @@ def probed(
     Raises:
         UsageError: an answer that too few of the others have, or image tokens that are learned queries.
     """
-    clear, first = with_images(pairs, str(KERNELS[0])), with_images(others, str(KERNELS[0]))
+    clear, first = (with_images(each, str(KERNELS[0]), scale) for each in (pairs, others))
     cases = Cases(clear, tuple(pairs.counterfactual_answer), "the other answer")
     fitted = probe_examples(vlm, cases, first, folder=folder, seed=seed, batch=batch)
     features = {spot: held for spot, held in fitted.features.items() if spot.site.name == "llm.resid_post"}
     objects = tuple(changed_patches(vlm, pair) for pair in clear)
     read = [
-        read_states(vlm, asked_at(pairs, level), objects, tuple(features), folder=folder / f"at {level}", batch=batch)
+        read_states(
+            vlm, asked_at(pairs, level, scale), objects, tuple(features), folder=folder / f"at {level}", batch=batch
+        )
         for level in levels
     ]
     elsewhere = {spot: torch.cat([states[spot] for states in read]) for spot in features}

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.behaviour.blur_decay.blur import NONE
+from vlm_mech.behaviour.blur_decay.blur import AS_USUAL, NONE, Scale
 from vlm_mech.behaviour.blur_decay.data import with_images
 from vlm_mech.behaviour.blur_decay.probes import DECODED
 from vlm_mech.data.pairs import Pairs, partners
@@ -25,6 +25,8 @@ OWN, STRANGER = "picture", "another's picture"
 COUNTERFACTUAL, STRANGE_COUNTERFACTUAL = "counterfactual", "another's counterfactual"
 FLOORS = {OWN: STRANGER, COUNTERFACTUAL: STRANGE_COUNTERFACTUAL}
 """What is asked about: the pictures of the pairs, and beside them what shows how much never changes anyhow."""
+OF_ITEMS = {OWN: STRANGER}
+"""The same of single items: what is true of their counterfactual pictures is not known."""
 SWAPS = {"image": "swap of image", "last": "swap of last"}
 WHOLE = -1
 """Layer of what is asked of the whole model."""
@@ -51,6 +53,7 @@ def decay(
     *,
     seed: int = 0,
     mechanism: Sequence[str] = (),
+    scale: Scale = AS_USUAL,
     letters: bool = False,
     max_new_tokens: int = 8,
     memory: int | str | None = None,
@@ -61,6 +64,7 @@ def decay(
         seed: which other pair of the batch lends its pictures for the floor of what is unchanged.
         mechanism: levels at which the states of one picture of each pair are swapped into the run on the other, both at
             that level (see `layer_swap.study.swap_states`), whatever is answered.
+        scale: how large pictures are when they are blurred.
         letters: whether answers are letters of options.
 
     Returns:
@@ -69,17 +73,18 @@ def decay(
     Raises:
         UsageError: there is one pair alone.
     """
-    others = partners(len(pairs), seed=seed)
-    answers: dict[str, dict[str, list[str]]] = {view: {} for two in FLOORS.items() for view in two}
+    others = partners(len(pairs), seed=seed, groups=[pair.group or pair.id for pair in pairs])
+    floors = FLOORS if pairs.made is None else OF_ITEMS
+    answers: dict[str, dict[str, list[str]]] = {view: {} for two in floors.items() for view in two}
     swaps = []
     for level in levels:
         if level == NONE:
             texts = answers_at(vlm, pairs, [None] * len(pairs), max_new_tokens=max_new_tokens)
             answers = {view: held | {level: texts} for view, held in answers.items()}
             continue
-        shown = with_images(pairs, level)
+        shown = with_images(pairs, level, scale)
         first, second = [pair.image for pair in shown], [pair.counterfactual_image for pair in shown]
-        for (view, floor), pictures in zip(FLOORS.items(), (first, second), strict=True):
+        for (view, floor), pictures in zip(floors.items(), (first, second), strict=False):
             answers[view][level] = answers_at(vlm, pairs, pictures, max_new_tokens=max_new_tokens)
             strange = [pictures[other] for other in others]
             answers[floor][level] = answers_at(vlm, pairs, strange, max_new_tokens=max_new_tokens)
@@ -87,8 +92,8 @@ def decay(
             swaps.append(_swapped(vlm, shown, memory).assign(level=level))
     tables = []
     names = [pair.id for pair in pairs]
-    options = [(pair.answer, pair.counterfactual_answer) for pair in pairs]
-    for (view, floor), both in zip(FLOORS.items(), (options, [each[::-1] for each in options]), strict=True):
+    options = [(pair.answer, *pair.foils) for pair in pairs]
+    for (view, floor), both in zip(floors.items(), (options, [each[::-1] for each in options]), strict=False):
         for each in (view, floor):
             table = compared(answers[each], answers[view][levels[0]], both, letters=letters)
             tables.append(table.assign(view=each, layer=WHOLE, example=names * len(levels)))
@@ -114,14 +119,14 @@ def answers_at(
 
 
 def compared(
-    answers: dict[str, list[str]], clean: Sequence[str], options: Sequence[tuple[str, str]], *, letters: bool
+    answers: dict[str, list[str]], clean: Sequence[str], options: Sequence[tuple[str, ...]], *, letters: bool
 ) -> pd.DataFrame:
     """One row per example and level: whether the answer is the clean one, has been so all along, and is right.
 
     Args:
         answers: by level, in order of decay; the first is the clean one for the images themselves.
         clean: answers to the clean images, what all are compared with.
-        options: of each example the right answer and the other one.
+        options: of each example the right answer first, and the others.
         letters: whether options have letters.
     """
     first = _read(clean, options, letters=letters)
@@ -143,7 +148,21 @@ def compared(
     return pd.concat(tables, ignore_index=True)
 
 
-def _read(texts: Sequence[str], options: Sequence[tuple[str, str]], *, letters: bool) -> list[Reading]:
+def guessing(pairs: Pairs, levels: Sequence[str]) -> dict[str, list[float]] | None:
+    """E and C by level of answers drawn at random from the options at every level; None where some have no options.
+
+    With `|Y|` options an answer is that to the clear picture in `1 / |Y|`, and at all of `k` levels in `|Y|^-k`.
+    Answers about pictures that are alike are not independent, so that C of another picture is the stricter floor.
+    """
+    sizes = np.array([1 + len(pair.foils) for pair in pairs], dtype=float)
+    if (sizes < 2).any():
+        return None
+    steps = np.arange(len(levels))
+    same = [1.0, *[float((1 / sizes).mean())] * (len(levels) - 1)]
+    return {"same": same, "unchanged": [float((sizes**-step).mean()) for step in steps]}
+
+
+def _read(texts: Sequence[str], options: Sequence[tuple[str, ...]], *, letters: bool) -> list[Reading]:
     return [
         read_answer(text, both, letters=letters_of(both) if letters else ())
         for text, both in zip(texts, options, strict=True)

@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlm_mech.data.examples import load_examples
 from vlm_mech.data.pairs import Pairs, by_groups, conflict_first, load_pairs, turned, with_conflict
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.wording import BARE, Wording
@@ -36,13 +37,13 @@ def parts_of(
     """The pairs of a set in conflict, turned where needed so that the picture in conflict is asked about first.
 
     Generated scenes have splits of their own. The pairs of a folder are cut by groups: 60 % to train, 20 % to validate,
-    the rest to test.
+    the rest to test. Of single items those in conflict are taken, and no usual picture is known.
 
     Raises:
         UsageError: no pair says which picture is in conflict, or a folder with too few groups.
     """
     if not data.startswith("scenes/"):
-        pairs = load_pairs(data, n=n, seed=seed, wording=wording, fix_labels=fix_labels)
+        pairs = load_examples(data, n=n, seed=seed, wording=wording, fix_labels=fix_labels)
         return Parts(*by_groups(_faced(pairs), SHARES, seed=seed))
     wanted = {"train": n_train, "validation": n_validation, "test": n}
     drawn = {"seed": seed, "wording": wording}
@@ -76,4 +77,5 @@ def with_answers_of_others(pairs: Pairs, *, seed: int) -> Pairs:
 
 def tasks_of(test: Pairs, untouched: Sequence[Pairs]) -> dict[str, Pairs]:
     """What is asked before and after: pictures in conflict, their usual counterfactuals, and what was not tuned on."""
-    return {IN_CONFLICT: test, USUAL: turned(test), **{pairs.name: pairs for pairs in untouched}}
+    usual = {} if test.made else {USUAL: turned(test)}
+    return {IN_CONFLICT: test, **usual, **{pairs.name: pairs for pairs in untouched}}

@@ -102,6 +102,8 @@ def training(result: Result) -> "go.Figure":
         figure.add_trace(_line(history["step"], history[column], name, COLOURS[3 + number]), row=1, col=1)
     held = pd.concat([pd.DataFrame([{"step": 0, **told["before"]}]), history[history["conflict"].notna()]])
     for number, (column, name) in enumerate((("conflict", IN_CONFLICT), ("usual", "usual"))):
+        if column not in held:
+            continue
         trace = _line(held["step"], held[column], f"validation, {name}", COLOURS[number])
         ends = [share_interval(round(value * n), int(n)) for value, n in zip(held[column], held["n"], strict=True)]
         trace.error_y = {

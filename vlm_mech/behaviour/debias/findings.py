@@ -41,14 +41,16 @@ def findings(result: Result, adapter: str) -> tuple[str, ...]:
 def _tuning(told: dict[str, Any]) -> str:
     history = told["history"]
     recipe, start = told["recipe"], told["before"]
+    what = "pairs" if "usual" in start else "items"
     at = next(entry for entry in history if entry["step"] == told["chosen"])
     taught = " on answers that are true of other pictures (a control)" if told["answers"] == "others" else ""
     text = (
         f"objective {recipe['objective']}{taught}, rank {recipe['rank']}, {told['n_trained']} weights, "
-        f"{told['n_pairs']} pairs, {recipe['n_steps']} steps; step {told['chosen']} was chosen on {at['n']} validation "
-        f"pairs (right in conflict {at['conflict']:.3f}, usual {at['usual']:.3f}; the base {start['conflict']:.3f} and "
-        f"{start['usual']:.3f})."
+        f"{told['n_pairs']} {what}, {recipe['n_steps']} steps; step {told['chosen']} was chosen on {at['n']} "
+        f"validation {what} (right {_right(at)}; the base {_right(start)})."
     )
+    if "usual" not in at:
+        text += " Single items have no usual pictures: whether usual answers are still given was not asked."
     if recipe["objective"] == "reward":
         tenth = max(1, len(history) // 10)
         ends = [sum(each["reward_conflict"] for each in some) / tenth for some in (history[:tenth], history[-tenth:])]
@@ -58,6 +60,12 @@ def _tuning(told: dict[str, Any]) -> str:
             f"{ends[1]:.3f} in the last; {equal} of {groups} groups had equal rewards and taught nothing."
         )
     return text
+
+
+def _right(shares: dict[str, Any]) -> str:
+    """Shares of right answers in conflict and, where such pictures were asked about, on usual ones."""
+    usual = f", usual {shares['usual']:.3f}" if "usual" in shares else ""
+    return f"in conflict {shares['conflict']:.3f}{usual}"
 
 
 def _share(values: pd.Series) -> str:

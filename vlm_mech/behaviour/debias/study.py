@@ -65,11 +65,15 @@ def asked(vlm: "VLM", tasks: dict[str, Pairs], state: str, *, batch: int, max_ne
 
 
 def validated(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> dict[str, Any]:
-    """Shares of right answers on pictures in conflict and on their usual counterfactuals, with their number."""
+    """Shares of right answers on pictures in conflict and on their usual counterfactuals, if any, with their number."""
     tasks = tasks_of(pairs, ())
     table = asked(vlm, tasks, "", batch=batch, max_new_tokens=max_new_tokens)
-    conflict, usual = (float(table[table["task"] == task]["truth"].mean()) for task in (IN_CONFLICT, USUAL))
-    return {"conflict": conflict, "usual": usual, "n": len(pairs)}
+    shares = {
+        column: float(table[table["task"] == task]["truth"].mean())
+        for column, task in (("conflict", IN_CONFLICT), ("usual", USUAL))
+        if task in tasks
+    }
+    return shares | {"n": len(pairs)}
 
 
 def validated_before(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> dict[str, Any]:
@@ -85,9 +89,9 @@ def validated_before(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: in
 
 
 def chosen_step(history: History) -> int:
-    """The checkpoint with the largest mean of both shares on validation; among equals the first."""
+    """The checkpoint with the largest mean of the shares on validation; among equals the first."""
     kept = [entry for entry in history if "conflict" in entry]
-    return max(kept, key=lambda entry: entry["conflict"] + entry["usual"])["step"]
+    return max(kept, key=lambda entry: entry["conflict"] + entry.get("usual", 0))["step"]
 
 
 def keep_answers(

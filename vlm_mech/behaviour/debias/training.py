@@ -73,12 +73,13 @@ class Lesson:
 
 
 def lessons_of(pairs: Pairs, recipe: Recipe, step: int) -> list[Lesson]:
-    """Both pictures of the pairs of a step, drawn by the seed and the step alone."""
+    """Both pictures of the pairs of a step, drawn by the seed and the step alone; of single items their own."""
     drawn = random.Random(f"{recipe.seed}/{step}").sample(list(pairs), min(recipe.batch, len(pairs)))
     found = []
     for pair in drawn:
         found.append(Lesson(pair.base, pair.answer))
-        found.append(Lesson(pair.counterfactual, pair.counterfactual_answer))
+        if pair.made is None:
+            found.append(Lesson(pair.counterfactual, pair.counterfactual_answer))
     return found
 
 
@@ -198,10 +199,15 @@ def supervised_step(vlm: "VLM", lessons: Sequence[Lesson], end: int | None, desc
     return {"loss": loss.item()}
 
 
-def reward_step(vlm: "VLM", lessons: Sequence[Lesson], recipe: Recipe, step: int, descent: Descent) -> dict[str, Any]:
+def reward_step(
+    vlm: "VLM", lessons: Sequence[Lesson], recipe: Recipe, step: int, descent: Descent, *, n_sides: int = 2
+) -> dict[str, Any]:
     """The inner steps on one draw of answers; what they say of themselves.
 
     Groups whose rewards are all equal have no advantage: only the divergence from the base model moves them.
+
+    Args:
+        n_sides: pictures of an example; that in conflict comes first.
     """
     drawn = sampled(vlm, lessons, recipe, step)
     advantage = advantages(drawn.rewards).flatten()
@@ -220,8 +226,7 @@ def reward_step(vlm: "VLM", lessons: Sequence[Lesson], recipe: Recipe, step: int
         losses.append(loss.item())
     told = {"loss": losses[0], "reward": drawn.rewards.mean().item(), "n_groups": len(lessons)}
     told |= {"n_equal": n_equal(drawn.rewards), "kl": (k3(seen[0], base).sum() / mask.sum()).item()}
-    # Pictures come in turn: of a pair the one in conflict, then the usual one.
-    return told | {"reward_conflict": drawn.rewards[::2].mean().item()}
+    return told | {"reward_conflict": drawn.rewards[::n_sides].mean().item()}
 
 
 def _descend(loss: Float[Tensor, ""], descent: Descent) -> None:
@@ -265,7 +270,7 @@ def train(
         if recipe.objective == "supervised":
             told = supervised_step(vlm, lessons, end, descent)
         else:
-            told = reward_step(vlm, lessons, recipe, step, descent)
+            told = reward_step(vlm, lessons, recipe, step, descent, n_sides=1 if pairs.made else 2)
         history.append({"step": step + 1, **told})
         if (step + 1) % every == 0 or step + 1 == recipe.n_steps:
             history[-1] |= validate()

@@ -1,13 +1,17 @@
 """What contrastive decoding is asked: methods, their doses, and the pictures."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlm_mech.behaviour.decoding.processors import CUTOFF, NOISE_STEP, RATE, START, STRENGTH
-from vlm_mech.data.fitting import fitting
-from vlm_mech.data.pairs import Pairs, by_groups, conflict_first, load_pairs, with_conflict
+from vlm_mech.behaviour.answering.asked_options import Template, options_of
+from vlm_mech.behaviour.decoding.processors import ALPHA, CUTOFF, NOISE_STEP, RATE, START, STRENGTH
+from vlm_mech.data.fitting import askable, fitting
+from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, conflict_first, load_pairs, with_conflict
+from vlm_mech.data.reading import check_options
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.inputs.wording import BARE, Wording
 
 if TYPE_CHECKING:
@@ -68,6 +72,16 @@ def grid(kinds: Sequence[str], alphas: Sequence[float], rates: Sequence[float], 
     return found
 
 
+def fixed(kinds: Sequence[str]) -> list[Setting]:
+    """Plain greedy decoding, and each method greedy with its paper's values; nothing is chosen.
+
+    Raises:
+        UsageError: no method, or one twice.
+    """
+    grid(kinds, (), (), ())
+    return [Setting(), *(Setting(kind, PAPER[kind], ALPHA if kind == "M3ID" else 0.0) for kind in kinds)]
+
+
 def parts_of(
     vlm: "VLM", data: str, *, n: int | None, seed: int, wording: Wording = BARE, fix_labels: bool = False
 ) -> tuple[Pairs, Pairs]:
@@ -85,6 +99,32 @@ def parts_of(
         if len(pairs) < 2:
             raise UsageError(f"{pairs.name} gives {len(pairs)} example for {part}; at least two are needed")
     return validation, test
+
+
+def every_pair(
+    vlm: "VLM", data: str, template: Template, *, n: int | None, seed: int, wording: Wording = BARE,
+    fix_labels: bool = False, n_new: int = 8,
+) -> Pairs:  # fmt: skip
+    """All pairs, both pictures of which are asked about in a way, in conflict or not.
+
+    Args:
+        n_new: tokens of an answer at most.
+
+    Raises:
+        UsageError: as for `load_pairs`, or fewer than two pairs that the model has tokens and room for.
+    """
+    pairs = load_pairs(data, n=n, seed=seed, wording=wording, fix_labels=fix_labels)
+    asked = (dataclasses.replace(pair, question=template.asked(pair.question, options_of(pair))) for pair in pairs)
+    pairs = dataclasses.replace(pairs, pairs=tuple(asked))
+
+    def check(pair: Pair) -> None:
+        check_options(options_of(pair))
+        check_known(vlm, [pair.base.question], "prompt")
+
+    found = askable(vlm, checked(pairs, check, "can be asked"), n_new=n_new)
+    if len(found) < 2:
+        raise UsageError(f"{found.name} gives {len(found)} pair; at least two are needed")
+    return found
 
 
 # What follows

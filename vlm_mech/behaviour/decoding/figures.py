@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from vlm_mech.behaviour.answering.by_category import categories, has_categories
+from vlm_mech.behaviour.decoding.both_pictures import BY_CATEGORY
 from vlm_mech.behaviour.decoding.data import DOSES, GREEDY, TEST, VALIDATION, label
 from vlm_mech.behaviour.decoding.study import DEPENDENCY, OWN, STRANGER, USUAL, WHOLE
 from vlm_mech.results import figures
@@ -15,7 +17,14 @@ if TYPE_CHECKING:
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
-    """Rates by method on test, curves of the dose on validation, and the dependency along the answer."""
+    """Rates by method on test, curves of the dose on validation, and the dependency along the answer.
+
+    Where both pictures of all pairs were asked about, accuracy by method.
+    """
+    if any(each.name == "pair" for each in result.metrics):
+        found = {"accuracies": accuracies(result)}
+        named = {"categories": categories(result, **BY_CATEGORY, named=["method"])} if has_categories(result) else {}
+        return found | named
     found = {"methods": methods(result)}
     table = result.table
     for kind in DOSES:
@@ -57,11 +66,41 @@ def methods(result: Result) -> "go.Figure":
     return figure
 
 
-def _dots(rows: pd.DataFrame, places: list[int], name: str, number: int) -> "go.Scatter":
+def accuracies(result: Result) -> "go.Figure":
+    """Pictures and pairs right by method, with 95 % intervals, about their own pictures and others'; chance dotted."""
+    from plotly.subplots import make_subplots
+
+    summary = result.summary()
+    names = list(dict.fromkeys(summary["method"]))
+    titles = {"individual": "pictures right", "pair": "both of a pair right"}
+    figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=list(titles.values()), horizontal_spacing=0.04)
+    for column, metric in enumerate(titles, 1):
+        for number, picture in enumerate((OWN, STRANGER)):
+            rows = summary[(summary["picture"] == picture) & (summary["metric"] == metric)]
+            trace = _dots(
+                rows.assign(label=rows["method"]), [*map(names.index, rows["method"])], picture, number, "chance"
+            )
+            figure.add_trace(trace.update(showlegend=column == 1), row=1, col=column)
+        chance = summary[summary["metric"] == metric]["baseline"].mean()
+        figure.add_vline(x=chance, line={"dash": "dot", "color": "#888888"}, row=1, col=column)
+    figure.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.4, -0.6], automargin=True
+    )
+    figure.update_xaxes(title_text="share", range=[-0.04, 1.04])
+    title = f"answers about both pictures (n = {int(summary['n'].max())} pairs; bars: 95 % interval; dotted: chance)"
+    return figure.update_layout(
+        template="plotly_white", width=960, height=210 + 44 * len(names), title={"text": title, "x": 0.01},
+        font={"family": "Helvetica, Arial, sans-serif", "size": 13}, margin={"t": 90, "b": 60},
+        meta=drawn_by(accuracies),
+    )  # fmt: skip
+
+
+def _dots(rows: pd.DataFrame, places: list[int], name: str, number: int, against: str = "greedy") -> "go.Scatter":
     import plotly.graph_objects as go
 
     told = [
-        f"{row['label']}: {row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}), greedy {row['baseline']:.3f}"
+        f"{row['label']}: {row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}), {against} "
+        f"{row['baseline']:.3f}"
         for row in rows.to_dict("records")
     ]
     return go.Scatter(

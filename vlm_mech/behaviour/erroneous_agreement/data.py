@@ -7,7 +7,7 @@ Pairs come from generated pairs or a folder. Sets of four show the same two thin
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,13 @@ from PIL import Image
 
 from vlm_mech.behaviour.erroneous_agreement.similarity import FEWEST
 from vlm_mech.data.counterfactual_scenes import ScenePair, sample_pairs
-from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
+from vlm_mech.data.pairs import Pair, Pairs, Refused
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_questions import caption
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import SIZE, Scene, Thing, check_split, in_conflict
 from vlm_mech.data.user_files import check_count
+from vlm_mech.data.whole_sets import load_sets, sets_in
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.following import check_parting
 from vlm_mech.inputs.image import load_image
@@ -66,6 +67,8 @@ class Case:
     captions: tuple[str, ...]
     asked: tuple[Asked, ...]
     group: str
+    categories: tuple[str, ...] = ()
+    """Of each pair, where they have any."""
 
     def __post_init__(self) -> None:
         if len(set(self.captions)) < len(self.captions):
@@ -99,11 +102,12 @@ def load_cases(
     """Pairs by name or folder (see `load_pairs`), or `scenes/relations`, with captions.
 
     Captions of scenes name what is in them, or the relation asked about; those of a folder are the fields `caption`
-    and `counterfactual_caption` of its lines, or else the template filled with question and answer.
+    and `counterfactual_caption` of its lines, or else the template filled with question and answer. Pairs that make
+    sets (`data.whole_sets`) are cases of four images.
 
     Args:
         n: pairs, or sets of four; 64 pairs or 32 sets by default, all of a folder.
-        template: caption of a folder's pictures, with {question} and {answer}.
+        template: caption of a folder's pictures, with {question} and {answer}; or {caption} and words around it.
         wording: how the questions are put to a VLM; captions stay as they are.
         fix_labels: correct label errors that are known.
 
@@ -112,7 +116,7 @@ def load_cases(
     """
     if name == SETS:
         return _sets(SOME_SETS if n is None else n, seed, split, wording)
-    pairs = load_pairs(name, n=n, seed=seed, split=split, wording=wording, fix_labels=fix_labels)
+    pairs = load_sets(name, n=n, seed=seed, split=split, wording=wording, fix_labels=fix_labels)
     if name.startswith("scenes/"):
         found = sample_pairs(name.removeprefix("scenes/"), len(pairs), seed=seed, split=split)
         captions = [scene_captions(each) for each in found]
@@ -122,17 +126,35 @@ def load_cases(
 
 
 def _cases(pairs: Pairs, captions: Sequence[tuple[str, ...]]) -> Cases:
+    """A case for each pair or, where pairs make sets, for each whole set."""
+    told = dict(zip((pair.id for pair in pairs), captions, strict=True))
+    sets, partial = sets_in(pairs)
+    together = {some[0].id: some for some in sets} if sets or partial else {pair.id: (pair,) for pair in pairs}
+    inside = {pair.id for some in together.values() for pair in some}
     kept: list[Case] = []
     refused = list(pairs.refused)
-    for pair, told in zip(pairs, captions, strict=True):
-        asked = (Asked(pair.question, (pair.answer, pair.counterfactual_answer), pair.wording),)
+    for pair in pairs:
         try:
-            pair.check_single("a contrastive model compares")
-            images = tuple(map(load_image, pair.pictures))
-            kept.append(Case(pair.id, images, told, asked, pair.group or pair.id))
+            if pair.id not in inside:
+                raise UsageError("its set lacks pictures, and cannot be counted")
+            if pair.id in together:
+                kept.append(_case(together[pair.id], told))
         except UsageError as error:
             refused.append(Refused(pair.id, str(error)))
     return Cases(pairs.name, tuple(kept), tuple(refused), pairs.drawn, pairs.notes)
+
+
+def _case(pairs: Sequence[Pair], captions: Mapping[str, tuple[str, ...]]) -> Case:
+    """The pair, or the pairs of a set one after the other."""
+    first = pairs[0]
+    answers = tuple(answer for pair in pairs for answer in (pair.answer, pair.counterfactual_answer))
+    for pair in pairs:
+        pair.check_single("a contrastive model compares")
+    images = tuple(load_image(image) for pair in pairs for image in pair.pictures)
+    told = tuple(caption for pair in pairs for caption in captions[pair.id])
+    asked = (Asked(first.question, answers, first.wording),)
+    categories = tuple(pair.category or "" for pair in pairs) if any(pair.category for pair in pairs) else ()
+    return Case(first.id, images, told, asked, first.group or first.id, categories)
 
 
 def scene_captions(pair: ScenePair) -> tuple[str, str]:
@@ -153,12 +175,22 @@ def relation_caption(one: Thing, other: Thing, answer: str) -> str:
 
 
 def _folder_captions(pairs: Pairs, template: str) -> list[tuple[str, ...]]:
-    if "{answer}" not in template:
+    if "{answer}" not in template and "{caption}" not in template:
         raise UsageError(f"caption {template!r} has no {{answer}}; it is needed, as in '{{question}} {{answer}}'")
-    return [pair.captions or _filled(template, pair) for pair in pairs]
+    return [_filled(template, pair) if pair.captions is None else _worded(template, pair.captions) for pair in pairs]
+
+
+def _worded(template: str, captions: tuple[str, str]) -> tuple[str, ...]:
+    """The data's own captions, in the words of a template that has a place for them."""
+    return tuple(template.replace("{caption}", each) for each in captions) if "{caption}" in template else captions
 
 
 def _filled(template: str, pair: Pair) -> tuple[str, ...]:
+    if "{answer}" not in template:
+        raise UsageError(
+            f"pair {pair.id} has no captions, and caption {template!r} has no {{answer}}; it is needed, as in "
+            "'{question} {answer}'"
+        )
     made = template.replace("{question}", pair.question.rstrip(" ?"))
     return tuple(made.replace("{answer}", answer) for answer in (pair.answer, pair.counterfactual_answer))
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlm_mech.behaviour.erroneous_agreement.study import AMONG, POOLED, READERS, SIMILARITIES, TO_TEXT
+from vlm_mech.behaviour.answering.by_category import categories, has_categories
+from vlm_mech.behaviour.erroneous_agreement.study import AMONG, BY_CATEGORY, POOLED, READERS, SIMILARITIES, TO_TEXT
 from vlm_mech.errors import UsageError
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
@@ -200,6 +201,8 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
         ),
         "alignment": aligned_layers(result, title="first and second images along the contrastive tower"),
     }  # fmt: skip
+    if has_categories(result):
+        found["categories"] = categories(result, **BY_CATEGORY, named=["data", "view"])
     if bool(result.table["set"].notna().any()):
         found["set"] = dots(result, metric="set", views=views, title="all four images of a set right")
     return found

@@ -6,7 +6,16 @@ from typing import Any
 
 import pandas as pd
 
-from vlm_mech.behaviour.erroneous_agreement.study import AMONG, POOLED, TO_TEXT, likeness_with_right, paired_tests
+from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category
+from vlm_mech.behaviour.erroneous_agreement.study import (
+    AMONG,
+    BY_CATEGORY,
+    POOLED,
+    TO_IMAGE,
+    TO_TEXT,
+    likeness_with_right,
+    paired_tests,
+)
 from vlm_mech.results.claim import LEVEL
 from vlm_mech.results.result import Result
 
@@ -24,6 +33,10 @@ def findings(result: Result, *, tau: float, floors: Sequence[dict[str, Any]]) ->
         f"VLM's above it and above the contrastive one, p < {LEVEL}): {', '.join(shown) or 'on no data set'}; not: "
         f"{', '.join(hidden) or 'on none'}. No second tower is asked, as MMVP does with DINO."
     )
+    if has_categories(result):
+        table = by_category(result, **BY_CATEGORY)
+        for metric in BY_CATEGORY["metrics"]:
+            found += told_by_category(table[table["view"].isin([TO_TEXT, TO_IMAGE, AMONG])], ["data", "view"], metric)
     n = result.table["example"].nunique()
     return (f"{n} pairs of {len(tests)} data sets.", verdict, *found)
 

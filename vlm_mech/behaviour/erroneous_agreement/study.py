@@ -46,6 +46,8 @@ SIMILARITY = Metric(
 ABOVE = Metric("above_tau", "share", "share of pairs whose similarity is above tau; beside it that of unpaired images")
 PLACE = Metric("place", "share", "share of unpaired similarities of the data set that are below the pair's own")
 METRICS = (PAIR, INDIVIDUAL, SET, SIMILARITY, ABOVE, PLACE)
+BY_CATEGORY = {"metrics": [INDIVIDUAL.name, PAIR.name], "cells": {"view": list(READERS)}}
+"""What is told by category."""
 SHUFFLED = 0.5
 """Place of a pair that is no more alike than any two images."""
 
@@ -79,6 +81,12 @@ def looked_at(encoder: "DualEncoder", vlm: "VLM", cases: Sequence[Case], after: 
         scores += list(cosines(view.images[rows], view.captions[rows]))
     named = {"case": [case.id for case in cases for _ in case.images]}
     named["group"] = [case.group for case in cases for _ in case.images]
+    if any(case.categories for case in cases):
+        named["category"] = [
+            case.categories[place // 2] if case.categories else ""
+            for case in cases
+            for place in range(len(case.images))
+        ]
     return pd.DataFrame(named | {"captions": scores} | columns)
 
 
@@ -130,10 +138,11 @@ def pair_table(images: pd.DataFrame, *, tau: float) -> tuple[pd.DataFrame, list[
         tables.append(table.assign(data=data))
         floors += [{"data": str(data)} | each for each in floor]
     table = pd.concat(tables, ignore_index=True)
-    pairs = table[["example", "group"]].drop_duplicates()
+    known = ["example", "group", *(["category"] if "category" in table else [])]
+    pairs = table[known].drop_duplicates()
     every = pairs.merge(table[list(AXES)].drop_duplicates(), how="cross")
     # A pair belongs to one data set; its cells in the others are empty.
-    return every.merge(table, how="left", on=["example", "group", *AXES]), floors
+    return every.merge(table, how="left", on=[*known, *AXES]), floors
 
 
 def _of_data(images: pd.DataFrame, tau: float) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
@@ -142,6 +151,8 @@ def _of_data(images: pd.DataFrame, tau: float) -> tuple[pd.DataFrame, list[dict[
     names = [f"{data}/{case['case'][0]}/{pair}" for case in cases for pair in range(len(case) // 2)]
     groups = np.array([f"{data}/{case['group'][0]}" for case in cases for _ in range(len(case) // 2)])
     known = pd.DataFrame({"example": names, "group": groups})
+    if "category" in images:
+        known["category"] = images["category"].fillna("").to_numpy()[::2]
     tables = [known.assign(view=view, **columns) for view, columns in _readers(cases).items()]
     floors = []
     for view, (own, others) in _similar(images, pd.factorize(groups)[0]).items():

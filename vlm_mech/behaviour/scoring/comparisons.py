@@ -8,7 +8,15 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from vlm_mech.behaviour.scoring.measures import GENERATION, RANDOM, SIMILARITY, STARTS, SUBSTRING, relaxed
+from vlm_mech.behaviour.scoring.measures import (
+    GENERATION,
+    RANDOM,
+    SIMILARITY,
+    STARTS,
+    SUBSTRING,
+    TO_IMAGE,
+    relaxed,
+)
 from vlm_mech.behaviour.scoring.study import AS_GIVEN, AXES, BEST, MEAN, OWN, SCORES
 from vlm_mech.errors import UsageError
 from vlm_mech.results.result import Result
@@ -61,7 +69,7 @@ def comparisons(result: Result) -> list[Compared]:
     found = []
     for one, other in itertools.combinations(held, 2):
         models, scorings = one["model"] == other["model"], one["scoring"] == other["scoring"]
-        contrastive = SIMILARITY in (one["scoring"], other["scoring"])
+        contrastive = bool({SIMILARITY, TO_IMAGE} & {one["scoring"], other["scoring"]})
         loose = one["scoring"] in (SUBSTRING, STARTS)
         if (one["scoring"] == GENERATION and (models or contrastive)) or (scorings and not models and not loose):
             found.append(compared(result, other, one))

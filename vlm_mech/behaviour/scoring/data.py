@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vlm_mech.behaviour.answering.asked_options import Template, answers_first, options_of
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTERED,
     LETTERS,
     OPTIONS,
     PLAIN,
-    Template,
     check_letters,
     option_tokens,
 )
 from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, load_pairs
 from vlm_mech.data.reading import check_options
+from vlm_mech.data.whole_sets import load_sets, sets_in, sets_together
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.inputs.wording import BARE, Wording
@@ -47,10 +48,12 @@ class Plan:
     forms: tuple[str, ...]
     left_out: tuple[str, ...]
     encoder: DualEncoder | None
-    captions: tuple[tuple[str, str], ...]
+    captions: tuple[tuple[str, ...], ...]
     seed: int
     batch: int
     max_new_tokens: int
+    n_partial_sets: int = 0
+    """Sets that do not count as such, some of their pairs being missing."""
 
     @property
     def told(self) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def load_parts(
     """
     if n_validation is not None and n_validation < 0:
         raise UsageError(f"n_validation is {n_validation}; 0 leaves the best prompt out, otherwise pairs are needed")
-    pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording, fix_labels=fix_labels)
+    pairs = load_sets(data, n=n, seed=seed, split=split, wording=wording, fix_labels=fix_labels)
     scenes = data.startswith("scenes/")
     if n_validation is None:
         n_validation = N_VALIDATION if scenes else len(pairs) // 3
@@ -105,7 +108,7 @@ def plan_of(
     Args:
         prompts, forms: none stands for all that the models have tokens for.
         contrastive: by default clip for generated scenes with known captions; `none` leaves it out.
-        caption: of an answer, with `{answer}`; empty where captions are known.
+        caption: of an answer, with `{answer}`, or with `{caption}` around the data's own; empty where known.
         loading: how the contrastive model is loaded; the revision is that of the VLM.
 
     Raises:
@@ -116,8 +119,10 @@ def plan_of(
     templates, left_out = _templates(prompts, forms, vlms)
     lettered = any(template.lettered for template in templates)
     forms = tuple(dict.fromkeys(forms)) or (GENERATION, OPTIONS, *([LETTERS] if lettered else []))
-    test = usable(vlms, test, templates, max_new_tokens)
-    validation = None if validation is None else usable(vlms, validation, templates, max_new_tokens)
+    whole, partial = sets_in(test)
+    room = {"forms": forms, "n_new": max_new_tokens}
+    test = sets_together(usable(vlms, test, templates, **room))
+    validation = None if validation is None else sets_together(usable(vlms, validation, templates, **room))
     name = contrastive or ("clip" if test.name in SCENE_CAPTIONS else "none")
     if caption and name == "none":
         raise UsageError(f"caption {caption!r} is for a contrastive model; contrastive names one")
@@ -125,13 +130,14 @@ def plan_of(
     encoder = None if name == "none" else DualEncoder.load(name, **how)
     captions = ()
     if encoder is not None:
-        captions_of(test, caption)
-        told = f"has captions that {name} takes"
-        test = checked(test, lambda pair: _check_captions(encoder, pair, test.name, caption), told)
-        captions = tuple(captions_of(test, caption))
+        _check_template(test, caption)
+        told, known = f"has captions that {name} takes", own_captions(test)
+        test = checked(test, lambda pair: _check_captions(encoder, pair, test.name, caption, known), told)
+        captions = tuple(_captions(pair, test.name, caption, known) for pair in test)
     if len(test) < 2:
         raise UsageError(f"{test.name} gives {len(test)} pair to test; at least two are needed")
-    options = (seed, batch, max_new_tokens)
+    partial += len(whole) - len(sets_in(test)[0])
+    options = (seed, batch, max_new_tokens, partial)
     return Plan(tuple(vlms), test, validation, templates, forms, left_out, encoder, captions, *options)
 
 
@@ -159,7 +165,9 @@ def _templates(
     return (*PLAIN, LETTERED), ()
 
 
-def usable(vlms: "Sequence[VLM]", pairs: Pairs, templates: Sequence[Template], n_new: int) -> Pairs:
+def usable(
+    vlms: "Sequence[VLM]", pairs: Pairs, templates: Sequence[Template], *, forms: Sequence[str], n_new: int
+) -> Pairs:
     """The pairs that every model has tokens and room for, in every prompt; the others move to `refused`.
 
     Args:
@@ -168,11 +176,11 @@ def usable(vlms: "Sequence[VLM]", pairs: Pairs, templates: Sequence[Template], n
     Raises:
         UsageError: none is left.
     """
-    return checked(pairs, lambda pair: _check(vlms, pair, templates, n_new), "can be scored")
+    return checked(pairs, lambda pair: _check(vlms, pair, templates, forms, n_new), "can be scored")
 
 
-def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template], n_new: int) -> None:
-    options = (pair.answer, pair.counterfactual_answer)
+def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template], forms: Sequence[str], n_new: int) -> None:
+    options = options_of(pair)
     check_options(options)
     for vlm in vlms:
         room = 0
@@ -180,6 +188,8 @@ def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template], n_n
             asked = template.asked(pair.question, options)
             prompt = pair.wording.prompt(asked, pair.image)
             check_known(vlm, [prompt.question], "prompt")
+            if template.lettered and LETTERS in forms and len(options) > 2:
+                check_letters(vlm, template, len(options))
             found = option_tokens(vlm, prompt, template.strings(options))
             room = max(room, n_new, *map(len, found.ids))
         _check_room(vlm, pair, [template.asked(pair.question, options) for template in templates], room)
@@ -192,24 +202,45 @@ def _check_room(vlm: "VLM", pair: Pair, asked: Sequence[str], n_new: int) -> Non
         vlm.encode(pair.wording.prompt(longest, image)).check_room(n_new)
 
 
-def _check_captions(encoder: DualEncoder, pair: Pair, name: str, caption: str) -> None:
+# Captions
+
+Captions = Mapping[tuple[str | None, str, str], str]
+"""The data's own captions, by group, question and answer."""
+
+
+def own_captions(pairs: Pairs) -> Captions:
+    """What each picture's own caption says of its answer; captions of a set are known to all its pairs."""
+    return {
+        (pair.group, pair.question, answer): told
+        for pair in pairs
+        for answer, told in zip((pair.answer, pair.counterfactual_answer), pair.captions or (), strict=False)
+    }
+
+
+def _check_template(pairs: Pairs, caption: str) -> None:
+    """Raises `UsageError` where no caption can be made."""
+    known = pairs.name in SCENE_CAPTIONS or any(pair.captions for pair in pairs)
+    if (caption or not known) and "{answer}" not in caption and "{caption}" not in caption:
+        raise UsageError(f"caption {caption!r} has no {{answer}}; a caption needs it, as in 'a {{answer}} thing'")
+
+
+def _check_captions(encoder: DualEncoder, pair: Pair, name: str, caption: str, known: Captions | None = None) -> None:
     """Raises `UsageError` for captions of a pair that the contrastive model cannot be given."""
     pair.check_single("a contrastive model compares")
-    encoder.encode(list(pair.images), captions_of(Pairs(name, (pair,)), caption)[0])
+    encoder.encode(list(pair.images), _captions(pair, name, caption, known or {}))
 
 
-def captions_of(pairs: Pairs, caption: str) -> list[tuple[str, str]]:
-    """Captions of both answers of each pair: by a template with `{answer}`, or as generated scenes are captioned.
+def _captions(pair: Pair, name: str, caption: str, known: Captions) -> tuple[str, ...]:
+    """Captions of all options of a pair, those of its answers first (`answers_first`).
 
-    Raises:
-        UsageError: no template and none known for the data, or one without `{answer}`.
+    They are made by a template with `{answer}`; or are those of the data, by themselves or in a template with
+    `{caption}`; or are as generated scenes are captioned.
     """
-    found = []
-    for pair in pairs:
-        text = caption
-        if not caption and pairs.name in SCENE_CAPTIONS:
-            text = re.sub(*SCENE_CAPTIONS[pairs.name], pair.question)
-        if "{answer}" not in text:
-            raise UsageError(f"caption {text!r} has no {{answer}}; a caption needs it, as in 'a {{answer}} thing'")
-        found.append((text.replace("{answer}", pair.answer), text.replace("{answer}", pair.counterfactual_answer)))
-    return found
+    if not caption and name in SCENE_CAPTIONS:
+        caption = re.sub(*SCENE_CAPTIONS[name], pair.question)
+    if "{answer}" in caption:
+        return tuple(caption.replace("{answer}", option) for option in answers_first(pair))
+    found = [known.get((pair.group, pair.question, option)) for option in answers_first(pair)]
+    if missing := [option for option, told in zip(answers_first(pair), found, strict=True) if told is None]:
+        raise UsageError(f"no caption is known for its option {missing[0]!r:.60}")
+    return tuple((caption or "{caption}").replace("{caption}", str(told)) for told in found)

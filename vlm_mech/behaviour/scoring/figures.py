@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from vlm_mech.behaviour.answering.by_category import categories, has_categories
 from vlm_mech.behaviour.scoring.comparisons import same_verdicts
 from vlm_mech.behaviour.scoring.measures import RANDOM, STARTS, SUBSTRING
-from vlm_mech.behaviour.scoring.study import BEST, BOTH, CHANCE, MEAN, OWN, STRANGER
+from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
@@ -25,12 +26,18 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
     found = {"accuracies": accuracies(result), "prompts": prompts(result)}
     if result.table["position_bias"].notna().to_numpy().any():
         found["order_bias"] = order_bias(result)
+    if has_categories(result):
+        found["categories"] = categories(result, **BY_CATEGORY, named=["model", "scoring"])
     return found | {"agreement": agreement(result)}
 
 
 def accuracies(result: Result) -> "go.Figure":
     """Dots with intervals: each scoring over its prompts, on own and on another pair's pictures, beside chance."""
-    titles = {"individual": "pictures right", "pair": "both of a pair right", "relaxed": "pairs matched"}
+    titles = {
+        "individual": "pictures right", "pair": "both of a pair right", "set": "all of a set right",
+        "relaxed": "pairs matched",
+    }  # fmt: skip
+    titles = {name: title for name, title in titles.items() if name in [each.name for each in result.metrics]}
     summary = result.summary()
     shown = summary[(summary["order"] == BOTH) & summary["prompt"].isin([MEAN, BEST]) & (summary["n"] > 0)]
     marks = {
@@ -44,7 +51,8 @@ def accuracies(result: Result) -> "go.Figure":
         for name, (view, prompt, colour, symbol, shift) in marks.items():
             chosen = (shown["metric"] == metric) & (shown["view"] == view) & (shown["prompt"] == prompt)
             _dots(figure, shown[chosen], labels, name, colour, symbol, shift, column)
-        figure.add_vline(x=CHANCE[metric], line={"dash": "dot", "color": "#888888"}, row=1, col=column)
+        chance = shown[shown["metric"] == metric]["baseline"].mean()
+        figure.add_vline(x=chance, line={"dash": "dot", "color": "#888888"}, row=1, col=column)
     figure.update_xaxes(range=[-0.04, 1.04], dtick=0.25, title_text="share")
     counts = f"n = {int(shown['n'].max())} pairs; bars: 95 % interval; dotted: chance of two options"
     return _styled(figure, labels, "ways of scoring the same pairs", counts, accuracies, width=1100)

@@ -1,27 +1,41 @@
 """What a scoring run says, in sentences made from its numbers."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
+from vlm_mech.behaviour.answering.asked_options import options_of
+from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category
 from vlm_mech.behaviour.scoring.comparisons import comparisons, decided, matched
-from vlm_mech.behaviour.scoring.measures import GENERATION, LETTERS, OPTIONS, RANDOM, SIMILARITY, STARTS, SUBSTRING
-from vlm_mech.behaviour.scoring.study import BEST, BOTH, CHANCE, MEAN, OWN, STRANGER
+from vlm_mech.behaviour.scoring.measures import (
+    GENERATION,
+    LETTERS,
+    OPTIONS,
+    RANDOM,
+    SIMILARITY,
+    STARTS,
+    SUBSTRING,
+    TO_IMAGE,
+)
+from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER
 from vlm_mech.data.pairs import Pairs
+from vlm_mech.data.whole_sets import sets_in
 from vlm_mech.results.result import Result
 
 
 def findings(
-    result: Result, pairs: Pairs, best: Mapping[tuple[str, str], str], n_validation: int, left_out: Sequence[str]
-) -> tuple[str, ...]:
+    result: Result, pairs: Pairs, best: Mapping[tuple[str, str], str], n_validation: int, left_out: Sequence[str],
+    n_partial_sets: int = 0,
+) -> tuple[str, ...]:  # fmt: skip
     """Each scoring with its interval, chance and floor; the best prompt; matching; looser rules; order; comparisons."""
     summary = result.summary()
     found = [
-        f"{len(pairs)} pairs of {pairs.name}. Chance between two options is "
-        f"{CHANCE['individual']} a picture, {CHANCE['pair']} for both of a pair and {CHANCE['relaxed']} for matching a "
-        "pair; ties count against the model; intervals are 95 % bootstrap over pairs."
+        f"{len(pairs)} pairs of {pairs.name}. {_chance(pairs)}; ties count against the model; intervals are 95 % "
+        "bootstrap over pairs."
     ]
-    found += left_out
+    found += [*_sets(pairs, n_partial_sets), *left_out]
     if len(pairs) < 2:
         return tuple(found)
     for model, scoring in _tested(result):
@@ -30,12 +44,38 @@ def findings(
         found += _matching(result, summary, model, scoring)
     for model in dict.fromkeys(result.table["model"]):
         found += [*_looser(summary, str(model)), *_order(summary, str(model))]
+    if has_categories(result):
+        table = by_category(result, **BY_CATEGORY)
+        for metric in BY_CATEGORY["metrics"]:
+            found += told_by_category(table, ["model", "scoring"], metric)
     return (*found, *_comparisons(result))
+
+
+def _chance(pairs: Pairs) -> str:
+    """What guessing gives."""
+    sizes = sorted({len(options_of(pair)) for pair in pairs})
+    if sizes == [2]:
+        return "Chance between two options is 0.5 a picture, 0.25 for both of a pair and 0.5 for matching a pair"
+    among = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    single, both = (np.mean([len(options_of(pair)) ** -power for pair in pairs]) for power in (1, 2))
+    told = f"{single:.3g} a picture, {both:.3g} for both of a pair and 0.5 for matching a pair"
+    return f"Chance among {among} options is {told}"
+
+
+def _sets(pairs: Pairs, partial: int) -> list[str]:
+    """How many sets there are, what guessing gives for all pictures of one, and how many are not whole."""
+    whole, _ = sets_in(pairs)
+    if not whole and not partial:
+        return []
+    chances = [math.prod(len(pair.options) ** -2 for pair in some) for some in whole]
+    told = f"{len(whole)} whole sets ({2 * sum(map(len, whole))} pictures)"
+    told += f", all of one right by chance {np.mean(chances):.2g} of the time" if whole else ""
+    return [f"{told}; {partial} lack a pair and do not count as sets."]
 
 
 def _tested(result: Result) -> list[tuple[str, str]]:
     cells = result.cells[["model", "scoring"]].drop_duplicates()
-    wanted = (GENERATION, OPTIONS, LETTERS, SIMILARITY)
+    wanted = (GENERATION, OPTIONS, LETTERS, SIMILARITY, TO_IMAGE)
     return [(str(model), str(scoring)) for model, scoring in cells.to_numpy() if scoring in wanted]
 
 
@@ -58,7 +98,9 @@ def _accuracy(
         f"{one} of pictures and {two} of pairs right, mean of prompts; about another pair's pictures {floors[0]} and "
     )
     text += f"{floors[1]}."
-    if (model, scoring) in best and scoring != SIMILARITY:
+    if (whole := _at(summary, "set", model, scoring)) != "none":
+        text += f" All pictures of a set: {whole}; of others {_at(summary, 'set', model, scoring, view=STRANGER)}."
+    if (model, scoring) in best and scoring not in (SIMILARITY, TO_IMAGE):
         chosen = [_at(summary, metric, model, scoring, prompt=BEST) for metric in ("individual", "pair")]
         text += f" With the prompt best on {n_validation} validation pairs, {best[model, scoring]!r}: "
         text += f"{chosen[0]} and {chosen[1]}."
@@ -75,7 +117,7 @@ def _matching(result: Result, summary: pd.DataFrame, model: str, scoring: str) -
         f"{model}, {scoring}: {told} of pairs matched in one decision (chance 0.5; floor {floor}), for {strict} with "
     )
     text += "both pictures right. "
-    if scoring == SIMILARITY:
+    if scoring in (SIMILARITY, TO_IMAGE):
         missing = result.table[(result.table["scoring"] == scoring) & (result.table["view"] == OWN)]
         missing = int(missing[missing["prompt"] == MEAN]["relaxed_ratio"].isna().sum())
         ratio = _at(summary, "relaxed_ratio", model, scoring)

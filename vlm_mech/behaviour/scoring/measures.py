@@ -6,12 +6,12 @@ cannot be read is never right. The former's exact keyword rules were not found; 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from vlm_mech.behaviour.answering.asked_options import Template
 from vlm_mech.behaviour.answering.class_name_scores import Names, names_after, score_names
 from vlm_mech.data.reading import ALPHABET, check_options, mentions, read_answer
 from vlm_mech.errors import UsageError
@@ -24,44 +24,8 @@ if TYPE_CHECKING:
 GENERATION, SUBSTRING, STARTS, RANDOM = (
     "generation", "generation, substring", "generation, starts alike", "generation, unread at random",
 )  # fmt: skip
-OPTIONS, LETTERS, SIMILARITY = "options", "letters", "similarity"
+OPTIONS, LETTERS, SIMILARITY, TO_IMAGE = "options", "letters", "similarity", "similarity, text to image"
 LETTER_NAMES = ("A", "B")
-QUESTION, FIRST, SECOND = "{question}", "{first}", "{second}"
-
-
-@dataclass(frozen=True)
-class Template:
-    """A way of asking: a text with `{question}` and, where the options are listed, `{first}` and `{second}`."""
-
-    name: str
-    text: str
-
-    def __post_init__(self) -> None:
-        if QUESTION not in self.text:
-            raise UsageError(
-                f"prompt {self.text!r} has no {QUESTION}; it is needed, as in '{QUESTION} answer briefly.'"
-            )
-        if (FIRST in self.text) != (SECOND in self.text):
-            raise UsageError(f"prompt {self.text!r} lists one option; it needs both {FIRST} and {SECOND}, or neither")
-
-    @property
-    def listed(self) -> bool:
-        """Whether the options stand in the prompt, so that they have an order."""
-        return FIRST in self.text
-
-    @property
-    def lettered(self) -> bool:
-        """Whether the options have letters, so that an answer may be one."""
-        return f"(a) {FIRST}" in self.text and f"(b) {SECOND}" in self.text
-
-    def asked(self, question: str, options: Sequence[str]) -> str:
-        """What is asked, the two options in their order."""
-        first, second = options
-        return self.text.replace(FIRST, first).replace(SECOND, second).replace(QUESTION, question)
-
-    def strings(self, options: Sequence[str]) -> tuple[str, ...]:
-        """The full option strings: with their letters where the prompt has them."""
-        return tuple(f"({'ab'[place]}) {each}" if self.lettered else each for place, each in enumerate(options))
 
 
 PLAIN = (
@@ -162,31 +126,38 @@ def mean_nll(
     return np.array(rows)
 
 
-def check_letters(vlm: "VLM", template: Template = LETTERED) -> None:
-    """Raises `UsageError` in one line when the model's tokenizer lacks the letters, or a word of the prompt."""
-    check_known(vlm, [template.asked("", ("", "")), *LETTER_NAMES], "the form with letters:")
+def check_letters(vlm: "VLM", template: Template = LETTERED, n: int = 2) -> None:
+    """Raises `UsageError` in one line when the model's tokenizer lacks the letters, or a word of the prompt.
+
+    Args:
+        n: number of options.
+    """
+    check_known(vlm, [template.asked("", ("",) * n), *ALPHABET[:n]], "the form with letters:")
 
 
-# Decisions on a pair: the first picture's right option is number 0, the second's number 1
+# Decisions: the first picture's right option is number 0, the second's number 1, others follow
 
 Kind = Literal["perplexity", "similarity"]
 Form = Literal["sum", "ratio"]
 
 
 def hits(scores: Float[np.ndarray, "pair image option"], *, kind: Kind) -> Bool[np.ndarray, "pair image"]:
-    """Whether each picture's own option is better than the other one: lower for perplexity, higher for similarity.
+    """Whether each picture's own option is better than all others: lower for perplexity, higher for similarity.
 
     Args:
-        scores: mean negative log-probabilities, or similarities.
+        scores: mean negative log-probabilities, or similarities, of one picture or two.
     """
     better = _higher_is_better(scores, kind)
-    return np.stack([better[:, 0, 0] > better[:, 0, 1], better[:, 1, 1] > better[:, 1, 0]], axis=1)
+    own = [better[:, image, image] > np.delete(better[:, image], image, 1).max(1) for image in range(better.shape[1])]
+    return np.stack(own, axis=1)
 
 
 def relaxed(
     scores: Float[np.ndarray, "pair image option"], *, kind: Kind, form: Form = "sum", as_printed: bool = False
 ) -> Bool[np.ndarray, "pair"]:
     """Whether a pair is matched: one decision a pair, in which what favours an option in both pictures cancels.
+
+    Of several options the right ones of both pictures are compared.
 
     Sum: both right options together against both wrong ones. Ratio: `s(1,c1) / (s(1,c1) + s(1,c2))` against
     `s(2,c1) / (s(2,c1) + s(2,c2))`, with `<` for perplexity and `>` for similarity; for positive scores that compares
@@ -199,6 +170,7 @@ def relaxed(
     Raises:
         UsageError: the ratio of a similarity that is not above 0, or a score that is not finite.
     """
+    scores = scores[:, :, :2]
     better = _higher_is_better(scores, kind)
     if form == "ratio" and kind == "similarity":
         if (scores <= 0).any():
@@ -210,8 +182,8 @@ def relaxed(
 
 
 def _higher_is_better(scores: Float[np.ndarray, "pair image option"], kind: Kind) -> np.ndarray:
-    if scores.shape[1:] != (2, 2):
-        raise UsageError(f"scores have shape {scores.shape}; pairs x 2 pictures x 2 options are needed")
+    if scores.shape[1] not in (1, 2) or scores.shape[2] < 2:
+        raise UsageError(f"scores have shape {scores.shape}; pairs x 1 or 2 pictures x at least 2 options are needed")
     if not np.isfinite(scores).all():
         raise UsageError(f"a score of pair number {int(np.argwhere(~np.isfinite(scores))[0, 0])} is not finite")
     return -scores if kind == "perplexity" else scores

@@ -8,6 +8,7 @@ from vlm_mech.behaviour.scoring import study
 from vlm_mech.behaviour.scoring.data import TEST, VALIDATION, Plan
 from vlm_mech.behaviour.scoring.study import finished
 from vlm_mech.data.pairs import Pairs, partners
+from vlm_mech.data.whole_sets import batch_starts
 
 if TYPE_CHECKING:
     from vlm_mech.runs.workspace import Workspace
@@ -22,10 +23,11 @@ def score_all(plan: Plan, work: "Workspace") -> None:
             (number, VALIDATION, start) for number in range(len(plan.vlms)) for start in _starts(plan, plan.validation)
         ]
     for number, part, start in work.progress(steps, "scoring"):
-        key, rows = f"{number}-{part}-{start:08d}", slice(start, start + plan.batch)
+        key = f"{number}-{part}-{start:08d}"
         if key in work:
             continue
         pairs = plan.test if part == TEST or plan.validation is None else plan.validation
+        rows = slice(start, min([each for each in _starts(plan, pairs) if each > start], default=len(pairs)))
         table = study.score_pairs(
             plan.vlms[number], pairs[rows], others[rows] if part == TEST else [], plan.templates, plan.forms,
             max_new_tokens=plan.max_new_tokens,
@@ -36,8 +38,8 @@ def score_all(plan: Plan, work: "Workspace") -> None:
         work.keep("contrastive", table.assign(part=TEST), {})
 
 
-def _starts(plan: Plan, pairs: Pairs) -> range:
-    return range(0, len(pairs), plan.batch)
+def _starts(plan: Plan, pairs: Pairs) -> list[int]:
+    return batch_starts(pairs, plan.batch)
 
 
 def collected(work: "Workspace") -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:

@@ -1,5 +1,6 @@
 """The same answers scored in every way: the rows of a batch, and the table of a run."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -7,18 +8,18 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from vlm_mech.behaviour.answering.asked_options import Template, answers_first, options_of
 from vlm_mech.behaviour.classify.baselines import contrastive_scores
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
-    LETTER_NAMES,
     LETTERS,
     OPTIONS,
     RANDOM,
     SIMILARITY,
     STARTS,
     SUBSTRING,
+    TO_IMAGE,
     Kind,
-    Template,
     hits,
     judged,
     mean_nll,
@@ -27,6 +28,8 @@ from vlm_mech.behaviour.scoring.measures import (
 )
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.data.pairs import Pair, Pairs, about_others
+from vlm_mech.data.reading import ALPHABET
+from vlm_mech.data.whole_sets import sets_in
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import generate
 from vlm_mech.results.result import Metric
@@ -48,10 +51,27 @@ UNREAD = Metric("unread", "share", "answers that name no option, or several")
 BIAS = Metric(
     "position_bias", "share", "how much oftener an option is chosen when listed first than second", signed=True
 )
+SET = Metric("set", "share", "sets (of four in What'sUp) with all pictures right", against="chance")
 METRICS = (INDIVIDUAL, PAIR, RELAXED, RATIO, UNREAD, BIAS)
-CHANCE = {"individual": 0.5, "pair": 0.25, "relaxed": 0.5, "relaxed_ratio": 0.5, "unread": 0.0, "position_bias": 0.0}
 SCORES = ("score_1_1", "score_1_2", "score_2_1", "score_2_2")
-VALUES = (*CHANCE, "chose_first_answer", "right_1", "right_2", *SCORES)
+"""Scores of both pictures' right options; those of further options follow."""
+VALUES = (*(each.name for each in METRICS), "chose_first_answer", "right_1", "right_2", *SCORES)
+
+
+def metrics_of(table: pd.DataFrame) -> tuple[Metric, ...]:
+    """The metrics of a table: with whole sets that of sets too."""
+    return (*METRICS[:2], SET, *METRICS[2:]) if "set" in table else METRICS
+
+
+SCORINGS = (GENERATION, SUBSTRING, STARTS, RANDOM, OPTIONS, LETTERS, SIMILARITY, TO_IMAGE)
+BY_CATEGORY = {
+    "metrics": [INDIVIDUAL.name, PAIR.name],
+    "cells": {
+        "view": [OWN], "order": [BOTH], "prompt": [MEAN],
+        "scoring": [GENERATION, OPTIONS, LETTERS, SIMILARITY, TO_IMAGE],
+    },
+}  # fmt: skip
+"""What is told by category: all prompts together, in both orders."""
 
 
 # One batch
@@ -77,7 +97,7 @@ def score_pairs(
     """
     views = {OWN: pairs} | ({STRANGER: about_others(pairs, others)} if others else {})
     tables = []
-    for view, some in views.items():
+    for view, some in ((view, part) for view, every in views.items() for part in _by_number_of_options(every)):
         for template in templates:
             cell = {"model": vlm.name, "view": view, "prompt": template.name}
             if GENERATION in forms:
@@ -89,22 +109,48 @@ def score_pairs(
     return pd.concat(tables, ignore_index=True)
 
 
+def _by_number_of_options(pairs: Pairs) -> list[Pairs]:
+    """The pairs with as many options each."""
+    found: dict[int, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(len(options_of(pair)), []).append(pair)
+    return [dataclasses.replace(pairs, pairs=tuple(some)) for some in found.values()]
+
+
 def similarity_rows(
-    encoder: "DualEncoder", pairs: Pairs, others: Sequence[Pair], captions: Sequence[tuple[str, str]], *, batch: int
+    encoder: "DualEncoder", pairs: Pairs, others: Sequence[Pair], captions: Sequence[tuple[str, ...]], *, batch: int
 ) -> pd.DataFrame:
-    """The rows of a contrastive model: cosines of both pictures with the captions of both answers."""
+    """The rows of a contrastive model: cosines of both pictures with the captions of all options.
+
+    Where all captions are the pairs' own, each caption picks among the two pictures too (text to image, as MMVP-VLM is
+    scored officially).
+
+    Args:
+        captions: of each pair, in the order of `answers_first`.
+    """
     views = {OWN: pairs} | ({STRANGER: about_others(pairs, others)} if others else {})
+    known = dict(zip((pair.id for pair in pairs), captions, strict=True))
+    both_ways = all(pair.captions is not None and len(options_of(pair)) == 2 for pair in pairs)
+    tables = []
+    for view, some in ((view, part) for view, every in views.items() for part in _by_number_of_options(every)):
+        cosines = _cosines(encoder, some, [known[pair.id] for pair in some], batch=batch)
+        cell = {"model": encoder.name, "view": view, "prompt": CAPTION, "order": BOTH}
+        tables.append(_scored_rows(some, cell | {"scoring": SIMILARITY}, cosines, "similarity"))
+        if both_ways:
+            turned = cosines.swapaxes(1, 2)
+            tables.append(_scored_rows(some, cell | {"scoring": TO_IMAGE}, turned, "similarity"))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _cosines(
+    encoder: "DualEncoder", pairs: Pairs, captions: Sequence[tuple[str, ...]], *, batch: int
+) -> Float[np.ndarray, "pair image option"]:
     texts = list(dict.fromkeys(text for each in captions for text in each))
     places = np.array([[texts.index(text) for text in each] for each in captions])
-    tables = []
-    for view, some in views.items():
-        images = [image for pair in some for image in pair.pictures]
-        examples = [Labelled(str(number), image, texts[0]) for number, image in enumerate(images)]
-        cosines = contrastive_scores(encoder, examples, texts, "{class}", batch=batch).reshape(len(some), 2, -1)
-        scores = np.take_along_axis(cosines, places[:, None, :].repeat(2, axis=1), axis=2)
-        cell = {"model": encoder.name, "view": view, "prompt": CAPTION, "scoring": SIMILARITY, "order": BOTH}
-        tables.append(_scored_rows(some, cell, scores, "similarity"))
-    return pd.concat(tables, ignore_index=True)
+    images = [image for pair in pairs for image in pair.pictures]
+    examples = [Labelled(str(number), image, texts[0]) for number, image in enumerate(images)]
+    cosines = contrastive_scores(encoder, examples, texts, "{class}", batch=batch).reshape(len(pairs), 2, -1)
+    return np.take_along_axis(cosines, places[:, None, :].repeat(2, axis=1), axis=2)
 
 
 def _orders(template: Template) -> tuple[str, ...]:
@@ -113,7 +159,7 @@ def _orders(template: Template) -> tuple[str, ...]:
 
 def _prompts(pairs: Pairs, template: Template, order: str) -> tuple[list[Prompt], list[tuple[str, ...]]]:
     """First pictures' prompts, then second pictures', and each one's options as they are listed."""
-    listed = [(pair.answer, pair.counterfactual_answer)[:: -1 if order == SWAPPED else 1] for pair in pairs]
+    listed = [options_of(pair)[:: -1 if order == SWAPPED else 1] for pair in pairs]
     asked = [template.asked(pair.question, options) for pair, options in zip(pairs, listed, strict=True)]
     images = [pair.image for pair in pairs], [pair.counterfactual_image for pair in pairs]
     prompts = [
@@ -132,17 +178,19 @@ def _generated(
     for order in _orders(template):
         prompts, listed = _prompts(pairs, template, order)
         texts = generate(vlm, prompts, max_new_tokens=max_new_tokens).texts
-        own = [int(number >= len(pairs)) ^ (order == SWAPPED) for number in range(len(texts))]
+        right = [pair.answer for pair in pairs] + [pair.counterfactual_answer for pair in pairs]
+        own = [some.index(answer) for some, answer in zip(listed, right, strict=True)]
         letters = {"letters": template.lettered}
         read = [judged(text, one, some, **letters) for text, one, some in zip(texts, own, listed, strict=True)]
         named = [parsed(text, some, **letters) for text, some in zip(texts, listed, strict=True)]
-        first = [np.nan if each is None else each == (order == SWAPPED) for each in named]
+        last = len(listed[0]) - 1
+        first = [np.nan if each is None else each == (last if order == SWAPPED else 0) for each in named]
         tables = []
         for scoring in read[0]:
             right = np.array([each[scoring] for each in read]).reshape(2, -1).T
             table = _rows(pairs, {**cell, "scoring": scoring, "order": order}, right)
             table["unread"] = np.array([each is None for each in named], float).reshape(2, -1).mean(0)
-            # An answer that names neither speaks for no order.
+            # An answer that names none speaks for no order.
             chose = np.array(first, float).reshape(2, -1)
             table["chose_first_answer"] = np.where(np.isnan(chose), 0.5, chose).mean(0)
             tables.append(table.assign(answer_1=texts[: len(pairs)], answer_2=texts[len(pairs) :]))
@@ -160,10 +208,12 @@ def _by_perplexity(
     found = []
     for order in _orders(template):
         prompts, listed = _prompts(pairs, template, order)
-        strings = [LETTER_NAMES if form == LETTERS else template.strings(options) for options in listed]
-        # Columns in the order of the answers, whatever the order in the prompt.
-        nll = mean_nll(vlm, prompts, strings)[:, :: -1 if order == SWAPPED else 1]
-        found.append(nll.reshape(2, len(pairs), 2).swapaxes(0, 1))
+        strings = [ALPHABET[: len(options)] if form == LETTERS else template.strings(options) for options in listed]
+        nll = mean_nll(vlm, prompts, strings)
+        # Columns in the order of `answers_first`, whatever the order in the prompt.
+        places = [[some.index(each) for each in answers_first(pair)] for pair, some in zip(pairs, listed, strict=False)]
+        nll = np.take_along_axis(nll, np.array([*places, *places]), axis=1)
+        found.append(nll.reshape(2, len(pairs), -1).swapaxes(0, 1))
     cell = {**cell, "scoring": form}
     tables = [
         _scored_rows(pairs, {**cell, "order": order}, scores, "perplexity")
@@ -183,26 +233,66 @@ def _scored_rows(
     table["relaxed"] = relaxed(scores, kind=kind).astype(float)
     table.loc[positive, "relaxed_ratio"] = relaxed(scores[positive], kind=kind, form="ratio").astype(float)
     table["unread"] = 0.0
-    # Where both options score alike neither is chosen.
-    sign = np.sign(scores[..., 0] - scores[..., 1]) * (1 if kind == "similarity" else -1)
-    table["chose_first_answer"] = (0.5 + 0.5 * sign).mean(1)
-    table[list(SCORES)] = scores.reshape(-1, 4)
+    table["chose_first_answer"] = _chose_first(pairs, scores if kind == "similarity" else -scores)
+    for (image, option), values in _columns(scores):
+        table[f"score_{image + 1}_{option + 1}"] = values
     return table
+
+
+def _columns(scores: Float[np.ndarray, "pair image option"]) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    return [(place, scores[:, *place]) for place in np.ndindex(*scores.shape[1:])]
+
+
+def _chose_first(pairs: Pairs, better: Float[np.ndarray, "pair image option"]) -> Float[np.ndarray, "pair"]:
+    """How often the option that is listed first in the given order is chosen; half where it is best along with others.
+
+    Args:
+        better: scores, higher ones better, in the order of `answers_first`.
+    """
+    places = np.array([answers_first(pair).index(options_of(pair)[0]) for pair in pairs])[:, None, None]
+    own = np.take_along_axis(better, places.repeat(better.shape[1], 1), 2)[..., 0]
+    others = np.where(np.arange(better.shape[2]) == places, -np.inf, better).max(2)
+    return (0.5 + 0.5 * np.sign(own - others)).mean(1)
 
 
 def _rows(pairs: Pairs, cell: Mapping[str, str], right: Float[np.ndarray, "pair image"]) -> pd.DataFrame:
     """Rows of one cell; what a scoring does not give is missing."""
     table = pd.DataFrame({"example": [pair.id for pair in pairs], "group": [pair.group or pair.id for pair in pairs]})
+    if any(pair.category for pair in pairs):
+        table["category"] = [pair.category or "" for pair in pairs]
     table = table.assign(**{axis: cell[axis] for axis in AXES}, **dict.fromkeys(VALUES, np.nan))
     table = table.assign(individual=right.mean(1), pair=right.prod(1), right_1=right[:, 0], right_2=right[:, 1])
-    return table.assign(**{f"{name}_baseline": chance for name, chance in CHANCE.items()}, answer_1="", answer_2="")
+    guess = 1 / np.array([len(options_of(pair)) for pair in pairs])
+    chances = {"individual": guess, "pair": guess**2, "relaxed": 0.5, "relaxed_ratio": 0.5}
+    chances |= {"unread": 0.0, "position_bias": 0.0}
+    table = table.assign(**{f"{name}_baseline": chance for name, chance in chances.items()}, answer_1="", answer_2="")
+    sets, _ = sets_in(pairs)
+    return table.assign(**_of_sets(table, sets)) if sets else table
+
+
+def _of_sets(table: pd.DataFrame, sets: Sequence[Sequence[Pair]]) -> dict[str, Float[np.ndarray, "pair"]]:
+    """Whether all pictures of a set are right, beside its first pair, so that it counts once; and its chance."""
+    values, chances = np.full((2, len(table)), np.nan)
+    place = {name: number for number, name in enumerate(table["example"])}
+    for some in sets:
+        numbers = [place[pair.id] for pair in some]
+        values[numbers[0]] = table["pair"].to_numpy()[numbers].prod()
+        chances[numbers[0]] = table["pair_baseline"].to_numpy()[numbers].prod()
+    return {"set": values, "set_baseline": chances}
+
+
+def _values(table: pd.DataFrame) -> list[str]:
+    """Columns of numbers that are averaged over prompts and orders."""
+    more = [str(name) for name in table if str(name).startswith("score_") and name not in SCORES]
+    return [*VALUES, *more, *(["set"] if "set" in table else [])]
 
 
 def _mean_rows(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The first table with the mean of the numbers of all, missing ones left out; its texts are taken away."""
-    stacked = pd.concat([table[["example", *VALUES]] for table in tables])
+    values = _values(tables[0])
+    stacked = pd.concat([table[["example", *values]] for table in tables])
     means = stacked.groupby("example", sort=False).mean().loc[tables[0]["example"]].reset_index()
-    return tables[0].assign(**{name: means[name].to_numpy() for name in VALUES}, answer_1="", answer_2="")
+    return tables[0].assign(**{name: means[name].to_numpy() for name in values}, answer_1="", answer_2="")
 
 
 def _biased(means: list[pd.DataFrame], by_order: Sequence[Sequence[pd.DataFrame]]) -> list[pd.DataFrame]:
@@ -231,14 +321,13 @@ def finished(test: pd.DataFrame, validation: pd.DataFrame | None) -> tuple[pd.Da
             best[model, scoring] = _best(validation, model, scoring, list(by_prompt))
             more.append(by_prompt[best[model, scoring]].assign(prompt=BEST))
     table = pd.concat([*more, test], ignore_index=True)
+    if "category" in table:
+        table["category"] = table["category"].fillna("")
     ranks = {name: list(dict.fromkeys(table[name])) for name in ("model", "view", "scoring", "prompt")}
     ranks["scoring"] = [each for each in SCORINGS if each in ranks["scoring"]]
     ranks["order"] = [BOTH, AS_GIVEN, SWAPPED]
     keys = [table[name].map({each: number for number, each in enumerate(ranks[name])}) for name in AXES]
     return table.iloc[np.lexsort(keys[::-1])].reset_index(drop=True), best
-
-
-SCORINGS = (GENERATION, SUBSTRING, STARTS, RANDOM, OPTIONS, LETTERS, SIMILARITY)
 
 
 def _best(validation: pd.DataFrame, model: str, scoring: str, prompts: Sequence[str]) -> str:

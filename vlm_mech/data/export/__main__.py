@@ -8,10 +8,11 @@ import tyro
 from vlm_mech.data.export.items import ITEMS
 from vlm_mech.data.export.others import OTHERS
 from vlm_mech.data.export.pairs import PAIRS
+from vlm_mech.data.export.parts import PARTS_OF_OBJECTS
 from vlm_mech.data.user_files import check_count
 from vlm_mech.errors import UsageError, one_line_errors
 
-WRITERS = PAIRS | ITEMS | OTHERS
+WRITERS = PAIRS | ITEMS | PARTS_OF_OBJECTS | OTHERS
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Export:
     folder: tyro.conf.Positional[Path]
     """Where to; a new or empty folder."""
     n: int = 48
-    """Number of pairs, items or entries of training text."""
+    """Number of pairs, items or entries of training text; of paco and pascal-part of objects, an item for each part."""
     seed: int = 0
     """Draws the scenes."""
 

@@ -1,8 +1,9 @@
 """What a format is: the tables by which it is known, and how their rows become rows of pairs or of items."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from vlm_mech.data.user_files import Refused, Row, Rows
@@ -28,6 +29,22 @@ class Table:
     root: Path
     columns: tuple[str, ...]
     first: dict[str, Any] = field(default_factory=dict)
+    given: Any = field(default=None, compare=False, repr=False)
+    """Its rows, where they are those of a data set of the hub."""
+
+    @property
+    def name(self) -> str:
+        """Its path from the folder that was given."""
+        return self.path.relative_to(self.root).as_posix()
+
+    def group_of(self, picture: Any) -> str | None:
+        """What questions about one picture have in common: the path of its file; None where it lies in no file.
+
+        Files of one name in several folders are several pictures.
+        """
+        if not isinstance(picture, Path):
+            return None
+        return picture.relative_to(self.root).as_posix() if picture.is_relative_to(self.root) else str(picture)
 
     def picture(self, named: Any, *folders: str) -> Any:
         """The picture that a cell names: the path of a file, or the cell itself where there is no such file.
@@ -56,9 +73,9 @@ class Format:
     """A format: by which columns its tables are known, and what their rows become.
 
     `rows` gives rows with the fields of a line of `pairs.jsonl` or `items.jsonl`, a stream of those of training text
-    (`text`), or pictures with a class (`classes`), which are neither; pictures are named, not opened.
-    `fits` says whether a table with these columns is one, where columns alone do not tell. `layout` and `becomes` are
-    for the table of formats in docs/data.md.
+    (`text`), or pictures with a class (`classes`); pictures are named, not opened. `fits` says whether a table with
+    these columns is one, where columns alone do not tell. One that is not `known_by_files` reads files of another
+    format in another way, and must be named. `layout` and `becomes` are for the table of formats in docs/data.md.
     """
 
     name: str
@@ -68,10 +85,20 @@ class Format:
     layout: str
     becomes: str
     fits: Callable[[Table], bool] = lambda table: True
+    known_by_files: bool = True
 
     def reads(self, table: Table) -> bool:
         """Whether a table is of this format."""
         return set(self.columns) <= set(table.columns) and self.fits(table)
+
+
+def unlike_stems(tables: Sequence[Table]) -> dict[Path, str]:
+    """What each table is called: its file without the suffix, with the folders before it where two are called alike."""
+    stems = Counter(table.path.stem for table in tables)
+    return {
+        table.path: table.path.stem if stems[table.path.stem] == 1 else str(PurePosixPath(table.name).with_suffix(""))
+        for table in tables
+    }
 
 
 class Collector:

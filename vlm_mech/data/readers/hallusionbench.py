@@ -11,7 +11,7 @@ from typing import Any
 from vlm_mech.data.readers.format import Collector, Format, ReaderOptions, Table
 from vlm_mech.data.readers.single import text
 from vlm_mech.data.readers.tables import read
-from vlm_mech.data.user_files import Refused, Row, Rows
+from vlm_mech.data.user_files import Refused, Row, Rows, written
 from vlm_mech.errors import UsageError
 
 ANSWERS = {"0": "no", "1": "yes"}
@@ -47,29 +47,33 @@ def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
 
 
 def _set(row: Row) -> tuple[str, ...]:
-    return tuple(str(row.fields[field]) for field in WITHIN if row.fields.get(field) is not None)
+    return tuple(written(row.fields[field]) or "" for field in WITHIN if row.fields.get(field) is not None)
 
 
 def _figure(row: Row) -> int:
-    return int(str(row.fields["figure_id"]))
+    return int(written(row.fields["figure_id"]) or "")
 
 
 def _check(row: Row) -> None:
     if not row.fields.get("image"):
         raise UsageError(f"{row.place}: it has no picture")
-    if str(row.fields["gt_answer"]).strip() not in ANSWERS:
+    if _said(row) not in ANSWERS:
         raise UsageError(f"{row.place}: gt_answer is {row.fields['gt_answer']!r:.40}; 0 or 1 is needed")
-    if not str(row.fields["figure_id"]).isdecimal():
+    if not (written(row.fields["figure_id"]) or "").isdecimal():
         raise UsageError(f"{row.place}: figure_id is {row.fields['figure_id']!r:.40}; a number is needed")
 
 
+def _said(row: Row) -> str:
+    return (written(row.fields["gt_answer"]) or "").strip()
+
+
 def _answer(row: Row) -> str:
-    return ANSWERS[str(row.fields["gt_answer"]).strip()]
+    return ANSWERS[_said(row)]
 
 
 def _name(row: Row, other: Row | None = None) -> str:
-    figures = "-".join(str(each.fields["figure_id"]) for each in (row, other) if each is not None)
-    question = row.fields.get("question_id")
+    figures = "-".join(written(each.fields["figure_id"]) or "" for each in (row, other) if each is not None)
+    question = written(row.fields.get("question_id"))
     return "/".join([*_set(row), f"figure {figures}", *([f"question {question}"] if question is not None else [])])
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_mech.data.text_files import not_utf8, opened_text
 from vlm_mech.errors import UsageError
 
 
@@ -53,8 +54,13 @@ class HeldColumn:
 
     def cell(self, group: int, at: int) -> Mapping[str, Any]:
         """The picture of a row as `bytes` or `path`, whichever way the file has it."""
+        from pyarrow import ArrowException
+
         if self._kept[0] != group:
-            self._kept = (group, self._read(group, self._name))
+            try:
+                self._kept = (group, self._read(group, self._name))
+            except (OSError, ArrowException) as error:
+                raise UsageError(f"the pictures of {self._path.name} cannot be read: {error}") from error
         given = self._kept[1][at].as_py()
         if isinstance(given, Mapping):
             path = given.get("path")
@@ -96,7 +102,7 @@ def records(path: Path, delimiter: str, *, start: int = 0) -> Iterator[tuple[int
 
     def lines() -> Iterator[str]:
         nonlocal at
-        with path.open("rb") as file:
+        with opened_text(path) as file:
             file.seek(start)
             for line in file:
                 at += len(line)
@@ -111,6 +117,8 @@ def records(path: Path, delimiter: str, *, start: int = 0) -> Iterator[tuple[int
             row = next(rows)
         except StopIteration:
             return
+        except UnicodeDecodeError as error:
+            raise UsageError(f"file {str(path)!r} cannot be read after byte {begins}: {not_utf8(error)}") from error
         except (OSError, ValueError, csv.Error) as error:
             raise UsageError(f"file {str(path)!r} cannot be read after byte {begins}: {error}") from error
         finally:

@@ -5,10 +5,11 @@ choices directly."; a question here has neither. The labels of rows 99/100 and 2
 is right is not known, so that they stay as they are.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
-from vlm_mech.data.readers.format import Collector, Format, ReaderOptions, Table
+from vlm_mech.data.readers.format import Collector, Format, ReaderOptions, Table, unlike_stems
 from vlm_mech.data.readers.in_twos import in_twos
 from vlm_mech.data.readers.single import text
 from vlm_mech.data.user_files import Row, Rows
@@ -20,9 +21,11 @@ REPORTED = ((99, 100), (279, 280))
 
 def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
     """The pairs by their numbers; two rows that ask different questions, or have equal answers, are refused."""
-    found = Collector()
+    found, stems = Collector(), unlike_stems(tables)
     for table in tables:
-        numbers = in_twos(table, "Index", found, lambda one, other, table=table: _fields(one, other, table))
+        before = f"{stems[table.path]}/" if len(tables) > 1 else ""
+        fields = functools.partial(_fields, table=table)
+        numbers = in_twos(table, "Index", found, fields, before=before)
         for each in REPORTED:
             if each in numbers:
                 found.note(

@@ -4,10 +4,11 @@ The official score is from text to image, with "a photo of " before each stateme
 is ours; the statements are its options, and the captions for a contrastive model.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_mech.data.readers.format import Collector, Format, ReaderOptions, Table
+from vlm_mech.data.readers.format import Collector, Format, ReaderOptions, Table, unlike_stems
 from vlm_mech.data.readers.in_twos import in_twos
 from vlm_mech.data.user_files import Row, Rows
 from vlm_mech.errors import UsageError
@@ -17,9 +18,10 @@ QUESTION = "Which statement is true of the picture?"
 
 def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
     """The pairs by their numbers, each with its pattern as category."""
-    found = Collector()
+    found, stems = Collector(), unlike_stems(tables)
     for table in tables:
-        in_twos(table, "Question ID", found, lambda one, other, table=table: _fields(one, other, table))
+        before = f"{stems[table.path]}/" if len(tables) > 1 else ""
+        in_twos(table, "Question ID", found, functools.partial(_fields, table=table), before=before)
     return found.found
 
 

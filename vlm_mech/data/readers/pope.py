@@ -21,13 +21,14 @@ def _fields(row: Row, table: Table) -> dict[str, Any]:
     answer = text(row, "label").lower()
     if answer not in ANSWERS:
         raise UsageError(f"{row.place}: label is {row.fields['label']!r:.40}; yes or no is needed")
+    picture = table.picture(row.fields["image"], "val2014", "images")
     return {
-        "image": table.picture(row.fields["image"], "val2014", "images"),
+        "image": picture,
         "question": text(row, "text"),
         "answer": answer,
         "options": ANSWERS,
-        "category": next((kind for kind in KINDS if kind in table.path.stem), None),
-        "group": str(row.fields["image"]),
+        "category": next((kind for kind in KINDS if kind in table.path.stem.lower()), None),
+        "group": table.group_of(picture),
     }
 
 

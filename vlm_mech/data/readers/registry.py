@@ -1,15 +1,17 @@
 """Which formats there are, and which of them a source is of: `mmvp:FOLDER`, or a folder known by its files."""
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_mech.data import readers
 from vlm_mech.data.readers.format import Format, ReaderOptions, Table
-from vlm_mech.data.readers.tables import tables_in
+from vlm_mech.data.readers.tables import files_in, kind_of
 from vlm_mech.data.user_files import Rows
 from vlm_mech.errors import UsageError
 
@@ -19,6 +21,8 @@ OTHERS = {
 }
 """What a format holds that is neither pairs nor items, and what reads it."""
 NAMED = re.compile(r"([a-z][a-z0-9-]*):(.+)", re.DOTALL)
+MOST = 4
+"""Files that are told one by one."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Source:
     format: Format
     root: Path
     tables: tuple[Table, ...]
+    notes: tuple[str, ...] = ()
+    """Files beside them that are not read although they look like it."""
 
     def rows(self, options: ReaderOptions) -> Rows:
         """Its rows, with the fields of lines of `pairs.jsonl` or `items.jsonl`.
@@ -35,7 +41,8 @@ class Source:
         Raises:
             UsageError: a file that cannot be read.
         """
-        return self.format.rows(self.tables, options)
+        found = self.format.rows(self.tables, options)
+        return dataclasses.replace(found, notes=(*self.notes, *found.notes)) if self.notes else found
 
 
 @functools.cache
@@ -81,21 +88,23 @@ def _found(name_or_path: str | Path) -> Source | None:
         raise UsageError(f"{asked.name}: there is no folder or file {str(path)!r:.200}")
     if not _exists(path):
         return None
-    tables = tables_in(path)
-    root = path if path.is_dir() else path.parent
+    tables, unread = files_in(path)
+    root = tables[0].root if tables else path if path.is_dir() else path.parent
     if asked is not None:
         fitting = tuple(each for each in tables if asked.reads(each))
         if not fitting:
-            raise UsageError(f"{str(path)!r:.200} holds no file of the format {asked.name}: {_lacking(asked, tables)}")
-        return Source(asked, root, fitting)
-    found = [(each, tuple(table for table in tables if each.reads(table))) for each in formats()]
+            told = unread_notes(unread) if unread and not _nearest(asked, tables) else [_lacking(asked, tables)]
+            raise UsageError(f"{str(path)!r:.200} holds no file of the format {asked.name}: {'; '.join(told)}")
+        return Source(asked, root, fitting, strays(asked, fitting, tables, unread))
+    known_by_files = [each for each in formats() if each.known_by_files]
+    found = [(each, tuple(table for table in tables if each.reads(table))) for each in known_by_files]
     known = [(each, fitting) for each, fitting in found if fitting]
     if len(known) > 1:
         names = ", ".join(f"{each.name} ({fitting[0].path.name})" for each, fitting in known)
         raise UsageError(
             f"{str(path)!r:.200} may be read as {names}; name one, as in {known[0][0].name}:{str(path)!s:.200}"
         )
-    return Source(known[0][0], root, known[0][1]) if known else None
+    return None if not known else Source(known[0][0], root, known[0][1], strays(*known[0], tables, unread))
 
 
 def names_of_formats() -> str:
@@ -103,15 +112,73 @@ def names_of_formats() -> str:
     return ", ".join(each.name for each in formats())
 
 
-def _lacking(asked: Format, tables: tuple[Table, ...]) -> str:
-    """What the table that comes nearest lacks, or what is needed."""
-    nearest = max(tables, key=lambda table: len(set(asked.columns) & set(table.columns)), default=None)
-    if nearest is None or not set(asked.columns) & set(nearest.columns):
-        return f"needed is {asked.layout}"
-    missing = [column for column in asked.columns if column not in nearest.columns]
+def known_in(folder: Path) -> list[tuple[Path, str]]:
+    """The first table of each format that lies in a folder itself, and the name of the format."""
+    tables, _ = files_in(folder, depth=0)
+    known = (each for each in formats() if each.known_by_files)
+    found = ((each, next((table.path for table in tables if each.reads(table)), None)) for each in known)
+    return [(path, each.name) for each, path in found if path is not None]
+
+
+def unread_notes(unread: dict[str, str]) -> list[str]:
+    """What is told of files that cannot be read."""
+    return [f"{name} is not read: {reason}" for name, reason in unread.items()]
+
+
+def strays(asked: Format, fitting: Sequence[Table], tables: Sequence[Table], unread: dict[str, str]) -> tuple[str, ...]:
+    """What is told of files beside those of a format: that they cannot be read, or are nearly of it.
+
+    Nearly of it is a table that has half of its columns, or lies in the same folder with the same suffix; one of
+    another format is not.
+    """
+    places = {(table.path.parent, kind_of(table.path)) for table in fitting}
+    found = unread_notes(unread)
+    for table in tables:
+        if table in fitting or any(each.reads(table) for each in formats()):
+            continue
+        if _shared(asked, table) >= 0.5 or (table.path.parent, kind_of(table.path)) in places:
+            found.append(f"{table.name} is not read: it {_what_lacks(asked, table)}")
+    return (*found[:MOST], *([f"and {len(found) - MOST} files more are not read"] if len(found) > MOST else []))
+
+
+def near_misses(path: Path) -> tuple[str, ...]:
+    """What is told of files that are of no format: that they cannot be read, or are nearly of one."""
+    if not _exists(path):
+        return ()
+    tables, unread = files_in(path)
+    found = unread_notes(unread)
+    for table in tables:
+        nearest = max(formats(), key=lambda each: _shared(each, table))
+        if _shared(nearest, table) >= 0.5:
+            found.append(f"{table.name} is nearly of the format {nearest.name}, but {_what_lacks(nearest, table)}")
+    return tuple(found[:MOST])
+
+
+def _shared(asked: Format, table: Table) -> float:
+    """The share of the columns of a format that a table has."""
+    return len(set(asked.columns) & set(table.columns)) / len(asked.columns)
+
+
+def _what_lacks(asked: Format, table: Table) -> str:
+    missing = [column for column in asked.columns if column not in table.columns]
     if missing:
-        return f"{nearest.path.name} has no column {missing[0]!r}, only {', '.join(nearest.columns):.200}"
-    return f"{nearest.path.name} has these columns with other values; needed is {asked.layout}"
+        return f"has no column {missing[0]!r}, only {', '.join(table.columns):.200}"
+    return "has these columns with other values"
+
+
+def _nearest(asked: Format, tables: Sequence[Table]) -> Table | None:
+    """The table that has most of the columns of a format, if one has any."""
+    nearest = max(tables, key=lambda table: _shared(asked, table), default=None)
+    return nearest if nearest is not None and _shared(asked, nearest) else None
+
+
+def _lacking(asked: Format, tables: Sequence[Table]) -> str:
+    """What the table that comes nearest lacks, or what is needed."""
+    nearest = _nearest(asked, tables)
+    if nearest is None:
+        return f"needed is {asked.layout}"
+    told = f"{nearest.path.name} {_what_lacks(asked, nearest)}"
+    return told if set(asked.columns) - set(nearest.columns) else f"{told}; needed is {asked.layout}"
 
 
 def is_file(path: Path) -> bool:
@@ -123,7 +190,8 @@ def is_file(path: Path) -> bool:
 
 
 def _exists(path: Path) -> bool:
+    """Whether there is such a folder or file; devices and pipes are neither."""
     try:
-        return path.exists()
+        return path.is_dir() or path.is_file()
     except (OSError, ValueError):
         return False

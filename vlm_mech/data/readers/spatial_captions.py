@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_mech.data.readers.format import ReaderOptions, Table
 from vlm_mech.data.readers.single import each_row
-from vlm_mech.data.user_files import Row, Rows
+from vlm_mech.data.user_files import Row, Rows, written
 from vlm_mech.errors import UsageError
 
 ONE = re.compile(
@@ -40,7 +40,8 @@ def rows_of(tables: Sequence[Table], options: ReaderOptions, picture: Callable[[
 
 def _fields(row: Row, table: Table, seed: int, picture: Callable[[Table, int], Any]) -> dict[str, Any]:
     number, *captions = (row.fields.get(column) for column in "012")
-    if not str(number).isdecimal() or not all(isinstance(each, str) for each in captions):
+    number = written(number) or ""
+    if not number.isdecimal() or not all(isinstance(each, str) for each in captions):
         raise UsageError(f"{row.place}: it is {list(row.fields.values())!r:.80}; a number and two captions are needed")
     (x, side, y), (other_x, other, other_y) = (_read(str(each), row) for each in captions)
     if (x, y) != (other_x, other_y) or side == other:
@@ -49,13 +50,14 @@ def _fields(row: Row, table: Table, seed: int, picture: Callable[[Table, int], A
     if random.Random(f"{seed}/{table.path.name}/{row.line}").random() < 0.5:
         named.reverse()
     places = [f"{SIDES[each]} a {y}" if y else PLACES[each] for each in named]
+    shown = picture(table, int(number))
     return {
-        "image": picture(table, int(str(number))),
+        "image": shown,
         "question": f"Is the {x} {places[0]} or {places[1]}? Give a short answer.",
         "answer": side,
         "options": named,
         "category": "two objects" if y else "one object",
-        "group": f"picture {number}",
+        "group": table.group_of(shown),
         "caption": captions[0],
         "counterfactual_caption": captions[1],
     }
@@ -72,4 +74,4 @@ def _read(caption: str, row: Row) -> tuple[str, str, str]:
 
 def is_named(table: Table, *names: str) -> bool:
     """Whether the file has one of these names."""
-    return table.path.name in names
+    return table.path.name.lower() in names

@@ -4,22 +4,32 @@ Only the first row is read to know the columns. Pictures that stand in the cells
 needed (`Held`), so that a table of many gigabytes takes no more memory than its text.
 """
 
+import codecs
+import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_mech.data.readers.format import Table
-from vlm_mech.data.readers.held import Held, HeldCell, HeldColumn, records
-from vlm_mech.data.user_files import Refused, Row, object_of, read_rows
+from vlm_mech.data.readers.held import HeldCell, records
+from vlm_mech.data.readers.hub_rows import hub_rows
+from vlm_mech.data.readers.parquet import parquet_columns, parquet_first, parquet_rows
+from vlm_mech.data.text_files import not_utf8, opened_text
+from vlm_mech.data.user_files import Refused, Row, Twice, object_of, once, read_rows
 from vlm_mech.errors import UsageError
 
 KINDS = {".csv": ",", ".tsv": "\t", ".json": "", ".jsonl": "", ".parquet": ""}
+WHOLE = {"paco_lvis_v1": ("images", "annotations", "categories"), "annotations_part": ("anno",)}
+"""Columns of what is known by how its name begins, and not opened: large files of one object, folders of many files."""
 DEPTH = 2
 """Folders below the one that is given in which tables are looked for."""
 HEAD = 1 << 20
-"""Bytes of a JSON list within which its first row must end for the file to be known."""
+"""Characters of a JSON list that are read at first; twice as many as long as its first row does not end."""
+LONGEST, MOST_LINES = 1 << 26, 1_000
+"""Bytes of a line, and lines without an object, after which a file called .json is no JSON lines."""
 
 
 def tables_in(path: Path) -> tuple[Table, ...]:
@@ -27,10 +37,40 @@ def tables_in(path: Path) -> tuple[Table, ...]:
 
     What has no rows, or cannot be read as its name says, is none; hidden files are left out.
     """
-    root = path if path.is_dir() else path.parent
-    paths = [path] if path.is_file() else sorted(_files(path, DEPTH))
-    tables = (_table(each, root) for each in paths if each.suffix.lower() in KINDS)
-    return tuple(table for table in tables if table is not None)
+    return files_in(path)[0]
+
+
+def files_in(path: Path, *, depth: int = DEPTH) -> tuple[tuple[Table, ...], dict[str, str]]:
+    """The tables of a folder and of the folders below it, or of one file, and by name what cannot be read, and why.
+
+    Args:
+        depth: folders below it in which they are looked for.
+
+    Raises:
+        UsageError: a folder that cannot be read.
+    """
+    root = path if path.is_dir() and not _whole(path) else path.parent
+    try:
+        paths = [path] if path.is_file() or _whole(path) else sorted(_files(path, depth))
+    except OSError as error:
+        raise UsageError(f"folder {str(path)!r:.200} cannot be read: {error}") from error
+    tables, unread = list[Table](), dict[str, str]()
+    for each in paths:
+        try:
+            table = _table(each, root) if kind_of(each) in KINDS or each.is_dir() else None
+            tables += [] if table is None else [table]
+        except (OSError, UsageError, RecursionError) as error:
+            unread[each.relative_to(root).as_posix()] = str(error)
+    return tuple(tables), unread
+
+
+def _whole(path: Path) -> tuple[str, ...]:
+    return next((columns for name, columns in WHOLE.items() if path.name.lower().startswith(name)), ())
+
+
+def kind_of(path: Path) -> str:
+    """How the name of a file ends, in lower case."""
+    return path.suffix.lower()
 
 
 def _files(folder: Path, depth: int) -> Iterator[Path]:
@@ -38,37 +78,93 @@ def _files(folder: Path, depth: int) -> Iterator[Path]:
         if each.name.startswith("."):
             continue
         if each.is_dir():
-            yield from _files(each, depth - 1) if depth else ()
-        elif each.suffix.lower() in KINDS:
+            if _whole(each):
+                yield each
+            else:
+                yield from _files(each, depth - 1) if depth else ()
+        elif kind_of(each) in KINDS and each.is_file():
             yield each
 
 
 def _table(path: Path, root: Path) -> Table | None:
+    """The table of a file; None where it holds something else than rows.
+
+    Raises:
+        UsageError: it cannot be read as its name says, is empty, or names a column twice.
+    """
+    kind, whole = kind_of(path), _whole(path)
+    if whole and (kind == ".json" or path.is_dir()):
+        return Table(path, root, whole)
+    if not path.stat().st_size:
+        raise UsageError("it is empty")
+    if kind == ".parquet":
+        return Table(path, root, _unlike(parquet_columns(path)), parquet_first(path))
+    if kind in (".csv", ".tsv"):
+        head = list(itertools.islice(records(path, KINDS[kind]), 2))
+        columns = _unlike([cell.strip() for cell in head[0][1]]) if head else ()
+        return Table(path, root, columns, dict(zip(columns, head[1][1], strict=False)) if head[1:] else {})
     try:
-        if path.suffix == ".parquet":
-            file = _parquet(path)
-            return Table(path, root, tuple(file.schema_arrow.names))
-        if path.suffix in (".csv", ".tsv"):
-            delimiter = KINDS[path.suffix]
-            head = list(itertools.islice(records(path, delimiter), 2))
-            columns = tuple(cell.strip() for cell in head[0][1]) if head else ()
-            return Table(path, root, columns, dict(zip(columns, head[1][1], strict=False)) if head[1:] else {})
-        first = _first(path)
-        return None if first is None else Table(path, root, tuple(first), first)
-    except (OSError, ValueError, RecursionError):
-        return None
+        with opened_text(path) as file:
+            first = _first(file, kind)
+    except UnicodeDecodeError as error:
+        raise UsageError(not_utf8(error)) from error
+    return None if first is None else Table(path, root, tuple(first), first)
 
 
-def _first(path: Path) -> dict[str, Any] | None:
-    """The first row of a JSON list, or of JSON lines."""
-    with path.open("rb") as file:
-        head = file.read(HEAD).removeprefix(b"\xef\xbb\xbf").decode(errors="ignore").lstrip()
-        if not head.startswith("["):
-            file.seek(0)
-            line = next((each for each in file if each.strip()), b"")
-            return object_of(line.removeprefix(b"\xef\xbb\xbf"))
-    row, _ = json.JSONDecoder().raw_decode(head, len(head) - len(head[1:].lstrip()))
-    return _as_fields(row)
+def _unlike(columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns, if no name is there twice; those without a name do not count."""
+    twice = next((name for name, count in Counter(columns).items() if name and count > 1), None)
+    if twice is not None:
+        raise UsageError(f"its column {twice!r:.60} is named twice; each needs a name of its own")
+    return tuple(columns)
+
+
+def _first(file: io.BufferedIOBase, kind: str) -> dict[str, Any] | None:
+    """The first row of a JSON list, or of JSON lines, that is one; None where there is none."""
+    if _is_list(file):
+        return _first_of_list(codecs.getreader("utf-8-sig")(file))
+    wrong = ""
+    for line in itertools.islice(iter(lambda: file.readline(LONGEST), b""), MOST_LINES):
+        if len(line) == LONGEST:
+            break
+        try:
+            if bare := line.removeprefix(b"\xef\xbb\xbf").strip():
+                return object_of(bare)
+        except UsageError as error:
+            wrong = wrong or str(error)
+    # What is called .json may be an object over many lines, such as a configuration.
+    if kind == ".jsonl":
+        raise UsageError(f"none of its lines holds an object; the first {wrong or 'is empty'}")
+    return None
+
+
+def _is_list(file: io.BufferedIOBase) -> bool:
+    """Whether the file begins with a bracket; it is then read from its beginning again."""
+    begin = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    file.seek(0)
+    return begin.startswith(b"[")
+
+
+def _first_of_list(file: codecs.StreamReader) -> dict[str, Any] | None:
+    text, at, size, ended = "", -1, HEAD, False
+    decoder = json.JSONDecoder(object_pairs_hook=once)
+    while True:
+        more = file.read(size)
+        text, size, ended = text + more, 2 * size, not more
+        at = text.index("[") + 1 if at < 0 else at
+        while True:
+            at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+            if text[at : at + 1] == "]":
+                return None
+            try:
+                row, end = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                if ended:
+                    raise UsageError(f"it is not JSON: {error}") from error
+                break
+            if (fields := _as_fields(row)) is not None:
+                return fields
+            at = end
 
 
 def _as_fields(row: Any) -> dict[str, Any] | None:
@@ -84,48 +180,54 @@ def read(table: Table, held: Sequence[str] = ()) -> Iterator[Row | Refused]:
     What is no row is refused with the reason.
 
     Args:
-        held: columns whose cells hold pictures, which are left in the file (`Held`); of csv and parquet alone.
+        held: columns whose cells hold pictures, which are left in the file (`Held`); those of parquet that are bytes,
+            or as the hub holds pictures, and those of the hub always are, of JSON none.
 
     Raises:
         UsageError: the file cannot be read.
     """
-    if table.path.suffix == ".parquet":
-        yield from _parquet_rows(table, held)
-    elif table.path.suffix in (".csv", ".tsv"):
+    kind = kind_of(table.path)
+    if table.given is not None or kind == ".parquet":
+        rows = parquet_rows(table.path, held) if table.given is None else hub_rows(table.given)
+        numbered = enumerate(rows, 1)
+        yield from (Row(number, str(number), fields, _place(table, number)) for number, fields in numbered)
+    elif kind in (".csv", ".tsv"):
         yield from _cells(table, held)
     else:
         yield from _json(table)
 
 
 def _place(table: Table, number: int) -> str:
-    return f"{table.path.name} row {number}"
+    return f"{table.name} row {number}"
 
 
 def _json(table: Table) -> Iterator[Row | Refused]:
     path = table.path
-    with path.open("rb") as file:
-        is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if not is_list:
+    try:
+        with opened_text(path) as file:
+            given = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=once) if _is_list(file) else None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"file {str(path)!r} cannot be read: {not_utf8(error)}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"file {str(path)!r} cannot be read: {error}") from error
+    if given is None:
         found = read_rows(path, "file")
         rows: dict[int, Row | Refused] = {**{row.line: row for row in found.rows}, **found.refused}
         for line, each in sorted(rows.items(), key=lambda pair: pair[0]):
             yield Row(line, each.id, each.fields, _place(table, line)) if isinstance(each, Row) else each
         return
-    try:
-        given = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"file {str(path)!r} cannot be read: {error}") from error
     for number, row in enumerate(given, 1):
         fields = _as_fields(row)
-        if fields is None:
-            yield Refused(_place(table, number), f"it is a {type(row).__name__}; an object is needed")
+        if fields is None or isinstance(fields, Twice):
+            wrong = fields.told if isinstance(fields, Twice) else f"is a {type(row).__name__}; an object is needed"
+            yield Refused(_place(table, number), f"it {wrong}")
         else:
             yield Row(number, str(number), fields, _place(table, number))
 
 
 def _cells(table: Table, held: Sequence[str]) -> Iterator[Row | Refused]:
     """The rows of a csv or tsv; cells may hold line breaks and be of any length."""
-    delimiter = KINDS[table.path.suffix]
+    delimiter = KINDS[kind_of(table.path)]
     for number, (start, cells) in enumerate(itertools.islice(records(table.path, delimiter), 1, None), 1):
         if len(cells) != len(table.columns):
             n, m = len(cells), len(table.columns)
@@ -137,29 +239,3 @@ def _cells(table: Table, held: Sequence[str]) -> Iterator[Row | Refused]:
                 at = table.columns.index(column)
                 fields[column] = HeldCell(table.path, start, delimiter, at)
         yield Row(number, str(number), fields, _place(table, number))
-
-
-def _parquet_rows(table: Table, held: Sequence[str]) -> Iterator[Row | Refused]:
-    file = _parquet(table.path)
-    kept = [column for column in table.columns if column in held]
-    columns = {column: HeldColumn(file, table.path, column) for column in kept}
-    others = [column for column in table.columns if column not in held]
-    number = 0
-    for group in range(file.num_row_groups):
-        empty = {column: each.empty(group) for column, each in columns.items()}
-        rows = file.read_row_group(group, columns=others).to_pylist()
-        for at, row in enumerate(rows):
-            number += 1
-            for column, each in columns.items():
-                row[column] = None if empty[column][at] else Held(each, group, at)
-            yield Row(number, str(number), row, _place(table, number))
-
-
-def _parquet(path: Path) -> Any:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        return ParquetFile(path, memory_map=True)
-    except (OSError, ArrowException) as error:
-        raise UsageError(f"file {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_mech.data.readers.format import Collector, Format, ReaderOptions, Table
+from vlm_mech.data.readers.format import Collector, Format, ReaderOptions, Table, unlike_stems
 from vlm_mech.data.readers.tables import read
 from vlm_mech.data.user_files import Refused, Row, Rows
 from vlm_mech.errors import UsageError
@@ -25,23 +25,23 @@ def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
     Raises:
         UsageError: a file whose name says neither color nor size.
     """
-    found = Collector()
+    found, stems = Collector(), unlike_stems(tables)
     for table in tables:
         kind = next((kind for word, kind in KINDS.items() if word in table.path.stem.lower()), None)
         if kind is None:
-            raise UsageError(f"{table.path.name}: its name says neither color nor size, as color-0.parquet does")
+            raise UsageError(f"{table.name}: its name says neither color nor size, as color-0.parquet does")
         for row in read(table, PICTURES):
-            name = f"{table.path.stem}/{row.id}" if isinstance(row, Row) else row.id
+            name = f"{stems[table.path]}/{row.id}" if isinstance(row, Row) else row.id
             try:
                 if isinstance(row, Refused):
                     raise UsageError(row.reason)
-                found.keep(row.place, name, _fields(row, kind, options.seed))
+                found.keep(row.place, name, _fields(row, kind, f"{options.seed}/{table.path.name} row {row.line}"))
             except UsageError as error:
                 found.refuse(name, error)
     return found.found
 
 
-def _fields(row: Row, kind: str, seed: int) -> dict[str, Any]:
+def _fields(row: Row, kind: str, seed: str) -> dict[str, Any]:
     texts = [row.fields.get(field) for field in ("correct_answer", "incorrect_answer", "object")]
     if not all(isinstance(each, str) and each.strip() for each in texts):
         raise UsageError(f"{row.place}: correct_answer, incorrect_answer, object are {texts!r:.100}; texts are needed")
@@ -51,7 +51,7 @@ def _fields(row: Row, kind: str, seed: int) -> dict[str, Any]:
         seen, usual = f"What color is this {thing}?", f"What color are most {thing}s?"
         head = "Answer with one word."
     else:
-        named = random.Random(f"{seed}/{row.place}").sample([right, wrong], 2)
+        named = random.Random(seed).sample([right, wrong], 2)
         seen, usual = (f"Which is larger {when}, {named[0]} or {named[1]}?" for when in ("here", "usually"))
         head, fields["options"] = "Answer with the correct option.", named
     fields |= {"question": f"{head} {seen}", "prior_question": f"{head} {usual}"}

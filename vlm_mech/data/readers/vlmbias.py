@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_mech.data.readers.format import Format, ReaderOptions, Table
 from vlm_mech.data.readers.single import each_row, text
-from vlm_mech.data.user_files import Row, Rows
+from vlm_mech.data.user_files import Row, Rows, written
 from vlm_mech.errors import UsageError
 
 
@@ -32,11 +32,10 @@ def _fields(row: Row, table: Table) -> dict[str, Any]:
 def _answer(row: Row, column: str) -> str:
     """A text, or a number written as one: columns of numbers some of which are missing are read as fractions."""
     given = row.fields.get(column)
-    if isinstance(given, float) and given.is_integer():
-        given = int(given)
-    if isinstance(given, bool) or not isinstance(given, str | int | float) or given != given or not str(given).strip():
+    told = (written(given) or "").strip()
+    if not told:
         raise UsageError(f"{row.place}: {column} is {given!r:.60}; a text or a number is needed")
-    return str(given).strip()
+    return told
 
 
 FORMAT = Format(

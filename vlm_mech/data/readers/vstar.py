@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm_mech.data.readers.format import Format, ReaderOptions, Table
-from vlm_mech.data.readers.single import each_row, has_letter, lettered_item
+from vlm_mech.data.readers.lettered import has_letter, lettered_rows
 from vlm_mech.data.user_files import Row, Rows
 
 
 def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
     """The items; the options are taken out of the text."""
-    return each_row(tables, _fields, id_column="question_id")
 
+    def more(row: Row, picture: Any, table: Table) -> dict[str, Any]:
+        return {"category": row.fields["category"], "group": table.group_of(picture)}
 
-def _fields(row: Row, table: Table) -> dict[str, Any]:
-    return lettered_item(row, table) | {"category": row.fields["category"], "group": str(row.fields["image"])}
+    return lettered_rows(tables, more, id_column="question_id")
 
 
 FORMAT = Format(
@@ -22,8 +22,8 @@ FORMAT = Format(
     holds="items",
     columns=("image", "text", "category", "label", "question_id"),
     rows=rows,
-    layout="`test_questions.jsonl` with `image`, `text`, `category`, `label` (a letter), `question_id`",
-    becomes="one item a line; options that stand a line each in the text are taken out of it, the answer is the text "
-    "of the option (a letter where the text has none)",
+    layout="`test_questions.jsonl`, or parquet, with `image`, `text`, `category`, `label` (a letter), `question_id`",
+    becomes="one item a row; options that stand in the text, a line each or in one, are taken out of it, the answer "
+    "is the text of the option (a letter where the text has none, or they cannot be told from it, which is noted)",
     fits=has_letter,
 )

@@ -6,9 +6,10 @@ exchanged.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from vlm_mech.data.readers.format import Collector, Format, ReaderOptions, Table
 from vlm_mech.data.readers.tables import read
@@ -32,7 +33,7 @@ EXCHANGED = {"pillow_left_of_chair": "pillow_right_of_chair", "pillow_right_of_c
 
 
 @dataclass(frozen=True)
-class _Shown:
+class Shown:
     """A row: its picture, and what its right caption says."""
 
     row: Row
@@ -54,7 +55,16 @@ class _Shown:
 
 def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
     """The pairs, the side that a question names first being `image`; what has no opposite is refused."""
-    found, groups = Collector(), dict[str, list[_Shown]]()
+    return opposites(tables, options, _two_way)
+
+
+def opposites(tables: Sequence[Table], options: ReaderOptions, asked: Callable[[Shown, Shown], dict[str, Any]]) -> Rows:
+    """The pairs of two opposite relations of a group.
+
+    Args:
+        asked: question, answers and options of two pictures.
+    """
+    found, groups = Collector(), dict[str, list[Shown]]()
     for table in tables:
         for row in read(table):
             try:
@@ -65,21 +75,21 @@ def rows(tables: Sequence[Table], options: ReaderOptions) -> Rows:
             except UsageError as error:
                 found.refuse(row.id, error)
     for group in groups.values():
-        _pairs(_corrected(group, found, options.fix_labels), found, named_by_part=len(tables) > 1)
+        _pairs(_corrected(group, found, options.fix_labels), found, asked, named_by_part=len(tables) > 1)
     return found.found
 
 
-def _shown(row: Row, table: Table) -> _Shown:
+def _shown(row: Row, table: Table) -> Shown:
     path, captions = row.fields.get("image_path"), row.fields.get("caption_options")
     if not isinstance(path, str) or not path.strip():
         raise UsageError(f"{row.place}: image_path is {path!r:.60}; a text is needed")
     if not isinstance(captions, list) or len(captions) < 2 or not all(isinstance(each, str) for each in captions):
         raise UsageError(f"{row.place}: caption_options is {captions!r:.60}; a list of captions is needed")
-    x, y, relation = _read(captions[0], row)
-    return _Shown(row, table, PurePosixPath(path).stem, tuple(captions), x, y, relation)
+    x, y, relation = read_caption(captions[0], row)
+    return Shown(row, table, PurePosixPath(path).stem, tuple(captions), x, y, relation)
 
 
-def _read(caption: str, row: Row) -> tuple[str, str, str]:
+def read_caption(caption: str, row: Row) -> tuple[str, str, str]:
     """Two objects and the relation that a caption tells."""
     said = CAPTION.fullmatch(caption.strip())
     if said is None:
@@ -92,7 +102,7 @@ def _read(caption: str, row: Row) -> tuple[str, str, str]:
     )
 
 
-def _corrected(group: list[_Shown], found: Collector, fix: bool) -> list[_Shown]:
+def _corrected(group: list[Shown], found: Collector, fix: bool) -> list[Shown]:
     """The group with the labels of the two exchanged pictures exchanged back, if that is asked for."""
     by_name = {each.name: each for each in group}
     if not all(name in by_name for name in EXCHANGED):
@@ -109,8 +119,10 @@ def _corrected(group: list[_Shown], found: Collector, fix: bool) -> list[_Shown]
     return changed
 
 
-def _pairs(group: list[_Shown], found: Collector, *, named_by_part: bool) -> None:
-    by_relation: dict[str, _Shown] = {}
+def _pairs(
+    group: list[Shown], found: Collector, asked: Callable[[Shown, Shown], dict[str, Any]], *, named_by_part: bool
+) -> None:
+    by_relation: dict[str, Shown] = {}
     for each in group:
         if each.relation in by_relation:
             found.refuse(each.name, f"{each.row.place}: its group has another picture of {each.relation!r}")
@@ -120,29 +132,36 @@ def _pairs(group: list[_Shown], found: Collector, *, named_by_part: bool) -> Non
         sides = [by_relation[each] for each in (first, second) if each in by_relation]
         if len(sides) == 2:
             part = f"{PurePosixPath(sides[0].row.fields['image_path']).parent.name}/" if named_by_part else ""
-            _keep(found, part, first, *sides)
+            _keep(found, part, asked, *sides)
         elif sides:
             lacking = second if sides[0].relation == first else first
             found.refuse(sides[0].name, f"{sides[0].row.place}: its group has no picture of {lacking!r}")
 
 
-def _keep(found: Collector, part: str, first: str, one: _Shown, other: _Shown) -> None:
-    fields = {
-        "image": _picture(one),
-        "counterfactual_image": _picture(other),
-        "question": QUESTIONS[first].format(x=one.x, y=one.y),
-        "answer": first,
-        "counterfactual_answer": OPPOSITE[first],
-        "options": [first, OPPOSITE[first]],
-        "group": one.group,
-        "category": f"{first}/{OPPOSITE[first]}",
-        "caption": one.caption,
-        "counterfactual_caption": other.caption,
+def _keep(
+    found: Collector, part: str, asked: Callable[[Shown, Shown], dict[str, Any]], one: Shown, other: Shown
+) -> None:
+    name = f"{part}{one.name}/{other.name}"
+    try:
+        told = asked(one, other)
+    except UsageError as error:
+        return found.refuse(name, error)
+    pictures = {"image": _picture(one), "counterfactual_image": _picture(other)}
+    captions = {"caption": one.caption, "counterfactual_caption": other.caption}
+    category = {"group": one.group, "category": f"{one.relation}/{other.relation}"}
+    found.keep(one.row.place, name, pictures | told | category | captions)
+
+
+def _two_way(one: Shown, other: Shown) -> dict[str, Any]:
+    return {
+        "question": QUESTIONS[one.relation].format(x=one.x, y=one.y),
+        "answer": one.relation,
+        "counterfactual_answer": other.relation,
+        "options": [one.relation, other.relation],
     }
-    found.keep(one.row.place, f"{part}{one.name}/{other.name}", fields)
 
 
-def _picture(shown: _Shown) -> object:
+def _picture(shown: Shown) -> object:
     """The picture; where the folder `data` of its path is the one given, it lies beside the table."""
     path = shown.row.fields["image_path"]
     found = shown.table.picture(path)

@@ -1,12 +1,13 @@
 """Pictures of objects with parts: which patches show the part that is asked about, its object, and background.
 
-Generated scenes carry their parts' pixels. A folder of the user's own gives for each pair, as in `data.pairs`, also
-`part_mask` and `object_mask`: pictures of the image's size, white (255; or 1, in a mask of 0 and 1) where it shows the
-part that `answer` names or the object.
+Generated scenes carry their parts' pixels, as do PACO and Pascal-Part. A folder of the user's own gives for each line
+of `pairs.jsonl` or `items.jsonl` also `part_mask` and `object_mask`: pictures of the image's size, white (255; or 1, in
+a mask of 0 and 1) where it shows the part that `answer` names or the object.
 """
 
 import dataclasses
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,17 @@ from PIL import Image
 
 from vlm_mech.data.counterfactual_scenes import sample_pairs
 from vlm_mech.data.fitting import Variety, fitting
+from vlm_mech.data.item import Item
+from vlm_mech.data.item_folder import items_of
+from vlm_mech.data.masks import pixels_of
 from vlm_mech.data.pair_folder import pair_fields
 from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
+from vlm_mech.data.readers.format import ReaderOptions
 from vlm_mech.data.render import masks
+from vlm_mech.data.sources import Found, find_data
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling
-from vlm_mech.inputs.image import Box, image_named, load_image
+from vlm_mech.inputs.image import Box, load_image
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
 from vlm_mech.inputs.wording import BARE, Wording
@@ -38,6 +44,10 @@ SOME = 32
 """Scenes by default."""
 MASKS = ("part_mask", "object_mask")
 """Fields of a folder's lines that name pictures of the pixels of part and object."""
+ONE_PICTURE = (
+    "questions about one picture each: the other answer is another part's word, and no second picture is shown to the "
+    "model but a plain one, on which the spelling of answers is chosen too"
+)
 MIN_SHARE = 0.25
 """Share of a patch's pixels that the part must cover; with half, two of five parts of the scenes have no patch."""
 
@@ -131,8 +141,13 @@ def load_examples(
         UsageError: see `shown_parts` and `examples_of`.
     """
     n = SOME if n is None and data.startswith("scenes/") else n
-    pairs = load_pairs(data, n=n, seed=seed, split=split, wording=wording, fix_labels=fix_labels)
-    shown = shown_parts(pairs, seed=seed, split=split)
+    found = None if data.startswith("scenes/") else find_data(data)
+    drawn = {"n": n, "seed": seed, "wording": wording, "fix_labels": fix_labels}
+    if found is not None and found.holds == "items":
+        pairs, shown = about_one_picture(found, data, **drawn)
+    else:
+        pairs = load_pairs(data, split=split, **drawn)
+        shown = shown_parts(pairs, seed=seed, split=split)
     pairs = fitting(vlm, pairs, variants=variants, whole=whole)
     return examples_of(vlm, pairs, shown, min_share=min_share, seed=seed)
 
@@ -161,22 +176,70 @@ def shown_parts(pairs: Pairs, *, seed: int, split: str) -> dict[str, Shown]:
 
 
 def _folder_parts(pairs: Pairs) -> dict[str, Shown]:
-    folder, found = Path(pairs.name), {}
-    told = pair_fields(folder)
+    found = find_data(pairs.name)
+    told, folder = pair_fields(pairs.name), Path(pairs.name) if found is None else found.folder
+    shown = {}
     for pair in pairs:
-        named = [told[pair.id].get(field) for field in MASKS]
-        lacking = [field for field, mask in zip(MASKS, named, strict=True) if not isinstance(mask, str)]
+        lacking = _lacking(told[pair.id])
         if lacking:
-            raise UsageError(f"pair {pair.id} of {pairs.name!r} names no {lacking[0]}, a picture of the part's pixels")
-        both = (load_image(image_named(folder, mask)) for mask in named)
-        found[pair.id] = Shown(*map(_marked, both))
-    return found
+            raise UsageError(f"pair {pair.id} of {pairs.name!r} names no {lacking}, a picture of the part's pixels")
+        shown[pair.id] = _shown(told[pair.id], folder)
+    return shown
 
 
-def _marked(mask: Image.Image) -> Bool[np.ndarray, "height width"]:
-    """Where a mask is white; of one that holds 0 and 1 alone, where it is 1."""
-    grey = np.asarray(mask.convert("L"))
-    return grey >= (1 if grey.max() == 1 else 128)
+def _lacking(fields: Mapping[str, Any]) -> str:
+    """The mask that a row lacks; empty where it has both."""
+    return next((field for field in MASKS if fields.get(field) is None), "")
+
+
+def _shown(fields: Mapping[str, Any], folder: Path) -> Shown:
+    return Shown(*(pixels_of(fields[field], folder) for field in MASKS))
+
+
+def about_one_picture(
+    found: Found, data: str, *, n: int | None, seed: int, wording: Wording, fix_labels: bool
+) -> tuple[Pairs, dict[str, Shown]]:
+    """Items with masks as pairs, and the pixels of their parts: the other answer is the first option that is wrong.
+
+    There is no other picture that has it. In its place stands a plain one of the picture's mean colour, which the
+    choice of the answers' spelling alone looks at.
+
+    Raises:
+        UsageError: no item with options and two masks that can be read.
+    """
+    rows = found.rows(ReaderOptions(fix_labels, seed))
+    kept = dict[str, Shown]()
+    fields = {row.id: row.fields for row in rows.rows}
+    drawn = items_of(rows, found.folder, found.place, n=n, seed=seed)
+    pairs, refused = list[Pair](), list(drawn.refused)
+    for item in drawn.used:
+        try:
+            pairs.append(_as_pair(item, wording))
+            lacking = _lacking(fields[item.id])
+            if lacking:
+                raise UsageError(f"it names no {lacking}, a picture of the part's pixels")
+            kept[item.id] = _shown(fields[item.id], found.folder)
+        except UsageError as error:
+            refused.append(Refused(item.id, str(error)))
+    if not kept:
+        raise UsageError(f"none of the {len(drawn.used)} items of {data!r} can be used: {refused[-1].reason}")
+    notes = (*drawn.notes, ONE_PICTURE)
+    whole = tuple(pair for pair in pairs if pair.id in kept)
+    return Pairs(str(Path(data)), whole, tuple(refused), drawn=drawn.told, notes=notes), kept
+
+
+def _as_pair(item: Item, wording: Wording) -> Pair:
+    other = next((option for option in item.options if option != item.answer), None)
+    if other is None:
+        raise UsageError("it has no options, of which one that is wrong is the other part")
+    picture, *more = item.images
+    if more:
+        raise UsageError(f"it shows {len(item.images)} images in one prompt; masks of a part and its object are of one")
+    shown = load_image(picture)
+    mean = np.asarray(shown).reshape(-1, 3).mean(0).round().astype(int)
+    plain = Image.new("RGB", shown.size, tuple(mean.tolist()))
+    told = {name: getattr(item, name) for name in ("group", "options", "prior", "category")}
+    return Pair(item.id, picture, plain, item.question, item.answer, other, wording=wording, **told)
 
 
 def examples_of(

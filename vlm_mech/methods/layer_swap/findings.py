@@ -2,7 +2,7 @@
 
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import TooFewError
-from vlm_mech.methods.layer_swap.study import ANSWER, NOTHING_BEFORE, WRONG
+from vlm_mech.methods.layer_swap.study import ANSWER, NOTHING_BEFORE, WRONG, WRONG_ALONE
 from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
 
@@ -27,16 +27,17 @@ def usable_share(result: Result, pairs: Pairs) -> str:
         TooFewError: fewer than two pairs count, so that nothing can be said.
     """
     first = result.table.drop_duplicates("example")
-    n_examples, n_wrong = len(first), int((first["skipped"] == WRONG).sum())
-    close = ~result.table["skipped"].isin(["", WRONG, NOTHING_BEFORE])
+    what, wrong, asked = ("pairs", WRONG, " on both images") if pairs.made is None else ("items", WRONG_ALONE, "")
+    n_examples, n_wrong = len(first), int((first["skipped"] == wrong).sum())
+    close = ~result.table["skipped"].isin(["", wrong, NOTHING_BEFORE])
     n_close = int(result.table[close]["example"].nunique())
     if n_examples - n_wrong < 2:
         raise TooFewError(
-            f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are answered right on both images; "
+            f"{n_examples - n_wrong} of {n_examples} {what} of {pairs.name} are answered right{asked}; "
             "at least two are needed (only_correct=False, or --all of the command, keeps the others too)"
         )
-    text = f"{n_examples - n_wrong} of {n_examples} pairs of {pairs.name} are used"
-    text += f"; {n_wrong} are left out because they are {WRONG}" if n_wrong else ""
+    text = f"{n_examples - n_wrong} of {n_examples} {what} of {pairs.name} are used"
+    text += f"; {n_wrong} are left out because they are {wrong}" if n_wrong else ""
     why = result.table[close]["skipped"].iloc[0] if n_close else ""
     text += f"; in {n_close} the {why}, so that they have no recovered fraction" if n_close else ""
     bare = result.table.loc[result.table["skipped"] == NOTHING_BEFORE, "example"].nunique()

@@ -29,6 +29,11 @@ QUESTION = (
     "another answer. One run's hidden states replace the other's at one layer and one span of tokens; the recovered "
     "fraction says how far the answer moves, 0 (its own) to 1 (the other image's)."
 )
+OF_ITEMS = (
+    "Each question is asked about an image and about a picture made in its place. One run's hidden states replace the "
+    "other's at one layer and one span of tokens; the recovered fraction says how far the preference for the right "
+    "answer over a wrong one moves, 0 (the run that is patched) to 1 (that which the states come from)."
+)
 
 
 def layer_swap(
@@ -90,9 +95,14 @@ def layer_swap(
     starts = range(0, len(pairs), batch)
     done = [swap_states(vlm, pairs[start : start + batch], sites, spans, **how) for start in starts]
     table = pd.concat([rows for rows, _ in done], ignore_index=True)
-    provenance = about(QUESTION, vlm, pairs, add_up([summarise(receipts) for _, receipts in done]))
+    provenance = about(question_of(pairs), vlm, pairs, add_up([summarise(receipts) for _, receipts in done]))
     result = told(swap_result(site, table, provenance, measure), pairs)
     return dataclasses.replace(result, findings=(*result.findings, *remarks(provenance)))
+
+
+def question_of(pairs: Pairs) -> str:
+    """What a swap asks of pairs, or of single items."""
+    return QUESTION if pairs.made is None else OF_ITEMS
 
 
 def swap_result(

@@ -38,7 +38,8 @@ OF_THE_PATCHED = "of the patched run's own answer less that of the other image's
 LOGIT_DIFF = Metric("logit_diff", "logits", f"logit {OF_THE_PATCHED}", signed=True)
 FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred")
 
-WRONG = "not answered right on both images"
+WRONG, WRONG_ALONE = "not answered right on both images", "not answered right"
+"""Why a pair is left out, and a single item, whose counterfactual picture has no answer known to be right."""
 
 
 def recovered_of(what: str) -> Metric:
@@ -87,7 +88,8 @@ def swap_states(
     `noising` runs the image with states of its counterfactual, `denoising` the counterfactual with states of the
     image. Pairs that the model answers wrongly on either side (see `measures.said`) are skipped unless `only_correct`
     is off; a recovered fraction whose denominator is below `metrics.MIN_GAP` is skipped as well, and so is a
-    swap of an answer's tokens alone where none comes before what is read. Skipped values are NaN, with the reason in
+    swap of an answer's tokens alone where none comes before what is read. Of single items (`data.examples`) the answer
+    to the picture alone must be right. Skipped values are NaN, with the reason in
     `skipped`.
 
     Args:
@@ -228,7 +230,9 @@ def _swapped(
 ) -> tuple[pd.DataFrame, list[Receipt]]:
     read = _read(vlm, pairs, measure)
     sides = [engine_of(vlm, each.encoded, engine, budget=budget) for each in read]
-    right = read[0].value(2, sides[0].reads).bool() & read[1].value(3, sides[1].reads).bool()
+    right = read[0].value(2, sides[0].reads).bool()
+    if pairs.made is None:
+        right &= read[1].value(3, sides[1].reads).bool()
     usable = right if only_correct else torch.ones_like(right)
     tables, receipts = [], []
     drawn = _drawn(directions, sites, spans, part)
@@ -244,7 +248,8 @@ def _swapped(
         clean = functools.cache(lambda direction=direction: _generated(vlm, pairs, direction, None, part))
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
         for (site, span), edit, after, proof in zip(cells, edits, kept, proofs, strict=True):
-            table = _scored(before, target, after, usable, measure, read[own].untouched(edit)[own])
+            why = WRONG if pairs.made is None else WRONG_ALONE
+            table = _scored(before, target, after, usable, measure, read[own].untouched(edit)[own], why)
             if len(tables) in drawn and part is not None:
                 table = table.join(_generated(vlm, pairs, direction, edit, part))
                 table = table.join(clean().add_suffix("_baseline"))
@@ -273,12 +278,13 @@ def _scored(
     usable: torch.Tensor,
     name: Comparison,
     untouched: torch.Tensor,
+    wrong: str,
 ) -> pd.DataFrame:
     """The metrics of one swap, a row a pair, from the differences of the answers in the three runs."""
     fraction = metrics.recovered(after, before, target)
     skipped = [no_gap(compared_by(name)) if missing else "" for missing in fraction.isnan().tolist()]
     skipped = [NOTHING_BEFORE if no else reason for reason, no in zip(skipped, untouched.tolist(), strict=True)]
-    skipped = [reason if use else WRONG for reason, use in zip(skipped, usable.tolist(), strict=True)]
+    skipped = [reason if use else wrong for reason, use in zip(skipped, usable.tolist(), strict=True)]
     usable = usable & ~untouched.to(usable.device)
     columns = {
         "recovered": fraction,

@@ -44,6 +44,8 @@ class Spot:
         return f"{self.site} at {self.span}"
 
 
+NOT_KNOWN = Positions(())
+"""The object of an example of which it is not known."""
 Features = dict[Spot, Tensor]
 """States by spot, example x width; widths differ between the tower and the decoder."""
 
@@ -74,7 +76,7 @@ class Examples:
 
 
 def examples_of(vlm: "VLM", pairs: Pairs) -> Examples:
-    """Both images of every pair as examples of their own, labelled with their answers.
+    """Both images of every pair as examples of their own, labelled with their answers; of a single item its own image.
 
     Groups are those of the pairs; `data.pairs.linked` gives pairs that share a picture the same one.
     """
@@ -89,14 +91,19 @@ def conflicts_of(vlm: "VLM", pairs: Pairs) -> Examples:
     """
     made = []
     for pair in with_conflict(pairs):
-        usual, unusual = _sides(vlm, pair) if pair.conflict == "second" else _sides(vlm, pair)[::-1]
-        made.append((unusual | {"prior": usual["label"]},))
+        usual = pair.answer if pair.conflict == "second" else pair.counterfactual_answer
+        unusual = _sides(vlm, pair)[1 if pair.conflict == "second" else 0]
+        made.append((unusual | {"prior": usual},))
     return _joined(pairs.name, made)
 
 
-def _sides(vlm: "VLM", pair: Pair) -> tuple[dict, dict]:
-    shared = {"group": pair.group or pair.id, "object": changed_patches(vlm, pair), "prior": ""}
+def _sides(vlm: "VLM", pair: Pair) -> tuple[dict, ...]:
+    shared = {"group": pair.group or pair.id, "prior": ""}
     first = {"id": pair.id, "prompt": pair.base, "label": pair.answer}
+    if pair.made:
+        # Nothing tells which patches show what is asked about.
+        return (shared | first | {"object": NOT_KNOWN},)
+    shared |= {"object": changed_patches(vlm, pair)}
     second = {"id": f"{pair.id}'", "prompt": pair.counterfactual, "label": pair.counterfactual_answer}
     return shared | first, shared | second
 
@@ -128,11 +135,16 @@ def changed_patches(vlm: "VLM", pair: Pair) -> Patches:
 def with_objects(vlm: "VLM", pairs: Pairs) -> Pairs:
     """The pairs that the model can be asked and in which it sees what changed; the others move to `refused`.
 
+    Of single items it is only asked whether the model can be given them.
+
     Raises:
         UsageError: none is left.
     """
 
     def check(pair: Pair) -> None:
+        if pair.made:
+            vlm.encode(pair.base)
+            return
         vlm.encode(pair.counterfactual)
         changed_patches(vlm, pair)
 
@@ -204,8 +216,13 @@ def spread(vlm: "VLM", spans: Sequence[str], examples: Examples) -> tuple[str, .
     """The spans with `each` written out as one span for each image token: `patch 0,0`, `patch 0,1`, ...
 
     Raises:
-        UsageError: a span twice, or images cut into unlike grids.
+        UsageError: a span twice, `object` for single items, or images cut into unlike grids.
     """
+    if OBJECT in spans and NOT_KNOWN in examples.objects:
+        raise UsageError(
+            f"span {OBJECT!r} is where the two images of a pair differ; {examples.name} holds single items, which do "
+            "not say it"
+        )
     found: list[str] = []
     for span in spans:
         found += _every_patch(vlm, examples) if span == EACH else [span]

@@ -1,0 +1,155 @@
+"""Contrastive decoding on both pictures of every pair, with fixed settings (arXiv 2411.05195, table 6, on MMVP)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from vlm_mech.behaviour.answering.asked_options import Template, options_of
+from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category, with_categories
+from vlm_mech.behaviour.decoding.data import Options, Setting, every_pair, fixed, label
+from vlm_mech.behaviour.decoding.study import OWN, STRANGER, answered
+from vlm_mech.data.pairs import Pair, Pairs, about_others, partners
+from vlm_mech.data.reading import ALPHABET, letters_of, read_answer
+from vlm_mech.errors import UsageError
+from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.statistics import holm, mcnemar
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+    from vlm_mech.runs.workspace import Workspace
+
+QUESTION = (
+    "Both pictures of every pair are asked about, whose answers differ. Does contrastive decoding, with the values of "
+    "the papers, answer more of them rightly than greedy decoding does?"
+)
+AXES = ("picture", "method")
+INDIVIDUAL = Metric("individual", "share", "right answers over both pictures of a pair", against="chance")
+PAIR = Metric("pair", "share", "pairs with both pictures right", against="chance")
+UNREAD = Metric("unread", "share", "answers that name no option, or several, and are not right")
+METRICS = (INDIVIDUAL, PAIR, UNREAD)
+BY_CATEGORY = {"metrics": [INDIVIDUAL.name, PAIR.name], "cells": {"picture": [OWN]}}
+
+
+def check_fixed(given: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    """Raises `UsageError` where values to choose among are given, none of which would be taken."""
+    other = next((name for name in given if given[name] != usual[name]), None)
+    if other is not None:
+        raise UsageError(f"--{other} are values to choose among; with --both they are the papers', nothing is chosen")
+
+
+def measured(
+    vlm: "VLM", data: str, work: "Workspace", prompt: str, kinds: Sequence[str], options: Options, *, n: int | None,
+    batch: int, seed: int, **drawn: Any,
+) -> tuple[Result, Pairs]:  # fmt: skip
+    """The result over all pairs, batch by batch, each kept when it is done; and the pairs.
+
+    Args:
+        prompt: a way of asking, as a `Template`.
+        kinds: methods beside plain greedy decoding.
+        drawn: further options of `every_pair`.
+
+    Raises:
+        UsageError: a template, methods or data that cannot be.
+    """
+    template, settings = Template(prompt, prompt), fixed(kinds)
+    pairs = every_pair(vlm, data, template, n=n, seed=seed, n_new=options.max_new_tokens, **drawn)
+    others = [pairs.pairs[other] for other in partners(len(pairs), seed=seed)]
+    for start in work.progress(range(0, len(pairs), batch), "both pictures"):
+        key, rows = f"{start:08d}", slice(start, start + batch)
+        if key not in work:
+            work.keep(key, both_pictures(vlm, pairs[rows], others[rows], template, settings, options), {})
+    told = {"settings": [asdict(each) for each in settings], "prompt": prompt}
+    result = with_categories(Result("both pictures", work.collect()[0], AXES, METRICS, {}, told), BY_CATEGORY)
+    return replace(result, findings=said_of_both(result)), pairs
+
+
+def both_pictures(
+    vlm: "VLM", pairs: Pairs, others: Sequence[Pair], template: Template, settings: Sequence[Setting], options: Options
+) -> pd.DataFrame:
+    """Rows of one batch: what each setting answers about both pictures, and about those of another pair, the floor.
+
+    Args:
+        template: how the questions were asked; letters are read where it has them.
+    """
+    tables = []
+    for picture, shown in {OWN: pairs, STRANGER: about_others(pairs, others)}.items():
+        texts: dict[str, list[tuple[str, ...]]] = {}
+        for side, prompts in enumerate((shown.base, shown.counterfactual)):
+            encoded = vlm.encode(prompts)
+            names = [f"{pair.id}/{side}" for pair in pairs]
+            for setting in settings:
+                told = answered(vlm, encoded, names, setting, options).texts
+                texts.setdefault(label(setting.method, setting.dose), []).append(told)
+        for method, both in texts.items():
+            tables.append(_rows(pairs, both, template.lettered).assign(picture=picture, method=method))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _rows(pairs: Pairs, texts: Sequence[Sequence[str]], lettered: bool) -> pd.DataFrame:
+    """A row per pair, from the answers about its first and about its second picture."""
+    named = np.array([[_named(text, pair, lettered) for text, pair in zip(one, pairs, strict=True)] for one in texts])
+    own = [
+        [options_of(pair).index(answer) for pair, answer in zip(pairs, answers, strict=True)]
+        for answers in ([pair.answer for pair in pairs], [pair.counterfactual_answer for pair in pairs])
+    ]
+    right: Float[np.ndarray, "image pair"] = (named == np.array(own)).astype(float)
+    guess = 1 / np.array([len(options_of(pair)) for pair in pairs])
+    table = pd.DataFrame({"example": [pair.id for pair in pairs], "group": [pair.group or pair.id for pair in pairs]})
+    if any(pair.category for pair in pairs):
+        table["category"] = [pair.category or "" for pair in pairs]
+    values = {"individual": right.mean(0), "pair": right.prod(0), "unread": (named < 0).mean(0)}
+    chances = {"individual_baseline": guess, "pair_baseline": guess**2, "unread_baseline": 0.0}
+    sides = {"right_1": right[0], "right_2": right[1], "answer_1": list(texts[0]), "answer_2": list(texts[1])}
+    return table.assign(**values, **chances, **sides)
+
+
+def _named(text: str, pair: Pair, lettered: bool) -> int:
+    """Number of the one option that an answer names; -1 for none, or several."""
+    options = options_of(pair)
+    only = read_answer(text, options, letters=ALPHABET[: len(options)] if lettered else letters_of(options)).only
+    return -1 if only is None else only
+
+
+def said_of_both(result: Result) -> tuple[str, ...]:
+    """Individual and pair accuracy of each setting, each held against greedy on the same pairs, and the floor."""
+    summary = result.summary().set_index(["picture", "method", "metric"])
+    table = result.table[result.table["picture"] == OWN].set_index(["method", "example"])["pair"]
+    methods = list(dict.fromkeys(result.table["method"]))
+    greedy = table.loc[methods[0]]
+    right = [(table.loc[each].loc[greedy.index].eq(1).to_numpy(), greedy.eq(1).to_numpy()) for each in methods[1:]]
+    tests = holm([mcnemar(*both, (each, methods[0])) for each, both in zip(methods[1:], right, strict=True)])
+    chances = [summary.loc[(OWN, methods[0], metric), "baseline"] for metric in ("individual", "pair")]
+    found = [
+        f"{len(greedy)} pairs, both pictures asked about; settings are the papers', nothing is chosen. Chance is "
+        f"{chances[0]:.3g} a picture and {chances[1]:.3g} for both of a pair; answers that name no option, or several, "
+        "are wrong."
+    ]
+    for number, method in enumerate(methods):
+        told = [_told(summary, OWN, method, metric) for metric in ("individual", "pair", "unread")]
+        floor = [_told(summary, STRANGER, method, metric) for metric in ("individual", "pair")]
+        text = f"{method}: {told[0]} of pictures and {told[1]} of pairs right, {told[2]} unread; about another pair's "
+        text += f"pictures {floor[0]} and {floor[1]}"
+        if number:
+            test = tests[number - 1]
+            by = result.contrast(
+                {"picture": OWN, "method": method}, {"picture": OWN, "method": methods[0]}, "individual"
+            )
+            text += (
+                f"; against greedy {test.only_one} pairs gained, {test.only_other} lost (McNemar exact p = "
+                f"{test.p:.2g}, Holm {test.p_corrected:.2g}), pictures {by['mean']:+.3f} ({by['ci_low']:+.3f} to "
+                f"{by['ci_high']:+.3f})"
+            )
+        found.append(f"{text}.")
+    if has_categories(result):
+        by_kind = by_category(result, **BY_CATEGORY)
+        found += [each for metric in BY_CATEGORY["metrics"] for each in told_by_category(by_kind, ["method"], metric)]
+    return tuple(found)
+
+
+def _told(summary: pd.DataFrame, picture: str, method: str, metric: str) -> str:
+    row = summary.loc[(picture, method, metric)]
+    return f"{row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f})"
