@@ -21,6 +21,7 @@ from vlm_mech.behaviour.answering.by_category import by_category
 from vlm_mech.behaviour.classify.tuning import with_answers
 from vlm_mech.behaviour.erroneous_agreement.data import load_cases
 from vlm_mech.behaviour.scoring import comparisons, study
+from vlm_mech.behaviour.scoring.data import own_captions
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTER_NAMES,
@@ -43,11 +44,14 @@ from vlm_mech.behaviour.scoring.measures import (
     starts_alike,
 )
 from vlm_mech.behaviour.scoring.study import AS_GIVEN, BEST, BOTH, MEAN, OWN, STRANGER, SWAPPED
+from vlm_mech.data.examples import as_pairs
 from vlm_mech.data.export.__main__ import export
+from vlm_mech.data.items import load_items
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import Generation
+from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.models.vlm import VLM
 from vlm_mech.organism.build import word_tokenizer
 from vlm_mech.results.result import Result
@@ -556,6 +560,20 @@ def test_items_with_unlike_numbers_of_options_have_chances_of_their_own(vlm):
     bare = dataclasses.replace(items[0], options=())
     alone = study.score_pairs(vlm, Pairs("items", (bare,)), [], PLAIN[:1], (GENERATION,))
     assert set(alone["individual_baseline"]) == {0} and set(alone[alone["scoring"] == RANDOM]["individual"]) <= {0, 1}
+
+
+def test_captions_of_items_are_told_apart_by_a_contrastive_model(tmp_path):
+    """Each picture picks between the two captions of the data; there is no second picture for a caption to pick."""
+    export("coco-spatial", tmp_path / "made", n=6)
+    items = load_items(f"coco-spatial:{tmp_path / 'made'}")
+    assert items[0].captions is not None and "on the" in items[0].captions[0]
+    pairs, captions = as_pairs(items), [("a red circle", "a blue circle")] * 6
+    assert own_captions(pairs)[items[0].group, items[0].question, items[0].answer] == items[0].captions[0]
+    table = study.similarity_rows(DualEncoder.load("clip"), pairs, [], captions, batch=4)
+    assert set(table["scoring"]) == {SIMILARITY} and len(table) == 6
+    scores = table[["score_1_1", "score_1_2"]].to_numpy()
+    assert table["individual"].tolist() == (scores[:, 0] > scores[:, 1]).tolist()
+    assert table["individual_baseline"].eq(0.5).all() and table["pair"].isna().all()
 
 
 def test_the_experiment_scores_items(tmp_path, capsys):

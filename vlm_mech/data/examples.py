@@ -125,6 +125,7 @@ def as_pairs(items: Items, counterfactual: Made = "none", *, seed: int = 0) -> P
                 options=item.options,
                 prior=item.prior,
                 category=item.category,
+                captions=item.captions,
                 made=counterfactual,
             )
         )

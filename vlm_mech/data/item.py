@@ -16,7 +16,7 @@ class Item:
 
     `options` are the texts among which the answer is; `prior` is the usual answer, whatever is shown, and `conflict`
     whether the image contradicts it (None: not known). Items of one `group` are no independent examples. `wording` says
-    how the question is put to a model.
+    how the question is put to a model. `captions` are a right and a wrong description of the image.
 
     Raises:
         UsageError: a text that is none, no image, or options without the answer.
@@ -32,6 +32,7 @@ class Item:
     group: str | None = None
     conflict: bool | None = None
     wording: Wording = BARE
+    captions: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("id", "question", "answer"):

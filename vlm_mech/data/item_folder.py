@@ -1,7 +1,8 @@
 """Items of files: a folder with `items.jsonl`, one object a line, or an official format (`data.readers`).
 
 A line has `image` (a path from the folder, an address, or the picture in base64) or a list `images`, `question` and
-`answer`. It may also have `id`, `options` (a list of texts), `prior`, `category`, `group` and `conflict` (see `Item`).
+`answer`. It may also have `id`, `options` (a list of texts), `prior`, `category`, `group`, `conflict`, `caption` and
+`counterfactual_caption` (see `Item`).
 """
 
 import dataclasses
@@ -10,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from vlm_mech.data.item import Item
-from vlm_mech.data.pair_folder import READ_BY_METHODS, drawn_examples
+from vlm_mech.data.pair_folder import CAPTIONS, READ_BY_METHODS, captions_of, drawn_examples
 from vlm_mech.data.row_fields import as_given, kept_form, opened, options_of, pictures_of, text_of, told_of
 from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
 from vlm_mech.data.user_files import Drawn, Row, Rows
 
 FILE = "items.jsonl"
 FIELDS = ("image", "images", "question", "answer", "id", "options", "prior", "category", "group", "conflict")
-FIELDS += READ_BY_METHODS
+FIELDS += (*CAPTIONS, *READ_BY_METHODS)
 """All fields that are read, some by methods alone."""
 
 
@@ -65,5 +66,6 @@ def _item(folder: Path, row: Row) -> tuple[Item, list[str]]:
         category=told_of(row, "category"),
         group=told_of(row, "group"),
         conflict=bool(conflict) if isinstance(conflict, np.bool_) else conflict,
+        captions=captions_of(row),
     )
     return item, [pixel_hash(each) for each in pixels]

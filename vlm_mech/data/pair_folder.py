@@ -147,13 +147,13 @@ def _pair(folder: Path, row: Row, keep_pixels: bool) -> tuple[Pair, list[str]]:
         options=options_of(row),
         prior=told_of(row, "prior"),
         category=told_of(row, "category"),
-        captions=_captions(row),
+        captions=captions_of(row),
     )
     return pair, [*shown[0], *shown[1]]
 
 
-def _captions(row: Row) -> tuple[str, str] | None:
-    """The captions of both pictures; none where there are none.
+def captions_of(row: Row) -> tuple[str, str] | None:
+    """The captions of both pictures, or of an item a right and a wrong one; none where there are none.
 
     Raises:
         UsageError: one alone, or something that is no text.

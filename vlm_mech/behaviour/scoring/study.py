@@ -132,7 +132,7 @@ def similarity_rows(
     """
     views = {OWN: pairs} | ({STRANGER: about_others(pairs, others)} if others else {})
     known = dict(zip((pair.id for pair in pairs), captions, strict=True))
-    both_ways = all(pair.captions is not None and len(options_of(pair)) == 2 for pair in pairs)
+    both_ways = all(pair.captions and pair.made is None and len(options_of(pair)) == 2 for pair in pairs)
     tables = []
     for view, some in ((view, part) for view, every in views.items() for part in _by_number_of_options(every)):
         cosines = _cosines(encoder, some, [known[pair.id] for pair in some], batch=batch)
