@@ -62,4 +62,4 @@ def _names(config: Config) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    main(Config, run, name="frequency")
+    main(Config, run, name="frequency", unasked="it counts names in text and asks nothing")

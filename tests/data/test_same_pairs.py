@@ -127,8 +127,8 @@ def test_a_contrastive_tuning_is_asked_the_same(tmp_path):
 
 
 def test_compensation_by_masks(tmp_path):
-    name = "scenes/part"
-    pairs = load_pairs(name, n=N)
+    name, n = "scenes/part", 4
+    pairs = load_pairs(name, n=n)
     more = []
     for number, pair in enumerate(pairs):
         shown = shown_parts(pairs, seed=0, split="test")[pair.id]
@@ -140,7 +140,7 @@ def test_compensation_by_masks(tmp_path):
     for mask in tmp_path.glob("*_mask.png"):
         mask.rename(folder / mask.name)
     given = ("--site", "projector.out", "--layers", "all")
-    own = table_of(compensation, name, tmp_path / "own", "--n", N, *given)
+    own = table_of(compensation, name, tmp_path / "own", "--n", n, *given)
     pd.testing.assert_frame_equal(own, table_of(compensation, folder, tmp_path / "folder", *given), check_exact=True)
 
 

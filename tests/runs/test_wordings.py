@@ -322,6 +322,7 @@ ROOT = Path(__file__).parents[2]
 OWN = {
     "behaviour/blur_decay/blur.py",
     "behaviour/erroneous_agreement/similarity.py",
+    "behaviour/contrastive_tuning/captions.py",
     "behaviour/contrastive_tuning/training.py",
 }
 """They ask what no user words: whether a family can do without a picture, states of a tower, captions read as text."""
@@ -329,10 +330,10 @@ OWN = {
 
 def test_every_experiment_puts_its_questions_in_the_wording():
     paths = [path for path in (ROOT / "experiments").glob("[a-z]*.py") if "main(Config" in path.read_text()]
-    assert len(paths) == 14
+    assert len(paths) == 15
     for path in paths:
         code = path.read_text() + ((path.parent / "_weight_swap.py").read_text() if path.stem == "layer_swap" else "")
-        if path.stem in ("benchmark", "validate"):
+        if path.stem in ("benchmark", "frequency", "validate"):
             assert "unasked=" in code
         else:
             # Which refuses words around the questions that the model does not know.
