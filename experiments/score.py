@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from vlm_mech.behaviour.scoring.data import Plan
 
 QUESTION = (
-    "Each question is asked about both pictures of a pair, which have different answers. What is generated is read by "
-    "several rules, and the perplexities of both options are compared; how far these verdicts differ is not about what "
-    "the model sees. Another pair's pictures give the floor."
+    "Each question is asked about both pictures of a pair, which have different answers, or about an item's own. What "
+    "is generated is read by several rules, and the perplexities of the options are compared; how far these verdicts "
+    "differ is not about what the model sees. Another example's pictures give the floor."
 )
 
 

@@ -12,6 +12,7 @@ from tests.zoo import ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.blur_decay import study
 from vlm_mech.behaviour.blur_decay.blur import KERNELS, MEAN, NONE, blurred, decayed, kernel, levels_of, resized
+from vlm_mech.behaviour.blur_decay.data import SWAPPED, swapped_levels
 from vlm_mech.behaviour.blur_decay.study import compared
 from vlm_mech.data.blur import SMALL
 from vlm_mech.data.pairs import load_pairs, partners
@@ -194,6 +195,14 @@ def test_wrong_use_is_one_line(model_folder, tmp_path, capsys):
         assert command(blur_decay, *given, "--out", tmp_path / "none") == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_levels_of_swaps_are_those_of_the_kernels_unless_named():
+    pairs = load_pairs("scenes/colour", n=2)
+    assert swapped_levels(SWAPPED, (1, 61), pairs, batch=2) == ("1", "61")
+    assert blur_decay.Config.mechanism == SWAPPED
+    with pytest.raises(UsageError, match="level '11' is none of the kernels 1 61"):
+        swapped_levels(("1", "11"), (1, 61), pairs, batch=2)
 
 
 def test_help_is_light():

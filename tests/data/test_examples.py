@@ -78,6 +78,12 @@ def test_the_answer_compared_with_is_the_usual_one_else_another_option_else_one_
     assert pairs[0].images == pairs[0].own_pictures == pairs[0].pictures and pairs[0].made == "none"
 
 
+def test_an_answer_that_reads_alike_is_no_wrong_one():
+    said = (item("a", answer="red", prior="Red "), item("b", answer=" RED"), item("c", answer="blue"))
+    found = [pair.counterfactual_answer for pair in as_pairs(Items("some", said))]
+    assert found[:2] == ["blue", "blue"] and found[2] in ("red", " RED")
+
+
 def test_one_of_several_options_is_drawn_with_the_seed_and_all_are_read():
     items = Items("some", tuple(item(f"i{number}", options=COLOURS) for number in range(40)))
     drawn = [[pair.counterfactual_answer for pair in as_pairs(items, seed=seed)] for seed in (0, 0, 1)]
@@ -171,6 +177,10 @@ def test_what_is_no_item_and_no_way_to_make_a_picture_is_told(tmp_path):
         load_examples("scenes/colour", n=2, counterfactual="blur")
     with pytest.raises(UsageError, match="pair p: made is 'up'; other, blur, mean, none or null is needed"):
         Pair("p", picture(0), picture(1), "q", "red", "blue", made="up")
+    with pytest.raises(
+        UsageError, match="item a: conflict is true, and its prior is the answer 'red'; they must differ"
+    ):
+        item("a", conflict=True, prior="red ")
     with pytest.raises(UsageError, match="1 images and 0 counterfactual images"):
         Pair("p", picture(0), (), "q", "red", "blue")
 
@@ -296,6 +306,7 @@ def test_answers_are_read_among_all_options_of_an_item(vlm, scenes, tmp_path):
     four = as_pairs(Items("some", (item("a", options=COLOURS), item("b", options=("red", "blue")))))
     assert guessing(four, levels) == {"same": [1.0, 0.375, 0.375], "unchanged": [1.0, 0.375, (1 / 16 + 1 / 4) / 2]}
     assert guessing(as_pairs(Items("some", (item(),))), levels) is None
+    assert guessing(as_pairs(Items("some", (item(prior="blue"),))), levels) is None, "a prior is no option"
 
 
 # The commands
@@ -318,7 +329,7 @@ def test_commands_take_items_and_say_what_they_compare(folder, tmp_path, capsys)
     assert command(blur_decay, *decayed, *few) == 0
     result = Result.load(tmp_path / "out")
     assert "items have no counterfactual picture" in " ".join(result.findings)
-    assert result.provenance["guessing"]["unchanged"] == [1, 0.5, 0.25, 0.125]
+    assert result.provenance["guessing"] is None, "they have a usual answer, but no options"
     assert command(blur_decay, *decayed, "--long-side", "-3", *few) == 2
     assert "a number of pixels, or none, is needed" in capsys.readouterr().err
     check_made("scenes/colour", None, "it")

@@ -144,3 +144,9 @@ def test_the_hub_is_not_imported_before_it_is_asked():
     code = "import sys, vlm_mech.data.description\nassert not {'datasets', 'pycocotools'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
+
+
+def test_pictures_alone_are_one_line(tmp_path):
+    name = made(tmp_path / "d", {"image": IMAGE}, train=[{"image": held(1)}])
+    with pytest.raises(UsageError, match="has the columns image; pairs need"):
+        load_items(name)

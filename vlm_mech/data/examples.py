@@ -14,6 +14,7 @@ from vlm_mech.data.pairs import Pairs, load_pairs
 from vlm_mech.data.row_fields import as_given
 from vlm_mech.data.sources import find_data
 from vlm_mech.data.user_files import Refused
+from vlm_mech.data.words import words_of
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import Altered, ImageLike, load_image
 from vlm_mech.inputs.wording import BARE, Wording
@@ -147,15 +148,19 @@ def _right_answers(items: Items) -> dict[str, list[str]]:
 
 def _foil(item: Item, said: Sequence[str], rng: random.Random) -> tuple[str, str]:
     """A wrong answer, and what it is; an empty one where none is known."""
-    others = [each for each in item.options if each.strip() != item.answer.strip()]
-    usual = item.prior is not None and item.prior.strip() not in ("", item.answer.strip())
-    if item.prior is not None and usual and (not item.options or item.prior in item.options):
+    own = words_of(item.answer)
+    others = [each for each in item.options if words_of(each) != own]
+    if (
+        item.prior is not None
+        and words_of(item.prior) not in ((), own)
+        and (not item.options or item.prior in item.options)
+    ):
         return item.prior, PRIOR
     if len(others) == 1:
         return others[0], ONLY
     if others:
         return rng.choice(others), DRAWN
-    elsewhere = [each for each in said if each.strip() != item.answer.strip()]
+    elsewhere = [each for each in said if words_of(each) not in ((), own)]
     return (rng.choice(elsewhere), SAID) if elsewhere else ("", NONE)
 
 

@@ -75,7 +75,8 @@ def hub_data(name: str) -> HubData:
     ((split, data),) = splits.items()
     data = undecoded(data)
     path = Path(place, *([config] if config else []), split)
-    first = data.select_columns(_texts(data))[0] if len(data) else {}
+    # A data set of no columns has no rows.
+    first = data.select_columns(_texts(data))[0] if len(data) and _texts(data) else {}
     return HubData(data, Table(path, Path(place), tuple(data.column_names), first, data))
 
 

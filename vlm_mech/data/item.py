@@ -46,6 +46,10 @@ class Item:
         object.__setattr__(self, "options", checked_options(self.options, (self.answer,), of=of))
         for name in ("prior", "category", "group"):
             checked_text(getattr(self, name), name, of=of)
+        if self.conflict and self.prior is not None and self.prior.strip() == self.answer.strip():
+            raise UsageError(
+                f"{of}: conflict is true, and its prior is the answer {self.answer!r:.60}; they must differ"
+            )
 
     @property
     def images(self) -> tuple[ImageLike, ...]:

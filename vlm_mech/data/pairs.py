@@ -388,7 +388,8 @@ def checked(pairs: Pairs, check: Callable[[Pair], object], what: str) -> Pairs:
         else:
             kept.append(pair)
     if not kept:
-        raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} {what}: {refused[-1].reason}")
+        kind = "items" if pairs.made else "pairs"
+        raise UsageError(f"none of the {len(pairs)} {kind} of {pairs.name} {what}: {refused[-1].reason}")
     return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
 
 

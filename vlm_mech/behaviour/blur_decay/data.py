@@ -15,6 +15,9 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike, images_of, load_image, side_by_side
 from vlm_mech.inputs.prompt import Prompt
 
+SWAPPED = ("1", "11", "29", "61")
+"""Levels at which states are swapped where none are named, as far as they are among the kernels."""
+
 
 def with_images(pairs: Pairs, level: str, scale: Scale = AS_USUAL) -> Pairs:
     """The pairs with both pictures resized and brought to a level."""
@@ -47,6 +50,8 @@ def swapped_levels(given: Sequence[str], kernels: Sequence[int], pairs: Pairs, *
         UsageError: one that is no kernel, or batches of one pair, which has no other one's picture for its floor.
     """
     levels = () if tuple(given) == ("none",) or pairs.made == "none" else tuple(given)
+    if levels == SWAPPED:
+        levels = tuple(level for level in levels if level in map(str, kernels))
     unknown = [each for each in levels if each not in map(str, kernels)]
     if unknown:
         raise UsageError(f"level {unknown[0]!r} is none of the kernels {' '.join(map(str, kernels))}")

@@ -154,6 +154,8 @@ def guessing(pairs: Pairs, levels: Sequence[str]) -> dict[str, list[float]] | No
     With `|Y|` options an answer is that to the clear picture in `1 / |Y|`, and at all of `k` levels in `|Y|^-k`.
     Answers about pictures that are alike are not independent, so that C of another picture is the stricter floor.
     """
+    if pairs.made and not all(pair.options for pair in pairs):
+        return None
     sizes = np.array([1 + len(pair.foils) for pair in pairs], dtype=float)
     if (sizes < 2).any():
         return None

@@ -119,6 +119,8 @@ def every_pair(
     pairs = dataclasses.replace(pairs, pairs=tuple(asked))
 
     def check(pair: Pair) -> None:
+        if len(options_of(pair)) < 2:
+            raise UsageError("it has no options, among which --both reads answers")
         check_options(options_of(pair))
         check_known(vlm, [pair.base.question], "prompt")
         if pair.made:

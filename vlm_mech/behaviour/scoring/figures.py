@@ -43,7 +43,7 @@ def accuracies(result: Result) -> "go.Figure":
     marks = {
         "own, mean of prompts": (OWN, MEAN, COLOURS[0], "circle", 0.17),
         "own, best prompt on validation": (OWN, BEST, COLOURS[1], "diamond", 0.0),
-        "another pair's, mean of prompts": (STRANGER, MEAN, "#777777", "circle-open", -0.17),
+        "another's, mean of prompts": (STRANGER, MEAN, "#777777", "circle-open", -0.17),
     }
     figure = _panels(titles.values())
     labels = _labels(result, shown)
@@ -55,7 +55,7 @@ def accuracies(result: Result) -> "go.Figure":
         figure.add_vline(x=chance, line={"dash": "dot", "color": "#888888"}, row=1, col=column)
     figure.update_xaxes(range=[-0.04, 1.04], dtick=0.25, title_text="share")
     counts = f"n = {int(shown['n'].max())} {_noun(result)}; bars: 95 % interval; dotted: {_chance(shown)}"
-    return _styled(figure, labels, "ways of scoring the same pairs", counts, accuracies, width=1100)
+    return _styled(figure, labels, "ways of scoring the same answers", counts, accuracies, width=1100)
 
 
 def order_bias(result: Result) -> "go.Figure":
