@@ -341,6 +341,7 @@ def test_debias_and_probing_take_items(tmp_path, capsys):
     assert command(debias, "--data", folder, *tuned, "--out", tmp_path / "debias") == 0
     result = Result.load(tmp_path / "debias")
     assert set(result.table["task"]) == {"in conflict"} and "Single items have no usual pictures" in result.findings[0]
+    assert any(f"--data {folder} says in which blocks" in each for each in result.findings)
     probes = ("--probes", "linear", "--controls", "shuffled", "--seeds", "1", "--folds", "3", "--every", "9")
     probes = (*probes, "--grouping", "scene")
     answered = command(probing, "--data", folder, "--conflict", "none", *probes, "--out", tmp_path / "probing")

@@ -33,7 +33,7 @@ def findings(result: Result, adapter: str) -> tuple[str, ...]:
     model = result.provenance["model"]["name"]
     found.append(
         f"the adapter lies in {adapter}; python -m experiments.layer_swap --swap weights --model {model} "
-        f"--tuned {adapter} says in which blocks it works."
+        f"--tuned {adapter} --data {result.provenance['data']['name']} says in which blocks it works."
     )
     return tuple(found)
 
