@@ -82,7 +82,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         key = f"{rows[0]:08d}"
         if key not in work:
             work.keep(key, study.decay(vlm, pairs[rows[0] : rows[-1] + 1], levels, **options), {})
-    _probed(config, work, vlm, pairs, mechanism)
+    _probed(config, work, vlm, pairs, mechanism, scale)
     table, _ = work.collect()
     told = about(QUESTION, vlm, pairs, {}) | {"levels": levels, "guessing": study.guessing(pairs, levels)}
     # Without swaps or probes their columns do not exist.
@@ -92,9 +92,8 @@ def run(config: Config, work: Workspace) -> Outcome:
     return Outcome(result, figures.drawn(result), figures.pictures(ladder(pairs, levels, scale)))
 
 
-def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tuple[str, ...]) -> None:
+def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tuple[str, ...], scale: Any) -> None:
     """Rows of probes, kept among the batches."""
-    from vlm_mech.behaviour.blur_decay.blur import scale_of
     from vlm_mech.behaviour.blur_decay.probes import probed
     from vlm_mech.data.pairs import load_pairs
     from vlm_mech.methods.probing.data import with_objects
@@ -105,8 +104,7 @@ def _probed(config: Config, work: Workspace, vlm: Any, pairs: Any, mechanism: tu
         return
     others = with_objects(vlm, load_pairs(name, n=config.n_probe, split=config.split, **config.drawn))
     check_apart(pairs, others)
-    options: dict[str, Any] = {"folder": work.partial, "seed": config.seed, "batch": config.batch}
-    options["scale"] = scale_of(config.long_side, config.scaled)
+    options: dict[str, Any] = {"folder": work.partial, "scale": scale, "seed": config.seed, "batch": config.batch}
     work.keep(PROBES, probed(vlm, pairs, others, mechanism, **options), {})
 
 

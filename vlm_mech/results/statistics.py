@@ -93,9 +93,14 @@ class Estimate:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def estimate(value: float, draws: Float[np.ndarray, "draw"]) -> Estimate:
-    """The value with the 95 % percentile interval of its bootstrap draws."""
-    low, high = np.percentile(draws, [2.5, 97.5])
+def estimate(value: float, draws: Float[np.ndarray, "draw"], *, n_groups: int) -> Estimate:
+    """The value with the expanded 95 % percentile interval of its bootstrap draws (see `expanded_tail`).
+
+    Args:
+        n_groups: resampled in each draw.
+    """
+    tail = 100 * expanded_tail(n_groups, 0.95)
+    low, high = np.percentile(draws, [tail, 100 - tail])
     return Estimate(value, float(low), float(high))
 
 

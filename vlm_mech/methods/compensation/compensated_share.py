@@ -13,11 +13,12 @@ from vlm_mech.errors import UsageError
 from vlm_mech.methods.compensation.study import ANSWER, LOGIT_DIFF, RECIPROCAL, difference_of
 from vlm_mech.methods.compensation.variants import CUTS, NONE
 from vlm_mech.results.result import N_RESAMPLES, Result
-from vlm_mech.results.statistics import Estimate, bootstrap_means, estimate
+from vlm_mech.results.statistics import Estimate, bootstrap_means, estimate, expanded_tail
 from vlm_mech.sweeps.measures import Comparison
 
 UP = ("reciprocal_rank", *get_args(Comparison), "hit@1", "hit@5", "hit@10")
 """Metrics of which more is better."""
+BEFORE_DECODER = "projector.out"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Compensation:
 
     `free` is the damage `m(none) - m(V)` that a cut in the tower does while the decoder is free, `blocked` the same
     damage `m(L) - m(V+L)` while the decoder lacks the same edges. 1: the decoder makes up for all, 0: for nothing;
-    other values are possible. `share` is None, with the reason, unless the interval of `blocked` lies above 0.
+    other values are possible. `share` is None, with the reason, unless the interval of `blocked` lies above 0 and the
+    site is one that cuts in the decoder can reach.
     """
 
     cut: str
@@ -64,15 +66,19 @@ def compensation(
     values = result.matrix(metric)[:, [found[0] for found in columns.values()]]
     held = ~np.isnan(values).any(1)
     _, groups = np.unique(result.groups()[held], return_inverse=True)
-    if len(set(groups.tolist())) < 2:
-        raise UsageError(f"{len(set(groups.tolist()))} group(s) have all four values; at least two are needed")
+    n_groups = len(np.unique(groups))
+    if n_groups < 2:
+        raise UsageError(f"{n_groups} group(s) have all four values; at least two are needed")
     means = values[held].mean(0)
     draws = bootstrap_means(values[held], groups, n_resamples=n_resamples, seed=seed)
     signs = np.array([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]])
-    free, blocked = (estimate(float(means @ each), draws @ each) for each in signs)
+    free, blocked = (estimate(float(means @ each), draws @ each, n_groups=n_groups) for each in signs)
     share, reason = None, ""
-    if blocked.low > 0:
-        share = _share(free.value / blocked.value, draws @ signs[0], draws @ signs[1])
+    if site == BEFORE_DECODER:
+        reason = "the site lies before the decoder, where no cut in it can change anything"
+    elif blocked.low > 0:
+        tail = expanded_tail(n_groups, 0.95)
+        share = _share(free.value / blocked.value, draws @ signs[0], draws @ signs[1], tail)
     elif blocked.high >= 0:
         reason = "the damage with a blocked decoder is not told from 0"
     else:
@@ -91,12 +97,16 @@ def compensation(
     )
 
 
-def _share(ratio: float, free: Float[np.ndarray, "draw"], blocked: Float[np.ndarray, "draw"]) -> Estimate:
-    """One less the ratio; the few draws in which nothing is damaged say nothing and so widen both ends."""
+def _share(ratio: float, free: Float[np.ndarray, "draw"], blocked: Float[np.ndarray, "draw"], tail: float) -> Estimate:
+    """One less the ratio; the few draws in which nothing is damaged say nothing and so widen both ends.
+
+    Args:
+        tail: share of the draws to leave out at each end.
+    """
     damaged = blocked > 0
     shares = 1 - np.divide(free, blocked, out=np.zeros_like(free), where=damaged)
-    low = np.percentile(np.where(damaged, shares, -np.inf), 2.5, method="nearest")
-    high = np.percentile(np.where(damaged, shares, np.inf), 97.5, method="nearest")
+    low = np.percentile(np.where(damaged, shares, -np.inf), 100 * tail, method="nearest")
+    high = np.percentile(np.where(damaged, shares, np.inf), 100 - 100 * tail, method="nearest")
     return Estimate(1 - ratio, float(low), float(high))
 
 

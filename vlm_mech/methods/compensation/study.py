@@ -343,5 +343,6 @@ def differences(result: Result, site: str) -> dict[str, Estimate]:
     for control in CONTROLS:
         values = (result.matrix(RECIPROCAL.name) - result.matrix(control))[:, [column]]
         draws = bootstrap_means(values, result.groups(), n_resamples=N_RESAMPLES, seed=0)
-        found[control] = estimate(float(values.mean()), draws[:, 0])
+        n_groups = len(np.unique(result.groups()))
+        found[control] = estimate(float(values.mean()), draws[:, 0], n_groups=n_groups)
     return found
