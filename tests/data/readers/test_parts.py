@@ -305,7 +305,7 @@ def test_items_without_masks_or_options_are_one_line(tmp_path):
         write_lines(tmp_path / "items.jsonl", rows)
         found = find_data(tmp_path)
         assert found is not None
-        with pytest.raises(UsageError, match=f"none of the 1 pairs of x has masks of a part and its object: {said}"):
+        with pytest.raises(UsageError, match=f"none of the 1 items of x has masks of a part and its object: {said}"):
             about_one_picture(found, "x", n=None, seed=0, wording=BARE, fix_labels=False)
 
 
