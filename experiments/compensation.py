@@ -9,7 +9,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm_mech.errors import UsageError
 from vlm_mech.runs.contract import SweepConfig, main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
@@ -37,7 +36,8 @@ class Config(SweepConfig):
     layers: tuple[str, ...] = ("all", "first", "middle", "last")
     """Layers that are cut together: all of a tower, or its first, middle, last third."""
     site: str | None = None
-    """Where parts are read for the findings, such as "llm.resid_post[3]"; chosen on validation scenes by default."""
+    """Where parts are read for the findings, such as "llm.resid_post[3]"; by default the best one on validation scenes,
+    or on a quarter of a folder's pictures, which are then kept out of everything else."""
     min_share: float = 0.25
     """Share of a patch's pixels that part or object must cover."""
     split: Literal["test", "train"] = "test"
@@ -48,14 +48,18 @@ class Config(SweepConfig):
     """Of the sweep behind the answers: the fast one computes only what can change."""
 
 
-def _loaded(config: Config) -> "tuple[Any, Examples, tuple[Cell, ...]]":
+def _loaded(config: Config) -> "tuple[Any, Examples | None, Examples, tuple[Cell, ...]]":
+    """The model, examples on which the site is chosen where a folder's have to be, the others, and cells."""
+    from vlm_mech.methods.compensation.data import held_out
     from vlm_mech.methods.compensation.study import cells_of
     from vlm_mech.methods.compensation.variants import layer_ranges, variants_of
 
     vlm = config.load()
-    examples = _examples(config, vlm, config.split)
+    choosing, examples = None, _examples(config, vlm, config.split)
+    if config.site is None and not config.data.startswith("scenes/"):
+        choosing, examples = held_out(vlm, examples, seed=config.seed)
     variants = variants_of(vlm, vlm.encode([examples.examples[0].prompt]), config.cuts)
-    return vlm, examples, cells_of(variants, layer_ranges(vlm, config.layers))
+    return vlm, choosing, examples, cells_of(variants, layer_ranges(vlm, config.layers))
 
 
 def _examples(config: Config, vlm: Any, split: str) -> "Examples":
@@ -69,7 +73,7 @@ def plan(config: Config) -> Any:
     """What the sweep behind the answers will need."""
     from vlm_mech.methods.compensation.study import plan_answers
 
-    vlm, examples, cells = _loaded(config)
+    vlm, _, examples, cells = _loaded(config)
     how = {"compared": config.measure, "batch": config.batch, "memory": config.memory}
     return plan_answers(vlm, examples, cells, **how)
 
@@ -83,9 +87,9 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.models.readout import readout_of
     from vlm_mech.results.result import Result
 
-    vlm, examples, cells = _loaded(config)
+    vlm, choosing, examples, cells = _loaded(config)
     readout = readout_of(vlm, examples.examples[0].prompt)
-    site, chosen_on = _site(config, vlm, examples, readout)
+    site, chosen_on = _site(config, vlm, choosing, examples, readout)
     options = {"compared": config.measure, "seed": config.seed, "engine": config.engine, "memory": config.memory}
     for number, some in enumerate(work.progress(examples.batches(config.batch), "batches")):
         if f"{number:08d}" not in work:
@@ -101,17 +105,15 @@ def run(config: Config, work: Workspace) -> Outcome:
     return Outcome(result, figures.drawn(result), figures.pictures(part_maps(vlm, examples)))
 
 
-def _site(config: Config, vlm: Any, examples: "Examples", readout: Any) -> tuple[str, str]:
+def _site(config: Config, vlm: Any, choosing: "Examples | None", examples: Any, readout: Any) -> tuple[str, str]:
     """Where parts are read for the findings, and how that was chosen."""
     from vlm_mech.methods.compensation import study
 
     if config.site is not None:
         return study.check_site(vlm, examples, config.site), "as asked for"
-    if not config.data.startswith("scenes/"):
-        raise UsageError("only scenes have a part on which to choose a site; name one, as --site projector.out")
-    others = _examples(config, vlm, "validation")
+    others = choosing or _examples(config, vlm, "validation")
     site = study.best_site(vlm, others, readout, batch=config.batch, seed=config.seed)
-    return site, f"the best site on {len(others.examples)} validation scenes"
+    return site, f"the best site on {len(others.examples)} {'examples held out' if choosing else 'validation scenes'}"
 
 
 if __name__ == "__main__":

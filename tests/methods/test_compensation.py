@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,7 @@ from experiments import compensation as experiment
 from tests.helpers import command, killed_at
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
+from vlm_mech.data.export.__main__ import export
 from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
@@ -23,7 +26,16 @@ from vlm_mech.interventions.specification import Knockout
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.methods.compensation import study as method
 from vlm_mech.methods.compensation.compensated_share import UP, _share, compensation, every_compensation
-from vlm_mech.methods.compensation.data import Example, Examples, Shown, examples_of, places_of, shown_parts
+from vlm_mech.methods.compensation.data import (
+    Example,
+    Examples,
+    Shown,
+    examples_of,
+    held_out,
+    load_examples,
+    places_of,
+    shown_parts,
+)
 from vlm_mech.methods.compensation.findings import sentence
 from vlm_mech.methods.compensation.study import ANSWER, METRICS, cells_of, identified, measure, read_sites
 from vlm_mech.methods.compensation.variants import (
@@ -290,7 +302,7 @@ def test_answers_are_those_of_the_edited_model(vlm, batch, encoded, measured):
 def test_the_site_is_the_one_that_names_parts_best(vlm, batch, readout, monkeypatch):
     scores = pd.DataFrame({"site": ["a", "b", "c"] * 2, "reciprocal_rank": [0.1, 0.3, 0.3, 0.1, 0.4, 0.4]})
     monkeypatch.setattr(method, "identified", lambda *_, **__: scores)
-    examples = Examples("pictures", batch, (), {})
+    examples = Examples(Pairs("pictures", tuple(each.pair for each in batch)), batch, ())
     assert method.best_site(vlm, examples, readout, batch=2) == "b"
     assert method.check_site(vlm, examples, "llm.resid_post[3]") == "llm.resid_post[3]"
     with pytest.raises(UsageError, match=r"site 'llm.resid_post\[4\]' is not read; one of projector.out, "):
@@ -346,7 +358,7 @@ def test_parts_that_cannot_be_measured_are_refused_with_the_reason(vlm):
     assert [example.pair.id for example in found.examples] == ["a"]
     assert [(each.id, "whole image" in each.reason) for each in found.refused] == [("b", True)]
     other = examples_of(vlm, pairs[:1], {"a": whole.__class__(*[blocks(*PART)] * 2)})
-    assert found.described == other.described
+    assert found.pairs.described == other.pairs.described
     with pytest.raises(UsageError, match="none of the 1 pairs of pictures can be used: the object fills"):
         examples_of(vlm, pairs[1:], {"b": whole})
     with pytest.raises(UsageError, match="min_share is 0"):
@@ -602,12 +614,36 @@ def test_the_command_runs_on_the_embedded_model_and_can_be_resumed(organism, tmp
     assert set(redraw(whole)) == set(result.provenance["figures"])
 
 
+def test_examples_of_a_file_choose_the_site_on_other_pictures(organism, tmp_path, capsys):
+    export("paco", tmp_path / "paco", n=8)
+    options = ["--data", tmp_path / "paco", "--layers", "all", "--cuts", "V-self", "--out", tmp_path / "out"]
+    assert command(experiment, *options) == 0
+    said = capsys.readouterr().out
+    result = Result.load(tmp_path / "out")
+    every = load_examples(organism, str(tmp_path / "paco"), n=None)
+    choosing, others = held_out(organism, every, seed=0)
+    groups = [{each.pair.group or each.pair.id for each in part.examples} for part in (choosing, others)]
+    assert not groups[0] & groups[1] and len(groups[0]) == math.ceil(len(groups[0] | groups[1]) / 4)
+    n, n_held_out = len(others.examples), len(choosing.examples)
+    assert n + n_held_out == len(every.examples)
+    assert set(result.table["example"]) == {each.pair.id for each in others.examples}
+    readout = readout_of(organism, others.examples[0].prompt)
+    assert result.provenance["site"] == method.best_site(organism, choosing, readout, batch=16)
+    assert result.provenance["n_held_out"] == n_held_out and result.provenance["data"]["n"] == n
+    assert f"{n} of {n + n_held_out + len(every.refused)} examples of" in said
+    assert f"{n_held_out} others, of other pictures, choose the site" in said
+    assert f"the best site on {n_held_out} examples held out" in said
+
+
 def test_wrong_use_of_the_command_is_one_line(organism, tmp_path, capsys, folder):
+    one_pair = tmp_path / "one"
+    shutil.copytree(folder, one_pair, ignore=shutil.ignore_patterns("one"))
+    (one_pair / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text().splitlines()[0])
     assert command(experiment, "--dry-run", "--n", "4", "--layers", "all", "--cuts", "V-part", "L-part") == 0
     assert "beside it, 3 whole passes of 4 read the parts" in capsys.readouterr().out
     for options, message in (
         (["--data", "scenes/colour"], "asks about no part"),
-        (["--data", folder], "name one, as --site projector.out"),
+        (["--data", one_pair], "1 groups of pairs; too few"),
         (["--cuts", "V-tail"], "variant 'V-tail' is not known"),
         (["--site", "llm.resid_post[9]", "--n", "2"], "is not read"),
         (["--min-share", "1.5", "--n", "2"], "min_share is 1.5"),

@@ -22,7 +22,7 @@ from vlm_mech.data.item_folder import items_of
 from vlm_mech.data.items import Items
 from vlm_mech.data.masks import pixels_of
 from vlm_mech.data.pair_folder import pair_fields
-from vlm_mech.data.pairs import Pair, Pairs, Refused, checked, load_pairs
+from vlm_mech.data.pairs import Pair, Pairs, Refused, by_groups, checked, load_pairs
 from vlm_mech.data.readers.format import ReaderOptions
 from vlm_mech.data.render import masks
 from vlm_mech.data.sources import Found, find_data
@@ -44,6 +44,8 @@ SOME = 32
 """Scenes by default."""
 MASKS = ("part_mask", "object_mask")
 """Fields of a folder's lines that name pictures of the pixels of part and object."""
+CHOOSING = 0.25
+"""Share of a folder's groups on which the site is chosen where none is named; they are kept out of everything else."""
 MIN_SHARE = 0.25
 """Share of a patch's pixels that the part must cover; with half, two of five parts of the scenes have no patch."""
 
@@ -90,19 +92,26 @@ class PartMap:
 class Examples:
     """All examples of a data set that can be used, and why others cannot."""
 
-    name: str
+    pairs: Pairs
+    """Those the examples were made of, one each."""
     examples: tuple[Example, ...]
     refused: tuple[Refused, ...]
-    described: dict[str, Any]
-    """What the provenance says of the data (`Pairs.described`)."""
     answers: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What it says of their answers."""
+    """What the provenance says of their answers."""
+    n_held_out: int = 0
+    """How many others are kept apart, on which a site is chosen."""
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return self.pairs.name
 
     @property
     def told(self) -> dict[str, Any]:
         """What the provenance says of them."""
         refused = [dataclasses.asdict(each) for each in self.refused]
-        return {"data": self.described, "refused": refused, "answers": self.answers}
+        told = {"data": self.pairs.described, "refused": refused, "answers": self.answers}
+        return told | ({"n_held_out": self.n_held_out} if self.n_held_out else {})
 
     def batches(self, size: int) -> list[tuple[Example, ...]]:
         """Examples of equally many tokens together, at most `size` of them."""
@@ -250,7 +259,28 @@ def examples_of(
     if not kept:
         raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} can be used: {refused[-1].reason}")
     left = dataclasses.replace(pairs, pairs=tuple(each.pair for each in kept))
-    return Examples(pairs.name, tuple(kept), tuple(refused), left.described, about_answers(vlm, left))
+    return Examples(left, tuple(kept), tuple(refused), about_answers(vlm, left))
+
+
+def held_out(vlm: "VLM", examples: Examples, *, share: float = CHOOSING, seed: int = 0) -> tuple[Examples, Examples]:
+    """Examples on which a site is chosen, at least this share of the groups, and the others.
+
+    Examples of one group, and those of one picture, stay together.
+
+    Args:
+        share: above 0 and below 1.
+        seed: draws the groups.
+
+    Raises:
+        UsageError: a single group, which cannot be in both.
+    """
+    found = []
+    for part in by_groups(examples.pairs, (share,), seed=seed):
+        ids = {pair.id for pair in part}
+        some = tuple(each for each in examples.examples if each.pair.id in ids)
+        found.append(dataclasses.replace(examples, pairs=part, examples=some, answers=about_answers(vlm, part)))
+    chosen, others = found
+    return chosen, dataclasses.replace(others, n_held_out=len(chosen.examples))
 
 
 def places_of(encoded: Encoded, shown: Shown, *, min_share: float, random: np.random.Generator) -> Places:

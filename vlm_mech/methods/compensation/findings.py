@@ -35,8 +35,10 @@ def findings(
 
 def used(examples: Examples) -> str:
     """How many examples count."""
-    n, n_refused = len(examples.examples), len(examples.refused)
-    return f"{n} of {n + n_refused} examples of {examples.name} are used."
+    n, n_held_out = len(examples.examples), examples.n_held_out
+    every = n + n_held_out + len(examples.refused)
+    kept = f"; {n_held_out} others, of other pictures, choose the site and count nowhere else" if n_held_out else ""
+    return f"{n} of {every} examples of {examples.name} are used{kept}."
 
 
 def named(result: Result, summary: pd.DataFrame, site: str, chosen_on: str) -> tuple[str, ...]:
