@@ -1,11 +1,20 @@
 """Intervals and tests against scipy, against hand computation, and by simulation."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from vlm_mech.errors import UsageError
-from vlm_mech.results.statistics import bootstrap_means, corrected, expanded_tail, percentile_interval, sign_flip_p
+from vlm_mech.results.statistics import (
+    bootstrap_means,
+    corrected,
+    expanded_tail,
+    percentile_interval,
+    ratio_estimate,
+    sign_flip_p,
+)
 
 
 def each(n):
@@ -153,3 +162,18 @@ def test_false_positives_are_as_rare_as_promised():
         p = sign_flip_p(rng.normal(size=(24, 20)), each(24), n_resamples=2000, seed=seed)
         found += (corrected(p, "holm") < 0.05).any()
     assert found <= 20
+
+
+def test_a_ratio_is_of_sums_and_its_groups_are_drawn_together():
+    hits, said = np.array([1, 0, 1, 1, 0, 0]), np.array([1, 1, 1, 1, 0, 0])
+    found = ratio_estimate(hits, said, np.arange(6))
+    assert found is not None and found.value == 3 / 4 and found.low < 3 / 4 < found.high <= 1
+    # By hand: of two groups, precision 1/2 and 1, the mean is 3/4 and the resamples 1/2, 3/4 and 1.
+    by_group = ratio_estimate(hits, said, np.array([0, 0, 1, 1, 0, 1]))
+    assert by_group is not None and (by_group.low, by_group.high) == (1 / 2, 1)
+    # A group without a yes is resampled into nothing, which is left out.
+    alone = ratio_estimate(hits, np.array([1, 0, 0, 0, 0, 0]), np.arange(6))
+    assert alone is not None and alone.value == 3.0 and not math.isnan(alone.low)
+    assert ratio_estimate(hits, said * 0, np.arange(6)) is None
+    single = ratio_estimate(hits, said, np.zeros(6, int))
+    assert single is not None and math.isnan(single.low)

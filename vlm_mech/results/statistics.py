@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.stats import binomtest, false_discovery_control, norm, t
 
 from vlm_mech.errors import UsageError
@@ -102,6 +102,37 @@ def estimate(value: float, draws: Float[np.ndarray, "draw"], *, n_groups: int) -
     tail = 100 * expanded_tail(n_groups, 0.95)
     low, high = np.percentile(draws, [tail, 100 - tail])
     return Estimate(value, float(low), float(high))
+
+
+def ratio_estimate(
+    counted: Shaped[np.ndarray, "example"],
+    of: Shaped[np.ndarray, "example"],
+    groups: Int[np.ndarray, "example"],
+    *,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate | None:
+    """A sum over a sum, such as precision, with its expanded 95 % percentile interval over resampled groups.
+
+    Resamples in which nothing is divided by are left out of the interval, which is NaN where those are all, or where
+    there are fewer than two groups.
+
+    Args:
+        counted: what each example adds above the line.
+        of: what it adds below.
+        n_resamples, seed: of the bootstrap.
+
+    Returns:
+        None where nothing is divided by.
+    """
+    if not of.sum():
+        return None
+    value, n_groups = float(counted.sum() / of.sum()), len(np.unique(groups))
+    sums = bootstrap_means(np.stack([counted, of], 1).astype(float), groups, n_resamples=n_resamples, seed=seed)
+    held = sums[:, 1] > 0
+    if n_groups < 2 or not held.any():
+        return Estimate(value, float("nan"), float("nan"))
+    return estimate(value, sums[held, 0] / sums[held, 1], n_groups=n_groups)
 
 
 def share_interval(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from vlm_mech.behaviour.scoring.study import AS_GIVEN, AXES, BEST, MEAN, OWN, SC
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.results.result import Result
-from vlm_mech.results.statistics import Paired, holm, mcnemar
+from vlm_mech.results.statistics import Paired, holm, mcnemar, ratio_estimate
 
 Cell = dict[str, str]
 UNDECIDED = (RANDOM,)
@@ -88,7 +88,7 @@ def yes_no(result: Result, pairs: Pairs) -> list[dict[str, Any]]:
     """Of single items that are all answered yes or no, what POPE tells of each cell of `decided`; none of others.
 
     Accuracy, precision, recall and F1 of yes, and the share of answers that are yes, in which an answer that cannot be
-    read is none. NaN where nothing is divided by.
+    read is none; each with its interval over resampled groups, None where nothing is divided by.
     """
     answers = {pair.id: pair.answer.strip().lower() for pair in pairs}
     if not pairs.made or set(answers.values()) - {"yes", "no"} or any(len(pair.options) != 2 for pair in pairs):
@@ -103,12 +103,12 @@ def yes_no(result: Result, pairs: Pairs) -> list[dict[str, Any]]:
         other = (rows["chose_first_answer"] == 0).to_numpy()
         at_first = rows["example"].map(yes_first).to_numpy(dtype=bool)
         said, true = np.where(at_first, first, other), rows["example"].map(answers).eq("yes").to_numpy()
-        hits, n = int((said & true).sum()), len(rows)
-        counts = {"accuracy": (int(rows["individual"].sum()), n), "precision": (hits, int(said.sum()))}
-        counts |= {"recall": (hits, int(true.sum())), "f1": (2 * hits, int(said.sum() + true.sum()))}
-        counts |= {"yes": (int(said.sum()), n)}
-        shares = {name: some / of if of else None for name, (some, of) in counts.items()}
-        found.append(cell | {"n": n} | shares)
+        hits, every = said & true, np.ones(len(rows))
+        counts = {"accuracy": (rows["individual"].to_numpy(), every), "precision": (hits, said), "recall": (hits, true)}
+        counts |= {"f1": (2.0 * hits, 1.0 * said + true), "yes": (said, every)}
+        groups = pd.factorize(rows["group" if "group" in rows else "example"])[0]
+        shares = {name: ratio_estimate(some, of, groups) for name, (some, of) in counts.items()}
+        found.append(cell | {"n": len(rows)} | shares)
     return found
 
 

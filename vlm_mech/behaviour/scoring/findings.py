@@ -188,10 +188,10 @@ def _yes_no(result: Result, pairs: Pairs) -> list[str]:
     found = []
     for cell in yes_no(result, pairs):
         told = ", ".join(
-            f"{name} {'none' if cell[name] is None else format(cell[name], '.3f')}"
+            f"{name} {'none' if cell[name] is None else cell[name]}"
             for name in ("accuracy", "precision", "recall", "f1")
         )
-        yes = f"yes is {cell['yes']:.3f} of the answers"
+        yes = f"yes is {cell['yes']} of the answers"
         found.append(
             f"{cell['model']}, {cell['scoring']} with prompt {cell['prompt']!r}: {told} of yes; {yes}; n = {cell['n']}."
         )
