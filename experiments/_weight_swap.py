@@ -6,8 +6,8 @@ from typing import Any
 
 from experiments._swap_config import Config
 from vlm_mech.errors import UsageError
-from vlm_mech.runs.contract import about
 from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (

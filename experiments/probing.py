@@ -6,7 +6,8 @@ Linear and MLP probes on every block of tower, projector and language model, wit
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs.contract import RunConfig, main
+from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 

@@ -26,7 +26,7 @@ from vlm_mech.methods.probing.descent import LINEAR, ProbeRecipe, small_mlp
 from vlm_mech.methods.probing.findings import findings
 from vlm_mech.methods.probing.study import AXES, Design, completed, study
 from vlm_mech.results.result import Result
-from vlm_mech.runs.contract import remarks
+from vlm_mech.runs.provenance import remarks
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
