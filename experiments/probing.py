@@ -75,8 +75,8 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     """A model, its examples, the scenes in conflict, what is done with them, and what is known of the data."""
+    from vlm_mech.data.derived_pairs import apart, with_conflict
     from vlm_mech.data.examples import load_examples
-    from vlm_mech.data.pairs import apart, with_conflict
     from vlm_mech.methods.probing import data as probing_data
     from vlm_mech.methods.probing.data import OBJECT, SPANS
     from vlm_mech.methods.probing.probe import recipe_of

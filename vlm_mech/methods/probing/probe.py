@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from vlm_mech.architectures.traced_model import check_decoder, check_gradients
-from vlm_mech.data.pairs import Pairs, apart, check_pairs, linked, with_conflict
+from vlm_mech.data.derived_pairs import apart, with_conflict
+from vlm_mech.data.pairs import Pairs, check_pairs, linked
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.methods.probing.crossfit import METRICS
