@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.outcome import Outcome
 
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
-    from vlm_mech.results.result import Result
 
 REASONS = 3
 """How many of the examples that could not be used are told with the findings."""
@@ -70,14 +70,14 @@ def remarks_on(data: dict[str, Any]) -> tuple[str, ...]:
     return tuple(f"{data.get('name')}: {note}." for note in data.get("notes", ()))
 
 
-def provenance_of(result: "Result", config: RunConfig, seconds: float, figures: list[str]) -> dict[str, Any]:
+def provenance_of(outcome: Outcome, config: RunConfig, seconds: float) -> dict[str, Any]:
     """What a result says of where it comes from, with versions, commit, options and time of its run."""
     packages = ("vlm_mech", "torch", "transformers", "nnsight", "numpy", "pandas", "plotly")
     versions = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return result.provenance | {
+    return outcome.result.provenance | {
         "versions": versions,
         "commit": _commit(Path(__file__).parents[2]),
         "seed": config.seed,
@@ -87,7 +87,8 @@ def provenance_of(result: "Result", config: RunConfig, seconds: float, figures: 
         "seconds": round(seconds, 2),
         "resumed": config.resume,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "figures": figures,
+        "figures": list(outcome.figures),
+        "tables": list(outcome.tables),
     }
 
 
