@@ -45,7 +45,7 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
         return _classes(name, n, seed)
     if source is not None and source.format.holds == "text":
         files = ", ".join(table.path.name for table in source.tables[:MOST])
-        return "\n".join([f"{name}: format {source.format.name} ({files})", *describe_text(name)])
+        return "\n".join([f"{name}: format {source.format.name} ({files})", *describe_text(name, asked=n)])
     found = find_data(name)
     if found is None:
         # What is neither is a folder of classes, or nothing.
@@ -124,7 +124,7 @@ def _told(examples: Pairs | Items) -> list[str]:
 
 
 def _refused(refused: Sequence[Refused]) -> list[str]:
-    lines = [f"cannot be used: {len(refused)}", *(f"  {each.id}: {each.reason}" for each in refused[:MOST])]
+    lines = [f"cannot be used: {len(refused)}", *(f"  {each.told}" for each in refused[:MOST])]
     return [*lines, f"  and {len(refused) - MOST} more"] if len(refused) > MOST else lines
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -33,6 +34,17 @@ class Refused:
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", shortened(self.id, MOST_OF_ID))
         object.__setattr__(self, "reason", shortened(self.reason, MOST_TOLD - len(self.id) - len(": ")))
+
+    @property
+    def told(self) -> str:
+        """Both in one text."""
+        return with_reason(self.id, self.reason)
+
+
+def with_reason(name: str, reason: str) -> str:
+    """What cannot be used and why, the name once where the reason begins with it, as in `item 7: it shows no image`."""
+    begins = re.match(rf"(?:[^\s'\"]+ )?(?:line|row|item|pair) {re.escape(name)}(?=[: ])", reason)
+    return reason if begins else f"{name}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -251,7 +263,21 @@ def draw(found: Rows, n: int | None, seed: int, use: Callable[[Row], UsedT]) -> 
         if len(used) == n:
             break
     kept = tuple(used[line] for line in sorted(used)), tuple(refused[line] for line in sorted(refused))
-    return Drawn(*kept, _told(found, len(used), n, seed), found.notes)
+    notes = (*found.notes, *fewer_than_asked(n, len(used), len(used) + len(refused)))
+    return Drawn(*kept, _told(found, len(used), n, seed), notes)
+
+
+def fewer_than_asked(n: int | None, n_used: int, n_held: int, of: str = "") -> tuple[str, ...]:
+    """A note where a source holds, or can use, fewer examples than were asked for; n is None where all were.
+
+    Args:
+        n_used: of those that it holds.
+        of: what they are called, where it is not plain.
+    """
+    if n is None or n_used >= n:
+        return ()
+    usable = "" if n_used == n_held else f", {n_used} of which can be used"
+    return (f"asked for {n}{of and f' {of}'}, the source holds {n_held}{usable}",)
 
 
 def _in_order(rows: Sequence[Row] | Iterator[Row], n: int | None, seed: int) -> Iterator[Row]:

@@ -59,7 +59,9 @@ def left_out(provenance: dict[str, Any]) -> tuple[str, ...]:
     refused = provenance.get("refused", [])
     if not refused:
         return ()
-    reasons = [f"{each['id']}: {each['reason']}" for each in refused[:REASONS]]
+    from vlm_mech.data.user_files import with_reason
+
+    reasons = [with_reason(each["id"], each["reason"]) for each in refused[:REASONS]]
     rest = [f"{len(refused) - REASONS} more in provenance.json"] if len(refused) > REASONS else []
     count = f"{len(refused)} example{'s' if len(refused) > 1 else ''}"
     return (f"{count} could not be used: {'; '.join([*reasons, *rest])}.",)
