@@ -106,7 +106,7 @@ def test_a_folder_without_a_usable_row_is_one_line(tmp_path, capsys):
     write(tmp_path / "pairs.jsonl", row(1, image="A" * 20_000))
     assert command(layer_swap, "--data", tmp_path, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert "holds no usable pair; the first was refused because image '" in error and "AAA' does not exist" in error
+    assert "holds no usable pair; the first (1) was refused because image '" in error and "AAA' does not exist" in error
     assert len(error) < 400 and error.count("\n") == 1
 
 

@@ -13,9 +13,10 @@ from vlm_mech.data.pair import Pair
 from vlm_mech.data.pairs import Pairs, load_pairs
 from vlm_mech.data.readers.registry import find_source, near_misses
 from vlm_mech.data.scenes import SPLITS
-from vlm_mech.data.sources import find_data
+from vlm_mech.data.sources import find_data, what_is_there
 from vlm_mech.data.training_text import describe_text
 from vlm_mech.data.user_files import Refused
+from vlm_mech.errors import UsageError
 
 OWN = ("planted", "noise", "scenes/relations")
 """What experiments make themselves."""
@@ -49,7 +50,12 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
     found = find_data(name)
     if found is None:
         # What is neither is a folder of classes, or nothing.
-        return _classes(name, n, seed) if _has_folders(Path(name)) else _pairs(name, "", load_pairs(name, **drawn))
+        if not _has_folders(Path(name)):
+            return _pairs(name, "", load_pairs(name, **drawn))
+        try:
+            return _classes(name, n, seed)
+        except UsageError as error:
+            raise UsageError(f"{error}{what_is_there(name)}") from error
     if found.holds == "pairs":
         return _pairs(name, found.told, load_pairs(name, **drawn))
     return _items(name, found.told, load_items(name, **drawn))

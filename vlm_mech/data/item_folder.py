@@ -39,7 +39,7 @@ def items_of(found: Rows, folder: Path, name: str, *, n: int | None, seed: int) 
         name: what the source is called in errors.
 
     Raises:
-        UsageError: no item can be used, or most rows have an id of another.
+        UsageError: no item can be used.
     """
     how: dict[str, Any] = {"n": n, "seed": seed, "known": FIELDS, "elsewhere": OF_PAIRS}
     drawn, shown = drawn_examples(found, "item", name, lambda row: _item(folder, row), **how)

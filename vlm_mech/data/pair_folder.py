@@ -17,7 +17,7 @@ from vlm_mech.data.row_fields import as_given, check_id, kept_form, opened, opti
 from vlm_mech.data.row_remarks import FieldRemarks, repeats
 from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.data.sources import find_data
-from vlm_mech.data.user_files import Drawn, Row, Rows, draw
+from vlm_mech.data.user_files import Drawn, Row, Rows, draw, same_id, with_reason
 from vlm_mech.errors import UsageError
 
 FILE, ITEMS = "pairs.jsonl", "items.jsonl"
@@ -43,7 +43,7 @@ def pairs_of(
         keep_pixels: keep pictures as pixels, not in the form (file, bytes) in which the rows have them.
 
     Raises:
-        UsageError: no pair can be used, or most rows have an id of another.
+        UsageError: no pair can be used.
     """
     return drawn_examples(
         found, "pair", name, lambda row: _pair(folder, row, keep_pixels), n=n, seed=seed, known=FIELDS
@@ -73,26 +73,18 @@ def drawn_examples(
         elsewhere: others that are not read here, and what is to be told of them.
 
     Raises:
-        UsageError: none can be used, or most rows have an id of another.
+        UsageError: none can be used.
     """
-    remarks, places, same = FieldRemarks(known, elsewhere), dict[str, str](), list[str]()
-    for row in found.rows if isinstance(found.rows, tuple) else ():
-        places.setdefault(row.id, row.place)
+    remarks, places = FieldRemarks(known, elsewhere), dict[str, str]()
 
     def used(row: Row) -> tuple[Row, PartT, list[str]]:
         remarks.look(row)
         check_id(row)
         if (place := places.setdefault(row.id, row.place)) != row.place:
-            same.append(f"{row.place}: its id {row.id!r:.60} is that of {place}")
-            raise UsageError(f"{same[-1]}; each {what} needs one of its own")
+            raise UsageError(same_id(row, place))
         return row, *use(row)
 
     drawn = draw(found, n, seed, used)
-    if len(same) > len(places):
-        raise UsageError(
-            f"more than half of the rows of {name!r} have the id of another, as {same[0]}; each {what} needs one of "
-            "its own, or none"
-        )
     if not drawn.used:
         told = "".join(f"; {note}" for note in remarks.notes)
         raise UsageError(f"{name!r} holds no usable {what}{first_reason(drawn)}{told}")
@@ -109,17 +101,17 @@ def _said(example: Any, hashes: Sequence[str]) -> tuple[Any, ...]:
 
 
 def first_reason(drawn: Drawn[Any]) -> str:
-    """Why the first row that was refused was, to end an error."""
-    return f"; the first was refused because {drawn.refused[0].reason}" if drawn.refused else ""
+    """Why the first row that was refused was, or that there are none, to end an error."""
+    if not drawn.refused:
+        return ": it has no rows"
+    name, reason = drawn.refused[0].id, drawn.refused[0].reason
+    return f"; the first{'' if with_reason(name, reason) == reason else f' ({name})'} was refused because {reason}"
 
 
 def pair_fields(source: str | Path) -> dict[str, dict[str, Any]]:
     """All that the rows of a folder or of an official format say, by the ids of their pairs."""
     known = find_data(source)
-    found: dict[str, dict[str, Any]] = {}
-    for row in () if known is None else known.rows(ReaderOptions()).rows:
-        found.setdefault(row.id, row.fields)
-    return found
+    return {} if known is None else {row.id: row.fields for row in known.rows(ReaderOptions()).rows}
 
 
 def _pair(folder: Path, row: Row, keep_pixels: bool) -> tuple[Pair, list[str]]:

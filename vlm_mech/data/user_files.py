@@ -1,4 +1,4 @@
-"""Files of the user's own: rows of a file of JSON lines, cells of a csv, and which rows are used.
+"""Rows of the user's own, cells of a csv, and which rows are used.
 
 Text is UTF-8, with or without a byte order mark. What cannot be used is told with the reason, never left out in
 silence.
@@ -7,7 +7,6 @@ silence.
 import csv
 import dataclasses
 import io
-import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,6 +61,25 @@ class Row:
         return self.where or f"line {self.line}"
 
 
+class Later(Sequence[Row]):
+    """Rows whose ids and places are known; fields are fetched each time one is asked for.
+
+    Args:
+        heads: the rows without their fields.
+        fields_of: fetches these of a row.
+    """
+
+    def __init__(self, heads: Sequence[Row], fields_of: Callable[[Row], dict[str, Any]]) -> None:
+        self.heads, self.fields_of = heads, fields_of
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __getitem__(self, at: Any) -> Any:
+        head = self.heads[at]
+        return dataclasses.replace(head, fields=self.fields_of(head))
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of a source in its order, by number what holds none, and what is to be told of it.
@@ -97,87 +115,6 @@ def check_count(n: object, name: str, of: str) -> None:
         raise UsageError(f"{name} is {n!r:.60}; a whole number is needed")
     if n < 1:
         raise UsageError(f"{name} is {n}; at least one {of} is needed")
-
-
-def read_rows(path: Path, what: str) -> Rows:
-    """Every object of a file that holds one a line; empty lines do not count.
-
-    Lines end at a line feed alone, which a carriage return may precede: other signs that end lines, such as U+2028, may
-    stand within a JSON text.
-
-    Args:
-        what: what the file is called where it cannot be read.
-
-    Raises:
-        UsageError: the file cannot be read, or is empty.
-    """
-    try:
-        with opened_text(path) as file:
-            content = file.read()
-    except (OSError, UsageError) as error:
-        raise UsageError(f"{what} {str(path)!r} cannot be read: {error}") from error
-    if not content.strip():
-        raise UsageError(f"{what} {str(path)!r} is empty")
-    rows: list[Row] = []
-    refused: dict[int, Refused] = {}
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_row(number, line))
-        except UsageError as error:
-            refused[number] = Refused(str(number), f"line {number} {error}")
-    return Rows(_named_apart(rows), refused)
-
-
-def _named_apart(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows; one that is called by its number, which another gives as its id, is called `line 2` instead."""
-    given = {row.id for row in rows if row.fields.get("id") is not None}
-    return tuple(
-        dataclasses.replace(row, id=f"line {row.line}") if row.id in given and row.fields.get("id") is None else row
-        for row in rows
-    )
-
-
-def object_of(line: bytes) -> dict[str, Any]:
-    """The object that a line of JSON lines holds.
-
-    Raises:
-        UsageError: it is not UTF-8, not JSON, no object, or one that names a field twice.
-    """
-    try:
-        fields = json.loads(line.decode(), object_pairs_hook=once)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"is not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UsageError(f"is a {type(fields).__name__}; an object is needed")
-    if isinstance(fields, Twice):
-        raise UsageError(fields.told)
-    return fields
-
-
-class Twice(dict[str, Any]):
-    """An object of JSON that names a field twice, of which JSON keeps the last alone."""
-
-    told = ""
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these fields; a `Twice` where one is named twice."""
-    fields = dict(pairs)
-    if len(fields) == len(pairs):
-        return fields
-    names = [name for name, _ in pairs]
-    odd = Twice(fields)
-    odd.told = f"names {next(name for name in names if names.count(name) > 1)!r:.60} twice"
-    return odd
-
-
-def _row(number: int, line: bytes) -> Row:
-    fields = object_of(line)
-    return Row(number, id_of(fields, number), fields)
 
 
 def id_of(fields: Mapping[str, Any], number: int) -> str:
@@ -245,6 +182,38 @@ def read_told(path: Path, what: str, columns: str, *, key: Callable[[str], str] 
             raise UsageError(f"{what} {str(path)!r}: lines {found[name][0]} and {number} are both about {row[0]!r:.60}")
         found[name] = number, row[1]
     return found
+
+
+def with_own_ids(found: Rows, name: str) -> Rows:
+    """The rows, of those with one id the first; the later ones are refused.
+
+    What rows are called that are not there yet (a stream, a table in memory) is not known: they stay as they are.
+
+    Args:
+        name: what the source is called, for the error.
+
+    Raises:
+        UsageError: more than half of the rows have the id of another.
+    """
+    if not isinstance(found.rows, tuple | Later):
+        return found
+    heads = found.rows.heads if isinstance(found.rows, Later) else found.rows
+    first, refused = dict[str, Row](), dict[int, Refused]()
+    for head in heads:
+        if (other := first.setdefault(head.id, head)) is not head:
+            refused[head.line] = Refused(head.id, same_id(head, other.place))
+    if len(refused) > len(first):
+        raise UsageError(
+            f"more than half of the rows of {name!r} have the id of another, as {next(iter(refused.values())).reason}"
+        )
+    kept = tuple(first.values())
+    rows = Later(kept, found.rows.fields_of) if isinstance(found.rows, Later) else kept
+    return dataclasses.replace(found, rows=rows, refused=found.refused | refused)
+
+
+def same_id(row: Row, place: str) -> str:
+    """What is wrong with a row whose id another one has already, which stands at that place."""
+    return f"{row.place}: its id {row.id!r:.60} is that of {place}; each needs one of its own, or none"
 
 
 def draw(found: Rows, n: int | None, seed: int, use: Callable[[Row], UsedT]) -> Drawn[UsedT]:

@@ -172,7 +172,8 @@ def test_a_corrupt_parquet_is_one_line(tmp_path, capsys):
         path.write_bytes(cut)
         assert command(layer_swap, "--describe", "--data", f"vlmbias:{tmp_path}") == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "main.parquet" in error and "cannot be read" in error, error
+        assert error.count("\n") == 1 and "main.parquet" in error, error
+        assert "is not read: " in error or "cannot be read: " in error, error
 
 
 def test_what_is_neither_file_nor_folder_is_one_line(tmp_path, capsys):
@@ -308,11 +309,9 @@ def test_of_rows_with_one_id_the_later_ones_are_counted_out(folder):
     for n, seed in ((None, 0), *((2, seed) for seed in range(6))):
         pairs = load_pairs(folder, n=n, seed=seed)
         assert [pair.id for pair in pairs] == ["7", "2"]
-        assert [each.told for each in pairs.refused] in (
-            [],
-            ["7: line 3: its id '7' is that of line 1; each pair needs one of its own"],
-        )
-    assert load_pairs(folder).refused and pair_fields(folder)["7"]["object"] == 1
+        told = "7: line 3: its id '7' is that of line 1; each needs one of its own, or none"
+        assert [each.told for each in pairs.refused] == [told]
+    assert pair_fields(folder)["7"]["object"] == 1
     row = {"image": "../1.png", "text": "q", "label": "yes", "question_id": 3}
     write_lines(folder / "a" / "coco_pope_random.json", [row, row | {"question_id": 3.0}])
     items = load_items(f"pope:{folder / 'a'}")
