@@ -421,6 +421,20 @@ def test_help_is_quick():
     assert time.monotonic() - start < 10
 
 
+def test_the_help_of_every_experiment_imports_nothing_heavy():
+    names = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if not path.stem.startswith("_"))
+    code = (
+        "import runpy, sys\nsys.argv = ['it', '--help']\n"
+        f"for name in {names}:\n"
+        "    try: runpy.run_module(f'experiments.{name}', run_name='__main__')\n"
+        "    except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'pyarrow', 'datasets', 'pycocotools', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.count("--overwrite") == len(names) > 10, done.stderr
+
+
 def test_fewer_examples_than_something_can_be_said_of_are_refused_before_the_run(tmp_path, capsys):
     given = ["--n", "1", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
