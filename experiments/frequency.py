@@ -15,11 +15,12 @@ from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = "How many texts that a model was trained on mention each class?"
+UNUSED = ("model", "n", "device", "dtype", "attn", "revision")
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """Options of the counts."""
+    """Options of the counts. No model is used: --n and options of models (--model, --device, ...) are refused."""
 
     data: str = "scenes/things"
     """What has the classes: generated scenes, a folder of a folder a class, or hf:owner/name."""
@@ -28,38 +29,44 @@ class Config(RunConfig):
     text: tuple[str, ...] = ()
     """llava:FILE or llava:FOLDER, files of text, or folders of such; counts are added up."""
     rule: Literal["together", "contiguous"] = "contiguous"
-    """contiguous: all words of a name one after the other in a sentence, as in the paper; together: anywhere in a
-    question with its answer, or in a line."""
+    """contiguous: all words of a name one after the other in a sentence, as in the paper (a line break is a space, an
+    empty line ends a sentence; of a file each line is a text); together: anywhere in a question with its answer, or in
+    a line."""
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The counts by class and source, and counts.csv in the run's folder."""
+    """The counts by class and source, and counts.csv over all sources."""
     from vlm_mech.behaviour.frequency import figures, findings, study
     from vlm_mech.errors import UsageError
     from vlm_mech.results.result import Result
 
+    for name, default in ((each.name, each.default) for each in dataclasses.fields(config) if each.name in UNUSED):
+        if getattr(config, name) != default:
+            raise UsageError(f"--{name} is not for this experiment: it counts names in text and uses no model")
     if not config.text:
         raise UsageError("--text is needed, as in --text llava:FILE")
     twice = [source for source in config.text if config.text.count(source) > 1]
     if twice:
         raise UsageError(f"text {twice[0]!r} is given twice; once is needed")
-    names = _names(config)
-    table, n_texts = study.kept(work, config.text, names, rule=config.rule)
-    file = work.folder / "counts.csv"
-    study.totals(table).to_csv(file, index=False)
-    told = study.about(QUESTION, config.text, names, config.rule, n_texts)
+    names, said = _names(config)
+    table, n_texts = study.kept(work, config.text, names, rule=config.rule, said=said)
+    told = study.about(QUESTION, config.text, names, config.rule, n_texts, said=said)
     result = Result("frequency", table, study.AXES, study.METRICS, {}, told)
-    result = dataclasses.replace(result, findings=findings.findings(result, str(file)))
-    return Outcome(result, figures.drawn(result))
+    result = dataclasses.replace(result, findings=findings.findings(result, str(work.folder / "counts.csv")))
+    return Outcome(result, figures.drawn(result), tables={"counts": study.totals(table)})
 
 
-def _names(config: Config) -> tuple[str, ...]:
+def _names(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes, and what text calls them where that is something else."""
     from vlm_mech.behaviour.frequency.data import names_in
     from vlm_mech.data.image_classes import SCENES, class_names, load_classes
 
     if config.classes is not None:
-        return names_in(config.classes)
-    return class_names(config.data) if config.data in SCENES else load_classes(config.data, seed=config.seed).names
+        return names_in(config.classes), ()
+    if config.data in SCENES:
+        return class_names(config.data), ()
+    data = load_classes(config.data, seed=config.seed)
+    return data.names, data.said
 
 
 if __name__ == "__main__":

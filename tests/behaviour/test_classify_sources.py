@@ -58,6 +58,24 @@ def test_lines_with_a_class_and_a_part(tmp_path):
         load_items(tmp_path)
 
 
+def test_numbers_keep_classes_of_one_name_apart_and_names_cannot(tmp_path):
+    listed = ("crane", "rose", "crane")
+    rows = [{"label": at, "split": split} for split in ("train", "valid", "test") for at in range(3)]
+    data = load_classes(f"vlmclassifier:{lines(tmp_path / 'numbers', rows, listed)}")
+    assert data.names == ("crane (0)", "rose", "crane (2)") and data.said == listed
+    assert sorted((each.label, shown(each.image)) for each in data.test) == [
+        ("crane (0)", 7), ("crane (2)", 9), ("rose", 8),
+    ]  # fmt: skip
+    assert data.notes == ("classes of one name are numbered: crane (0), crane (2)",)
+    rows = [row | {"label": listed[row["label"]]} for row in rows]
+    data = load_classes(f"vlmclassifier:{lines(tmp_path / 'names', rows, listed)}")
+    assert data.names == ("crane", "rose") and data.said == ()
+    assert data.notes == ("the list has several classes of one name, one class as labels are names: crane",)
+    rows = [{"label": at, "split": split} for split in ("train", "valid", "test") for at in (1, 2)]
+    data = load_classes(f"vlmclassifier:{lines(tmp_path / 'one', rows, listed)}")
+    assert data.names == ("rose", "crane (2)") and data.said == ("rose", "crane"), "the number is that of the list"
+
+
 def test_a_missing_part_is_dealt_out_of_the_training_part(tmp_path):
     rows = [{"label": ("crane", "rose")[at % 2], "split": "train"} for at in range(12)]
     rows += [{"label": name, "split": "test"} for name in ("crane", "rose")]

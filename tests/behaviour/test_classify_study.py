@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.behaviour.test_classify import prompts, scenes_of
+from tests.zoo import ZOO
 from tests.zoo.tiny import picture, tiny_model, tiny_processor
+from vlm_mech.architectures.site import Site
 from vlm_mech.behaviour.answering.class_name_scores import names_after, score_names
 from vlm_mech.behaviour.answering.prompts import STYLES
 from vlm_mech.behaviour.classify import frequency
@@ -27,7 +29,10 @@ from vlm_mech.behaviour.classify.two_hops import (
 from vlm_mech.data.image_classes import Labelled, load_classes
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.span import Patches
 from vlm_mech.interventions.trace import run
+from vlm_mech.methods.probing.controls import read_without_image, takes_text_alone
+from vlm_mech.methods.probing.data import Examples, Spot
 from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.statistics import mcnemar
@@ -236,3 +241,20 @@ def test_answers_stand_after_their_prompts(vlm):
     assert Tuning("lora", n_steps=100, rate=1.0).rate_at(0) < Tuning("lora", n_steps=100, rate=1.0).rate_at(2) == 1.0
     with pytest.raises(UsageError, match="must be at least 1 and the rate above 0"):
         Tuning("projector", n_steps=0)
+
+
+@pytest.mark.parametrize("family", ["blip2", "instructblip"])
+def test_families_that_need_a_picture_in_every_pass_are_asked_with_one(family, tmp_path):
+    """Their prompts encode without a picture, but their models do not run so."""
+    model = VLM(*ZOO[family]("eager", 0), name=family)
+    question = Prompt("what is this ?")
+    assert not takes_text_alone(model, question)
+    asked = [Asked("1", UNSEEN, None, "what is this ?", ("red", "blue"), "red"),
+             Asked("2", TWO_HOP, picture(1), "what is this ?", ("red", "blue"), "red")]  # fmt: skip
+    assert set(answered(model, asked, "m", n_new=2, batch=2)["task"]) == {TWO_HOP}
+    prompts = tuple(Prompt("what is this ?", picture(number)) for number in range(2))
+    names, span = ("a", "b"), Patches(((0, 0),))
+    examples = Examples("some", names, prompts, names, names, (span, span), ("", ""))
+    spot = Spot(Site("llm.resid_post", 0), "last")
+    states, how = read_without_image(model, examples, [spot], folder=tmp_path)
+    assert how == {"last": "blank"} and len(states[spot]) == 2

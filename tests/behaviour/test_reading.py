@@ -10,7 +10,7 @@ from vlm_mech.behaviour.debias import study as debias_study
 from vlm_mech.behaviour.decoding import study as decoding_study
 from vlm_mech.behaviour.decoding.data import Options
 from vlm_mech.behaviour.scoring.measures import parsed
-from vlm_mech.data.image_classes import normalised
+from vlm_mech.data.class_names import normalised
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import letters_of, mentions, read_answer, says
 from vlm_mech.data.words import words_of

@@ -4,7 +4,8 @@ import datasets
 import pytest
 
 from tests.zoo.tiny import picture
-from vlm_mech.data.image_classes import check_names, from_splits, load_classes, unique_names
+from vlm_mech.data.class_names import check_names, unique_names
+from vlm_mech.data.image_classes import from_splits, load_classes
 from vlm_mech.data.picture_splits import Labelled, deal
 from vlm_mech.data.scenes import SPLITS
 from vlm_mech.data.shared_pictures import pixel_hash

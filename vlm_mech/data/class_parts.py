@@ -1,7 +1,9 @@
 """Pictures with a class of official files and of single items, by part."""
 
+from collections import Counter
 from collections.abc import Sequence
 
+from vlm_mech.data.class_names import unique_names
 from vlm_mech.data.items import load_items
 from vlm_mech.data.picture_splits import SHARES, Labelled, deal
 from vlm_mech.data.readers.format import Table
@@ -25,8 +27,10 @@ def completed(
     return parts | dealt, [f"{' and '.join(missing)}: dealt out of the training split with seed {seed}"]
 
 
-def parts_of_lines(data: str, tables: Sequence[Table]) -> tuple[dict[str, list[Labelled]], list[str], list[Refused]]:
-    """The pictures of the tables by part, the names of their classes in order, and what is no such picture.
+def parts_of_lines(
+    data: str, tables: Sequence[Table]
+) -> tuple[dict[str, list[Labelled]], dict[str, str], list[Refused], list[str]]:
+    """The pictures of the tables by part, their classes in order with the name of each, what is no picture, notes.
 
     Raises:
         UsageError: none to train on.
@@ -41,8 +45,14 @@ def parts_of_lines(data: str, tables: Sequence[Table]) -> tuple[dict[str, list[L
     if not parts["train"]:
         why = f": {refused[0].told}" if refused else ""
         raise UsageError(f"data {data!r} has no picture to train on{why}")
-    used = list(dict.fromkeys(each.label for part in SPLITS for each in parts[part]))
-    return parts, list(dict.fromkeys(names_beside(tables))) or used, refused
+    listed = names_beside(tables)
+    numbered = zip(unique_names(listed), listed, strict=True)
+    # A label that is a name stands for all classes of that name.
+    order = {label: name for some, name in numbered for label in (some, name)}
+    used = {each.label: each.label for part in SPLITS for each in parts[part]}
+    alike = [name for name, count in Counter(listed).items() if count > 1 and name in used]
+    notes = [f"the list has several classes of one name, one class as labels are names: {', '.join(alike)}"]
+    return parts, order or used, refused, notes if alike else []
 
 
 def parts_of_items(data: str, seed: int) -> tuple[dict[str, list[Labelled]], list[Refused], list[str]]:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import mimetypes
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlm_mech.data.class_names import check_names, unique_names
 from vlm_mech.data.class_parts import completed, parts_of_items, parts_of_lines
 from vlm_mech.data.hub import holds_classes, hub_splits, is_of_hub
 from vlm_mech.data.picture_splits import Labelled, deal, draw_parts
@@ -26,7 +26,6 @@ from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import CLASSES, COLOURS, PRIORS, SHAPES, SPLITS, Scene, Split
 from vlm_mech.data.sources import find_data
 from vlm_mech.data.user_files import Refused, check_count, read_told
-from vlm_mech.data.words import words_of
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 
@@ -46,7 +45,8 @@ class Classes:
     """A classification data set.
 
     `names` are the classes in its own order, `refused` the pictures left out; `notes` say how parts were dealt out or
-    drawn, and which classes got a number because others have the same name.
+    drawn, and which classes got a number because others have the same name. `said` are the names without that number,
+    as text has them; empty where none has one.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Classes:
     test: tuple[Labelled, ...]
     refused: tuple[Refused, ...] = ()
     notes: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -66,35 +67,6 @@ class Classes:
                 loaded = load_image(each.image)
                 found.update(repr((part, each.id, each.label, loaded.size)).encode() + loaded.tobytes())
         return found.hexdigest()[:16]
-
-
-def normalised(name: str) -> str:
-    """The words of a name (`data.words`), one space between them; punctuation and underscores part words."""
-    return " ".join(words_of(name))
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """The names; those that are the same words as another with their number in the list, from 0 on: crane (134)."""
-    words = [normalised(name) for name in names]
-    counts = Counter(words)
-    return [
-        f"{name} ({number})" if said and counts[said] > 1 else name
-        for number, (name, said) in enumerate(zip(names, words, strict=True))
-    ]
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raises `UsageError` for fewer than two classes, a name without any word, or two names that are the same words."""
-    if len(names) < 2:
-        raise UsageError(f"there is only the class {', '.join(names) or '(none)'}; at least two are needed")
-    known: dict[str, str] = {}
-    for name in names:
-        words = normalised(name)
-        if not words:
-            raise UsageError(f"class name {name!r} holds no word; one is needed to look for in an answer")
-        if words in known:
-            raise UsageError(f"class names {known[words]!r} and {name!r} are the same words {words!r}; rename one")
-        known[words] = name
 
 
 def load_classes(
@@ -150,7 +122,7 @@ def load_classes(
     else:
         parts, unused = deal(_in_folder(folder), seed)
         refused, notes = [*refused, *unused], [f"parts dealt out with seed {seed}"]
-    order = list(dict.fromkeys(each.label for part in SPLITS for each in parts[part]))
+    order = {each.label: each.label for part in SPLITS for each in parts[part]}
     return _finished(_Read(str(folder), parts, order, refused, notes), sizes, seed, names)
 
 
@@ -282,7 +254,8 @@ def from_splits(
             f"no row of the train split of {name!r} has a label; labelled rows are needed to fit and to test"
         )
     parts, notes = completed(parts, refused, seed)
-    order = unique_names(_column(name, known["train"], "ClassLabel")[1].names)
+    said = _column(name, known["train"], "ClassLabel")[1].names
+    order = dict(zip(unique_names(said), said, strict=True))
     return _finished(_Read(name, parts, order, refused, notes), sizes, seed, names)
 
 
@@ -290,15 +263,15 @@ def _from_format(
     data: str, tables: Sequence[Table], sizes: Mapping[str, int | None], seed: int, names: Path | None
 ) -> Classes:
     """Pictures of a format that has them with a class and a part."""
-    parts, order, refused = parts_of_lines(data, tables)
+    parts, order, refused, alike = parts_of_lines(data, tables)
     parts, notes = completed(parts, refused, seed)
-    return _finished(_Read(data, parts, order, refused, notes), sizes, seed, names)
+    return _finished(_Read(data, parts, order, refused, [*alike, *notes]), sizes, seed, names)
 
 
 def _of_items(data: str, sizes: Mapping[str, int | None], seed: int, names: Path | None) -> Classes:
     """Single items as pictures whose class is the answer."""
     parts, refused, notes = parts_of_items(data, seed)
-    order = sorted({each.label for part in SPLITS for each in parts[part]})
+    order = {label: label for label in sorted({each.label for part in SPLITS for each in parts[part]})}
     return _finished(_Read(data, parts, order, refused, notes), sizes, seed, names)
 
 
@@ -327,11 +300,14 @@ def _rows(name: str, part: str, split: Any, refused: list[Refused]) -> list[Labe
 
 @dataclass(frozen=True)
 class _Read:
-    """The pictures of a data set by part, its classes in order, what is left out already, and how parts arose."""
+    """The pictures of a data set by part, its classes in order, what is left out already, and how parts arose.
+
+    Each class has its name beside it, where a number tells several of one name apart.
+    """
 
     name: str
     parts: Mapping[str, list[Labelled]]
-    order: Sequence[str]
+    order: Mapping[str, str]
     refused: Sequence[Refused]
     notes: Sequence[str]
 
@@ -340,8 +316,9 @@ def _finished(read: _Read, sizes: Mapping[str, int | None], seed: int, names: Pa
     """The parts with proper class names and no more pictures than asked for."""
     used = {each.label for part in SPLITS for each in read.parts[part]}
     folders = [folder for folder in read.order if folder in used]
-    given = _called(folders, names)
-    called = dict(zip(folders, unique_names(given), strict=True))
+    given = _called([read.order[folder] for folder in folders] if names is None else folders, names)
+    numbered = _called(folders, names)
+    called = dict(zip(folders, unique_names(numbered), strict=True))
     check_names(list(called.values()))
     for part in SPLITS:
         missing = used - {each.label for each in read.parts[part]}
@@ -358,9 +335,8 @@ def _finished(read: _Read, sizes: Mapping[str, int | None], seed: int, names: Pa
         *drawn.notes,
         *([f"classes of one name are numbered: {', '.join(renamed)}"] if renamed else []),
     ]
-    return Classes(
-        read.name, tuple(called.values()), **kept, refused=(*read.refused, *drawn.refused), notes=tuple(notes)
-    )
+    told = {"refused": (*read.refused, *drawn.refused), "notes": tuple(notes), "said": tuple(given) if renamed else ()}
+    return Classes(read.name, tuple(called.values()), **kept, **told)
 
 
 def _called(folders: Sequence[str], names: Path | None) -> list[str]:

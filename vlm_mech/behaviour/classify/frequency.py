@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from vlm_mech.behaviour.classify.table import CLASSES, LOADED, OPEN
-from vlm_mech.data.image_classes import normalised
+from vlm_mech.data.class_names import normalised
 from vlm_mech.data.scene_sampling import sample_scene
 from vlm_mech.data.scenes import in_conflict
 from vlm_mech.data.user_files import read_told

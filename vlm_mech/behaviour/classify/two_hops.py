@@ -16,7 +16,8 @@ import pandas as pd
 from vlm_mech.behaviour.answering.class_name_scores import names_after, score_names
 from vlm_mech.behaviour.answering.prompts import Style
 from vlm_mech.behaviour.classify.table import GENERATION, MEAN, NO_ORDER, OPEN, Cell, best, rows
-from vlm_mech.data.image_classes import Labelled, check_names
+from vlm_mech.data.class_names import check_names
+from vlm_mech.data.image_classes import Labelled
 from vlm_mech.data.items import load_items
 from vlm_mech.data.json_lines import read_rows
 from vlm_mech.data.reading import ALPHABET, mentions, read_answer

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vlm_mech.behaviour.classify.frequency import Rule, counted
@@ -13,21 +14,36 @@ from vlm_mech.results.result import Metric
 from vlm_mech.runs.workspace import Workspace
 
 AXES = ("source",)
-METRICS = (Metric("count", "texts", "texts that mention the class; a class counts once in each"),)
+METRICS = (
+    Metric(
+        "count",
+        "texts",
+        "texts that mention the class; a class counts once in each; there is no baseline, and so no test",
+    ),
+)
 BATCH = 20_000
 """Texts that are counted between two that are kept."""
 
 
 def kept(
-    work: Workspace, sources: Sequence[str], names: Sequence[str], *, rule: Rule, batch: int = BATCH
+    work: Workspace,
+    sources: Sequence[str],
+    names: Sequence[str],
+    *,
+    rule: Rule,
+    said: Sequence[str] = (),
+    batch: int = BATCH,
 ) -> tuple[pd.DataFrame, dict[str, int]]:
     """A row for each class and source, and how many texts each source has.
+
+    Args:
+        said: what text calls each class, where that is not its name (`Classes.said`).
 
     Raises:
         UsageError: a source without any text.
     """
     for number, source in enumerate(sources):
-        found = texts(source, rule)
+        found = texts(source, rule, said or names)
         for at in itertools.count():
             key = f"{number:03d}-{at:08d}"
             # Those counted before are read over.
@@ -35,7 +51,7 @@ def kept(
             if not some:
                 break
             if key not in work:
-                counts = counted(some, names, rule=rule)
+                counts = counted(some, said or names, rule=rule)
                 table = pd.DataFrame({"example": list(names), "source": source, "count": counts.astype(float)})
                 work.keep(key, table, {"source": source, "n": len(some)})
     return _summed(work, sources, names)
@@ -52,7 +68,7 @@ def _summed(work: Workspace, sources: Sequence[str], names: Sequence[str]) -> tu
         found[note["source"]] = found.get(note["source"], 0) + note["n"]
     order = [(source, name) for source in sources for name in names]
     summed = summed.set_index(["source", "example"]).loc[order].reset_index()
-    return summed.assign(group=summed["example"], count_baseline=0.0, skipped=""), found
+    return summed.assign(group=summed["example"], count_baseline=np.nan, skipped=""), found
 
 
 def totals(table: pd.DataFrame) -> pd.DataFrame:
@@ -62,8 +78,15 @@ def totals(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def about(
-    question: str, sources: Sequence[str], names: Sequence[str], rule: Rule, n_texts: dict[str, int]
+    question: str,
+    sources: Sequence[str],
+    names: Sequence[str],
+    rule: Rule,
+    n_texts: dict[str, int],
+    said: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What the provenance of a run says."""
-    text = {"rule": rule, "n_texts": n_texts, "sources": list(sources)}
+    """What the provenance of a run says; `alike` are classes of one name, which are counted alike."""
+    text: dict[str, Any] = {"rule": rule, "n_texts": n_texts, "sources": list(sources)}
+    alike = [name for name, plain in zip(names, said, strict=True) if name != plain] if said else []
+    text |= {"alike": alike} if alike else {}
     return {"question": question, "data": {"name": " + ".join(sources), "n": len(names)}, "text": text, "receipts": {}}

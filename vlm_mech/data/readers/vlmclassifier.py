@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_mech.data.class_names import unique_names
 from vlm_mech.data.readers.format import Format, ReaderOptions, Table
 from vlm_mech.data.readers.tables import read
 from vlm_mech.data.user_files import Refused, Row, Rows
@@ -49,26 +50,30 @@ def names_beside(tables: Sequence[Table]) -> tuple[str, ...]:
 
 
 def pictured(tables: Sequence[Table]) -> Iterator[Pictured | Refused]:
-    """The pictures of the tables in their order; a number as label is the place of the name in the list of classes."""
+    """The pictures of the tables in their order; a number as label is the place of the name in the list of classes.
+
+    Numbers tell classes of one name apart (`unique_names`); names as labels cannot.
+    """
     names = names_beside(tables)
+    numbered = unique_names(names)
     for table in tables:
         for row in read(table):
             if isinstance(row, Refused):
                 yield row
                 continue
             try:
-                yield _pictured(row, table, names, len(tables) > 1)
+                yield _pictured(row, table, names, numbered, len(tables) > 1)
             except UsageError as error:
                 yield Refused(row.place, str(error))
 
 
-def _pictured(row: Row, table: Table, names: tuple[str, ...], several: bool) -> Pictured:
+def _pictured(row: Row, table: Table, names: tuple[str, ...], numbered: list[str], several: bool) -> Pictured:
     label, split = row.fields.get("label"), str(row.fields.get("split", "")).lower()
     if isinstance(label, int) and not isinstance(label, bool):
         if not 0 <= label < len(names):
             raise UsageError(f"{row.place}: label is {label}; the list of classes has {len(names)} names")
-        label = names[label]
-    if not isinstance(label, str) or not label.strip() or (names and label not in names):
+        label = numbered[label]
+    elif not isinstance(label, str) or not label.strip() or (names and label not in names):
         raise UsageError(f"{row.place}: label is {label!r:.60}, which is no name of a class")
     if split not in PARTS:
         raise UsageError(f"{row.place}: split is {split!r:.60}; train, valid or test is needed")

@@ -55,7 +55,9 @@ def with_random_weights(vlm: "VLM", *, seed: int) -> "VLM":
 
 
 def takes_text_alone(vlm: "VLM", prompt: Prompt) -> bool:
-    """Whether the family can be asked that without an image."""
+    """Whether the family can be asked that without an image: encoded, and run."""
+    if "pixel_values" in vlm.needed_inputs:
+        return False
     try:
         vlm.encode(replace(prompt, image=None))
     except UsageError:
