@@ -9,7 +9,7 @@ from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.hub import holds_classes, hub_data, is_of_hub
 from vlm_mech.data.json_lines import read_rows
 from vlm_mech.data.readers.format import ReaderOptions
-from vlm_mech.data.readers.registry import Source, find_source, formats, is_file, known_in, named, near_misses
+from vlm_mech.data.readers.registry import Source, find_source, formats, is_file, is_of, known_in, named, near_misses
 from vlm_mech.data.user_files import Rows, with_own_ids
 from vlm_mech.errors import UsageError
 
@@ -86,7 +86,7 @@ def find_data(name_or_path: str | Path) -> Found | None:
 
 def _of_hub(name: str) -> Found:
     given = hub_data(name)
-    fitting = [each for each in formats() if each.known_by_files and each.reads(given.table)]
+    fitting = [each for each in formats() if each.known_by_files and is_of(each, given.table)]
     table = given.table
     about = f"({table.path.name}, {len(given.data)} rows)"
     if len(fitting) > 1:

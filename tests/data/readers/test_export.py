@@ -186,6 +186,8 @@ def test_a_run_that_is_resumed_knows_its_pictures(tmp_path, capsys):
 
 @pytest.mark.usefixtures("untyped")
 def test_what_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match="`export whatsup` writes the files that whatsup-four: reads"):
+        export("whatsup-four", tmp_path / "other")
     with pytest.raises(UsageError, match="format 'mvp' is not known; one of whatsup, mmvp"):
         export("mvp", tmp_path / "made")
     with pytest.raises(UsageError, match="n is 0; at least one example is needed"):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.readers.made import write_json, write_lines
 from vlm_mech.data.export.__main__ import export
 from vlm_mech.data.readers import registry
-from vlm_mech.data.readers.format import Format
-from vlm_mech.data.readers.tables import tables_in
-from vlm_mech.data.user_files import Rows
+from vlm_mech.data.readers.format import Format, ReaderOptions
+from vlm_mech.data.readers.tables import read, tables_in
+from vlm_mech.data.user_files import Row, Rows
 
 ROOT = Path(__file__).parents[3]
 
@@ -33,9 +34,35 @@ KNOWN = [each for each in registry.formats() if each.known_by_files]
 def test_files_of_a_format_are_of_no_other(name, tmp_path):
     export(name, tmp_path / "made", n=4)
     tables = tables_in(tmp_path / "made")
-    assert {each.name for each in KNOWN for table in tables if each.reads(table)} == {name}
+    assert {each.name for each in KNOWN for table in tables if registry.is_of(each, table)} == {name}
     source = registry.find_source(tmp_path / "made", others=True)
     assert source is not None and source.format.name == name and len(source.tables) == len(tables)
+
+
+FIRST = {
+    "pope": {"label": "maybe"}, "vstar": {"label": "?"}, "imagewikiqa": {"label": None},
+    "vlmclassifier": {"split": "dev set"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("lacking", [False, True])
+def test_a_first_row_that_cannot_be_used_is_one_of_those_counted_out(name, lacking, tmp_path):
+    export(name, tmp_path / "made", n=4)
+    source = registry.find_source(f"{name}:{tmp_path / 'made'}", others=True)
+    assert source is not None
+    path = source.tables[0].path
+    rows = list(source.rows(ReaderOptions()).rows)
+    first, *others = (row.fields for row in read(source.tables[0]) if isinstance(row, Row))
+    changed = FIRST[name]
+    first = {key: value for key, value in first.items() if key not in changed} if lacking else first | changed
+    (write_json if path.suffix == ".json" else write_lines)(path, [first, *others])
+    for each in (f"{name}:{tmp_path / 'made'}", tmp_path / "made"):
+        found = registry.find_source(each, others=True)
+        assert found is not None and found.format.name == name
+        given = found.rows(ReaderOptions())
+        assert [row.id for row in given.rows] == [row.id for row in rows[1:]]
+        assert len(given.refused) == 1
 
 
 def test_a_module_with_a_format_is_all_that_is_needed(tmp_path, monkeypatch):

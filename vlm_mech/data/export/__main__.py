@@ -9,6 +9,7 @@ from vlm_mech.data.export.items import ITEMS
 from vlm_mech.data.export.others import OTHERS
 from vlm_mech.data.export.pairs import PAIRS
 from vlm_mech.data.export.parts import PARTS_OF_OBJECTS
+from vlm_mech.data.readers.registry import formats
 from vlm_mech.data.user_files import check_count
 from vlm_mech.errors import UsageError, one_line_errors
 
@@ -38,6 +39,10 @@ def export(format: str, folder: Path, *, n: int = 48, seed: int = 0) -> None:
     Raises:
         UsageError: an unknown format, no number above zero, or a folder with files in it.
     """
+    written = {each.columns: each.name for each in formats() if each.name in WRITERS}
+    of_same = next((written.get(each.columns) for each in formats() if each.name == format), None)
+    if format not in WRITERS and of_same is not None:
+        raise UsageError(f"`export {of_same}` writes the files that {format}: reads; `{format}:FOLDER` takes them")
     if format not in WRITERS:
         raise UsageError(f"format {format!r:.60} is not known; one of {', '.join(WRITERS)} is")
     check_count(n, "n", "example")

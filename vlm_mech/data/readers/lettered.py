@@ -117,5 +117,5 @@ def lettered_rows(
 
 
 def has_letter(table: Table) -> bool:
-    """Whether the label of the first row is a letter."""
+    """Whether the label of its first row is a letter."""
     return str(table.first.get("label", "")).strip().strip("().").upper() in list(LETTERS)

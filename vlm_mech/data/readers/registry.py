@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import itertools
 import pkgutil
 import re
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from pathlib import Path
 
 from vlm_mech.data import readers
 from vlm_mech.data.readers.format import Format, ReaderOptions, Table
-from vlm_mech.data.readers.tables import files_in, kind_of
-from vlm_mech.data.user_files import Rows
+from vlm_mech.data.readers.tables import files_in, kind_of, read
+from vlm_mech.data.user_files import Row, Rows
 from vlm_mech.errors import UsageError
 
 OTHERS = {
@@ -21,6 +22,8 @@ OTHERS = {
 }
 """What a format holds that is neither pairs nor items, and what reads it."""
 NAMED = re.compile(r"([a-z][a-z0-9-]*):(.+)", re.DOTALL)
+HEAD = 100
+"""Rows of a table by one of which its format is known, where the first one's values are of none."""
 MOST = 4
 """Files that are told one by one."""
 
@@ -91,13 +94,13 @@ def _found(name_or_path: str | Path) -> Source | None:
     tables, unread = files_in(path)
     root = tables[0].root if tables else path if path.is_dir() else path.parent
     if asked is not None:
-        fitting = tuple(each for each in tables if asked.reads(each))
+        fitting = tuple(each for each in tables if is_of(asked, each))
         if not fitting:
             told = unread_notes(unread) if unread and not _nearest(asked, tables) else [_lacking(asked, tables)]
             raise UsageError(f"{str(path)!r:.200} holds no file of the format {asked.name}: {'; '.join(told)}")
         return Source(asked, root, fitting, strays(asked, fitting, tables, unread))
     known_by_files = [each for each in formats() if each.known_by_files]
-    found = [(each, tuple(table for table in tables if each.reads(table))) for each in known_by_files]
+    found = [(each, tuple(table for table in tables if is_of(each, table))) for each in known_by_files]
     known = [(each, fitting) for each, fitting in found if fitting]
     if len(known) > 1:
         names = ", ".join(f"{each.name} ({fitting[0].path.name})" for each, fitting in known)
@@ -116,13 +119,31 @@ def known_in(folder: Path) -> list[tuple[Path, str]]:
     """The first table of each format that lies in a folder itself, and the name of the format."""
     tables, _ = files_in(folder, depth=0)
     known = (each for each in formats() if each.known_by_files)
-    found = ((each, next((table.path for table in tables if each.reads(table)), None)) for each in known)
+    found = ((each, next((table.path for table in tables if is_of(each, table)), None)) for each in known)
     return [(path, each.name) for each, path in found if path is not None]
 
 
 def unread_notes(unread: dict[str, str]) -> list[str]:
     """What is told of files that cannot be read."""
     return [f"{name} is not read: {reason}" for name, reason in unread.items()]
+
+
+def is_of(asked: Format, table: Table) -> bool:
+    """Whether a table is of a format, by the columns and values of one of its first rows."""
+    if asked.reads(table):
+        return True
+    if not table.first or _shared(asked, table) < 0.5:
+        return False
+    rows = itertools.islice(read(table), HEAD)
+    alone = (
+        dataclasses.replace(table, columns=tuple(each.fields), first=each.fields)
+        for each in rows
+        if isinstance(each, Row)
+    )
+    try:
+        return any(asked.reads(each) for each in alone)
+    except UsageError:
+        return False
 
 
 def strays(asked: Format, fitting: Sequence[Table], tables: Sequence[Table], unread: dict[str, str]) -> tuple[str, ...]:
@@ -134,7 +155,7 @@ def strays(asked: Format, fitting: Sequence[Table], tables: Sequence[Table], unr
     places = {(table.path.parent, kind_of(table.path)) for table in fitting}
     found = unread_notes(unread)
     for table in tables:
-        if table in fitting or any(each.reads(table) for each in formats()):
+        if table in fitting or any(is_of(each, table) for each in formats()):
             continue
         if _shared(asked, table) >= 0.5 or (table.path.parent, kind_of(table.path)) in places:
             found.append(f"{table.name} is not read: it {_what_lacks(asked, table)}")
