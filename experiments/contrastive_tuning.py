@@ -92,7 +92,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         **study.counted(parts), "variants": notes,
     }  # fmt: skip
     table = study.completed(work.collect()[0])
-    result = Result("contrastive tuning", table, study.AXES, study.METRICS, {}, told)
+    result = Result("contrastive tuning", table, study.AXES, study.METRICS, {}, told, elsewhere=study.ELSEWHERE)
     told["tests"] = study.tests(result).to_dict("records")
     result = dataclasses.replace(result, findings=findings.findings(result))
     return Outcome(result, figures.drawn(result), shown(test))

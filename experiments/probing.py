@@ -55,7 +55,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.methods.probing import figures, findings
     from vlm_mech.methods.probing.crossfit import METRICS
     from vlm_mech.methods.probing.probe import QUESTION
-    from vlm_mech.methods.probing.study import AXES, completed, study
+    from vlm_mech.methods.probing.study import AXES, ELSEWHERE, completed, study
     from vlm_mech.results.result import Result
 
     about: dict[str, Any] = {"question": QUESTION}
@@ -68,7 +68,7 @@ def run(config: Config, work: Workspace) -> Outcome:
                 folder = work.partial / f"states-{number:02d}"
                 work.keep(key, *study(vlm, examples, conflicts, design, step, folder=folder))
     table, notes = work.collect()
-    result = Result("probes", completed(table), AXES, METRICS, {}, about | {"steps": notes})
+    result = Result("probes", completed(table), AXES, METRICS, {}, about | {"steps": notes}, elsewhere=ELSEWHERE)
     result = dataclasses.replace(result, findings=findings.findings(result, notes))
     return Outcome(result, figures.drawn(result))
 

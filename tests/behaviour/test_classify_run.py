@@ -1,5 +1,6 @@
 """Classification: data of all kinds, and the run."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from vlm_mech.behaviour.classify import steps
 from vlm_mech.behaviour.classify.table import (
     AXES,
     CLASSES,
+    ELSEWHERE,
     GENERATION,
     MEAN,
     METRICS,
@@ -23,10 +25,12 @@ from vlm_mech.behaviour.classify.table import (
     completed,
     score_rows,
 )
-from vlm_mech.data.image_classes import Labelled, class_names, from_splits, load_classes, normalised
+from vlm_mech.data.class_names import normalised
+from vlm_mech.data.image_classes import Labelled, class_names, from_splits, load_classes
 from vlm_mech.errors import UsageError
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
+from vlm_mech.results.wordings import over_wordings, side_by_side
 
 # Data
 
@@ -231,7 +235,7 @@ def test_help_is_light():
     assert_help_is_light(classify, ["--tune", "--contrastive", "--k", "--qa"])
 
 
-def test_a_table_is_completed_with_what_was_asked_of_others():
+def test_a_table_is_completed_with_what_was_asked_of_others(tmp_path):
     names = ["a", "b"]
     one = score_rows(Cell(CLASSES, "m", "q", OPEN, "-", SUM, 2), [Labelled("1", "", "a")], names, np.eye(2)[:1], seed=0)
     two = score_rows(
@@ -239,6 +243,17 @@ def test_a_table_is_completed_with_what_was_asked_of_others():
     )
     whole = completed(pd.concat([two, one], ignore_index=True))
     assert len(whole) == 4 and whole["accuracy"].notna().sum() == 2
+    result = Result("some", whole, AXES, METRICS, elsewhere=ELSEWHERE)
+    summary = result.summary("accuracy")
+    assert summary["n"].tolist() == [1, 1] and summary["n_missing"].tolist() == [0, 0]
+    result.save(tmp_path)
+    assert Result.load(tmp_path).summary("accuracy")["n_missing"].tolist() == [0, 0]
+    table = whole.copy()
+    table.loc[table["task"] == CLASSES, "accuracy"] = np.nan
+    lost = dataclasses.replace(result, table=table).summary("accuracy")
+    assert lost["n"].tolist() == [0, 1] and lost["n_missing"].tolist() == [1, 0], "missing in its own cell"
+    both = over_wordings(side_by_side({"one": result, "two": result}))
+    assert both is not None and both.summary("accuracy")["n_missing"].tolist() == [0, 0]
     assert whole["task"].iloc[0] == CLASSES and set(whole[whole["accuracy"].isna()]["skipped"]) == {
         "asked of other pictures"
     }

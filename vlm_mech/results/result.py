@@ -67,7 +67,8 @@ class Result:
     """What an experiment found.
 
     `table` has the columns `example`, the axes, each metric and its baseline, optionally `group` (examples of a group
-    share a scene and are resampled together) and `skipped` (why a value is missing). Missing values are NaN.
+    share a scene and are resampled together) and `skipped` (why a value is missing). Missing values are NaN. Rows whose
+    `skipped` is `elsewhere` stand for examples that are no part of their cell, and count as missing in none.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Result:
     config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
+    elsewhere: str = ""
     known: dict[tuple[Any, ...], pd.DataFrame] = field(default_factory=dict, repr=False)
     """Summaries made so far, by what they were made from."""
 
@@ -123,12 +125,21 @@ class Result:
 
     def matrix(self, column: str) -> Float[np.ndarray, "example cell"]:
         """Values of a column, examples by cells (in the order of `cells`)."""
+        return self._laid_out(self.table[column])
+
+    def _laid_out(self, column: pd.Series) -> Float[np.ndarray, "example cell"]:
         examples = pd.factorize(self.table["example"])[0]
         # Numbered in the order of appearance, as `cells` lists them.
         columns = self.table.groupby(list(self.axes), sort=False, observed=True).ngroup().to_numpy()
         values = np.full((examples.max() + 1, columns.max() + 1), np.nan)
-        values[examples, columns] = self.table[column].astype(float).to_numpy()
+        values[examples, columns] = column.astype(float).to_numpy()
         return values
+
+    def _not_here(self) -> Int[np.ndarray, "cell"]:
+        """How many examples are no part of each cell."""
+        if not self.elsewhere or "skipped" not in self.table:
+            return np.zeros(len(self.cells), int)
+        return self._laid_out(self.table["skipped"] == self.elsewhere).sum(0).astype(int)
 
     def groups(self) -> Int[np.ndarray, "example"]:
         """Group number of each example; every example is its own group when the table has none."""
@@ -156,7 +167,7 @@ class Result:
         tables = []
         for each in chosen:
             # Report, figures and files ask for the same; results made by `replace` share what is known of a table.
-            key = (self._fingerprint(each), each, level, correction, n_resamples, seed)
+            key = (self._fingerprint(each), each, self.elsewhere, level, correction, n_resamples, seed)
             if key not in self.known:
                 self.known[key] = self._summary(each, level, correction, options)
             tables.append(self.known[key])
@@ -181,7 +192,7 @@ class Result:
             metric=metric.name,
             unit=metric.unit,
             n=held.sum(0),
-            n_missing=(~held).sum(0),
+            n_missing=(~held).sum(0) - self._not_here(),
             mean=_mean(values),
             ci_low=low,
             ci_high=high,
@@ -264,7 +275,7 @@ class Result:
             "axes": self.axes,
             "metrics": [dataclasses.asdict(metric) for metric in self.metrics],
             "findings": self.findings,
-        }
+        } | ({"elsewhere": self.elsewhere} if self.elsewhere else {})
         self.table.to_parquet(folder / "result.parquet", index=False)
         self.summary().to_csv(folder / "summary.csv", index=False)
         for name, content in (("result", about), ("config", self.config), ("provenance", self.provenance)):
@@ -288,7 +299,8 @@ class Result:
         metrics = tuple(Metric(**metric) for metric in about["metrics"])
         table = pd.read_parquet(folder / "result.parquet")
         axes, findings = tuple(about["axes"]), tuple(about["findings"])
-        return cls(about["name"], table, axes, metrics, config, provenance, findings)
+        elsewhere = about.get("elsewhere", "")
+        return cls(about["name"], table, axes, metrics, config, provenance, findings, elsewhere)
 
     def _repr_html_(self) -> str:
         n_examples, n_cells = self.table["example"].nunique(), len(self.cells)

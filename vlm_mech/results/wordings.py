@@ -61,7 +61,9 @@ def side_by_side(results: Mapping[str, Result], left_out: Mapping[str, str] = Ma
         table["group"] = table["example"].map(groups)
     if "skipped" in table:
         table["skipped"] = table["skipped"].fillna("")
-    return Result(f"{first.name}, {len(results)} wordings", table, (AXIS, *first.axes), metrics)
+    return Result(
+        f"{first.name}, {len(results)} wordings", table, (AXIS, *first.axes), metrics, elsewhere=first.elsewhere
+    )
 
 
 def over_wordings(result: Result) -> Result | None:
@@ -80,7 +82,9 @@ def over_wordings(result: Result) -> Result | None:
     means = by_example[columns].mean().where(by_example[columns].count() == _n_wordings(result)).reset_index()
     if "group" in table:
         means["group"] = means["example"].map(table.drop_duplicates("example").set_index("example")["group"])
-    return Result(result.name, means, tuple(axes), result.metrics)
+    if result.elsewhere:
+        means["skipped"] = by_example["skipped"].first().to_numpy()
+    return Result(result.name, means, tuple(axes), result.metrics, elsewhere=result.elsewhere)
 
 
 def spread(result: Result, over: Result) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from vlm_mech.behaviour.classify.frequency import (
     training_texts,
 )
 from vlm_mech.behaviour.classify.study import Calibration, all_scores, averaged, generated, kept, score_tables
-from vlm_mech.behaviour.classify.table import AXES, LOADED, METRICS, completed
+from vlm_mech.behaviour.classify.table import AXES, ELSEWHERE, LOADED, METRICS, completed
 from vlm_mech.behaviour.classify.tuning import Tuning, tune
 from vlm_mech.behaviour.classify.two_hops import (
     THOUGHT,
@@ -144,7 +144,7 @@ def run_all(vlm: "VLM", design: Design, options: Options, work: "Workspace") -> 
     table = completed(work.collect()[0])
     frequency = _frequency(table, design, options, counts)
     about |= others | {"calibrations": [asdict(each) for each in calibrations], "tuned": tuned, "frequency": frequency}
-    return Result("classification", table, AXES, METRICS, provenance=about), calibrations
+    return Result("classification", table, AXES, METRICS, provenance=about, elsewhere=ELSEWHERE), calibrations
 
 
 def _tuned(vlm: "VLM", design: Design, tuning: Tuning, work: "Workspace") -> dict[str, Any]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 AXES = ("tuning", "data")
 METRICS = (PAIR, INDIVIDUAL)
+ELSEWHERE = "a pair of another data set"
 CHANCE = {"pair": 0.25, "individual": 0.5}
 BATCH = 32
 SOME = 96
@@ -196,7 +197,7 @@ def completed(table: pd.DataFrame) -> pd.DataFrame:
     other = whole["own"] != whole["data"]
     for name, chance in CHANCE.items():
         whole[f"{name}_baseline"] = np.where(other, np.nan, chance)
-    skipped = other.map({True: "a pair of another data set", False: ""})
+    skipped = other.map({True: ELSEWHERE, False: ""})
     return whole.assign(skipped=skipped).drop(columns="own")
 
 

@@ -25,7 +25,7 @@ from vlm_mech.methods.probing.data import (
 )
 from vlm_mech.methods.probing.descent import LINEAR, ProbeRecipe, small_mlp
 from vlm_mech.methods.probing.findings import findings
-from vlm_mech.methods.probing.study import AXES, Design, completed, study
+from vlm_mech.methods.probing.study import AXES, ELSEWHERE, Design, completed, study
 from vlm_mech.results.result import Result
 from vlm_mech.runs.provenance import remarks
 
@@ -98,7 +98,7 @@ def probe(
     notes = [note for _, note in steps]
     table = completed(pd.concat([table for table, _ in steps], ignore_index=True))
     provenance = {"question": QUESTION, "model": [vlm.identity()], **data_provenance(data), "steps": notes}
-    result = Result("probes", table, AXES, METRICS, {}, provenance)
+    result = Result("probes", table, AXES, METRICS, {}, provenance, elsewhere=ELSEWHERE)
     return dataclasses.replace(result, findings=(*findings(result, notes), *remarks(provenance)))
 
 
