@@ -37,7 +37,7 @@ class Config(RunConfig):
     """Pairs of each to tune on, or pictures of llava:FILE in all; 224 of generated sets, all of files by default."""
     n_validation: int | None = None
     """Pairs of each to choose the learning rate by (48 of generated sets), or pictures of llava:FILE (a tenth, 256 at
-    most; by their loss)."""
+    most; by their loss). 0 for none, with one rate."""
     contrastive: str = "clip"
     """Contrastive model: embedded (clip), folder, or Hugging Face id."""
     variants: tuple[str, ...] = ()
@@ -45,9 +45,9 @@ class Config(RunConfig):
     steps: int = 40
     """Steps of every tuning."""
     epochs: int = 0
-    """Epochs in place of steps: everything is seen once in each."""
+    """Epochs in place of steps: everything is seen once in each, in batches as equal as can be."""
     batch: int = 40
-    """Pictures a step; each is compared with the captions of all."""
+    """Pictures a step, with epochs at most; each is compared with the captions of all."""
     micro_batch: int = 0
     """Pictures of a step that are in memory at a time, the loss being that of the whole batch; 0 for all."""
     warmup: float = 0.1
@@ -62,14 +62,20 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, before and after by variant and data set, and a pair of each data set with its captions."""
     from vlm_mech.behaviour.contrastive_tuning import data, figures, findings, study
     from vlm_mech.behaviour.contrastive_tuning.batches import Recipe
-    from vlm_mech.behaviour.contrastive_tuning.sources import check_options, is_text, load_parts, with_captions
+    from vlm_mech.behaviour.contrastive_tuning.sources import (
+        check_choice,
+        check_options,
+        is_text,
+        load_parts,
+        with_captions,
+    )
     from vlm_mech.behaviour.erroneous_agreement.data import answerable, joined, shown
     from vlm_mech.models.dual_encoder import DualEncoder
     from vlm_mech.results.result import Result
 
     how: dict[str, Any] = {"seed": config.seed, "epochs": config.epochs, "micro": config.micro_batch}
     recipe = Recipe(config.steps, config.batch, config.warmup, **how)
-    check_options(config.train, config.data, config.rates, sides=config.sides)
+    check_options(config.train, config.data, config.rates, sides=config.sides, n_validation=config.n_validation)
     of_captions = is_text(config.train)
     variants = data.variants_of(config.variants, data.CAPTION_VARIANTS if of_captions else data.VARIANTS)
     sizes = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
@@ -86,6 +92,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     if of_captions:
         held = {"n_train": config.n_train, "n_held": config.n_validation, "seed": config.seed}
         parts = with_captions(parts, config.train, encoder, sides=config.sides, **held)
+        check_choice(config.rates, parts.n_held)
     notes = study.kept(work, encoder, vlm, parts, variants, recipe, config.rates)
     told["tuning"] = {
         "recipe": dataclasses.asdict(recipe), "rates": config.rates, "train": config.train,

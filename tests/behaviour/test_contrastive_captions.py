@@ -172,7 +172,7 @@ def test_texts_lose_their_last_words_where_they_are_too_long(encoder, read):
 def test_an_epoch_shows_everything_once(encoder, read):
     some, recipe = captions.Captions(encoder, read.used), Recipe(1, 6, epochs=3)
     variant = Variant("some", "captions")
-    assert len(some) == 30 and recipe.steps(30, variant) == 15 and recipe.steps(29, variant) == 12
+    assert len(some) == 30 and recipe.steps(30, variant) == 15 and recipe.steps(25, variant) == 15
     known = torch.arange(30.0)[:, None]
     seen = [some.drawn(variant, recipe, step, known).known for step in range(15)]
     orders = [
@@ -183,7 +183,33 @@ def test_an_epoch_shows_everything_once(encoder, read):
     first = [some.drawn(variant, recipe, step, None).texts.words["input_ids"] for step in (0, 0)]
     assert torch.equal(*first)
     pairs = Recipe(1, 6, epochs=2)
-    assert pairs.steps(10, Variant("some", "twins")) == 6, "three pairs a step"
+    assert pairs.steps(10, Variant("some", "twins")) == 8, "three pairs a step, or two"
+
+
+@pytest.mark.parametrize(("n", "batch", "fewest", "most"), [(121, 48, 40, 41), (96, 48, 48, 48), (49, 48, 24, 25)])
+def test_an_epoch_that_does_not_fill_its_batches_shows_everything_once_too(n, batch, fewest, most):
+    recipe, variant, rng = Recipe(1, batch, epochs=3), Variant("some", "captions"), np.random.default_rng(0)
+    n_steps = recipe.steps(n, variant)
+    seen = [recipe.rows(n, batch, step, rng) for step in range(n_steps)]
+    assert n_steps == 3 * -(-n // batch) and {len(rows) for rows in seen} == {fewest, most}
+    assert recipe.sizes(n, variant) == (fewest, most)
+    assert np.bincount(np.concatenate(seen), minlength=n).tolist() == [3] * n
+    first = np.concatenate(seen[: n_steps // 3])
+    assert sorted(first) == list(range(n)), "each once in the first epoch"
+
+
+def test_pairs_are_each_seen_once_an_epoch_in_every_objective():
+    some = training.Material(
+        torch.arange(14.0).reshape(7, 2, 1, 1, 1), {"input_ids": torch.arange(14).reshape(7, 2, 1)}
+    )
+    for objective, times in (("twins", [1] * 14), ("captions", None), ("negatives", None)):
+        variant, recipe = Variant("some", objective), Recipe(1, 4, epochs=1)
+        steps = [some.drawn(variant, recipe, step, None) for step in range(recipe.steps(7, variant))]
+        ids = torch.cat([each.texts.words["input_ids"][:, 0] for each in steps])
+        sizes = {len(each.texts) for each in steps}
+        assert (min(sizes), max(sizes)) == recipe.sizes(7, variant)
+        assert times is None or torch.bincount(ids).tolist() == times
+        assert sorted({int(each) // 2 for each in ids}) == list(range(7))
 
 
 def test_answers_are_drawn_and_those_with_a_side_have_a_hard_negative(encoder, read):
@@ -278,6 +304,7 @@ def test_the_experiment_tunes_on_training_text(made, tmp_path, capsys):
     assert command(experiment, *given, *named, "--out", tmp_path / "one") == 0
     said = capsys.readouterr().out
     assert "tuned on 20 pictures with captions" in said and "24 of 36 entries" in said and "2 epochs (4 steps)" in said
+    assert "in each of which each is seen once, steps of 10 pictures, one seed" in said
     result = Result.load(tmp_path / "one")
     notes = result.provenance["tuning"]["variants"]
     assert [note["tuning"] for note in notes] == named[1:]
@@ -289,11 +316,24 @@ def test_the_experiment_tunes_on_training_text(made, tmp_path, capsys):
         (["--variants", "unlocked: twins"], "variant 'unlocked: twins' is not known; these are: 'locked: captions'"),
         (["--train", f"llava:{made}", "scenes/left-right"], "are not tuned on together"),
         (["--train", "scenes/left-right"], "--sides is for training text"),
+        (["--n-validation", "0"], "rates 0.001 0.0001: nothing is held out to choose by; give one rate"),
         (["--data", f"llava:{made}"], "holds training text (llava), neither pairs nor items"),
     ):
         assert command(experiment, *given, *more, "--out", tmp_path / "none") == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("train", ["text", "pairs"])
+def test_one_rate_needs_nothing_held_out(made, tmp_path, capsys, train):
+    given = ["--train", f"llava:{made}" if train == "text" else "scenes/left-right", "--data", "scenes/left-right",
+             "--n", "4", "--n-train", "8", "--epochs", "1", "--batch", "6", "--rates", "1e-3",
+             "--n-validation", "0"]  # fmt: skip
+    named = f"locked, decoder: {'captions' if train == 'text' else 'twins'}"
+    assert command(experiment, *given, "--variants", named, "--out", tmp_path / "one") == 0
+    [note] = Result.load(tmp_path / "one").provenance["tuning"]["variants"]
+    assert note["trials"][0]["n"] == 0 and note["rate"] == 1e-3
+    assert ("rates 0.001; below" if train == "text" else "rate 0.001; below") in capsys.readouterr().out
 
 
 def test_the_experiment_tunes_on_pairs_of_a_file(tmp_path):

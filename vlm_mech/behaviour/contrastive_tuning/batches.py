@@ -35,10 +35,11 @@ class Variant:
 class Recipe:
     """How all variants are tuned; `batch` is the number of pictures a step.
 
-    With `epochs` every example is seen once an epoch, in an order drawn anew (what does not fill a batch waits for the
-    next), and `n_steps` does not count; otherwise each step draws anew. `warmup` is a share of the steps, or their
-    number from 1 on. Of a batch `micro` pictures are in memory at a time, all where it is 0; the loss is that of the
-    whole batch either way.
+    With `epochs` every example is seen once an epoch, in an order drawn anew, and `n_steps` does not count; otherwise
+    each step draws anew. Batches of an epoch are as equal as can be and none above `batch` (121 pictures by 48 are 41,
+    40 and 40): a short last one would have few captions to reject. `warmup` is a share of the steps, or their number
+    from 1 on. Of a batch `micro` pictures are in memory at a time, all where it is 0; the loss is that of the whole
+    batch either way.
 
     Raises:
         UsageError: a number that makes no tuning.
@@ -64,14 +65,25 @@ class Recipe:
 
     def steps(self, n: int, variant: Variant) -> int:
         """How many steps there are on n examples."""
-        return self.epochs * (n // examples_a_step(variant, self)) if self.epochs else self.n_steps
+        return self.epochs * math.ceil(n / examples_a_step(variant, self)) if self.epochs else self.n_steps
 
-    def rows(self, n: int, n_rows: int, step: int, rng: np.random.Generator) -> Int[np.ndarray, "n_rows"]:
-        """Which of n examples a step sees: its part of an epoch's order, or some that the step's `rng` draws."""
+    def sizes(self, n: int, variant: Variant) -> tuple[int, int]:
+        """The fewest and the most pictures of a step on n examples."""
+        each, n_rows = (2 if variant.objective == "twins" else 1), examples_a_step(variant, self)
+        n_parts = math.ceil(n / n_rows) if self.epochs else 1
+        return (each * (n // n_parts), each * math.ceil(n / n_parts)) if self.epochs else (self.batch, self.batch)
+
+    def rows(self, n: int, n_rows: int, step: int, rng: np.random.Generator) -> Int[np.ndarray, "row"]:
+        """Which of n examples a step sees: its part of an epoch's order, or some that the step's `rng` draws.
+
+        Args:
+            n_rows: how many, or at most with epochs.
+        """
         if not self.epochs:
             return rng.choice(n, n_rows, replace=False)
-        epoch, at = divmod(step, n // n_rows)
-        return np.random.default_rng((self.seed, epoch, 11)).permutation(n)[at * n_rows : (at + 1) * n_rows]
+        n_parts = math.ceil(n / n_rows)
+        epoch, at = divmod(step, n_parts)
+        return np.array_split(np.random.default_rng((self.seed, epoch, 11)).permutation(n), n_parts)[at]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +130,7 @@ class Source(Protocol):
 
 
 def examples_a_step(variant: Variant, recipe: Recipe) -> int:
-    """How many pairs the pictures of a step come from: both pictures of a pair, or one."""
+    """How many pairs the pictures of a full step come from: both pictures of a pair, or one."""
     return recipe.batch // 2 if variant.objective == "twins" else recipe.batch
 
 

@@ -36,16 +36,24 @@ def _what(told: dict[str, Any]) -> str:
 def _tuned_on(told: dict[str, Any]) -> str:
     """What was tuned on, how long, and how the rate was chosen."""
     recipe, rates = told["recipe"], ", ".join(f"{rate:g}" for rate in told["rates"])
-    length = f"{recipe['n_steps']} steps"
     if recipe.get("epochs"):
         steps = sorted({trial["n_steps"] for note in told["variants"] for trial in note["trials"]})
-        length = f"{recipe['epochs']} epochs ({' or '.join(map(str, steps))} steps)"
-    length += f" of {recipe['batch']} pictures, one seed"
+        sizes = [size for note in told["variants"] for trial in note["trials"] for size in trial["batches"]]
+        few = f"{min(sizes)} to " if min(sizes) < max(sizes) else ""
+        length = f"{recipe['epochs']} epochs ({' or '.join(map(str, steps))} steps) in each of which each is seen once,"
+        length += f" steps of {few}{max(sizes)} pictures, one seed"
+    else:
+        length = f"{recipe['n_steps']} steps of {recipe['batch']} pictures, one seed"
     asked = "below, test pairs, pair accuracy (chance 0.25), intervals over pairs."
     if not told.get("captions"):
+        n = told["n_validation"]
+        chosen = (
+            f"rates chosen among {rates} by pair accuracy on {n} validation pairs of these sets"
+            if n
+            else f"rate {rates}"
+        )
         return (
-            f"tuned on {told['n_train']} pairs of {', '.join(told['train'])} (train split), {length}; rates chosen "
-            f"among {rates} by pair accuracy on {told['n_validation']} validation pairs of these sets; {asked}"
+            f"tuned on {told['n_train']} pairs of {', '.join(told['train'])} (train split), {length}; {chosen}; {asked}"
         )
     chosen = f"chosen among {rates} by the loss on {told['n_validation']} held out" if "," in rates else rates
     return (

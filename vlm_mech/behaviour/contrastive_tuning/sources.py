@@ -26,17 +26,32 @@ def is_text(train: Sequence[str]) -> bool:
     return any(name.startswith(TEXT) for name in train)
 
 
-def check_options(train: Sequence[str], data: Sequence[str], rates: Sequence[float], *, sides: bool) -> None:
-    """Raises `UsageError` for options that cannot be, before anything is loaded."""
+def check_options(
+    train: Sequence[str], data: Sequence[str], rates: Sequence[float], *, sides: bool, n_validation: int | None = None
+) -> None:
+    """Raises `UsageError` for options that cannot be, before anything is loaded.
+
+    Args:
+        n_validation: how many are to choose a rate by; the usual number by default.
+    """
     if not rates or min(rates) <= 0:
         raise UsageError(f"rates {' '.join(map(str, rates))}: learning rates above zero are needed")
     if not train or not data:
         raise UsageError("--data and --train need a data set each")
+    check_choice(rates, n_validation)
     texts = [name for name in train if name.startswith(TEXT)]
     if texts and len(texts) < len(train):
         raise UsageError(f"train {' '.join(train)}: pairs and training text are not tuned on together")
     if sides and not texts:
         raise UsageError(f"--sides is for training text, as in --train {TEXT}FILE")
+
+
+def check_choice(rates: Sequence[float], n: int | None) -> None:
+    """Raises `UsageError` where there are several rates and nothing to choose by."""
+    if n == 0 and len(set(rates)) > 1:
+        raise UsageError(
+            f"rates {' '.join(map(str, rates))}: nothing is held out to choose by; give one rate, or more validation"
+        )
 
 
 def load_parts(
@@ -52,7 +67,8 @@ def load_parts(
 
     Args:
         train: none of it is loaded if it is training text.
-        n, n_train, n_validation: pairs of each set; all of files and `USUAL` of generated ones by default.
+        n, n_train, n_validation: pairs of each set; all of files and `USUAL` of generated ones by default. Of
+            `n_validation` 0 is none.
         options: further ones of `load_cases`.
 
     Raises:
@@ -76,7 +92,8 @@ def load_parts(
         return found
 
     test = loaded(data, 2, "test", n)
-    return loaded(train, 0, "train", n_train), loaded(train, 1, "validation", n_validation), test
+    validation = [] if n_validation == 0 else loaded(train, 1, "validation", n_validation)
+    return loaded(train, 0, "train", n_train), validation, test
 
 
 def with_captions(

@@ -136,6 +136,8 @@ def _of_pairs(encoder: "DualEncoder", reader: "VLM | None", parts: Parts) -> Tri
     validation = [material(encoder, cases.cases, reader) for cases in parts.validation]
 
     def validated(tuned: Tuned) -> tuple[float, int]:
+        if not validation:
+            return 0.0, 0
         right = np.concatenate([_right(tuned, some) for some in validation])
         return float(right.mean()), len(right)
 
@@ -149,7 +151,7 @@ def _of_captions(encoder: "DualEncoder", reader: "VLM | None", parts: Parts) -> 
     used, n = parts.read.used, parts.n_held
     held, train = (Captions(encoder, some) for some in (used[:n], used[n:]))
     if reader is not None:
-        held, train = held.with_decoder(reader), train.with_decoder(reader)
+        held, train = (held.with_decoder(reader) if n else held), train.with_decoder(reader)
     return Trials(
         train,
         train.embedded(Tuned(encoder.model)),
@@ -178,7 +180,9 @@ def tried(
         tuned, losses = tuned_by(encoder.model, trials.source, variant, recipe, **how)
         ends = [float(np.mean(part)) for part in (losses[:5], losses[-5:])]
         validation, n = trials.validated(tuned)
-        notes.append({"rate": rate, "validation": validation, "n": n, "n_steps": len(losses), "losses": ends})
+        sizes = recipe.sizes(len(trials.source), variant)
+        length = {"n_steps": len(losses), "batches": sizes} if recipe.epochs else {"n_steps": len(losses)}
+        notes.append({"rate": rate, "validation": validation, "n": n, **length, "losses": ends})
         found.append(tuned)
     best = int(np.argmax([note["validation"] for note in notes]))
     fitted = trials.fitted(found[best])

@@ -62,9 +62,9 @@ class Material:
         rng = np.random.default_rng((recipe.seed, step))
         rows = recipe.rows(len(self), n_pairs, step, rng)
         if variant.objective == "twins":
-            rows, sides = np.repeat(rows, 2), np.tile([0, 1], n_pairs)
+            rows, sides = np.repeat(rows, 2), np.tile([0, 1], len(rows))
         else:
-            sides = rng.integers(0, 2, n_pairs)
+            sides = rng.integers(0, 2, len(rows))
         negatives = self._texts(rows, 1 - sides) if variant.objective == "negatives" else None
         return Drawn(
             lambda part: self.pixels[rows[part], sides[part]],
