@@ -19,9 +19,17 @@ if TYPE_CHECKING:
 
 QUESTION = (
     "What is in the picture? The model is asked in the open and among candidates; its probabilities of the class names "
-    "are read too, and a contrastive model and linear probes say what could be told of the same pictures. Where probes "
-    "name the class and answers do not, it is seen and not said."
+    "are read too{beside}."
 )
+SEEN = " Where probes name the class and answers do not, it is seen and not said."
+
+
+def _question(*, contrastive: bool, probes: bool) -> str:
+    """What is asked, with that beside which it stands in this run."""
+    beside = [*(["a contrastive model"] if contrastive else []), *(["linear probes"] if probes else [])]
+    say = "say" if probes else "says"
+    told = f", and {' and '.join(beside)} {say} what could be told of the same pictures" if beside else ""
+    return QUESTION.format(beside=told) + (SEEN if probes else "")
 
 
 def _loaded(config: Config) -> "tuple[Any, Design]":
@@ -67,7 +75,9 @@ def _options(config: Config) -> "Options":
         "qa_tokens",
     )
     given = {name: getattr(config, name) for name in names}
-    return options_of(config.data, config.model, question=QUESTION, tuning=tuning, **given)
+    options = options_of(config.data, config.model, question="", tuning=tuning, **given)
+    question = _question(contrastive=options.contrastive is not None, probes=options.probes)
+    return replace(options, question=question)
 
 
 def run(config: Config, work: Workspace) -> Outcome:

@@ -257,3 +257,13 @@ def test_a_table_is_completed_with_what_was_asked_of_others(tmp_path):
     assert whole["task"].iloc[0] == CLASSES and set(whole[whole["accuracy"].isna()]["skipped"]) == {
         "asked of other pictures"
     }
+
+
+def test_the_intro_speaks_of_what_is_run_alone():
+    told = {(c, p): classify._question(contrastive=c, probes=p) for c in (True, False) for p in (True, False)}
+    assert "a contrastive model and linear probes say" in told[True, True]
+    assert "a contrastive model says" in told[True, False] and "probes" not in told[True, False]
+    assert "and linear probes say" in told[False, True] and "contrastive" not in told[False, True]
+    assert told[False, False].endswith("its probabilities of the class names are read too.")
+    given = {"data": "scenes/beetles", "probes": False, "contrastive": "none"}
+    assert classify._options(classify.Config(**given)).question == told[False, False]

@@ -157,6 +157,24 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bytes(tmp_path, capsys):
         assert all(now[name] == whole[name] for name in ("result.parquet", "summary.csv", "config.json"))
 
 
+def test_pages_too_are_the_same_bytes_but_for_the_times_in_provenance(tmp_path):
+    out = tmp_path / "out"
+    assert command("--out", out) == 0
+    whole = every_file(out)
+    assert any(name.startswith("figures/") and name.endswith(".html") for name in whole)
+    shutil.rmtree(out)
+    assert command("--out", out, experiment=killed_after(1)) == 130
+    assert command("--out", out, "--resume") == 0
+    now = every_file(out)
+    assert [name for name in {*whole, *now} if whole.get(name) != now.get(name)] == ["provenance.json"]
+    one, other = (json.loads(each["provenance.json"]) for each in (whole, now))
+    assert {name for name in one if one[name] != other[name]} <= {"seconds", "finished", "resumed"}
+
+
+def every_file(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_batches_done_are_not_done_again(tmp_path):
     assert command("--out", tmp_path / "out", experiment=killed_after(2)) == 130
     assert command("--out", tmp_path / "out", "--resume", experiment=killed_after(1)) == 0

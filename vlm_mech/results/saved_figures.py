@@ -27,8 +27,20 @@ def save_figure(figure: "go.Figure", folder: Path, name: str) -> None:
             "figure.update_layout(meta=drawn_by(function, **options)), from vlm_mech.results.figures"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    figure.write_html(folder / f"{name}.html", include_plotlyjs=True)
+    page = as_html(figure, name, full_html=True, include_plotlyjs=True)
+    (folder / f"{name}.html").write_text(page, encoding="utf-8")
     figure.write_json(folder / f"{name}.json")
+
+
+def as_html(figure: "go.Figure", name: str, *, full_html: bool, include_plotlyjs: bool) -> str:
+    """A figure as HTML, the same bytes each time: plotly would draw the id of its element at random.
+
+    Args:
+        name: of the figure, from which the id is made.
+        full_html: a page of its own. include_plotlyjs: with the script that draws it.
+    """
+    plain = name if re.fullmatch(r"[\w-]+", name) else name.encode().hex()
+    return figure.to_html(full_html=full_html, include_plotlyjs=include_plotlyjs, div_id=f"figure-{plain}")
 
 
 def redraw(folder: str | Path) -> "dict[str, go.Figure]":

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_mech.results.result import Result
+from vlm_mech.results.saved_figures import as_html
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from vlm_mech.runs.outcome import Outcome
 
+ELSEWHERE = ("receipts", "question", "seconds", "resumed", "finished")
+"""Of the provenance, what has a place of its own, and what differs each time: that is in provenance.json alone."""
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 Helvetica, Arial, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1.5em;
@@ -39,7 +42,7 @@ pre { background: #f5f5f5; padding: 0.8em; overflow: auto; max-height: 420px; fo
 def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
     """Writes the page: findings, figures, answers, pictures, summary table, receipts, provenance, how to repeat."""
     result = outcome.result
-    figures = "".join(_figure(figure, first=number == 0) for number, figure in enumerate(outcome.figures.values()))
+    figures = "".join(_figure(*each, first=number == 0) for number, each in enumerate(outcome.figures.items()))
     parts = [
         f"<h1>{html.escape(result.name)}</h1>",
         f"<p class='asked'>{html.escape(str(result.provenance.get('question', '')))}</p>",
@@ -53,7 +56,7 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
         "<h2>Metrics</h2>" + _metrics(result),
         "<h2>Receipts</h2>" + _mapping(result.provenance.get("receipts", {})),
         "<h2>Provenance</h2>"
-        + _json({k: v for k, v in result.provenance.items() if k not in ("receipts", "question")}),
+        + _json({name: value for name, value in result.provenance.items() if name not in ELSEWHERE}),
         "<h2>Configuration</h2>" + _json(result.config),
         f"<h2>Repeat</h2><pre>{html.escape(command)}</pre>",
     ]
@@ -62,8 +65,8 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def _figure(figure: Any, *, first: bool) -> str:
-    return f"<div class='figure'>{figure.to_html(full_html=False, include_plotlyjs=first)}</div>"
+def _figure(name: str, figure: Any, *, first: bool) -> str:
+    return f"<div class='figure'>{as_html(figure, name, full_html=False, include_plotlyjs=first)}</div>"
 
 
 def _links(links: dict[str, str]) -> str:
