@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from experiments import contrastive_tuning as experiment
 from tests.helpers import assert_help_is_light, command, killed_at
-from vlm_mech.behaviour.contrastive_tuning import batches, data, findings, losses, study
+from vlm_mech.behaviour.contrastive_tuning import batches, data, figures, findings, losses, study
 from vlm_mech.behaviour.contrastive_tuning import training as tuning
 from vlm_mech.behaviour.contrastive_tuning.batches import Recipe, Variant
 from vlm_mech.behaviour.contrastive_tuning.training import Tuned, tuned_by
@@ -249,6 +249,32 @@ def test_a_control_takes_the_rate_of_what_it_repeats():
     assert study.rates_for(control, rates, [{}]) == rates
     assert study.rates_for(control, rates, [{}, note]) == (1e-4,)
     assert study.rates_for(by_name[data.COUNTERFACTUALS], rates, [{}, note]) == rates
+
+
+@pytest.mark.parametrize("n_data", [1, 2, 5])
+def test_titles_show_the_end_of_a_path_and_captions_fit(n_data):
+    names = [
+        f"whatsup:/somewhere/very/long/with/many/folders/{at}/controlled_images_dataset.json" for at in range(n_data)
+    ]
+    rows = [
+        {"example": f"{name}/{pair}", "group": f"{name}/{pair}", "data": name, "tuning": tuning, "pair": 1.0,
+         "individual": 1.0}
+        for name in names for pair in range(4) for tuning in (data.NONE, "locked: captions", data.READER)
+    ]  # fmt: skip
+    table = study.completed(pd.DataFrame(rows))
+    result = Result("tuning", table, study.AXES, study.METRICS, elsewhere=study.ELSEWHERE)
+    assert set(result.summary("pair").query("n > 0")["n_missing"]) == {0}
+    for figure in figures.drawn(result).values():
+        titles = [each for each in figure.layout.annotations if each.name != "caption"]
+        assert [each.hovertext for each in titles] == names
+        assert all(each.text.startswith("whatsup:…") and each.text.endswith("images_dataset.json") for each in titles)
+        assert all(len(each.text) <= figures.TITLE for each in titles)
+        [caption] = [each for each in figure.layout.annotations if each.name == "caption"]
+        lines = caption.text.split("<br>")
+        assert max(map(len, lines)) * figures.CAPTION <= figure.layout.width - 40
+        # Plotly's tools take 280 pixels of the upper right corner.
+        assert 8 * len(figure.layout.title.text) < figure.layout.width - 280
+    assert figures._ending("short", 9) == "short" and figures._ending("a" * 40 + "b:c", 9) == "…aaaaab:c"
 
 
 def test_help_is_light():

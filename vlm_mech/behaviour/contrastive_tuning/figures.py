@@ -1,6 +1,7 @@
 """Figures of a tuning of a contrastive model, drawn from a saved `Result` alone."""
 
 import html
+import textwrap
 from typing import TYPE_CHECKING
 
 from vlm_mech.behaviour.contrastive_tuning.data import NONE, READER
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 GREY = "#888888"
+LEFT, PANEL = 240, 220
+"""Pixels left of the panels, and of a panel."""
+TITLE, CAPTION = 35, 5.4
+"""Signs in the title of a panel, and pixels of a sign of the caption."""
 
 
 def before_after(result: Result, *, metric: str, title: str) -> "go.Figure":
@@ -23,9 +28,11 @@ def before_after(result: Result, *, metric: str, title: str) -> "go.Figure":
     data = list(rows["data"].drop_duplicates())
     names = [name for name in rows["tuning"].drop_duplicates() if name not in (NONE, READER)]
     figure = make_subplots(
-        cols=len(data), shared_yaxes=True, horizontal_spacing=0.02,
-        subplot_titles=[html.escape(name, quote=False) for name in data],
+        cols=len(data), shared_yaxes=True, horizontal_spacing=0.04 / len(data),
+        subplot_titles=[html.escape(_ending(name, TITLE), quote=False) for name in data],
     )  # fmt: skip
+    for shown, name in zip(figure.layout.annotations, data, strict=True):
+        shown.update(font={"size": 12}, hovertext=html.escape(name))
     for column, name in enumerate(data, 1):
         _panel(figure, rows[rows["data"] == name].set_index("tuning"), names, column)
     figure.update_xaxes(range=[-0.04, 1.04], tickvals=[0, 0.5, 1], zeroline=False)
@@ -35,17 +42,35 @@ def before_after(result: Result, *, metric: str, title: str) -> "go.Figure":
     n = sorted(set(rows["n"]))
     count = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
     note = f"{told.description} ({told.unit}); {count} pairs a data set; bars, band: 95 % interval over pairs"
+    # The title must end left of plotly's tools.
+    width = max(720, LEFT + 30 + PANEL * len(data))
+    lines = textwrap.wrap(note, int((width - 40) / CAPTION))
+    below = 75 + 15 * len(lines)
+    height = 110 + 30 * len(names) + below
     figure.add_annotation(
-        text=note, xref="paper", yref="paper", x=0, y=0, yshift=-58, showarrow=False, xanchor="left",
+        text="<br>".join(html.escape(line, quote=False) for line in lines), xref="paper", yref="paper", x=0, y=0,
+        xshift=20 - LEFT, yshift=-65, showarrow=False, xanchor="left", yanchor="top", align="left",
         font={"size": 11}, name="caption",
     )  # fmt: skip
     return figure.update_layout(
-        template="plotly_white", width=260 + 190 * len(data), height=190 + 30 * len(names),
-        margin={"l": 240, "r": 30, "t": 80, "b": 80}, font={"family": "Helvetica, Arial, sans-serif", "size": 13},
-        title={"text": html.escape(title), "x": 0.01, "xanchor": "left", "y": 0.98, "yanchor": "top"},
-        legend={"orientation": "h", "y": 1.0, "yref": "container", "yanchor": "top", "x": 1, "xanchor": "right"},
+        template="plotly_white", width=width, height=height,
+        margin={"l": LEFT, "r": 30, "t": 80, "b": below}, font={"family": "Helvetica, Arial, sans-serif", "size": 13},
+        title={"text": html.escape(title), "x": 0.01, "xanchor": "left", "y": 1 - 12 / height, "yanchor": "top"},
+        legend={
+            "orientation": "h", "yref": "container", "y": (below - 60) / height, "yanchor": "bottom", "x": 0,
+            "xanchor": "left",
+        },
         meta=drawn_by(before_after, metric=metric, title=title),
     )  # fmt: skip
+
+
+def _ending(name: str, n: int) -> str:
+    """The end of a long name in n signs, where paths differ; what names a format before a colon stays."""
+    if len(name) <= n:
+        return name
+    kind, colon, rest = name.rpartition(":")
+    head = f"{kind}{colon}…" if len(kind) < n / 2 else "…"
+    return head + (rest if len(kind) < n / 2 else name)[len(head) - n :]
 
 
 def _panel(figure: "go.Figure", rows: "pd.DataFrame", names: list[str], column: int) -> None:

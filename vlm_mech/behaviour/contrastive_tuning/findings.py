@@ -49,7 +49,7 @@ def _tuned_on(told: dict[str, Any]) -> str:
         n = told["n_validation"]
         chosen = (
             f"rates chosen among {rates} by pair accuracy on {n} validation pairs of these sets"
-            if n
+            if n and "," in rates
             else f"rate {rates}"
         )
         return (
