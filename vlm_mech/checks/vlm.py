@@ -15,6 +15,7 @@ from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import weight_of
 from vlm_mech.checks.finding import Finding, find_close, refuse_unless_all_hold
 from vlm_mech.checks.structure import find_structure
+from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
 from vlm_mech.interventions.receipt import ReceiptError
@@ -49,12 +50,29 @@ def find_vlm(vlm: TracedModel) -> Iterator[Finding]:
     yield from _writes(vlm, encoded, baseline)
 
 
+QUESTION = "What is in the picture?"
+"""Words that any tokenizer takes."""
+
+
 def example(vlm: TracedModel) -> Prompt:
-    """A picture with structure at every scale, and words that any tokenizer takes."""
-    question = "What is in the picture?"
+    """A question about a picture with structure at every scale."""
+    return _asked(vlm, noise_picture(), f"{vlm.processor.image_token}\n")
+
+
+def words(vlm: TracedModel) -> Prompt | None:
+    """The same question without a picture; None for models that cannot run without one."""
+    asked = _asked(vlm, None, "")
+    try:
+        vlm.encode(asked)
+    except UsageError:
+        return None
+    return None if "pixel_values" in vlm.needed_inputs else asked
+
+
+def _asked(vlm: TracedModel, picture: Image.Image | None, place: str) -> Prompt:
     if getattr(vlm.processor, "chat_template", None) is None and vlm.family.plain_text is None:
-        return Prompt(question, noise_picture(), text=f"USER: {vlm.processor.image_token}\n{question} ASSISTANT:")
-    return Prompt(question, noise_picture())
+        return Prompt(QUESTION, picture, text=f"USER: {place}{QUESTION} ASSISTANT:")
+    return Prompt(QUESTION, picture)
 
 
 def noise_picture() -> Image.Image:

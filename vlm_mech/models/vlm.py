@@ -4,6 +4,7 @@ The names are checked when the model is loaded (`vlm_mech.checks`): a model whos
 """
 
 import functools
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from vlm_mech.architectures.families import Blocks, Family, family_of
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import input_device, kept_in_place
-from vlm_mech.checks.vlm import check_vlm, example
+from vlm_mech.checks.vlm import check_vlm, example, words
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Attached
 from vlm_mech.inputs.image import ImageLike
@@ -160,6 +161,13 @@ class VLM(TracedModel):
         return 0 if self.family.drops_class_tokens(self.config) else self.n_class_tokens
 
     @property
+    def needed_inputs(self) -> list[str]:
+        """What the model must be given in every pass besides ids: pictures, in families with learned queries."""
+        parameters = inspect.signature(type(self.model).forward).parameters.values()
+        bare = [each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]
+        return [name for name in bare if name not in ("self", "input_ids")]
+
+    @property
     def taps(self) -> tuple[int, ...]:
         """Vision blocks whose output is added to the image positions after decoder blocks 0, 1, ... (deepstack)."""
         if self.family.added_later is None:
@@ -210,8 +218,12 @@ class VLM(TracedModel):
 
     @functools.cached_property
     def readout(self) -> Readout:
-        """From the last block's output to logits, found by comparison with the model's own logits (one small pass)."""
-        return readout_of(self, example(self))
+        """From the last block's output to logits, found by comparison with the model's own over a few words.
+
+        Raises:
+            WorkError: something comes between that is not known (see `readout_of`).
+        """
+        return readout_of(self, words(self) or example(self))
 
     # Use
 
