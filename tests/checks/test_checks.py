@@ -13,8 +13,9 @@ from tests.zoo import ZOO
 from tests.zoo.tiny import tiny_model, tiny_processor
 from vlm_mech.architectures import families
 from vlm_mech.architectures.families import FAMILIES, LLAVA, family_of
+from vlm_mech.checks.finding import refuse_unless_all_hold
 from vlm_mech.checks.structure import find_structure
-from vlm_mech.checks.vlm import check_vlm, find_vlm
+from vlm_mech.checks.vlm import find_vlm
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.models.loading import skeleton
 from vlm_mech.models.vlm import VLM
@@ -81,7 +82,7 @@ def test_full_size_configurations_have_the_structure_without_weights(config, n_b
 
 @pytest.mark.parametrize("family", ZOO)
 def test_every_family_passes_and_every_finding_has_a_number(family):
-    findings = check_vlm(VLM(*ZOO[family]("sdpa", 0), check=False))
+    findings = refuse_unless_all_hold(family, find_vlm(VLM(*ZOO[family]("sdpa", 0), check=False)))
     assert len(findings) >= 45 and len({finding.name for finding in findings}) == len(findings)
     assert all(finding.detail for finding in findings)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import weight_of
-from vlm_mech.checks.finding import Finding, find_close, refuse_unless_all_hold
+from vlm_mech.checks.finding import Finding, find_close
 from vlm_mech.checks.structure import find_structure
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded, Prompt
@@ -21,15 +21,6 @@ from vlm_mech.inputs.span import Patches
 from vlm_mech.interventions.receipt import ReceiptError
 from vlm_mech.interventions.specification import Ablate, Intervention, Knockout, Replace, Steer
 from vlm_mech.interventions.trace import Run, read, run
-
-
-def check_vlm(vlm: TracedModel) -> tuple[Finding, ...]:
-    """All findings about a model.
-
-    Raises:
-        WorkError: something does not hold; the message names it.
-    """
-    return refuse_unless_all_hold(vlm.name, find_vlm(vlm))
 
 
 def find_vlm(vlm: TracedModel) -> Iterator[Finding]:

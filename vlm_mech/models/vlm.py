@@ -15,7 +15,8 @@ from vlm_mech.architectures.families import Blocks, Family, family_of
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import input_device, kept_in_place
-from vlm_mech.checks.vlm import check_vlm, example, words
+from vlm_mech.checks.verdict import checked
+from vlm_mech.checks.vlm import example, find_vlm, words
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Attached
 from vlm_mech.inputs.image import ImageLike
@@ -26,7 +27,7 @@ from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.interventions.generating import set_aside
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
-from vlm_mech.models.loading import DeviceMap, check_processor, load, unwrapped
+from vlm_mech.models.loading import DeviceMap, check_processor, folder_of, load, unwrapped
 from vlm_mech.models.readout import Readout, readout_of
 from vlm_mech.models.transformer_lens_bridge import to_transformer_lens
 
@@ -60,8 +61,9 @@ class VLM(TracedModel):
         self.known_boxes = {}
         kept_in_place(model)
         self.nn = TransformersModel(model, task="image-text-to-text", processor=processor)
+        self.wrapped()
         if check:
-            check_vlm(self)
+            self.checked = checked(self, find_vlm)
 
     @classmethod
     def load(
@@ -76,6 +78,7 @@ class VLM(TracedModel):
         revision: str | None = None,
         trust_remote_code: bool = False,
         check: bool = True,
+        recheck: bool = False,
     ) -> "VLM":
         """A model by embedded name (`organism`, `organism-grounded`), folder, or Hugging Face id.
 
@@ -87,6 +90,10 @@ class VLM(TracedModel):
             attn: attention back end; `sdpa` and `eager` take masks, so that attention can be knocked out.
             quantization: `8bit` or `4bit` (bitsandbytes), or any Hugging Face quantisation config.
             revision: branch, tag or commit of a Hugging Face model.
+            check: refuse a model in which a name does not mean what it says. That all hold is remembered for the same
+                weights, versions, data type and back end (`checks.verdict`), in the user's cache folder or
+                `$VLM_MECH_CACHE`.
+            recheck: ask again, whatever is remembered.
 
         Raises:
             UsageError: no such model, a folder without processor, an unknown architecture, dtype, device, device map
@@ -104,9 +111,12 @@ class VLM(TracedModel):
             trust_remote_code=trust_remote_code,
         )
         # Without weights there is nothing to run: the structure was checked already.
-        vlm = cls(model, processor, name=str(name_or_folder), check=check and device != "meta")
+        vlm = cls(model, processor, name=str(name_or_folder), check=False)
         # A remote server must take the same revision.
         vlm.nn.revision = revision
+        vlm.come_from(folder_of(name_or_folder))
+        if check and device != "meta":
+            vlm.checked = checked(vlm, find_vlm, again=recheck)
         return vlm
 
     # Facts
