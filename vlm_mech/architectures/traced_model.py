@@ -7,6 +7,7 @@ declares all that they and `inputs/` read. Sweeps need a decoder, and so a `VLM`
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import threading
 from abc import ABC, abstractmethod
@@ -192,6 +193,13 @@ class TracedModel(ABC):
         blocks = self.blocks(stream)
         config: Any = self.model.get_submodule(f"{blocks.path}.0.{blocks.attention}").config
         return config._attn_implementation
+
+    @property
+    def needed_inputs(self) -> list[str]:
+        """What the model must be given in every pass besides ids: pictures, in families with learned queries."""
+        parameters = inspect.signature(type(self.model).forward).parameters.values()
+        bare = [each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]
+        return [name for name in bare if name not in ("self", "input_ids")]
 
     @property
     def backend(self) -> str:

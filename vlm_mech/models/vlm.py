@@ -4,7 +4,6 @@ The names are checked when the model is loaded (`vlm_mech.checks`): a model whos
 """
 
 import functools
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,13 +168,6 @@ class VLM(TracedModel):
     def n_kept_class_tokens(self) -> int:
         """How many of these the projector receives."""
         return 0 if self.family.drops_class_tokens(self.config) else self.n_class_tokens
-
-    @property
-    def needed_inputs(self) -> list[str]:
-        """What the model must be given in every pass besides ids: pictures, in families with learned queries."""
-        parameters = inspect.signature(type(self.model).forward).parameters.values()
-        bare = [each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]
-        return [name for name in bare if name not in ("self", "input_ids")]
 
     @property
     def taps(self) -> tuple[int, ...]:
