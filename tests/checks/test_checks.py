@@ -94,14 +94,14 @@ def test_the_check_runs_the_decoder_over_two_pictures_and_a_few_words(family):
     seen = {"vision": 0, "llm": []}
     tower, decoder = (vlm.model.get_submodule(f"{vlm.blocks(stream).path}.0") for stream in ("vision", "llm"))
 
-    def count(module, given, named):
+    def count(module, given, named, out):
         states = given[0] if given else named["hidden_states"]
         if module is decoder:
             seen["llm"].append(tuple(states.shape[:2]))
         else:
             seen["vision"] += 1
 
-    hooks = [module.register_forward_pre_hook(count, with_kwargs=True) for module in (tower, decoder)]
+    hooks = [module.register_forward_hook(count, with_kwargs=True) for module in (tower, decoder)]
     assert all(finding.holds for finding in find_vlm(vlm))
     for hook in hooks:
         hook.remove()
