@@ -35,7 +35,14 @@ def read_files(monkeypatch):
     return seen
 
 
-def test_a_file_is_read_once_until_it_changes(tmp_path, cache, read_files):
+def test_a_small_file_is_always_read(tmp_path, cache, read_files):
+    (tmp_path / "small").write_bytes(b"one")
+    assert file_hash(tmp_path / "small") == file_hash(tmp_path / "small") and len(read_files) == 2
+    assert not cache.exists()
+
+
+def test_a_large_file_is_read_once_until_it_changes(tmp_path, cache, read_files, monkeypatch):
+    monkeypatch.setattr(weight_files, "LARGE", 1)
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"one")
     expected = hashlib.sha256(b"one").hexdigest()
@@ -60,6 +67,7 @@ def test_a_blob_of_the_hub_is_known_by_its_name(tmp_path, read_files):
 
 
 def test_where_nothing_can_be_kept_hashes_are_found_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "LARGE", 0)
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("VLM_MECH_CACHE", str(tmp_path / "file" / "below"))
     assert file_hash(tmp_path / "file") == hashlib.sha256(b"").hexdigest()

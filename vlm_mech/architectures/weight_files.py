@@ -16,6 +16,8 @@ from typing import Any
 
 from platformdirs import user_cache_dir
 
+LARGE = 2**26
+"""Bytes from which on a file's hash is remembered; a second is enough to read anything smaller."""
 BLOB = re.compile(r"[0-9a-f]{64}")
 """Names of the hub's files in its own cache, where these are their SHA-256."""
 
@@ -60,16 +62,28 @@ def files_hash(folder: Path, pattern: str = "*.safetensors") -> str | None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file: the name of the hub's blob, or as remembered for its path, size and time, or read now."""
+    """SHA-256 of a file: the name of the hub's blob, or as remembered for its path, size and time, or read now.
+
+    Files below `LARGE` bytes are always read.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     real = path.resolve()
+    state = real.stat()
     if real.parent.name == "blobs" and BLOB.fullmatch(real.name):
         return real.name
-    state = real.stat()
+    if state.st_size < LARGE:
+        return _read(real)
     now = {"path": str(real), "size": state.st_size, "time": state.st_mtime_ns, "inode": state.st_ino}
     told = remembered("hashes", str(real))
     if told is not None and now.items() <= told.items() and BLOB.fullmatch(str(told.get("sha256"))):
         return str(told["sha256"])
-    with real.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    found = _read(real)
     remember("hashes", str(real), now | {"sha256": found})
     return found
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
