@@ -148,13 +148,13 @@ def project_heads(vlm: TracedModel, stream: str, layer: int, head_out: Tensor) -
 
 @dataclass(frozen=True, eq=False)
 class _Question:
-    """What is asked of one row: its edit if it has one, or its picture, and what should move.
+    """What is asked of one row: what is done in it, if anything is, or its picture, and what should move.
 
     `patches` are those whose token alone should move; otherwise something moves, or nothing if `moves` is False.
     """
 
     name: str
-    edit: Intervention | None = None
+    done: Intervention | None = None
     picture: Image.Image | None = None
     patches: Patches | None = None
     moves: bool = True
@@ -200,8 +200,8 @@ def _faults(receipts: tuple[Receipt, ...]) -> dict[str, str]:
 
 def _moved(asked: _Question, answered: _Answered, row: int, what: str) -> Finding:
     """Whether the edit took effect, and whether it moves what is read as it should."""
-    assert asked.edit is not None, "what moves is asked of edits"
-    if fault := answered.fault(asked.edit):
+    assert asked.done is not None, "what moves is asked of edits"
+    if fault := answered.fault(asked.done):
         return Finding(asked.name, False, fault)
     moved = answered.change[row].max().item()
     detail = f"{what} moved by {moved:.3g}"
@@ -223,7 +223,7 @@ def _before_the_decoder(vlm: TracedModel) -> Iterator[Finding]:
     original = encoded.prompts[0]
     pictures = [original.image, *(each.picture or original.image for each in asked), original.image]
     rows = vlm.encode([Prompt(original.question, picture, text=original.text) for picture in pictures])
-    made = plan_by_example(vlm, rows, [None, *(each.edit for each in asked), None], lambda *given: read(vlm, *given))
+    made = plan_by_example(vlm, rows, [None, *(each.done for each in asked), None], lambda *given: read(vlm, *given))
     states, _, receipts = carry_out(vlm, rows, made, (INTO_TOWER, INTO_DECODER), to_the_end=False)
     answered = _answered(states[INTO_DECODER], receipts)
     for row, each in enumerate(asked, 1):
@@ -331,7 +331,7 @@ def _in_the_decoder(vlm: TracedModel) -> Iterator[Finding]:
         # Not last<-image: in a layer with a sliding window the image may be out of sight.
         asked.append(_Question(f"cut last<-all at llm {layer}", Knockout("last", "all", layer, keep_self=True)))
     rows = vlm.encode([words(vlm) or example(vlm)] * (len(asked) + 2))
-    made = plan_by_example(vlm, rows, [None, *(each.edit for each in asked), None], lambda *given: read(vlm, *given))
+    made = plan_by_example(vlm, rows, [None, *(each.done for each in asked), None], lambda *given: read(vlm, *given))
     _, logits, receipts = carry_out(vlm, rows, made)
     assert logits is not None, "the pass runs to its end"
     answered = _answered(logits[:, -1], receipts)
