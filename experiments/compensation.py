@@ -9,7 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm_mech.runs.contract import SweepConfig, main
+from vlm_mech.runs.configuration import SweepConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
@@ -94,8 +95,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         if f"{number:08d}" not in work:
             work.keep(f"{number:08d}", *study.measure(vlm, some, cells, readout, **options))
     table, receipts = work.collect()
-    told = {"question": QUESTION, "model": vlm.identity()} | examples.told
-    told |= {"receipts": add_up(receipts), "site": site}
+    told = {"question": QUESTION, "model": vlm.identity(), "receipts": add_up(receipts), "site": site} | examples.told
     result = Result("compensation", table, study.AXES, study.metrics_of(config.measure), provenance=told)
     shares = every_compensation(result, site)
     told["compensated"] = [dataclasses.asdict(each) for each in shares]

@@ -8,8 +8,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs.contract import RunConfig, about, main
+from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
@@ -102,7 +104,7 @@ def _kept(config: Config, work: Workspace, vlm: Any, pairs: Any, settings: Any, 
     """Does and stores the batches of a split that are not there yet; validation comes before test by its keys."""
     from vlm_mech.behaviour.decoding import study
     from vlm_mech.behaviour.decoding.data import TEST, VALIDATION
-    from vlm_mech.data.pairs import partners
+    from vlm_mech.data.derived_pairs import partners
 
     others = [pairs.pairs[other] for other in partners(len(pairs), seed=config.seed)]
     for start in work.progress(range(0, len(pairs), config.batch), split):

@@ -7,7 +7,8 @@ import pandas as pd
 from vlm_mech.behaviour.scoring import study
 from vlm_mech.behaviour.scoring.data import TEST, VALIDATION, Plan
 from vlm_mech.behaviour.scoring.study import finished
-from vlm_mech.data.pairs import Pairs, partners
+from vlm_mech.data.derived_pairs import partners
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.whole_sets import batch_starts
 
 if TYPE_CHECKING:
