@@ -41,6 +41,8 @@ class RunConfig:
     """Attention back end."""
     revision: str | None = None
     """Revision of a Hugging Face model."""
+    recheck: bool = False
+    """Ask again whether the names of the model's parts hold, although that they do is remembered."""
     system: str | None = None
     """System message of every prompt."""
     prefix: str | None = None
@@ -69,7 +71,7 @@ class RunConfig:
     @property
     def loading(self) -> dict[str, Any]:
         """How the model is loaded: options of `VLM.load`."""
-        return {name: getattr(self, name) for name in ("device", "dtype", "attn", "revision")}
+        return {name: getattr(self, name) for name in ("device", "dtype", "attn", "revision", "recheck")}
 
     def load(self, name: str | None = None) -> "VLM":
         """The model of this run, or another by its name, as the options say.

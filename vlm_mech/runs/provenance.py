@@ -34,6 +34,7 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
     return {
         "question": question,
         "model": vlm.identity(),
+        "check": vlm.checked,
         "data": pairs.described,
         "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
         "receipts": receipts,
