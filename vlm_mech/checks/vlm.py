@@ -164,12 +164,14 @@ class _Question:
 class _Answered:
     """How far each row is from the first one, which is as it is, and what cannot be told from rounding.
 
-    `rounding` is how far the last row is from the first, which differ in nothing but their place in the batch.
+    `rounding` is how far the last row is from the first, which differ in nothing but their place in the batch; `scale`
+    the largest number in the first row, `size` the norms of its states.
     """
 
     change: Tensor
-    rounding: float
+    rounding: Tensor
     scale: float
+    size: Tensor
     eps: float
     faults: Mapping[str, str]
 
@@ -184,8 +186,8 @@ def _answered(states: Tensor, receipts: tuple[Receipt, ...]) -> _Answered:
     """Of what was read in a pass, rows x pos x width or rows x width."""
     held = states.float()
     change = (held - held[:1]).flatten(2).norm(dim=-1) if held.ndim == 3 else (held - held[:1]).abs()
-    rounding, scale = change[-1].max().item(), max(1.0, held[0].abs().max().item())
-    return _Answered(change, rounding, scale, torch.finfo(states.dtype).eps, _faults(receipts))
+    scale, size = max(1.0, held[0].abs().max().item()), held[0].norm(dim=-1)
+    return _Answered(change, change[-1], scale, size, torch.finfo(states.dtype).eps, _faults(receipts))
 
 
 def _faults(receipts: tuple[Receipt, ...]) -> dict[str, str]:
@@ -206,7 +208,7 @@ def _moved(asked: _Question, answered: _Answered, row: int, what: str) -> Findin
     moved = answered.change[row].max().item()
     detail = f"{what} moved by {moved:.3g}"
     if asked.moves:
-        least = max(16 * answered.rounding, answered.eps * answered.scale)
+        least = max(16 * answered.rounding.max().item(), answered.eps * answered.scale)
         return Finding(asked.name, moved > least, f"{detail}, more than {least:.3g} asked")
     # The same states in another memory layout may take another kernel, which rounds otherwise.
     limit = 16 * answered.eps * answered.scale
@@ -230,7 +232,7 @@ def _before_the_decoder(vlm: TracedModel) -> Iterator[Finding]:
         if each.picture is not None:
             yield _pixels_are_seen(encoded, rows, row, each, states[INTO_TOWER])
         elif each.patches is not None:
-            yield _patches_make_token(vlm, encoded, each, answered.change[row])
+            yield _patches_make_token(vlm, encoded, each, answered, row)
         else:
             yield _moved(each, answered, row, "what the decoder receives")
 
@@ -268,11 +270,14 @@ def _inverted(encoded: Encoded, span: Patches) -> Image.Image:
     return Image.fromarray(changed)
 
 
-def _patches_make_token(vlm: TracedModel, encoded: Encoded, asked: _Question, change: Tensor) -> Finding:
+def _patches_make_token(vlm: TracedModel, encoded: Encoded, asked: _Question, answered: _Answered, row: int) -> Finding:
     assert asked.patches is not None, "asked of patches"
     # 8-bit products choose their outlier columns over all tokens, so that the others move a little.
-    least = 0.05 if getattr(vlm.model, "is_loaded_in_8bit", False) else 1e-4
-    moved = set((change > least * change.max()).nonzero().flatten().tolist())
+    share = 0.05 if getattr(vlm.model, "is_loaded_in_8bit", False) else 1e-4
+    change = answered.change[row]
+    rounding = torch.maximum(4 * answered.rounding, 4 * answered.eps * answered.size)
+    least = rounding.clamp(min=share * change.max().item())
+    moved = set((change > least).nonzero().flatten().tolist())
     patches = _indexes(encoded, asked.patches, 0)
     expected = {
         picture.positions[slot]

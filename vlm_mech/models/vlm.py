@@ -90,8 +90,8 @@ class VLM(TracedModel):
             quantization: `8bit` or `4bit` (bitsandbytes), or any Hugging Face quantisation config.
             revision: branch, tag or commit of a Hugging Face model.
             check: refuse a model in which a name does not mean what it says. That all hold is remembered for the same
-                weights, versions, data type and back end (`checks.verdict`), in the user's cache folder or
-                `$VLM_MECH_CACHE`.
+                weights, versions, data type and back end, in the user's cache folder
+                or that of the variable VLM_MECH_CACHE.
             recheck: ask again, whatever is remembered.
 
         Raises:
@@ -223,7 +223,7 @@ class VLM(TracedModel):
         """From the last block's output to logits, found by comparison with the model's own over a few words.
 
         Raises:
-            WorkError: something comes between that is not known (see `readout_of`).
+            WorkError: something comes between the two that is not known.
         """
         return readout_of(self, words(self) or example(self))
 
