@@ -13,6 +13,7 @@ from vlm_mech.results.statistics import (
     expanded_tail,
     percentile_interval,
     ratio_estimate,
+    share_interval,
     sign_flip_p,
 )
 
