@@ -14,9 +14,9 @@ from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "Each question is asked about both pictures of a pair (an item's own), blurred more and more, then about its mean "
-    "colour, then about no picture. Answers that never change may not have come from the picture; how many would not "
-    "change if it had been another picture all along is the floor."
+    "Each question is asked about {shown}, blurred more and more, then about its mean colour, then about no picture. "
+    "Answers that never change may not have come from the picture; how many would not change if it had been another "
+    "picture all along is the floor."
 )
 CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
 PROBES = "probes"
