@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vlm_mech.runs.contract import RunConfig
+from vlm_mech.runs.configuration import RunConfig
 
 
 @dataclass(frozen=True)

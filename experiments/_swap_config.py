@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm_mech.runs.contract import SpokenConfig
+from vlm_mech.runs.configuration import SpokenConfig
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from experiments._swap_config import Config
 from vlm_mech.errors import UsageError
-from vlm_mech.runs.contract import about
 from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
@@ -18,9 +18,9 @@ QUESTION = (
 
 def swap_weights(config: Config, work: Workspace) -> Outcome:
     """The result, its figures by schedule and donor, and example pictures."""
+    from vlm_mech.data.derived_pairs import conflict_first, with_conflict
     from vlm_mech.data.examples import load_examples
     from vlm_mech.data.fitting import fitting
-    from vlm_mech.data.pairs import conflict_first, with_conflict
     from vlm_mech.inputs.image import load_image
     from vlm_mech.methods.weight_swap import figures, findings, study
     from vlm_mech.methods.weight_swap.data import exchanges

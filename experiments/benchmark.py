@@ -8,7 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.runs.contract import RunConfig, main
+from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 

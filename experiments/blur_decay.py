@@ -9,8 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs.contract import RunConfig, about, main
+from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (

@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from experiments._classify_config import Config
-from vlm_mech.runs.contract import check_n, main
+from vlm_mech.runs.configuration import check_n
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 

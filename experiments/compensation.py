@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_mech.errors import UsageError
-from vlm_mech.runs.contract import SweepConfig, main
+from vlm_mech.runs.configuration import SweepConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 

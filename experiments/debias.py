@@ -8,8 +8,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs.contract import RunConfig, about, main
+from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
@@ -71,8 +73,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     counts: dict[str, Any] = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
     parts = debias_data.parts_of(config.data, **config.drawn, **counts)
     others = _untouched(config)
-    vlm = config.load()
-    room = config.max_new_tokens
+    vlm, room = config.load(), config.max_new_tokens
     parts = dataclasses.replace(parts, test=fitting(vlm, parts.test, spoken=True, alone=True))
     used = {name: training.usable(vlm, some, max_new_tokens=room) for name, some in vars(parts).items()}
     parts = debias_data.Parts(**used)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vlm_mech.runs.contract import RunConfig, main
+from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 

@@ -8,8 +8,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs.contract import SpokenConfig, about, main
+from vlm_mech.runs.configuration import SpokenConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (

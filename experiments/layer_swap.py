@@ -11,8 +11,10 @@ from typing import Any
 from experiments._swap_config import Config
 from experiments._weight_swap import swap_weights
 from vlm_mech.errors import UsageError
-from vlm_mech.runs.contract import about, check_n, main
+from vlm_mech.runs.configuration import check_n
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 

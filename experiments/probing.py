@@ -6,7 +6,8 @@ Linear and MLP probes on every block of tower, projector and language model, wit
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs.contract import RunConfig, main
+from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
@@ -76,8 +77,8 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _loaded(config: Config, name: str) -> tuple[Any, ...]:
     """A model, its examples, the scenes in conflict, what is done with them, and what is known of the data."""
+    from vlm_mech.data.derived_pairs import apart, with_conflict
     from vlm_mech.data.examples import load_examples
-    from vlm_mech.data.pairs import apart, with_conflict
     from vlm_mech.methods.probing import data as probing_data
     from vlm_mech.methods.probing.data import OBJECT, SPANS
     from vlm_mech.methods.probing.probe import recipe_of

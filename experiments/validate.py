@@ -7,7 +7,8 @@ false alarms in models with nothing to find, and how often intervals hold the tr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from vlm_mech.runs.contract import RunConfig, main
+from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 

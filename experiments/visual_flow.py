@@ -8,8 +8,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs.contract import SweepConfig, about, main
+from vlm_mech.runs.configuration import SweepConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
+from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
@@ -18,8 +20,7 @@ QUESTION = (
     "attention is cut there? Preferred: does the residual stream favour the answer or its rival? What is decodable "
     "need not be used, and what is used need not be needed."
 )
-CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
-PROBES = "probes"
+CONFLICT, COLOURS, PROBES = "scenes/colour-conflict", "scenes/colour", "probes"
 
 
 @dataclass(frozen=True)

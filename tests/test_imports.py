@@ -7,7 +7,9 @@ ROOT = Path(__file__).parents[1]
 LIGHT = "so that --help waits for no torch"
 ALLOWED = {
     "experiments": LIGHT,
+    "vlm_mech/runs/configuration.py": LIGHT,
     "vlm_mech/runs/contract.py": LIGHT,
+    "vlm_mech/runs/provenance.py": LIGHT,
     "vlm_mech/organism/evaluate.py": LIGHT,
     "vlm_mech/organism/train.py": LIGHT,
 }

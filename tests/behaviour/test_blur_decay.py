@@ -15,7 +15,8 @@ from vlm_mech.behaviour.blur_decay.blur import KERNELS, MEAN, NONE, blurred, dec
 from vlm_mech.behaviour.blur_decay.data import SWAPPED, swapped_levels
 from vlm_mech.behaviour.blur_decay.study import compared
 from vlm_mech.data.blur import SMALL
-from vlm_mech.data.pairs import load_pairs, partners
+from vlm_mech.data.derived_pairs import partners
+from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.models.vlm import VLM

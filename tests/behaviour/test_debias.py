@@ -20,7 +20,8 @@ from vlm_mech.behaviour.debias.data import IN_CONFLICT, USUAL
 from vlm_mech.behaviour.debias.losses import advantages, cross_entropy, grpo_loss, k3, n_equal
 from vlm_mech.behaviour.debias.study import BASE, TUNED
 from vlm_mech.behaviour.debias.training import Lesson, Recipe, sampled, token_log_probs, train, trimmed, true_tokens
-from vlm_mech.data.pairs import Pair, Pairs, load_pairs, turned
+from vlm_mech.data.derived_pairs import turned
+from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.methods.weight_swap.blocks import adapted, switched

@@ -12,12 +12,13 @@ from experiments import blur_decay, debias, knockout, layer_swap, probing
 from tests.helpers import command
 from tests.zoo.tiny import picture
 from vlm_mech.data.blur import blurred_out, scaled
+from vlm_mech.data.derived_pairs import by_groups, conflict_first, partners, with_conflict
 from vlm_mech.data.examples import as_pairs, check_made, holds_items, load_examples
 from vlm_mech.data.fitting import askable, fitting
 from vlm_mech.data.item import Item
 from vlm_mech.data.items import Items
 from vlm_mech.data.pair import Pair
-from vlm_mech.data.pairs import Pairs, by_groups, conflict_first, linked, load_pairs, partners, with_conflict
+from vlm_mech.data.pairs import Pairs, linked, load_pairs
 from vlm_mech.data.user_files import Refused
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image

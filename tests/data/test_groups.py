@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 from tests.zoo.tiny import picture
+from vlm_mech.data.derived_pairs import by_groups
 from vlm_mech.data.pair import Pair
-from vlm_mech.data.pairs import Pairs, by_groups, linked, load_pairs
+from vlm_mech.data.pairs import Pairs, linked, load_pairs
 
 
 def made(*named):

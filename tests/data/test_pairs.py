@@ -12,21 +12,9 @@ from tests.helpers import as_folder
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.erroneous_agreement.data import load_cases
 from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.derived_pairs import about_others, apart, by_groups, conflict_first, partners, turned, with_conflict
 from vlm_mech.data.image_classes import load_classes
-from vlm_mech.data.pairs import (
-    Pair,
-    Pairs,
-    Refused,
-    about_others,
-    apart,
-    by_groups,
-    conflict_first,
-    linked,
-    load_pairs,
-    partners,
-    turned,
-    with_conflict,
-)
+from vlm_mech.data.pairs import Pair, Pairs, Refused, linked, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.layer_swap.layer_swap import layer_swap
 

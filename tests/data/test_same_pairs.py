@@ -21,8 +21,9 @@ from experiments import (
 from tests.helpers import as_folder, command
 from vlm_mech.behaviour.erroneous_agreement.data import scene_captions
 from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.derived_pairs import turned
 from vlm_mech.data.pair_folder import CAPTIONS
-from vlm_mech.data.pairs import load_pairs, turned
+from vlm_mech.data.pairs import load_pairs
 from vlm_mech.methods.compensation.data import shown_parts
 from vlm_mech.results.result import Result
 

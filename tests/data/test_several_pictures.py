@@ -15,8 +15,9 @@ from vlm_mech.behaviour.blur_decay.blur import NONE
 from vlm_mech.behaviour.blur_decay.data import asked_at, ladder, with_images
 from vlm_mech.behaviour.erroneous_agreement.data import load_cases
 from vlm_mech.behaviour.scoring.data import _check_captions
+from vlm_mech.data.derived_pairs import about_others, apart, turned
 from vlm_mech.data.fitting import fitting
-from vlm_mech.data.pairs import Pair, Pairs, about_others, apart, linked, load_pairs, pictures, turned
+from vlm_mech.data.pairs import Pair, Pairs, linked, load_pairs, pictures
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image, side_by_side
 from vlm_mech.inputs.prompt import Prompt

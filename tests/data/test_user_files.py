@@ -12,7 +12,7 @@ from tests.zoo.tiny import picture
 from vlm_mech.data.pairs import Refused, load_pairs
 from vlm_mech.data.user_files import read_cells
 from vlm_mech.errors import UsageError, shortened
-from vlm_mech.runs.contract import left_out
+from vlm_mech.runs.provenance import left_out
 
 QUESTION = "what colour is\u2028the\u0085circle?"
 BOM = b"\xef\xbb\xbf"

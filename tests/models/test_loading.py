@@ -17,7 +17,8 @@ from vlm_mech.interventions.specification import Ablate, Knockout, Replace
 from vlm_mech.interventions.trace import generate, read, run
 from vlm_mech.models.loading import DTYPES
 from vlm_mech.models.vlm import VLM
-from vlm_mech.runs import contract
+from vlm_mech.runs.command_line import parse
+from vlm_mech.runs.configuration import RunConfig
 
 TOWER_AND_HEAD = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
 OFFLOADED = {
@@ -88,7 +89,7 @@ def test_block_scales_are_read_where_they_are_offloaded(tmp_path):
 
 @pytest.mark.parametrize("name", ["auto", "cpu"])
 def test_the_command_line_takes_auto_as_a_device(folder, prompts, name):
-    config = contract.parse(contract.RunConfig, ["--model", folder, "--device", name], name="any")
+    config = parse(RunConfig, ["--model", folder, "--device", name], name="any")
     vlm = VLM.load(config.model, device=config.device)
     assert torch.equal(run(vlm, prompts).logits, run(VLM.load(folder), prompts).logits)
 

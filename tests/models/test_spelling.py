@@ -18,7 +18,7 @@ from vlm_mech.methods.knockout.data import scan_of
 from vlm_mech.methods.knockout.study import knock_out
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results import metrics
-from vlm_mech.runs.contract import about, spelt
+from vlm_mech.runs.provenance import about, spelt
 from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.measures import Measure, logit_diff, logprob_diff, prob
 from vlm_mech.sweeps.readings import readings_of

@@ -10,7 +10,7 @@ from PIL import Image
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.results import figures
 from vlm_mech.results.result import Metric, Result
-from vlm_mech.runs.contract import RunConfig
+from vlm_mech.runs.configuration import RunConfig
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 

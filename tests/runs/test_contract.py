@@ -11,7 +11,9 @@ import pytest
 from tests.runs import fake_run
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.results.result import Result
-from vlm_mech.runs import contract, workspace
+from vlm_mech.runs import contract, provenance, workspace
+from vlm_mech.runs.command_line import parse
+from vlm_mech.runs.outcome import Outcome
 
 ROOT = Path(__file__).parents[2]
 CONTRACT = {
@@ -81,15 +83,15 @@ def test_the_commit_is_that_of_the_checkout_and_marked_when_changed(tmp_path):
         done = subprocess.run(["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    assert contract._commit(tmp_path) is None
+    assert provenance._commit(tmp_path) is None
     git("init", "--quiet")
     (tmp_path / "file").write_text("one")
     git("add", "file")
     git("commit", "--quiet", "-m", "one")
     head = git("rev-parse", "HEAD")
-    assert contract._commit(tmp_path) == head
+    assert provenance._commit(tmp_path) == head
     (tmp_path / "file").write_text("two")
-    assert contract._commit(tmp_path) == f"{head}-dirty"
+    assert provenance._commit(tmp_path) == f"{head}-dirty"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
@@ -104,13 +106,13 @@ def test_config_repeats_and_options_beside_it_win(tmp_path):
     first = ("--n", "8", "--kind", "curly", "--spans", "a", "b c", "--keep", "--seed", "3")
     assert command("--out", tmp_path / "first", *first) == 0
     saved = tmp_path / "first" / "config.json"
-    config = contract.parse(fake_run.Config, ["--config", str(saved)], name="fake")
+    config = parse(fake_run.Config, ["--config", str(saved)], name="fake")
     assert (config.n, config.kind, config.spans, config.keep, config.seed) == (8, "curly", ("a", "b c"), True, 3)
     assert config.out is None and config.overwrite is False
     for arguments in (["--config", str(saved), "--n", "5"], ["--n=5", f"--config={saved}"]):
-        config = contract.parse(fake_run.Config, arguments, name="fake")
+        config = parse(fake_run.Config, arguments, name="fake")
         assert (config.n, config.kind, config.spans) == (5, "curly", ("a", "b c"))
-    assert contract.parse(fake_run.Config, ["--config", str(saved), "--spans", "z"], name="fake").spans == ("z",)
+    assert parse(fake_run.Config, ["--config", str(saved), "--spans", "z"], name="fake").spans == ("z",)
     assert command("--config", saved, "--out", tmp_path / "again") == 0
     one, other = contents(tmp_path / "first"), contents(tmp_path / "again")
     assert all(one[name] == other[name] for name in ("result.parquet", "summary.csv", "config.json", "result.json"))
@@ -233,7 +235,7 @@ def test_figures_of_an_earlier_run_do_not_linger(tmp_path):
 
     def fewer(config, work):
         outcome = fake_run.run(config, work)
-        return contract.Outcome(outcome.result, {"heat": outcome.figures["heat"]})
+        return Outcome(outcome.result, {"heat": outcome.figures["heat"]})
 
     (out / "figures" / "mine.html").write_text("mine")
     assert command("--out", out, "--overwrite", experiment=fewer) == 0
@@ -347,7 +349,10 @@ def test_the_workspace_keeps_order_and_notes(tmp_path):
 
 
 def test_help_is_quick():
-    light = "from vlm_mech.runs import contract\ncontract.parse(contract.RunConfig, ['--help'], name='x')"
+    light = (
+        "from vlm_mech.runs import configuration, contract\n"
+        "contract.parse(configuration.RunConfig, ['--help'], name='x')"
+    )
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "--overwrite" in done.stdout, done.stderr

@@ -11,7 +11,7 @@ from tests.helpers import command
 from tests.runs import fake_run
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.results.result import Result
-from vlm_mech.runs.contract import as_json
+from vlm_mech.runs.configuration import as_json
 
 
 def described(capsys, experiment, *arguments):

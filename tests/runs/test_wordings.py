@@ -14,6 +14,8 @@ from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
 from vlm_mech.results.wordings import LEFT_OUT
 from vlm_mech.runs import contract, workspace
+from vlm_mech.runs.configuration import ASKING
+from vlm_mech.runs.outcome import Outcome
 
 TWO = ("--wording", "{question}", "--wording", "{question} One word.")
 SAID = ["{question}", "{question} One word."]
@@ -28,7 +30,7 @@ def asked(config, work):
     if len(template) > 12:
         table = table[table["example"] != "e11"]
     provenance = outcome.result.provenance | {"data": {"n": 12, "wording": config.asking.told}}
-    return contract.Outcome(fake_run.swap_result(table=table, provenance=provenance), outcome.figures)
+    return Outcome(fake_run.swap_result(table=table, provenance=provenance), outcome.figures)
 
 
 def numbers(folder):
@@ -85,7 +87,7 @@ def test_one_wording_is_simply_applied(tmp_path):
     assert seen[2].template == "{question}! One word."
     # A run without such options says what it said before there were any.
     assert command("--out", tmp_path / "d") == 0
-    assert set(contract.ASKING).isdisjoint(json.loads((tmp_path / "d" / "config.json").read_text()))
+    assert set(ASKING).isdisjoint(json.loads((tmp_path / "d" / "config.json").read_text()))
 
 
 def test_wordings_may_stand_in_a_file_and_be_given_in_several_ways(tmp_path):
@@ -218,7 +220,7 @@ def test_overwriting_does_all_runs_again_and_an_old_one_is_never_taken_for_new(t
             raise KeyboardInterrupt
         outcome = asked(config, work)
         table = outcome.result.table.assign(recovered=outcome.result.table["recovered"] + offset[0])
-        return contract.Outcome(fake_run.swap_result(table=table), outcome.figures)
+        return Outcome(fake_run.swap_result(table=table), outcome.figures)
 
     assert command("--out", out, *TWO, "--wording", "Third: {question}", experiment=moved) == 0
     old = Result.load(out / "wording-2").table
@@ -231,7 +233,7 @@ def test_overwriting_does_all_runs_again_and_an_old_one_is_never_taken_for_new(t
     def further(config, work):
         outcome = real(config, work)
         table = outcome.result.table.assign(recovered=outcome.result.table["recovered"] + 7)
-        return contract.Outcome(fake_run.swap_result(table=table), outcome.figures)
+        return Outcome(fake_run.swap_result(table=table), outcome.figures)
 
     assert command("--out", out, *TWO, "--resume", experiment=further) == 0
     assert (Result.load(out / "wording-2").table["recovered"] - old["recovered"]).min() > 6.9

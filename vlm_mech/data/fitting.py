@@ -5,9 +5,10 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from vlm_mech.data.derived_pairs import by_groups, checked
 from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pair import Pair
-from vlm_mech.data.pairs import Pairs, by_groups, checked, linked
+from vlm_mech.data.pairs import Pairs, linked
 from vlm_mech.data.reading import check_options, check_readable
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import SPELLINGS, WITH_ARTICLE, Spelling, spellings

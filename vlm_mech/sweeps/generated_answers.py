@@ -15,7 +15,7 @@ from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.specification import Intervention
 from vlm_mech.interventions.trace import generate
 from vlm_mech.results.generated_answers import SAYS
-from vlm_mech.runs.contract import SpokenConfig
+from vlm_mech.runs.configuration import SpokenConfig
 from vlm_mech.sweeps.asked import check_whole
 from vlm_mech.sweeps.cost import Sizes, generation_flops, generation_peak, pass_flops, sizes
 from vlm_mech.sweeps.schedule import SweepPlan

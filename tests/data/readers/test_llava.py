@@ -1,6 +1,7 @@
 """Training text: read in turn whatever its size, counted by hand, and refused where pairs or items are wanted."""
 
 import json
+import re
 import tracemalloc
 
 import pytest
@@ -115,21 +116,30 @@ def test_a_list_is_read_in_pieces_of_any_size(tmp_path, piece):
         assert list(values(path, piece=piece)) == []
 
 
+def test_text_that_a_mark_says_to_be_utf_16_is_training_text_too(made, tmp_path):
+    (tmp_path / "wide").mkdir()
+    for text in (json.dumps(ENTRIES), "\n".join(map(json.dumps, ENTRIES))):
+        (tmp_path / "wide" / "llava.json").write_text(text, encoding="utf-16")
+        assert [value for _, value in values(tmp_path / "wide" / "llava.json")] == ENTRIES
+        assert describe_text(tmp_path / "wide")[0] == "entries of training text: 4"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[{"a": 1}, {"a": 2', "cannot be read at list.json row 2"),
-        ('[{"a": 1}', "it ends after list.json row 1; a comma or a ] is needed"),
-        ('[{"a": 1} {"a": 2}]', "'{' follows list.json row 1"),
-        ("[1,]", "cannot be read at list.json row 2"),
-        ('["\xff"]', "is not UTF-8"),
+        ('[{"a": 1}, {"a": 2', "cannot be read: it is not JSON at row 2"),
+        ('[{"a": 1}', "it ends after row 1; a comma or a ] is needed"),
+        ('[{"a": 1} {"a": 2}]', "'{' follows row 1"),
+        ("[1,]", "cannot be read: it is not JSON at row 2"),
+        ("[1] 2", "'2' follows the end of its list"),
+        ('["\xff"]', "it is not UTF-8 (byte 0xff)"),
     ],
 )
 def test_a_broken_list_is_told_with_its_place(tmp_path, text, said):
     path = tmp_path / "list.json"
     path.write_bytes(text.encode("latin-1"))
     for piece in (3, 1 << 20):
-        with pytest.raises(UsageError, match=said.replace("]", r"\]")):
+        with pytest.raises(UsageError, match=re.escape(said)):
             list(values(path, piece=piece))
 
 

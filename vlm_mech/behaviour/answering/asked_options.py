@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vlm_mech.data.derived_pairs import partners
 from vlm_mech.data.examples import with_note
 from vlm_mech.data.pair import Pair
-from vlm_mech.data.pairs import Pairs, partners
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.reading import ALPHABET
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike

@@ -10,7 +10,8 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.behaviour.blur_decay.blur import AS_USUAL, NONE, Scale
 from vlm_mech.behaviour.blur_decay.data import with_images
 from vlm_mech.behaviour.blur_decay.probes import DECODED
-from vlm_mech.data.pairs import Pairs, partners
+from vlm_mech.data.derived_pairs import partners
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.reading import Reading, letters_of, read_answer
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.interventions.trace import generate

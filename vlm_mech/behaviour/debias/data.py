@@ -5,8 +5,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlm_mech.data.derived_pairs import by_groups, conflict_first, turned, with_conflict
 from vlm_mech.data.examples import load_examples
-from vlm_mech.data.pairs import Pairs, by_groups, conflict_first, load_pairs, turned, with_conflict
+from vlm_mech.data.pairs import Pairs, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.wording import BARE, Wording
 

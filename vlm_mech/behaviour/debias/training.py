@@ -20,8 +20,9 @@ from vlm_mech.behaviour.classify.tuning import IGNORED, Tuning, with_answers
 from vlm_mech.behaviour.debias.adapter import STATE, History, keep_state, taken_up, trained_of
 from vlm_mech.behaviour.debias.losses import advantages, cross_entropy, grpo_loss, k3, n_equal
 from vlm_mech.behaviour.master_weights import Descent
+from vlm_mech.data.derived_pairs import checked
 from vlm_mech.data.fitting import askable
-from vlm_mech.data.pairs import Pair, Pairs, checked
+from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import says
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded, Prompt

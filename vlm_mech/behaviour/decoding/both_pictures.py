@@ -21,8 +21,9 @@ from vlm_mech.behaviour.answering.asked_options import (
 from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category, with_categories
 from vlm_mech.behaviour.decoding.data import Options, Setting, every_pair, fixed, label
 from vlm_mech.behaviour.decoding.study import OWN, STRANGER, answered
+from vlm_mech.data.derived_pairs import about_others
 from vlm_mech.data.nouns import PAIRS, Nouns, nouns_of
-from vlm_mech.data.pairs import Pair, Pairs, about_others
+from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import ALPHABET, letters_of, read_answer
 from vlm_mech.errors import UsageError
 from vlm_mech.results.result import Metric, Result

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from vlm_mech.behaviour.answering.asked_options import Template, of_all_options, options_of
 from vlm_mech.behaviour.decoding.processors import ALPHA, CUTOFF, NOISE_STEP, RATE, START, STRENGTH
+from vlm_mech.data.derived_pairs import by_groups, checked, conflict_first, with_conflict
 from vlm_mech.data.examples import load_examples
 from vlm_mech.data.fitting import askable, fitting
-from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, conflict_first, with_conflict
+from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import check_options
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.wording import BARE, Wording

@@ -9,7 +9,8 @@ import pandas as pd
 
 from vlm_mech.behaviour.decoding.data import GREEDY, PAPER, PLAIN, TEST, VALIDATION, Options, Setting, label
 from vlm_mech.behaviour.decoding.processors import ALPHA, M3ID, VCD, Dependency, Drawn, decode, seeds_of
-from vlm_mech.data.pairs import Pair, Pairs, about_others, turned
+from vlm_mech.data.derived_pairs import about_others, turned
+from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import letters_of, read_answer, says
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.results.statistics import Paired, holm, mcnemar

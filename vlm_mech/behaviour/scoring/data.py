@@ -23,9 +23,10 @@ from vlm_mech.behaviour.scoring.measures import (
     check_letters,
     option_tokens,
 )
+from vlm_mech.data.derived_pairs import by_groups, checked
 from vlm_mech.data.examples import holds_items, load_examples
 from vlm_mech.data.nouns import nouns_of
-from vlm_mech.data.pairs import Pair, Pairs, by_groups, checked, load_pairs
+from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.data.reading import check_options
 from vlm_mech.data.whole_sets import load_sets, sets_in, sets_together
 from vlm_mech.errors import UsageError

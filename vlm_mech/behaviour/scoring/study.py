@@ -34,9 +34,10 @@ from vlm_mech.behaviour.scoring.measures import (
     parsed,
     relaxed,
 )
+from vlm_mech.data.derived_pairs import about_others
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.data.nouns import nouns_of
-from vlm_mech.data.pairs import Pair, Pairs, about_others
+from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import ALPHABET
 from vlm_mech.data.whole_sets import sets_in
 from vlm_mech.inputs.prompt import Prompt

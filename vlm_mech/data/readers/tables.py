@@ -4,10 +4,8 @@ Only the first row is read to know the columns. Pictures that stand in the cells
 needed (`Held`), so that a table of many gigabytes takes no more memory than its text.
 """
 
-import codecs
 import io
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +15,8 @@ from vlm_mech.data.readers.format import Table
 from vlm_mech.data.readers.held import HeldCell, records
 from vlm_mech.data.readers.hub_rows import hub_rows
 from vlm_mech.data.readers.parquet import parquet_columns, parquet_first, parquet_rows
-from vlm_mech.data.text_files import not_utf8, opened_text
+from vlm_mech.data.readers.streamed import is_list, listed
+from vlm_mech.data.text_files import opened_text
 from vlm_mech.data.user_files import Refused, Row, Twice, object_of, once, read_rows
 from vlm_mech.errors import UsageError
 
@@ -26,8 +25,6 @@ WHOLE = {"paco_lvis_v1": ("images", "annotations", "categories"), "annotations_p
 """Columns of what is known by how its name begins, and not opened: large files of one object, folders of many files."""
 DEPTH = 2
 """Folders below the one that is given in which tables are looked for."""
-HEAD = 1 << 20
-"""Characters of a JSON list that are read at first; twice as many as long as its first row does not end."""
 LONGEST, MOST_LINES = 1 << 26, 1_000
 """Bytes of a line, and lines without an object, after which a file called .json is no JSON lines."""
 
@@ -103,11 +100,8 @@ def _table(path: Path, root: Path) -> Table | None:
         head = list(itertools.islice(records(path, KINDS[kind]), 2))
         columns = _unlike([cell.strip() for cell in head[0][1]]) if head else ()
         return Table(path, root, columns, dict(zip(columns, head[1][1], strict=False)) if head[1:] else {})
-    try:
-        with opened_text(path) as file:
-            first = _first(file, kind)
-    except UnicodeDecodeError as error:
-        raise UsageError(not_utf8(error)) from error
+    with opened_text(path) as file:
+        first = _first(file, kind)
     return None if first is None else Table(path, root, tuple(first), first)
 
 
@@ -121,8 +115,8 @@ def _unlike(columns: Sequence[str]) -> tuple[str, ...]:
 
 def _first(file: io.BufferedIOBase, kind: str) -> dict[str, Any] | None:
     """The first row of a JSON list, or of JSON lines, that is one; None where there is none."""
-    if _is_list(file):
-        return _first_of_list(codecs.getreader("utf-8-sig")(file))
+    if is_list(file):
+        return next((fields for row in listed(file, hook=once) if (fields := _as_fields(row)) is not None), None)
     wrong = ""
     for line in itertools.islice(iter(lambda: file.readline(LONGEST), b""), MOST_LINES):
         if len(line) == LONGEST:
@@ -136,35 +130,6 @@ def _first(file: io.BufferedIOBase, kind: str) -> dict[str, Any] | None:
     if kind == ".jsonl":
         raise UsageError(f"none of its lines holds an object; the first {wrong or 'is empty'}")
     return None
-
-
-def _is_list(file: io.BufferedIOBase) -> bool:
-    """Whether the file begins with a bracket; it is then read from its beginning again."""
-    begin = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    file.seek(0)
-    return begin.startswith(b"[")
-
-
-def _first_of_list(file: codecs.StreamReader) -> dict[str, Any] | None:
-    text, at, size, ended = "", -1, HEAD, False
-    decoder = json.JSONDecoder(object_pairs_hook=once)
-    while True:
-        more = file.read(size)
-        text, size, ended = text + more, 2 * size, not more
-        at = text.index("[") + 1 if at < 0 else at
-        while True:
-            at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
-            if text[at : at + 1] == "]":
-                return None
-            try:
-                row, end = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                if ended:
-                    raise UsageError(f"it is not JSON: {error}") from error
-                break
-            if (fields := _as_fields(row)) is not None:
-                return fields
-            at = end
 
 
 def _as_fields(row: Any) -> dict[str, Any] | None:
@@ -205,18 +170,19 @@ def _json(table: Table) -> Iterator[Row | Refused]:
     path = table.path
     try:
         with opened_text(path) as file:
-            given = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=once) if _is_list(file) else None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"file {str(path)!r} cannot be read: {not_utf8(error)}") from error
-    except (OSError, ValueError, RecursionError) as error:
+            if is_list(file):
+                yield from _rows_of_list(table, file)
+                return
+    except (OSError, UsageError) as error:
         raise UsageError(f"file {str(path)!r} cannot be read: {error}") from error
-    if given is None:
-        found = read_rows(path, "file")
-        rows: dict[int, Row | Refused] = {**{row.line: row for row in found.rows}, **found.refused}
-        for line, each in sorted(rows.items(), key=lambda pair: pair[0]):
-            yield Row(line, each.id, each.fields, _place(table, line)) if isinstance(each, Row) else each
-        return
-    for number, row in enumerate(given, 1):
+    found = read_rows(path, "file")
+    rows: dict[int, Row | Refused] = {**{row.line: row for row in found.rows}, **found.refused}
+    for line, each in sorted(rows.items(), key=lambda pair: pair[0]):
+        yield Row(line, each.id, each.fields, _place(table, line)) if isinstance(each, Row) else each
+
+
+def _rows_of_list(table: Table, file: io.BufferedIOBase) -> Iterator[Row | Refused]:
+    for number, row in enumerate(listed(file, hook=once), 1):
         fields = _as_fields(row)
         if fields is None or isinstance(fields, Twice):
             wrong = fields.told if isinstance(fields, Twice) else f"is a {type(row).__name__}; an object is needed"

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from vlm_mech.data.counterfactual_scenes import sample_pairs
+from vlm_mech.data.derived_pairs import checked
 from vlm_mech.data.examples import as_pairs
 from vlm_mech.data.fitting import Variety, fitting
 from vlm_mech.data.item_folder import items_of
@@ -23,7 +24,7 @@ from vlm_mech.data.items import Items
 from vlm_mech.data.masks import pixels_of
 from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pair_folder import pair_fields
-from vlm_mech.data.pairs import Pair, Pairs, Refused, checked, load_pairs
+from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
 from vlm_mech.data.readers.format import ReaderOptions
 from vlm_mech.data.render import masks
 from vlm_mech.data.sources import Found, find_data

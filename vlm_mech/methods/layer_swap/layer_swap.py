@@ -17,7 +17,7 @@ from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
 from vlm_mech.methods.layer_swap.findings import findings
 from vlm_mech.methods.layer_swap.study import metrics_of, swap_states
 from vlm_mech.results.result import Result
-from vlm_mech.runs.contract import about, remarks
+from vlm_mech.runs.provenance import about, remarks
 from vlm_mech.sweeps.asked import check_once
 from vlm_mech.sweeps.measures import Comparison
 from vlm_mech.sweeps.readings import without_trivial_places

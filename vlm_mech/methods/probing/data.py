@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site
+from vlm_mech.data.derived_pairs import checked, with_conflict
 from vlm_mech.data.examples import with_note
-from vlm_mech.data.pairs import Pair, Pairs, checked, with_conflict
+from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.errors import UsageError
 from vlm_mech.extraction.extract import NAMED, extract

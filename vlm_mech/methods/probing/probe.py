@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from vlm_mech.architectures.traced_model import check_decoder, check_gradients
+from vlm_mech.data.derived_pairs import apart, with_conflict
 from vlm_mech.data.nouns import nouns_in
-from vlm_mech.data.pairs import Pairs, apart, check_pairs, linked, with_conflict
+from vlm_mech.data.pairs import Pairs, check_pairs, linked
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.methods.probing.crossfit import metrics_of
@@ -27,7 +28,7 @@ from vlm_mech.methods.probing.descent import LINEAR, ProbeRecipe, small_mlp
 from vlm_mech.methods.probing.findings import findings
 from vlm_mech.methods.probing.study import AXES, Design, completed, study
 from vlm_mech.results.result import Result
-from vlm_mech.runs.contract import remarks
+from vlm_mech.runs.provenance import remarks
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vlm_mech.data.pairs import Pairs, conflict_first
+from vlm_mech.data.derived_pairs import conflict_first
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.knockout.data import EDGE, Scan, scan_of
 from vlm_mech.methods.knockout.edges import parse_edge, visible_edges

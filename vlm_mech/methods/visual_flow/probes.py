@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pairs, apart
+from vlm_mech.data.derived_pairs import apart
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.controls import shuffled
 from vlm_mech.methods.probing.crossfit import crossfit, is_first, stacked_states

@@ -1,0 +1,158 @@
+"""Pairs made of others: turned, about other pictures, those in conflict, those that pass a check, parts by groups."""
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vlm_mech.data.pair import SIDES, Pair
+from vlm_mech.data.pairs import Pairs, linked
+from vlm_mech.data.shared_pictures import pixel_hash
+from vlm_mech.data.user_files import Refused
+from vlm_mech.errors import UsageError
+
+
+def partners(n: int, *, seed: int, groups: Sequence[str] = ()) -> list[int]:
+    """For each of n examples another one, so that every one is taken once.
+
+    Args:
+        groups: of the examples; the other one is of another group, unless more than half of them are of one.
+
+    Raises:
+        UsageError: fewer than two.
+    """
+    if n < 2:
+        raise UsageError(f"{n} example has no other one whose picture it could be asked about; at least two are needed")
+    order, step = np.random.default_rng(seed).permutation(n), 1
+    most = max(Counter(groups).values(), default=1)
+    if 1 < most <= n / 2:
+        first = {group: place for place, group in reversed(list(enumerate(groups[number] for number in order)))}
+        order, step = np.array(sorted(order, key=lambda number: first[groups[number]])), most
+    return [int(other) for _, other in sorted(zip(order, np.roll(order, step), strict=True))]
+
+
+def about_others(pairs: Pairs, others: Sequence[Pair]) -> Pairs:
+    """The questions of the pairs, about the pictures of others."""
+    changed = [
+        dataclasses.replace(pair, image=other.image, counterfactual_image=other.counterfactual_image)
+        for pair, other in zip(pairs, others, strict=True)
+    ]
+    return dataclasses.replace(pairs, pairs=tuple(changed))
+
+
+def turned(pairs: Pairs) -> Pairs:
+    """The pairs the other way round: the counterfactual image is the first."""
+    return dataclasses.replace(pairs, pairs=tuple(_turned(pair) for pair in pairs))
+
+
+def _turned(pair: Pair) -> Pair:
+    if pair.made:
+        raise UsageError(f"pair {pair.id} is a single item: what is true of its counterfactual picture is not known")
+    return dataclasses.replace(
+        pair,
+        image=pair.counterfactual_image,
+        counterfactual_image=pair.image,
+        answer=pair.counterfactual_answer,
+        counterfactual_answer=pair.answer,
+        conflict=None if pair.conflict is None else SIDES[1 - SIDES.index(pair.conflict)],
+        captions=None if pair.captions is None else (pair.captions[1], pair.captions[0]),
+    )
+
+
+def conflict_first(pairs: Pairs) -> Pairs:
+    """The pairs, those whose second picture is in conflict turned, so that it is asked about; others as they are."""
+    if all(pair.conflict != "second" for pair in pairs):
+        return pairs
+    changed = (_turned(pair) if pair.conflict == "second" else pair for pair in pairs)
+    return dataclasses.replace(pairs, pairs=tuple(changed))
+
+
+def with_conflict(pairs: Pairs) -> Pairs:
+    """The pairs that say which of their pictures is in conflict; the others move to `refused`.
+
+    Raises:
+        UsageError: none says it.
+    """
+    return checked(pairs, _check_conflict, "says which picture is in conflict with the usual answer")
+
+
+def _check_conflict(pair: Pair) -> None:
+    if pair.conflict is None:
+        raise UsageError(
+            'conflict is not given; "first" or "second" is needed in its line (scenes/colour-conflict has "second")'
+            if pair.made is None
+            else "conflict is not true; an item is needed that contradicts the usual answer"
+        )
+    if pair.made and pair.counterfactual_answer != pair.prior:
+        raise UsageError("its usual answer is not known; prior is needed, another than the right answer")
+
+
+def apart(pairs: Pairs, others: Pairs) -> Pairs:
+    """The pairs that show no picture of the others; the rest, equal to the pixel, move to `refused`.
+
+    Raises:
+        UsageError: none is left.
+    """
+    met = {pixel_hash(image): other.id for other in others for image in other.own_pictures}
+
+    def check(pair: Pair) -> None:
+        shared = [met[shown] for shown in map(pixel_hash, pair.own_pictures) if shown in met]
+        if shared:
+            raise UsageError(f"it shows a picture of pair {shared[0]} of {others.name}")
+
+    return checked(pairs, check, f"shows pictures that {others.name} does not")
+
+
+def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pairs, ...]:
+    """Parts of a data set with at least these shares of its groups, the last with what is left.
+
+    Pairs of one group, and those that share a picture (`linked`), stay together; groups are drawn at random. What was
+    refused stays with the last part.
+
+    Raises:
+        UsageError: no group is left for a part.
+    """
+    groups = [pair.group or pair.id for pair in linked(pairs)]
+    distinct = sorted(set(groups))
+    # Rounded first, so that 0.1 + 0.2 of ten groups are three.
+    ends = [0, *(min(len(distinct), math.ceil(round(share * len(distinct), 9))) for share in np.cumsum(shares))]
+    ends.append(len(distinct))
+    if any(end <= start for start, end in itertools.pairwise(ends)):
+        raise UsageError(
+            f"{pairs.name} has {len(distinct)} groups of pairs; too few for {len(shares) + 1} parts, the first with "
+            f"{' and '.join(f'{share:.3g}' for share in shares)} of them (pairs that share a picture are one group)"
+        )
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    chosen = [{distinct[at] for at in order[start:end]} for start, end in itertools.pairwise(ends)]
+    parts = [tuple(pair for pair, group in zip(pairs, groups, strict=True) if group in some) for some in chosen]
+    refused = [()] * len(shares) + [pairs.refused]
+    return tuple(
+        dataclasses.replace(pairs, pairs=part, refused=some) for part, some in zip(parts, refused, strict=True)
+    )
+
+
+def checked(pairs: Pairs, check: Callable[[Pair], object], what: str) -> Pairs:
+    """The pairs that pass a check; those for which it raises `UsageError` move to `refused` with the reason.
+
+    Args:
+        what: what none does when none passes, for the error.
+
+    Raises:
+        UsageError: none passes.
+    """
+    kept: list[Pair] = []
+    refused = list(pairs.refused)
+    for pair in pairs:
+        try:
+            check(pair)
+        except UsageError as error:
+            refused.append(Refused(pair.id, str(error)))
+        else:
+            kept.append(pair)
+    if not kept:
+        kind = "items" if pairs.made else "pairs"
+        raise UsageError(f"none of the {len(pairs)} {kind} of {pairs.name} {what}: {refused[-1].reason}")
+    return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
