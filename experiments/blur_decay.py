@@ -64,18 +64,18 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     from vlm_mech.behaviour.blur_decay import figures, findings, study
     from vlm_mech.behaviour.blur_decay.blur import levels_of, scale_of
-    from vlm_mech.behaviour.blur_decay.data import ladder, swapped_levels
-    from vlm_mech.data.examples import load_examples
+    from vlm_mech.behaviour.blur_decay.data import ladder, load_decaying, swapped_levels
     from vlm_mech.data.fitting import fitting
     from vlm_mech.methods.probing.data import with_objects
     from vlm_mech.results.result import Result
 
     scale, made = scale_of(config.long_side, config.scaled), config.counterfactual
-    pairs = load_examples(config.data, n=config.n, split=config.split, counterfactual=made, **config.drawn)
+    pairs = load_decaying(config.data, n=config.n, split=config.split, counterfactual=made, **config.drawn)
     vlm = config.load()
     levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs, spoken=True, alone=True)
     pairs = pairs if _probe_data(config) is None else with_objects(vlm, pairs)
-    mechanism = swapped_levels(config.mechanism, config.kernels, pairs, batch=config.batch)
+    given: dict[str, Any] = {"batch": config.batch, "probe_data": config.probe_data}
+    mechanism = swapped_levels(config.mechanism, config.kernels, pairs, **given)
     options: dict[str, Any] = {"mechanism": mechanism, "memory": config.memory, "seed": config.seed}
     options |= {"letters": config.letters, "max_new_tokens": config.max_new_tokens, "scale": scale}
     # No batch has a single pair: another one of the same batch lends its picture for the floor.

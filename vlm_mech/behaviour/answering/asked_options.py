@@ -64,7 +64,7 @@ def others_of(pairs: Pairs, *, seed: int) -> list[Pair]:
 
 def of_all_options(pairs: Pairs) -> Pairs:
     """The pairs; single items say that all their options are read, and no wrong answer drawn from them."""
-    return with_note(pairs, "all their options count")
+    return with_note(pairs, "all their options count" if any(pair.options for pair in pairs) else "without options")
 
 
 @dataclass(frozen=True)

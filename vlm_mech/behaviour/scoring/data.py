@@ -230,7 +230,9 @@ def usable(
 
 def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template], forms: Sequence[str], n_new: int) -> None:
     options = options_of(pair)
-    if len(options) > 1 or {OPTIONS, LETTERS} & set(forms):
+    if len(options) < 2 and ({OPTIONS, LETTERS} & set(forms) or any(each.listed for each in templates)):
+        raise UsageError('it has no options; --forms generation --prompts "{question}" compares its answer alone')
+    if len(options) > 1:
         check_options(options)
     for vlm in vlms:
         room = 0

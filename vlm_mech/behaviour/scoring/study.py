@@ -68,12 +68,12 @@ VALUES = (*(each.name for each in METRICS), "chose_first_answer", "right_1", "ri
 
 
 def metrics_of(table: pd.DataFrame) -> tuple[Metric, ...]:
-    """The metrics of a table: with whole sets that of sets too; of single items those of one picture.
+    """The metrics of a table: with whole sets that of sets too; of single items those of one picture that have a value.
 
-    Of items without options it is not told whether an answer names one.
+    Of items without options there is none of which option an answer names.
     """
     if not table["pair"].notna().to_numpy().any():
-        return (OF_ITEMS, UNREAD, BIAS) if _have_options(table) else (OF_ITEMS,)
+        return tuple(each for each in (OF_ITEMS, UNREAD, BIAS) if table[each.name].notna().to_numpy().any())
     return (*METRICS[:2], SET, *METRICS[2:]) if "set" in table else METRICS
 
 
