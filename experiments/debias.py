@@ -15,7 +15,7 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "A model that answers from its prior is tuned on pictures in conflict with it (and on the usual ones of pairs). "
+    "A model that answers from its prior is tuned on pictures in conflict with it, and on usual ones if there are any. "
     "Does it then say what unseen pictures show, also where nothing was wrong before, and would any such adapter do?"
 )
 CONFLICT = "scenes/colour-conflict"

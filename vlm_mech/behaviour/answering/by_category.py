@@ -48,7 +48,9 @@ def with_categories(result: Result, options: Mapping[str, Any]) -> Result:
     """The result, what `by_category` gives with these options in its provenance where it has categories."""
     if not has_categories(result):
         return result
-    rows = by_category(result, **options).to_dict("records")
+    table = by_category(result, **options).astype(object)
+    # Of one example there is no interval.
+    rows = table.where(table.notna(), None).to_dict("records")
     return dataclasses.replace(result, provenance=result.provenance | {"by_category": rows})
 
 
@@ -60,11 +62,13 @@ def told_by_category(table: pd.DataFrame, names: Sequence[str], metric: str) -> 
         names: the axes that are named.
     """
     for key, rows in table[table["metric"] == metric].groupby(list(names), sort=False):
-        each = [
-            f"{row[COLUMN]} {row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}, n = {row['n']})"
-            for row in rows.to_dict("records")
-        ]
+        each = [f"{row[COLUMN]} {row['mean']:.3f} ({_interval(row)}n = {row['n']})" for row in rows.to_dict("records")]
         yield f"{', '.join(map(str, key))}, {metric} by category: {'; '.join(each)}."
+
+
+def _interval(row: Mapping[Any, Any]) -> str:
+    """An interval in words; of one example there is none."""
+    return "" if pd.isna(row["ci_low"]) else f"{row['ci_low']:.3f} to {row['ci_high']:.3f}, "
 
 
 def _span(low: int, high: int) -> str:

@@ -180,7 +180,7 @@ def _check_classes(
             lacking = f"class {names[missing[0]]!r}" if names else f"class number {missing[0]}"
             raise UsageError(
                 f"{lacking} is in no training example of split {number}; give more examples, fewer folds (n_folds, at "
-                "least 3), or a grouping by scene alone"
+                'least 3), or the grouping "scene", which may tear apart those with the same question'
             )
 
 
