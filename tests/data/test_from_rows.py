@@ -152,8 +152,8 @@ def test_what_has_no_rows_is_one_line():
         Pairs.from_rows([1, 2])
     with pytest.raises(UsageError, match="'rows' holds no usable pair; the first was refused because row 1: image is"):
         Pairs.from_rows([{"question": "q"}])
-    with pytest.raises(UsageError, match="pair id 'a' occurs twice in 'mine'"):
-        Pairs.from_rows([row | {"id": "a"} for row in pair_rows(2)], name="mine")
+    told = "a: row 2: its id 'a' is that of row 1; each needs one of its own, or none"
+    assert [each.told for each in Pairs.from_rows([row | {"id": "a"} for row in pair_rows(2)]).refused] == [told]
     with pytest.raises(UsageError, match="n is 0; at least one item is needed"):
         Items.from_rows([], n=0)
 

@@ -13,8 +13,10 @@ from tests.helpers import command
 from tests.zoo.tiny import picture
 from vlm_mech.data import hub
 from vlm_mech.data.description import describe
+from vlm_mech.data.export.__main__ import export
 from vlm_mech.data.image_classes import load_classes
 from vlm_mech.data.items import load_items
+from vlm_mech.data.masks import pixels_of
 from vlm_mech.data.pair_folder import pair_fields
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.data.readers.held import Held
@@ -138,6 +140,19 @@ def test_without_datasets_one_line_says_what_to_install(monkeypatch):
     for load in (load_items, load_pairs, load_classes):
         with pytest.raises(UsageError, match=r"data 'hf:a/b' needs datasets, .*: pip install \"vlm_mech\[data\]\""):
             load("hf:a/b")
+
+
+def test_without_pycocotools_one_line_says_what_to_install(tmp_path, monkeypatch):
+    """Files of PACO are read all the same; nothing half written is left."""
+    export("paco", tmp_path / "made", n=2)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(UsageError, match=r"masks of COCO need pycocotools, .*: pip install \"vlm_mech\[data\]\""):
+        export("paco", tmp_path / "none", n=2)
+    assert not (tmp_path / "none").exists()
+    assert len(load_items(f"paco:{tmp_path / 'made'}")) > 2
+    mask = next(iter(pair_fields(f"paco:{tmp_path / 'made'}").values()))["part_mask"]
+    with pytest.raises(UsageError, match="masks of COCO need pycocotools"):
+        pixels_of(mask, tmp_path)
 
 
 def test_the_hub_is_not_imported_before_it_is_asked():

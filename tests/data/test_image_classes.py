@@ -161,6 +161,9 @@ def test_fewer_pictures_are_drawn_with_the_seed_and_it_is_told(tmp_path):
         "test: 2 of 8 pictures, drawn with seed 1, classes in turn",
     )  # fmt: skip
     assert load_classes("scenes/kinds", n=16, n_train=16, n_validation=16).notes == ()
+    assert load_classes(str(tmp_path), n=8, n_train=30).notes[1:] == (
+        "asked for 30 train pictures, the source holds 24",
+    )
 
 
 GIVEN = {f"{part}/{name}/{n}": 20 * p + 10 * c + n for p, part in enumerate(("train", "val", "test"))

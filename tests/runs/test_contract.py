@@ -1,11 +1,14 @@
 """The run contract: options, replaying, resuming, what may be overwritten, and how errors end."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.runs import fake_run
@@ -242,6 +245,64 @@ def test_figures_of_an_earlier_run_do_not_linger(tmp_path):
     assert {path.name for path in (out / "figures").iterdir()} == {"heat.html", "heat.json", "mine.html"}
 
 
+def with_tables(*names, **changes):
+    """The fake experiment with tables of these names, each of one row."""
+
+    def experiment(config, work):
+        outcome = fake_run.run(config, work)
+        return dataclasses.replace(outcome, tables={name: pd.DataFrame({"n": [config.n]}) for name in names}, **changes)
+
+    return experiment
+
+
+def test_every_table_is_among_the_files_of_a_run(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command("--out", out, experiment=with_tables("counts", "by group")) == 0
+    assert {path.name for path in out.iterdir()} == CONTRACT | {"counts.csv", "by group.csv"}
+    assert (out / "counts.csv").read_text() == "n\n12\n" and "<h2>counts.csv</h2>" in (out / "report.html").read_text()
+    assert json.loads((out / "provenance.json").read_text())["tables"] == ["counts", "by group"]
+    assert "logit_diff in summary.csv; counts.csv; by group.csv" in capsys.readouterr().out
+    before = contents(out)
+    assert command("--out", out, "--resume", experiment=with_tables("counts", "by group")) == 0
+    assert contents(out) == before and "counts.csv" in capsys.readouterr().out
+    # Those of an earlier run go, what is the user's stays.
+    (out / "mine.csv").write_text("mine")
+    assert command("--out", out, "--overwrite", "--n", "8", experiment=with_tables("counts")) == 0
+    assert {path.name for path in out.iterdir()} == CONTRACT | {"counts.csv", "mine.csv"}
+    assert (out / "counts.csv").read_text() == "n\n8\n"
+    assert command("--out", out, "--overwrite", "--n", "8", experiment=killed_after(1)) == 130
+    assert (out / "counts.csv").is_file()
+    assert command("--out", out, "--resume", "--n", "8") == 0
+    assert {path.name for path in out.iterdir()} == CONTRACT | {"mine.csv"}
+
+
+def test_what_a_kill_put_in_place_is_replaced_with_the_run(tmp_path, monkeypatch):
+    """Tables and figures are there, the record that names them is not."""
+    out, real = tmp_path / "out", workspace.os.replace
+
+    def replace(source, target):
+        if Path(source).name == "provenance.json" and "finished" in str(source):
+            raise KeyboardInterrupt
+        return real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace.os, "replace", replace)
+        assert command("--out", out, experiment=with_tables("counts")) == 130
+    assert (out / "counts.csv").is_file()
+    shutil.copytree(out, tmp_path / "other")
+    assert command("--out", out, "--resume", experiment=with_tables("counts")) == 0
+    assert {path.name for path in out.iterdir()} == CONTRACT | {"counts.csv"}
+    assert command("--out", tmp_path / "other", "--overwrite", experiment=with_tables("sums", figures={})) == 0
+    assert {path.name for path in (tmp_path / "other").iterdir()} == CONTRACT | {"sums.csv"}
+    assert not list((tmp_path / "other" / "figures").iterdir())
+
+
+@pytest.mark.parametrize("name", ["summary", "../mine", "a/b"])
+def test_a_table_that_would_replace_another_file_is_refused(tmp_path, capsys, name):
+    assert command("--out", tmp_path / "out", experiment=with_tables(name)) == 1
+    assert f"a table called {name!r} has no place" in capsys.readouterr().err
+
+
 def unanswered(config, work):
     """Keeps batches without any value, as of pairs that are all answered wrongly."""
     (work.partial / "states").mkdir(exist_ok=True)
@@ -361,6 +422,20 @@ def test_help_is_quick():
     assert done.returncode == 0 and "--overwrite" in done.stdout, done.stderr
     # Two seconds on an idle machine; several times that on one that is busy.
     assert time.monotonic() - start < 10
+
+
+def test_the_help_of_every_experiment_imports_nothing_heavy():
+    names = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if not path.stem.startswith("_"))
+    code = (
+        "import runpy, sys\nsys.argv = ['it', '--help']\n"
+        f"for name in {names}:\n"
+        "    try: runpy.run_module(f'experiments.{name}', run_name='__main__')\n"
+        "    except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'pyarrow', 'datasets', 'pycocotools', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.count("--overwrite") == len(names) > 10, done.stderr
 
 
 def test_fewer_examples_than_something_can_be_said_of_are_refused_before_the_run(tmp_path, capsys):

@@ -39,7 +39,7 @@ def parts_of_lines(data: str, tables: Sequence[Table]) -> tuple[dict[str, list[L
         else:
             parts[each.part].append(Labelled(each.id, each.image, each.label))
     if not parts["train"]:
-        why = f": {refused[0].id}: {refused[0].reason}" if refused else ""
+        why = f": {refused[0].told}" if refused else ""
         raise UsageError(f"data {data!r} has no picture to train on{why}")
     used = list(dict.fromkeys(each.label for part in SPLITS for each in parts[part]))
     return parts, list(dict.fromkeys(names_beside(tables))) or used, refused

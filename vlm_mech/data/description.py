@@ -14,9 +14,10 @@ from vlm_mech.data.pair import Made, Pair
 from vlm_mech.data.pairs import Pairs, load_pairs
 from vlm_mech.data.readers.registry import find_source, near_misses
 from vlm_mech.data.scenes import SPLITS
-from vlm_mech.data.sources import find_data
+from vlm_mech.data.sources import find_data, what_is_there
 from vlm_mech.data.training_text import describe_text
 from vlm_mech.data.user_files import Refused
+from vlm_mech.errors import UsageError
 
 OWN = ("planted", "noise", "scenes/relations")
 """What experiments make themselves."""
@@ -46,11 +47,16 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
         return _classes(name, n, seed)
     if source is not None and source.format.holds == "text":
         files = ", ".join(table.path.name for table in source.tables[:MOST])
-        return "\n".join([f"{name}: format {source.format.name} ({files})", *describe_text(name)])
+        return "\n".join([f"{name}: format {source.format.name} ({files})", *describe_text(name, asked=n)])
     found = find_data(name)
     if found is None:
         # What is neither is a folder of classes, or nothing.
-        return _classes(name, n, seed) if _has_folders(Path(name)) else _pairs(name, "", load_pairs(name, **drawn))
+        if not _has_folders(Path(name)):
+            return _pairs(name, "", load_pairs(name, **drawn))
+        try:
+            return _classes(name, n, seed)
+        except UsageError as error:
+            raise UsageError(f"{error}{what_is_there(name)}") from error
     if found.holds == "pairs":
         return _pairs(name, found.told, load_pairs(name, **drawn))
     return _items(name, found.told, load_items(name, **drawn))
@@ -143,7 +149,7 @@ def _told(examples: Pairs | Items) -> list[str]:
 
 
 def _refused(refused: Sequence[Refused]) -> list[str]:
-    lines = [f"cannot be used: {len(refused)}", *(f"  {each.id}: {each.reason}" for each in refused[:MOST])]
+    lines = [f"cannot be used: {len(refused)}", *(f"  {each.told}" for each in refused[:MOST])]
     return [*lines, f"  and {len(refused) - MOST} more"] if len(refused) > MOST else lines
 
 

@@ -7,6 +7,7 @@ A line has `image` (a path from the folder, an address, or the picture in base64
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,11 @@ FILE = "items.jsonl"
 FIELDS = ("image", "images", "question", "answer", "id", "options", "prior", "category", "group", "conflict")
 FIELDS += (*CAPTIONS, *READ_BY_METHODS)
 """All fields that are read, some by methods alone."""
+OF_PAIRS = dict.fromkeys(
+    ("counterfactual_image", "counterfactual_images", "counterfactual_answer"),
+    "it is a field of pairs, which pairs.jsonl holds",
+)
+"""Fields of pairs, which items do not have."""
 
 
 def items_of(found: Rows, folder: Path, name: str, *, n: int | None, seed: int) -> Drawn[Item]:
@@ -33,9 +39,10 @@ def items_of(found: Rows, folder: Path, name: str, *, n: int | None, seed: int) 
         name: what the source is called in errors.
 
     Raises:
-        UsageError: no item can be used, or an id occurs twice.
+        UsageError: no item can be used.
     """
-    drawn, shown = drawn_examples(found, "item", name, lambda row: _item(folder, row), n=n, seed=seed, known=FIELDS)
+    how: dict[str, Any] = {"n": n, "seed": seed, "known": FIELDS, "elsewhere": OF_PAIRS}
+    drawn, shown = drawn_examples(found, "item", name, lambda row: _item(folder, row), **how)
     items = drawn.used
     named = {each.group for each in items}
     own = [each.group or (f"item {each.id}" if each.id in named else each.id) for each in items]

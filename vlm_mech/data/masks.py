@@ -40,13 +40,23 @@ def _marked(mask: Image.Image) -> Bool[np.ndarray, "height width"]:
     return grey >= (1 if grey.max() == 1 else 128)
 
 
-def _of_coco(mask: CocoMask) -> Bool[np.ndarray, "height width"]:
-    """All its segmentations together: polygons, or run lengths, compressed or not."""
+def coco_masks() -> Any:
+    """The module that codes and decodes masks of COCO.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
-        from pycocotools import mask as coco
+        from pycocotools import mask
     except ImportError as error:
         told = 'masks of COCO need pycocotools, which is not installed: pip install "vlm_mech[data]"'
         raise UsageError(told) from error
+    return mask
+
+
+def _of_coco(mask: CocoMask) -> Bool[np.ndarray, "height width"]:
+    """All its segmentations together: polygons, or run lengths, compressed or not."""
+    coco = coco_masks()
     shows = np.zeros((mask.height, mask.width), dtype=bool)
     for each in mask.segmentations:
         try:

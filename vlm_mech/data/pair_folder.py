@@ -7,7 +7,7 @@ instead, of equal length; each picture stands in the place of its counterfactual
 (see `Pair`). Some methods read further fields (`pair_fields`).
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from vlm_mech.data.row_fields import as_given, check_id, kept_form, opened, opti
 from vlm_mech.data.row_remarks import FieldRemarks, repeats
 from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.data.sources import find_data
-from vlm_mech.data.user_files import Drawn, Row, Rows, draw
+from vlm_mech.data.user_files import Drawn, Row, Rows, draw, same_id, with_reason
 from vlm_mech.errors import UsageError
 
 FILE, ITEMS = "pairs.jsonl", "items.jsonl"
@@ -43,7 +43,7 @@ def pairs_of(
         keep_pixels: keep pictures as pixels, not in the form (file, bytes) in which the rows have them.
 
     Raises:
-        UsageError: no pair can be used, or an id occurs twice.
+        UsageError: no pair can be used.
     """
     return drawn_examples(
         found, "pair", name, lambda row: _pair(folder, row, keep_pixels), n=n, seed=seed, known=FIELDS
@@ -59,34 +59,36 @@ def drawn_examples(
     n: int | None,
     seed: int,
     known: Collection[str],
+    elsewhere: Mapping[str, str] | None = None,
 ) -> tuple[Drawn[PartT], list[list[str]]]:
     """What `use` makes of rows, or of n of them drawn with the seed, and hashes of the pictures of each.
 
-    Notes tell of fields that are spelt wrongly, and of examples that are there twice.
+    Of rows with one id the first counts, and the later ones are refused; the first that is drawn where the rows are not
+    all there (a stream, a table in memory). Notes tell of fields that are not read, and of examples there twice.
 
     Args:
         what: what one is called in errors. name: what the source is called there.
         use: gives an example of a row, and hashes of its pictures.
         known: fields that a row may have.
+        elsewhere: others that are not read here, and what is to be told of them.
 
     Raises:
-        UsageError: none can be used, or an id occurs twice.
+        UsageError: none can be used.
     """
-    if isinstance(found.rows, tuple):
-        # Of rows that are not there yet it is not known.
-        check_unlike(found.rows, what, name)
-    remarks = FieldRemarks(known)
+    remarks, places = FieldRemarks(known, elsewhere), dict[str, str]()
 
     def used(row: Row) -> tuple[Row, PartT, list[str]]:
         remarks.look(row)
         check_id(row)
+        if (place := places.setdefault(row.id, row.place)) != row.place:
+            raise UsageError(same_id(row, place))
         return row, *use(row)
 
     drawn = draw(found, n, seed, used)
     if not drawn.used:
-        raise UsageError(f"{name!r} holds no usable {what}{first_reason(drawn)}")
+        told = "".join(f"; {note}" for note in remarks.notes)
+        raise UsageError(f"{name!r} holds no usable {what}{first_reason(drawn)}{told}")
     rows, examples, shown = zip(*drawn.used, strict=True)
-    check_unlike(rows, what, name)
     said = [_said(example, hashes) for example, hashes in zip(examples, shown, strict=True)]
     notes = (*drawn.notes, *remarks.notes, *repeats([row.id for row in rows], said))
     return Drawn(examples, drawn.refused, drawn.told, notes), list(shown)
@@ -98,19 +100,12 @@ def _said(example: Any, hashes: Sequence[str]) -> tuple[Any, ...]:
     return *hashes, example.question, *answers, tuple(example.options)
 
 
-def check_unlike(rows: Iterable[Row], what: str, name: str) -> None:
-    """Raises `UsageError` where two rows have one id."""
-    met: dict[str, Row] = {}
-    for row in rows:
-        other = met.setdefault(row.id, row)
-        if other is not row:
-            places = f"{other.place} and {row.place}"
-            raise UsageError(f"{what} id {row.id!r:.60} occurs twice in {name!r}: {places}")
-
-
 def first_reason(drawn: Drawn[Any]) -> str:
-    """Why the first row that was refused was, to end an error."""
-    return f"; the first was refused because {drawn.refused[0].reason}" if drawn.refused else ""
+    """Why the first row that was refused was, or that there are none, to end an error."""
+    if not drawn.refused:
+        return ": it has no rows"
+    name, reason = drawn.refused[0].id, drawn.refused[0].reason
+    return f"; the first{'' if with_reason(name, reason) == reason else f' ({name})'} was refused because {reason}"
 
 
 def pair_fields(source: str | Path) -> dict[str, dict[str, Any]]:

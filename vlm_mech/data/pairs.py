@@ -90,7 +90,7 @@ class Pairs:
             wording: how their questions are put.
 
         Raises:
-            UsageError: no rows, none that can be used, or an id that occurs twice.
+            UsageError: no rows, or none that can be used.
         """
         if n is not None:
             check_count(n, "n", "pair")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from vlm_mech.data.scenes import SPLITS
 from vlm_mech.data.shared_pictures import pixel_hash
-from vlm_mech.data.user_files import Refused
+from vlm_mech.data.user_files import Refused, fewer_than_asked
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike, load_image
 
@@ -126,6 +126,8 @@ def draw_parts(
         for part in SPLITS
         if sizes[part] is not None and len(kept[part]) < len(parts[part])
     ]
+    for part in SPLITS:
+        notes += fewer_than_asked(sizes[part], len(kept[part]), len(parts[part]), f"{part} pictures")
     return DrawnParts(kept, tuple(each for part in SPLITS for each in refused[part]), tuple(notes))
 
 

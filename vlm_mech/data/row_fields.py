@@ -71,6 +71,8 @@ def pictures_of(row: Row, folder: Path, one: str, several: str) -> list[ImageLik
 
 
 def _picture(row: Row, folder: Path, field: str, given: Any) -> ImageLike:
+    if isinstance(given, dict) and given.get("bytes") is None and isinstance(given.get("path"), str):
+        given = given["path"]  # a mapping of the hub's form, whose path goes out from the folder like any other
     if isinstance(given, Image.Image | np.ndarray | bytes | Path) or (given and hasattr(given, "keys")):
         return given
     return image_named(folder, text_of(row, field, given))

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 from vlm_mech.data.user_files import Row
 
@@ -10,36 +10,46 @@ MOST = 4
 
 
 class FieldRemarks:
-    """Counts fields that no row has by their names, but which are nearly the name of one that it lacks."""
+    """Counts fields that are not read but look as if they were meant to be, by their names.
 
-    def __init__(self, known: Collection[str]) -> None:
-        self._known = frozenset(known)
+    These are nearly the name of one that the row lacks, or are read elsewhere.
+
+    Args:
+        known: fields that are read.
+        elsewhere: others, and what is to be told of them.
+    """
+
+    def __init__(self, known: Collection[str], elsewhere: Mapping[str, str] | None = None) -> None:
+        self._known, self._elsewhere = frozenset(known), dict(elsewhere or {})
         self._counts = Counter[tuple[str, str]]()
 
     def look(self, row: Row) -> None:
         """Looks at the names of a row's fields."""
         for name in row.fields:
-            if name not in self._known and (near := _nearest(name, self._known - set(row.fields))):
-                self._counts[name, near] += 1
+            if name in self._elsewhere:
+                self._counts[name, self._elsewhere[name]] += 1
+            elif name not in self._known and (near := _nearest(name, self._known - set(row.fields))):
+                self._counts[name, f"{near} is meant, if it is misspelt"] += 1
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be told."""
         return tuple(
-            f"field {name!r:.60} of {count} row{'s' * (count > 1)} is not read; {near} is meant, if it is misspelt"
-            for (name, near), count in self._counts.items()
+            f"field {name!r:.60} of {count} row{'s' * (count > 1)} is not read; {told}"
+            for (name, told), count in self._counts.items()
         )
 
 
 @functools.lru_cache(maxsize=1_000)
 def _nearest(name: str, known: frozenset[str]) -> str:
-    """The known name that is at most two slips of the pen away (one, of a short name); empty where none is."""
+    """The nearest known name at most two slips of the pen away (one, of a short name); empty where none is."""
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+    near = dict[str, int]()
     for each in sorted(known):
         most = 2 if min(len(each), len(plain)) > 5 else 1 if min(len(each), len(plain)) > 3 else 0
-        if abs(len(each) - len(plain)) <= most and _slips(plain, each) <= most:
-            return each
-    return ""
+        if abs(len(each) - len(plain)) <= most and (slips := _slips(plain, each)) <= most:
+            near[each] = slips
+    return min(near, key=near.__getitem__, default="")
 
 
 def _slips(one: str, other: str) -> int:

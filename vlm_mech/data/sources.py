@@ -7,9 +7,10 @@ from typing import Literal
 
 from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.hub import holds_classes, hub_data, is_of_hub
+from vlm_mech.data.json_lines import read_rows
 from vlm_mech.data.readers.format import ReaderOptions
 from vlm_mech.data.readers.registry import Source, find_source, formats, is_file, known_in, named, near_misses
-from vlm_mech.data.user_files import Rows, read_rows
+from vlm_mech.data.user_files import Rows, with_own_ids
 from vlm_mech.errors import UsageError
 
 Holds = Literal["pairs", "items"]
@@ -31,7 +32,7 @@ MOST = 8
 
 @dataclass(frozen=True)
 class Found:
-    """What a name means: what it holds, what it is called, its rows, and the folder from which they name pictures."""
+    """What a name means: what it holds and is called, how it is read, and the folder from which pictures are named."""
 
     holds: Holds
     kind: str
@@ -41,7 +42,15 @@ class Found:
     place: str
     """What errors call it."""
     folder: Path
-    rows: Callable[[ReaderOptions], Rows]
+    read: Callable[[ReaderOptions], Rows]
+
+    def rows(self, options: ReaderOptions) -> Rows:
+        """Its rows; of those with one id, where ids are known, the first.
+
+        Raises:
+            UsageError: it cannot be read, or more than half of the rows have the id of another.
+        """
+        return with_own_ids(self.read(options), self.place)
 
     @property
     def is_own(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_mech.data.readers.llava import Entry, read_entries
 from vlm_mech.data.readers.registry import find_source, is_file
-from vlm_mech.data.user_files import Refused
+from vlm_mech.data.user_files import Refused, fewer_than_asked
 from vlm_mech.errors import UsageError
 
 MOST = 8
@@ -27,8 +27,11 @@ def entries(source: str | Path) -> Iterator[Entry | Refused]:
     return read_entries(found.tables)
 
 
-def describe_text(source: str | Path) -> list[str]:
+def describe_text(source: str | Path, *, asked: int | None = None) -> list[str]:
     """What training text holds, in lines, read once from end to end; numbers alone are kept of each entry.
+
+    Args:
+        asked: entries that are asked for; where there are fewer, that is told.
 
     Raises:
         UsageError: see `entries`.
@@ -54,8 +57,9 @@ def describe_text(source: str | Path) -> list[str]:
         f"turns: {said.total()} ({_counted(said.most_common())})",
         f"turns in an entry: {_counted(sorted(turns.items()))}",
         f"about left and right (--sides): {sides.total()}, {sides[True]} of them with a picture",
+        *(f"note: {note}" for note in fewer_than_asked(asked, n, n + n_refused)),
         f"cannot be used: {n_refused}",
-        *(f"  {each.id}: {each.reason}" for each in refused),
+        *(f"  {each.told}" for each in refused),
         *more,
     ]
 

@@ -1,4 +1,4 @@
-"""Files of the user's own: rows of a file of JSON lines, cells of a csv, and which rows are used.
+"""Rows of the user's own, cells of a csv, and which rows are used.
 
 Text is UTF-8, with or without a byte order mark. What cannot be used is told with the reason, never left out in
 silence.
@@ -7,8 +7,8 @@ silence.
 import csv
 import dataclasses
 import io
-import json
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -34,6 +34,17 @@ class Refused:
         object.__setattr__(self, "id", shortened(self.id, MOST_OF_ID))
         object.__setattr__(self, "reason", shortened(self.reason, MOST_TOLD - len(self.id) - len(": ")))
 
+    @property
+    def told(self) -> str:
+        """Both in one text."""
+        return with_reason(self.id, self.reason)
+
+
+def with_reason(name: str, reason: str) -> str:
+    """What cannot be used and why, the name once where the reason begins with it, as in `item 7: it shows no image`."""
+    begins = re.match(rf"(?:[^\s'\"]+ )?(?:line|row|item|pair) {re.escape(name)}(?=[: ])", reason)
+    return reason if begins else f"{name}: {reason}"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,6 +59,25 @@ class Row:
     def place(self) -> str:
         """Where it stands, for errors: its line unless something else is told."""
         return self.where or f"line {self.line}"
+
+
+class Later(Sequence[Row]):
+    """Rows whose ids and places are known; fields are fetched each time one is asked for.
+
+    Args:
+        heads: the rows without their fields.
+        fields_of: fetches these of a row.
+    """
+
+    def __init__(self, heads: Sequence[Row], fields_of: Callable[[Row], dict[str, Any]]) -> None:
+        self.heads, self.fields_of = heads, fields_of
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __getitem__(self, at: Any) -> Any:
+        head = self.heads[at]
+        return dataclasses.replace(head, fields=self.fields_of(head))
 
 
 @dataclass(frozen=True)
@@ -85,87 +115,6 @@ def check_count(n: object, name: str, of: str) -> None:
         raise UsageError(f"{name} is {n!r:.60}; a whole number is needed")
     if n < 1:
         raise UsageError(f"{name} is {n}; at least one {of} is needed")
-
-
-def read_rows(path: Path, what: str) -> Rows:
-    """Every object of a file that holds one a line; empty lines do not count.
-
-    Lines end at a line feed alone, which a carriage return may precede: other signs that end lines, such as U+2028, may
-    stand within a JSON text.
-
-    Args:
-        what: what the file is called where it cannot be read.
-
-    Raises:
-        UsageError: the file cannot be read, or is empty.
-    """
-    try:
-        with opened_text(path) as file:
-            content = file.read()
-    except (OSError, UsageError) as error:
-        raise UsageError(f"{what} {str(path)!r} cannot be read: {error}") from error
-    if not content.strip():
-        raise UsageError(f"{what} {str(path)!r} is empty")
-    rows: list[Row] = []
-    refused: dict[int, Refused] = {}
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_row(number, line))
-        except UsageError as error:
-            refused[number] = Refused(str(number), f"line {number} {error}")
-    return Rows(_named_apart(rows), refused)
-
-
-def _named_apart(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows; one that is called by its number, which another gives as its id, is called `line 2` instead."""
-    given = {row.id for row in rows if row.fields.get("id") is not None}
-    return tuple(
-        dataclasses.replace(row, id=f"line {row.line}") if row.id in given and row.fields.get("id") is None else row
-        for row in rows
-    )
-
-
-def object_of(line: bytes) -> dict[str, Any]:
-    """The object that a line of JSON lines holds.
-
-    Raises:
-        UsageError: it is not UTF-8, not JSON, no object, or one that names a field twice.
-    """
-    try:
-        fields = json.loads(line.decode(), object_pairs_hook=once)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"is not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UsageError(f"is a {type(fields).__name__}; an object is needed")
-    if isinstance(fields, Twice):
-        raise UsageError(fields.told)
-    return fields
-
-
-class Twice(dict[str, Any]):
-    """An object of JSON that names a field twice, of which JSON keeps the last alone."""
-
-    told = ""
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these fields; a `Twice` where one is named twice."""
-    fields = dict(pairs)
-    if len(fields) == len(pairs):
-        return fields
-    names = [name for name, _ in pairs]
-    odd = Twice(fields)
-    odd.told = f"names {next(name for name in names if names.count(name) > 1)!r:.60} twice"
-    return odd
-
-
-def _row(number: int, line: bytes) -> Row:
-    fields = object_of(line)
-    return Row(number, id_of(fields, number), fields)
 
 
 def id_of(fields: Mapping[str, Any], number: int) -> str:
@@ -235,6 +184,38 @@ def read_told(path: Path, what: str, columns: str, *, key: Callable[[str], str] 
     return found
 
 
+def with_own_ids(found: Rows, name: str) -> Rows:
+    """The rows, of those with one id the first; the later ones are refused.
+
+    What rows are called that are not there yet (a stream, a table in memory) is not known: they stay as they are.
+
+    Args:
+        name: what the source is called, for the error.
+
+    Raises:
+        UsageError: more than half of the rows have the id of another.
+    """
+    if not isinstance(found.rows, tuple | Later):
+        return found
+    heads = found.rows.heads if isinstance(found.rows, Later) else found.rows
+    first, refused = dict[str, Row](), dict[int, Refused]()
+    for head in heads:
+        if (other := first.setdefault(head.id, head)) is not head:
+            refused[head.line] = Refused(head.id, same_id(head, other.place))
+    if len(refused) > len(first):
+        raise UsageError(
+            f"more than half of the rows of {name!r} have the id of another, as {next(iter(refused.values())).reason}"
+        )
+    kept = tuple(first.values())
+    rows = Later(kept, found.rows.fields_of) if isinstance(found.rows, Later) else kept
+    return dataclasses.replace(found, rows=rows, refused=found.refused | refused)
+
+
+def same_id(row: Row, place: str) -> str:
+    """What is wrong with a row whose id another one has already, which stands at that place."""
+    return f"{row.place}: its id {row.id!r:.60} is that of {place}; each needs one of its own, or none"
+
+
 def draw(found: Rows, n: int | None, seed: int, use: Callable[[Row], UsedT]) -> Drawn[UsedT]:
     """What `use` makes of n rows drawn with the seed, of all where n is None.
 
@@ -251,7 +232,21 @@ def draw(found: Rows, n: int | None, seed: int, use: Callable[[Row], UsedT]) -> 
         if len(used) == n:
             break
     kept = tuple(used[line] for line in sorted(used)), tuple(refused[line] for line in sorted(refused))
-    return Drawn(*kept, _told(found, len(used), n, seed), found.notes)
+    notes = (*found.notes, *fewer_than_asked(n, len(used), len(used) + len(refused)))
+    return Drawn(*kept, _told(found, len(used), n, seed), notes)
+
+
+def fewer_than_asked(n: int | None, n_used: int, n_held: int, of: str = "") -> tuple[str, ...]:
+    """A note where a source holds, or can use, fewer examples than were asked for; n is None where all were.
+
+    Args:
+        n_used: of those that it holds.
+        of: what they are called, where it is not plain.
+    """
+    if n is None or n_used >= n:
+        return ()
+    usable = "" if n_used == n_held else f", {n_used} of which can be used"
+    return (f"asked for {n}{of and f' {of}'}, the source holds {n_held}{usable}",)
 
 
 def _in_order(rows: Sequence[Row] | Iterator[Row], n: int | None, seed: int) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.pairs import Pairs, load_pairs
+from vlm_mech.data.user_files import fewer_than_asked
 
 
 def sets_in(pairs: Iterable[Pair]) -> tuple[tuple[tuple[Pair, ...], ...], int]:
@@ -50,7 +51,8 @@ def load_sets(name: str, *, n: int | None, seed: int, **options: Any) -> Pairs:
     if not sets:
         return pairs
     if n >= len(sets):
-        return every
+        told = fewer_than_asked(n, len(sets), len(sets), "whole sets")
+        return dataclasses.replace(every, notes=(*every.notes, *told))
     chosen = {pair.id for some in random.Random(seed).sample(sets, n) for pair in some}
     kept = tuple(pair for pair in every if pair.id in chosen)
     return dataclasses.replace(every, pairs=kept, drawn=f"{n} of {len(sets)} whole sets, drawn with seed {seed}")

@@ -176,7 +176,9 @@ def _opened(source: Path | io.BytesIO, name: str) -> Image.Image:
     except UsageError:
         raise
     except UnidentifiedImageError as error:
-        raise UsageError(f"{name} cannot be read: it is in no format that Pillow knows") from error
+        empty = isinstance(source, Path) and not source.stat().st_size
+        told = "it is empty" if empty else "it is in no format that Pillow knows"
+        raise UsageError(f"{name} cannot be read: {told}") from error
     except UNREADABLE as error:
         raise UsageError(f"{name} cannot be read: {error}") from error
 
@@ -194,7 +196,11 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F" or (image.mode.startswith("I") and max(image.getextrema()) > 255):  # pyright: ignore
         values = f"{image.mode} values from {image.getextrema()[0]:g} to {image.getextrema()[1]:g}"
         raise UsageError(f"{name} has {values}; 8 bits (0 to 255) are needed")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "P":
+        # Pillow warns of a palette whose transparency is dropped.
+        upright.info.pop("transparency", None)
+    return upright.convert("RGB")
 
 
 def _fetch(address: str) -> Image.Image:
@@ -202,7 +208,7 @@ def _fetch(address: str) -> Image.Image:
 
     try:
         return fetch(address, timeout=30).convert("RGB")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of requests or of httpx, whichever transformers fetches with
         raise UsageError(f"image {shortened(repr(address), 80)} cannot be fetched: {error}") from error
 
 

@@ -151,7 +151,7 @@ def _carried_out(
             work.withdraw()
             raise
         seconds = time.time() - started
-        provenance = provenance_of(outcome.result, config, seconds, list(outcome.figures)) | {"made_of": made_of}
+        provenance = provenance_of(outcome, config, seconds) | {"made_of": made_of}
         result = _finished(work, config, outcome, provenance, name)
     _announce(result, folder, seconds)
 
@@ -192,6 +192,7 @@ def _announce(result: "Result", folder: Path, seconds: float) -> None:
     shown = table.to_string(max_cols=14, max_rows=20, float_format=lambda value: f"{value:.2f}", na_rep="-")
     print("no example has a value" if table.empty else shown)
     print("\n".join(["", *(f"- {finding}" for finding in result.findings)]))
-    more = f"; {', '.join(each.name for each in others)} in summary.csv" if others else ""
-    print(f"\n{len(result.table)} rows in {seconds:.1f} s -> {folder}{more}")
+    more = [f"{', '.join(each.name for each in others)} in summary.csv"] if others else []
+    more += [f"{name}.csv" for name in result.provenance.get("tables", [])]
+    print("; ".join([f"\n{len(result.table)} rows in {seconds:.1f} s -> {folder}", *more]))
     print(f"report: {(folder / 'report.html').resolve()}")

@@ -1,7 +1,10 @@
 """What every experiment hands back to the run contract."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vlm_mech.runs.workspace import OWN_FILES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,8 +17,11 @@ if TYPE_CHECKING:
 class Outcome:
     """What an experiment hands back: its result, figures by name, and pictures to show with captions.
 
-    `links` are other reports by what is said of them, `tables` more tables by the name of their csv. `said` are
-    examples of generated answers, a row each, which the report shows.
+    `links` are other reports by what is said of them, `tables` more tables by the name of their csv, which the run's
+    folder and its report have. `said` are examples of generated answers, a row each, which the report shows.
+
+    Raises:
+        ValueError: a table whose csv would be a file of the run itself, or lie in another folder.
     """
 
     result: "Result"
@@ -24,3 +30,8 @@ class Outcome:
     links: dict[str, str] = field(default_factory=dict)
     tables: "dict[str, pd.DataFrame]" = field(default_factory=dict)
     said: "pd.DataFrame | None" = None
+
+    def __post_init__(self) -> None:
+        for name in self.tables:
+            if Path(name).name != name or f"{name}.csv" in OWN_FILES:
+                raise ValueError(f"a table called {name!r} has no place of its own among the files of a run")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.outcome import Outcome
 
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
-    from vlm_mech.results.result import Result
 
 REASONS = 3
 """How many of the examples that could not be used are told with the findings."""
@@ -65,7 +65,9 @@ def left_out(provenance: dict[str, Any]) -> tuple[str, ...]:
     refused = provenance.get("refused", [])
     if not refused:
         return ()
-    reasons = [f"{each['id']}: {each['reason']}" for each in refused[:REASONS]]
+    from vlm_mech.data.user_files import with_reason
+
+    reasons = [with_reason(each["id"], each["reason"]) for each in refused[:REASONS]]
     rest = [f"{len(refused) - REASONS} more in provenance.json"] if len(refused) > REASONS else []
     count = f"{len(refused)} example{'s' if len(refused) > 1 else ''}"
     return (f"{count} could not be used: {'; '.join([*reasons, *rest])}.",)
@@ -76,14 +78,14 @@ def remarks_on(data: dict[str, Any]) -> tuple[str, ...]:
     return tuple(f"{data.get('name')}: {note}." for note in data.get("notes", ()))
 
 
-def provenance_of(result: "Result", config: RunConfig, seconds: float, figures: list[str]) -> dict[str, Any]:
+def provenance_of(outcome: Outcome, config: RunConfig, seconds: float) -> dict[str, Any]:
     """What a result says of where it comes from, with versions, commit, options and time of its run."""
     packages = ("vlm_mech", "torch", "transformers", "nnsight", "numpy", "pandas", "plotly")
     versions = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return result.provenance | {
+    return outcome.result.provenance | {
         "versions": versions,
         "commit": _commit(Path(__file__).parents[2]),
         "seed": config.seed,
@@ -93,7 +95,8 @@ def provenance_of(result: "Result", config: RunConfig, seconds: float, figures: 
         "seconds": round(seconds, 2),
         "resumed": config.resume,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "figures": figures,
+        "figures": list(outcome.figures),
+        "tables": list(outcome.tables),
     }
 
 

@@ -23,10 +23,8 @@ PARTIAL = "partial"
 """Sub-folder with the batches of an unfinished run; it is gone when the run is complete."""
 STARTED = ".started"
 """Ending of the marks of the runs that were begun within a run."""
-MORE_FILES = ("wordings.csv",)
-"""What some runs leave besides."""
 OWN_FILES = ("report.html", "summary.csv", "config.json", "provenance.json", "result.json", "result.parquet")
-"""What a run leaves beside its figures, in the order in which it is put in place."""
+"""What a run leaves beside its figures and further tables, in the order in which it is put in place."""
 
 
 @dataclass(frozen=True)
@@ -158,13 +156,13 @@ class Workspace:
         A kill in between can be resumed, because the batches go last.
         """
         made = self.partial / "finished"
-        _clear(self.folder, kept=[each["folder"] for each in _json(made / "provenance.json").get("wordings", [])])
+        told = _json(made / "provenance.json")
+        _clear(self.folder, _record(self.folder), kept=[each["folder"] for each in told.get("wordings", [])])
         for path in sorted((made / "figures").glob("*")):
             (self.folder / "figures").mkdir(exist_ok=True)
             os.replace(path, self.folder / "figures" / path.name)
-        for name in (*MORE_FILES, *OWN_FILES):
-            if name in OWN_FILES or (made / name).exists():
-                os.replace(made / name, self.folder / name)
+        for name in (*(f"{each}.csv" for each in told.get("tables", [])), *OWN_FILES):
+            os.replace(made / name, self.folder / name)
         shutil.rmtree(self.partial)
 
     def withdraw(self) -> None:
@@ -207,6 +205,9 @@ def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bo
             )
         if not _holds_run(folder):
             raise UsageError(f"folder {str(folder)!r} holds files but no run of ours; --overwrite replaces runs only")
+        if not _record(folder):
+            # What a kill put in place of a run that was about to be complete.
+            _clear(folder, _record(work.partial / "finished"))
         shutil.rmtree(work.partial, ignore_errors=True)
     made = tuple(each for each in (folder, *folder.parents) if not each.exists())
     try:
@@ -277,22 +278,23 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _clear(folder: Path, *, kept: Sequence[str] = ()) -> None:
+def _clear(folder: Path, record: dict[str, Any], *, kept: Sequence[str] = ()) -> None:
     """Removes the finished files of an earlier run and of the runs within it, and nothing else.
 
     Args:
+        record: its provenance; empty where there was none.
         kept: runs within it that stay.
     """
-    record = _record(folder)
     for name in record.get("figures", []):
         for ending in ("html", "json"):
             (folder / "figures" / f"{Path(name).name}.{ending}").unlink(missing_ok=True)
-    for name in (*MORE_FILES, *OWN_FILES) if record else ():
+    tables = (f"{Path(name).name}.csv" for name in record.get("tables", []))
+    for name in (*tables, *OWN_FILES) if record else ():
         (folder / name).unlink(missing_ok=True)
     for each in record.get("wordings", []):
         part = folder / Path(each["folder"]).name
         if part.name not in kept:
-            _clear(part)
+            _clear(part, _record(part))
             for left in (part / "figures", part):
                 with contextlib.suppress(OSError):  # something else is in it, or it is gone
                     left.rmdir()

@@ -79,9 +79,6 @@ def test_what_is_no_item_is_refused_with_its_reason(tmp_path):
     assert [item.id for item in items] == ["a"] and [each.id for each in items.refused] == list("bcdefghijk")
     for refused, (_, said) in zip(items.refused, bad, strict=True):
         assert said in refused.reason
-    write_lines(tmp_path / "items.jsonl", [good, good])
-    with pytest.raises(UsageError, match="item id 'a' occurs twice in '.*items.jsonl'"):
-        load_items(tmp_path)
     write_lines(tmp_path / "items.jsonl", [row for row, _ in bad])
     with pytest.raises(UsageError, match="holds no usable item; the first was refused because item b: answer 'green'"):
         load_items(tmp_path)

@@ -79,8 +79,11 @@ def test_what_it_holds_is_counted(made, capsys):
         "cannot be used: 4",
     ]
     assert describe_text(f"llava:{made}")[: len(expected)] == expected
-    assert command(layer_swap, "--describe", "--data", f"llava:{made}") == 0
-    assert "format llava (llava.json)\nentries of training text: 4\n" in capsys.readouterr().out
+    assert command(layer_swap, "--describe", "--data", f"llava:{made}", "--n", "4") == 0
+    said = capsys.readouterr().out
+    assert "format llava (llava.json)\nentries of training text: 4\n" in said and "asked for" not in said
+    assert command(layer_swap, "--describe", "--data", f"llava:{made}", "--n", "9") == 0
+    assert "\nnote: asked for 9, the source holds 8, 4 of which can be used\n" in capsys.readouterr().out
     rows = [entry for entry in ENTRIES if not isinstance(entry, str)]
     lines = write_lines(made / "lines" / "llava.jsonl", rows)
     with lines.open("a") as file:

@@ -13,10 +13,13 @@ from tests.data.readers.test_items import pope
 from tests.helpers import command
 from vlm_mech.data.description import describe
 from vlm_mech.data.items import Items, load_items
+from vlm_mech.data.pair_folder import pair_fields
 from vlm_mech.data.pairs import Pairs, load_pairs
 from vlm_mech.data.readers.lettered import parted
 from vlm_mech.data.readers.tables import files_in
+from vlm_mech.data.user_files import with_reason
 from vlm_mech.errors import UsageError
+from vlm_mech.runs.provenance import left_out, remarks
 
 ROWS = [
     (1, "Is it open?", "(a) Open (b) Closed", "(a)"), (2, "Is it open?", "(a) Open (b) Closed", "(b)"),
@@ -169,7 +172,8 @@ def test_a_corrupt_parquet_is_one_line(tmp_path, capsys):
         path.write_bytes(cut)
         assert command(layer_swap, "--describe", "--data", f"vlmbias:{tmp_path}") == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "main.parquet" in error and "cannot be read" in error, error
+        assert error.count("\n") == 1 and "main.parquet" in error, error
+        assert "is not read: " in error or "cannot be read: " in error, error
 
 
 def test_what_is_neither_file_nor_folder_is_one_line(tmp_path, capsys):
@@ -299,14 +303,39 @@ def test_ids_that_are_none_are_refused_and_whole_numbers_are_whole():
     ]
 
 
-def test_ids_that_occur_twice_say_where(folder):
-    write_lines(folder / "pairs.jsonl", [BOTH | {"id": 7}, BOTH, BOTH | {"id": "7"}])
-    with pytest.raises(UsageError, match="pair id '7' occurs twice in .*pairs.jsonl': line 1 and line 3"):
-        load_pairs(folder)
+def test_of_rows_with_one_id_the_later_ones_are_counted_out(folder):
+    """Whichever is drawn; what methods read of a pair is of the row that is used."""
+    write_lines(folder / "pairs.jsonl", [BOTH | {"id": 7, "object": 1}, BOTH, BOTH | {"id": "7", "object": 2}])
+    for n, seed in ((None, 0), *((2, seed) for seed in range(6))):
+        pairs = load_pairs(folder, n=n, seed=seed)
+        assert [pair.id for pair in pairs] == ["7", "2"]
+        told = "7: line 3: its id '7' is that of line 1; each needs one of its own, or none"
+        assert [each.told for each in pairs.refused] == [told]
+    assert pair_fields(folder)["7"]["object"] == 1
     row = {"image": "../1.png", "text": "q", "label": "yes", "question_id": 3}
     write_lines(folder / "a" / "coco_pope_random.json", [row, row | {"question_id": 3.0}])
-    with pytest.raises(UsageError, match="item id '3' occurs twice .*coco_pope_random.json row 1 and .* row 2"):
-        load_items(f"pope:{folder / 'a'}")
+    items = load_items(f"pope:{folder / 'a'}")
+    said = "coco_pope_random.json row 2: its id '3' is that of coco_pope_random.json row 1"
+    assert len(items) == 1 and items.refused[0].reason.startswith(said)
+    write_lines(folder / "b" / "coco_pope_random.json", [row] * 3)
+    with pytest.raises(UsageError, match="more than half of the rows of .* have the id of another, as .*row 2: its id"):
+        load_items(f"pope:{folder / 'b'}")
+
+
+def test_a_source_that_holds_fewer_than_asked_for_says_so(folder, capsys):
+    rows = [ASK | {"image": f"{number}.png"} for number in (1, 2)]
+    write_lines(folder / "i" / "items.jsonl", [row | {"image": f"../{row['image']}"} for row in rows])
+    note = "asked for 5, the source holds 2"
+    assert load_items(folder / "i", n=5).notes == (note,) and load_items(folder / "i", n=2).notes == ()
+    assert command(layer_swap, "--describe", "--data", folder / "i", "--n", "5") == 0
+    assert f"note: {note}" in capsys.readouterr().out
+    told = {"data": load_items(folder / "i", n=5).described}
+    assert told["data"]["notes"] == [note] and remarks(told) == (f"{folder / 'i'}: {note}.",)
+    write_lines(folder / "pairs.jsonl", [BOTH, BOTH | {"question": ""}, BOTH | {"question": "other"}])
+    assert load_pairs(folder, n=3).notes == ("asked for 3, the source holds 3, 2 of which can be used",)
+    assert load_pairs(folder, n=2).notes == ()
+    stream = ({"image": held(number)} | ASK for number in range(4))
+    assert Items.from_rows(stream, n=9).notes == ("asked for 9, the source holds 4",)
 
 
 @pytest.mark.usefixtures("untyped")
@@ -317,12 +346,44 @@ def test_fields_that_are_misspelt_are_told():
         "field 'optoins' of 1 row is not read; options is meant, if it is misspelt",
         "field 'Options' of 1 row is not read; options is meant, if it is misspelt",
     )
-    with pytest.raises(UsageError, match="answer is None"):
+    with pytest.raises(UsageError, match="answer is None.*; field 'anwser' of 1 row is not read; answer is meant"):
         Items.from_rows([{"image": held(1), "question": "q", "anwser": "a"}])
+    with pytest.raises(UsageError, match="field 'imges' of 2 rows is not read; images is meant"):
+        Items.from_rows([{"imges": [held(1)], "question": "q", "answer": "a"}] * 2)
     rows = [BOTH | {"image": held(1), "counterfactual_image": held(2), "counterfactual answer": "x", "catgory": "y"}]
     assert Pairs.from_rows(rows).notes == (
         "field 'catgory' of 1 row is not read; category is meant, if it is misspelt",
     )
+
+
+def test_fields_of_pairs_are_told_where_items_are_read(folder):
+    write_lines(folder / "items.jsonl", [{"image": "3.png"} | ASK, BOTH | {"question": "other"}, BOTH])
+    assert load_items(folder).notes == (
+        "field 'counterfactual_image' of 2 rows is not read; it is a field of pairs, which pairs.jsonl holds",
+        "field 'counterfactual_answer' of 2 rows is not read; it is a field of pairs, which pairs.jsonl holds",
+    )
+
+
+def test_what_cannot_be_used_is_named_once(folder):
+    """By its line or its id, whichever the reason begins with."""
+    odd = [{"answer": "none"}, {"question": ""}, {"id": "a", "answer": "none"}, {"id": "b", "question": ""}]
+    rows = [{"image": "1.png"} | ASK | {"options": ["red", "blue"]} | each for each in ({}, *odd)]
+    write_lines(folder / "items.jsonl", rows)
+    items = load_items(folder)
+    told = [
+        "item 2: answer 'none' is none",
+        "line 3: question is ''",
+        "item a: answer 'none' is none",
+        "b: line 5: question is ''",
+    ]
+    for each, said in zip(items.refused, told, strict=True):
+        assert each.told.startswith(said)
+    (said,) = left_out({"refused": [vars(each) for each in items.refused]})
+    assert all(f"{each}" in said for each in told[:3]) and "2: item 2" not in said
+    assert f"\n  {told[0]}" in describe(str(folder), n=None, seed=0)
+    assert with_reason("1", "image 'a/row 1.png' does not exist") == "1: image 'a/row 1.png' does not exist"
+    assert with_reason("3", "x.jsonl row 3: label is 4") == "x.jsonl row 3: label is 4"
+    assert with_reason("3", "line 33: label is 4") == "3: line 33: label is 4"
 
 
 def test_what_is_there_twice_is_told_and_chance_says_what_has_no_options(folder):

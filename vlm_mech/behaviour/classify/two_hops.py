@@ -18,10 +18,11 @@ from vlm_mech.behaviour.answering.prompts import Style
 from vlm_mech.behaviour.classify.table import GENERATION, MEAN, NO_ORDER, OPEN, Cell, best, rows
 from vlm_mech.data.image_classes import Labelled, check_names
 from vlm_mech.data.items import load_items
+from vlm_mech.data.json_lines import read_rows
 from vlm_mech.data.reading import ALPHABET, mentions, read_answer
 from vlm_mech.data.render import render
 from vlm_mech.data.scene_questions import facts, questions
-from vlm_mech.data.user_files import Refused, Row, draw, read_rows
+from vlm_mech.data.user_files import Refused, Row, draw
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike, image_named, load_image
 from vlm_mech.inputs.wording import BARE, Wording

@@ -10,6 +10,7 @@ from jaxtyping import Bool
 
 from vlm_mech.data.counterfactual_scenes import sample_pairs
 from vlm_mech.data.export.writing import save
+from vlm_mech.data.masks import coco_masks
 from vlm_mech.data.render import masks
 from vlm_mech.data.scenes import PARTS, Scene
 
@@ -26,7 +27,12 @@ def part_scenes(n: int, seed: int) -> Iterator[tuple[Scene, str, Mask, dict[str,
 
 
 def paco(folder: Path, n: int, seed: int) -> None:
-    """Run lengths as in COCO's JSON; masks of every second object are not compressed."""
+    """Run lengths as in COCO's JSON; masks of every second object are not compressed.
+
+    Raises:
+        UsageError: what codes them is not installed; nothing is written then.
+    """
+    coco_masks()
     names = [*PARTS, *(f"{kind}:{part}" for kind, parts in PARTS.items() for part in parts)]
     kinds = [
         {"id": at, "name": name, "supercategory": "PART" if ":" in name else "OBJECT"}
@@ -55,10 +61,8 @@ def _box(mask: Mask) -> list[int]:
 
 def _run_lengths(mask: Mask, *, packed: bool) -> dict[str, Any]:
     """Lengths of runs off and on in turn, down the columns."""
-    from pycocotools import mask as coco
-
     if packed:
-        made = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        made = coco_masks().encode(np.asfortranarray(mask.astype(np.uint8)))
         return {"size": [int(each) for each in made["size"]], "counts": made["counts"].decode()}
     flat = np.concatenate([[False], mask.ravel(order="F")])
     turns = np.flatnonzero(np.diff(flat))

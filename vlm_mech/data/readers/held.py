@@ -120,7 +120,12 @@ def records(path: Path, delimiter: str, *, start: int = 0) -> Iterator[tuple[int
         except UnicodeDecodeError as error:
             raise UsageError(f"file {str(path)!r} cannot be read after byte {begins}: {not_utf8(error)}") from error
         except (OSError, ValueError, csv.Error) as error:
-            raise UsageError(f"file {str(path)!r} cannot be read after byte {begins}: {error}") from error
+            told = (
+                "its lines end in carriage returns alone; save it with line feeds"
+                if "new-line" in str(error)
+                else error
+            )
+            raise UsageError(f"file {str(path)!r} cannot be read after byte {begins}: {told}") from error
         finally:
             csv.field_size_limit(usual)
         if row:

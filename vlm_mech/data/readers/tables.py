@@ -6,18 +6,20 @@ needed (`Held`), so that a table of many gigabytes takes no more memory than its
 
 import io
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_mech.data.json_lines import Twice, lines_of, object_of, once
 from vlm_mech.data.readers.format import Table
 from vlm_mech.data.readers.held import HeldCell, records
 from vlm_mech.data.readers.hub_rows import hub_rows
 from vlm_mech.data.readers.parquet import parquet_columns, parquet_first, parquet_rows
 from vlm_mech.data.readers.streamed import is_list, listed
 from vlm_mech.data.text_files import opened_text
-from vlm_mech.data.user_files import Refused, Row, Twice, object_of, once, read_rows
+from vlm_mech.data.user_files import Refused, Row
 from vlm_mech.errors import UsageError
 
 KINDS = {".csv": ",", ".tsv": "\t", ".json": "", ".jsonl": "", ".parquet": ""}
@@ -57,7 +59,8 @@ def files_in(path: Path, *, depth: int = DEPTH) -> tuple[tuple[Table, ...], dict
             table = _table(each, root) if kind_of(each) in KINDS or each.is_dir() else None
             tables += [] if table is None else [table]
         except (OSError, UsageError, RecursionError) as error:
-            unread[each.relative_to(root).as_posix()] = str(error)
+            told = re.sub(rf"file {re.escape(repr(str(each)))} cannot be read(?:: | (?=after))", "", str(error))
+            unread[each.relative_to(root).as_posix()] = told
     return tuple(tables), unread
 
 
@@ -99,6 +102,8 @@ def _table(path: Path, root: Path) -> Table | None:
     if kind in (".csv", ".tsv"):
         head = list(itertools.islice(records(path, KINDS[kind]), 2))
         columns = _unlike([cell.strip() for cell in head[0][1]]) if head else ()
+        if len(columns) == 1 and (other := next((each for each in ";\t," if each in columns[0]), "")):
+            raise UsageError(f"its first line is parted by {other!r}; cells of a {kind} are parted by {KINDS[kind]!r}")
         return Table(path, root, columns, dict(zip(columns, head[1][1], strict=False)) if head[1:] else {})
     with opened_text(path) as file:
         first = _first(file, kind)
@@ -175,9 +180,7 @@ def _json(table: Table) -> Iterator[Row | Refused]:
                 return
     except (OSError, UsageError) as error:
         raise UsageError(f"file {str(path)!r} cannot be read: {error}") from error
-    found = read_rows(path, "file")
-    rows: dict[int, Row | Refused] = {**{row.line: row for row in found.rows}, **found.refused}
-    for line, each in sorted(rows.items(), key=lambda pair: pair[0]):
+    for line, _, each in lines_of(path, "file"):
         yield Row(line, each.id, each.fields, _place(table, line)) if isinstance(each, Row) else each
 
 
