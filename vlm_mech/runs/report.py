@@ -116,9 +116,9 @@ def _number(value: float) -> str:
 
 def _table(table: pd.DataFrame, *, style: str = "numbers") -> str:
     """The table without columns in which nothing stands."""
-    held = [name for name in table if not table[name].isin(["", "-", MISSING]).all() and table[name].notna().any()]
-    table = table[held] if held else table
-    return f"<div class='scroll'>{table.to_html(index=False, border=0, escape=True, classes=style)}</div>"
+    held = (table.notna() & ~table.isin(["", "-", MISSING])).any()
+    shown = table.loc[:, held] if held.any() else table
+    return f"<div class='scroll'>{shown.to_html(index=False, border=0, escape=True, classes=style)}</div>"
 
 
 def _metrics(result: Result) -> str:
