@@ -208,7 +208,7 @@ def _moved(asked: _Question, answered: _Answered, row: int, what: str) -> Findin
     moved = answered.change[row].max().item()
     detail = f"{what} moved by {moved:.3g}"
     if asked.moves:
-        least = max(16 * answered.rounding.max().item(), answered.eps * answered.scale)
+        least = max(16 * answered.rounding.max().item(), torch.finfo(torch.float32).eps * answered.scale)
         return Finding(asked.name, moved > least, f"{detail}, more than {least:.3g} asked")
     # The same states in another memory layout may take another kernel, which rounds otherwise.
     limit = 16 * answered.eps * answered.scale

@@ -15,7 +15,8 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.errors import WorkError
 from vlm_mech.inputs.prompt import Prompt
-from vlm_mech.interventions.trace import read, run
+from vlm_mech.interventions.plan import Plan
+from vlm_mech.interventions.trace import carry_out
 
 ROUNDING = 256
 """Multiples of the data type's precision by which two ways to the same logits may differ, relative to the largest."""
@@ -53,9 +54,9 @@ def readout_of(vlm: TracedModel, prompt: Prompt) -> Readout:
         WorkError: neither a plain head, nor one with the configured soft cap or a factor, gives them.
     """
     last = Site("llm.resid_post", vlm.n_layers("llm") - 1)
-    encoded = vlm.encode(prompt)
-    hidden = read(vlm, encoded, last)[last][0, -N_POSITIONS:]
-    expected = run(vlm, encoded).logits[0, -N_POSITIONS:].float()
+    states, logits, _ = carry_out(vlm, vlm.encode([prompt]), Plan({}, {}), (last,))
+    assert logits is not None, "the pass runs to its end"
+    hidden, expected = states[last][0, -N_POSITIONS:], logits[0, -N_POSITIONS:].float()
     limit = ROUNDING * torch.finfo(vlm.dtype).eps * max(1.0, expected.abs().max().item())
     with torch.no_grad():
         configured, factor = _candidates(vlm, hidden, expected)

@@ -167,6 +167,14 @@ def check_n(n: int | None, fewest: int) -> None:
         raise UsageError(f"--n is {n}; at least {fewest} examples are needed")
 
 
+def check_numbers(config: RunConfig) -> None:
+    """Raises `UsageError` for a seed or a number of examples at a time that cannot be."""
+    if config.seed < 0:
+        raise UsageError(f"--seed is {config.seed}; a number from 0 on is needed")
+    if (batch := getattr(config, "batch", 1)) < 1:
+        raise UsageError(f"--batch is {batch}; a number above zero is needed")
+
+
 def check_fixed(config: RunConfig) -> None:
     """Raises `UsageError` where labels are to be corrected and no data set is of an official format."""
     if not config.fix_labels:

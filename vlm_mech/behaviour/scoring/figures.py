@@ -8,9 +8,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from vlm_mech.behaviour.answering.by_category import categories, has_categories
-from vlm_mech.behaviour.scoring.comparisons import same_verdicts, verdict
+from vlm_mech.behaviour.scoring.comparisons import same_verdicts
 from vlm_mech.behaviour.scoring.measures import RANDOM, STARTS, SUBSTRING
-from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER
+from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, floor_in
+from vlm_mech.data.nouns import nouns_in
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
@@ -43,7 +44,7 @@ def accuracies(result: Result) -> "go.Figure":
     marks = {
         "own, mean of prompts": (OWN, MEAN, COLOURS[0], "circle", 0.17),
         "own, best prompt on validation": (OWN, BEST, COLOURS[1], "diamond", 0.0),
-        "another's, mean of prompts": (STRANGER, MEAN, "#777777", "circle-open", -0.17),
+        "another's, mean of prompts": (floor_in(shown), MEAN, "#777777", "circle-open", -0.17),
     }
     figure = _panels(titles.values())
     labels = _labels(result, shown)
@@ -95,7 +96,7 @@ def agreement(result: Result) -> "go.Figure":
 
 
 def _noun(result: Result) -> str:
-    return "pairs" if verdict(result) == "pair" else "items"
+    return nouns_in(result.provenance).many
 
 
 def _chance(shown: pd.DataFrame) -> str:

@@ -19,7 +19,8 @@ from vlm_mech.behaviour.scoring.measures import (
     SUBSTRING,
     TO_IMAGE,
 )
-from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER
+from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, floor_in
+from vlm_mech.data.nouns import nouns_in, nouns_of
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.whole_sets import sets_in
 from vlm_mech.results.result import Result
@@ -30,10 +31,10 @@ def findings(
     n_partial_sets: int = 0,
 ) -> tuple[str, ...]:  # fmt: skip
     """Each scoring with its interval, chance and floor; the best prompt; matching; looser rules; order; comparisons."""
-    summary = result.summary()
+    summary, nouns = result.summary(), nouns_of(pairs)
     found = [
-        f"{len(pairs)} {_noun(pairs)} of {pairs.name}. {_chance(pairs)}; ties count against the model; intervals are "
-        f"95 % bootstrap over {_noun(pairs)}."
+        f"{len(pairs)} {nouns.many} of {pairs.name}. {_chance(pairs)}; ties count against the model; intervals are "
+        f"95 % bootstrap over {nouns.many}."
     ]
     found += [*_sets(pairs, n_partial_sets), *left_out]
     if len(pairs) < 2:
@@ -50,10 +51,6 @@ def findings(
         for metric in BY_CATEGORY["metrics"]:
             found += told_by_category(table, ["model", "scoring"], metric)
     return (*found, *_comparisons(result))
-
-
-def _noun(pairs: Pairs) -> str:
-    return "items" if pairs.made else "pairs"
 
 
 def _chance(pairs: Pairs) -> str:
@@ -105,13 +102,14 @@ def _accuracy(
     one, two = (_at(summary, metric, model, scoring) for metric in ("individual", "pair"))
     if two == "none":
         return _single_accuracy(summary, model, scoring, best, n_validation)
-    floors = [_at(summary, metric, model, scoring, view=STRANGER) for metric in ("individual", "pair")]
+    others = floor_in(summary)
+    floors = [_at(summary, metric, model, scoring, view=others) for metric in ("individual", "pair")]
     text = (
         f"{one} of pictures and {two} of pairs right, mean of prompts; about another pair's pictures {floors[0]} and "
     )
     text += f"{floors[1]}."
     if (whole := _at(summary, "set", model, scoring)) != "none":
-        text += f" All pictures of a set: {whole}; of others {_at(summary, 'set', model, scoring, view=STRANGER)}."
+        text += f" All pictures of a set: {whole}; of others {_at(summary, 'set', model, scoring, view=others)}."
     if (model, scoring) in best and scoring not in (SIMILARITY, TO_IMAGE):
         chosen = [_at(summary, metric, model, scoring, prompt=BEST) for metric in ("individual", "pair")]
         text += f" With the prompt best on {n_validation} validation pairs, {best[model, scoring]!r}: "
@@ -123,7 +121,7 @@ def _single_accuracy(
     summary: pd.DataFrame, model: str, scoring: str, best: Mapping[tuple[str, str], str], n_validation: int
 ) -> str:
     """Of single items."""
-    told, floor = (_at(summary, "individual", model, scoring, view=view) for view in (OWN, STRANGER))
+    told, floor = (_at(summary, "individual", model, scoring, view=view) for view in (OWN, floor_in(summary)))
     text = f"{told} of items right, mean of prompts; about another item's picture {floor}."
     if (model, scoring) in best and scoring != SIMILARITY:
         chosen = _at(summary, "individual", model, scoring, prompt=BEST)
@@ -136,7 +134,8 @@ def _matching(result: Result, summary: pd.DataFrame, model: str, scoring: str) -
     told = _at(summary, "relaxed", model, scoring)
     if told == "none":
         return []
-    floor, strict = _at(summary, "relaxed", model, scoring, view=STRANGER), _at(summary, "pair", model, scoring)
+    floor = _at(summary, "relaxed", model, scoring, view=floor_in(summary))
+    strict = _at(summary, "pair", model, scoring)
     text = (
         f"{model}, {scoring}: {told} of pairs matched in one decision (chance 0.5; floor {floor}), for {strict} with "
     )
@@ -166,10 +165,8 @@ def _looser(summary: pd.DataFrame, model: str) -> list[str]:
     each = [f"{_at(summary, 'individual', model, scoring)} {words}" for scoring, words in names.items()]
     shown = "; ".join(one for one in each if not one.startswith("none"))
     unread = _at(summary, "unread", model, GENERATION)
-    return [
-        f"{model}: by looser rules, of the same generated answers {shown}; by whole words {told}. {unread} of answers "
-        "name no option, or several, and count as not right."
-    ]
+    named = "" if unread == "none" else f" {unread} of answers name no option, or several, and count as not right."
+    return [f"{model}: by looser rules, of the same generated answers {shown}; by whole words {told}.{named}"]
 
 
 def _order(summary: pd.DataFrame, model: str) -> list[str]:
@@ -214,8 +211,8 @@ def _comparisons(result: Result) -> list[str]:
             f"{each.counts.only_other}; difference {by['mean']:+.3f} ({by['ci_low']:+.3f} to {by['ci_high']:+.3f}, "
             f"n = {by['n']}), McNemar's exact p {_p(each.counts.p_corrected)} (Holm over {len(made)})."
         )
-    what = "pair" if verdict(result) == "pair" else "item"
-    return [*found, f"the same verdict on every {what}: {'; '.join(same)}."] if same else found
+    one = nouns_in(result.provenance).one
+    return [*found, f"the same verdict on every {one}: {'; '.join(same)}."] if same else found
 
 
 def _p(value: float) -> str:
