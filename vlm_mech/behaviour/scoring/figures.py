@@ -63,8 +63,9 @@ def order_bias(result: Result) -> "go.Figure":
     """Dots with intervals: how much oftener an option is chosen when it is listed first, by scoring and prompt."""
     summary = result.summary("position_bias")
     shown = summary[(summary["n"] > 0) & (summary["view"] == OWN) & ~summary["prompt"].isin([MEAN, BEST])]
-    shown = shown.assign(scoring=shown["scoring"] + ", " + shown["prompt"])
-    shown = shown[~shown["scoring"].str.startswith((SUBSTRING, STARTS, RANDOM))]
+    shown = shown[~shown["scoring"].isin([SUBSTRING, STARTS, RANDOM])]
+    if shown["prompt"].nunique() > 1:
+        shown = shown.assign(scoring=shown["scoring"] + ", " + shown["prompt"].map(_short))
     labels, figure = _labels(result, shown), _panels([""])
     _dots(figure, shown, labels, "bias", COLOURS[0], "circle", 0.0, 1)
     figure.add_vline(x=0, line={"dash": "dot", "color": "#888888"})

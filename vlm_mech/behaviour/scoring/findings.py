@@ -248,7 +248,10 @@ def _comparisons(result: Result) -> list[str]:
 def _named(cell: Mapping[str, str]) -> str:
     """The prompt of a cell, and the order of its options where they are listed."""
     given = ", options as given" if cell["order"] == AS_GIVEN else ""
-    return f"{cell['prompt']}{given}" if cell["prompt"] == CAPTION else f"prompt {cell['prompt']!r}{given}"
+    if cell["prompt"] == CAPTION:
+        return CAPTION
+    name = " ".join(cell["prompt"].split())
+    return f"prompt {name if len(name) <= 40 else name[:37] + '...'!r}{given}"
 
 
 def _p(value: float) -> str:
