@@ -64,6 +64,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, its figures, and some pictures."""
     from vlm_mech.behaviour.answering.by_category import with_categories
     from vlm_mech.behaviour.scoring import figures, findings, steps, study
+    from vlm_mech.behaviour.scoring.comparisons import yes_no_table
     from vlm_mech.data.pairs import pictures
     from vlm_mech.results.result import Result
 
@@ -78,7 +79,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     )
     said = findings.findings(result, plan.test, best, len(plan.validation or ()), plan.left_out, plan.n_partial_sets)
     result = dataclasses.replace(result, findings=said)
-    return Outcome(result, figures.drawn(result), pictures(plan.test))
+    return Outcome(result, figures.drawn(result), pictures(plan.test), tables=yes_no_table(result, plan.test))
 
 
 if __name__ == "__main__":

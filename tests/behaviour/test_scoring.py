@@ -23,6 +23,7 @@ from vlm_mech.behaviour.classify.tuning import with_answers
 from vlm_mech.behaviour.erroneous_agreement.data import load_cases
 from vlm_mech.behaviour.scoring import comparisons, data, figures, study
 from vlm_mech.behaviour.scoring.data import own_captions
+from vlm_mech.behaviour.scoring.findings import findings
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTER_NAMES,
@@ -262,7 +263,28 @@ def says_first(vlm, prompts, **_):
     return Generation(tuple(said), torch.zeros(len(said), 1, dtype=torch.long))
 
 
-def test_taking_the_first_option_is_position_bias_and_ties_over_orders_are_wrong(vlm, monkeypatch):
+def test_what_is_put_into_a_prompt_may_hold_braces():
+    """Options and questions that look like the places of a template are text."""
+    template = Template("t", "{question} (a) {first} (b) {second}")
+    asked = template.asked("is {first} here?", ("{second}", "{question}", "third {first}"))
+    assert asked == "is {first} here? (a) {second} (b) {question} (c) third {first}"
+    assert Template("o", "{question}?").asked("{question}", ()) == "{question}?"
+
+
+def test_the_headline_says_what_it_is_the_mean_of_and_what_is_right_as_given(vlm, monkeypatch):
+    monkeypatch.setattr(study, "mean_nll", prefers_first)
+    pairs = some_pairs()
+    table = study.score_pairs(vlm, pairs, list(pairs)[::-1], [LISTED], (OPTIONS,))
+    table, best = study.finished(table, None)
+    result = Result("r", table, study.AXES, study.metrics_of(table), provenance={"data": pairs.described})
+    said = " ".join(findings(result, pairs, best, 0, ()))
+    # The first option is taken: as given the first picture is right, swapped the second.
+    assert "of pairs right, mean of both orders of the options; about another pair's pictures" in said
+    assert "With the options as given: 0.500" in said and "and 0.000 (0.000 to 0.490, n = 4) of pairs." in said
+    assert f"prompt {LISTED.name!r}, options as given" in said
+
+
+def test_taking_the_first_option_is_position_bias_and_right_in_one_of_two_orders(vlm, monkeypatch):
     monkeypatch.setattr(study, "mean_nll", prefers_first)
     monkeypatch.setattr(study, "generate", says_first)
     pairs = some_pairs()
@@ -273,7 +295,7 @@ def test_taking_the_first_option_is_position_bias_and_ties_over_orders_are_wrong
             assert some.loc[order][["right_1", "right_2"]].to_numpy().tolist() == [right] * 4
             assert some.loc[order]["pair"].tolist() == [0] * 4
         assert some.loc[BOTH]["position_bias"].tolist() == [1.0] * 4
-        assert some.loc[BOTH]["individual"].tolist() == [0.5 if scoring == GENERATION else 0.0] * 4
+        assert some.loc[BOTH]["individual"].tolist() == [0.5] * 4 and some.loc[BOTH]["pair"].tolist() == [0] * 4
         assert some.loc[BOTH]["relaxed"].isna().all() == (scoring == GENERATION)
 
 
@@ -524,12 +546,20 @@ def test_what_pope_tells_is_counted_by_hand(vlm, monkeypatch):
     table, _ = study.finished(table, None)
     result = Result("r", table, study.AXES, study.metrics_of(table))
     assert [each.name for each in result.metrics] == ["individual", "unread"], "no options listed"
-    generated, by_options = comparisons.yes_no(result, items)
+    by_cell = comparisons.yes_no(result, items)
+    assert [each["category"] for each in by_cell] == ["", "a", "b"] * 2
+    generated, by_options = (each for each in by_cell if not each["category"])
     shares = {name: generated[name].value for name in ("accuracy", "precision", "recall", "f1", "yes")}
     assert shares == {"accuracy": 4 / 6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes": 0.5}
     assert all(generated[name].low < shares[name] < generated[name].high for name in shares)
     shares = [by_options[name].value for name in ("accuracy", "yes", "recall")]
     assert shares == [2 / 6, 0, 0] and by_options["precision"] is None
+    # Of a (0, 2, 4: y y n) yes, yes and no were said; of b (1, 3, 5: n y n) yes, nothing and no.
+    ours = [[each[name] and each[name].value for name in comparisons.YES_NO] for each in by_cell[1:3]]
+    assert ours == [[1.0, 1.0, 1.0, 1.0, 2 / 3], [1 / 3, 0.0, 0.0, 0.0, 1 / 3]]
+    table = comparisons.yes_no_table(result, items)["yes_no"]
+    assert len(table) == 6 and table.loc[0, "recall"] == 2 / 3 and table.loc[0, "recall_low"] == generated["recall"].low
+    assert comparisons.yes_no_table(result, some_pairs()) == {}
     told = by_category(result, **study.BY_CATEGORY).set_index(["scoring", "category"])["mean"]
     assert told[GENERATION, "a"] == 1 and told[GENERATION, "b"] == pytest.approx(1 / 3)
     assert comparisons.yes_no(result, some_pairs()) == [] and comparisons.yes_no(result, some_items(options=())) == []

@@ -189,7 +189,7 @@ def _announce(result: "Result", folder: Path, seconds: float) -> None:
     fewest, most = int(summary["n"].min()), int(summary["n"].max())
     n = f"n = {fewest}" if fewest == most else f"n = {fewest} to {most}"
     print(f"{metric.name} ({metric.unit}), mean by {axes[-1]}, {n}")
-    shown = table.to_string(max_cols=14, max_rows=20, float_format=lambda value: f"{value:.2f}", na_rep="-")
+    shown = table.to_string(max_cols=14, max_rows=40, float_format=lambda value: f"{value:.2f}", na_rep="-")
     print("no example has a value" if table.empty else shown)
     print("\n".join(["", *(f"- {finding}" for finding in result.findings)]))
     more = [f"{', '.join(each.name for each in others)} in summary.csv"] if others else []

@@ -1,7 +1,8 @@
 """Which options a pair has, in which order, and how a question is asked with them."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,30 +99,34 @@ class Template:
     def asked(self, question: str, options: Sequence[str]) -> str:
         """What is asked, the options in their order."""
         if not self.listed:
-            return self.text.replace(QUESTION, question)
+            return self._filled({QUESTION: question})
         if len(options) < 2:
             raise UsageError(f"prompt {self.text!r} lists options, and there are none")
         first, second, *more = options
         between = self.text[self.text.find(FIRST) + len(FIRST) : self.text.find(SECOND)]
         letters = ALPHABET.lower()[2:]
         rest = [f"{between.replace('(b)', f'({each})')}{option}" for each, option in zip(letters, more, strict=False)]
-        told = self.text.replace(FIRST, first).replace(SECOND, second + "".join(rest))
-        return told.replace(QUESTION, question)
+        return self._filled({QUESTION: question, FIRST: first, SECOND: second + "".join(rest)})
+
+    def _filled(self, values: Mapping[str, str]) -> str:
+        """The text with its own places filled, once: what is put there may hold braces of its own."""
+        return re.sub("|".join(map(re.escape, values)), lambda place: values[place.group()], self.text)
 
     def strings(self, options: Sequence[str]) -> tuple[str, ...]:
         """The full option strings: with their letters where the prompt has them."""
         letters = ALPHABET.lower()
         return tuple(f"({letters[place]}) {each}" if self.lettered else each for place, each in enumerate(options))
 
-    def check_known(self, vlm: "VLM", n: int = 2) -> None:
+    def check_known(self, vlm: "VLM", n: int = 2, what: str = "prompt") -> None:
         """Raises `UsageError` where the model has no token for a word around questions and options.
 
         Args:
             n: number of options.
+            what: it is called in the error.
         """
         word = unknown_word(vlm.tokenizer, self.asked("", ("",) * n))
         if word is not None:
-            raise UsageError(f"prompt {self.text!r} holds {word!r}, which {vlm.name} has no token for")
+            raise UsageError(f"{what} {self.text!r} holds {word!r}, which {vlm.name} has no token for")
 
 
 def unknown_words(vlms: "Sequence[VLM]", pairs: Pairs) -> tuple[str, ...]:

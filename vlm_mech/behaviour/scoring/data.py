@@ -272,7 +272,7 @@ def _check_template(pairs: Pairs, caption: str) -> None:
     """Raises `UsageError` where no caption can be made."""
     known = pairs.name in SCENE_CAPTIONS or any(pair.captions for pair in pairs)
     if (caption or not known) and "{answer}" not in caption and "{caption}" not in caption:
-        raise UsageError(f"caption {caption!r} has no {{answer}}; a caption needs it, as in 'a {{answer}} thing'")
+        raise UsageError(f"--caption {caption!r} has no {{answer}}; it is needed, as in --caption 'a {{answer}} thing'")
 
 
 def _check_captions(encoder: DualEncoder, pair: Pair, name: str, caption: str, known: Captions | None = None) -> None:

@@ -95,7 +95,7 @@ BY_CATEGORY = {
         "scoring": [GENERATION, OPTIONS, LETTERS, SIMILARITY, TO_IMAGE],
     },
 }  # fmt: skip
-"""What is told by category: all prompts together, in both orders."""
+"""What is told by category: the mean of all prompts, and of both orders of the options where these are listed."""
 
 
 # One batch
@@ -231,7 +231,7 @@ def _generated(
 def _by_perplexity(
     vlm: "VLM", pairs: Pairs, template: Template, cell: Mapping[str, str], form: str
 ) -> list[pd.DataFrame]:
-    """Rows of the options' or letters' perplexity; over both orders each option's mean is what is compared."""
+    """Rows of the options' or letters' perplexity; over both orders the mean of their verdicts."""
     found = []
     for order in _orders(template):
         prompts, listed = _prompts(pairs, template, order)
@@ -249,7 +249,7 @@ def _by_perplexity(
     ]
     if len(tables) == 1:
         return tables
-    means = _scored_rows(pairs, {**cell, "order": BOTH}, np.mean(found, axis=0), "perplexity")
+    means = _mean_rows(tables).assign(order=BOTH)
     return [*tables, *_biased([means], [[tables[0]], [tables[1]]])]
 
 
