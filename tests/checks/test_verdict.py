@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.weight_files import cache_folder
 from vlm_mech.checks import verdict
 from vlm_mech.errors import WorkError
@@ -57,6 +58,16 @@ def test_whatever_else_the_answer_depends_on_asks_again(folder, asked, monkeypat
     else:
         options = {"dtype": {"dtype": "bfloat16"}, "attn": {"attn": "eager"}}[what]
     assert VLM.load(folder, **options).checked["remembered"] is False and len(asked) == 2
+
+
+def test_the_read_out_is_remembered_too(folder, monkeypatch):
+    first = VLM.load(folder)
+    monkeypatch.setattr("vlm_mech.models.vlm.readout_of", None)
+    second = VLM.load(folder)
+    assert second.checked["readout"] == first.readout.told == {"n_words": 56, "scale": 1.0, "cap": None}
+    states = torch.randn(3, second.width(Site("llm.resid_post", 0)), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(second.readout(states), first.readout(states))
 
 
 def test_a_model_that_does_not_hold_is_asked_every_time(folder, asked, monkeypatch):

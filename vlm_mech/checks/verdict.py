@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,19 @@ NOT_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """Files beside the weights that decide what a model does: configurations, templates, tokenizers, its own code."""
 
 
-def checked(model: TracedModel, find: Callable[[Any], Iterable[Finding]], *, again: bool = False) -> dict[str, Any]:
+def checked(
+    model: TracedModel,
+    find: Callable[[Any], Iterable[Finding]],
+    *,
+    again: bool = False,
+    also: Callable[[], Mapping[str, Any]] = dict,
+) -> dict[str, Any]:
     """What provenance says of the check of a model: how many findings hold, and whether that is remembered.
 
     Args:
         find: makes the findings.
         again: ask again, whatever is remembered.
+        also: finds what else is told and remembered, as JSON has it, once all holds.
 
     Raises:
         WorkError: something does not hold; the message names it.
@@ -38,8 +45,8 @@ def checked(model: TracedModel, find: Callable[[Any], Iterable[Finding]], *, aga
     key = _key(model, find.__name__)
     told = None if again or key is None else remembered("checks", key)
     if told is not None and isinstance(told.get("n_findings"), int):
-        return {"n_findings": told["n_findings"], "remembered": True}
-    found = {"n_findings": len(refuse_unless_all_hold(model.name, find(model)))}
+        return told | {"remembered": True}
+    found = {"n_findings": len(refuse_unless_all_hold(model.name, find(model)))} | dict(also())
     if key is not None:
         remember("checks", key, found)
     return found | {"remembered": False}

@@ -6,6 +6,7 @@ own logits decide.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,6 +45,16 @@ class Readout:
         logits = self.head(self.norm(states) if normed else states)[0].float() * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What was found of it, as JSON has it."""
+        return {"n_words": self.n_words, "scale": self.scale, "cap": self.cap}
+
+
+def known_readout(vlm: TracedModel, n_words: int, scale: float, cap: float | None) -> Readout:
+    """The read-out of a model of which `told` is known."""
+    return Readout(*_norm_and_head(vlm), n_words, scale, cap)
+
 
 def readout_of(vlm: TracedModel, prompt: Prompt) -> Readout:
     """The read-out with which the last block's output gives the model's own logits at the prompt's last positions.
@@ -79,10 +90,7 @@ def _candidates(
     vlm: TracedModel, hidden: Float[Tensor, "pos d_model"], expected: Float[Tensor, "pos vocab"]
 ) -> tuple[tuple[Readout, ...], Readout]:
     """A plain head, and one with the configured soft cap where there is one; and one with the factor that fits best."""
-    after = vlm.family.llm.after
-    if after is None:
-        raise WorkError(f"{vlm.family.name} names no final norm of its decoder")
-    norm, head = vlm.model.get_submodule(after), vlm.model.get_submodule(vlm.family.head)
+    norm, head = _norm_and_head(vlm)
     n_words = expected.shape[-1]
     plain = Readout(norm, head, n_words)
     logits = plain(hidden).to(expected.device).double()
@@ -90,3 +98,10 @@ def _candidates(
     cap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
     capped = () if cap is None else (Readout(norm, head, n_words, cap=float(cap)),)
     return (plain, *capped), Readout(norm, head, n_words, scale=scale)
+
+
+def _norm_and_head(vlm: TracedModel) -> tuple[nn.Module, nn.Module]:
+    after = vlm.family.llm.after
+    if after is None:
+        raise WorkError(f"{vlm.family.name} names no final norm of its decoder")
+    return vlm.model.get_submodule(after), vlm.model.get_submodule(vlm.family.head)

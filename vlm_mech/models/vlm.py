@@ -16,7 +16,7 @@ from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import input_device, kept_in_place
 from vlm_mech.checks.verdict import checked
 from vlm_mech.checks.vlm import example, find_vlm, words
-from vlm_mech.errors import UsageError
+from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.answer import Attached
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
@@ -27,7 +27,7 @@ from vlm_mech.interventions.generating import set_aside
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
 from vlm_mech.models.loading import DeviceMap, check_processor, folder_of, load, unwrapped
-from vlm_mech.models.readout import Readout, readout_of
+from vlm_mech.models.readout import Readout, known_readout, readout_of
 from vlm_mech.models.transformer_lens_bridge import to_transformer_lens
 
 if TYPE_CHECKING:
@@ -115,8 +115,17 @@ class VLM(TracedModel):
         vlm.nn.revision = revision
         vlm.come_from(folder_of(name_or_folder))
         if check and device != "meta":
-            vlm.checked = checked(vlm, find_vlm, again=recheck)
+            vlm.checked = checked(vlm, find_vlm, again=recheck, also=vlm._readout_told)
+            if "readout" in vlm.checked:
+                vlm.readout = known_readout(vlm, **vlm.checked["readout"])
         return vlm
+
+    def _readout_told(self) -> dict[str, Any]:
+        """What is remembered of the read-out; nothing of a model whose logits it does not give."""
+        try:
+            return {"readout": self.readout.told}
+        except WorkError:
+            return {}
 
     # Facts
 
