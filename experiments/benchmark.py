@@ -39,7 +39,7 @@ class Config(RunConfig):
     width: int | None = None
     """Width of the decoder, a multiple of 128; each shape has a small one by default."""
     full: bool = False
-    """The size of the published 7B model, for --device cuda; probes of 33 layers of 4,096, on the CPU."""
+    """The size of the published 7B model (14 GB in bfloat16), where it fits; probes of 33 layers of 4,096."""
     cases: tuple[str, ...] = ("knockout", "swap", "extraction")
     """What is measured; others: knockout-last, -question, -answers, swap-last, -answers, tower, probes (no model)."""
     rivals: tuple[str, ...] = ("hooks", "nnsight", "transformer_lens", "trace")
@@ -102,12 +102,9 @@ def _measured(config: Config, case: str, subject: Any) -> "tuple[pd.DataFrame, d
 def _subject(config: Config) -> "tuple[VLM, list[Prompt], list[Prompt]]":
     """The model, prompts, and the same prompts on other pictures."""
     from vlm_mech.benchmark.model_shapes import GEOMETRIES, build, geometry, prompts
-    from vlm_mech.errors import UsageError
     from vlm_mech.models.vlm import VLM
 
     how = {"device": config.device, "dtype": config.dtype, "attn": config.attn}
-    if config.full and config.device == "cpu":
-        raise UsageError("--full has 7 billion weights; give --device cuda --dtype bfloat16 with it")
     made = config.model in GEOMETRIES
     shape = geometry(config.model if made else "llava15", width=config.width, full=config.full)
     vlm = build(shape, seed=config.seed, **how) if made else VLM.load(config.model, revision=config.revision, **how)

@@ -16,9 +16,9 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "Each question is asked about both pictures of a pair (an item's own), blurred more and more, then about its mean "
-    "colour, then about no picture. Answers that never change may not have come from the picture; how many would not "
-    "change if it had been another picture all along is the floor."
+    "Each question is asked about {shown}, blurred more and more, then about its mean colour, then about no picture. "
+    "Answers that never change may not have come from the picture; how many would not change if it had been another "
+    "picture all along is the floor."
 )
 CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
 PROBES = "probes"
@@ -64,18 +64,18 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     from vlm_mech.behaviour.blur_decay import figures, findings, study
     from vlm_mech.behaviour.blur_decay.blur import levels_of, scale_of
-    from vlm_mech.behaviour.blur_decay.data import ladder, swapped_levels
-    from vlm_mech.data.examples import load_examples
+    from vlm_mech.behaviour.blur_decay.data import ladder, load_decaying, swapped_levels
     from vlm_mech.data.fitting import fitting
     from vlm_mech.methods.probing.data import with_objects
     from vlm_mech.results.result import Result
 
     scale, made = scale_of(config.long_side, config.scaled), config.counterfactual
-    pairs = load_examples(config.data, n=config.n, split=config.split, counterfactual=made, **config.drawn)
+    pairs = load_decaying(config.data, n=config.n, split=config.split, counterfactual=made, **config.drawn)
     vlm = config.load()
     levels, pairs = levels_of(vlm, config.kernels), fitting(vlm, pairs, spoken=True, alone=True)
     pairs = pairs if _probe_data(config) is None else with_objects(vlm, pairs)
-    mechanism = swapped_levels(config.mechanism, config.kernels, pairs, batch=config.batch)
+    given: dict[str, Any] = {"batch": config.batch, "probe_data": config.probe_data}
+    mechanism = swapped_levels(config.mechanism, config.kernels, pairs, **given)
     options: dict[str, Any] = {"mechanism": mechanism, "memory": config.memory, "seed": config.seed}
     options |= {"letters": config.letters, "max_new_tokens": config.max_new_tokens, "scale": scale}
     # No batch has a single pair: another one of the same batch lends its picture for the floor.

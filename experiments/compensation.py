@@ -85,11 +85,10 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.methods.compensation import figures, findings, study
     from vlm_mech.methods.compensation.compensated_share import every_compensation
     from vlm_mech.methods.compensation.data import part_maps
-    from vlm_mech.models.readout import readout_of
     from vlm_mech.results.result import Result
 
     vlm, choosing, examples, cells = _loaded(config)
-    readout = readout_of(vlm, examples.examples[0].prompt)
+    readout = vlm.readout
     site, chosen_on = _site(config, vlm, choosing, examples, readout)
     options = {"compared": config.measure, "seed": config.seed, "engine": config.engine, "memory": config.memory}
     for number, some in enumerate(work.progress(examples.batches(config.batch), "batches")):

@@ -15,8 +15,8 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "A model that answers from its prior is tuned on pictures in conflict with it and on the usual ones. Does it "
-    "then say what unseen pictures show, also where nothing was wrong before, and would any adapter of equal size do?"
+    "A model that answers from its prior is tuned on pictures in conflict with it, and on usual ones if there are any. "
+    "Does it then say what unseen pictures show, also where nothing was wrong before, and would any such adapter do?"
 )
 CONFLICT = "scenes/colour-conflict"
 
@@ -28,9 +28,9 @@ class Config(RunConfig):
     data: str = CONFLICT
     """Pairs that say which picture is in conflict with a prior (both are tuned on), or single items that do."""
     n_train: int = 256
-    """Pairs to tune on; of a folder 60 %."""
+    """Examples to tune on; of a folder 60 %."""
     n_validation: int = 64
-    """Pairs to choose the checkpoint by; of a folder 20 %."""
+    """Examples to choose the checkpoint by; of a folder 20 %."""
     untouched: tuple[str, ...] = ("scenes/colour", "scenes/left-right")
     """What else is asked before and after; none for nothing."""
     objective: Literal["reward", "supervised"] = "reward"
@@ -44,7 +44,7 @@ class Config(RunConfig):
     rate: float = 2e-3
     """Peak learning rate; models of billions of weights need a far smaller one."""
     batch: int = 2
-    """Pairs a step, both pictures of each."""
+    """Pairs (both pictures of each) or items a step."""
     rank: int = 8
     """Rank of LoRA."""
     group: int = 8

@@ -42,7 +42,7 @@ class Config(RunConfig):
     noise_step: int = 500
     """Step of VCD's diffusion, 0 to 999."""
     both: bool = False
-    """Ask about both pictures of every pair, in conflict or not, with the papers' values and nothing chosen (MMVP)."""
+    """Ask about both pictures of all pairs (or all items), in conflict or not, with the papers' values (MMVP)."""
     prompt: str = "{question}"
     """Way of asking with --both; of {question}, (a) {first} and (b) {second} letters are read."""
     letters: bool = False
@@ -102,11 +102,11 @@ def _both(config: Config, work: Workspace, vlm: Any, options: Any) -> Outcome:
 
 def _kept(config: Config, work: Workspace, vlm: Any, pairs: Any, settings: Any, split: str, options: Any) -> None:
     """Does and stores the batches of a split that are not there yet; validation comes before test by its keys."""
+    from vlm_mech.behaviour.answering.asked_options import others_of
     from vlm_mech.behaviour.decoding import study
     from vlm_mech.behaviour.decoding.data import TEST, VALIDATION
-    from vlm_mech.data.derived_pairs import partners
 
-    others = [pairs.pairs[other] for other in partners(len(pairs), seed=config.seed)]
+    others = others_of(pairs, seed=config.seed)
     for start in work.progress(range(0, len(pairs), config.batch), split):
         key, rows = f"{(VALIDATION, TEST).index(split)}-{start:08d}", slice(start, start + config.batch)
         if key not in work:

@@ -52,13 +52,14 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, accuracy over depth, conflict, confusion, and the map of a picture's patches."""
     import dataclasses
 
+    from vlm_mech.data.nouns import nouns_in
     from vlm_mech.methods.probing import figures, findings
-    from vlm_mech.methods.probing.crossfit import METRICS
+    from vlm_mech.methods.probing.crossfit import metrics_of
     from vlm_mech.methods.probing.probe import QUESTION
     from vlm_mech.methods.probing.study import AXES, ELSEWHERE, completed, study
     from vlm_mech.results.result import Result
 
-    about: dict[str, Any] = {"question": QUESTION}
+    about: dict[str, Any] = {}
     for number, name in enumerate(config.model):
         vlm, examples, conflicts, design, known = _loaded(config, name)
         about = about | known | {"model": [*about.get("model", []), vlm.identity()]}
@@ -68,7 +69,8 @@ def run(config: Config, work: Workspace) -> Outcome:
                 folder = work.partial / f"states-{number:02d}"
                 work.keep(key, *study(vlm, examples, conflicts, design, step, folder=folder))
     table, notes = work.collect()
-    result = Result("probes", completed(table), AXES, METRICS, {}, about | {"steps": notes}, elsewhere=ELSEWHERE)
+    about |= {"question": nouns_in(about).put(QUESTION), "steps": notes}
+    result = Result("probes", completed(table), AXES, metrics_of(table), {}, about, elsewhere=ELSEWHERE)
     result = dataclasses.replace(result, findings=findings.findings(result, notes))
     return Outcome(result, figures.drawn(result))
 

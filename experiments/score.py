@@ -1,7 +1,7 @@
 """How much of what a model is said to know depends on how its answers are scored?
 
-The same pairs by generation, by perplexity of options and of letters, and by similarity; one by one, in pairs and
-matched; over prompts and both orders of the options (after arXiv 2411.05195).
+The same pairs (or single items) by generation, by perplexity of options and of letters, and by similarity; one by
+one, in pairs and matched; over prompts and both orders of the options (after arXiv 2411.05195).
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from vlm_mech.behaviour.scoring.data import Plan
 
 QUESTION = (
-    "Each question is asked about both pictures of a pair, which have different answers, or about an item's own. What "
-    "is generated is read by several rules, and the perplexities of the options are compared; how far these verdicts "
-    "differ is not about what the model sees. Another example's pictures give the floor."
+    "Each question is asked about {shown}. What is generated is read by several rules, and the perplexities of the "
+    "options, where there are any, are compared; how far these verdicts differ is not about what the model sees. The "
+    "floor is {others}."
 )
 
 
@@ -31,13 +31,13 @@ class Config(RunConfig):
     data: str = "scenes/colour-conflict"
     """Pairs or single items; options are theirs, or both answers of a pair."""
     compare: str | None = None
-    """A second model, scored on the same pairs."""
+    """A second model, scored on the same examples."""
     forms: tuple[Literal["generation", "options", "letters"], ...] = ()
     """What is scored: generated answers, full options, letters; by default all that the model has tokens for."""
     prompts: tuple[str, ...] = ()
     """Ways of asking with {question} and {first} {second}; letters need "(a) {first}" and "(b) {second}"."""
     n_validation: int | None = None
-    """Pairs on which the best prompt is chosen; 32 scenes, a third of a folder; 0 for none."""
+    """Examples on which the best prompt is chosen; 32 scenes, a third of a folder; 0 for none."""
     contrastive: str | None = None
     """Contrastive model to score by similarity; clip for generated scenes with known captions; none leaves it out."""
     caption: str = ""
@@ -47,7 +47,7 @@ class Config(RunConfig):
     split: Literal["test", "train"] = "test"
     """Split of the generated scenes; the best prompt is chosen on validation scenes."""
     batch: int = 32
-    """Pairs a forward pass."""
+    """Examples a forward pass."""
 
 
 def _loaded(config: Config) -> "Plan":
@@ -61,9 +61,10 @@ def _loaded(config: Config) -> "Plan":
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, its figures, and some pairs."""
+    """The result, its figures, and some pictures."""
     from vlm_mech.behaviour.answering.by_category import with_categories
     from vlm_mech.behaviour.scoring import figures, findings, steps, study
+    from vlm_mech.behaviour.scoring.comparisons import yes_no_table
     from vlm_mech.data.pairs import pictures
     from vlm_mech.results.result import Result
 
@@ -78,7 +79,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     )
     said = findings.findings(result, plan.test, best, len(plan.validation or ()), plan.left_out, plan.n_partial_sets)
     result = dataclasses.replace(result, findings=said)
-    return Outcome(result, figures.drawn(result), pictures(plan.test))
+    return Outcome(result, figures.drawn(result), pictures(plan.test), tables=yes_no_table(result, plan.test))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Tiny random models shared by the tests; nothing here touches the network."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import jaxtyping
@@ -12,6 +14,10 @@ from vlm_mech.models.vlm import VLM
 
 # Models this small gain nothing from threads, and on a busy machine threads that wait for each other cost seconds.
 torch.set_num_threads(1)
+
+# What is remembered of models and files ends with the tests, and nothing of the user's is read.
+CACHE = tempfile.TemporaryDirectory()
+os.environ["VLM_MECH_CACHE"] = CACHE.name
 
 
 @pytest.fixture

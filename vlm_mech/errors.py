@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class UsageError(ValueError):
-    """Wrong use: the message says what was given, and what would be right. Commands exit with status 2."""
+    """Wrong use (options, files, data, a model): says what was given and what would be right. Commands exit with 2."""
 
 
 class TooLargeError(UsageError):

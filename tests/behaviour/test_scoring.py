@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,13 @@ from experiments import score
 from tests.helpers import as_folder, assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import SPECIALS, WORDS, picture, tiny_model, tiny_processor
-from vlm_mech.behaviour.answering.asked_options import Template, answers_first
-from vlm_mech.behaviour.answering.by_category import by_category
+from vlm_mech.behaviour.answering.asked_options import Template, answers_first, others_of
+from vlm_mech.behaviour.answering.by_category import by_category, told_by_category, with_categories
 from vlm_mech.behaviour.classify.tuning import with_answers
 from vlm_mech.behaviour.erroneous_agreement.data import load_cases
-from vlm_mech.behaviour.scoring import comparisons, study
+from vlm_mech.behaviour.scoring import comparisons, data, figures, study
 from vlm_mech.behaviour.scoring.data import own_captions
+from vlm_mech.behaviour.scoring.findings import findings
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTER_NAMES,
@@ -43,10 +45,11 @@ from vlm_mech.behaviour.scoring.measures import (
     relaxed,
     starts_alike,
 )
-from vlm_mech.behaviour.scoring.study import AS_GIVEN, BEST, BOTH, MEAN, OWN, STRANGER, SWAPPED
+from vlm_mech.behaviour.scoring.study import AS_GIVEN, BEST, BOTH, MEAN, OWN, SWAPPED
 from vlm_mech.data.examples import as_pairs
 from vlm_mech.data.export.__main__ import export
 from vlm_mech.data.items import load_items
+from vlm_mech.data.nouns import PAIRS
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
@@ -260,7 +263,28 @@ def says_first(vlm, prompts, **_):
     return Generation(tuple(said), torch.zeros(len(said), 1, dtype=torch.long))
 
 
-def test_taking_the_first_option_is_position_bias_and_ties_over_orders_are_wrong(vlm, monkeypatch):
+def test_what_is_put_into_a_prompt_may_hold_braces():
+    """Options and questions that look like the places of a template are text."""
+    template = Template("t", "{question} (a) {first} (b) {second}")
+    asked = template.asked("is {first} here?", ("{second}", "{question}", "third {first}"))
+    assert asked == "is {first} here? (a) {second} (b) {question} (c) third {first}"
+    assert Template("o", "{question}?").asked("{question}", ()) == "{question}?"
+
+
+def test_the_headline_says_what_it_is_the_mean_of_and_what_is_right_as_given(vlm, monkeypatch):
+    monkeypatch.setattr(study, "mean_nll", prefers_first)
+    pairs = some_pairs()
+    table = study.score_pairs(vlm, pairs, list(pairs)[::-1], [LISTED], (OPTIONS,))
+    table, best = study.finished(table, None)
+    result = Result("r", table, study.AXES, study.metrics_of(table), provenance={"data": pairs.described})
+    said = " ".join(findings(result, pairs, best, 0, ()))
+    # The first option is taken: as given the first picture is right, swapped the second.
+    assert "of pairs right, mean of both orders of the options; about another pair's pictures" in said
+    assert "With the options as given: 0.500" in said and "and 0.000 (0.000 to 0.490, n = 4) of pairs." in said
+    assert f"prompt {LISTED.name!r}, options as given" in said
+
+
+def test_taking_the_first_option_is_position_bias_and_right_in_one_of_two_orders(vlm, monkeypatch):
     monkeypatch.setattr(study, "mean_nll", prefers_first)
     monkeypatch.setattr(study, "generate", says_first)
     pairs = some_pairs()
@@ -271,7 +295,7 @@ def test_taking_the_first_option_is_position_bias_and_ties_over_orders_are_wrong
             assert some.loc[order][["right_1", "right_2"]].to_numpy().tolist() == [right] * 4
             assert some.loc[order]["pair"].tolist() == [0] * 4
         assert some.loc[BOTH]["position_bias"].tolist() == [1.0] * 4
-        assert some.loc[BOTH]["individual"].tolist() == [0.5 if scoring == GENERATION else 0.0] * 4
+        assert some.loc[BOTH]["individual"].tolist() == [0.5] * 4 and some.loc[BOTH]["pair"].tolist() == [0] * 4
         assert some.loc[BOTH]["relaxed"].isna().all() == (scoring == GENERATION)
 
 
@@ -279,7 +303,7 @@ def test_rows_hold_what_was_generated_and_scored(vlm):
     pairs, others = some_pairs(), list(some_pairs())[::-1]
     templates = (*PLAIN[:1], Template("two", "{question} {first} or {second}?"))
     table = study.score_pairs(vlm, pairs, others, templates, (GENERATION, OPTIONS))
-    assert set(table["view"]) == {OWN, STRANGER} and LETTERS not in set(table["scoring"])
+    assert set(table["view"]) == {OWN, PAIRS.others} and LETTERS not in set(table["scoring"])
     listed = table[(table["prompt"] == "two") & (table["scoring"] == OPTIONS) & (table["view"] == OWN)]
     for order, turn in ((AS_GIVEN, 1), (SWAPPED, -1)):
         rows = listed[listed["order"] == order].reset_index(drop=True)
@@ -521,13 +545,21 @@ def test_what_pope_tells_is_counted_by_hand(vlm, monkeypatch):
     table = study.score_pairs(vlm, items, [], [Template("open", "{question}")], (GENERATION, OPTIONS))
     table, _ = study.finished(table, None)
     result = Result("r", table, study.AXES, study.metrics_of(table))
-    assert [each.name for each in result.metrics] == ["individual", "unread", "position_bias"]
-    generated, by_options = comparisons.yes_no(result, items)
+    assert [each.name for each in result.metrics] == ["individual", "unread"], "no options listed"
+    by_cell = comparisons.yes_no(result, items)
+    assert [each["category"] for each in by_cell] == ["", "a", "b"] * 2
+    generated, by_options = (each for each in by_cell if not each["category"])
     shares = {name: generated[name].value for name in ("accuracy", "precision", "recall", "f1", "yes")}
     assert shares == {"accuracy": 4 / 6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes": 0.5}
     assert all(generated[name].low < shares[name] < generated[name].high for name in shares)
     shares = [by_options[name].value for name in ("accuracy", "yes", "recall")]
     assert shares == [2 / 6, 0, 0] and by_options["precision"] is None
+    # Of a (0, 2, 4: y y n) yes, yes and no were said; of b (1, 3, 5: n y n) yes, nothing and no.
+    ours = [[each[name] and each[name].value for name in comparisons.YES_NO] for each in by_cell[1:3]]
+    assert ours == [[1.0, 1.0, 1.0, 1.0, 2 / 3], [1 / 3, 0.0, 0.0, 0.0, 1 / 3]]
+    table = comparisons.yes_no_table(result, items)["yes_no"]
+    assert len(table) == 6 and table.loc[0, "recall"] == 2 / 3 and table.loc[0, "recall_low"] == generated["recall"].low
+    assert comparisons.yes_no_table(result, some_pairs()) == {}
     told = by_category(result, **study.BY_CATEGORY).set_index(["scoring", "category"])["mean"]
     assert told[GENERATION, "a"] == 1 and told[GENERATION, "b"] == pytest.approx(1 / 3)
     assert comparisons.yes_no(result, some_pairs()) == [] and comparisons.yes_no(result, some_items(options=())) == []
@@ -588,13 +620,59 @@ def test_the_experiment_scores_items(tmp_path, capsys):
     (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert command(score, "--data", folder, *given, "--out", tmp_path / "two") == 0
     said = capsys.readouterr().out
-    assert "Without options chance is 0" in said and "compared with the right answer alone" in said
+    assert "Without options chance is 0" in said and "says the right one in whole words" in said
+    assert "name no option" not in said and "random option" not in said and "single items; without options" in said
+    assert [each.name for each in Result.load(tmp_path / "two").metrics] == ["individual"]
     one, two = (Result.load(tmp_path / name).table for name in ("one", "two"))
-    assert set(two["scoring"]) == {GENERATION, SUBSTRING, STARTS, RANDOM}
+    assert set(two["scoring"]) == {GENERATION, SUBSTRING, STARTS} and two["unread"].isna().all()
     texts = [each[(each["view"] == OWN) & (each["prompt"] == "{question}")]["answer_1"] for each in (one, two)]
     assert sorted({*texts[0]} - {""}) == sorted({*texts[1]} - {""})
     assert command(score, "--data", folder, *given, "--forms", "options", "--out", tmp_path / "three") == 2
-    assert "at least two are needed to choose from" in capsys.readouterr().err
+    assert "it has no options; --forms generation" in capsys.readouterr().err
+
+
+def test_words_of_the_datas_own_questions_may_be_unknown(tmp_path, capsys):
+    """The official question asks to "Give a short answer", of which the embedded model knows no word."""
+    export("coco-spatial", tmp_path / "coco", n=6)
+    given = ["--data", f"coco-spatial:{tmp_path / 'coco'}", "--n-validation", "0"]
+    assert command(score, *given, "--out", tmp_path / "out") == 0
+    assert "6 of 6 questions hold words that organism has no token for, such as" in capsys.readouterr().out
+    assert {*Result.load(tmp_path / "out").table["prompt"]} == {"open", "one word", "listed", MEAN}
+
+
+def test_ways_of_asking_with_unknown_words_are_left_out(vlm, monkeypatch):
+    monkeypatch.setattr(data, "PLAIN", (PLAIN[0], Template("zebra", "{question} zebra")))
+    templates, told = data._templates((), (), [vlm])
+    assert [each.name for each in templates] == ["open"]
+    assert told[0].startswith("one way of asking was left out: prompt '{question} zebra' holds 'zebra', which")
+
+
+def test_a_category_of_one_item_has_no_interval_and_its_own_chance(tmp_path, vlm):
+    items = [
+        Pair(f"i{number}", picture(number), (), "what is there?", "red", "blue", category="ab"[number // 2],
+             options=("red", "blue", "star")[: 2 + number // 2], made="none")
+        for number in range(3)
+    ]  # fmt: skip
+    table = study.score_pairs(vlm, Pairs("items", tuple(items)), [], [Template("open", "{question}")], (OPTIONS,))
+    result = with_categories(
+        Result("r", study.finished(table, None)[0], study.AXES, study.metrics_of(table)), study.BY_CATEGORY
+    )
+    one = next(each for each in result.provenance["by_category"] if each["category"] == "b")
+    assert one["n"] == 1 and one["ci_low"] is None and one["baseline"] == 1 / 3
+    result.save(tmp_path)
+    (told,) = told_by_category(by_category(result, **study.BY_CATEGORY), ["scoring"], "individual")
+    assert re.fullmatch(r".*; b [01]\.000 \(n = 1\)\.", told) and "nan" not in told
+    figure = figures.drawn(result)["categories"]
+    assert [(each.x0, each.y0, each.y1) for each in figure.layout.shapes] == [(1 / 2, -0.5, 0.5), (1 / 3, 0.5, 1.5)]
+    assert figure.layout.yaxis.ticktext == ("a (n = 2)", "b (n = 1)")
+
+
+def test_the_floor_shows_another_picture_where_items_share_one():
+    pairs = some_items()
+    grouped = (dataclasses.replace(pair, group=f"{number // 2}") for number, pair in enumerate(pairs))
+    pairs = dataclasses.replace(pairs, pairs=tuple(grouped))
+    for seed in range(5):
+        assert all(one.group != other.group for one, other in zip(pairs, others_of(pairs, seed=seed), strict=True))
 
 
 # The run
@@ -608,7 +686,7 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     result = Result.load(tmp_path / "one")
     assert set(result.table["scoring"]) == {GENERATION, SUBSTRING, STARTS, RANDOM, OPTIONS, SIMILARITY}
     summary = result.summary("individual").set_index(["view", "scoring", "order", "prompt"])["mean"]
-    assert summary[OWN, OPTIONS, BOTH, "open"] >= 0.8 and abs(summary[STRANGER, OPTIONS, BOTH, "open"] - 0.5) < 0.35
+    assert summary[OWN, OPTIONS, BOTH, "open"] >= 0.8 and abs(summary[PAIRS.others, OPTIONS, BOTH, "open"] - 0.5) < 0.35
     drawn = redraw(tmp_path / "one")
     assert set(drawn) == {"accuracies", "prompts", "order_bias", "agreement"}
     agreed = np.array(drawn["agreement"].data[0].z, float)
@@ -659,8 +737,9 @@ def test_letters_of_a_folder_by_a_model_that_has_them(folder, tmp_path, capsys):
         (["--prompts", "what?"], "has no {question}"),
         (["--prompts", "{question} {first}"], "lists one option"),
         (["--prompts", "{question}", "{question}"], "has '{question}' twice"),
-        (["--prompts", "{question} zebra"], "none of the"),
+        (["--prompts", "{question} zebra"], "prompt '{question} zebra' holds 'zebra', which organism has no token for"),
         (["--compare", "organism"], "the model itself"),
+        (["--batch", "0"], "--batch is 0; a number above zero is needed"),
         (["--n", "1"], "at least two are needed"),
         (["--n-validation", "-1"], "n_validation is -1"),
         (["--data", "scenes/kind", "--contrastive", "clip"], "has no {answer}"),

@@ -4,16 +4,18 @@ import dataclasses
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import benchmark
 from tests.helpers import assert_help_is_light, command
+from vlm_mech.benchmark import model_shapes, timing
 from vlm_mech.benchmark import probes as benchmark_probes
-from vlm_mech.benchmark import timing
 from vlm_mech.benchmark.cases import Sizes, cells, lower_bound, sizes
 from vlm_mech.benchmark.compare import OURS, PLAIN, extraction_case, sweep_case
 from vlm_mech.benchmark.extraction import EXTRACTORS, Extraction, OurExtraction, read_back
@@ -24,6 +26,7 @@ from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, Plain, Task
 from vlm_mech.benchmark.timing import Entry, clock, difference, interleaved, subset, weigh
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.interventions.trace import run
 from vlm_mech.methods.probing.descent import LINEAR
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
@@ -418,7 +421,6 @@ def test_probes_need_no_model_and_no_gpu(tmp_path, capsys, monkeypatch):
         (["--cases", "nothing"], "case 'nothing' is not known"),
         (["--rivals", "nobody"], "rival 'nobody' is not known"),
         (["--width", "100"], "width is 100"),
-        (["--full"], "--device cuda"),
         (["--data", "scenes/colour"], "takes noise only"),
     ],
 )
@@ -427,6 +429,31 @@ def test_wrong_use_is_one_line(tmp_path, capsys, options, said):
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("float32", "28.9 GiB"), ("bfloat16", "14.5 GiB")])
+def test_a_model_that_does_not_fit_is_refused_before_it_is_made(tmp_path, capsys, monkeypatch, dtype, said):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**33))
+    assert command(benchmark, "--full", "--dtype", dtype, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err.strip()
+    assert f"7.1 billion weights in {dtype} need {said} with their states, and 8.0 GiB are free on cpu" in error
+    assert "\n" not in error and ("bfloat16 needs half" in error) == (dtype == "float32")
+
+
+def test_repeated_numbers_make_a_model_like_drawn_ones(monkeypatch):
+    drawn = build(small("llava15"))
+    monkeypatch.setattr(model_shapes, "MANY", 0)
+    monkeypatch.setattr(model_shapes, "POOL", 12_345)
+    repeated = build(small("llava15"))
+    for (name, one), (_, other) in zip(drawn.model.named_parameters(), repeated.model.named_parameters(), strict=True):
+        assert one.shape == other.shape and other.isfinite().all(), name
+        one, other = one.detach(), other.detach()
+        if one.ndim == 2:
+            assert other.std().item() == pytest.approx(one.std().item(), rel=0.1), name
+            assert len(other.unique(dim=0)) == len(other), f"{name} has equal rows"
+    made = prompts(small("llava15"), 2)
+    logits = run(repeated, made).last
+    assert logits.isfinite().all() and (logits[0] - logits[1]).abs().max() > 0.01, "it depends on the picture"
 
 
 def test_help_is_light():

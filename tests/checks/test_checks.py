@@ -13,8 +13,9 @@ from tests.zoo import ZOO
 from tests.zoo.tiny import tiny_model, tiny_processor
 from vlm_mech.architectures import families
 from vlm_mech.architectures.families import FAMILIES, LLAVA, family_of
+from vlm_mech.checks.finding import refuse_unless_all_hold
 from vlm_mech.checks.structure import find_structure
-from vlm_mech.checks.vlm import check_vlm, find_vlm
+from vlm_mech.checks.vlm import example, find_vlm
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.models.loading import skeleton
 from vlm_mech.models.vlm import VLM
@@ -81,9 +82,32 @@ def test_full_size_configurations_have_the_structure_without_weights(config, n_b
 
 @pytest.mark.parametrize("family", ZOO)
 def test_every_family_passes_and_every_finding_has_a_number(family):
-    findings = check_vlm(VLM(*ZOO[family]("sdpa", 0), check=False))
+    findings = refuse_unless_all_hold(family, find_vlm(VLM(*ZOO[family]("sdpa", 0), check=False)))
     assert len(findings) >= 45 and len({finding.name for finding in findings}) == len(findings)
     assert all(finding.detail for finding in findings)
+
+
+@pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl"])
+def test_the_check_runs_the_decoder_over_two_pictures_and_a_few_words(family):
+    vlm = VLM(*ZOO[family]("sdpa", 0), check=False)
+    n_image = len(vlm.encode([example(vlm)]).rows[0].image)
+    seen = {"vision": 0, "llm": []}
+    tower, decoder = (vlm.model.get_submodule(f"{vlm.blocks(stream).path}.0") for stream in ("vision", "llm"))
+
+    def count(module, given, named, out):
+        states = given[0] if given else named["hidden_states"]
+        if module is decoder:
+            seen["llm"].append(tuple(states.shape[:2]))
+        else:
+            seen["vision"] += 1
+
+    hooks = [module.register_forward_hook(count, with_kwargs=True) for module in (tower, decoder)]
+    assert all(finding.holds for finding in find_vlm(vlm))
+    for hook in hooks:
+        hook.remove()
+    *pictures, (n_rows, n_words) = seen["llm"]
+    assert seen["vision"] <= 4 and len(pictures) == 2 and {rows for rows, _ in pictures} == {1}
+    assert n_rows <= 10 and n_words <= pictures[0][1] - n_image
 
 
 @pytest.mark.parametrize(

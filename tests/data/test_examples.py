@@ -333,7 +333,22 @@ def test_commands_take_items_and_say_what_they_compare(folder, tmp_path, capsys)
     assert result.provenance["guessing"] is None, "they have a usual answer, but no options"
     assert command(blur_decay, *decayed, "--long-side", "-3", *few) == 2
     assert "a number of pixels, or none, is needed" in capsys.readouterr().err
+    assert command(blur_decay, *decayed, "--mechanism", "1", *few) == 2
+    assert "--mechanism 1 needs a counterfactual picture: --counterfactual" in capsys.readouterr().err
+    assert command(blur_decay, *decayed, "--probe-data", "scenes/colour", *few) == 2
+    assert "the two pictures of a pair differ; single items do not say it" in capsys.readouterr().err
     check_made("scenes/colour", None, "it")
+
+
+def test_a_dry_run_says_what_is_given_and_which_picture_is_made(folder, capsys):
+    few = ("--n", "3", "--dry-run")
+    assert command(layer_swap, "--data", folder, "--counterfactual", "blur", *few) == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    assert told.startswith(f"{folder}: single items (items.jsonl); counterfactual picture: the same picture, blurred")
+    assert command(knockout, "--data", folder, *few) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{folder}: single items (items.jsonl)"
+    assert command(knockout, *few) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "scenes/colour: pairs of scenes"
 
 
 def test_debias_and_probing_take_items(tmp_path, capsys):
@@ -348,3 +363,16 @@ def test_debias_and_probing_take_items(tmp_path, capsys):
     answered = command(probing, "--data", folder, "--conflict", "none", *probes, "--out", tmp_path / "probing")
     said = capsys.readouterr()
     assert answered == 0 or "too few for every training part" in said.err
+
+
+def test_probing_of_items_tells_what_is_left_out(tmp_path):
+    """No span of what is asked about, and no usual answer where no pictures in conflict are read."""
+    folder = written(items_of(load_pairs("scenes/left-right", n=16)), tmp_path)
+    probes = ("--probes", "linear", "--controls", "shuffled", "--seeds", "1", "--every", "9", "--grouping", "scene")
+    assert command(probing, "--data", folder, *probes, "--out", tmp_path / "out") == 0
+    result = Result.load(tmp_path / "out")
+    assert [each.name for each in result.metrics] == ["accuracy", "p_true"]
+    assert {*result.summary()["metric"]} == {"accuracy", "p_true"} and {*result.table["span"]} == {"last", "image"}
+    said = " ".join(result.findings)
+    assert "no pictures in conflict were given" in said and "single items; each is labelled with its answer" in said
+    assert "(no span object)" in said and "compared with" not in said

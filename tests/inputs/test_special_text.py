@@ -9,7 +9,7 @@ from tests.zoo.batches import wrapped
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.answering.class_name_scores import names_after
 from vlm_mech.behaviour.answering.prompts import stemmed
-from vlm_mech.behaviour.answering.without_image import needed_inputs, without_images
+from vlm_mech.behaviour.answering.without_image import without_images
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt, render
 
@@ -63,7 +63,7 @@ def test_special_tokens_that_are_asked_for_are_read_as_such(family):
     if family != "paligemma":
         assert vlm.encode(stemmed(prompt, end)).rows[0].tokens[-1] == end
     if family not in ONE_IMAGE and family != "paligemma":
-        assert "pixel_values" not in needed_inputs(vlm)
+        assert "pixel_values" not in vlm.needed_inputs
         assert end in without_images(vlm, encoded).rows[0].tokens
 
 

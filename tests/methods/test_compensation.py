@@ -627,7 +627,7 @@ def test_examples_of_a_file_choose_the_site_on_other_pictures(organism, tmp_path
     n, n_held_out = len(others.examples), len(choosing.examples)
     assert n + n_held_out == len(every.examples)
     assert set(result.table["example"]) == {each.pair.id for each in others.examples}
-    readout = readout_of(organism, others.examples[0].prompt)
+    readout = organism.readout
     assert result.provenance["site"] == method.best_site(organism, choosing, readout, batch=16)
     assert result.provenance["n_held_out"] == n_held_out and result.provenance["data"]["n"] == n
     assert f"{n} of {n + n_held_out + len(every.refused)} examples of" in said

@@ -191,7 +191,7 @@ class Constant(torch.nn.Module):
 def test_ties_count_against_the_word_but_not_its_own_spellings(monkeypatch, vlm, prompts):
     logits = torch.tensor([3.0, 2.0, 2.0, 2.0, 1.0])
     readout = Readout(torch.nn.Identity(), Constant(logits), 5)
-    monkeypatch.setattr("vlm_mech.methods.lens.logit_lens.readout_of", lambda vlm, prompt: readout)
+    monkeypatch.setitem(vlm.__dict__, "readout", readout)
     labels = {"tied": Label("tied", (1,)), "spelt twice": Label("x", (1, 2)), "best": Label("y", (4, 0))}
     monkeypatch.setattr("vlm_mech.methods.lens.logit_lens.label_of", lambda vlm, word, first_token: labels[word])
     found = lens(vlm, prompts[:1], last_of(vlm), "last", words=tuple(labels), top=9)

@@ -276,7 +276,7 @@ def test_one_call_leaves_out_and_tells_what_the_experiment_does(model_folder, da
         assert result.provenance[key] == saved.provenance[key]
     assert saved.provenance["refused"] == []
     assert [each["id"] for each in result.provenance["refused"]] == ["faint", "known", "silent"]
-    assert result.findings[-1].startswith("3 examples could not be used: faint: ")
+    assert result.findings[-1].startswith("3 examples could not be used: pair faint: ")
 
 
 def test_figures_come_from_the_saved_file_alone(finished):

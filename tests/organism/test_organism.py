@@ -17,7 +17,7 @@ from vlm_mech.data.render import blank, masks, render
 from vlm_mech.data.scene_questions import PHRASED, Question, caption, facts, prior_questions, questions
 from vlm_mech.data.scene_sampling import sample_scenes
 from vlm_mech.data.scenes import PRIORS, Scene, Thing
-from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.errors import UsageError
 from vlm_mech.models.embedded import NAMES, weights_folder
 from vlm_mech.organism import checkpoint
 from vlm_mech.organism.build import clip_processor, llava_processor, new_clip, new_llava, tokenizer
@@ -421,11 +421,11 @@ def test_twenty_steps_lower_the_loss(pool):
 
 
 def test_wrong_use_is_told_in_one_line(tmp_path):
-    with pytest.raises(WorkError, match="stage organism starts from .*clip', which is not there; run clip first"):
+    with pytest.raises(UsageError, match="stage organism starts from .*clip', which is not there; run clip first"):
         train(TrainingConfig(out=tmp_path, stage="organism"))
-    with pytest.raises(WorkError, match="stage organism-phrases starts from .*organism', which is not there"):
+    with pytest.raises(UsageError, match="stage organism-phrases starts from .*organism', which is not there"):
         train(TrainingConfig(out=tmp_path, stage="organism-phrases"))
-    with pytest.raises(WorkError, match="nothing is before stage clip"):
+    with pytest.raises(UsageError, match="nothing is before stage clip"):
         train(TrainingConfig(out=tmp_path, embedded=True, steps=1, n_scenes=6, n_held_out=6))
     with pytest.raises(UsageError, match="split 'validation' is for vision-language models"):
         measure("clip", split="validation")

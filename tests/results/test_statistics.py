@@ -13,6 +13,7 @@ from vlm_mech.results.statistics import (
     expanded_tail,
     percentile_interval,
     ratio_estimate,
+    share_interval,
     sign_flip_p,
 )
 
@@ -172,8 +173,22 @@ def test_a_ratio_is_of_sums_and_its_groups_are_drawn_together():
     by_group = ratio_estimate(hits, said, np.array([0, 0, 1, 1, 0, 1]))
     assert by_group is not None and (by_group.low, by_group.high) == (1 / 2, 1)
     # A group without a yes is resampled into nothing, which is left out.
-    alone = ratio_estimate(hits, np.array([1, 0, 0, 0, 0, 0]), np.arange(6))
-    assert alone is not None and alone.value == 3.0 and not math.isnan(alone.low)
+    alone = ratio_estimate(hits[:3], np.array([2, 0, 0]), np.arange(3))
+    assert alone is not None and (alone.value, alone.low, alone.high) == (1.0, *share_interval(1, 1))
+    few = ratio_estimate(np.array([1, 0, 0]), np.array([2, 0, 0]), np.arange(3))
+    assert few is not None and (few.low, few.high) == (1 / 2, 1 / 2)
     assert ratio_estimate(hits, said * 0, np.arange(6)) is None
     single = ratio_estimate(hits, said, np.zeros(6, int))
     assert single is not None and math.isnan(single.low)
+
+
+def test_a_share_of_all_or_none_has_an_interval_over_its_groups():
+    every, none = np.ones(6), np.zeros(6)
+    groups = np.array([0, 0, 0, 0, 1, 1])
+    for hits, share in ((every, 1.0), (none, 0.0)):
+        by_group, by_example = ratio_estimate(hits, every, groups), ratio_estimate(hits, every, np.arange(6))
+        assert by_group is not None and (by_group.low, by_group.high) == share_interval(round(2 * share), 2)
+        assert by_example is not None and (by_example.low, by_example.high) == share_interval(round(6 * share), 6)
+    # Those that are not counted are no evidence.
+    some = ratio_estimate(np.array([1, 1, 0, 0, 0, 0]), np.array([1, 1, 0, 0, 0, 0]), np.arange(6))
+    assert some is not None and (some.low, some.high) == share_interval(2, 2)

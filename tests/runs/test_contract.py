@@ -399,6 +399,7 @@ def test_errors_are_one_line_with_their_status(tmp_path, capsys):
         (["--wrong", "bug"], 1, "error: KeyError: 'banana'\n"),
         (["--resume", "--overwrite"], 2, "error: --resume and --overwrite exclude each other\n"),
         (["--out", tmp_path / "file"], 2, f"error: '{tmp_path / 'file'}' is a file; --out needs a folder\n"),
+        (["--seed", "-1"], 2, "error: --seed is -1; a number from 0 on is needed\n"),
     ):
         assert command("--out", tmp_path / message[7:12], *arguments) == status
         assert capsys.readouterr().err == message
@@ -412,6 +413,8 @@ def test_errors_are_one_line_with_their_status(tmp_path, capsys):
         error = capsys.readouterr().err.lower()
         assert error.startswith(f"error: {said}"), "the title of tyro's frame says the same again"
         assert "---" not in error and ".; " not in error
+    assert command("--out", tmp_path / "file" / "out") == 2
+    assert "cannot be written in: " in (error := capsys.readouterr().err) and error.count("\n") == 1
     assert command("--out", tmp_path / "debug", "--wrong", "bug", "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
 

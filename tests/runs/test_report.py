@@ -1,6 +1,7 @@
 """The report page: complete, readable without a network, and every text escaped."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import re
@@ -108,6 +109,10 @@ def test_the_table_has_every_cell_and_says_what_is_missing(page, tmp_path):
     plain = Page(path.read_text(encoding="utf-8"))
     rows = [tag for tag, _ in plain.tags if tag == "tr"]
     assert len(rows) == 1 + 2 * 36, "one row a cell and metric, and the head"
+    assert "p_corrected" in plain.text
+    bare = result.table.assign(recovered_baseline=np.nan, logit_diff_baseline=np.nan)
+    write_report(path, Outcome(dataclasses.replace(result, table=bare, known={}), {}), command="python")
+    assert "p_corrected" not in Page(path.read_text(encoding="utf-8")).text, "a column in which nothing stands"
     assert "Examples" not in plain.text and "What is said" not in plain.text and "Receipts None." in plain.text
     first = result.summary().iloc[0]
     assert f"{first['mean']:.3f} {first['ci_low']:.3f} {first['ci_high']:.3f}" in plain.text

@@ -317,7 +317,7 @@ def test_a_dry_run_says_what_each_wording_needs(tmp_path, capsys):
         dry_run = True
 
     contract.main(Config, fake_run.run, name="fake", argv=list(TWO), plan=lambda config: config.asking.template)
-    assert capsys.readouterr().out.splitlines() == SAID
+    assert capsys.readouterr().out.splitlines() == ["scenes/colour: pairs of scenes", *SAID]
 
 
 ROOT = Path(__file__).parents[2]

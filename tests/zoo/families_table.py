@@ -11,7 +11,8 @@ import torch
 from tests.zoo import ONE_IMAGE, ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
-from vlm_mech.checks.vlm import check_vlm
+from vlm_mech.checks.finding import refuse_unless_all_hold
+from vlm_mech.checks.vlm import find_vlm
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span import Patches
@@ -40,7 +41,7 @@ def rows() -> list[tuple[str, ...]]:
 def row(name: str) -> tuple[str, ...]:
     """What one family's tiny model does."""
     both = [VLM(*ZOO[name](attn, 0), check=False) for attn in ("sdpa", "eager")]
-    findings = {len(check_vlm(vlm)) for vlm in both}
+    findings = {len(refuse_unless_all_hold(vlm.name, find_vlm(vlm))) for vlm in both}
     vlm = both[0]
     prompts = [Prompt(QUESTION, picture(1, 120, 64)), Prompt("what is this?", picture(2))]
     encoded = vlm.encode(prompts)

@@ -12,6 +12,7 @@ import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,8 @@ import torch
 from vlm_mech.architectures.contrastive_families import DualFamily
 from vlm_mech.architectures.families import Blocks, Family
 from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.weights import has_adapter, weights_hash
+from vlm_mech.architectures.weight_files import files_hash
+from vlm_mech.architectures.weights import has_adapter, weights_hash, weights_sample
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image_layout import ImageLayout
 from vlm_mech.inputs.special_tokens import special_tokens
@@ -99,6 +101,10 @@ class TracedModel(ABC):
     nn: Any
     known_boxes: dict[Any, Any]
     """Pixels of image tokens by size of the picture, measured once."""
+    folder: Path | None = None
+    """Where it was loaded from, if that was not the hub."""
+    checked: dict[str, Any] | None = None
+    """What its check found (see `checks.verdict`); None if it was not asked."""
 
     # What each kind of model answers for itself
 
@@ -309,16 +315,43 @@ class TracedModel(ABC):
                 for module in training:
                     module.training = True
 
-    def identity(self) -> dict[str, str | None]:
-        """Name and revision, for provenance; a hash of the weights too where no revision tells them (or an adapter)."""
+    def wrapped(self) -> None:
+        """Keeps what tells whether the weights are still those that were wrapped; called once they are in place."""
+        self._as_wrapped, self._hashes = weights_sample(self.model), dict[str, str]()
+        self._hash_of_files: str | None = None
+
+    def come_from(self, folder: Path | None) -> None:
+        """Keeps what the files of a folder are, from which the weights were just loaded."""
+        self.folder = folder
+        self._hash_of_files = None if folder is None else files_hash(folder)
+
+    def identity(self, *, read_weights: bool = False) -> dict[str, str | None]:
+        """Name, family, revision and data type, for provenance; and a hash of the weights where no revision tells them.
+
+        Weights that were loaded from a folder and are as they were (by `weights_sample`) are told by its files, all
+        others by a pass over them, made once as long as they do not change.
+
+        Args:
+            read_weights: pass over them in any case: a change of a few numbers of a large matrix is noticed by nothing
+                else.
+        """
         about = {"name": self.name, "family": self.family.name, "revision": getattr(self.config, "_commit_hash", None)}
+        about["dtype"] = str(self.dtype).removeprefix("torch.")
         quantizer = getattr(self.config, "quantization_config", None)
         if quantizer is not None:
             values = quantizer if isinstance(quantizer, dict) else quantizer.to_dict()
             about["quantization"] = json.dumps(values, default=str, sort_keys=True)
-        if about["revision"] is not None and not has_adapter(self.model):
-            return about
-        return about | {"weights": weights_hash(self.model)}
+        if read_weights:
+            return about | {"weights": weights_hash(self.model)}
+        sample = weights_sample(self.model)
+        if sample == self._as_wrapped and not has_adapter(self.model):
+            if about["revision"] is not None:
+                return about
+            if self._hash_of_files is not None:
+                return about | {"weights": self._hash_of_files}
+        if sample not in self._hashes:
+            self._hashes[sample] = weights_hash(self.model)
+        return about | {"weights": self._hashes[sample]}
 
     # Copies
 
@@ -328,6 +361,8 @@ class TracedModel(ABC):
         parts = (copy.deepcopy(part, memo) for part in (self.model, self.processor))
         copied = made(*parts, name=self.name, check=False)
         copied.nn.revision = getattr(self.nn, "revision", None)
+        copied.folder, copied._hash_of_files = self.folder, self._hash_of_files
+        copied.checked, copied._as_wrapped = self.checked, self._as_wrapped
         return copied
 
     def __copy__(self) -> Any:

@@ -1,9 +1,13 @@
 """Weights and inputs of a model, wherever accelerate keeps them."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+WHOLE, N_SAMPLED = 2**18, 2**9
+"""Numbers of a tensor up to which `weights_sample` takes all, and how many it takes of a larger one."""
 
 
 def kept_in_place(model: Any) -> Any:
@@ -48,7 +52,7 @@ def has_adapter(model: Any) -> bool:
 
 def weights_hash(model: Any) -> str:
     """A hash of all weights, read one at a time; where some are not in memory, a text that says how many."""
-    weights = sorted(model.state_dict().items())
+    weights = sorted(_tensors(model))
     away = sum(tensor.is_meta for _, tensor in weights)
     if away:
         return f"not hashed: {away} of {len(weights)} tensors are not in memory"
@@ -57,3 +61,26 @@ def weights_hash(model: Any) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
+
+
+def weights_sample(model: Any) -> str:
+    """A hash of some of the weights, which tells in no time whether they were changed: tensors of up to `WHOLE` numbers
+    whole, of larger ones `N_SAMPLED` numbers spread over them.
+
+    Tuning, merged adapters, exchanged layers and emptied heads change so many that some are among these; a change of a
+    few numbers of a large matrix may pass unnoticed.
+    """
+    found = hashlib.sha256()
+    for name, tensor in sorted(_tensors(model)):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.is_meta:
+            continue
+        flat = tensor.detach().flatten()
+        if len(flat) > WHOLE:
+            flat = flat[torch.linspace(0, len(flat) - 1, N_SAMPLED, dtype=torch.float64).long().to(flat.device)]
+        found.update(flat.cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, value) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor))

@@ -4,11 +4,13 @@ Everything comes from the real configuration classes and processors, built in co
 depend on what the weights are, so nothing needs to be downloaded.
 """
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -30,6 +32,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant :{% endif %}"
 )
 PATCH = 14
+MANY, POOL = 10**9, 2**22 + 12_345
+"""Above how many weights they are not all drawn, and how many numbers are drawn then."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,25 @@ def geometry(name: str, *, width: int | None = None, full: bool = False) -> Geom
 def build(shape: Geometry, *, attn: str = "sdpa", device: str = "cpu", dtype: str = "float32", seed: int = 0) -> VLM:
     """A model of that shape with random weights, and its processor.
 
+    Of more than `MANY` weights, whose drawing takes minutes, the matrices repeat `POOL` drawn numbers.
+
     Raises:
-        UsageError: the weights do not fit into a data type or device that torch has.
+        UsageError: the weights do not fit into the memory of the device, or there is no such device or data type.
     """
+    from transformers.initialization import no_init_weights
+
     processor = _processor(shape)
     model_class, config = _config(shape, processor)
     if not hasattr(torch, dtype) or (device.startswith("cuda") and not torch.cuda.is_available()):
         raise UsageError(f"there is no device {device!r} or data type {dtype!r} here")
+    with torch.device("meta"):
+        n_weights = sum(each.numel() for each in model_class._from_config(config).parameters())
+    _check_memory(n_weights, dtype, device)
+    many = n_weights > MANY
     torch.manual_seed(seed)
-    with torch.device(device):
+    with torch.device(device), no_init_weights() if many else contextlib.nullcontext():
         model = model_class._from_config(config, attn_implementation=attn, dtype=getattr(torch, dtype))
-    _draw(model)
+    _repeat(model) if many else _draw(model)
     return VLM(model, processor, name=f"{shape.family} of width {shape.width}", check=False)
 
 
@@ -137,6 +149,35 @@ def _draw(model: "PreTrainedModel") -> None:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5)
+
+
+def _repeat(model: "PreTrainedModel") -> None:
+    """As `_draw`, from one pool of numbers whose length divides no width, so that no two rows of a matrix are equal."""
+    first = next(model.parameters())
+    pool = torch.randn(POOL, device=first.device).to(first.dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            flat = parameter.view(-1)
+            for start in range(0, len(flat), POOL):
+                flat[start : start + POOL] = pool[: len(flat) - start]
+            if "embed_tokens" not in name:
+                flat *= parameter[0].numel() ** -0.5
+
+
+def _check_memory(n_weights: int, dtype: str, device: str) -> None:
+    """Before anything is made: the weights, and a tenth on top for states."""
+    needed = 1.1 * n_weights * getattr(torch, dtype).itemsize
+    cuda = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(torch.device(device))[0] if cuda else psutil.virtual_memory().available
+    if needed > free:
+        smaller = "" if dtype != "float32" else "; --dtype bfloat16 needs half"
+        raise UsageError(
+            f"{n_weights / 1e9:.1f} billion weights in {dtype} need {needed / 2**30:.1f} GiB with their states, and "
+            f"{free / 2**30:.1f} GiB are free on {device}{smaller}"
+        )
 
 
 def _tokenizer() -> "PreTrainedTokenizerFast":

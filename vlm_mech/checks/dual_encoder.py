@@ -6,7 +6,7 @@ import torch
 
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
 from vlm_mech.architectures.traced_model import TracedModel
-from vlm_mech.checks.finding import Finding, find_close, refuse_unless_all_hold
+from vlm_mech.checks.finding import Finding, find_close
 from vlm_mech.checks.structure import find_module, find_stack
 from vlm_mech.checks.vlm import noise_picture, project_heads
 from vlm_mech.inputs.contrastive_batch import DualEncoded
@@ -14,15 +14,6 @@ from vlm_mech.inputs.span import Each, Positions
 from vlm_mech.interventions.receipt import ReceiptError
 from vlm_mech.interventions.specification import Ablate, Intervention, Knockout, Steer
 from vlm_mech.interventions.trace import read, run
-
-
-def check_dual_encoder(encoder: TracedModel) -> tuple[Finding, ...]:
-    """All findings about a contrastive model.
-
-    Raises:
-        WorkError: something does not hold; the message names it.
-    """
-    return refuse_unless_all_hold(encoder.name, find_dual_encoder(encoder))
 
 
 def find_dual_encoder(encoder: TracedModel) -> Iterator[Finding]:

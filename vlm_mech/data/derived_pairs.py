@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pair import SIDES, Pair
 from vlm_mech.data.pairs import Pairs, linked
 from vlm_mech.data.shared_pictures import pixel_hash
@@ -76,7 +77,12 @@ def with_conflict(pairs: Pairs) -> Pairs:
     Raises:
         UsageError: none says it.
     """
-    return checked(pairs, _check_conflict, "says which picture is in conflict with the usual answer")
+    what = (
+        "says which picture is in conflict with the usual answer"
+        if pairs.made is None
+        else "is known to be in conflict"
+    )
+    return checked(pairs, _check_conflict, what)
 
 
 def _check_conflict(pair: Pair) -> None:
@@ -153,6 +159,7 @@ def checked(pairs: Pairs, check: Callable[[Pair], object], what: str) -> Pairs:
         else:
             kept.append(pair)
     if not kept:
-        kind = "items" if pairs.made else "pairs"
-        raise UsageError(f"none of the {len(pairs)} {kind} of {pairs.name} {what}: {refused[-1].reason}")
+        raise UsageError(
+            f"none of the {len(pairs)} {nouns_of(pairs).many} of {pairs.name} {what}: {refused[-1].reason}"
+        )
     return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))

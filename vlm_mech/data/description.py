@@ -5,11 +5,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS
+from vlm_mech.data.examples import SHOWN
 from vlm_mech.data.hub import holds_classes, is_of_hub
 from vlm_mech.data.image_classes import SCENES, load_classes
 from vlm_mech.data.item import Item
 from vlm_mech.data.items import Items, load_items
-from vlm_mech.data.pair import Pair
+from vlm_mech.data.pair import Made, Pair
 from vlm_mech.data.pairs import Pairs, load_pairs
 from vlm_mech.data.readers.registry import find_source, near_misses
 from vlm_mech.data.scenes import SPLITS
@@ -59,6 +60,24 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
     if found.holds == "pairs":
         return _pairs(name, found.told, load_pairs(name, **drawn))
     return _items(name, found.told, load_items(name, **drawn))
+
+
+def in_short(name: str, made: Made | None = None) -> str:
+    """Whether a data set holds pairs or items, and which counterfactual pictures are made for these, in a line.
+
+    Args:
+        made: how they are made.
+
+    Raises:
+        UsageError: it is not told which of several files of a folder is meant.
+    """
+    found = None if name.startswith("scenes/") else find_data(name)
+    if found is None:
+        return f"{name}: pairs of scenes"
+    if found.holds == "pairs":
+        return f"{name}: pairs ({found.told})"
+    shown = f"; counterfactual picture: {SHOWN[made]}" if made in SHOWN else ""
+    return f"{name}: single items ({found.told}){shown}"
 
 
 def _has_folders(path: Path) -> bool:

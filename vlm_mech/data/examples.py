@@ -1,5 +1,6 @@
 """Examples of either kind: pairs as they are, and single items as pairs whose counterfactual picture is made."""
 
+import dataclasses
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -136,6 +137,11 @@ def as_pairs(items: Items, counterfactual: Made = "none", *, seed: int = 0) -> P
     shown = "" if counterfactual == "none" else f"counterfactual picture: {SHOWN[counterfactual]}; "
     note = f"single items; {shown}right answers are compared with: {told}"
     return Pairs(items.name, tuple(pairs), tuple(refused), drawn=items.drawn, notes=(*items.notes, note))
+
+
+def with_note(pairs: Pairs, note: str) -> Pairs:
+    """The pairs; single items say this in place of what their right answers are compared with."""
+    return dataclasses.replace(pairs, notes=(*pairs.notes[:-1], f"single items; {note}")) if pairs.made else pairs
 
 
 def _right_answers(items: Items) -> dict[str, list[str]]:

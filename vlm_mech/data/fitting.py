@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from vlm_mech.data.derived_pairs import by_groups, checked
+from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.pairs import Pairs, linked
 from vlm_mech.data.reading import check_options, check_readable
@@ -88,11 +89,11 @@ def _spelt(vlm: "VLM", pairs: Pairs, variants: Variety) -> Pairs:
             pairs,
             spelling=spelling if spelling != Spelling() else None,
             told=told,
-            chosen_on=f"the same {len(pairs)} pairs, of too few groups to set some apart",
+            chosen_on=f"the same {len(pairs)} {nouns_of(pairs).many}, of too few groups to set some apart",
         )
     on, others = by_groups(pairs, (SHARE_OF_SPELLING,), seed=0)
     spelling, told = likeliest(vlm, _asked(vlm, on, among))
-    used = f"{len(on)} other pairs, which are left out"
+    used = f"{len(on)} other {nouns_of(pairs).many}, which are left out"
     return dataclasses.replace(
         others,
         spelling=spelling if spelling != Spelling() else None,

@@ -4,11 +4,9 @@ This is the only file that opens a trace of its own. Work inside a trace is a li
 appears in the forward pass, because nnsight gives values in that order only.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site, listed_sites
-from vlm_mech.architectures.traced_model import PASSES, TracedModel, check_decoder
+from vlm_mech.architectures.traced_model import TracedModel, check_decoder
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.attention import Cutting, cutting
 from vlm_mech.interventions.foreign_hooks import hooks_at
 from vlm_mech.interventions.generating import check_generation, decoding_options, new_ids, told
+from vlm_mech.interventions.open_traces import alone, refuse_open_trace
 from vlm_mech.interventions.passes import Batch, Passes, Window, prompt_pass
 from vlm_mech.interventions.plan import Plan, plan
 from vlm_mech.interventions.receipt import Receipt, ReceiptError, verify
@@ -93,18 +92,6 @@ class Generation:
     prompts: tuple[int, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     output: Any = None
-
-
-def refuse_open_trace(vlm: TracedModel) -> None:
-    """Raise `UsageError` within a trace of the model: what opens one of its own cannot run there."""
-    with PASSES:
-        # Of this thread: another one's ends before the lock is free.
-        is_open = vlm.nn.interleaver.interleaving
-    if is_open:
-        raise UsageError(
-            f"a trace of {vlm.name} is open; run, read, generate and sweep open one of their own, so call them before "
-            "or after the `with` block"
-        )
 
 
 def _as_encoded(vlm: TracedModel, prompts: Prompts, n_new: int = 0) -> Batch:
@@ -180,7 +167,7 @@ def _forward(
 
     # A single pass needs no cache of keys and values.
     options = {} if vlm.is_contrastive else {"use_cache": False}
-    with torch.no_grad(), _alone(vlm), cutting(cuts):
+    with torch.no_grad(), alone(vlm), cutting(cuts):
         with vlm.nn.trace(**encoded.inputs, **options) as tracer:
             execute(tracer)
     return out.get("logits")
@@ -246,6 +233,23 @@ def _edited(vlm: TracedModel, encoded: Batch, made: Plan) -> tuple[Tensor, Proof
     assert logits is not None, "the pass runs to its end"
     proofs.take(prompt_pass(encoded))
     return logits, proofs, cuts
+
+
+def carry_out(
+    vlm: TracedModel, encoded: Batch, made: Plan, sites: Sequence[Site] = (), *, to_the_end: bool = True
+) -> tuple[dict[Site, Tensor], Tensor | None, tuple[Receipt, ...]]:
+    """One pass with all edits of a plan, however many: states at the sites, logits, and the receipts, unverified.
+
+    Args:
+        to_the_end: otherwise nothing is computed after the last edit and the last of the sites, and there are no
+            logits; every cut layer has to lie before.
+    """
+    proofs, cuts, states = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made), dict[Site, Tensor]()
+    reads = [read_site_step(vlm, encoded, site, states) for site in sites]
+    steps = [*steps_of(vlm, encoded, made, proofs.seen), *reads]
+    logits = _forward(vlm, encoded, steps, cuts, stop=not to_the_end)
+    proofs.take(prompt_pass(encoded))
+    return states, logits, receipts_of(proofs, list(cuts.values()), 0.0)
 
 
 def generate(
@@ -314,7 +318,7 @@ def _generated(
         if window.new:
             proofs.take(window)
 
-    with torch.no_grad(), _alone(vlm), told(passes), warnings.catch_warnings():
+    with torch.no_grad(), alone(vlm), told(passes), warnings.catch_warnings():
         # An answer may end before the limit; the open loop over passes then ends early, which nnsight remarks upon.
         warnings.filterwarnings("ignore", message="(?s).*was never reached")
         with vlm.nn.generate(**options) as tracer:
@@ -348,27 +352,6 @@ def edited_embeddings(
     _forward(vlm, encoded, steps, cuts, stop=True)
     proofs.take(prompt_pass(encoded))
     return states[site], added, receipts_of(proofs, list(cuts.values()), 0.0)
-
-
-_open: contextvars.ContextVar[bool] = contextvars.ContextVar("open", default=False)
-
-
-@contextlib.contextmanager
-def _alone(vlm: TracedModel) -> Iterator[None]:
-    """Within the block one trace may be opened."""
-    from nnsight.intervention.interleaver import OutOfOrderError
-
-    if _open.get():
-        # `aside` lets the model run meanwhile, but not be traced.
-        raise UsageError(f"a trace is open; trace {vlm.name} before it or after it")
-    with vlm.passing():
-        before = _open.set(True)
-        try:
-            yield
-        except OutOfOrderError as error:
-            raise WorkError(f"{vlm.name} does not compute its parts in the order of their names: {error}") from error
-        finally:
-            _open.reset(before)
 
 
 def _cuts(vlm: TracedModel, encoded: Batch, made: Plan, passes: Passes | None = None) -> dict[torch.nn.Module, Cutting]:

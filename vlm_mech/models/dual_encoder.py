@@ -14,13 +14,14 @@ from vlm_mech.architectures.contrastive_families import DualFamily, dual_family_
 from vlm_mech.architectures.families import Blocks
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import TracedModel
-from vlm_mech.checks.dual_encoder import check_dual_encoder
+from vlm_mech.checks.dual_encoder import find_dual_encoder
+from vlm_mech.checks.verdict import checked
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded, encode
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
 from vlm_mech.models.describe import describe, describe_html
-from vlm_mech.models.loading import DTYPES, check_device, first_line, load_processor, locate, unwrapped
+from vlm_mech.models.loading import DTYPES, check_device, first_line, folder_of, load_processor, locate, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -55,8 +56,9 @@ class DualEncoder(TracedModel):
         self.tokenizer = processor.tokenizer
         self.known_boxes = {}
         self.nn = NNsight(model)
+        self.wrapped()
         if check:
-            check_dual_encoder(self)
+            self.checked = checked(self, find_dual_encoder)
 
     @classmethod
     def load(
@@ -68,6 +70,7 @@ class DualEncoder(TracedModel):
         attn: str = "sdpa",
         revision: str | None = None,
         check: bool = True,
+        recheck: bool = False,
     ) -> "DualEncoder":
         """A contrastive model by embedded name (`clip`), folder, or Hugging Face id; arguments as for `VLM.load`.
 
@@ -81,7 +84,11 @@ class DualEncoder(TracedModel):
         source = locate(name_or_folder)
         model = _load_model(source, attn, dtype=DTYPES[dtype], revision=revision)
         processor = load_processor(source, {"revision": revision})
-        return cls(model.to(device), processor, name=str(name_or_folder), check=check)
+        encoder = cls(model.to(device), processor, name=str(name_or_folder), check=False)
+        encoder.come_from(folder_of(name_or_folder))
+        if check:
+            encoder.checked = checked(encoder, find_dual_encoder, again=recheck)
+        return encoder
 
     # Facts
 

@@ -122,6 +122,12 @@ def locate(name_or_folder: str | Path) -> str:
     return str(name_or_folder)
 
 
+def folder_of(name_or_folder: str | Path) -> Path | None:
+    """The folder that a model is loaded from, if it is not fetched from the hub."""
+    source = Path(locate(name_or_folder))
+    return source if source.is_dir() else None
+
+
 def _load_model(
     source: str, device: str, device_map: DeviceMap | None, how: dict[str, Any], options: dict[str, Any]
 ) -> Any:

@@ -6,6 +6,7 @@ own logits decide.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,10 +16,13 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.errors import WorkError
 from vlm_mech.inputs.prompt import Prompt
-from vlm_mech.interventions.trace import read, run
+from vlm_mech.interventions.plan import Plan
+from vlm_mech.interventions.trace import carry_out
 
 ROUNDING = 256
 """Multiples of the data type's precision by which two ways to the same logits may differ, relative to the largest."""
+N_POSITIONS = 8
+"""Positions at which the two are compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,27 +45,41 @@ class Readout:
         logits = self.head(self.norm(states) if normed else states)[0].float() * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What was found of it, as JSON has it."""
+        return {"n_words": self.n_words, "scale": self.scale, "cap": self.cap}
+
+
+def known_readout(vlm: TracedModel, n_words: int, scale: float, cap: float | None) -> Readout:
+    """The read-out of a model of which `told` is known."""
+    return Readout(*_norm_and_head(vlm), n_words, scale, cap)
+
 
 def readout_of(vlm: TracedModel, prompt: Prompt) -> Readout:
-    """The read-out with which the last block's output gives the model's own logits at every position of the prompt.
+    """The read-out with which the last block's output gives the model's own logits at the prompt's last positions.
+
+    The logits of its last `N_POSITIONS` positions are compared, so a few words are enough.
 
     Raises:
-        WorkError: neither a plain head, nor one with a factor or the configured soft cap, gives them.
+        WorkError: neither a plain head, nor one with the configured soft cap or a factor, gives them.
     """
-    encoded = vlm.encode(prompt)
     last = Site("llm.resid_post", vlm.n_layers("llm") - 1)
-    hidden = read(vlm, encoded, last)[last][0]
-    expected = run(vlm, encoded).logits[0].float()
-    with torch.no_grad():
-        tried = [(_error(each(hidden), expected), each) for each in _candidates(vlm, hidden, expected)]
-    error, found = min(tried, key=lambda pair: pair[0])
+    states, logits, _ = carry_out(vlm, vlm.encode([prompt]), Plan({}, {}), (last,))
+    assert logits is not None, "the pass runs to its end"
+    hidden, expected = states[last][0, -N_POSITIONS:], logits[0, -N_POSITIONS:].float()
     limit = ROUNDING * torch.finfo(vlm.dtype).eps * max(1.0, expected.abs().max().item())
-    if not error <= limit:
-        raise WorkError(
-            f"{vlm.name}: final norm and head do not give the model's own logits (largest difference {error:.3g}); "
-            "something comes between that the lens does not know"
-        )
-    return found
+    with torch.no_grad():
+        configured, factor = _candidates(vlm, hidden, expected)
+        # A factor fits rounding too: it is for where nothing that is configured will do.
+        for some in (configured, (factor,)):
+            error, found = min(((_error(each(hidden), expected), each) for each in some), key=lambda pair: pair[0])
+            if error <= limit:
+                return found
+    raise WorkError(
+        f"{vlm.name}: final norm and head do not give the model's own logits (largest difference {error:.3g}); "
+        "something comes between that the lens does not know"
+    )
 
 
 def _error(logits: Tensor, expected: Tensor) -> float:
@@ -70,16 +88,20 @@ def _error(logits: Tensor, expected: Tensor) -> float:
 
 def _candidates(
     vlm: TracedModel, hidden: Float[Tensor, "pos d_model"], expected: Float[Tensor, "pos vocab"]
-) -> list[Readout]:
-    """A plain head, one with the configured soft cap where there is one, and one with the factor that fits best."""
-    after = vlm.family.llm.after
-    if after is None:
-        raise WorkError(f"{vlm.family.name} names no final norm of its decoder")
-    norm, head = vlm.model.get_submodule(after), vlm.model.get_submodule(vlm.family.head)
+) -> tuple[tuple[Readout, ...], Readout]:
+    """A plain head, and one with the configured soft cap where there is one; and one with the factor that fits best."""
+    norm, head = _norm_and_head(vlm)
     n_words = expected.shape[-1]
     plain = Readout(norm, head, n_words)
     logits = plain(hidden).to(expected.device).double()
     scale = ((logits * expected).sum() / logits.square().sum()).item()
     cap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
-    capped = [] if cap is None else [Readout(norm, head, n_words, cap=float(cap))]
-    return [plain, *capped, Readout(norm, head, n_words, scale=scale)]
+    capped = () if cap is None else (Readout(norm, head, n_words, cap=float(cap)),)
+    return (plain, *capped), Readout(norm, head, n_words, scale=scale)
+
+
+def _norm_and_head(vlm: TracedModel) -> tuple[nn.Module, nn.Module]:
+    after = vlm.family.llm.after
+    if after is None:
+        raise WorkError(f"{vlm.family.name} names no final norm of its decoder")
+    return vlm.model.get_submodule(after), vlm.model.get_submodule(vlm.family.head)

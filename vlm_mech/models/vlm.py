@@ -14,8 +14,9 @@ from vlm_mech.architectures.families import Blocks, Family, family_of
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import input_device, kept_in_place
-from vlm_mech.checks.vlm import check_vlm, example
-from vlm_mech.errors import UsageError
+from vlm_mech.checks.verdict import checked
+from vlm_mech.checks.vlm import example, find_vlm, words
+from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.answer import Attached
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.inputs.image_layout import Batch, ImageLayout
@@ -25,8 +26,8 @@ from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.interventions.generating import set_aside
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
-from vlm_mech.models.loading import DeviceMap, check_processor, load, unwrapped
-from vlm_mech.models.readout import Readout, readout_of
+from vlm_mech.models.loading import DeviceMap, check_processor, folder_of, load, unwrapped
+from vlm_mech.models.readout import Readout, known_readout, readout_of
 from vlm_mech.models.transformer_lens_bridge import to_transformer_lens
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ class VLM(TracedModel):
         self.known_boxes = {}
         kept_in_place(model)
         self.nn = TransformersModel(model, task="image-text-to-text", processor=processor)
+        self.wrapped()
         if check:
-            check_vlm(self)
+            self.checked = checked(self, find_vlm)
 
     @classmethod
     def load(
@@ -75,6 +77,7 @@ class VLM(TracedModel):
         revision: str | None = None,
         trust_remote_code: bool = False,
         check: bool = True,
+        recheck: bool = False,
     ) -> "VLM":
         """A model by embedded name (`organism`, `organism-grounded`), folder, or Hugging Face id.
 
@@ -86,6 +89,10 @@ class VLM(TracedModel):
             attn: attention back end; `sdpa` and `eager` take masks, so that attention can be knocked out.
             quantization: `8bit` or `4bit` (bitsandbytes), or any Hugging Face quantisation config.
             revision: branch, tag or commit of a Hugging Face model.
+            check: refuse a model in which a name does not mean what it says. That all hold is remembered for the same
+                weights, versions, data type and back end, in the user's cache folder
+                or that of the variable VLM_MECH_CACHE.
+            recheck: ask again, whatever is remembered.
 
         Raises:
             UsageError: no such model, a folder without processor, an unknown architecture, dtype, device, device map
@@ -103,10 +110,22 @@ class VLM(TracedModel):
             trust_remote_code=trust_remote_code,
         )
         # Without weights there is nothing to run: the structure was checked already.
-        vlm = cls(model, processor, name=str(name_or_folder), check=check and device != "meta")
+        vlm = cls(model, processor, name=str(name_or_folder), check=False)
         # A remote server must take the same revision.
         vlm.nn.revision = revision
+        vlm.come_from(folder_of(name_or_folder))
+        if check and device != "meta":
+            vlm.checked = checked(vlm, find_vlm, again=recheck, also=vlm._readout_told)
+            if "readout" in vlm.checked:
+                vlm.readout = known_readout(vlm, **vlm.checked["readout"])
         return vlm
+
+    def _readout_told(self) -> dict[str, Any]:
+        """What is remembered of the read-out; nothing of a model whose logits it does not give."""
+        try:
+            return {"readout": self.readout.told}
+        except WorkError:
+            return {}
 
     # Facts
 
@@ -210,8 +229,12 @@ class VLM(TracedModel):
 
     @functools.cached_property
     def readout(self) -> Readout:
-        """From the last block's output to logits, found by comparison with the model's own logits (one small pass)."""
-        return readout_of(self, example(self))
+        """From the last block's output to logits, found by comparison with the model's own over a few words.
+
+        Raises:
+            WorkError: something comes between the two that is not known.
+        """
+        return readout_of(self, words(self) or example(self))
 
     # Use
 

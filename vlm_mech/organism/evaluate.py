@@ -183,9 +183,9 @@ def main() -> None:
     config = tyro.cli(EvaluationConfig, description=__doc__)
     with one_line_errors():
         scores = measure(config.model, n=config.n, seed=config.seed, split=config.split)
-    print(table(scores))
-    if config.out is not None:
-        config.out.write_text(json.dumps([asdict(row) for row in scores], indent=1) + "\n")
+        print(table(scores))
+        if config.out is not None:
+            config.out.write_text(json.dumps([asdict(row) for row in scores], indent=1) + "\n")
 
 
 if __name__ == "__main__":

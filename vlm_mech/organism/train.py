@@ -6,14 +6,13 @@ was interrupted goes on from its last checkpoint in DIR. Each stage leaves DIR/S
 open, and DIR/STAGE-state/log.jsonl.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from vlm_mech.errors import WorkError
+from vlm_mech.errors import UsageError, one_line_errors
 from vlm_mech.models.embedded import weights_folder
 
 VlmStage = Literal["organism", "organism-grounded", "organism-phrases"]
@@ -78,7 +77,7 @@ def train(config: TrainingConfig) -> None:
     """Runs the stages asked for, one after the other.
 
     Raises:
-        WorkError: a stage before the one asked for has not been run in this folder.
+        UsageError: a stage before the one asked for has not been run in this folder.
     """
     import torch
 
@@ -89,11 +88,13 @@ def train(config: TrainingConfig) -> None:
         torch.set_num_threads(config.threads)
     stages = tuple(BEFORE) if config.stage == "all" else (config.stage,)
     if config.embedded and BEFORE[stages[0]] is None:
-        raise WorkError("nothing is before stage clip; --embedded goes with --stage and one that starts from a model")
+        raise UsageError("nothing is before stage clip; --embedded goes with --stage and one that starts from a model")
     before = {stage: _folder(config, name) for stage in stages if (name := BEFORE[stage]) is not None}
     if stages[0] in before and not (before[stages[0]] / "config.json").is_file():
         missing = str(before[stages[0]])
-        raise WorkError(f"stage {stages[0]} starts from {missing!r}, which is not there; run {BEFORE[stages[0]]} first")
+        raise UsageError(
+            f"stage {stages[0]} starts from {missing!r}, which is not there; run {BEFORE[stages[0]]} first"
+        )
     scenes = config.out / "scenes"
     pool = make_pool(scenes, config.n_scenes, seed=config.seed, split="train", conflict=POOL_CONFLICT)
     held_out = make_pool(scenes, config.n_held_out, seed=config.seed, split="validation", conflict=POOL_CONFLICT)
@@ -111,11 +112,8 @@ def _folder(config: TrainingConfig, name: str) -> Path:
 def main() -> None:
     """Trains as the command line says."""
     config = tyro.cli(TrainingConfig, description=__doc__)
-    try:
+    with one_line_errors():
         train(config)
-    except WorkError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

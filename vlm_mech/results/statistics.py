@@ -112,9 +112,10 @@ def ratio_estimate(
     n_resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate | None:
-    """A sum over a sum, such as precision, with its expanded 95 % percentile interval over resampled groups.
+    """A share that is a sum over a sum, such as precision, with its 95 % interval over resampled groups.
 
-    Resamples in which nothing is divided by are left out of the interval, which is NaN where those are all, or where
+    The interval is the expanded percentile one; resamples in which nothing is divided by are left out. A share of 0 or
+    1 has Wilson's interval over the groups that are counted, since resampling gives none. NaN stands for the ends where
     there are fewer than two groups.
 
     Args:
@@ -128,6 +129,9 @@ def ratio_estimate(
     if not of.sum():
         return None
     value, n_groups = float(counted.sum() / of.sum()), len(np.unique(groups))
+    if value in (0.0, 1.0):
+        n_counted = len(np.unique(groups[np.asarray(of) > 0]))
+        return Estimate(value, *share_interval(round(value * n_counted), n_counted))
     sums = bootstrap_means(np.stack([counted, of], 1).astype(float), groups, n_resamples=n_resamples, seed=seed)
     held = sums[:, 1] > 0
     if n_groups < 2 or not held.any():

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from vlm_mech.data.nouns import nouns_of
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.following import parting
 from vlm_mech.inputs.prompt import written
@@ -44,6 +45,7 @@ def _tokens(vlm: Any, pairs: "Pairs") -> dict[str, Any]:
         "n_alike": len(alike),
         "in_common": [min(alike, default=0), max(alike, default=0)],
         "n_pairs": len(both),
+        "of": nouns_of(pairs).one,
         "tokens": pieces,
     }
 
@@ -63,13 +65,14 @@ def told(answers: dict[str, Any]) -> tuple[str, ...]:
         found.append(f"Share of right answers ({answers['chosen_on']}) of which each is the likeliest: {shares}.")
     if "tokens" in answers:
         (fewest, most), (least, longest) = answers["n_tokens"], answers["in_common"]
+        one = answers.get("of", "pair")
         alike = (
-            f"; {answers['n_alike']} of {answers['n_pairs']} pairs begin alike, with {_span(least, longest, 'token')}"
+            f"; {answers['n_alike']} of {answers['n_pairs']} {one}s begin alike, with {_span(least, longest, 'token')}"
         )
         begin = alike if answers["n_alike"] else ""
         (first, *_) = answers["tokens"].values()
         said = " and ".join(" ".join(map(repr, each)) for each in first)
-        found.append(f"Answers have {_span(fewest, most, 'token')}{begin}; those of the first pair: {said}.")
+        found.append(f"Answers have {_span(fewest, most, 'token')}{begin}; those of the first {one}: {said}.")
     return tuple(found)
 
 

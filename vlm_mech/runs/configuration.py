@@ -41,6 +41,8 @@ class RunConfig:
     """Attention back end."""
     revision: str | None = None
     """Revision of a Hugging Face model."""
+    recheck: bool = False
+    """Ask again whether the names of the model's parts hold, although that they do is remembered."""
     system: str | None = None
     """System message of every prompt."""
     prefix: str | None = None
@@ -69,7 +71,7 @@ class RunConfig:
     @property
     def loading(self) -> dict[str, Any]:
         """How the model is loaded: options of `VLM.load`."""
-        return {name: getattr(self, name) for name in ("device", "dtype", "attn", "revision")}
+        return {name: getattr(self, name) for name in ("device", "dtype", "attn", "revision", "recheck")}
 
     def load(self, name: str | None = None) -> "VLM":
         """The model of this run, or another by its name, as the options say.
@@ -163,6 +165,14 @@ def check_n(n: int | None, fewest: int) -> None:
     # What loads the data refuses none at all.
     if n is not None and 0 < n < fewest:
         raise UsageError(f"--n is {n}; at least {fewest} examples are needed")
+
+
+def check_numbers(config: RunConfig) -> None:
+    """Raises `UsageError` for a seed or a number of examples at a time that cannot be."""
+    if config.seed < 0:
+        raise UsageError(f"--seed is {config.seed}; a number from 0 on is needed")
+    if (batch := getattr(config, "batch", 1)) < 1:
+        raise UsageError(f"--batch is {batch}; a number above zero is needed")
 
 
 def check_fixed(config: RunConfig) -> None:

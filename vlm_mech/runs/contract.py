@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_mech.errors import TooFewError, UsageError, WorkError, one_line_errors
 from vlm_mech.runs.command_line import parse
-from vlm_mech.runs.configuration import ConfigT, RunConfig, as_json, check_fixed, check_n, worded
+from vlm_mech.runs.configuration import ConfigT, RunConfig, as_json, check_fixed, check_n, check_numbers, worded
 from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import provenance_of, remarks
@@ -47,12 +47,14 @@ def main(
         with one_line_errors(debug=debug):
             config = parse(config_class, arguments, name=name)
             check_n(config.n, fewest)
+            check_numbers(config)
             each = worded(config, unasked=unasked)
             check_fixed(config)
             if config.describe:
                 print(description(config))
             elif plan is not None and getattr(config, "dry_run", False):
-                print("\n".join(str(plan(one)) for one in each))
+                plans = [str(plan(one)) for one in each]
+                print("\n".join([in_short(config), *plans]))
             elif len(each) == 1:
                 execute(each[0], run, name=name)
             else:
@@ -70,6 +72,14 @@ def description(config: RunConfig) -> str:
 
     how = {"n": config.n, "seed": config.seed, "split": getattr(config, "split", "test")}
     return "\n\n".join(describe(each, **how, fix_labels=config.fix_labels) for each in config.sources)
+
+
+def in_short(config: RunConfig) -> str:
+    """Which data sets a run reads, and what is made of them, in a line each."""
+    from vlm_mech.data import description
+
+    made = getattr(config, "counterfactual", None)
+    return "\n".join(description.in_short(each, made) for each in config.sources)
 
 
 def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, name: str) -> None:
@@ -179,7 +189,7 @@ def _announce(result: "Result", folder: Path, seconds: float) -> None:
     fewest, most = int(summary["n"].min()), int(summary["n"].max())
     n = f"n = {fewest}" if fewest == most else f"n = {fewest} to {most}"
     print(f"{metric.name} ({metric.unit}), mean by {axes[-1]}, {n}")
-    shown = table.to_string(max_cols=14, max_rows=20, float_format=lambda value: f"{value:.2f}", na_rep="-")
+    shown = table.to_string(max_cols=14, max_rows=40, float_format=lambda value: f"{value:.2f}", na_rep="-")
     print("no example has a value" if table.empty else shown)
     print("\n".join(["", *(f"- {finding}" for finding in result.findings)]))
     more = [f"{', '.join(each.name for each in others)} in summary.csv"] if others else []

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_mech.architectures.weight_files import file_hash
 from vlm_mech.data.readers.registry import named
 
 LINES = "pairs.jsonl"
@@ -81,8 +82,7 @@ def _digest(files: list[tuple[str, Path]]) -> str:
     found = hashlib.sha256()
     for name, path in files:
         try:
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
+            content = file_hash(path)
         except OSError:
             # Whoever loads it says so in its own words.
             content = "unreadable"

@@ -26,14 +26,19 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
     """What the provenance of a run over pairs says: what is asked, of which model and data, and what was proved.
 
     Where the checkpoint ships settings of generation that no answer was generated with, these are named.
+
+    Args:
+        question: what is asked, with the words of `data.nouns.Nouns.put`.
     """
+    from vlm_mech.data.nouns import nouns_of
     from vlm_mech.runs.answers import about_answers
 
     # Contrastive models generate nothing.
     aside = getattr(vlm, "settings_set_aside", {})
     return {
-        "question": question,
+        "question": nouns_of(pairs).put(question),
         "model": vlm.identity(),
+        "check": vlm.checked,
         "data": pairs.described,
         "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
         "receipts": receipts,
@@ -44,7 +49,9 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
 def remarks(provenance: dict[str, Any]) -> tuple[str, ...]:
     """How answers were spelt, which examples were left out, what is to be told of the data: what ends the findings."""
     data = provenance.get("data", {})
-    return (*spelt(provenance), *left_out(provenance), *(remarks_on(data) if isinstance(data, dict) else ()))
+    every = data if isinstance(data, list) else [data]
+    notes = [note for each in every if isinstance(each, dict) for note in remarks_on(each)]
+    return (*spelt(provenance), *left_out(provenance), *notes)
 
 
 def spelt(provenance: dict[str, Any]) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ELSEWHERE = ("receipts", "question", "seconds", "resumed", "finished")
 """Of the provenance, what has a place of its own, and what differs each time: that is in provenance.json alone."""
+MISSING = "–"
+"""What stands for a number that there is none of."""
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 Helvetica, Arial, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1.5em;
@@ -111,12 +113,15 @@ def _rounded(table: pd.DataFrame) -> pd.DataFrame:
 def _number(value: float) -> str:
     """Three decimals, or three digits of what would vanish in them; a dash for a missing value."""
     if math.isnan(value):
-        return "–"
+        return MISSING
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
 
 
 def _table(table: pd.DataFrame, *, style: str = "numbers") -> str:
-    return f"<div class='scroll'>{table.to_html(index=False, border=0, escape=True, classes=style)}</div>"
+    """The table without columns in which nothing stands."""
+    held = (table.notna() & ~table.isin(["", "-", MISSING])).any()
+    shown = table.loc[:, held] if held.any() else table
+    return f"<div class='scroll'>{shown.to_html(index=False, border=0, escape=True, classes=style)}</div>"
 
 
 def _metrics(result: Result) -> str:

@@ -184,7 +184,8 @@ def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bo
     What an earlier run left stays until the new one is complete.
 
     Raises:
-        UsageError: the folder holds something else, another run, one that still goes on, or (with `resume`) none.
+        UsageError: the folder holds something else, another run, one that still goes on, or (with `resume`) none; or it
+            cannot be written in.
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
@@ -209,8 +210,11 @@ def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bo
             _clear(folder, _record(work.partial / "finished"))
         shutil.rmtree(work.partial, ignore_errors=True)
     made = tuple(each for each in (folder, *folder.parents) if not each.exists())
-    work.partial.mkdir(parents=True, exist_ok=True)
-    _write(work.partial / "config.json", json.dumps(wanted).encode())
+    try:
+        work.partial.mkdir(parents=True, exist_ok=True)
+        _write(work.partial / "config.json", json.dumps(wanted).encode())
+    except OSError as error:
+        raise UsageError(f"folder {str(folder)!r} cannot be written in: {error}; --out names another") from error
     return replace(work, made=made)
 
 

@@ -1,15 +1,28 @@
 """Which options a pair has, in which order, and how a question is asked with them."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from vlm_mech.data.derived_pairs import partners
+from vlm_mech.data.examples import with_note
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.reading import ALPHABET
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike
+from vlm_mech.inputs.special_tokens import unknown_word
+from vlm_mech.results.result import Metric
 
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
+
+INDIVIDUAL = Metric("individual", "share", "right answers over both pictures of a pair", against="chance")
+PAIR = Metric("pair", "share", "pairs with both pictures right", against="chance")
+OF_ITEMS = dataclasses.replace(INDIVIDUAL, description="items answered rightly")
+"""`INDIVIDUAL` of single items, which have one picture."""
 QUESTION, FIRST, SECOND = "{question}", "{first}", "{second}"
 
 
@@ -35,11 +48,24 @@ def answers_first(pair: Pair) -> tuple[str, ...]:
     return (*right, *(each for each in options_of(pair) if each not in right))
 
 
+def others_of(pairs: Pairs, *, seed: int) -> list[Pair]:
+    """Another example for each, whose pictures take the place of its own as the floor.
+
+    Items often share a picture, which is no other one: theirs is of another group, unless most are of one.
+
+    Args:
+        seed: draws them.
+
+    Raises:
+        UsageError: fewer than two examples.
+    """
+    groups = [pair.group or pair.id for pair in pairs] if pairs.made else []
+    return [pairs.pairs[other] for other in partners(len(pairs), seed=seed, groups=groups)]
+
+
 def of_all_options(pairs: Pairs) -> Pairs:
     """The pairs; single items say that all their options are read, and no wrong answer drawn from them."""
-    if not pairs.made:
-        return pairs
-    return dataclasses.replace(pairs, notes=(*pairs.notes[:-1], "single items; all their options count"))
+    return with_note(pairs, "all their options count" if any(pair.options for pair in pairs) else "without options")
 
 
 @dataclass(frozen=True)
@@ -73,17 +99,46 @@ class Template:
     def asked(self, question: str, options: Sequence[str]) -> str:
         """What is asked, the options in their order."""
         if not self.listed:
-            return self.text.replace(QUESTION, question)
+            return self._filled({QUESTION: question})
         if len(options) < 2:
             raise UsageError(f"prompt {self.text!r} lists options, and there are none")
         first, second, *more = options
         between = self.text[self.text.find(FIRST) + len(FIRST) : self.text.find(SECOND)]
         letters = ALPHABET.lower()[2:]
         rest = [f"{between.replace('(b)', f'({each})')}{option}" for each, option in zip(letters, more, strict=False)]
-        told = self.text.replace(FIRST, first).replace(SECOND, second + "".join(rest))
-        return told.replace(QUESTION, question)
+        return self._filled({QUESTION: question, FIRST: first, SECOND: second + "".join(rest)})
+
+    def _filled(self, values: Mapping[str, str]) -> str:
+        """The text with its own places filled, once: what is put there may hold braces of its own."""
+        return re.sub("|".join(map(re.escape, values)), lambda place: values[place.group()], self.text)
 
     def strings(self, options: Sequence[str]) -> tuple[str, ...]:
         """The full option strings: with their letters where the prompt has them."""
         letters = ALPHABET.lower()
         return tuple(f"({letters[place]}) {each}" if self.lettered else each for place, each in enumerate(options))
+
+    def check_known(self, vlm: "VLM", n: int = 2, what: str = "prompt") -> None:
+        """Raises `UsageError` where the model has no token for a word around questions and options.
+
+        Args:
+            n: number of options.
+            what: it is called in the error.
+        """
+        word = unknown_word(vlm.tokenizer, self.asked("", ("",) * n))
+        if word is not None:
+            raise UsageError(f"{what} {self.text!r} holds {word!r}, which {vlm.name} has no token for")
+
+
+def unknown_words(vlms: "Sequence[VLM]", pairs: Pairs) -> tuple[str, ...]:
+    """A sentence for each model that lacks tokens for words of the data's questions, which are asked all the same."""
+    found = []
+    for vlm in vlms:
+        words = [unknown_word(vlm.tokenizer, pair.question) for pair in pairs]
+        some = list(dict.fromkeys(word for word in words if word is not None))
+        if some:
+            n = sum(word is not None for word in words)
+            found.append(
+                f"{n} of {len(words)} questions hold words that {vlm.name} has no token for, such as {some[0]!r}; they "
+                "are asked as they stand, and each such word is one and the same token to it."
+            )
+    return tuple(found)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 Cells = Mapping[str, Sequence[Any]]
 """Which values of some axes are told by category."""
 COLUMN = "category"
+TITLES = {"individual": "pictures right", "pair": "both of a pair right"}
+"""What metrics are called over their panels."""
 
 
 def has_categories(result: Result) -> bool:
@@ -46,7 +48,9 @@ def with_categories(result: Result, options: Mapping[str, Any]) -> Result:
     """The result, what `by_category` gives with these options in its provenance where it has categories."""
     if not has_categories(result):
         return result
-    rows = by_category(result, **options).to_dict("records")
+    table = by_category(result, **options).astype(object)
+    # Of one example there is no interval.
+    rows = table.where(table.notna(), None).to_dict("records")
     return dataclasses.replace(result, provenance=result.provenance | {"by_category": rows})
 
 
@@ -58,11 +62,17 @@ def told_by_category(table: pd.DataFrame, names: Sequence[str], metric: str) -> 
         names: the axes that are named.
     """
     for key, rows in table[table["metric"] == metric].groupby(list(names), sort=False):
-        each = [
-            f"{row[COLUMN]} {row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}, n = {row['n']})"
-            for row in rows.to_dict("records")
-        ]
+        each = [f"{row[COLUMN]} {row['mean']:.3f} ({_interval(row)}n = {row['n']})" for row in rows.to_dict("records")]
         yield f"{', '.join(map(str, key))}, {metric} by category: {'; '.join(each)}."
+
+
+def _interval(row: Mapping[Any, Any]) -> str:
+    """An interval in words; of one example there is none."""
+    return "" if pd.isna(row["ci_low"]) else f"{row['ci_low']:.3f} to {row['ci_high']:.3f}, "
+
+
+def _span(low: int, high: int) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def categories(result: Result, *, metrics: Sequence[str], cells: Cells, named: Sequence[str]) -> "go.Figure":
@@ -78,7 +88,8 @@ def categories(result: Result, *, metrics: Sequence[str], cells: Cells, named: S
     table = table.assign(label=[", ".join(map(str, each)) for each in table[list(named)].to_numpy()])
     shown, labels = list(dict.fromkeys(table["metric"])), list(dict.fromkeys(table["label"]))
     rows = list(dict.fromkeys(table[COLUMN]))
-    figure = make_subplots(cols=len(shown), shared_yaxes=True, subplot_titles=shown, horizontal_spacing=0.04)
+    titles = [TITLES.get(metric, metric) for metric in shown]
+    figure = make_subplots(cols=len(shown), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
     step = 0.7 / len(labels)
     for column, metric in enumerate(shown, 1):
         for number, label in enumerate(labels):
@@ -92,9 +103,15 @@ def categories(result: Result, *, metrics: Sequence[str], cells: Cells, named: S
                 hovertemplate="%{customdata[0]}: %{x:.3f}, n = %{customdata[1]}",
             )  # fmt: skip
             figure.add_trace(trace, row=1, col=column)
-        for chance in sorted(set(table[table["metric"] == metric]["baseline"])):
-            figure.add_vline(x=chance, line={"dash": "dot", "color": "#888888"}, row=1, col=column)
-    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, range=[len(rows) - 0.5, -0.5], automargin=True)
+        # Categories may have unlike numbers of options: each has its own chance.
+        chances = table[table["metric"] == metric][[COLUMN, "baseline"]].drop_duplicates()
+        for category, chance in chances.to_numpy().tolist():
+            ends = {"y0": rows.index(category) - 0.5, "y1": rows.index(category) + 0.5}
+            line = {"dash": "dot", "color": "#888888"}
+            figure.add_shape(type="line", x0=chance, x1=chance, **ends, line=line, row=1, col=column)
+    sizes = table.groupby(COLUMN)["n"].agg(["min", "max"])
+    names = [f"{each} (n = {_span(*sizes.loc[each])})" for each in rows]
+    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=names, range=[len(rows) - 0.5, -0.5], automargin=True)
     figure.update_xaxes(range=[-0.04, 1.04], title_text="share")
     recipe = {"metrics": list(metrics), "cells": {axis: list(each) for axis, each in cells.items()}}
     return figure.update_layout(

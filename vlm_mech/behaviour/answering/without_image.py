@@ -1,6 +1,5 @@
 """The same question without its picture."""
 
-import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,16 +10,6 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 
-# The second branch
-
-
-def needed_inputs(vlm: "VLM") -> list[str]:
-    """What the model must be given in every pass besides ids: pictures, in families with learned queries."""
-    parameters = inspect.signature(type(vlm.model).forward).parameters.values()
-    bare = [each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]
-    return [name for name in bare if name not in ("self", "input_ids")]
-
-
 def without_images(vlm: "VLM", encoded: Encoded) -> Encoded:
     """The same prompts with the picture and its placeholder left out.
 
@@ -29,7 +18,7 @@ def without_images(vlm: "VLM", encoded: Encoded) -> Encoded:
     """
     if not all(prompt.images for prompt in encoded.prompts):
         raise UsageError("the prompts have no picture, so there is nothing that could be left out")
-    if "pixel_values" in needed_inputs(vlm):
+    if "pixel_values" in vlm.needed_inputs:
         raise UsageError(f"{vlm.family.name} cannot run without a picture, so nothing can be compared with that")
     place = vlm.placeholder or ""
     bare = [replace(each, image=None, text=each.text and each.text.replace(place, "")) for each in encoded.prompts]

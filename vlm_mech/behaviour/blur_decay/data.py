@@ -6,10 +6,14 @@ the image before the blur, and how answers are compared were not found and are o
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 
+from vlm_mech.behaviour.answering.asked_options import of_all_options
 from vlm_mech.behaviour.blur_decay.blur import AS_USUAL, NONE, Scale, decayed
+from vlm_mech.data.examples import check_made, load_examples
+from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import ImageLike, images_of, load_image, side_by_side
@@ -43,12 +47,32 @@ def _at(images: tuple[ImageLike, ...], level: str, scale: Scale) -> tuple[Image.
     return found if len(images) > 1 else found[0]
 
 
-def swapped_levels(given: Sequence[str], kernels: Sequence[int], pairs: Pairs, *, batch: int) -> tuple[str, ...]:
-    """The levels at which states are swapped; none where items have no counterfactual pictures.
+def load_decaying(data: str, **options: Any) -> Pairs:
+    """The examples (see `data.examples.load_examples`); of items that are asked about alone all options are read."""
+    pairs = load_examples(data, **options)
+    return of_all_options(pairs) if pairs.made == "none" else pairs
+
+
+def swapped_levels(
+    given: Sequence[str], kernels: Sequence[int], pairs: Pairs, *, batch: int, probe_data: str | None = None
+) -> tuple[str, ...]:
+    """The levels at which states are swapped; by default none where items have no counterfactual pictures.
+
+    Args:
+        batch: examples at a time.
+        probe_data: what probes are to be fitted on, if that was asked for.
 
     Raises:
-        UsageError: one that is no kernel, or batches of one pair, which has no other one's picture for its floor.
+        UsageError: a level that is no kernel, levels for items without counterfactual pictures, probes without levels
+            or of items, or batches of one example, which has no other one's picture for its floor.
     """
+    if pairs.made == "none" and tuple(given) not in (SWAPPED, ("none",)):
+        check_made(pairs.name, pairs.made, f"--mechanism {' '.join(given)}")
+    if probe_data is not None and (pairs.made or tuple(given) == ("none",)):
+        why = "single items do not say it" if pairs.made else "--mechanism none leaves no level to read at"
+        raise UsageError(
+            f"--probe-data {probe_data}: probes read the patches where the two pictures of a pair differ; {why}"
+        )
     levels = () if tuple(given) == ("none",) or pairs.made == "none" else tuple(given)
     if levels == SWAPPED:
         levels = tuple(level for level in levels if level in map(str, kernels))
@@ -56,7 +80,8 @@ def swapped_levels(given: Sequence[str], kernels: Sequence[int], pairs: Pairs, *
     if unknown:
         raise UsageError(f"level {unknown[0]!r} is none of the kernels {' '.join(map(str, kernels))}")
     if min(len(pairs), batch) < 2:
-        raise UsageError(f"{len(pairs)} pairs of {pairs.name} in batches of {batch}; at least two of both are needed")
+        counted = f"{len(pairs)} {nouns_of(pairs).many} of {pairs.name}"
+        raise UsageError(f"{counted} in batches of {batch}; at least two of both are needed")
     return levels
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 from vlm_mech.behaviour.blur_decay.blur import level_name
 from vlm_mech.behaviour.blur_decay.probes import CONTROLS, DECODED, PROBES
 from vlm_mech.behaviour.blur_decay.study import COUNTERFACTUAL, FLOORS, OWN, SWAPS, WHOLE
+from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.results.result import Result
 from vlm_mech.results.statistics import share_interval
@@ -14,12 +15,13 @@ from vlm_mech.results.statistics import share_interval
 
 def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, ...]:
     """How much stays unchanged under all decay, above which floor, for whom, and where the answer is read meanwhile."""
-    found = [f"{len(pairs)} examples of {pairs.name}."]
+    nouns = nouns_of(pairs)
+    found = [f"{len(pairs)} {nouns.many} of {pairs.name}."]
     summary = result.summary()
     views = ((OWN, pairs.answer), (COUNTERFACTUAL, pairs.counterfactual_answer))
     for view, right in views if pairs.made is None else views[:1]:
         answers = dict(zip([pair.id for pair in pairs], right, strict=True))
-        found += _unchanged(result, summary, view, answers, levels[-1])
+        found += _unchanged(result, summary, view, answers, levels[-1], nouns.one)
     unread = result.table[result.table["view"].isin(list(FLOORS)) & (result.table["unread"] == True)]  # noqa: E712
     if len(unread):
         found.append(f"{len(unread)} answers say nothing and count as changed.")
@@ -33,7 +35,9 @@ def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, 
     return (*found, *_reading(result), *_decoded(result))
 
 
-def _unchanged(result: Result, summary: pd.DataFrame, view: str, answers: dict[str, str], last: str) -> tuple[str, ...]:
+def _unchanged(
+    result: Result, summary: pd.DataFrame, view: str, answers: dict[str, str], last: str, one: str
+) -> tuple[str, ...]:
     """What is said of the answers about one of the pictures."""
     floor = FLOORS[view]
     rows = {each: _row(summary, each, last, "unchanged") for each in (view, floor)}
@@ -45,7 +49,7 @@ def _unchanged(result: Result, summary: pd.DataFrame, view: str, answers: dict[s
     ]
     asked = f"answers about the {view}"
     found = [
-        f"{asked}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another example's "
+        f"{asked}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another {one}'s "
         f"picture at every level but the same question: {_told(rows[floor])}; above it by {difference['mean']:+.3f} "
         f"({difference['ci_low']:+.3f} to {difference['ci_high']:+.3f}); unchanged are {' and '.join(by_clean)}."
     ]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 AXES = ("state", "task")
 BASE, TUNED, RANDOM = "base", "tuned", "random adapter of equal size"
 STATES = (BASE, TUNED, RANDOM)
-TRUTH = Metric("truth", "share", "share of answers that name the true one, and not the pair's other", against=BASE)
+TRUTH = Metric("truth", "share", "share of answers that name the true one, and not the other one", against=BASE)
 PRIOR = Metric(
     "prior",
     "share",

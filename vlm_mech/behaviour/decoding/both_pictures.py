@@ -8,11 +8,21 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from vlm_mech.behaviour.answering.asked_options import Template, asked_sides, options_of
+from vlm_mech.behaviour.answering.asked_options import (
+    INDIVIDUAL,
+    OF_ITEMS,
+    PAIR,
+    Template,
+    asked_sides,
+    options_of,
+    others_of,
+    unknown_words,
+)
 from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category, with_categories
 from vlm_mech.behaviour.decoding.data import Options, Setting, every_pair, fixed, label
 from vlm_mech.behaviour.decoding.study import OWN, STRANGER, answered
-from vlm_mech.data.derived_pairs import about_others, partners
+from vlm_mech.data.derived_pairs import about_others
+from vlm_mech.data.nouns import PAIRS, Nouns, nouns_of
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import ALPHABET, letters_of, read_answer
 from vlm_mech.errors import UsageError
@@ -24,12 +34,10 @@ if TYPE_CHECKING:
     from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "Both pictures of every pair are asked about, whose answers differ. Does contrastive decoding, with the values of "
-    "the papers, answer more of them rightly than greedy decoding does?"
+    "Each question is asked about {shown}, in conflict with a prior or not. Does contrastive decoding, with the values "
+    "of the papers, answer more of them rightly than greedy decoding does?"
 )
 AXES = ("picture", "method")
-INDIVIDUAL = Metric("individual", "share", "right answers over both pictures of a pair", against="chance")
-PAIR = Metric("pair", "share", "pairs with both pictures right", against="chance")
 UNREAD = Metric("unread", "share", "answers that name no option, or several, and are not right")
 METRICS = (INDIVIDUAL, PAIR, UNREAD)
 BY_CATEGORY = {"metrics": [INDIVIDUAL.name, PAIR.name], "cells": {"picture": [OWN]}}
@@ -58,17 +66,18 @@ def measured(
     """
     template, settings = Template(prompt, prompt), fixed(kinds)
     pairs = every_pair(vlm, data, template, n=n, seed=seed, n_new=options.max_new_tokens, **drawn)
-    groups = [pair.group or pair.id for pair in pairs] if pairs.made else []
-    others = [pairs.pairs[other] for other in partners(len(pairs), seed=seed, groups=groups)]
+    others = others_of(pairs, seed=seed)
     for start in work.progress(range(0, len(pairs), batch), "both pictures"):
         key, rows = f"{start:08d}", slice(start, start + batch)
         if key not in work:
             work.keep(key, both_pictures(vlm, pairs[rows], others[rows], template, settings, options), {})
     told = {"settings": [asdict(each) for each in settings], "prompt": prompt}
     table = work.collect()[0]
-    metrics = tuple(each for each in METRICS if each.name in table)
-    result = with_categories(Result("both pictures", table, AXES, metrics, {}, told), BY_CATEGORY)
-    return replace(result, findings=said_of_both(result)), pairs
+    metrics, nouns = (OF_ITEMS, UNREAD) if pairs.made else METRICS, nouns_of(pairs)
+    name = f"contrastive decoding, {nouns.shown}"
+    result = with_categories(Result(name, table, AXES, metrics, {}, told), BY_CATEGORY)
+    unknown = unknown_words([vlm], pairs)
+    return replace(result, findings=(*said_of_both(result, nouns), *unknown)), pairs
 
 
 def both_pictures(
@@ -120,28 +129,30 @@ def _named(text: str, pair: Pair, lettered: bool) -> int:
     return -1 if only is None else only
 
 
-def said_of_both(result: Result) -> tuple[str, ...]:
-    """Individual and pair accuracy of each setting, each held against greedy on the same pairs, and the floor."""
+def said_of_both(result: Result, nouns: Nouns = PAIRS) -> tuple[str, ...]:
+    """Individual and pair accuracy of each setting, each held against greedy on the same pairs, and the floor.
+
+    Args:
+        nouns: what the examples are called.
+    """
     summary = result.summary().set_index(["picture", "method", "metric"])
     kinds = [each.name for each in result.metrics if each.name != "unread"]
-    named = "pairs" if "pair" in kinds else "items"
     table = result.table[result.table["picture"] == OWN].set_index(["method", "example"])[kinds[-1]]
     methods = list(dict.fromkeys(result.table["method"]))
     greedy = table.loc[methods[0]]
     right = [(table.loc[each].loc[greedy.index].eq(1).to_numpy(), greedy.eq(1).to_numpy()) for each in methods[1:]]
     tests = holm([mcnemar(*both, (each, methods[0])) for each, both in zip(methods[1:], right, strict=True)])
     chances = [summary.loc[(OWN, methods[0], metric), "baseline"] for metric in kinds]
-    both = ", both pictures asked about" if named == "pairs" else ""
-    of_pairs = f" and {chances[1]:.3g} for both of a pair" if named == "pairs" else ""
+    both, of_pairs = (", both pictures asked about", " and {:.3g} for both of a pair") if "pair" in kinds else ("", "")
     found = [
-        f"{len(greedy)} {named}{both}; settings are the papers', nothing is chosen. Chance is {chances[0]:.3g} a "
-        f"picture{of_pairs}; answers that name no option, or several, are wrong."
+        f"{len(greedy)} {nouns.many}{both}; settings are the papers', nothing is chosen. Chance is {chances[0]:.3g} a "
+        f"picture{of_pairs.format(chances[-1])}; answers that name no option, or several, are wrong."
     ]
     for number, method in enumerate(methods):
         told = [_told(summary, OWN, method, metric) for metric in (*kinds, "unread")]
         floor = [_told(summary, STRANGER, method, metric) for metric in kinds]
         of = [f"{value} of {what}" for value, what in zip(told, ("pictures", "pairs")[: len(kinds)], strict=False)]
-        text = f"{method}: {' and '.join(of)} right, {told[-1]} unread; about another example's pictures "
+        text = f"{method}: {' and '.join(of)} right, {told[-1]} unread; about {nouns.others} "
         text += " and ".join(floor)
         if number:
             test = tests[number - 1]
@@ -149,7 +160,7 @@ def said_of_both(result: Result) -> tuple[str, ...]:
                 {"picture": OWN, "method": method}, {"picture": OWN, "method": methods[0]}, "individual"
             )
             text += (
-                f"; against greedy {test.only_one} {named} gained, {test.only_other} lost (McNemar exact p = "
+                f"; against greedy {test.only_one} {nouns.many} gained, {test.only_other} lost (McNemar exact p = "
                 f"{test.p:.2g}, Holm {test.p_corrected:.2g}), pictures {by['mean']:+.3f} ({by['ci_low']:+.3f} to "
                 f"{by['ci_high']:+.3f})"
             )

@@ -13,7 +13,6 @@ from vlm_mech.data.fitting import askable, fitting
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import check_options
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.inputs.wording import BARE, Wording
 
 if TYPE_CHECKING:
@@ -115,6 +114,7 @@ def every_pair(
     Raises:
         UsageError: as for `load_pairs`, or fewer than two pairs that the model has tokens and room for.
     """
+    template.check_known(vlm)
     pairs = of_all_options(load_examples(data, n=n, seed=seed, wording=wording, fix_labels=fix_labels))
     asked = (dataclasses.replace(pair, question=template.asked(pair.question, options_of(pair))) for pair in pairs)
     pairs = dataclasses.replace(pairs, pairs=tuple(asked))
@@ -123,7 +123,6 @@ def every_pair(
         if len(options_of(pair)) < 2:
             raise UsageError("it has no options, among which --both reads answers")
         check_options(options_of(pair))
-        check_known(vlm, [pair.base.question], "prompt")
         if pair.made:
             vlm.encode(pair.base).check_room(n_new)
 

@@ -59,11 +59,11 @@ def methods(result: Result) -> "go.Figure":
     n = int(summary["n"].max())
     title = f"answers where a prior competes with the picture (n = {n}; bars: 95 % interval)"
     figure.update_layout(
-        template="plotly_white", width=1180, height=190 + 34 * len(names),
+        template="plotly_white", width=1180, height=220 + 34 * len(names),
         title={"text": title, "x": 0.01, "y": 0.98, "yanchor": "top", "font": {"size": 17}},
         font={"family": "Helvetica, Arial, sans-serif", "size": 13},
-        margin={"l": 280, "r": 30, "t": 90, "b": 60}, legend={"orientation": "h", "y": 0.985, "yref": "container",
-        "yanchor": "top", "x": 1, "xanchor": "right", "title": {"text": ""}},
+        margin={"l": 280, "r": 30, "t": 90, "b": 90},
+        legend={"orientation": "h", "y": 0.01, "yref": "container", "yanchor": "bottom", "x": 0},
         meta=drawn_by(methods),
     )  # fmt: skip
     return figure

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from vlm_mech.behaviour.answering.without_image import needed_inputs, without_images
+from vlm_mech.behaviour.answering.without_image import without_images
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.attention import aside
@@ -150,7 +150,7 @@ class Branch:
     def __init__(self, vlm: "VLM", encoded: Encoded, inputs: dict[str, Tensor]) -> None:
         self.n_new = 0
         self._vlm, self._encoded, self._inputs = vlm, encoded, inputs
-        self.needed_inputs = needed_inputs(vlm)
+        self.needed_inputs = vlm.needed_inputs
         # Families with rotary positions in three dimensions keep an offset of the latest prompt in the model.
         self._with_offsets = [module for module in vlm.model.modules() if hasattr(module, "rope_deltas")]
         self._ids = inputs["input_ids"]

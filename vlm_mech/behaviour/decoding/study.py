@@ -26,8 +26,8 @@ TRUE = {OWN: 0, STRANGER: 0, USUAL: 1}
 """Which of a pair's answers is the true one in each view."""
 WHOLE = -1
 """Step of what is asked of whole answers."""
-TRUTH = Metric("truth", "share", "share of answers that name what the picture shows, and not the pair's other")
-PRIOR = Metric("prior", "share", "share of answers that name the other answer of the pair alone: here what is usual")
+TRUTH = Metric("truth", "share", "share of answers that name what the picture shows, and not the other answer")
+PRIOR = Metric("prior", "share", "share of answers that name the other answer alone: here what is usual")
 DEPENDENCY = Metric("dependency", "fraction", "PDM: Hellinger distance of the next token with and without the picture")
 METRICS = (TRUTH, PRIOR, DEPENDENCY)
 

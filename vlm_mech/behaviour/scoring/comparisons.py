@@ -84,11 +84,15 @@ def verdict(result: Result) -> str:
     return "pair" if any(each.name == "pair" for each in result.metrics) else "individual"
 
 
+YES_NO = ("accuracy", "precision", "recall", "f1", "yes")
+
+
 def yes_no(result: Result, pairs: Pairs) -> list[dict[str, Any]]:
     """Of single items that are all answered yes or no, what POPE tells of each cell of `decided`; none of others.
 
     Accuracy, precision, recall and F1 of yes, and the share of answers that are yes, in which an answer that cannot be
-    read is none; each with its interval over resampled groups, None where nothing is divided by.
+    read is none; each with its interval over resampled groups, None where nothing is divided by. First of all items,
+    then of those of each `category`, where there are several (POPE's random, popular, adversarial).
     """
     answers = {pair.id: pair.answer.strip().lower() for pair in pairs}
     if not pairs.made or set(answers.values()) - {"yes", "no"} or any(len(pair.options) != 2 for pair in pairs):
@@ -99,17 +103,33 @@ def yes_no(result: Result, pairs: Pairs) -> list[dict[str, Any]]:
         if cell["scoring"] in (SUBSTRING, STARTS, RANDOM):
             continue
         rows = result.table[(result.table[list(AXES)] == pd.Series(cell)).all(axis=1)]
-        first = (rows["chose_first_answer"] == 1).to_numpy()
-        other = (rows["chose_first_answer"] == 0).to_numpy()
-        at_first = rows["example"].map(yes_first).to_numpy(dtype=bool)
-        said, true = np.where(at_first, first, other), rows["example"].map(answers).eq("yes").to_numpy()
-        hits, every = said & true, np.ones(len(rows))
-        counts = {"accuracy": (rows["individual"].to_numpy(), every), "precision": (hits, said), "recall": (hits, true)}
-        counts |= {"f1": (2.0 * hits, 1.0 * said + true), "yes": (said, every)}
-        groups = pd.factorize(rows["group" if "group" in rows else "example"])[0]
-        shares = {name: ratio_estimate(some, of, groups) for name, (some, of) in counts.items()}
-        found.append(cell | {"n": len(rows)} | shares)
+        named = sorted(set(rows["category"])) if "category" in rows else []
+        parts = {"": rows} | ({name: rows[rows["category"] == name] for name in named} if len(named) > 1 else {})
+        found += [cell | {"category": name} | _of_yes(some, answers, yes_first) for name, some in parts.items()]
     return found
+
+
+def _of_yes(rows: pd.DataFrame, answers: Mapping[str, str], yes_first: Mapping[str, bool]) -> dict[str, Any]:
+    first = (rows["chose_first_answer"] == 1).to_numpy()
+    other = (rows["chose_first_answer"] == 0).to_numpy()
+    at_first = rows["example"].map(yes_first).to_numpy(dtype=bool)
+    said, true = np.where(at_first, first, other), rows["example"].map(answers).eq("yes").to_numpy()
+    hits, every = said & true, np.ones(len(rows))
+    counts = {"accuracy": (rows["individual"].to_numpy(), every), "precision": (hits, said), "recall": (hits, true)}
+    counts |= {"f1": (2.0 * hits, 1.0 * said + true), "yes": (said, every)}
+    groups = pd.factorize(rows["group" if "group" in rows else "example"])[0]
+    return {"n": len(rows)} | {name: ratio_estimate(some, of, groups) for name, (some, of) in counts.items()}
+
+
+def yes_no_table(result: Result, pairs: Pairs) -> dict[str, pd.DataFrame]:
+    """The table `yes_no` of what POPE tells, with the ends of the intervals; none of other data."""
+    found = yes_no(result, pairs)
+    for row in found:
+        for name in YES_NO:
+            told = row.pop(name)
+            ends = (None, None, None) if told is None else (told.value, told.low, told.high)
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+    return {"yes_no": pd.DataFrame(found)} if found else {}
 
 
 def decided(result: Result) -> list[Cell]:

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_mech.behaviour.answering.asked_options import Template, answers_first, asked_sides, of_all_options, options_of
+from vlm_mech.behaviour.answering.asked_options import (
+    Template,
+    answers_first,
+    asked_sides,
+    of_all_options,
+    options_of,
+    unknown_words,
+)
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTERED,
@@ -18,11 +25,11 @@ from vlm_mech.behaviour.scoring.measures import (
 )
 from vlm_mech.data.derived_pairs import by_groups, checked
 from vlm_mech.data.examples import holds_items, load_examples
+from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.data.reading import check_options
 from vlm_mech.data.whole_sets import load_sets, sets_in, sets_together
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.inputs.wording import BARE, Wording
 from vlm_mech.models.dual_encoder import DualEncoder
 
@@ -128,6 +135,7 @@ def plan_of(
     whole, partial = sets_in(test)
     room = {"forms": forms, "n_new": max_new_tokens}
     test = sets_together(usable(vlms, test, templates, **room))
+    left_out = (*left_out, *unknown_words(vlms, test))
     validation = None if validation is None else sets_together(usable(vlms, validation, templates, **room))
     name = contrastive or ("clip" if test.name in SCENE_CAPTIONS else "none")
     if caption and name == "none":
@@ -141,7 +149,7 @@ def plan_of(
         test = checked(test, lambda pair: _check_captions(encoder, pair, test.name, caption, known), told)
         captions = tuple(_captions(pair, test.name, caption, known) for pair in test)
     if len(test) < 2:
-        raise UsageError(f"{test.name} gives {len(test)} pair to test; at least two are needed")
+        raise UsageError(f"{test.name} gives {len(test)} {nouns_of(test).one} to test; at least two are needed")
     partial += len(whole) - len(sets_in(test)[0])
     options = (seed, batch, max_new_tokens, partial)
     return Plan(tuple(vlms), test, validation, templates, forms, left_out, encoder, captions, *options)
@@ -158,17 +166,35 @@ def _templates(
     if own and asked and not lettered:
         raise UsageError("the form letters needs a prompt with '(a) {first}' and '(b) {second}'")
     if own:
-        for vlm in vlms if lettered and (asked or not forms) else ():
-            check_letters(vlm, lettered[0])
+        for vlm in vlms:
+            for template in own:
+                template.check_known(vlm)
+            if lettered and (asked or not forms):
+                check_letters(vlm, lettered[0])
         return own, ()
+    plain, left_out = _known(vlms)
     try:
         for vlm in vlms:
             check_letters(vlm)
     except UsageError as error:
         if asked:
             raise
-        return PLAIN, (f"options with letters were left out: {error}.",)
-    return (*PLAIN, LETTERED), ()
+        return plain, (*left_out, f"options with letters were left out: {error}.")
+    return (*plain, LETTERED), left_out
+
+
+def _known(vlms: "Sequence[VLM]") -> tuple[tuple[Template, ...], tuple[str, ...]]:
+    """The prompts without letters that every model knows the words of, and why others are left out."""
+    kept, left_out = [], []
+    for template in PLAIN:
+        try:
+            for vlm in vlms:
+                template.check_known(vlm)
+        except UsageError as error:
+            left_out.append(f"one way of asking was left out: {error}.")
+        else:
+            kept.append(template)
+    return tuple(kept), tuple(left_out)
 
 
 def _without_options(
@@ -182,7 +208,8 @@ def _without_options(
     """
     open_ones = tuple(each for each in templates if not each.listed)
     said = (
-        "the items have no options: what is generated is compared with the right answer alone, for which chance is 0."
+        "the items have no options: an answer is right where it says the right one in whole words, and wrong otherwise "
+        "(chance is 0); which option it names is not asked."
     )
     return templates if own else open_ones, tuple(asked) or (GENERATION,), said
 
@@ -203,14 +230,15 @@ def usable(
 
 def _check(vlms: "Sequence[VLM]", pair: Pair, templates: Sequence[Template], forms: Sequence[str], n_new: int) -> None:
     options = options_of(pair)
-    if len(options) > 1 or {OPTIONS, LETTERS} & set(forms):
+    if len(options) < 2 and ({OPTIONS, LETTERS} & set(forms) or any(each.listed for each in templates)):
+        raise UsageError('it has no options; --forms generation --prompts "{question}" compares its answer alone')
+    if len(options) > 1:
         check_options(options)
     for vlm in vlms:
         room = 0
         for template in templates:
             asked = template.asked(pair.question, options)
             prompt = pair.wording.prompt(asked, pair.image)
-            check_known(vlm, [prompt.question], "prompt")
             if template.lettered and LETTERS in forms and len(options) > 2:
                 check_letters(vlm, template, len(options))
             found = option_tokens(vlm, prompt, template.strings(options)).ids if len(options) > 1 else ()
@@ -244,7 +272,7 @@ def _check_template(pairs: Pairs, caption: str) -> None:
     """Raises `UsageError` where no caption can be made."""
     known = pairs.name in SCENE_CAPTIONS or any(pair.captions for pair in pairs)
     if (caption or not known) and "{answer}" not in caption and "{caption}" not in caption:
-        raise UsageError(f"caption {caption!r} has no {{answer}}; a caption needs it, as in 'a {{answer}} thing'")
+        raise UsageError(f"--caption {caption!r} has no {{answer}}; it is needed, as in --caption 'a {{answer}} thing'")
 
 
 def _check_captions(encoder: DualEncoder, pair: Pair, name: str, caption: str, known: Captions | None = None) -> None:

@@ -8,9 +8,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from vlm_mech.behaviour.answering.by_category import categories, has_categories
-from vlm_mech.behaviour.scoring.comparisons import same_verdicts, verdict
+from vlm_mech.behaviour.scoring.comparisons import same_verdicts
 from vlm_mech.behaviour.scoring.measures import RANDOM, STARTS, SUBSTRING
-from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER
+from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, floor_in
+from vlm_mech.data.nouns import nouns_in
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
@@ -37,13 +38,13 @@ def accuracies(result: Result) -> "go.Figure":
         "individual": "pictures right", "pair": "both of a pair right", "set": "all of a set right",
         "relaxed": "pairs matched",
     }  # fmt: skip
-    titles = {name: title for name, title in titles.items() if name in [each.name for each in result.metrics]}
     summary = result.summary()
     shown = summary[(summary["order"] == BOTH) & summary["prompt"].isin([MEAN, BEST]) & (summary["n"] > 0)]
+    titles = {name: title for name, title in titles.items() if name in set(shown["metric"])}
     marks = {
         "own, mean of prompts": (OWN, MEAN, COLOURS[0], "circle", 0.17),
         "own, best prompt on validation": (OWN, BEST, COLOURS[1], "diamond", 0.0),
-        "another's, mean of prompts": (STRANGER, MEAN, "#777777", "circle-open", -0.17),
+        "another's, mean of prompts": (floor_in(shown), MEAN, "#777777", "circle-open", -0.17),
     }
     figure = _panels(titles.values())
     labels = _labels(result, shown)
@@ -62,12 +63,13 @@ def order_bias(result: Result) -> "go.Figure":
     """Dots with intervals: how much oftener an option is chosen when it is listed first, by scoring and prompt."""
     summary = result.summary("position_bias")
     shown = summary[(summary["n"] > 0) & (summary["view"] == OWN) & ~summary["prompt"].isin([MEAN, BEST])]
-    shown = shown.assign(scoring=shown["scoring"] + ", " + shown["prompt"])
-    shown = shown[~shown["scoring"].str.startswith((SUBSTRING, STARTS, RANDOM))]
+    shown = shown[~shown["scoring"].isin([SUBSTRING, STARTS, RANDOM])]
+    if shown["prompt"].nunique() > 1:
+        shown = shown.assign(scoring=shown["scoring"] + ", " + shown["prompt"].map(_short))
     labels, figure = _labels(result, shown), _panels([""])
     _dots(figure, shown, labels, "bias", COLOURS[0], "circle", 0.0, 1)
     figure.add_vline(x=0, line={"dash": "dot", "color": "#888888"})
-    figure.update_xaxes(range=[-1.05, 1.05], title_text="chosen when listed first, less when listed second (share)")
+    figure.update_xaxes(range=[-1.05, 1.05], title_text="chosen when first, less when second")
     counts = f"n = {int(shown['n'].max())} {_noun(result)}; bars: 95 % interval over {_noun(result)}"
     return _styled(figure, labels, "does the order of the options decide?", counts, order_bias).update_layout(
         showlegend=False
@@ -95,7 +97,7 @@ def agreement(result: Result) -> "go.Figure":
 
 
 def _noun(result: Result) -> str:
-    return "pairs" if verdict(result) == "pair" else "items"
+    return nouns_in(result.provenance).many
 
 
 def _chance(shown: pd.DataFrame) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from vlm_mech.behaviour.answering.asked_options import options_of
 from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category
-from vlm_mech.behaviour.scoring.comparisons import comparisons, decided, matched, verdict, yes_no
+from vlm_mech.behaviour.scoring.comparisons import YES_NO, comparisons, decided, matched, verdict, yes_no
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
     LETTERS,
@@ -19,7 +19,8 @@ from vlm_mech.behaviour.scoring.measures import (
     SUBSTRING,
     TO_IMAGE,
 )
-from vlm_mech.behaviour.scoring.study import BEST, BOTH, BY_CATEGORY, MEAN, OWN, STRANGER
+from vlm_mech.behaviour.scoring.study import AS_GIVEN, BEST, BOTH, BY_CATEGORY, CAPTION, MEAN, OWN, floor_in
+from vlm_mech.data.nouns import nouns_in, nouns_of
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.whole_sets import sets_in
 from vlm_mech.results.result import Result
@@ -30,10 +31,10 @@ def findings(
     n_partial_sets: int = 0,
 ) -> tuple[str, ...]:  # fmt: skip
     """Each scoring with its interval, chance and floor; the best prompt; matching; looser rules; order; comparisons."""
-    summary = result.summary()
+    summary, nouns = result.summary(), nouns_of(pairs)
     found = [
-        f"{len(pairs)} {_noun(pairs)} of {pairs.name}. {_chance(pairs)}; ties count against the model; intervals are "
-        f"95 % bootstrap over {_noun(pairs)}."
+        f"{len(pairs)} {nouns.many} of {pairs.name}. {_chance(pairs)}; ties count against the model; intervals are "
+        f"95 % bootstrap over {nouns.many}."
     ]
     found += [*_sets(pairs, n_partial_sets), *left_out]
     if len(pairs) < 2:
@@ -50,10 +51,6 @@ def findings(
         for metric in BY_CATEGORY["metrics"]:
             found += told_by_category(table, ["model", "scoring"], metric)
     return (*found, *_comparisons(result))
-
-
-def _noun(pairs: Pairs) -> str:
-    return "items" if pairs.made else "pairs"
 
 
 def _chance(pairs: Pairs) -> str:
@@ -105,13 +102,14 @@ def _accuracy(
     one, two = (_at(summary, metric, model, scoring) for metric in ("individual", "pair"))
     if two == "none":
         return _single_accuracy(summary, model, scoring, best, n_validation)
-    floors = [_at(summary, metric, model, scoring, view=STRANGER) for metric in ("individual", "pair")]
+    others = floor_in(summary)
+    floors = [_at(summary, metric, model, scoring, view=others) for metric in ("individual", "pair")]
     text = (
-        f"{one} of pictures and {two} of pairs right, mean of prompts; about another pair's pictures {floors[0]} and "
+        f"{one} of pictures and {two} of pairs right, {_over(summary, model, scoring)}; about another pair's pictures "
     )
-    text += f"{floors[1]}."
+    text += f"{floors[0]} and {floors[1]}.{_as_given(summary, model, scoring)}"
     if (whole := _at(summary, "set", model, scoring)) != "none":
-        text += f" All pictures of a set: {whole}; of others {_at(summary, 'set', model, scoring, view=STRANGER)}."
+        text += f" All pictures of a set: {whole}; of others {_at(summary, 'set', model, scoring, view=others)}."
     if (model, scoring) in best and scoring not in (SIMILARITY, TO_IMAGE):
         chosen = [_at(summary, metric, model, scoring, prompt=BEST) for metric in ("individual", "pair")]
         text += f" With the prompt best on {n_validation} validation pairs, {best[model, scoring]!r}: "
@@ -119,12 +117,44 @@ def _accuracy(
     return text
 
 
+def _asked(summary: pd.DataFrame, model: str, scoring: str) -> tuple[list[str], bool]:
+    """The prompts of a scoring, and whether options are listed in any of them, so that they have two orders."""
+    rows = summary[(summary["model"] == model) & (summary["scoring"] == scoring) & (summary["view"] == OWN)]
+    names = [str(each) for each in rows["prompt"].unique() if each not in (MEAN, BEST)]
+    return names, AS_GIVEN in set(rows["order"])
+
+
+def _over(summary: pd.DataFrame, model: str, scoring: str) -> str:
+    """What a number is the mean of."""
+    names, listed = _asked(summary, model, scoring)
+    if scoring in (SIMILARITY, TO_IMAGE):
+        return "by the captions"
+    if len(names) == 1:
+        return "mean of both orders of the options" if listed else "with one prompt"
+    return f"mean of {len(names)} prompts{' and of both orders of the options' if listed else ''}"
+
+
+def _as_given(summary: pd.DataFrame, model: str, scoring: str) -> str:
+    """What is right with the options in their own order, where they are listed, by the first prompt that does."""
+    names, listed = _asked(summary, model, scoring)
+    if not listed:
+        return ""
+    held = [{"prompt": name, "order": AS_GIVEN} for name in names]
+    told = [(cell["prompt"], _at(summary, "individual", model, scoring, **cell)) for cell in held]
+    prompt, one = next((name, text) for name, text in told if text != "none")
+    two = _at(summary, "pair", model, scoring, prompt=prompt, order=AS_GIVEN)
+    both = "" if two == "none" else f" of pictures and {two} of pairs"
+    which = f" and prompt {prompt!r}" if len(names) > 1 else ""
+    return f" With the options as given{which}: {one}{both}."
+
+
 def _single_accuracy(
     summary: pd.DataFrame, model: str, scoring: str, best: Mapping[tuple[str, str], str], n_validation: int
 ) -> str:
     """Of single items."""
-    told, floor = (_at(summary, "individual", model, scoring, view=view) for view in (OWN, STRANGER))
-    text = f"{told} of items right, mean of prompts; about another item's picture {floor}."
+    told, floor = (_at(summary, "individual", model, scoring, view=view) for view in (OWN, floor_in(summary)))
+    text = f"{told} of items right, {_over(summary, model, scoring)}; about another item's picture {floor}."
+    text += _as_given(summary, model, scoring)
     if (model, scoring) in best and scoring != SIMILARITY:
         chosen = _at(summary, "individual", model, scoring, prompt=BEST)
         text += f" With the prompt best on {n_validation} validation items, {best[model, scoring]!r}: {chosen}."
@@ -136,7 +166,8 @@ def _matching(result: Result, summary: pd.DataFrame, model: str, scoring: str) -
     told = _at(summary, "relaxed", model, scoring)
     if told == "none":
         return []
-    floor, strict = _at(summary, "relaxed", model, scoring, view=STRANGER), _at(summary, "pair", model, scoring)
+    floor = _at(summary, "relaxed", model, scoring, view=floor_in(summary))
+    strict = _at(summary, "pair", model, scoring)
     text = (
         f"{model}, {scoring}: {told} of pairs matched in one decision (chance 0.5; floor {floor}), for {strict} with "
     )
@@ -150,7 +181,7 @@ def _matching(result: Result, summary: pd.DataFrame, model: str, scoring: str) -
     cell = next(each for each in decided(result) if each["model"] == model and each["scoring"] == scoring)
     ours, printed = matched(result, cell)
     return [
-        f"{text}With prompt {cell['prompt']!r} alone {ours:.3f}; the inequality as the paper prints it would have "
+        f"{text}With {_named(cell)} {ours:.3f}; the inequality as the paper prints it would have "
         f"given {printed:.3f}, the pairs that are not matched."
     ]
 
@@ -166,10 +197,8 @@ def _looser(summary: pd.DataFrame, model: str) -> list[str]:
     each = [f"{_at(summary, 'individual', model, scoring)} {words}" for scoring, words in names.items()]
     shown = "; ".join(one for one in each if not one.startswith("none"))
     unread = _at(summary, "unread", model, GENERATION)
-    return [
-        f"{model}: by looser rules, of the same generated answers {shown}; by whole words {told}. {unread} of answers "
-        "name no option, or several, and count as not right."
-    ]
+    named = "" if unread == "none" else f" {unread} of answers name no option, or several, and count as not right."
+    return [f"{model}: by looser rules, of the same generated answers {shown}; by whole words {told}.{named}"]
 
 
 def _order(summary: pd.DataFrame, model: str) -> list[str]:
@@ -187,13 +216,11 @@ def _yes_no(result: Result, pairs: Pairs) -> list[str]:
     """What POPE tells of questions answered yes or no."""
     found = []
     for cell in yes_no(result, pairs):
-        told = ", ".join(
-            f"{name} {'none' if cell[name] is None else cell[name]}"
-            for name in ("accuracy", "precision", "recall", "f1")
-        )
-        yes = f"yes is {cell['yes']} of the answers"
+        told = ", ".join(f"{name} {'none' if cell[name] is None else cell[name]}" for name in YES_NO[:-1])
+        of = f", {cell['category']}" if cell["category"] else ""
         found.append(
-            f"{cell['model']}, {cell['scoring']} with prompt {cell['prompt']!r}: {told} of yes; {yes}; n = {cell['n']}."
+            f"{cell['model']}, {cell['scoring']} with {_named(cell)}{of}: {told} of yes; yes is {cell['yes']} of the "
+            f"answers; n = {cell['n']}."
         )
     return found
 
@@ -204,7 +231,7 @@ def _comparisons(result: Result) -> list[str]:
     found, same = [], []
     right = "pairs with both pictures right" if verdict(result) == "pair" else "items right"
     for each in made:
-        names = [f"{cell['scoring']} of {cell['model']} ({cell['prompt']!r})" for cell in (each.one, each.other)]
+        names = [f"{cell['scoring']} of {cell['model']} ({_named(cell)})" for cell in (each.one, each.other)]
         if not each.counts.only_one + each.counts.only_other:
             same.append(f"{names[0]} as {names[1]}")
             continue
@@ -214,8 +241,17 @@ def _comparisons(result: Result) -> list[str]:
             f"{each.counts.only_other}; difference {by['mean']:+.3f} ({by['ci_low']:+.3f} to {by['ci_high']:+.3f}, "
             f"n = {by['n']}), McNemar's exact p {_p(each.counts.p_corrected)} (Holm over {len(made)})."
         )
-    what = "pair" if verdict(result) == "pair" else "item"
-    return [*found, f"the same verdict on every {what}: {'; '.join(same)}."] if same else found
+    one = nouns_in(result.provenance).one
+    return [*found, f"the same verdict on every {one}: {'; '.join(same)}."] if same else found
+
+
+def _named(cell: Mapping[str, str]) -> str:
+    """The prompt of a cell, and the order of its options where they are listed."""
+    given = ", options as given" if cell["order"] == AS_GIVEN else ""
+    if cell["prompt"] == CAPTION:
+        return CAPTION
+    name = " ".join(cell["prompt"].split())
+    return f"prompt {name if len(name) <= 40 else name[:37] + '...'!r}{given}"
 
 
 def _p(value: float) -> str:

@@ -137,7 +137,8 @@ def check_letters(vlm: "VLM", template: Template = LETTERED, n: int = 2) -> None
     Args:
         n: number of options.
     """
-    check_known(vlm, [template.asked("", ("",) * n), *ALPHABET[:n]], "the form with letters:")
+    template.check_known(vlm, n, "the form with letters: prompt")
+    check_known(vlm, ALPHABET[:n], "the form with letters: letter")
 
 
 # Decisions: the first picture's right option is number 0, the second's number 1, others follow

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from vlm_mech.behaviour.answering.asked_options import others_of
 from vlm_mech.behaviour.scoring import study
 from vlm_mech.behaviour.scoring.data import TEST, VALIDATION, Plan
 from vlm_mech.behaviour.scoring.study import finished
-from vlm_mech.data.derived_pairs import partners
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.whole_sets import batch_starts
 
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 def score_all(plan: Plan, work: "Workspace") -> None:
     """Scores every batch that is not done yet: both parts with every model, then the contrastive model's cosines."""
-    # Items often share a picture, which is no other one.
-    groups = [pair.group or pair.id for pair in plan.test] if plan.test.made else []
-    others = [plan.test.pairs[other] for other in partners(len(plan.test), seed=plan.seed, groups=groups)]
+    others = others_of(plan.test, seed=plan.seed)
     steps = [(number, TEST, start) for number in range(len(plan.vlms)) for start in _starts(plan, plan.test)]
     if plan.validation is not None:
         steps += [

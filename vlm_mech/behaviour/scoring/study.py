@@ -8,7 +8,15 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from vlm_mech.behaviour.answering.asked_options import Template, answers_first, asked_sides, options_of
+from vlm_mech.behaviour.answering.asked_options import (
+    INDIVIDUAL,
+    OF_ITEMS,
+    PAIR,
+    Template,
+    answers_first,
+    asked_sides,
+    options_of,
+)
 from vlm_mech.behaviour.classify.baselines import contrastive_scores
 from vlm_mech.behaviour.scoring.measures import (
     GENERATION,
@@ -28,6 +36,7 @@ from vlm_mech.behaviour.scoring.measures import (
 )
 from vlm_mech.data.derived_pairs import about_others
 from vlm_mech.data.image_classes import Labelled
+from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import ALPHABET
 from vlm_mech.data.whole_sets import sets_in
@@ -40,12 +49,11 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 AXES = ("model", "view", "scoring", "order", "prompt")
-OWN, STRANGER = "own pictures", "another pair's pictures"
+OWN = "own pictures"
+"""The view of what is asked about; the other one, the floor, is named by `Nouns.others`."""
 AS_GIVEN, SWAPPED, BOTH = "as given", "swapped", "both"
 MEAN, BEST = "mean of prompts", "best on validation"
 CAPTION = "caption"
-INDIVIDUAL = Metric("individual", "share", "right answers over both pictures of a pair", against="chance")
-PAIR = Metric("pair", "share", "pairs with both pictures right", against="chance")
 RELAXED = Metric("relaxed", "share", "pairs matched in one decision, sum form", against="chance")
 RATIO = Metric("relaxed_ratio", "share", "pairs matched in one decision, ratio form", against="chance")
 UNREAD = Metric("unread", "share", "answers that name no option, or several")
@@ -60,10 +68,23 @@ VALUES = (*(each.name for each in METRICS), "chose_first_answer", "right_1", "ri
 
 
 def metrics_of(table: pd.DataFrame) -> tuple[Metric, ...]:
-    """The metrics of a table: with whole sets that of sets too; of single items those of one picture."""
+    """The metrics of a table: with whole sets that of sets too; of single items those of one picture that have a value.
+
+    Of items without options there is none of which option an answer names.
+    """
     if not table["pair"].notna().to_numpy().any():
-        return INDIVIDUAL, UNREAD, BIAS
+        return tuple(each for each in (OF_ITEMS, UNREAD, BIAS) if table[each.name].notna().to_numpy().any())
     return (*METRICS[:2], SET, *METRICS[2:]) if "set" in table else METRICS
+
+
+def _have_options(table: pd.DataFrame) -> bool:
+    """Whether any example has options, among which an answer may name none."""
+    return bool(table["unread"].notna().to_numpy().any())
+
+
+def floor_in(table: pd.DataFrame) -> str:
+    """The view of others' pictures in a table or its summary; empty where there is none."""
+    return next((str(each) for each in table["view"].unique() if each != OWN), "")
 
 
 SCORINGS = (GENERATION, SUBSTRING, STARTS, RANDOM, OPTIONS, LETTERS, SIMILARITY, TO_IMAGE)
@@ -74,7 +95,7 @@ BY_CATEGORY = {
         "scoring": [GENERATION, OPTIONS, LETTERS, SIMILARITY, TO_IMAGE],
     },
 }  # fmt: skip
-"""What is told by category: all prompts together, in both orders."""
+"""What is told by category: the mean of all prompts, and of both orders of the options where these are listed."""
 
 
 # One batch
@@ -98,7 +119,7 @@ def score_pairs(
     Returns:
         One row per pair and cell of `AXES`, without those over prompts (see `finished`).
     """
-    views = {OWN: pairs} | ({STRANGER: about_others(pairs, others)} if others else {})
+    views = {OWN: pairs} | ({nouns_of(pairs).others: about_others(pairs, others)} if others else {})
     tables = []
     for view, some in ((view, part) for view, every in views.items() for part in _by_number_of_options(every)):
         for template in templates:
@@ -131,7 +152,7 @@ def similarity_rows(
     Args:
         captions: of each pair, in the order of `answers_first`.
     """
-    views = {OWN: pairs} | ({STRANGER: about_others(pairs, others)} if others else {})
+    views = {OWN: pairs} | ({nouns_of(pairs).others: about_others(pairs, others)} if others else {})
     known = dict(zip((pair.id for pair in pairs), captions, strict=True))
     both_ways = all(pair.captions and pair.made is None and len(options_of(pair)) == 2 for pair in pairs)
     tables = []
@@ -193,7 +214,9 @@ def _generated(
         for scoring in read[0]:
             right = np.array([each[scoring] for each in read]).reshape(-1, len(pairs)).T
             table = _rows(pairs, {**cell, "scoring": scoring, "order": order}, right)
-            table["unread"] = np.array([each is None for each in named], float).reshape(-1, len(pairs)).mean(0)
+            unread = np.array([each is None for each in named], float).reshape(-1, len(pairs)).mean(0)
+            # Where the answer alone is known none is an option.
+            table["unread"] = np.where([len(some) > 1 for some in listed[: len(pairs)]], unread, np.nan)
             # An answer that names none speaks for no order.
             chose = np.array(first, float).reshape(-1, len(pairs))
             table["chose_first_answer"] = np.where(np.isnan(chose), 0.5, chose).mean(0)
@@ -208,7 +231,7 @@ def _generated(
 def _by_perplexity(
     vlm: "VLM", pairs: Pairs, template: Template, cell: Mapping[str, str], form: str
 ) -> list[pd.DataFrame]:
-    """Rows of the options' or letters' perplexity; over both orders each option's mean is what is compared."""
+    """Rows of the options' or letters' perplexity; over both orders the mean of their verdicts."""
     found = []
     for order in _orders(template):
         prompts, listed = _prompts(pairs, template, order)
@@ -226,7 +249,7 @@ def _by_perplexity(
     ]
     if len(tables) == 1:
         return tables
-    means = _scored_rows(pairs, {**cell, "order": BOTH}, np.mean(found, axis=0), "perplexity")
+    means = _mean_rows(tables).assign(order=BOTH)
     return [*tables, *_biased([means], [[tables[0]], [tables[1]]])]
 
 
@@ -337,6 +360,9 @@ def finished(test: pd.DataFrame, validation: pd.DataFrame | None) -> tuple[pd.Da
             best[model, scoring] = _best(validation, model, scoring, list(by_prompt))
             more.append(by_prompt[best[model, scoring]].assign(prompt=BEST))
     table = pd.concat([*more, test], ignore_index=True)
+    if not _have_options(table):
+        # There is nothing to draw at random.
+        table = table[table["scoring"] != RANDOM]
     if "category" in table:
         table["category"] = table["category"].fillna("")
     ranks = {name: list(dict.fromkeys(table[name])) for name in ("model", "view", "scoring", "prompt")}

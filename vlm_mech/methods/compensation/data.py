@@ -22,6 +22,7 @@ from vlm_mech.data.fitting import Variety, fitting
 from vlm_mech.data.item_folder import items_of
 from vlm_mech.data.items import Items
 from vlm_mech.data.masks import pixels_of
+from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pair_folder import pair_fields
 from vlm_mech.data.pairs import Pair, Pairs, Refused, load_pairs
 from vlm_mech.data.readers.format import ReaderOptions
@@ -258,7 +259,9 @@ def examples_of(
             continue
         kept.append(Example(pair, places, encoded.n_pos, pairs.spelling, pairs.variants))
     if not kept:
-        raise UsageError(f"none of the {len(pairs)} pairs of {pairs.name} can be used: {refused[-1].reason}")
+        raise UsageError(
+            f"none of the {len(pairs)} {nouns_of(pairs).many} of {pairs.name} can be used: {refused[-1].reason}"
+        )
     left = dataclasses.replace(pairs, pairs=tuple(each.pair for each in kept))
     return Examples(left, tuple(kept), tuple(refused), about_answers(vlm, left))
 

@@ -129,7 +129,7 @@ def measure(
 
     Args:
         batch: examples of equally many tokens.
-        readout: from states to scores of the vocabulary, such as `readout_of` gives (the logit lens).
+        readout: from states to scores of the vocabulary, such as `VLM.readout` (the logit lens).
         compared: how the two answers of an example are compared (see `measures.comparison`); the words of parts always
             by their logits.
         seed: draws the random patches; the draws of an example are the same in every cell.

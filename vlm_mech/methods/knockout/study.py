@@ -36,7 +36,7 @@ RELATIVE = Metric(
     "relative_change", "%", "change of the answer's probability in percent of that of the unedited run", signed=True
 )
 LOGIT = Metric("logit", "logits", "logit of the answer's first token", signed=True)
-FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred to the own")
+FLIP = Metric("flip", "share", "share of examples in which the other answer is preferred to the own")
 LOST = Metric("lost", "share", "share of examples in which greedy search does not say the answer")
 
 

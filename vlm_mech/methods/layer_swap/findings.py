@@ -1,5 +1,6 @@
 """What a layer swap says, in sentences made from its numbers."""
 
+from vlm_mech.data.nouns import nouns_in, nouns_of
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import TooFewError
 from vlm_mech.methods.layer_swap.study import ANSWER, NOTHING_BEFORE, WRONG, WRONG_ALONE
@@ -27,7 +28,8 @@ def usable_share(result: Result, pairs: Pairs) -> str:
         TooFewError: fewer than two pairs count, so that nothing can be said.
     """
     first = result.table.drop_duplicates("example")
-    what, wrong, asked = ("pairs", WRONG, " on both images") if pairs.made is None else ("items", WRONG_ALONE, "")
+    what = nouns_of(pairs).many
+    wrong, asked = (WRONG, " on both images") if pairs.made is None else (WRONG_ALONE, "")
     n_examples, n_wrong = len(first), int((first["skipped"] == wrong).sum())
     close = ~result.table["skipped"].isin(["", wrong, NOTHING_BEFORE])
     n_close = int(result.table[close]["example"].nunique())
@@ -53,7 +55,8 @@ def takeover(result: Result) -> tuple[str, ...]:
     # A span of the answer's tokens alone may have no value, and nothing is said of it.
     n_fewest = int(summary.loc[summary["span"] != ANSWER, "n"].min()) if {*summary["span"]} - {ANSWER} else 0
     if n_fewest < 2:
-        return (f"too few pairs have a recovered fraction to say where the answer turns ({n_fewest} in some cells).",)
+        many = nouns_in(result.provenance).many
+        return (f"too few {many} have a recovered fraction to say where the answer turns ({n_fewest} in some cells).",)
     found = []
     spans = set(result.table["span"])
     for direction in result.table["direction"].drop_duplicates():

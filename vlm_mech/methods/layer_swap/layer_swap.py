@@ -8,6 +8,7 @@ import pandas as pd
 
 from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.fitting import Variety, fitting
+from vlm_mech.data.nouns import nouns_in
 from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
@@ -110,8 +111,8 @@ def swap_result(
 ) -> Result:
     """The rows of `swap_states` as a result."""
     depth = "point" if site == "projector" else "layer"
-    table = without_trivial_places(table, [measure])
-    return Result(f"layer swap ({site})", table, ("direction", "span", depth), metrics_of(measure), {}, provenance)
+    table, metrics = without_trivial_places(table, [measure]), metrics_of(measure, nouns_in(provenance))
+    return Result(f"layer swap ({site})", table, ("direction", "span", depth), metrics, {}, provenance)
 
 
 def told(result: Result, pairs: Pairs) -> Result:

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from vlm_mech.architectures.site import Site
+from vlm_mech.data.nouns import ITEMS, PAIRS, Nouns
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded
@@ -37,6 +38,9 @@ ANSWER = "answer"
 OF_THE_PATCHED = "of the patched run's own answer less that of the other image's"
 LOGIT_DIFF = Metric("logit_diff", "logits", f"logit {OF_THE_PATCHED}", signed=True)
 FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred")
+OF_ITEMS = "of the right answer less that of a wrong one (in denoising the reverse)"
+"""What is compared of single items: of the picture that was made for one no answer is known to be right."""
+FLIP_OF_ITEMS = dataclasses.replace(FLIP, description="share of examples in which the second of these is preferred")
 
 WRONG, WRONG_ALONE = "not answered right on both images", "not answered right"
 """Why a pair is left out, and a single item, whose counterfactual picture has no answer known to be right."""
@@ -58,11 +62,16 @@ def compared_by(name: Comparison) -> str:
     return {"logit_diff": "logit", "logprob_diff": "log-probability"}.get(name, "log-probability per token")
 
 
-def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
-    """The metrics of a swap whose answers are compared so."""
+def metrics_of(name: Comparison = "logit_diff", nouns: Nouns = PAIRS) -> tuple[Metric, ...]:
+    """The metrics of a swap whose answers are compared so.
+
+    Args:
+        nouns: what is swapped between: the pictures of pairs, or of items and those made for them.
+    """
     measure = comparison(name, (), ()).metric
-    of = Metric(name, measure.unit, f"{compared_by(name)} {OF_THE_PATCHED}", signed=True)
-    return recovered_of(compared_by(name)), of, FLIP
+    told, flip = (OF_ITEMS, FLIP_OF_ITEMS) if nouns is ITEMS else (OF_THE_PATCHED, FLIP)
+    of = Metric(name, measure.unit, f"{compared_by(name)} {told}", signed=True)
+    return recovered_of(compared_by(name)), of, flip
 
 
 RECOVERED = recovered_of("logit")

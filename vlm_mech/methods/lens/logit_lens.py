@@ -20,7 +20,7 @@ from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Span
 from vlm_mech.interventions.specification import Activations
 from vlm_mech.methods.lens.data import MOST_LOGITS, SITES, Label, Token, gathered, label_of, states_of, token_positions
-from vlm_mech.models.readout import Readout, readout_of
+from vlm_mech.models.readout import Readout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,7 +148,7 @@ def lens(
     _check(vlm, prompts, sites, top, batch_size)
     if tuned is not None:
         tuned.check(vlm, prompts, sites, normed=normed)
-    readout = readout_of(vlm, prompts[0])
+    readout = vlm.readout
     tokens: list[Token] = []
     parts: dict[Site, list[_Part]] = {site: [] for site in sites}
     for some, states in states_of(vlm, prompts, sites, span, batch_size=batch_size):
@@ -165,7 +165,7 @@ def lens_of(vlm: "VLM", states: Activations, span: Span, readout: Readout, label
 
     Args:
         span: `answer` too, where the states are of prompts with answers after them.
-        readout: from states to scores of the vocabulary (see `readout.readout_of`).
+        readout: from states to scores of the vocabulary (see `VLM.readout`).
         labels: the words whose numbers are kept (see `label_of`).
 
     Raises:

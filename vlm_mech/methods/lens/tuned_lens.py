@@ -28,7 +28,7 @@ from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span import Span
 from vlm_mech.methods.lens.data import MOST_LOGITS, SITES, states_of
-from vlm_mech.models.readout import Readout, readout_of
+from vlm_mech.models.readout import Readout
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric, Result
 
@@ -209,7 +209,7 @@ def train_tuned_lens(
     for site in sites:
         vlm.check_site(site)
     states = [_gathered(vlm, prompts, (*sites, _last(vlm)), span, batch_size) for prompts in (train, held_out)]
-    readout = readout_of(vlm, train[0])
+    readout = vlm.readout
     made: dict[Site, tuple[Tensor, Tensor]] = {}
     held: dict[str, dict[str, float]] = {}
     for site in tqdm(sites, desc="tuned lens", disable=None):
@@ -315,7 +315,7 @@ def compare_lenses(
     check_decoder(vlm, "compare_lenses")
     prompts, last = tuple(prompts), _last(vlm)
     tuned.check(vlm, prompts, tuned.sites, normed=True)
-    readout = readout_of(vlm, prompts[0])
+    readout = vlm.readout
     rows = []
     for tokens, states in states_of(vlm, prompts, (*tuned.sites, last), span, batch_size=batch_size):
         examples = torch.tensor([token.example for token in tokens])

@@ -33,12 +33,19 @@ ACCURACY = Metric(
 )
 P_TRUE = Metric("p_true", "probability", "the probe's probability of what the image shows; baseline: 1 / classes")
 P_PRIOR = Metric(
-    "p_prior", "probability", "its probability of the usual answer, in scenes that show another; baseline: 1 / classes"
+    "p_prior",
+    "probability",
+    "its probability of the usual answer, where pictures show another; baseline: 1 / classes",
 )
 P_OTHER = Metric(
-    "p_other", "probability", "its mean probability of each other answer, in the same scenes; baseline: 1 / classes"
+    "p_other", "probability", "its mean probability of each other answer, in the same pictures; baseline: 1 / classes"
 )
 METRICS = (ACCURACY, P_TRUE, P_PRIOR, P_OTHER)
+
+
+def metrics_of(table: pd.DataFrame) -> tuple[Metric, ...]:
+    """The metrics that have a value: without pictures in conflict there is no usual answer to read."""
+    return tuple(each for each in METRICS if table[each.name].notna().to_numpy().any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +180,7 @@ def _check_classes(
             lacking = f"class {names[missing[0]]!r}" if names else f"class number {missing[0]}"
             raise UsageError(
                 f"{lacking} is in no training example of split {number}; give more examples, fewer folds (n_folds, at "
-                "least 3), or a grouping by scene alone"
+                'least 3), or the grouping "scene", which may tear apart those with the same question'
             )
 
 

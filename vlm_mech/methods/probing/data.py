@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.derived_pairs import checked, with_conflict
+from vlm_mech.data.examples import with_note
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.errors import UsageError
@@ -149,7 +150,10 @@ def with_objects(vlm: "VLM", pairs: Pairs) -> Pairs:
         vlm.encode(pair.counterfactual)
         changed_patches(vlm, pair)
 
-    return checked(pairs, check, "can be used")
+    return with_note(
+        checked(pairs, check, "can be used"),
+        "each is labelled with its answer; which patches show what is asked about is not known (no span object)",
+    )
 
 
 def data_provenance(data: Sequence[Pairs]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from vlm_mech.data.nouns import nouns_in
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.probing.controls import NONE
 from vlm_mech.methods.probing.study import CONFLICT, best_spot, summary_of
@@ -57,8 +58,8 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
 def depth_lines(result: Result, *, probe: str, title: str | None = None) -> "go.Figure":
     """Test accuracy over the whole depth of the model, one line a span with its band, controls thin, a panel a model.
 
-    Bands are the 95 % bootstrap interval over scenes, of the mean over seeds. The grey line is the commonest label.
-    Click a control in the legend to hide or show it for all spans.
+    Bands are the 95 % bootstrap interval over scenes (pairs, items), of the mean over seeds. The grey line is the
+    commonest label. Click a control in the legend to hide or show it for all spans.
 
     Raises:
         UsageError: the result has no such probe.
@@ -84,13 +85,14 @@ def depth_lines(result: Result, *, probe: str, title: str | None = None) -> "go.
         if control != "none":
             _legend_of(figure, control, CONTROL_LINES[control])
     figure.update_yaxes(title_text="accuracy (share of test examples)", col=1)
-    note = f"n = {int(summary['n'].min())} examples; bands: 95 % interval over scenes, of the mean over seeds"
+    units = nouns_in(result.provenance).units
+    note = f"n = {int(summary['n'].min())} examples; bands: 95 % interval over {units}, of the mean over seeds"
     figure.update_layout(meta=drawn_by(depth_lines, probe=probe, title=title))
     return _finished(figure, places, title or f"what probes ({probe}) read at every depth", note)
 
 
 def conflict_lines(result: Result, *, probe: str, title: str | None = None) -> "go.Figure":
-    """In scenes that show what is unusual: the probe's probability of what is shown, of the usual, and of any other.
+    """In pictures that show what is unusual: the probe's probability of what is shown, of the usual, and of any other.
 
     A row for each model, a column for each span.
 
@@ -112,9 +114,16 @@ def conflict_lines(result: Result, *, probe: str, title: str | None = None) -> "
             if len(rows):
                 _line(figure, where, rows, metrics[metric], {"color": colour, "width": 2.5}, band=True)
     figure.update_yaxes(title_text="probability", col=1)
-    note = f"n = {int(summary['n'].max())} scenes; bands: 95 % interval over scenes"
+    units = _units_in_conflict(result)
+    note = f"n = {int(summary['n'].max())} {units}; bands: 95 % interval over {units}"
     figure.update_layout(meta=drawn_by(conflict_lines, probe=probe, title=title))
     return _finished(figure, _order(result), title or f"seen or usual? probes ({probe}) in conflict", note)
+
+
+def _units_in_conflict(result: Result) -> str:
+    """What the pictures in conflict are drawn in: those of the last data set."""
+    data = result.provenance.get("data") or [{}]
+    return nouns_in({"data": data[-1]}).units
 
 
 def confusion(result: Result, *, model: str, probe: str, span: str, place: str, read_on: str = "test") -> "go.Figure":

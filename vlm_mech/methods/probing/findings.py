@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from vlm_mech.data.nouns import nouns_in
 from vlm_mech.methods.probing.controls import NONE, TASK
 from vlm_mech.methods.probing.study import CONFLICT, TEST, Notes, best_spot, summary_of
 from vlm_mech.results.result import Result
@@ -19,6 +20,8 @@ def findings(result: Result, notes: list[Notes]) -> tuple[str, ...]:
         for probe in accuracy["probe"].drop_duplicates() if step["step"] == NONE else ():
             found.append(_readable(result, accuracy, step, probe))
             found += _in_conflict(both, step["model"], probe) if CONFLICT in set(accuracy["read_on"]) else []
+    if CONFLICT not in set(accuracy["read_on"]):
+        found.append("no pictures in conflict were given (conflict), so no probability of a usual answer is told.")
     return tuple(found)
 
 
@@ -28,9 +31,10 @@ def _readable(result: Result, accuracy: pd.DataFrame, step: Notes, probe: str) -
     rows = accuracy.loc[(accuracy[list(where)] == pd.Series(where)).all(axis=1)].set_index("control")
     best = rows.loc[NONE]
     seeds = next(row for row in step[probe]["seeds"] if row["spot"] == f"{place} at {span}")
+    units = nouns_in(result.provenance).units
     text = (
         f"{step['model']}, {probe}: lowest validation loss at {place}, {span}; test accuracy {best['mean']:.2f} "
-        f"(95 % over scenes {best['ci_low']:.2f} to {best['ci_high']:.2f}, n = {best['n']:.0f}"
+        f"(95 % over {units} {best['ci_low']:.2f} to {best['ci_high']:.2f}, n = {best['n']:.0f}"
     )
     if seeds["low"] is not None:
         text += f"; over {seeds['n_seeds']} seeds {seeds['low']:.2f} to {seeds['high']:.2f}"

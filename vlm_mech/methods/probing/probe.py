@@ -10,10 +10,11 @@ import pandas as pd
 
 from vlm_mech.architectures.traced_model import check_decoder, check_gradients
 from vlm_mech.data.derived_pairs import apart, with_conflict
+from vlm_mech.data.nouns import nouns_in
 from vlm_mech.data.pairs import Pairs, check_pairs, linked
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
-from vlm_mech.methods.probing.crossfit import METRICS
+from vlm_mech.methods.probing.crossfit import metrics_of
 from vlm_mech.methods.probing.data import (
     conflicts_of,
     data_provenance,
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "Probes are fitted on hidden states of some scenes and tested on others, with other things in them. Accuracy says "
-    "what could be read there, not what the model uses: compare it with the controls. In scenes that show an unusual "
-    "colour, the probabilities say whether a place holds what is shown or what is usual."
+    "Probes are fitted on hidden states of some {units} and tested on others. Accuracy says what could be read there, "
+    "not what the model uses: compare it with the controls. In pictures that show what is unusual, if any are read, "
+    "the probabilities say whether a place holds what is shown or what is usual."
 )
 
 
@@ -97,8 +98,9 @@ def probe(
         steps = [study(vlm, examples, conflicts, design, step, folder=Path(folder)) for step in design.steps]
     notes = [note for _, note in steps]
     table = completed(pd.concat([table for table, _ in steps], ignore_index=True))
-    provenance = {"question": QUESTION, "model": [vlm.identity()], **data_provenance(data), "steps": notes}
-    result = Result("probes", table, AXES, METRICS, {}, provenance, elsewhere=ELSEWHERE)
+    provenance = {"model": [vlm.identity()], **data_provenance(data), "steps": notes}
+    provenance["question"] = nouns_in(provenance).put(QUESTION)
+    result = Result("probes", table, AXES, metrics_of(table), {}, provenance, elsewhere=ELSEWHERE)
     return dataclasses.replace(result, findings=(*findings(result, notes), *remarks(provenance)))
 
 

@@ -63,7 +63,7 @@ def make_splits(
     if n_groups < n_folds:
         raise UsageError(
             f"{len(labels)} examples form {n_groups} group(s), fewer than {n_folds} folds; give more examples or fewer "
-            "folds, or group by scene alone"
+            'folds, or the grouping "scene"'
         )
     most = int(np.bincount(labels).max())
     if most < n_folds:
