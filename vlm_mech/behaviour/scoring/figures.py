@@ -64,7 +64,7 @@ def order_bias(result: Result) -> "go.Figure":
     summary = result.summary("position_bias")
     shown = summary[(summary["n"] > 0) & (summary["view"] == OWN) & ~summary["prompt"].isin([MEAN, BEST])]
     shown = shown[~shown["scoring"].isin([SUBSTRING, STARTS, RANDOM])]
-    if shown["prompt"].nunique() > 1:
+    if len(set(shown["prompt"])) > 1:
         shown = shown.assign(scoring=shown["scoring"] + ", " + shown["prompt"].map(_short))
     labels, figure = _labels(result, shown), _panels([""])
     _dots(figure, shown, labels, "bias", COLOURS[0], "circle", 0.0, 1)
