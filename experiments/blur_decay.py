@@ -5,7 +5,6 @@ something else, and looks at which layers the answer is read meanwhile (after ar
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,11 +59,9 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, curves by level and by layer, and the ladder of pictures."""
-    import numpy as np
-
     from vlm_mech.behaviour.blur_decay import figures, findings, study
     from vlm_mech.behaviour.blur_decay.blur import levels_of, scale_of
-    from vlm_mech.behaviour.blur_decay.data import ladder, load_decaying, swapped_levels
+    from vlm_mech.behaviour.blur_decay.data import batches_of, ladder, load_decaying, swapped_levels
     from vlm_mech.data.fitting import fitting
     from vlm_mech.methods.probing.data import with_objects
     from vlm_mech.results.result import Result
@@ -78,12 +75,10 @@ def run(config: Config, work: Workspace) -> Outcome:
     mechanism = swapped_levels(config.mechanism, config.kernels, pairs, **given)
     options: dict[str, Any] = {"mechanism": mechanism, "memory": config.memory, "seed": config.seed}
     options |= {"letters": config.letters, "max_new_tokens": config.max_new_tokens, "scale": scale}
-    # No batch has a single pair: another one of the same batch lends its picture for the floor.
-    n_batches = min(math.ceil(len(pairs) / config.batch), len(pairs) // 2)
-    for rows in work.progress(np.array_split(np.arange(len(pairs)), n_batches), "decay"):
-        key = f"{rows[0]:08d}"
+    for rows, others in work.progress(batches_of(pairs, config.batch, seed=config.seed), "decay"):
+        key = f"{rows.start:08d}"
         if key not in work:
-            work.keep(key, study.decay(vlm, pairs[rows[0] : rows[-1] + 1], levels, **options), {})
+            work.keep(key, study.decay(vlm, pairs[rows], levels, others=others, **options), {})
     _probed(config, work, vlm, pairs, mechanism, scale)
     table, _ = work.collect()
     told = about(QUESTION, vlm, pairs, {}) | {"levels": levels, "guessing": study.guessing(pairs, levels)}

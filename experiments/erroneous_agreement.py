@@ -59,14 +59,13 @@ def run(config: Config, work: Workspace) -> Outcome:
     _check(config)
     options = {"n": config.n, "split": config.split, "template": config.caption, **config.drawn}
     loaded = [erroneous_agreement_data.load_cases(name, **options) for name in config.data]
-    for cases in loaded:
-        erroneous_agreement_data.check_enough(cases)
+    erroneous_agreement_data.check_enough(loaded)
     vlm = config.load()
     loading = {name: value for name, value in config.loading.items() if name != "revision"}
     encoder = DualEncoder.load(config.contrastive, **loading)
-    data = [erroneous_agreement_data.answerable(vlm, cases) for cases in loaded]
-    for cases in data:
-        erroneous_agreement_data.check_enough(cases)
+    usable = (erroneous_agreement_data.answerable(vlm, cases) for cases in loaded)
+    data = [erroneous_agreement_data.captioned(encoder, cases) for cases in usable]
+    erroneous_agreement_data.check_enough(data)
     _look(config, work, vlm, encoder, data)
     images, _ = work.collect()
     table, floors = study.pair_table(images, tau=config.tau)
@@ -76,7 +75,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     result = Result("erroneous agreement", table, study.AXES, study.METRICS, {}, told)
     result = with_categories(result, study.BY_CATEGORY)
     found = findings.findings(result, tau=config.tau, floors=floors)
-    result = dataclasses.replace(result, findings=found)
+    result = dataclasses.replace(result, findings=(*found, *erroneous_agreement_data.told_of_questions(vlm, data)))
     return Outcome(result, figures.drawn(result), erroneous_agreement_data.shown(data))
 
 

@@ -1,5 +1,6 @@
 """Progressive decay: the kernels, what answers say, E and C by hand, and the experiment."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,12 +11,15 @@ from experiments import blur_decay
 from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
-from vlm_mech.behaviour.blur_decay import study
+from vlm_mech.behaviour.blur_decay import findings, study
 from vlm_mech.behaviour.blur_decay.blur import KERNELS, MEAN, NONE, blurred, decayed, kernel, levels_of, resized
-from vlm_mech.behaviour.blur_decay.data import SWAPPED, swapped_levels
+from vlm_mech.behaviour.blur_decay.data import SWAPPED, batches_of, swapped_levels
 from vlm_mech.behaviour.blur_decay.study import compared
 from vlm_mech.data.blur import SMALL
 from vlm_mech.data.derived_pairs import partners
+from vlm_mech.data.examples import as_pairs
+from vlm_mech.data.item import Item
+from vlm_mech.data.items import Items
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
@@ -149,6 +153,51 @@ def test_answers_are_held_against_those_about_their_own_clear_picture(vlm):
             assert rows["answer"].tolist() == texts
             assert rows["same"].tolist() == [float(a == b) for a, b in zip(texts, clear, strict=True)]
             assert rows["correct"].tolist() == [float(a == b) for a, (b, _) in zip(texts, both, strict=True)]
+
+
+def about_few_pictures(shown, n=3):
+    """Items, n of each picture, which are a group."""
+    items = [Item(f"{group}{number}", image, "what colour is the circle?", "red", ("red", "blue"), group=group)
+             for group, image in shown.items() for number in range(n)]  # fmt: skip
+    return as_pairs(Items("some", tuple(items)))
+
+
+def test_items_about_one_picture_are_one_in_what_is_told(vlm, monkeypatch):
+    """Twelve right answers about four pictures that never change: Wilson's interval is that of 4 of 4."""
+    monkeypatch.setattr(study, "answers_at", lambda _, pairs, __, **___: ["red"] * len(pairs))
+    pairs = about_few_pictures({name: picture(number) for number, name in enumerate("abcd")})
+    metrics = study.METRICS[:4]
+    result = Result("decay", study.decay(vlm, pairs, ("1", "5")), study.AXES, metrics)
+    told = findings.findings(result, pairs, ("1", "5"))
+    assert "to the last (5): 1.000 (0.510 to 1.000, n = 12)" in told[1]
+    assert "unchanged are 1.000 (0.510 to 1.000, n = 12) of those right on the clear picture" in told[1]
+    assert "of the unchanged 1.000 (0.510 to 1.000, n = 12) are right" in told[2]
+
+
+@pytest.mark.parametrize("made_of", ["aaaab", "aaab", "aaaabbb"])
+def test_the_floor_never_shows_an_items_own_picture(vlm, monkeypatch, made_of):
+    """Batches of two: some hold questions about one picture alone, and borrow from the others."""
+    shown = {"a": picture(1), "b": picture(2)}
+    pairs = about_few_pictures(shown, 4)
+    wanted = [f"{name}{made_of[:place].count(name)}" for place, name in enumerate(made_of)]
+    pairs = dataclasses.replace(pairs, pairs=tuple(pair for pair in pairs if pair.id in wanted))
+    asked = []
+    monkeypatch.setattr(
+        study, "answers_at", lambda _, some, images, **__: asked.append((some, images)) or ["red"] * len(some)
+    )
+    for rows, others in batches_of(pairs, 2, seed=0):
+        study.decay(vlm, pairs[rows], ("1", "5"), others=others)
+    assert sum(len(some) for some, _ in asked) == 4 * len(pairs)
+    for own, floor in zip(asked[::2], asked[1::2], strict=True):
+        assert all(
+            not np.array_equal(np.asarray(one), np.asarray(other)) for one, other in zip(own[1], floor[1], strict=True)
+        )
+        assert all(pixels.size == (448, 448) for pixels in (*own[1], *floor[1]))
+
+
+def test_items_about_one_picture_alone_have_no_floor(vlm):
+    with pytest.raises(UsageError, match="all 3 items of some share a picture; another one's is needed"):
+        batches_of(about_few_pictures({"a": picture(1)}), 2, seed=0)
 
 
 def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from tests.zoo import ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.adapter_files import save_adapter
 from vlm_mech.behaviour.debias import adapter as debias_adapter
-from vlm_mech.behaviour.debias import data, study, training
+from vlm_mech.behaviour.debias import data, figures, findings, study, training
 from vlm_mech.behaviour.debias.data import IN_CONFLICT, USUAL
 from vlm_mech.behaviour.debias.losses import advantages, cross_entropy, grpo_loss, k3, n_equal
 from vlm_mech.behaviour.debias.study import BASE, TUNED
@@ -242,6 +242,30 @@ def test_mcnemar_and_missing_values_by_hand():
     # Three became right and one wrong: the two-sided p is 2 (1 + 4) / 16.
     assert (found.only_one, found.only_other, found.p) == (3, 1, pytest.approx(10 / 16))
     assert result.summary("prior").set_index(["state", "task"])["n"].tolist() == [4, 0, 4, 0]
+
+
+def test_pairs_of_one_group_are_one_in_what_is_told(monkeypatch):
+    """Eight right answers of four groups: Wilson's interval is that of 4 of 4, in words and along the training."""
+    monkeypatch.setattr(study, "answered", lambda _, pairs, **__: list(pairs.answer))
+    pairs = some_pairs(8)
+    pairs = dataclasses.replace(
+        pairs, pairs=tuple(dataclasses.replace(pair, group=f"g{n // 2}") for n, pair in enumerate(pairs))
+    )
+    shares = study.validated(fresh(), pairs, batch=4, max_new_tokens=1)
+    assert (shares["conflict"], shares["usual"], shares["n"]) == (1.0, 1.0, 8)
+    assert shares["conflict_ends"] == shares["usual_ends"] == [pytest.approx(0.510, abs=5e-4), 1.0]
+    tasks = {IN_CONFLICT: pairs, USUAL: pairs}
+    tables = [study.asked(fresh(), tasks, state, batch=4, max_new_tokens=1) for state in study.STATES]
+    history = [{"step": 1, "loss": 1.0, **shares}]
+    told = {"history": history, "before": shares, "chosen": 1, "answers": "own", "n_trained": 1, "n_pairs": 8}
+    told |= {"recipe": {"objective": "supervised", "rank": 1, "n_steps": 1}}
+    provenance = {"training": told, "model": {"name": "some"}, "data": {"name": "some"}}
+    table = study.completed(pd.concat(tables, ignore_index=True))
+    result = Result("some", table, study.AXES, study.METRICS, provenance=provenance)
+    text = " ".join(findings.findings(result, "adapter"))
+    assert text.count("1.000 (0.510 to 1.000, n = 8)") == 6 and text.count("0.000 (0.000 to 0.490, n = 8)") == 3
+    lines = [trace for trace in figures.training(result).data if trace.error_y.arrayminus is not None]
+    assert [list(line.error_y.arrayminus) for line in lines] == [[pytest.approx(0.490, abs=5e-4)] * 2] * 2
 
 
 def test_the_checkpoint_is_the_first_of_the_best():

@@ -19,7 +19,7 @@ from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
 from vlm_mech.behaviour.answering.asked_options import Template
 from vlm_mech.behaviour.answering.without_image import without_images
-from vlm_mech.behaviour.decoding import both_pictures, data, study
+from vlm_mech.behaviour.decoding import both_pictures, data, findings, study
 from vlm_mech.behaviour.decoding import processors as decoding_processors
 from vlm_mech.behaviour.decoding.data import GREEDY, TEST, VALIDATION, Setting
 from vlm_mech.behaviour.decoding.processors import (
@@ -500,6 +500,18 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     assert command(experiment, *given, "--out", tmp_path / "two", "--resume") == 0
     for name in ("result.parquet", "summary.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_pairs_of_one_group_are_one_in_what_is_told():
+    """Twelve right answers of four groups: Wilson's interval is that of 4 of 4."""
+    rows = [
+        {"example": f"e{n}", "group": f"g{n // 3}", "split": TEST, "picture": shown, "step": WHOLE, "method": GREEDY,
+         "dose": 0.0, "truth": 1.0, "prior": 0.0, "answer": "red", "truth_baseline": 1.0, "prior_baseline": 0.0}
+        for shown in (OWN, STRANGER) for n in range(12)
+    ]  # fmt: skip
+    result = Result("some", pd.DataFrame(rows), study.AXES, study.METRICS[:2])
+    (told,) = findings.findings(result, [Setting()], [])
+    assert told.count("1.000 (0.510 to 1.000, n = 12)") == 2 and "usual in 0.000 (0.000 to 0.490, n = 12)" in told
 
 
 def test_both_pictures_are_counted_by_hand(vlm, monkeypatch):

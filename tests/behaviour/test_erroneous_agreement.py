@@ -7,6 +7,7 @@ import random
 from math import comb
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
@@ -17,7 +18,7 @@ from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
 from vlm_mech.behaviour.answering.by_category import by_category
-from vlm_mech.behaviour.erroneous_agreement import study
+from vlm_mech.behaviour.erroneous_agreement import figures, study
 from vlm_mech.behaviour.erroneous_agreement.data import (
     RELATIONS,
     Asked,
@@ -44,6 +45,7 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.models.dual_encoder import DualEncoder
+from vlm_mech.results.figures import ending
 from vlm_mech.results.result import N_RESAMPLES, Result
 from vlm_mech.results.saved_figures import redraw
 from vlm_mech.results.statistics import expanded_tail, point_biserial
@@ -241,7 +243,7 @@ def test_cases_that_cannot_be_used_are_counted(vlm):
         0
     ].reason
     with pytest.raises(UsageError, match=r"gives 1 cases of .* at least 4 .* 1 were refused, .* do not part"):
-        check_enough(found)
+        check_enough([found])
     with pytest.raises(UsageError, match="two captions are"):
         case(3, captions=("a circle", "a circle"))
 
@@ -376,9 +378,56 @@ def test_floors_are_images_of_other_groups(clip, vlm):
     assert np.isnan(floor).tolist() == [True, False] * 4, "the next case is of the same group every other time"
 
 
+def test_what_models_have_no_words_for_is_told(tmp_path, capsys):
+    """One caption of six is refused and counted; the question of the first is asked with an unknown token."""
+    folder = written(tmp_path / "some", n=6, caption="a picture of zebras")
+    other = written(tmp_path / "other", question="what colour is the zebra?")
+    given = ["--caption", "a {answer} circle", "--out", tmp_path / "one"]
+    assert command(erroneous_agreement, "--data", folder, other, *given) == 0
+    told = capsys.readouterr().out
+    assert "10 pairs of 2 data sets" in told and "holds 'zebras', which clip has no token for" in told
+    sentence = f"{other}: 1 of 5 questions hold words that organism has no token for, such as 'zebra'; they are asked"
+    assert sentence in told and told.count("hold words that") == 1
+
+
+@pytest.mark.parametrize("n_data", [1, 2, 5])
+def test_titles_are_clear_of_the_tools_and_captions_fit(n_data):
+    names = [f"whatsup:/somewhere/with/many/long/folders/{at}/controlled_images_dataset.json" for at in range(n_data)]
+    rows = [
+        {"example": f"{name}/{pair}", "group": f"{name}/{pair}", "data": name, "view": view, "pair": float(pair % 2),
+         "similarity": 0.9}
+        for name in names for pair in range(6) for view in (study.TO_TEXT, study.AMONG, study.POOLED)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows).assign(pair_baseline=0.25, similarity_baseline=0.1)
+    every = table[["example", "group"]].drop_duplicates().merge(table[list(study.AXES)].drop_duplicates(), how="cross")
+    table = every.merge(table, how="left", on=["example", "group", *study.AXES])
+    floors = [{"data": name, "view": study.POOLED, "n": 30, "low": 0.1, "high": 0.3} for name in names]
+    aligned = {"pooled": "class token", "layer": 0, "n": 6, "value": 0.5, "low": 0.4, "high": 0.6}
+    alignment = [aligned | {"data": name, "floor_low": -0.1, "floor_high": 0.1} for name in names]
+    told = {"floors": floors, "tau": 0.95, "alignment": alignment}
+    result = Result("agreement", table, study.AXES, (study.PAIR, study.SIMILARITY), provenance=told)
+    dots = figures.dots(result, metric="pair", views=[study.TO_TEXT, study.AMONG], title="both images of a pair right")
+    who = figures.who_is_right(result, view=study.POOLED, title="are pairs missed because they look alike?")
+    layers = figures.aligned_layers(result, title="first and second images along the contrastive tower")
+    short = [ending(name, 38) for name in names]
+    assert all(each.startswith("whatsup:…") and each.endswith("images_dataset.json") for each in short)
+    assert list(dots.layout.yaxis.ticktext) == short
+    assert [trace.name for trace in layers.data if trace.name != "shuffled pairings"] == short
+    headings = [each for each in who.layout.annotations if each.hovertext]
+    assert [each.text.split("<br>")[0] for each in headings] == short and [each.hovertext for each in headings] == names
+    for figure in (dots, who, layers):
+        [caption] = [each for each in figure.layout.annotations if each.name == "caption"]
+        assert 5.6 * len(caption.text) <= figure.layout.width - 190
+        # Plotly's tools take 280 pixels of the upper right corner.
+        assert 8 * len(figure.layout.title.text) < figure.layout.width - 280
+    # The legend has a row of 30 pixels for each entry.
+    assert dots.layout.height - 180 >= 30 * 3
+
+
 def test_wrong_use_is_one_line(tmp_path, capsys):
     lacking = written(tmp_path / "lacking", n=1, counterfactual_image=None)
-    unknown = written(tmp_path / "unknown", caption="a picture of zebras")
+    few = written(tmp_path / "few", n=3)
+    unknown = written(tmp_path / "unknown", n=4, caption="a picture of zebras")
     for given, message in (
         (["--tau", "1.5"], "tau is 1.5; a cosine above 0"),
         (["--batch", "0"], "batch is 0; a number above zero"),
@@ -387,6 +436,8 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         (["--data", "scenes/colour", "--n", "3"], "at least 4 are needed"),
         (["--data", lacking], "counterfactual_image is None"),
         (["--data", unknown], "which clip has no token for"),
+        (["--data", unknown, "scenes/colour"], "has no token for; leave it out (--data scenes/colour)"),
+        (["--data", "scenes/colour", few, "scenes/kind"], "; leave it out (--data scenes/colour scenes/kind)"),
         (["--n", "4", "--contrastive", "organism"], "is no contrastive model"),
         (["--n", "4", "--model", "clip"], "is a contrastive model without a decoder"),
     ):

@@ -11,6 +11,7 @@ from PIL import Image
 from experiments import blur_decay, debias, knockout, layer_swap, probing
 from tests.helpers import command
 from tests.zoo.tiny import picture
+from vlm_mech.behaviour.answering.asked_options import others_of
 from vlm_mech.data.blur import blurred_out, scaled
 from vlm_mech.data.derived_pairs import by_groups, conflict_first, partners, with_conflict
 from vlm_mech.data.examples import as_pairs, check_made, holds_items, load_examples
@@ -19,6 +20,7 @@ from vlm_mech.data.item import Item
 from vlm_mech.data.items import Items
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.pairs import Pairs, linked, load_pairs
+from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.data.user_files import Refused
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
@@ -162,7 +164,23 @@ def test_partners_are_of_other_groups_and_as_before_where_all_differ():
         found = partners(10, seed=seed, groups=groups)
         assert sorted(found) == [*range(10)]
         assert all(groups[one] != groups[other] for one, other in enumerate(found))
-        assert partners(4, seed=seed, groups=[*"aaab"]) == partners(4, seed=seed)
+        # More than half are of one group: the others lend their pictures more than once.
+        found = partners(6, seed=seed, groups=[*"aabaca"])
+        assert sorted(found[place] for place in (0, 1, 3, 5)) == [2, 2, 4, 4]
+        assert {found[2], found[4]} < {0, 1, 3, 5} and found[2] != found[4]
+    with pytest.raises(UsageError, match="all 3 examples are of group 'a'; one of another group is needed"):
+        partners(3, seed=0, groups=[*"aaa"])
+
+
+def test_items_of_one_group_lend_other_pictures():
+    """Two items of four show one picture; with no other picture there is no other one's."""
+    items = tuple(item(name, image=picture(shown), group="g") for name, shown in zip("abcd", (0, 0, 1, 2), strict=True))
+    pairs = as_pairs(Items("some", items))
+    for seed in range(6):
+        others = others_of(pairs, seed=seed)
+        assert all(pixel_hash(one.image) != pixel_hash(other.image) for one, other in zip(pairs, others, strict=True))
+    with pytest.raises(UsageError, match="all 2 items of some share a picture; another one's is needed"):
+        others_of(pairs[:2], seed=0)
 
 
 # What is refused

@@ -233,3 +233,10 @@ def test_colours_can_be_told_apart():
     assert len(set(line_colours)) == 3
     assert set(line_colours) <= set(figures.COLOURS) and len(set(figures.COLOURS)) == len(figures.COLOURS)
     assert METRICS[1].signed
+
+
+def test_long_names_show_their_end():
+    assert figures.ending("short", 9) == "short" and figures.ending("whatsup:a", 9) == "whatsup:a"
+    assert figures.ending("/a/long/path/file.json", 10) == "…file.json"
+    assert figures.ending("mmvp:/a/long/path/file.json", 15) == "mmvp:…file.json"
+    assert figures.ending("a-format-with-a-long-name:file.json", 12) == "…e:file.json"

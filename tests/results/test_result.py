@@ -9,7 +9,7 @@ import pytest
 
 from vlm_mech.errors import UsageError
 from vlm_mech.results import figures
-from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.result import Metric, Result, share_of, told_share
 
 METRICS = (Metric("recovered", "fraction", "how far"), Metric("logit_diff", "logits", "difference", signed=True))
 
@@ -76,6 +76,22 @@ def test_a_share_of_all_or_none_has_an_interval():
         for metric in (Metric("hit", "logits", "h"), Metric("hit", "share", "h", signed=True)):
             plain = Result("r", groups, ("cell",), (metric,)).summary().set_index("cell")
             assert plain.loc["all", "ci_low"] == 1 and plain.loc["none", "ci_high"] == 0
+
+
+def test_a_share_of_rows_has_the_interval_of_the_summary():
+    """Half of 24 rows of 6 groups, whose rows are alike: over rows the interval would be .31 to .69."""
+    hits = np.repeat([1.0, 0.0, 1.0, 0.0, 1.0, 0.0], 4)
+    table = pd.DataFrame({"example": [f"e{n}" for n in range(24)], "group": [f"g{n // 4}" for n in range(24)]})
+    table = table.assign(cell="one", hit=hits, hit_baseline=0.0)
+    row = Result("r", table, ("cell",), (Metric("hit", "share", "h"),)).summary().iloc[0]
+    found = share_of(table, "hit")
+    assert found is not None and (found.value, found.low, found.high) == (0.5, row["ci_low"], row["ci_high"])
+    assert found.low < 0.2 and told_share(table, "hit") == f"0.500 ({found.low:.3f} to {found.high:.3f}, n = 24)"
+    assert told_share(table.iloc[4:], "hit").startswith("0.400 (")
+    # Wilson's interval over the groups: n / (n + z^2) of three.
+    assert told_share(table[table["hit"] == 1], "hit") == "1.000 (0.439 to 1.000, n = 12)"
+    assert told_share(table.iloc[:4].assign(hit=[1, 0, 0, 0]), "hit") == "0.250 (one group has no interval, n = 4)"
+    assert told_share(table.iloc[:0], "hit") == "none (n = 0)"
 
 
 def test_order_of_rows_does_not_matter():

@@ -11,7 +11,7 @@ import numpy as np
 from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pair import SIDES, Pair
 from vlm_mech.data.pairs import Pairs, linked
-from vlm_mech.data.shared_pictures import pixel_hash
+from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
 from vlm_mech.data.user_files import Refused
 from vlm_mech.errors import UsageError
 
@@ -20,19 +20,50 @@ def partners(n: int, *, seed: int, groups: Sequence[str] = ()) -> list[int]:
     """For each of n examples another one, so that every one is taken once.
 
     Args:
-        groups: of the examples; the other one is of another group, unless more than half of them are of one.
+        groups: of the examples; the other one is of another group. Where more than half of them are of one, the others
+            are taken more than once, and not all of that one are.
 
     Raises:
-        UsageError: fewer than two.
+        UsageError: fewer than two, or all are of one group.
     """
     if n < 2:
         raise UsageError(f"{n} example has no other one whose picture it could be asked about; at least two are needed")
     order, step = np.random.default_rng(seed).permutation(n), 1
-    most = max(Counter(groups).values(), default=1)
-    if 1 < most <= n / 2:
+    largest, most = max(Counter(groups).items(), key=lambda each: each[1], default=("", 1))
+    if most == n:
+        raise UsageError(f"all {n} examples are of group {largest!r}; one of another group is needed for each")
+    if most > max(1, n / 2):
+        inside, outside = ([int(each) for each in order if (groups[each] == largest) == of] for of in (True, False))
+        taken = {True: itertools.cycle(outside), False: itertools.cycle(inside)}
+        return [next(taken[group == largest]) for group in groups]
+    if most > 1:
         first = {group: place for place, group in reversed(list(enumerate(groups[number] for number in order)))}
         order, step = np.array(sorted(order, key=lambda number: first[groups[number]])), most
     return [int(other) for _, other in sorted(zip(order, np.roll(order, step), strict=True))]
+
+
+def lenders(pairs: Pairs, *, seed: int) -> list[int]:
+    """For each example another one, whose picture is shown in the place of its own (see `partners`).
+
+    It is of another group; where all are of one, it shares no picture with it, and is not linked to it over others.
+
+    Args:
+        seed: draws them.
+
+    Raises:
+        UsageError: fewer than two examples, or all share a picture.
+    """
+    groups = [pair.group or pair.id for pair in pairs]
+    if len(pairs) > 1 and len(set(groups)) == 1:
+        names = [pair.id for pair in pairs]
+        found = linked_groups(names, [[pixel_hash(image) for image in pair.own_pictures] for pair in pairs])
+        groups = [name if group is None else group for name, group in zip(names, found, strict=True)]
+        if len(set(groups)) == 1:
+            raise UsageError(
+                f"all {len(pairs)} {nouns_of(pairs).many} of {pairs.name} share a picture; another one's is needed, "
+                "which they are asked about as the floor"
+            )
+    return partners(len(pairs), seed=seed, groups=groups)
 
 
 def about_others(pairs: Pairs, others: Sequence[Pair]) -> Pairs:

@@ -15,7 +15,7 @@ from vlm_mech.results.result import Metric, Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["COLOURS", "drawn_by", "heatmap", "lines"]
+__all__ = ["COLOURS", "drawn_by", "ending", "heatmap", "lines"]
 
 # Okabe & Ito: distinguishable with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -40,6 +40,15 @@ def __dir__() -> list[str]:
 def drawn_by(function: "Callable[..., go.Figure]", /, **options: Any) -> dict[str, Any]:
     """The `layout.meta` of a figure, by which `redraw` draws it again: as `function(result, **options)`."""
     return {"drawn_by": f"{function.__module__}:{function.__name__}", "options": options}
+
+
+def ending(name: str, n: int) -> str:
+    """A long name in n signs: its end, in which paths differ, after the format before a colon if that leaves room."""
+    if len(name) <= n:
+        return name
+    kind, colon, rest = name.rpartition(":")
+    kept, told = (f"{kind}{colon}…", rest) if len(kind) < n / 2 else ("…", name)
+    return kept + told[len(kept) - n :]
 
 
 def _text(value: Any) -> str:

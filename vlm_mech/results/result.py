@@ -28,10 +28,12 @@ from vlm_mech.results.result_checks import (
     check_numbers,
 )
 from vlm_mech.results.statistics import (
+    Estimate,
     bootstrap_means,
     corrected,
     groups_with_values,
     percentile_interval,
+    ratio_estimate,
     share_interval,
     sign_flip_p,
 )
@@ -307,6 +309,30 @@ class Result:
         title = f"{html.escape(self.name)}: {n_examples} examples, {n_cells} cells"
         findings = "".join(f"<li>{html.escape(finding)}</li>" for finding in self.findings)
         return f"<div><b>Result</b> {title}<ul>{findings}</ul></div>"
+
+
+def share_of(rows: pd.DataFrame, column: str) -> Estimate | None:
+    """A share of some rows of a result's table with its 95 % interval over their groups (see `ratio_estimate`).
+
+    Of all rows of a cell it is what the summary says.
+
+    Args:
+        column: has 0 or 1 in every row; `group` says what hangs together.
+
+    Returns:
+        None where there are no rows.
+    """
+    groups, values = pd.factorize(rows["group"])[0], rows[column].to_numpy(dtype=float)
+    return ratio_estimate(values, np.ones(len(rows)), groups, n_resamples=N_RESAMPLES)
+
+
+def told_share(rows: pd.DataFrame, column: str) -> str:
+    """`share_of` in words, with n."""
+    found = share_of(rows, column)
+    if found is None:
+        return "none (n = 0)"
+    ends = "one group has no interval" if np.isnan(found.low) else f"{found.low:.3f} to {found.high:.3f}"
+    return f"{found.value:.3f} ({ends}, n = {len(rows)})"
 
 
 def _mean(values: Float[np.ndarray, "example cell"]) -> Float[np.ndarray, "cell"]:

@@ -5,13 +5,16 @@ the image before the blur, and how answers are compared were not found and are o
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from vlm_mech.behaviour.answering.asked_options import of_all_options
 from vlm_mech.behaviour.blur_decay.blur import AS_USUAL, NONE, Scale, decayed
+from vlm_mech.data.derived_pairs import lenders
 from vlm_mech.data.examples import check_made, load_examples
 from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pairs import Pair, Pairs
@@ -51,6 +54,43 @@ def load_decaying(data: str, **options: Any) -> Pairs:
     """The examples (see `data.examples.load_examples`); of items that are asked about alone all options are read."""
     pairs = load_examples(data, **options)
     return of_all_options(pairs) if pairs.made == "none" else pairs
+
+
+def floor_of(pairs: Pairs, rows: slice, *, seed: int) -> list[Pair]:
+    """For each example of a batch another one, whose picture it is asked about as the floor (see `lenders`).
+
+    It is of the same batch; where all of that share a picture, of any.
+
+    Args:
+        rows: the batch.
+        seed: draws them.
+
+    Raises:
+        UsageError: all examples share a picture.
+    """
+    some = pairs[rows]
+    try:
+        return [some.pairs[number] for number in lenders(some, seed=seed)]
+    except UsageError:
+        return [pairs.pairs[number] for number in lenders(pairs, seed=seed)[rows]]
+
+
+def batches_of(pairs: Pairs, batch: int, *, seed: int) -> list[tuple[slice, list[Pair]]]:
+    """The rows of each batch, with the others whose pictures its examples are asked about (see `floor_of`).
+
+    No batch has a single example: others are of the same batch where they can be.
+
+    Args:
+        batch: examples at most, unless that is one.
+        seed: draws the others.
+
+    Raises:
+        UsageError: all examples share a picture.
+    """
+    n_batches = min(math.ceil(len(pairs) / batch), len(pairs) // 2)
+    parts = np.array_split(np.arange(len(pairs)), n_batches)
+    rows = [slice(int(some[0]), int(some[-1]) + 1) for some in parts]
+    return [(some, floor_of(pairs, some, seed=seed)) for some in rows]
 
 
 def swapped_levels(

@@ -9,8 +9,7 @@ from vlm_mech.behaviour.blur_decay.probes import CONTROLS, DECODED, PROBES
 from vlm_mech.behaviour.blur_decay.study import COUNTERFACTUAL, FLOORS, OWN, SWAPS, WHOLE
 from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.results.result import Result
-from vlm_mech.results.statistics import share_interval
+from vlm_mech.results.result import Result, told_share
 
 
 def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, ...]:
@@ -44,7 +43,7 @@ def _unchanged(
     difference = result.contrast(*({"view": each, "level": last, "layer": WHOLE} for each in rows), "unchanged")
     table = result.table[(result.table["view"] == view) & (result.table["level"] == last)]
     by_clean = [
-        f"{_share(table.loc[table['clean_right'] == right, 'unchanged'])} of those {name}"
+        f"{told_share(table[table['clean_right'] == right], 'unchanged')} of those {name}"
         for right, name in ((True, "right on the clear picture"), (False, "wrong there"))
     ]
     asked = f"answers about the {view}"
@@ -57,7 +56,7 @@ def _unchanged(
     if len(kept):
         commonest = pd.Series(answers)[kept["example"]].value_counts().iloc[0]
         found.append(
-            f"{asked}, of the unchanged {_share(kept['correct'])} are right; always naming their commonest right "
+            f"{asked}, of the unchanged {told_share(kept, 'correct')} are right; always naming their commonest right "
             f"answer would be right in {commonest / len(kept):.3f}."
         )
     return tuple(found)
@@ -115,12 +114,3 @@ def _row(summary: pd.DataFrame, view: str, level: str, metric: str) -> pd.Series
 
 def _told(row: pd.Series) -> str:
     return f"{row['mean']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}, n = {row['n']})"
-
-
-def _share(values: pd.Series) -> str:
-    n = len(values)
-    if not n:
-        return "none (n = 0)"
-    hits = int(values.sum())
-    low, high = share_interval(hits, n)
-    return f"{hits / n:.3f} ({low:.3f} to {high:.3f}, n = {n})"

@@ -1,5 +1,6 @@
 """What blurring does to answers, and to where they are read, as the rows of a table."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,10 +9,9 @@ import pandas as pd
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.behaviour.blur_decay.blur import AS_USUAL, NONE, Scale
-from vlm_mech.behaviour.blur_decay.data import with_images
+from vlm_mech.behaviour.blur_decay.data import floor_of, with_images
 from vlm_mech.behaviour.blur_decay.probes import DECODED
-from vlm_mech.data.derived_pairs import partners
-from vlm_mech.data.pairs import Pairs
+from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import Reading, letters_of, read_answer
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.interventions.trace import generate
@@ -52,6 +52,7 @@ def decay(
     pairs: Pairs,
     levels: Sequence[str],
     *,
+    others: Sequence[Pair] = (),
     seed: int = 0,
     mechanism: Sequence[str] = (),
     scale: Scale = AS_USUAL,
@@ -62,7 +63,9 @@ def decay(
     """One batch at every level: answers about both pictures of its pairs and about those of another pair, and swaps.
 
     Args:
-        seed: which other pair of the batch lends its pictures for the floor of what is unchanged.
+        others: for each pair the one that lends its pictures for the floor of what is unchanged; by default another one
+            of the batch (see `blur_decay.data.floor_of`).
+        seed: draws these others.
         mechanism: levels at which the states of one picture of each pair are swapped into the run on the other, both at
             that level (see `layer_swap.study.swap_states`), whatever is answered.
         scale: how large pictures are when they are blurred.
@@ -72,9 +75,12 @@ def decay(
         One row per example and cell of `AXES`; what a view does not measure is missing.
 
     Raises:
-        UsageError: there is one pair alone.
+        UsageError: no others are given, and there is one pair alone or all share a picture.
     """
-    others = partners(len(pairs), seed=seed, groups=[pair.group or pair.id for pair in pairs])
+    others = others or floor_of(pairs, slice(None), seed=seed)
+    # Each picture is blurred once; those of other batches come last.
+    every = dataclasses.replace(pairs, pairs=tuple({pair.id: pair for pair in (*pairs, *others)}.values()))
+    place = {pair.id: number for number, pair in enumerate(every)}
     floors = FLOORS if pairs.made is None else OF_ITEMS
     answers: dict[str, dict[str, list[str]]] = {view: {} for two in floors.items() for view in two}
     swaps = []
@@ -83,14 +89,14 @@ def decay(
             texts = answers_at(vlm, pairs, [None] * len(pairs), max_new_tokens=max_new_tokens)
             answers = {view: held | {level: texts} for view, held in answers.items()}
             continue
-        shown = with_images(pairs, level, scale)
+        shown = with_images(every, level, scale)
         first, second = [pair.image for pair in shown], [pair.counterfactual_image for pair in shown]
         for (view, floor), pictures in zip(floors.items(), (first, second), strict=False):
-            answers[view][level] = answers_at(vlm, pairs, pictures, max_new_tokens=max_new_tokens)
-            strange = [pictures[other] for other in others]
+            answers[view][level] = answers_at(vlm, pairs, pictures[: len(pairs)], max_new_tokens=max_new_tokens)
+            strange = [pictures[place[other.id]] for other in others]
             answers[floor][level] = answers_at(vlm, pairs, strange, max_new_tokens=max_new_tokens)
         if level in mechanism:
-            swaps.append(_swapped(vlm, shown, memory).assign(level=level))
+            swaps.append(_swapped(vlm, shown[: len(pairs)], memory).assign(level=level))
     tables = []
     names = [pair.id for pair in pairs]
     options = [(pair.answer, *pair.foils) for pair in pairs]

@@ -11,7 +11,6 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.inputs.image import side_by_side
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
-from vlm_mech.results.statistics import share_interval
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -105,7 +104,8 @@ def training(result: Result) -> "go.Figure":
         if column not in held:
             continue
         trace = _line(held["step"], held[column], f"validation, {name}", COLOURS[number])
-        ends = [share_interval(round(value * n), int(n)) for value, n in zip(held[column], held["n"], strict=True)]
+        # Of one group alone there is no interval.
+        ends = [each or (value, value) for each, value in zip(held[f"{column}_ends"], held[column], strict=True)]
         trace.error_y = {
             "type": "data", "symmetric": False, "thickness": 1.2,
             "array": [high - value for (_, high), value in zip(ends, held[column], strict=True)],
@@ -116,7 +116,7 @@ def training(result: Result) -> "go.Figure":
     figure.update_yaxes(range=[-0.03, 1.06], col=2)
     figure.update_yaxes(**({"range": [-0.03, 1.06]} if rewarded else {"rangemode": "tozero"}), col=1)
     figure.update_xaxes(title_text="steps")
-    _caption(figure, f"dotted: the checkpoint chosen; right: 95 % Wilson intervals, n = {int(held['n'].iloc[0])}")
+    _caption(figure, f"dotted: the checkpoint chosen; right: 95 % intervals, n = {int(held['n'].iloc[0])}")
     return figure.update_layout(
         **STYLE, width=1080, title={"text": f"tuning by {told['recipe']['objective']}", "x": 0.01},
         meta=drawn_by(training),

@@ -2,22 +2,19 @@
 
 from typing import Any
 
-import pandas as pd
-
 from vlm_mech.behaviour.debias.data import IN_CONFLICT
 from vlm_mech.behaviour.debias.study import BASE, RANDOM, STATES, TUNED, changes
-from vlm_mech.results.result import Result
-from vlm_mech.results.statistics import share_interval
+from vlm_mech.results.result import Result, told_share
 
 
 def findings(result: Result, adapter: str) -> tuple[str, ...]:
     """What was tuned how, what it changed in conflict and elsewhere, what chance changes do, and how to go on."""
     told: dict[str, Any] = result.provenance["training"]
     table, found = result.table, [_tuning(told)]
-    asked = table[table["skipped"] == ""].groupby(["task", "state"], sort=False)["truth"]
-    shares = {key: _share(values) for key, values in asked}
+    asked = table[table["skipped"] == ""].groupby(["task", "state"], sort=False)
+    shares = {key: told_share(rows, "truth") for key, rows in asked}
     shown = table[table["prior"].notna()]
-    priors = {state: _share(shown[shown["state"] == state]["prior"]) for state in STATES}
+    priors = {state: told_share(shown[shown["state"] == state], "prior") for state in STATES}
     turned = changes(table, TUNED)
     for task, test in turned.items():
         found.append(
@@ -66,10 +63,3 @@ def _right(shares: dict[str, Any]) -> str:
     """Shares of right answers in conflict and, where such pictures were asked about, on usual ones."""
     usual = f", usual {shares['usual']:.3f}" if "usual" in shares else ""
     return f"in conflict {shares['conflict']:.3f}{usual}"
-
-
-def _share(values: pd.Series) -> str:
-    """A share with its 95 % Wilson interval and n, in words."""
-    n, hits = len(values), int(values.sum())
-    low, high = share_interval(hits, n)
-    return f"{hits / n:.3f} ({low:.3f} to {high:.3f}, n = {n})"

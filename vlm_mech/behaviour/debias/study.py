@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from vlm_mech.data.reading import read_answer
 from vlm_mech.errors import UsageError
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.weight_swap.blocks import switched
-from vlm_mech.results.result import Metric
+from vlm_mech.results.result import Metric, share_of
 from vlm_mech.results.statistics import Paired, holm, mcnemar
 from vlm_mech.runs.workspace import Workspace
 
@@ -65,15 +66,20 @@ def asked(vlm: "VLM", tasks: dict[str, Pairs], state: str, *, batch: int, max_ne
 
 
 def validated(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> dict[str, Any]:
-    """Shares of right answers on pictures in conflict and on their usual counterfactuals, if any, with their number."""
+    """Shares of right answers on pictures in conflict and on their usual counterfactuals, if any, with their number.
+
+    Beside each, as `conflict_ends` and `usual_ends`, its 95 % interval over groups; None of one group alone.
+    """
     tasks = tasks_of(pairs, ())
     table = asked(vlm, tasks, "", batch=batch, max_new_tokens=max_new_tokens)
-    shares = {
-        column: float(table[table["task"] == task]["truth"].mean())
-        for column, task in (("conflict", IN_CONFLICT), ("usual", USUAL))
-        if task in tasks
-    }
-    return shares | {"n": len(pairs)}
+    found: dict[str, Any] = {"n": len(pairs)}
+    for column, task in (("conflict", IN_CONFLICT), ("usual", USUAL)):
+        if task in tasks:
+            rows = table[table["task"] == task]
+            told = share_of(rows, "truth")
+            found |= {column: float(rows["truth"].mean())}
+            found[f"{column}_ends"] = None if told is None or np.isnan(told.low) else [told.low, told.high]
+    return found
 
 
 def validated_before(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> dict[str, Any]:

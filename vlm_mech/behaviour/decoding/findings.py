@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import pandas as pd
-
 from vlm_mech.behaviour.decoding.data import GREEDY, PLAIN, Setting, label
 from vlm_mech.behaviour.decoding.study import (
     DEPENDENCY,
@@ -15,8 +13,7 @@ from vlm_mech.behaviour.decoding.study import (
     against_greedy,
     answers_on_test,
 )
-from vlm_mech.results.result import Result
-from vlm_mech.results.statistics import share_interval
+from vlm_mech.results.result import Result, told_share
 
 
 def findings(result: Result, settings: Sequence[Setting], choice: Sequence[Setting]) -> tuple[str, ...]:
@@ -26,18 +23,18 @@ def findings(result: Result, settings: Sequence[Setting], choice: Sequence[Setti
     told = [each for each in settings[1:] if each.dose > 0 or each.kind == PLAIN]
     tests = against_greedy(values, told)
     found = [
-        f"{len(plain)} test examples. greedy is right in {_share(plain['truth'])}, says what is usual in "
-        f"{_share(plain['prior'])}; right about another's picture: {_share(values[STRANGER, GREEDY, 0.0]['truth'])}"
-        f"{_usual(values, GREEDY, 0.0)}."
+        f"{len(plain)} test examples. greedy is right in {told_share(plain, 'truth')}, says what is usual in "
+        f"{told_share(plain, 'prior')}; right about another's picture: "
+        f"{told_share(values[STRANGER, GREEDY, 0.0], 'truth')}{_usual(values, GREEDY, 0.0)}."
     ]
     for setting, test in zip(told, tests, strict=True):
         own, floor = (values[each, setting.method, setting.dose] for each in (OWN, STRANGER))
         origin = " (chosen on validation)" if setting in choice else ""
         found.append(
-            f"{label(setting.method, setting.dose)}{origin}: right {_share(own['truth'])}, usual "
-            f"{_share(own['prior'])}; against greedy {test.only_one} gained, {test.only_other} lost (McNemar exact p = "
-            f"{test.p:.2g}, Holm {test.p_corrected:.2g}); right about another's picture: {_share(floor['truth'])}"
-            f"{_usual(values, setting.method, setting.dose)}."
+            f"{label(setting.method, setting.dose)}{origin}: right {told_share(own, 'truth')}, usual "
+            f"{told_share(own, 'prior')}; against greedy {test.only_one} gained, {test.only_other} lost (McNemar exact "
+            f"p = {test.p:.2g}, Holm {test.p_corrected:.2g}); right about another's picture: "
+            f"{told_share(floor, 'truth')}{_usual(values, setting.method, setting.dose)}."
         )
     for setting in settings:
         if setting.kind == "M3ID" and setting.dose == 0:
@@ -49,7 +46,7 @@ def findings(result: Result, settings: Sequence[Setting], choice: Sequence[Setti
 def _usual(values: Answers, method: str, dose: float) -> str:
     """How often usual pictures are answered rightly; of single items there are none."""
     found = values.get((USUAL, method, dose))
-    return "" if found is None else f", about the usual one: {_share(found['truth'])}"
+    return "" if found is None else f", about the usual one: {told_share(found, 'truth')}"
 
 
 def _dependence(result: Result) -> tuple[str, ...]:
@@ -64,9 +61,3 @@ def _dependence(result: Result) -> tuple[str, ...]:
         if steps:
             found.append(f"dependency on the picture (PDM), {picture}: {'; '.join(steps[:6])}.")
     return tuple(found)
-
-
-def _share(values: pd.Series) -> str:
-    hits, n = int(values.sum()), len(values)
-    low, high = share_interval(hits, n)
-    return f"{hits / n:.3f} ({low:.3f} to {high:.3f})"

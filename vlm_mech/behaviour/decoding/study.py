@@ -173,14 +173,14 @@ def tested(choice: Sequence[Setting]) -> list[Setting]:
 # The tests
 
 Answers = dict[tuple[str, str, float], pd.DataFrame]
-"""By picture, method and dose: truth, prior and the answer itself of each test example."""
+"""By picture, method and dose: truth, prior, the answer itself and the group of each test example."""
 
 
 def answers_on_test(result: Result) -> Answers:
     """Whole answers to the test examples, those of other splits left out."""
     answers = result.table[(result.table["step"] == WHOLE) & (result.table["split"] == TEST)]
     cells = answers.groupby(["picture", "method", "dose"], sort=False)
-    return {key: rows.set_index("example")[["truth", "prior", "answer"]].dropna() for key, rows in cells}  # type: ignore
+    return {key: rows.set_index("example")[["truth", "prior", "answer", "group"]].dropna() for key, rows in cells}  # type: ignore
 
 
 def against_greedy(answers: Answers, settings: Sequence[Setting]) -> list[Paired]:

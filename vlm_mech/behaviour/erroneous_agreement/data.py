@@ -7,12 +7,14 @@ Pairs come from generated pairs or a folder. Sets of four show the same two thin
 import dataclasses
 import itertools
 import random
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
+from vlm_mech.behaviour.answering.asked_options import unknown_words
 from vlm_mech.behaviour.erroneous_agreement.similarity import FEWEST
 from vlm_mech.data.counterfactual_scenes import ScenePair, sample_pairs
 from vlm_mech.data.pairs import Pair, Pairs, Refused
@@ -26,9 +28,11 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.following import check_parting
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.inputs.wording import BARE, Wording
 
 if TYPE_CHECKING:
+    from vlm_mech.models.dual_encoder import DualEncoder
     from vlm_mech.models.vlm import VLM
 
 SETS = "scenes/relations"
@@ -256,13 +260,36 @@ def _placed(scene: Scene, rng: random.Random) -> tuple[Scene, ...]:
 # Checks
 
 
-def check_enough(cases: Cases) -> None:
-    """Raise `UsageError` when a data set has too few cases of different groups for floors and alignment."""
-    n_groups = len({case.group for case in cases.cases})
-    if n_groups < FEWEST:
-        n_refused = len(cases.refused)
-        why = f"; {n_refused} were refused, the last because {cases.refused[-1].reason}" if n_refused else ""
-        raise UsageError(f"{cases.name} gives {n_groups} cases of different groups; at least {FEWEST} are needed{why}")
+def check_enough(data: Sequence[Cases]) -> None:
+    """Raise `UsageError` when a data set has too few cases of different groups for floors and alignment.
+
+    Args:
+        data: all that are compared; which of them can be used is told.
+    """
+    groups = [len({case.group for case in cases.cases}) for cases in data]
+    for cases, n_groups in zip(data, groups, strict=True):
+        if n_groups < FEWEST:
+            n_refused = len(cases.refused)
+            why = f"; {n_refused} were refused, the last because {cases.refused[-1].reason}" if n_refused else ""
+            others = [each.name for each, n in zip(data, groups, strict=True) if n >= FEWEST]
+            how = f"; leave it out (--data {shlex.join(others)})" if others else ""
+            raise UsageError(
+                f"{cases.name} gives {n_groups} cases of different groups; at least {FEWEST} are needed{why}{how}"
+            )
+
+
+def captioned(encoder: "DualEncoder", cases: Cases) -> Cases:
+    """The cases for whose captions the contrastive model has tokens; the others move to `refused`."""
+    kept: list[Case] = []
+    refused = list(cases.refused)
+    for case in cases.cases:
+        try:
+            # The check asks for a tokenizer alone.
+            check_known(cast(Any, encoder), case.captions, "caption")
+            kept.append(case)
+        except UsageError as error:
+            refused.append(Refused(case.id, str(error)))
+    return dataclasses.replace(cases, cases=tuple(kept), refused=tuple(refused))
 
 
 def answerable(vlm: "VLM", cases: Cases) -> Cases:
@@ -280,6 +307,18 @@ def answerable(vlm: "VLM", cases: Cases) -> Cases:
         except UsageError as error:
             refused.append(Refused(case.id, str(error)))
     return dataclasses.replace(cases, cases=tuple(kept), refused=tuple(refused))
+
+
+def told_of_questions(vlm: "VLM", data: Sequence[Cases]) -> tuple[str, ...]:
+    """A sentence for each data set whose questions hold words that the model has no token for (see `unknown_words`)."""
+    found = []
+    for cases in data:
+        asked = [
+            Pair(f"{case.id}/{number}", *case.images[:2], each.question, *each.answers[:2], wording=each.wording)
+            for case in cases.cases for number, each in enumerate(case.asked)
+        ]  # fmt: skip
+        found += [f"{cases.name}: {text}" for text in unknown_words([vlm], Pairs(cases.name, tuple(asked)))]
+    return tuple(found)
 
 
 def joined(data: Sequence[Cases]) -> Pairs:

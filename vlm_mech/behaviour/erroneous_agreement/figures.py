@@ -10,7 +10,7 @@ import pandas as pd
 from vlm_mech.behaviour.answering.by_category import categories, has_categories
 from vlm_mech.behaviour.erroneous_agreement.study import AMONG, BY_CATEGORY, POOLED, READERS, SIMILARITIES, TO_TEXT
 from vlm_mech.errors import UsageError
-from vlm_mech.results.figures import COLOURS, drawn_by
+from vlm_mech.results.figures import COLOURS, drawn_by, ending
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 GREY = "#888888"
 WHO = ("both right", "VLM alone", "contrastive alone", "neither")
-A_ROW, A_SET, AN_ENTRY = 16, 22, 24
+A_ROW, A_SET, AN_ENTRY = 16, 22, 31
+NAME, NARROWEST = 38, 720
+"""Signs of a data set's name at most, and pixels that title and plotly's tools, and the caption, need."""
 CHANCE = ("pair", "individual", "set")
 """Metrics whose baseline is guessing; that of the others is images of different pairs."""
 DASHES = ("solid", "dash", "dot")
@@ -69,7 +71,7 @@ def dots(result: Result, *, metric: str, views: Sequence[str], title: str) -> "g
 
 
 def _named_rows(figure: "go.Figure", names: Sequence[str]) -> None:
-    shown = [html.escape(name, quote=False) for name in names]
+    shown = [html.escape(ending(name, NAME), quote=False) for name in names]
     figure.update_yaxes(
         tickvals=list(range(len(names))), ticktext=shown, range=[len(names) - 0.5, -0.5], zeroline=False, showgrid=False
     )
@@ -91,6 +93,8 @@ def who_is_right(result: Result, *, view: str, title: str) -> "go.Figure":
         rows=n_rows, cols=n_columns, subplot_titles=[_heading(name, floors.get(name)) for name in names],
         shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=min(0.3, 0.2 / n_rows + 0.03),
     )  # fmt: skip
+    for heading, name in zip(figure.layout.annotations, names, strict=True):
+        heading.update(font={"size": 13}, hovertext=html.escape(name))
     rng = np.random.default_rng(0)
     for number, name in enumerate(names):
         where = {"row": 1 + number // n_columns, "col": 1 + number % n_columns}
@@ -119,11 +123,11 @@ def who_is_right(result: Result, *, view: str, title: str) -> "go.Figure":
     figure.update_xaxes(title_text=f"similarity: {view}", row=n_rows)
     figure.update_layout(meta=drawn_by(who_is_right, view=view, title=title))
     note = f"numbers: pairs; unpaired images: 90 % of similarities, grey where within; dotted: tau = {told['tau']:g}"
-    return _dressed(figure, title, note, 215 * n_rows).update_layout(width=330 * n_columns + 190)
+    return _dressed(figure, title, note, 215 * n_rows, width=max(NARROWEST, 330 * n_columns + 190))
 
 
 def _heading(name: str, floor: dict[str, Any] | None) -> str:
-    shown = html.escape(name, quote=False)
+    shown = html.escape(ending(name, NAME), quote=False)
     return shown if floor is None else f"{shown}<br><sup>unpaired: {floor['low']:.2f} to {floor['high']:.2f}</sup>"
 
 
@@ -171,8 +175,8 @@ def aligned_layers(result: Result, *, title: str) -> "go.Figure":
             }  # fmt: skip
             figure.add_trace(
                 go.Scatter(
-                    x=some["layer"] + shift, y=some["value"], name=html.escape(name, quote=False), error_y=errors,
-                    mode="lines+markers", legendgroup=name, showlegend=column == 1,
+                    x=some["layer"] + shift, y=some["value"], name=html.escape(ending(name, NAME), quote=False),
+                    mode="lines+markers", legendgroup=name, showlegend=column == 1, error_y=errors,
                     line={"color": COLOURS[number % len(COLOURS)], "width": 2, "dash": dash},
                 ),
                 row=1, col=column,
@@ -184,7 +188,7 @@ def aligned_layers(result: Result, *, title: str) -> "go.Figure":
     figure.update_layout(meta=drawn_by(aligned_layers, title=title))
     n_pairs = _n(pd.Series(table["n"]))
     note = f"{n_pairs} pairs; bars: 95 % jackknife interval; grey: 95 % of shuffles"
-    return _dressed(figure, title, note, 300).update_layout(width=420 * len(panels) + 220)
+    return _dressed(figure, title, note, 300, width=max(NARROWEST, 420 * len(panels) + 220))
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
@@ -208,9 +212,9 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
     return found
 
 
-def _dressed(figure: "go.Figure", title: str, note: str, height: int) -> "go.Figure":
+def _dressed(figure: "go.Figure", title: str, note: str, height: int, *, width: int = 900) -> "go.Figure":
     figure.update_layout(
-        template="plotly_white", width=900, height=height + 190, margin={"l": 150, "r": 40, "t": 80, "b": 100},
+        template="plotly_white", width=width, height=height + 190, margin={"l": 150, "r": 40, "t": 80, "b": 100},
         font={"family": "Helvetica, Arial, sans-serif", "size": 13},
         title={"text": html.escape(title), "x": 0.01, "xanchor": "left", "y": 0.98, "yanchor": "top"},
     )  # fmt: skip

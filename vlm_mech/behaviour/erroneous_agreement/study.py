@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,6 @@ from vlm_mech.behaviour.erroneous_agreement.similarity import (
     rank_correlations,
     tower_patches,
 )
-from vlm_mech.inputs.special_tokens import check_known
 from vlm_mech.results.result import N_RESAMPLES, Metric, Result
 from vlm_mech.results.statistics import corrected, mcnemar, point_biserial
 
@@ -61,14 +60,9 @@ def looked_at(encoder: "DualEncoder", vlm: "VLM", cases: Sequence[Case], after: 
     Args:
         after: the case that follows the last; each pair's first image is also held against an image of the next case
             (where that is of another group), the floor of patch-wise similarities without keeping all patches.
-
-    Raises:
-        UsageError: a caption with a word that the contrastive model does not know.
     """
     images = [image for case in cases for image in case.images]
     captions = [caption for case in cases for caption in case.captions]
-    # The check asks for a tokenizer alone.
-    check_known(cast(Any, encoder), captions, "caption")
     more = [*images, after.images[1]]
     view = contrastive_view(encoder, more, captions)
     columns = _answers(vlm, cases) | _patches(cases, after, view.patches, tower_patches(vlm, more))
