@@ -394,3 +394,17 @@ def test_probing_of_items_tells_what_is_left_out(tmp_path):
     said = " ".join(result.findings)
     assert "no pictures in conflict were given" in said and "single items; each is labelled with its answer" in said
     assert "(no span object)" in said and "compared with" not in said
+
+
+def test_the_floor_of_pairs_that_share_a_picture_is_of_another_group():
+    """As in HallusionBench, where several questions are about one set of figures."""
+    pairs = Pairs(
+        "made",
+        tuple(
+            Pair(f"p{n}", picture(n // 2), picture(9 + n // 2), f"q{n}", "a", "b", group=f"g{n // 2}") for n in range(8)
+        ),
+    )
+    for seed in range(5):
+        others = others_of(pairs, seed=seed)
+        assert all(one.group != other.group for one, other in zip(pairs, others, strict=True))
+        assert sorted(each.id for each in others) == [pair.id for pair in pairs], "each lends its pictures once"

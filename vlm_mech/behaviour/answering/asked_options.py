@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlm_mech.data.derived_pairs import lenders, partners
+from vlm_mech.data.derived_pairs import lenders
 from vlm_mech.data.examples import with_note
 from vlm_mech.data.pair import Pair
 from vlm_mech.data.pairs import Pairs
@@ -51,16 +51,15 @@ def answers_first(pair: Pair) -> tuple[str, ...]:
 def others_of(pairs: Pairs, *, seed: int) -> list[Pair]:
     """Another example for each, whose pictures take the place of its own as the floor.
 
-    Items often share a picture, which is no other one: theirs is of another group (see `lenders`).
+    Items often share a picture, and pairs of a file may: the other one is of another group (see `lenders`).
 
     Args:
         seed: draws them.
 
     Raises:
-        UsageError: fewer than two examples, or items that all share a picture.
+        UsageError: fewer than two examples, or all share a picture.
     """
-    taken = lenders(pairs, seed=seed) if pairs.made else partners(len(pairs), seed=seed)
-    return [pairs.pairs[other] for other in taken]
+    return [pairs.pairs[other] for other in lenders(pairs, seed=seed)]
 
 
 def of_all_options(pairs: Pairs) -> Pairs:

@@ -5,7 +5,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from vlm_mech.behaviour.contrastive_tuning.data import NONE, READER
-from vlm_mech.results.figures import COLOURS, drawn_by
+from vlm_mech.results.figures import COLOURS, drawn_by, ending
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def before_after(result: Result, *, metric: str, title: str) -> "go.Figure":
     names = [name for name in rows["tuning"].drop_duplicates() if name not in (NONE, READER)]
     figure = make_subplots(
         cols=len(data), shared_yaxes=True, horizontal_spacing=0.04 / len(data),
-        subplot_titles=[html.escape(_ending(name, TITLE), quote=False) for name in data],
+        subplot_titles=[html.escape(ending(name, TITLE), quote=False) for name in data],
     )  # fmt: skip
     for shown, name in zip(figure.layout.annotations, data, strict=True):
         shown.update(font={"size": 12}, hovertext=html.escape(name))
@@ -62,15 +62,6 @@ def before_after(result: Result, *, metric: str, title: str) -> "go.Figure":
         },
         meta=drawn_by(before_after, metric=metric, title=title),
     )  # fmt: skip
-
-
-def _ending(name: str, n: int) -> str:
-    """The end of a long name in n signs, where paths differ; what names a format before a colon stays."""
-    if len(name) <= n:
-        return name
-    kind, colon, rest = name.rpartition(":")
-    head = f"{kind}{colon}…" if len(kind) < n / 2 else "…"
-    return head + (rest if len(kind) < n / 2 else name)[len(head) - n :]
 
 
 def _panel(figure: "go.Figure", rows: "pd.DataFrame", names: list[str], column: int) -> None:
