@@ -274,7 +274,7 @@ def test_titles_show_the_end_of_a_path_and_captions_fit(n_data):
         assert max(map(len, lines)) * figures.CAPTION <= figure.layout.width - 40
         # Plotly's tools take 280 pixels of the upper right corner.
         assert 8 * len(figure.layout.title.text) < figure.layout.width - 280
-    assert figures.ending("short", 9) == "short" and figures._ending("a" * 40 + "b:c", 9) == "…aaaaab:c"
+    assert figures.ending("short", 9) == "short" and figures.ending("a" * 40 + "b:c", 9) == "…aaaaab:c"
 
 
 def test_help_is_light():
