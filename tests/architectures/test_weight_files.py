@@ -1,7 +1,9 @@
 """Which weights a model has, by its files and by a sample of them, without reading gigabytes again."""
 
 import hashlib
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tests.zoo.tiny import tiny_model, tiny_processor
 from vlm_mech.architectures import weight_files
 from vlm_mech.architectures.weight_files import cache_folder, file_hash, files_hash
 from vlm_mech.architectures.weights import WHOLE, weights_hash, weights_sample
+from vlm_mech.errors import UsageError
 from vlm_mech.models.vlm import VLM
 
 
@@ -129,3 +132,24 @@ def test_a_sample_of_a_large_matrix_notices_an_emptied_head_and_an_adapter():
         found.append(weights_sample(layer))
     assert len(set(found)) == 4 and weights_sample(layer) == found[-1]
     assert weights_sample(layer.to(torch.bfloat16)) not in found
+
+
+def test_the_identity_knows_the_configuration(model_folder, tmp_path):
+    """The same weights compute something else where the configuration says so; where it was saved does not matter."""
+    found = []
+    for number, change in enumerate(({}, {}, {"rms_norm_eps": 0.1}, {"vision_feature_layer": 1})):
+        folder = shutil.copytree(model_folder, tmp_path / str(number))
+        told = json.loads((folder / "config.json").read_text())
+        (told["text_config"] if "rms_norm_eps" in change else told).update(change)
+        (folder / "config.json").write_text(json.dumps(told))
+        found.append(VLM.load(folder, check=False).identity())
+    assert found[0]["config"] == found[1]["config"] and len({each["config"] for each in found}) == 3
+    assert len({each["weights"] for each in found}) == 1
+
+
+def test_a_broken_file_of_weights_is_one_line(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    path = next(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(UsageError, match="model .* cannot be loaded: "):
+        VLM.load(folder)

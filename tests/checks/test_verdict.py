@@ -70,6 +70,14 @@ def test_the_read_out_is_remembered_too(folder, monkeypatch):
         assert torch.equal(second.readout(states), first.readout(states))
 
 
+@pytest.mark.parametrize("told", [None, [], {"n_words": 56}, {"n_words": 56, "scale": "1", "cap": None}])
+def test_what_is_remembered_of_the_read_out_in_another_form_is_found_again(folder, told):
+    VLM.load(folder)
+    (kept,) = (cache_folder() / "checks").iterdir()
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"readout": told}))
+    assert VLM.load(folder).readout.told == {"n_words": 56, "scale": 1.0, "cap": None}
+
+
 def test_a_model_that_does_not_hold_is_asked_every_time(folder, asked, monkeypatch):
     from vlm_mech.checks.finding import Finding
 

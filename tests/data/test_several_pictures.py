@@ -94,11 +94,11 @@ def test_a_line_may_name_several_pictures(tmp_path):
         (GOOD | {"image": "0.png"}, "line 1: both image and images are given; one of them is needed"),
         (GOOD | {"images": []}, "line 1: images is []; a list of at least one picture is needed"),
         (GOOD | {"images": "0.png"}, "line 1: images is '0.png'; a list of at least one picture is needed"),
-        (GOOD | {"images": ["0.png", 3]}, "line 1: number 1 of images is 3; a non-empty text is needed"),
+        (GOOD | {"images": ["0.png", 3]}, "line 1: number 1 of images is 3; a picture is needed"),
         (GOOD | {"images": ["0.png", "bad.png"]}, "bad.png"),
         (GOOD | {"images": ["0.png", "none.png"]}, "none.png"),
         (GOOD | {"counterfactual_images": ["0.png", "1.png"]}, "both sides show equal pixels"),
-        ({"images": ["0.png", "1.png"]}, "line 1: counterfactual_image is None; a non-empty text is needed"),
+        ({"images": ["0.png", "1.png"]}, "line 1: counterfactual_image is missing; a picture is needed"),
     ],
 )  # fmt: skip
 def test_lines_that_cannot_be_used_are_counted_with_the_reason(tmp_path, line, reason):

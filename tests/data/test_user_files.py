@@ -4,11 +4,17 @@ import base64
 import io
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
 from experiments import layer_swap
 from tests.helpers import command
 from tests.zoo.tiny import picture
+from vlm_mech.data.examples import load_examples
+from vlm_mech.data.items import Items, load_items
 from vlm_mech.data.pairs import Refused, load_pairs
 from vlm_mech.data.user_files import read_cells
 from vlm_mech.errors import UsageError, shortened
@@ -145,3 +151,43 @@ def test_another_row_is_drawn_for_one_that_cannot_be_used(tmp_path):
     assert len(pairs) == 5 and 0 < len(pairs.refused) <= 6
     assert [int(each.id) for each in pairs.refused] == sorted(int(each.id) for each in pairs.refused)
     assert len(load_pairs(tmp_path, n=12)) == 6
+
+
+def test_a_stream_may_fill_one_array_for_every_row():
+    buffer = np.zeros((8, 8, 3), np.uint8)
+
+    def frames():
+        for number in range(4):
+            buffer[:] = 10 * number
+            yield {"images": [buffer], "question": f"q{number}", "answer": "a"}
+
+    found = Items.from_rows(frames())
+    assert [int(np.asarray(item.image).max()) for item in found] == [0, 10, 20, 30]
+
+
+def test_a_transform_of_a_data_set_is_given_pictures():
+    datasets = pytest.importorskip("datasets")
+    rows = [{"image": Image.new("RGB", (4, 4), (number, 0, 0)), "question": "q", "answer": "a"} for number in range(3)]
+    source = datasets.Dataset.from_list(rows)
+
+    def brighter(batch):
+        return dict(batch, image=[image.point(lambda value: value + 100) for image in batch["image"]])
+
+    found = Items.from_rows(source.with_transform(brighter))
+    assert [np.asarray(item.image)[0, 0, 0] for item in found] == [100, 101, 102]
+
+
+@pytest.mark.parametrize(
+    "given", [None, [[1]], io.BytesIO(b"x"), torch.zeros(4, 4, 3), pd.Series([1])], ids=lambda each: type(each).__name__
+)
+def test_what_is_no_picture_is_counted_out_in_one_line(given):
+    rows = [{"image": each, "question": "q", "answer": "a"} for each in (Image.new("RGB", (4, 4)), given)]
+    found = Items.from_rows(rows)
+    assert len(found) == 1 and "a picture is needed" in found.refused[0].reason
+
+
+@pytest.mark.parametrize("load", [load_pairs, load_items, load_examples])
+@pytest.mark.parametrize("given", [None, [{"image": 1}], pd.DataFrame({"a": [1]})], ids=["none", "rows", "frame"])
+def test_what_names_no_data_is_one_line(untyped, load, given):
+    with pytest.raises(UsageError, match="data are named by a text or a path, and a .* was given; Pairs.from_rows and"):
+        load(given)

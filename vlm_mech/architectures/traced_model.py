@@ -21,7 +21,7 @@ from vlm_mech.architectures.contrastive_families import DualFamily
 from vlm_mech.architectures.families import Blocks, Family
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.weight_files import files_hash
-from vlm_mech.architectures.weights import has_adapter, weights_hash, weights_sample
+from vlm_mech.architectures.weights import config_hash, has_adapter, weights_hash, weights_sample
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image_layout import ImageLayout
 from vlm_mech.inputs.special_tokens import special_tokens
@@ -326,7 +326,7 @@ class TracedModel(ABC):
         self._hash_of_files = None if folder is None else files_hash(folder)
 
     def identity(self, *, read_weights: bool = False) -> dict[str, str | None]:
-        """Name, family, revision and data type, for provenance; and a hash of the weights where no revision tells them.
+        """Name, family, revision, data type, hashes of the configuration and (where no revision is known) the weights.
 
         Weights that were loaded from a folder and are as they were (by `weights_sample`) are told by its files, all
         others by a pass over them, made once as long as they do not change.
@@ -336,7 +336,7 @@ class TracedModel(ABC):
                 else.
         """
         about = {"name": self.name, "family": self.family.name, "revision": getattr(self.config, "_commit_hash", None)}
-        about["dtype"] = str(self.dtype).removeprefix("torch.")
+        about |= {"dtype": str(self.dtype).removeprefix("torch."), "config": config_hash(self.config)}
         quantizer = getattr(self.config, "quantization_config", None)
         if quantizer is not None:
             values = quantizer if isinstance(quantizer, dict) else quantizer.to_dict()

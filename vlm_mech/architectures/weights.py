@@ -1,6 +1,7 @@
 """Weights and inputs of a model, wherever accelerate keeps them."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,22 @@ def weight_of(model: Any, path: str) -> torch.Tensor:
 def has_adapter(model: Any) -> bool:
     """Whether a layer of the model is wrapped by one of peft's, which holds it as its `base_layer`."""
     return any("base_layer" in each._modules for each in model.modules())
+
+
+NOT_OF_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_commit_hash")
+"""Fields of a configuration that do not change what a model computes, or are told apart from it."""
+
+
+def config_hash(config: Any) -> str:
+    """A hash of what a configuration says of the computation, wherever it was saved."""
+    told = json.dumps(_without(config.to_dict(), NOT_OF_CONFIG), sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _without(given: Any, names: tuple[str, ...]) -> Any:
+    if not isinstance(given, dict):
+        return given
+    return {str(name): _without(value, names) for name, value in given.items() if name not in names}
 
 
 def weights_hash(model: Any) -> str:

@@ -51,22 +51,30 @@ def rows_given(given: Iterable[Any], call: str) -> Rows:
     source, named = undecoded(source), class_names(source)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return Rows(_Fetched(len(source), lambda at: named(source[at])), {})
-    return Rows((_row(number, named(each)) for number, each in enumerate(source)), {})
+    return Rows((_row(number, named(each), copied=True) for number, each in enumerate(source)), {})
 
 
-def _row(at: int, fields: Any) -> Row:
-    """The row at a place, missing values left out."""
+def _row(at: int, fields: Any, *, copied: bool = False) -> Row:
+    """The row at a place, missing values left out.
+
+    Args:
+        copied: arrays are copied, since a stream may fill the same one for every row.
+    """
     if not isinstance(fields, Mapping):
         raise UsageError(f"row {at + 1} is a {type(fields).__name__}; a mapping of image, question, answer is needed")
-    told = {str(name): _listed(value) for name, value in fields.items() if not _is_missing(value)}
+    told = {str(name): _listed(value, copied) for name, value in fields.items() if not _is_missing(value)}
     # An id that is none is refused once the row is used.
     name = (written(told.get("id")) or "").strip()
     return Row(at + 1, name or str(at + 1), told, f"row {at + 1}")
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: Any, copied: bool) -> Any:
     """Arrays of texts or objects, as tables hold lists, as lists."""
-    return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "OU" else value
+    if copied and isinstance(value, list | tuple):
+        return [_listed(each, copied) for each in value]
+    if not isinstance(value, np.ndarray):
+        return value
+    return value.tolist() if value.dtype.kind in "OU" else value.copy() if copied else value
 
 
 def _is_missing(value: Any) -> bool:
@@ -76,9 +84,14 @@ def _is_missing(value: Any) -> bool:
 
 
 def undecoded(source: Any) -> Any:
-    """A data set of the hub that gives pictures as it holds them, not decoded; anything else as it is."""
-    features = getattr(source, "features", None)
+    """A data set of the hub that gives pictures as it holds them, not decoded; anything else as it is.
+
+    A transform of the user's own expects pictures, and gives what it gives.
+    """
+    features, form = getattr(source, "features", None), getattr(source, "format", None)
     if not isinstance(features, Mapping) or not hasattr(source, "cast_column"):
+        return source
+    if isinstance(form, Mapping) and form.get("type") == "custom":
         return source
     for column, feature in features.items():
         inner = getattr(feature, "feature", None)

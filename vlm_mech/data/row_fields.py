@@ -1,5 +1,6 @@
 """The fields of a row of pairs or items: its texts, the pictures that it names, and what it may say beside these."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,15 @@ def pictures_of(row: Row, folder: Path, one: str, several: str) -> list[ImageLik
 def _picture(row: Row, folder: Path, field: str, given: Any) -> ImageLike:
     if isinstance(given, dict) and given.get("bytes") is None and isinstance(given.get("path"), str):
         given = given["path"]  # a mapping of the hub's form, whose path goes out from the folder like any other
-    if isinstance(given, Image.Image | np.ndarray | bytes | Path) or (given and hasattr(given, "keys")):
+    if isinstance(given, Image.Image | np.ndarray | bytes | Path) or (isinstance(given, Mapping) and given):
         return given
+    if not isinstance(given, str) or not given.strip():
+        plain = isinstance(given, str | int | float | list | tuple | dict)
+        told = "missing" if given is None else f"{given!r:.60}" if plain else f"a {type(given).__name__}"
+        raise UsageError(
+            f"{row.place}: {field} is {told}; a picture is needed: a path, an address, a PIL image, an array (height x "
+            "width x 3, uint8), bytes or base64"
+        )
     return image_named(folder, text_of(row, field, given))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.hub import holds_classes, hub_data, is_of_hub
@@ -58,6 +58,15 @@ class Found:
         return self.kind in OWN and not is_of_hub(self.place)
 
 
+def check_named(given: Any) -> None:
+    """Raises `UsageError` for what is no name of data and no path, such as the rows themselves."""
+    if not isinstance(given, str | Path):
+        raise UsageError(
+            f"data are named by a text or a path, and a {type(given).__name__} was given; Pairs.from_rows and "
+            "Items.from_rows take rows (dicts, a DataFrame, a datasets.Dataset), as_pairs takes Items"
+        )
+
+
 def find_data(name_or_path: str | Path) -> Found | None:
     """What a name or a path means; None where it is neither a file of the user's own nor of a format.
 
@@ -67,6 +76,7 @@ def find_data(name_or_path: str | Path) -> Found | None:
     Raises:
         UsageError: a folder holds several, none of which is named; or a data set of the hub has other columns.
     """
+    check_named(name_or_path)
     if is_of_hub(name_or_path):
         return _of_hub(str(name_or_path))
     path = Path(name_or_path)

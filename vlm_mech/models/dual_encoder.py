@@ -203,6 +203,7 @@ class DualEncoder(TracedModel):
 
 
 def _load_model(source: str, attn: str, **options: Any) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
 
     try:
@@ -210,5 +211,5 @@ def _load_model(source: str, attn: str, **options: Any) -> Any:
         return AutoModel.from_pretrained(source, attn_implementation=attn, use_safetensors=True, **options)
     except UsageError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UsageError(f"model {source!r} cannot be loaded: {first_line(error)}") from error

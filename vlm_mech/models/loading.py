@@ -131,6 +131,7 @@ def folder_of(name_or_folder: str | Path) -> Path | None:
 def _load_model(
     source: str, device: str, device_map: DeviceMap | None, how: dict[str, Any], options: dict[str, Any]
 ) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging
 
@@ -148,7 +149,7 @@ def _load_model(
         )
     except UsageError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UsageError(f"model {source!r} cannot be loaded: {first_line(error)}") from error
     finally:
         logging.enable_progress_bar()

@@ -51,9 +51,13 @@ class Readout:
         return {"n_words": self.n_words, "scale": self.scale, "cap": self.cap}
 
 
-def known_readout(vlm: TracedModel, n_words: int, scale: float, cap: float | None) -> Readout:
-    """The read-out of a model of which `told` is known."""
-    return Readout(*_norm_and_head(vlm), n_words, scale, cap)
+def known_readout(vlm: TracedModel, told: Any) -> Readout | None:
+    """The read-out of a model of which this was remembered; None where it cannot be what `Readout.told` was."""
+    if not isinstance(told, dict) or set(told) != {"n_words", "scale", "cap"}:
+        return None
+    n_words, scale, cap = told["n_words"], told["scale"], told["cap"]
+    numbers = isinstance(n_words, int) and isinstance(scale, float) and isinstance(cap, float | None)
+    return Readout(*_norm_and_head(vlm), n_words, scale, cap) if numbers else None
 
 
 def readout_of(vlm: TracedModel, prompt: Prompt) -> Readout:

@@ -116,8 +116,8 @@ class VLM(TracedModel):
         vlm.come_from(folder_of(name_or_folder))
         if check and device != "meta":
             vlm.checked = checked(vlm, find_vlm, again=recheck, also=vlm._readout_told)
-            if "readout" in vlm.checked:
-                vlm.readout = known_readout(vlm, **vlm.checked["readout"])
+            if vlm.checked["remembered"] and (known := known_readout(vlm, vlm.checked.get("readout"))):
+                vlm.readout = known
         return vlm
 
     def _readout_told(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from vlm_mech.data.export.writing import save, write_json, write_lines
 from vlm_mech.data.image_classes import class_names, load_classes
 from vlm_mech.data.scene_questions import caption, facts
 from vlm_mech.data.scenes import Scene
+from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 
 ROUND = 6
@@ -50,6 +51,8 @@ def _turns(*asked: tuple[str, str]) -> list[dict[str, str]]:
 def vlmclassifier(folder: Path, n: int, seed: int) -> None:
     """Beetles of eight kinds: the same in turn in train, valid and test."""
     rows, names = [], class_names("scenes/beetles")
+    if n < len(names):
+        raise UsageError(f"n is {n}; at least {len(names)} are needed, a picture of each class in every part")
     data = load_classes("scenes/beetles", n=n, n_train=n, n_validation=n, seed=seed)
     for split, part in (("train", data.train), ("valid", data.validation), ("test", data.test)):
         for number, each in enumerate(part):
