@@ -121,4 +121,5 @@ def test_an_empty_field_is_one_line(folder, tmp_path, field, capsys):
     for experiment in RUNS:
         assert command(experiment, "--data", tmp_path, "--out", tmp_path / "run") == 2
         error = capsys.readouterr().err
-        assert f"line 1: {field} is ' '; a non-empty text is needed" in error and error.count("\n") == 1
+        needed = "a picture is needed" if field == "image" else "a non-empty text is needed"
+        assert f"line 1: {field} is ' '; {needed}" in error and error.count("\n") == 1

@@ -183,7 +183,7 @@ def test_failed_work_is_one_clear_line_and_status_one(model_folder, data_folder,
 def test_folders_of_pairs_that_are_none(tmp_path, model_folder, capsys):
     (tmp_path / "pairs.jsonl").write_text('{"image": "a.png"}\n')
     assert command(layer_swap, "--model", model_folder, "--data", tmp_path, "--out", tmp_path / "out") == 2
-    assert "line 1: counterfactual_image is None; a non-empty text is needed" in capsys.readouterr().err
+    assert "line 1: counterfactual_image is missing; a picture is needed" in capsys.readouterr().err
     (tmp_path / "pairs.jsonl").write_text("{not json}\n")
     assert (
         command(layer_swap, "--model", model_folder, "--data", tmp_path, "--out", tmp_path / "out", "--overwrite") == 2

@@ -80,8 +80,7 @@ def _picture(row: Row, folder: Path, field: str, given: Any) -> ImageLike:
         plain = isinstance(given, str | int | float | list | tuple | dict)
         told = "missing" if given is None else f"{given!r:.60}" if plain else f"a {type(given).__name__}"
         raise UsageError(
-            f"{row.place}: {field} is {told}; a picture is needed: a path, an address, a PIL image, an array (height x "
-            "width x 3, uint8), bytes or base64"
+            f"{row.place}: {field} is {told}; a picture is needed (path, address, PIL, uint8 array, bytes)"
         )
     return image_named(folder, text_of(row, field, given))
 

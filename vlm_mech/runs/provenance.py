@@ -38,7 +38,8 @@ def about(question: str, vlm: Any, pairs: "Pairs", receipts: dict[str, Any]) -> 
     return {
         "question": nouns_of(pairs).put(question),
         "model": vlm.identity(),
-        "check": vlm.checked,
+        # Whether it was remembered depends on the runs before, and is no part of what a run is.
+        "check": vlm.checked and {name: told for name, told in vlm.checked.items() if name != "remembered"},
         "data": pairs.described,
         "refused": [{"id": refused.id, "reason": refused.reason} for refused in pairs.refused],
         "receipts": receipts,
