@@ -105,8 +105,7 @@ def _recipe(config: Config) -> Any:
     if config.every < 1:
         raise UsageError(f"every is {config.every}; at least 1 is needed")
     names = ("objective", "rate", "batch", "rank", "seed", "max_new_tokens", "group", "clip", "beta", "temperature")
-    given = {name: getattr(config, name) for name in names}
-    return Recipe(**given, n_steps=config.steps, n_inner=config.inner)
+    return Recipe(**{name: getattr(config, name) for name in names}, n_steps=config.steps, n_inner=config.inner)
 
 
 def _untouched(config: Config) -> list[Any]:

@@ -70,8 +70,7 @@ def plan(config: Config) -> Any:
     """What swaps and knockouts of the run will need."""
     from vlm_mech.methods.visual_flow.study import plan_flow
 
-    how = {"measure": config.measure, "batch": config.batch, "seed": config.seed, "memory": config.memory}
-    return plan_flow(*_loaded(config), **how)
+    return plan_flow(*_loaded(config), **{name: getattr(config, name) for name in ("measure", "batch", "seed", "memory")})
 
 
 def run(config: Config, work: Workspace) -> Outcome:
