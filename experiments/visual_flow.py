@@ -5,7 +5,6 @@ that read what is shown and those that suppress it. Afterwards single examples, 
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlm_mech.runs.configuration import SweepConfig
@@ -23,7 +22,7 @@ QUESTION = (
 CONFLICT, COLOURS, PROBES = "scenes/colour-conflict", "scenes/colour", "probes"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config(SweepConfig):
     """Options of the map."""
 
@@ -70,7 +69,8 @@ def plan(config: Config) -> Any:
     """What swaps and knockouts of the run will need."""
     from vlm_mech.methods.visual_flow.study import plan_flow
 
-    return plan_flow(*_loaded(config), **{name: getattr(config, name) for name in ("measure", "batch", "seed", "memory")})
+    how = {"measure": config.measure, "batch": config.batch, "seed": config.seed, "memory": config.memory}
+    return plan_flow(*_loaded(config), **how)
 
 
 def run(config: Config, work: Workspace) -> Outcome:
