@@ -434,7 +434,7 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         (["--tau", "0"], "tau is 0; a cosine above 0"),
         (["--data", "scenes/colour", "scenes/colour"], "data 'scenes/colour' is given twice"),
         (["--data", "scenes/colour", "--n", "3"], "at least 4 are needed"),
-        (["--data", lacking], "counterfactual_image is None"),
+        (["--data", lacking], "counterfactual_image is missing"),
         (["--data", unknown], "which clip has no token for"),
         (["--data", unknown, "scenes/colour"], "has no token for; leave it out (--data scenes/colour)"),
         (["--data", "scenes/colour", few, "scenes/kind"], "; leave it out (--data scenes/colour scenes/kind)"),

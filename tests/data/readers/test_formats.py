@@ -32,7 +32,7 @@ KNOWN = [each for each in registry.formats() if each.known_by_files]
 
 @pytest.mark.parametrize("name", [each.name for each in KNOWN])
 def test_files_of_a_format_are_of_no_other(name, tmp_path):
-    export(name, tmp_path / "made", n=4)
+    export(name, tmp_path / "made", n=8)
     tables = tables_in(tmp_path / "made")
     assert {each.name for each in KNOWN for table in tables if registry.is_of(each, table)} == {name}
     source = registry.find_source(tmp_path / "made", others=True)
@@ -48,7 +48,7 @@ FIRST = {
 @pytest.mark.parametrize("name", FIRST)
 @pytest.mark.parametrize("lacking", [False, True])
 def test_a_first_row_that_cannot_be_used_is_one_of_those_counted_out(name, lacking, tmp_path):
-    export(name, tmp_path / "made", n=4)
+    export(name, tmp_path / "made", n=8)
     source = registry.find_source(f"{name}:{tmp_path / 'made'}", others=True)
     assert source is not None
     path = source.tables[0].path

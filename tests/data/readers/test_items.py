@@ -73,7 +73,7 @@ def test_what_is_no_item_is_refused_with_its_reason(tmp_path):
         (good | {"id": "h", "conflict": "second"}, "conflict is 'second'; true, false or null"),
         (good | {"id": "i", "images": ["1.png"]}, "both image and images are given"),
         ({"id": "j", "images": [], "question": "q", "answer": "a"}, "a list of at least one picture"),
-        ({"id": "k", "question": "q", "answer": "a"}, "image is None"),
+        ({"id": "k", "question": "q", "answer": "a"}, "image is missing"),
     ]
     items = load_items(folder(tmp_path, [good, *(row for row, _ in bad)]))
     assert [item.id for item in items] == ["a"] and [each.id for each in items.refused] == list("bcdefghijk")

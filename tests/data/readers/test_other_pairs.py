@@ -90,7 +90,7 @@ def test_an_empty_cell_and_an_unknown_file(tmp_path):
     pairs = load_pairs(folder)
     assert len(pairs) == 4 and len(pairs.refused) == 2
     told = " ".join(each.reason for each in pairs.refused)
-    assert "row 1: image is None" in told and "'red', None, 'rose'" in told
+    assert "row 1: image is missing" in told and "'red', None, 'rose'" in told
     write_parquet(folder / "data" / "other.parquet", rows)
     with pytest.raises(UsageError, match="other.parquet: its name says neither color nor size"):
         load_pairs(folder)
