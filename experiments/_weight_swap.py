@@ -8,7 +8,7 @@ from experiments._swap_config import Config
 from vlm_mech.errors import UsageError
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import about
-from vlm_mech.runs.workspace import Workspace
+from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
     "A model that answers from its prior and a tune of it that looks exchange decoder blocks. Asked about an image "
@@ -36,12 +36,8 @@ def swap_weights(config: Config, work: Workspace) -> Outcome:
     pairs = fitting(base, pairs, **config.fits, alone=True)
     sides = study.two_sides(base, _tuned(config), part=config.part, second=_second(config), seed=config.seed)
     chosen = [each for schedule in config.schedules for each in exchanges(schedule, sides.n_layers, size=config.window)]
-    for start in work.progress(range(0, len(pairs), config.batch), "exchanges"):
-        key = f"{start:08d}"
-        if key not in work:
-            work.keep(
-                key, study.swap_blocks(sides, pairs[start : start + config.batch], chosen, measure=config.measure), {}
-            )
+    for key, rows in work.batches(in_batches(len(pairs), config.batch), "exchanges"):
+        work.keep(key, study.swap_blocks(sides, pairs[rows], chosen, measure=config.measure), {})
     table, _ = work.collect()
     moved = {f"{direction}: {donor}": each for (direction, donor), each in sides.moved.items()}
     provenance = about(QUESTION, base, pairs, {}) | {"tuned": config.tuned, "part": config.part, "moved": moved}

@@ -6,7 +6,7 @@ same model, inputs and cells in one process, and checks that they agree. Models 
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlm_mech.runs.configuration import RunConfig
 from vlm_mech.runs.contract import main
@@ -30,6 +30,7 @@ QUESTION = (
 class Config(RunConfig):
     """Options of the benchmark."""
 
+    unshared: ClassVar[str] = "what is timed needs the machine alone"
     model: str = "llava15"
     """Shape with random weights (llava15, next, qwen), or a model to load as in the other experiments."""
     data: str = "noise"

@@ -75,10 +75,10 @@ def run(config: Config, work: Workspace) -> Outcome:
     mechanism = swapped_levels(config.mechanism, config.kernels, pairs, **given)
     options: dict[str, Any] = {"mechanism": mechanism, "memory": config.memory, "seed": config.seed}
     options |= {"letters": config.letters, "max_new_tokens": config.max_new_tokens, "scale": scale}
-    for rows, others in work.progress(batches_of(pairs, config.batch, seed=config.seed), "decay"):
-        key = f"{rows.start:08d}"
-        if key not in work:
-            work.keep(key, study.decay(vlm, pairs[rows], levels, others=others, **options), {})
+    steps = {f"{rows.start:08d}": (rows, others) for rows, others in batches_of(pairs, config.batch, seed=config.seed)}
+    for key, (rows, others) in work.batches(steps, "decay"):
+        work.keep(key, study.decay(vlm, pairs[rows], levels, others=others, **options), {})
+    work.together()
     _probed(config, work, vlm, pairs, mechanism, scale)
     table, _ = work.collect()
     told = about(QUESTION, vlm, pairs, {}) | {"levels": levels, "guessing": study.guessing(pairs, levels)}

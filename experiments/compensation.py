@@ -91,9 +91,9 @@ def run(config: Config, work: Workspace) -> Outcome:
     readout = vlm.readout
     site, chosen_on = _site(config, vlm, choosing, examples, readout)
     options = {"compared": config.measure, "seed": config.seed, "engine": config.engine, "memory": config.memory}
-    for number, some in enumerate(work.progress(examples.batches(config.batch), "batches")):
-        if f"{number:08d}" not in work:
-            work.keep(f"{number:08d}", *study.measure(vlm, some, cells, readout, **options))
+    steps = {f"{number:08d}": some for number, some in enumerate(examples.batches(config.batch))}
+    for key, some in work.batches(steps, "batches"):
+        work.keep(key, *study.measure(vlm, some, cells, readout, **options))
     table, receipts = work.collect()
     told = {"question": QUESTION, "model": vlm.identity(), "receipts": add_up(receipts), "site": site} | examples.told
     result = Result("compensation", table, study.AXES, study.metrics_of(config.measure), provenance=told)

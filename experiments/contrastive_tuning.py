@@ -6,7 +6,7 @@ text tower or a frozen decoder, and asks unseen pairs before and after (after ar
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from vlm_mech.runs.configuration import RunConfig
 from vlm_mech.runs.contract import main
@@ -26,6 +26,7 @@ RELATIONS = ("scenes/left-right", "scenes/above-below", "scenes/front-behind")
 class Config(RunConfig):
     """Options of the tuning."""
 
+    unshared: ClassVar[str] = "tuning is one sequence of steps, each from the last"
     data: tuple[str, ...] = (*RELATIONS, "scenes/colour")  # pyright: ignore[reportIncompatibleVariableOverride]
     """Pairs asked before and after: generated (scenes/left-right, ...), folders with pairs.jsonl, or a format."""
     train: tuple[str, ...] = RELATIONS

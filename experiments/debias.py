@@ -6,7 +6,7 @@ and asks everything before and after (after arXiv 2606.06890). The adapter feeds
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from vlm_mech.runs.configuration import RunConfig
 from vlm_mech.runs.contract import main
@@ -25,6 +25,7 @@ CONFLICT = "scenes/colour-conflict"
 class Config(RunConfig):
     """Options of the tuning."""
 
+    unshared: ClassVar[str] = "tuning is one sequence of steps, each from the last"
     data: str = CONFLICT
     """Pairs that say which picture is in conflict with a prior (both are tuned on), or single items that do."""
     n_train: int = 256
@@ -69,10 +70,9 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.data.fitting import askable, fitting
     from vlm_mech.results.result import Result
 
-    recipe = _recipe(config)
+    recipe, others = _recipe(config), _untouched(config)
     counts: dict[str, Any] = {"n": config.n, "n_train": config.n_train, "n_validation": config.n_validation}
     parts = debias_data.parts_of(config.data, **config.drawn, **counts)
-    others = _untouched(config)
     vlm, room = config.load(), config.max_new_tokens
     parts = dataclasses.replace(parts, test=fitting(vlm, parts.test, spoken=True, alone=True))
     used = {name: training.usable(vlm, some, max_new_tokens=room) for name, some in vars(parts).items()}
@@ -83,12 +83,12 @@ def run(config: Config, work: Workspace) -> Outcome:
     if config.answers == "others":
         parts = dataclasses.replace(parts, train=debias_data.with_answers_of_others(parts.train, seed=config.seed))
     adapter = debias_adapter.with_adapter(vlm, rank=config.rank, seed=config.seed)
-    options: dict[str, Any] = {"batch": 32, "max_new_tokens": config.max_new_tokens}
+    options: dict[str, Any] = {"batch": 32, "max_new_tokens": room}
     with study.without_adapter(vlm):
         before = study.validated_before(vlm, parts.validation, **options)
         study.keep_answers(work, vlm, tasks, study.BASE, **options)
-    tuned = study.tuned(work, vlm, adapter, parts, recipe, every=config.every, **options)
-    told["training"] = {"before": before, "answers": config.answers, **tuned}
+    told["training"] = {"before": before, "answers": config.answers}
+    told["training"] |= study.tuned(work, vlm, adapter, parts, recipe, every=config.every, **options)
     study.keep_answers(work, vlm, tasks, study.TUNED, **options)
     with study.with_random_adapter(vlm, seed=config.seed):
         study.keep_answers(work, vlm, tasks, study.RANDOM, **options)

@@ -12,7 +12,7 @@ from vlm_mech.runs.configuration import RunConfig
 from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import about
-from vlm_mech.runs.workspace import Workspace
+from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
     "The picture shows one thing, what is usual is another. M3ID weighs each token by what the picture adds to the "
@@ -107,11 +107,11 @@ def _kept(config: Config, work: Workspace, vlm: Any, pairs: Any, settings: Any, 
     from vlm_mech.behaviour.decoding.data import TEST, VALIDATION
 
     others = others_of(pairs, seed=config.seed)
-    for start in work.progress(range(0, len(pairs), config.batch), split):
-        key, rows = f"{(VALIDATION, TEST).index(split)}-{start:08d}", slice(start, start + config.batch)
-        if key not in work:
-            given = {"split": split, "options": options, "dependency": split == TEST and "M3ID" in config.methods}
-            work.keep(key, study.contrast(vlm, pairs[rows], others[rows], settings, **given), {})
+    number = (VALIDATION, TEST).index(split)
+    steps = {f"{number}-{key}": rows for key, rows in in_batches(len(pairs), config.batch).items()}
+    for key, rows in work.batches(steps, split):
+        given = {"split": split, "options": options, "dependency": split == TEST and "M3ID" in config.methods}
+        work.keep(key, study.contrast(vlm, pairs[rows], others[rows], settings, **given), {})
 
 
 if __name__ == "__main__":

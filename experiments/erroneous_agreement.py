@@ -14,7 +14,7 @@ from vlm_mech.runs.configuration import RunConfig
 from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import about
-from vlm_mech.runs.workspace import Workspace
+from vlm_mech.runs.workspace import Workspace, in_batches
 
 if TYPE_CHECKING:
     from vlm_mech.behaviour.erroneous_agreement.data import Cases
@@ -95,13 +95,15 @@ def _look(config: Config, work: Workspace, vlm: Any, encoder: Any, data: "Sequen
     """Every batch of every data set through both models, kept as it is done."""
     from vlm_mech.behaviour.erroneous_agreement import study
 
-    steps = [(number, start) for number, cases in enumerate(data) for start in range(0, len(cases.cases), config.batch)]
-    for number, start in work.progress(steps, "agreement"):
-        key, cases = f"{number:03d}-{start:08d}", data[number].cases
-        if key not in work:
-            stop = start + config.batch
-            found = study.looked_at(encoder, vlm, cases[start:stop], cases[stop if stop < len(cases) else 0])
-            work.keep(key, found.assign(data=data[number].name, n_layers=encoder.n_layers("vision")), {})
+    steps = {
+        f"{number:03d}-{key}": (each, rows)
+        for number, each in enumerate(data)
+        for key, rows in in_batches(len(each.cases), config.batch).items()
+    }
+    for key, (each, rows) in work.batches(steps, "agreement"):
+        following = each.cases[rows.stop if rows.stop < len(each.cases) else 0]
+        found = study.looked_at(encoder, vlm, each.cases[rows], following)
+        work.keep(key, found.assign(data=each.name, n_layers=encoder.n_layers("vision")), {})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Counts class names in LLaVA's training text, in files or in folders of text, for
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlm_mech.runs.configuration import RunConfig
 from vlm_mech.runs.contract import main
@@ -22,6 +22,7 @@ UNUSED = ("model", "n", "device", "dtype", "attn", "revision")
 class Config(RunConfig):
     """Options of the counts. No model is used: --n and options of models (--model, --device, ...) are refused."""
 
+    unshared: ClassVar[str] = "a text is read through from its beginning, by one process"
     data: str = "scenes/things"
     """What has the classes: generated scenes, a folder of a folder a class, or hf:owner/name."""
     classes: Path | None = None

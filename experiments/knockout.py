@@ -12,7 +12,7 @@ from vlm_mech.runs.configuration import SpokenConfig
 from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import about
-from vlm_mech.runs.workspace import Workspace
+from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
     "Attention edges are cut: the query tokens cannot attend to the key tokens at some layers, and the rest of their "
@@ -84,11 +84,8 @@ def run(config: Config, work: Workspace) -> Outcome:
     vlm, pairs, scan, masks = _loaded(config)
     how = {"only_correct": not config.all, "measure": config.measure, "seed": config.seed}
     how |= {"part": part_of(config), "engine": config.engine, "memory": config.memory}
-    for start in work.progress(range(0, len(pairs), config.batch), "knockouts"):
-        key = f"{start:08d}"
-        if key not in work:
-            batch = pairs[start : start + config.batch]
-            work.keep(key, *study.knock_out(vlm, batch, scan, masks=masks, **how))
+    for key, rows in work.batches(in_batches(len(pairs), config.batch), "knockouts"):
+        work.keep(key, *study.knock_out(vlm, pairs[rows], scan, masks=masks, **how))
     table, receipts = work.collect()
     result = Result("attention knockout", table, scan.axes, study.metrics_of(config.measure))
     more = follow_up(vlm, result, pairs, scan, masks, n_generated=config.generate)

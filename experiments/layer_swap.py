@@ -15,7 +15,7 @@ from vlm_mech.runs.configuration import check_n
 from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import about
-from vlm_mech.runs.workspace import Workspace
+from vlm_mech.runs.workspace import Workspace, in_batches
 
 
 def plan(config: Config) -> Any:
@@ -67,11 +67,9 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     vlm, pairs, sites, spans, directions = _loaded(config)
     how = {"directions": directions, "only_correct": not config.all, "measure": config.measure}
     how |= {"part": part_of(config), "engine": config.engine, "memory": config.memory}
-    for start in work.progress(range(0, len(pairs), config.batch), "swaps"):
-        key = f"{start:08d}"
-        if key not in work:
-            table, receipts = swap_states(vlm, pairs[start : start + config.batch], sites, spans, **how)
-            work.keep(key, table, summarise(receipts))
+    for key, rows in work.batches(in_batches(len(pairs), config.batch), "swaps"):
+        table, receipts = swap_states(vlm, pairs[rows], sites, spans, **how)
+        work.keep(key, table, summarise(receipts))
     table, receipts = work.collect()
     provenance = about(question_of(pairs), vlm, pairs, add_up(receipts))
     result = told(swap_result(config.site, table, provenance, config.measure), pairs)

@@ -63,11 +63,10 @@ def run(config: Config, work: Workspace) -> Outcome:
     for number, name in enumerate(config.model):
         vlm, examples, conflicts, design, known = _loaded(config, name)
         about = about | known | {"model": [*about.get("model", []), vlm.identity()]}
-        for step in work.progress(design.steps, f"probes of {name}"):
-            key = f"{number:02d}-{design.steps.index(step):02d}"
-            if key not in work:
-                folder = work.partial / f"states-{number:02d}"
-                work.keep(key, *study(vlm, examples, conflicts, design, step, folder=folder))
+        folder = work.partial / f"states-{number:02d}"
+        steps = {f"{number:02d}-{at:02d}": step for at, step in enumerate(design.steps)}
+        for key, step in work.batches(steps, f"probes of {name}"):
+            work.keep(key, *study(vlm, examples, conflicts, design, step, folder=folder))
     table, notes = work.collect()
     about |= {"question": nouns_in(about).put(QUESTION), "steps": notes}
     result = Result("probes", completed(table), AXES, metrics_of(table), {}, about, elsewhere=ELSEWHERE)

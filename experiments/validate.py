@@ -5,7 +5,7 @@ false alarms in models with nothing to find, and how often intervals hold the tr
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlm_mech.runs.configuration import RunConfig
 from vlm_mech.runs.contract import main
@@ -26,6 +26,7 @@ QUESTION = (
 class Config(RunConfig):
     """Options of the validation."""
 
+    own_workers: ClassVar[bool] = True
     model: str = "planted"
     """Planted models only."""
     data: str = "planted"
@@ -54,10 +55,9 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.validate import overview
     from vlm_mech.validate.examination import completed, examine_all
 
-    jobs = _jobs(config)
-    open_jobs = [job for job in jobs if job.key not in work]
-    done = examine_all(open_jobs, workers=config.workers)
-    for _ in work.progress(open_jobs, "models"):
+    mine = [job for _, job in work.batches({job.key: job for job in _jobs(config)}, "models to do")]
+    done = examine_all(mine, workers=config.workers)
+    for _ in work.progress(mine, "models"):
         job, table, notes = next(done)
         work.keep(job.key, table, notes)
     table, notes = work.collect()

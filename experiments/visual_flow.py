@@ -11,7 +11,7 @@ from vlm_mech.runs.configuration import SweepConfig
 from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import about
-from vlm_mech.runs.workspace import Workspace
+from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
     "The same examples, asked four ways at every layer. Decodable: could a probe read the answer there? Used: do the "
@@ -83,9 +83,9 @@ def run(config: Config, work: Workspace) -> Outcome:
 
     vlm, cases, scan = _loaded(config)
     how = {"measure": config.measure, "seed": config.seed, "engine": config.engine, "memory": config.memory}
-    for start in work.progress(range(0, len(cases), config.batch), "swaps, knockouts, lens"):
-        if (key := f"{start:08d}") not in work:
-            work.keep(key, *study.flow(vlm, cases[start : start + config.batch], scan, **how))
+    for key, rows in work.batches(in_batches(len(cases), config.batch), "swaps, knockouts, lens"):
+        work.keep(key, *study.flow(vlm, cases[rows], scan, **how))
+    work.together()
     fitted = _probed(config, work, vlm, cases) if config.probe else None
     table, notes = work.collect()
     told = about(QUESTION, vlm, cases.pairs, add_up([each for each in notes if "own" not in each]))

@@ -4,6 +4,8 @@ import base64
 import gc
 import io
 import json
+import threading
+import time
 import weakref
 
 import pytest
@@ -16,7 +18,7 @@ from vlm_mech.architectures.site import BLOCK_POINTS, Site, sites
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.extraction.extract import extract
-from vlm_mech.extraction.saved_states import Extracted
+from vlm_mech.extraction.saved_states import Extracted, only_here
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span import Each, Positions, Words
 from vlm_mech.interventions.trace import read
@@ -180,6 +182,59 @@ def test_a_finished_run_is_not_run_again(wrapped, tmp_path):
     extract(vlm, prompts, RESIDUALS, spans="last", folder=tmp_path)
     hook.remove()
     assert not passes
+
+
+@pytest.mark.parametrize("pool", ["mean", None])
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_parts_together_are_the_states_of_one_process(wrapped, tmp_path, pool, order):
+    vlm, prompts = wrapped("llava_clip"), [*some(7), Prompt(QUESTIONS[0]), *some(4, seed=50)]
+    how = {"spans": ["last", "question"], "pool": pool, "batch_size": 2, "shard_mib": 0.001}
+    whole = extract(vlm, prompts, RESIDUALS, folder=tmp_path / "whole", **how)
+    for number in order:
+        made = extract(vlm, prompts, RESIDUALS, folder=tmp_path / "parts", part=f"{number}/3", **how)
+        assert len(made) < len(prompts)
+    joined = Extracted.open(tmp_path / "parts")
+    joined.verify()
+    assert joined.examples == whole.examples == tuple(range(12))
+    for site in RESIDUALS:
+        if pool == "mean":
+            assert torch.equal(joined[site], whole[site])
+        else:
+            every = ((span, number) for span in ("last", "question") for number in range(12))
+            assert all(torch.equal(joined.whole(site, *each), whole.whole(site, *each)) for each in every)
+
+
+def test_parts_that_are_missing_or_do_not_belong_together(wrapped, tmp_path):
+    vlm, how = wrapped("llava_clip"), {"spans": "last", "batch_size": 2}
+    wrong = {"0/2": "K/N is needed", "3/2": "K/N", "2": "K/N", "1/9": "'1/9' of 2 batches is empty"}
+    for part, message in wrong.items():
+        with pytest.raises(UsageError, match=message):
+            extract(vlm, some(4), RESIDUALS, folder=tmp_path / "wrong", part=part, **how)
+    assert not (tmp_path / "wrong").exists()
+    extract(vlm, some(4), RESIDUALS, folder=tmp_path, part="2/2", **how)
+    with pytest.raises(UsageError, match="lacks part 1/2"):
+        Extracted.open(tmp_path)
+    extract(vlm, some(4, seed=9), RESIDUALS, folder=tmp_path, part="1/2", **how)
+    with pytest.raises(UsageError, match="parts 1/2 and 2/2 in .* had other arguments: prompts"):
+        Extracted.open(tmp_path)
+
+
+def test_a_process_waits_for_another_at_work_in_the_folder(wrapped, tmp_path):
+    began = threading.Event()
+    seen = []
+
+    def other():
+        with only_here(tmp_path / "states"):
+            began.set()
+            time.sleep(0.5)
+            seen.append("written")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    began.wait()
+    extract(wrapped("llava_clip"), some(2), RESIDUALS, spans="last", folder=tmp_path / "states")
+    assert seen == ["written"]
+    thread.join()
 
 
 def palette(colour):

@@ -1,6 +1,10 @@
 """An experiment without a model, for the tests of runs, figures and reports: fast, and every number known."""
 
+import os
+import signal
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,8 +15,9 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.results import figures
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
-from vlm_mech.runs.workspace import Workspace
+from vlm_mech.runs.workspace import Workspace, in_batches
 
 SPANS = {"image": [1, 1, 0.8, 0.1, 0, 0], "question": [0, 0, 0.1, 0.2, 0, 0], "last": [0, 0, 0, 0.3, 0.9, 1]}
 METRICS = (
@@ -35,6 +40,10 @@ class Config(RunConfig):
     """Ends with this kind of error."""
     keep: bool = False
     """A switch."""
+    slow: float = 0.0
+    """Seconds a batch takes."""
+    die: Path | None = None
+    """A file whose maker is killed by the system in the midst of a batch; whoever finds it goes on."""
 
 
 def swapped(examples: range) -> pd.DataFrame:
@@ -72,10 +81,13 @@ def run(config: Config, work: Workspace) -> Outcome:
     """Four examples a batch, each batch kept."""
     if config.wrong == "use":
         raise UsageError("kind 'curly' is no good;\n  'plain' would be")
-    for start in work.progress(range(0, config.n, 4), "batches"):
-        key = f"{start:08d}"
-        if key not in work:
-            work.keep(key, swapped(range(start, min(start + 4, config.n))), {"from": start})
+    for key, rows in work.batches(in_batches(config.n, 4), "batches"):
+        if config.slow:
+            time.sleep(config.slow)
+        if config.die is not None and not config.die.exists():
+            config.die.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        work.keep(key, swapped(range(rows.start, rows.stop)), {"from": rows.start})
         if config.wrong == "work":
             raise WorkError("the second batch failed")
         if config.wrong == "bug":
@@ -88,3 +100,7 @@ def run(config: Config, work: Workspace) -> Outcome:
         "curves": figures.lines(result, x="layer", colour="span", metric="logit_diff", facet="direction"),
     }
     return Outcome(result, drawn, (("what is the <script>?", Image.new("RGB", (8, 8))),))
+
+
+if __name__ == "__main__":
+    main(Config, run, name="fake")

@@ -25,7 +25,7 @@ from vlm_mech.architectures.site import Site, listed_sites
 from vlm_mech.architectures.traced_model import SiteHandle, TracedModel, check_decoder
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.extraction.fingerprint import processor_hash, prompts_hash
-from vlm_mech.extraction.saved_states import Extracted, Pool, add_shard, label, resumed
+from vlm_mech.extraction.saved_states import Extracted, Pool, add_shard, label, only_here, part_folder, part_of, resumed
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Encoded, Prompt, prompts_in
 from vlm_mech.inputs.span import LLM_SPANS, PROJECTOR_SPANS, VISION_SPANS, Cells, Each, OneImage, Patches, Span, Words
@@ -71,8 +71,11 @@ def extract(
     batch_size: int = 8,
     dtype: str = "float16",
     shard_mib: float = 256,
+    part: str | None = None,
 ) -> Extracted:
     """The states at the sites over all prompts, in files; called again after a kill it goes on where it was.
+
+    A process that finds another one at work in the folder waits for it, and then finds its states.
 
     Args:
         spans: what is kept of each prompt, in every stream that the sites are in. A list (or tuple) holds several
@@ -82,23 +85,38 @@ def extract(
         pool: `mean` over each span's positions, taken in float32; None keeps every position.
         dtype: data type of the files: `float32`, `bfloat16` or `float16`.
         shard_mib: a shard is closed with the batch that brings it to this size.
+        part: `3/16` extracts the third of sixteen equal runs of batches, into a folder within the folder, in any
+            process on any machine. When all are there, `Extracted.open(folder)` has the states of all, the same to
+            the bit.
+
+    Returns:
+        All states, or those of the part.
 
     Raises:
-        UsageError: a site or span that the model or a prompt does not have, or a folder that holds something else.
+        UsageError: a site or span that the model or a prompt does not have, a part that is none, or a folder that holds
+            something else.
         WorkError: states that are not finite or that the data type cannot hold, or a shard that was changed.
     """
     request = _request(vlm, prompts, sites, spans, pool, dtype)
     if not isinstance(batch_size, Integral) or batch_size < 1 or shard_mib <= 0:
         raise UsageError(f"batch_size {batch_size}, a whole number, and shard_mib {shard_mib} must be above zero")
     settings = _settings(request, batch_size, shard_mib)
+    batches = _batches(request.prompts, batch_size)
     folder = Path(folder)
-    record = resumed(folder, settings)
-    done = record["shards"][-1]["stop"] if record["shards"] else 0
-    batches = [numbers for numbers in _batches(request.prompts, batch_size) if numbers[0] >= done]
-    for pieces, first, stop, refused in _shards(request, batches, shard_mib * 2**20):
-        folder.mkdir(parents=True, exist_ok=True)
-        add_shard(folder, record, pieces, {"first": first, "stop": stop, "refused": refused})
-    return _nonempty(Extracted.open(folder))
+    if part is not None:
+        number, of_all = part_of(part)
+        n = len(batches)
+        batches = batches[n * (number - 1) // of_all : n * number // of_all]
+        if not batches:
+            raise UsageError(f"part {part!r} of {n} batches is empty; fewer parts are right")
+        folder, settings = part_folder(folder, number, of_all), settings | {"part": part, "stop": batches[-1][-1] + 1}
+    with only_here(folder):
+        record = resumed(folder, settings)
+        done = record["shards"][-1]["stop"] if record["shards"] else 0
+        batches = [numbers for numbers in batches if numbers[0] >= done]
+        for pieces, first, stop, refused in _shards(request, batches, shard_mib * 2**20):
+            add_shard(folder, record, pieces, {"first": first, "stop": stop, "refused": refused})
+    return Extracted.open(folder) if part is not None else _nonempty(Extracted.open(folder))
 
 
 def _request(
@@ -180,7 +198,7 @@ def _shards(
             pieces.setdefault(key, []).append(value)
             size += value.nbytes
         stop = ready.numbers[-1] + 1
-        if size >= limit or stop == len(request.prompts):
+        if size >= limit or ready.numbers == batches[-1]:
             yield pieces, first, stop, refused
             pieces, refused, first, size = {}, {}, stop, 0
 

@@ -5,7 +5,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,16 +37,19 @@ class Extracted:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Extracted":
-        """The states that `extract` left in the folder.
+        """The states that `extract` left in the folder, all parts together where it was called for parts.
 
         Raises:
-            UsageError: there are none, they are not finished, or a shard is missing.
+            UsageError: there are none, they are not finished, or a shard or a part is missing.
         """
         folder = Path(folder)
         record = read_record(folder)
+        if record is None and (parts := sorted(folder.glob("part-*-of-*"))):
+            record = _of_parts(folder, parts)
         if record is None:
             raise UsageError(f"there are no extracted states in {str(folder)!r}")
-        done, total = record["shards"][-1]["stop"], record["settings"]["n_prompts"]
+        settings = record["settings"]
+        done, total = record["shards"][-1]["stop"], settings.get("stop", settings["n_prompts"])
         if done < total:
             raise UsageError(f"{str(folder)!r} holds {done} of {total} prompts; call extract again, it goes on there")
         absent = [shard["file"] for shard in record["shards"] if not (folder / shard["file"]).is_file()]
@@ -151,6 +155,46 @@ class Extracted:
         return f"Extracted({str(self.folder)!r}: {len(self)} examples, {points}, {kind}, {len(self.refused)} refused)"
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """Which part `3/16` is, and of how many.
+
+    Raises:
+        UsageError: it is none.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"part is {text!r}; K/N is needed, such as 3/16: the third of sixteen, the first is 1/16")
+    return int(found[1]), int(found[2])
+
+
+def part_folder(folder: Path, number: int, of_all: int) -> Path:
+    """Where a part of an extraction is kept."""
+    return folder / f"part-{number}-of-{of_all}"
+
+
+def _of_parts(folder: Path, found: Sequence[Path]) -> dict[str, Any]:
+    """The record of an extraction that was made in parts, once all are there."""
+    of_all = {int(path.name.rpartition("-")[2]) for path in found}
+    if len(of_all) > 1:
+        counts = " and of ".join(map(str, sorted(of_all)))
+        raise UsageError(f"{str(folder)!r} has parts of {counts}; remove those of one kind")
+    (n,) = of_all
+    opened = {}
+    for number in range(1, n + 1):
+        part = part_folder(folder, number, n)
+        if read_record(part) is None:
+            raise UsageError(f"{str(folder)!r} lacks part {number}/{n}; extract(..., part='{number}/{n}') makes it")
+        opened[part.name] = Extracted.open(part).record
+    own = ("part", "stop")
+    every = [{key: value for key, value in each["settings"].items() if key not in own} for each in opened.values()]
+    for number, each in enumerate(every, 1):
+        if each != every[0]:
+            different = ", ".join(key for key in each if each[key] != every[0].get(key))
+            raise UsageError(f"parts 1/{n} and {number}/{n} in {str(folder)!r} had other arguments: {different}")
+    shards = [shard | {"file": f"{name}/{shard['file']}"} for name, each in opened.items() for shard in each["shards"]]
+    return {"settings": every[0], "shards": shards}
+
+
 def examples_of(shard: dict[str, Any]) -> list[int]:
     """Numbers of the prompts that have rows in the shard."""
     return [number for number in range(shard["first"], shard["stop"]) if str(number) not in shard["refused"]]
@@ -221,8 +265,41 @@ def add_shard(folder: Path, record: dict[str, Any], pieces: dict[str, list[Tenso
 
 
 @contextlib.contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """Waits until no other process writes in the folder, which is made; the system lets go when this one ends."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _held(folder):
+            folder.mkdir(parents=True, exist_ok=True)  # who was here before and wrote nothing took it away
+            yield
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):  # something is in it, as is right
+                each.rmdir()
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def _fresh(path: Path) -> Iterator[Path]:
     """A temporary path, renamed to the given one when the block has ended well."""
     fresh = path.with_name(path.name + ".new")
     yield fresh
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(fresh, path)

@@ -21,12 +21,15 @@ CHUNK = 2**18
 """Numbers held at once while resampling: few enough to stay in the processor's cache."""
 
 
-def _weights(groups: Int[np.ndarray, "example"], n_resamples: int, seed: int) -> Float[np.ndarray, "resample example"]:
-    """How often each example is drawn in each resample of the groups."""
+def _weights(
+    groups: Int[np.ndarray, "example"], n_resamples: int, seed: int
+) -> Iterator[Float[np.ndarray, "resample example"]]:
+    """How often each example is drawn in each resample of the groups, some resamples at a time."""
     rng = np.random.default_rng(seed)
-    n_groups = int(groups.max()) + 1
-    drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_resamples)
-    return drawn[:, groups].astype(np.float64)
+    n_groups, step = int(groups.max()) + 1, max(1, CHUNK // len(groups))
+    for start in range(0, n_resamples, step):
+        drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=min(step, n_resamples - start))
+        yield drawn[:, groups].astype(np.float64)
 
 
 def bootstrap_means(
@@ -35,14 +38,11 @@ def bootstrap_means(
     """Means over resampled examples; missing values (NaN) are left out cell by cell."""
     held = ~np.isnan(values)
     filled = np.where(held, values, 0.0)
-    weights = _weights(groups, n_resamples, seed)
-    means = np.empty((n_resamples, values.shape[1]))
-    step = max(1, CHUNK // max(1, values.shape[0]))
-    for start in range(0, n_resamples, step):
-        some = weights[start : start + step]
+    means = []
+    for some in _weights(groups, n_resamples, seed):
         with np.errstate(invalid="ignore"):
-            means[start : start + step] = (some @ filled) / (some @ held.astype(np.float64))
-    return means
+            means.append((some @ filled) / (some @ held.astype(np.float64)))
+    return np.concatenate(means)
 
 
 def expanded_tail(n_groups: int, level: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from vlm_mech.errors import UsageError
 
 ConfigT = TypeVar("ConfigT")
-HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run", "workers", "describe")
+HOW = ("out", "resume", "overwrite", "debug", "config", "memory", "dry_run", "workers", "ray", "shard", "describe")
 """Options that do not change the numbers of a run."""
 
 

@@ -6,10 +6,11 @@ Light to import: `--help` must not wait for torch.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from vlm_mech.errors import UsageError
 from vlm_mech.runs.command_line import HOW
+from vlm_mech.runs.shards import shard_of
 
 if TYPE_CHECKING:
     from vlm_mech.inputs.wording import Wording
@@ -59,6 +60,12 @@ class RunConfig:
     """Go on with the same run where it was interrupted."""
     overwrite: bool = False
     """Replace the results of an earlier run in the folder."""
+    shard: str | None = None
+    """Do a part of the batches, such as 3/16; python -m vlm_mech.runs.merge FOLDER puts all parts together."""
+    workers: int = 1
+    """Processes that share the batches, each with a model of its own; one GPU each where there are (needs ray)."""
+    ray: str | None = None
+    """Ray cluster to share the batches with, such as auto or ray://HOST:10001; a local one by default."""
     debug: bool = False
     """Show the whole traceback of an error."""
     describe: bool = False
@@ -67,6 +74,10 @@ class RunConfig:
     """Correct label errors of official data sets that are known; they are told either way."""
     config: Path | None = None
     """Repeat the run of a config.json; options given beside it take precedence."""
+    unshared: ClassVar[str] = ""
+    """Why the batches of an experiment cannot be shared out among processes."""
+    own_workers: ClassVar[bool] = False
+    """Whether an experiment has processes of its own for `--workers`."""
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -171,8 +182,20 @@ def check_numbers(config: RunConfig) -> None:
     """Raises `UsageError` for a seed or a number of examples at a time that cannot be."""
     if config.seed < 0:
         raise UsageError(f"--seed is {config.seed}; a number from 0 on is needed")
-    if (batch := getattr(config, "batch", 1)) < 1:
-        raise UsageError(f"--batch is {batch}; a number above zero is needed")
+    for name in ("batch", "workers"):
+        if (value := getattr(config, name, 1)) < 1:
+            raise UsageError(f"--{name} is {value}; a number above zero is needed")
+
+
+def check_shared(config: RunConfig) -> None:
+    """Raises `UsageError` for options that share a run out and cannot be."""
+    given = [name for name, unset in (("shard", None), ("workers", 1), ("ray", None)) if getattr(config, name) != unset]
+    if config.own_workers and config.ray is not None:
+        raise UsageError("--ray is not for this experiment, which has processes of its own: --workers, or --shard")
+    if given and config.unshared:
+        raise UsageError(f"--{given[0]} is not for this experiment: {config.unshared}")
+    if shard_of(config.shard) is not None and not config.own_workers and len(given) > 1:
+        raise UsageError(f"--shard and --{given[1]} exclude each other: a shard is the work of one process")
 
 
 def check_fixed(config: RunConfig) -> None:

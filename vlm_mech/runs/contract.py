@@ -14,10 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_mech.errors import TooFewError, UsageError, WorkError, one_line_errors
 from vlm_mech.runs.command_line import parse
-from vlm_mech.runs.configuration import ConfigT, RunConfig, as_json, check_fixed, check_n, check_numbers, worded
+from vlm_mech.runs.configuration import (
+    ConfigT,
+    RunConfig,
+    as_json,
+    check_fixed,
+    check_n,
+    check_numbers,
+    check_shared,
+    worded,
+)
 from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import provenance_of, remarks
+from vlm_mech.runs.shards import PartDone
+from vlm_mech.runs.sharing import do_shard, module_of, share_of
 from vlm_mech.runs.workspace import Workspace, prepare
 
 if TYPE_CHECKING:
@@ -48,6 +59,7 @@ def main(
             config = parse(config_class, arguments, name=name)
             check_n(config.n, fewest)
             check_numbers(config)
+            check_shared(config)
             each = worded(config, unasked=unasked)
             check_fixed(config)
             if config.describe:
@@ -92,6 +104,9 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
         UsageError: the folder holds other files or another run, or a model or data changed since that one began.
     """
     folder = config.out if config.out is not None else Path("runs") / name
+    if config.shard is not None:
+        part = functools.partial(_carried_out, config, run, name=name, besides=folder)
+        return do_shard(config, part, folder, module=module_of(run))
     work = prepare(folder, as_json(config), resume=config.resume, overwrite=config.overwrite)
     _carried_out(config, run, work, name=name, besides=folder)
 
@@ -110,11 +125,15 @@ def _of_each(config: ConfigT, work: Workspace, *, run: Callable[[ConfigT, Worksp
             with work.part(f"wording-{number}", as_json(one)) as part:
                 _carried_out(one, run, part, name=name, besides=work.folder)
                 found[asked] = part.folder, Result.load(part.folder)
+        except PartDone:
+            continue
         except TooFewError as error:
             print(f"left out: {error}")
             too_few[asked] = error
         except (UsageError, WorkError) as error:
             raise type(error)(f"wording {number}, {asked!r}: {error}") from error
+    if work.share is not None:
+        raise PartDone
     if not found:
         asked, error = next(iter(too_few.items()))
         raise TooFewError(f"wording 1, {asked!r}: {error}") from error
@@ -132,6 +151,9 @@ def _carried_out(
 
     Args:
         besides: what is no ingredient of it, should a model or data lie around it.
+
+    Raises:
+        PartDone: this process does a part of the run, which is done.
     """
     folder = work.folder
     made_of = ingredients(as_json(config), besides=besides)
@@ -146,7 +168,9 @@ def _carried_out(
         started = time.time()
         work.made_of(made_of)
         try:
-            outcome = run(config, work)
+            outcome = run(config, dataclasses.replace(work, share=share_of(config, run, work)))
+        except PartDone:
+            raise
         except Exception:
             work.withdraw()
             raise

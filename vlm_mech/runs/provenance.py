@@ -82,13 +82,8 @@ def remarks_on(data: dict[str, Any]) -> tuple[str, ...]:
 
 def provenance_of(outcome: Outcome, config: RunConfig, seconds: float) -> dict[str, Any]:
     """What a result says of where it comes from, with versions, commit, options and time of its run."""
-    packages = ("vlm_mech", "torch", "transformers", "nnsight", "numpy", "pandas", "plotly")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     return outcome.result.provenance | {
-        "versions": versions,
+        "versions": versions(),
         "commit": _commit(Path(__file__).parents[2]),
         "seed": config.seed,
         "device": config.device,
@@ -100,6 +95,15 @@ def provenance_of(outcome: Outcome, config: RunConfig, seconds: float) -> dict[s
         "figures": list(outcome.figures),
         "tables": list(outcome.tables),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("vlm_mech", "torch", "transformers", "nnsight", "numpy", "pandas", "plotly"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _commit(root: Path) -> str | None:

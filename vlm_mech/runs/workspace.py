@@ -1,20 +1,24 @@
 """The folder of a run: batches already done, taking up a killed run, and putting the finished files in place."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.runs.shards import PartDone, Share
 
 if TYPE_CHECKING:
     import pandas as pd
 
+StepT = TypeVar("StepT")
 MADE_OF = "made_of.json"
 """What the batches are made of, beside them."""
 LOCK = "lock"
@@ -38,6 +42,8 @@ class Workspace:
     """Folders that were made for this run, the inmost first."""
     resumed: bool = field(default=False, compare=False, repr=False)
     """Whether the run was begun before."""
+    share: Share | None = field(default=None, compare=False, repr=False)
+    """Which batches this process does; all of them by default."""
 
     @property
     def partial(self) -> Path:
@@ -49,11 +55,48 @@ class Workspace:
         """Whether the folder holds a finished run."""
         return _holds_run(self.folder) and not self.partial.exists()
 
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds a run that is not finished."""
+        return (self.partial / "config.json").is_file()
+
     def __contains__(self, key: str) -> bool:
-        kept = (self.partial / f"{key}.parquet").is_file()
-        if kept:
-            self.seen.add(key)
-        return kept
+        """Whether a batch is kept, whole: its table is the one that its checksum was taken of."""
+        if key in self.seen and (self.partial / f"{key}.parquet").is_file():
+            return True
+        if not (self.partial / f"{key}.json").is_file():
+            return False
+        if self._notes(key) is None:
+            print(f"batch {key} in {str(self.partial)!r} is broken; it is made again", file=sys.stderr)
+            return False
+        self.seen.add(key)
+        return True
+
+    def _notes(self, key: str) -> dict[str, Any] | None:
+        """The notes of a batch; None unless they and its table are whole."""
+        kept, table = _json(self.partial / f"{key}.json"), self.partial / f"{key}.parquet"
+        whole = table.is_file() and kept.get("sha256") == hashlib.sha256(table.read_bytes()).hexdigest()
+        return kept["notes"] if whole else None
+
+    def batches(self, steps: Mapping[str, StepT], name: str) -> Iterator[tuple[str, StepT]]:
+        """The steps that this process is to do, each with the key to `keep` its table by; a progress bar on a terminal.
+
+        What is kept is not done again. Where other processes do a part of the run, these are some of the steps only.
+
+        Args:
+            steps: every step of a loop by its key. No step may need what another one did.
+            name: what the bar says.
+        """
+        done = {key: key in self for key in steps}
+        if self.share is not None:
+            keys = self.share.of(list(steps), name, done)
+        else:
+            from tqdm import tqdm
+
+            left = [key for key in steps if not done[key]]
+            keys = tqdm(left, desc=name, total=len(steps), initial=len(steps) - len(left), disable=None)
+        for key in keys:
+            yield key, steps[key]
 
     def made_of(self, found: Mapping[str, str]) -> None:
         """Says what the batches are made of, as digests by name; it is kept with the first of them.
@@ -61,8 +104,7 @@ class Workspace:
         Raises:
             UsageError: those already kept were made of something else.
         """
-        path = self.partial / MADE_OF
-        record = _record(self.folder).get("made_of", {}) if self.complete else _json(path)
+        record = self.ingredients
         other = [name for name, value in found.items() if record.get(name, value) != value]
         if other:
             raise UsageError(
@@ -71,7 +113,12 @@ class Workspace:
             )
         if not self.complete and not found.items() <= record.items():
             self.partial.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(record | dict(found)).encode())
+            write(self.partial / MADE_OF, json.dumps(record | dict(found)).encode())
+
+    @property
+    def ingredients(self) -> dict[str, str]:
+        """What the batches are made of, as far as `made_of` was told."""
+        return _record(self.folder).get("made_of", {}) if self.complete else _json(self.partial / MADE_OF)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -85,31 +132,48 @@ class Workspace:
 
     def keep(self, key: str, table: "pd.DataFrame", notes: dict[str, Any]) -> None:
         """Stores the table of one batch, with its notes; afterwards `key in workspace`."""
-        self.partial.mkdir(parents=True, exist_ok=True)
-        _write(self.partial / f"{key}.json", json.dumps(notes).encode())
+        if self.share is None:  # a late batch of another process must not begin a run anew
+            self.partial.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         table.to_parquet(buffer, index=False)
-        # The table comes last: a batch counts as done once it is there.
-        _write(self.partial / f"{key}.parquet", buffer.getvalue())
+        write(self.partial / f"{key}.parquet", buffer.getvalue())
+        # The notes come last: a batch counts as done once they are there, with the checksum of its table.
+        kept = {"sha256": hashlib.sha256(buffer.getvalue()).hexdigest(), "notes": notes}
+        write(self.partial / f"{key}.json", json.dumps(kept).encode())
         self.seen.add(key)
+
+    def together(self) -> None:
+        """Called before what needs the batches of all.
+
+        Raises:
+            PartDone: this process does a part of them; what follows is for the one that has all.
+        """
+        if self.share is not None and self.share.ends_at_collect:
+            raise PartDone
 
     def collect(self) -> tuple["pd.DataFrame", list[dict[str, Any]]]:
         """All stored tables one after the other in the order of their keys, and their notes.
 
         Raises:
             UsageError: none is stored.
-            WorkError: one that was there is gone.
+            WorkError: one that was there is gone, or was changed.
+            PartDone: other processes do a part of the batches, and what follows.
         """
         import pandas as pd
 
-        paths = sorted(self.partial.glob("*.parquet"))
-        if not paths:
-            raise UsageError(f"no batch is stored in {str(self.partial)!r}; keep() comes before collect()")
-        gone = sorted(self.seen - {path.stem for path in paths})
+        self.together()
+        # A table without notes was not whole when its process was killed.
+        keys = sorted(path.stem for path in self.partial.glob("*.parquet") if path.with_suffix(".json").is_file())
+        notes = {key: self._notes(key) for key in keys}
+        gone = sorted({*self.seen - set(keys), *(key for key in keys if notes[key] is None)})
         if gone:
-            raise WorkError(f"batch {gone[0]} is gone from {str(self.partial)!r}; something else wrote there meanwhile")
-        notes = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
-        return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True), notes
+            raise WorkError(
+                f"batch {gone[0]} in {str(self.partial)!r} is gone or was changed; something else wrote there meanwhile"
+            )
+        if not keys:
+            raise UsageError(f"no batch is stored in {str(self.partial)!r}; keep() comes before collect()")
+        tables = [pd.read_parquet(self.partial / f"{key}.parquet") for key in keys]
+        return pd.concat(tables, ignore_index=True), [each for each in notes.values() if each is not None]
 
     def progress(self, steps: Sequence[Any], name: str) -> Iterator[Any]:
         """The steps, with a progress bar on a terminal."""
@@ -137,7 +201,7 @@ class Workspace:
         made = prepare(folder, wanted, resume=begun, overwrite=held and not begun)
         started.touch()
         try:
-            yield made
+            yield replace(made, share=self.share)
         except Exception:
             if not made.partial.exists():  # it took itself back
                 started.unlink()
@@ -178,6 +242,11 @@ class Workspace:
                 folder.rmdir()
 
 
+def in_batches(n: int, size: int) -> dict[str, slice]:
+    """The rows of each batch of so many examples, by the key that it is kept by; keys are in the order of the rows."""
+    return {f"{start:08d}": slice(start, min(start + size, n)) for start in range(0, n, size)}
+
+
 def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool) -> Workspace:
     """The folder of a run with the options `wanted`: new, taken up again, or that of a run to be replaced.
 
@@ -212,7 +281,7 @@ def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bo
     made = tuple(each for each in (folder, *folder.parents) if not each.exists())
     try:
         work.partial.mkdir(parents=True, exist_ok=True)
-        _write(work.partial / "config.json", json.dumps(wanted).encode())
+        write(work.partial / "config.json", json.dumps(wanted).encode())
     except OSError as error:
         raise UsageError(f"folder {str(folder)!r} cannot be written in: {error}; --out names another") from error
     return replace(work, made=made)
@@ -300,8 +369,12 @@ def _clear(folder: Path, record: dict[str, Any], *, kept: Sequence[str] = ()) ->
                     left.rmdir()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing: a kill leaves the file as it was."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_bytes(content)
+def write(path: Path, content: bytes) -> None:
+    """All or nothing, and on the disk: a kill leaves the file as it was."""
+    # Another process may make the very same batch.
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(fresh, path)

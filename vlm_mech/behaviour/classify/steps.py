@@ -40,6 +40,7 @@ from vlm_mech.data.readers.registry import find_source, is_file, named
 from vlm_mech.errors import UsageError
 from vlm_mech.models.dual_encoder import DualEncoder
 from vlm_mech.results.result import Result
+from vlm_mech.runs.workspace import Workspace, in_batches, write
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -156,7 +157,7 @@ def _tuned(vlm: "VLM", design: Design, tuning: Tuning, work: "Workspace") -> dic
         asked = functools.partial(design.wording.prompt, design.question)
         found = tune(vlm, design.data.train, design.data.validation, asked, tuning, folder=folder)
         # Written last: where it is, the weights are there.
-        told.write_text(json.dumps(found))
+        write(told, json.dumps(found).encode())
         shutil.rmtree(work.folder / KEPT, ignore_errors=True)
         shutil.copytree(folder, work.folder / KEPT)
     return json.loads(told.read_text())
@@ -202,12 +203,11 @@ def _model_steps(
     vlm: "VLM", design: Design, options: Options, asked: tuple[Asked, ...], model: str, key: str, work: "Workspace"
 ) -> list[Calibration]:
     """Answers, scores and questions of one state of the model."""
-    made = []
-    for start in work.progress(range(0, len(design.data.test), design.batch), f"answers ({model})"):
-        name = f"{key}-0-{start:08d}"
-        if name not in work:
-            work.keep(name, generated(vlm, design, design.data.test[start : start + design.batch], model), {})
-        made.append(pd.read_parquet(work.partial / f"{name}.parquet"))
+    steps = {f"{key}-0-{each}": rows for each, rows in in_batches(len(design.data.test), design.batch).items()}
+    for each, rows in work.batches(steps, f"answers ({model})"):
+        work.keep(each, generated(vlm, design, design.data.test[rows], model), {})
+    work.together()
+    made = [pd.read_parquet(work.partial / f"{each}.parquet") for each in steps]
     work.keep(f"{key}-1-average", averaged(pd.concat(made), design.style.questions), {})
     scores = kept(work.partial / f"{key}-scores.safetensors", lambda: all_scores(vlm, design))
     table, calibrations = score_tables(design, model, scores)

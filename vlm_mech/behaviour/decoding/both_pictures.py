@@ -28,10 +28,10 @@ from vlm_mech.data.reading import ALPHABET, letters_of, read_answer
 from vlm_mech.errors import UsageError
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.results.statistics import holm, mcnemar
+from vlm_mech.runs.workspace import Workspace, in_batches
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
-    from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
     "Each question is asked about {shown}, in conflict with a prior or not. Does contrastive decoding, with the values "
@@ -67,10 +67,8 @@ def measured(
     template, settings = Template(prompt, prompt), fixed(kinds)
     pairs = every_pair(vlm, data, template, n=n, seed=seed, n_new=options.max_new_tokens, **drawn)
     others = others_of(pairs, seed=seed)
-    for start in work.progress(range(0, len(pairs), batch), "both pictures"):
-        key, rows = f"{start:08d}", slice(start, start + batch)
-        if key not in work:
-            work.keep(key, both_pictures(vlm, pairs[rows], others[rows], template, settings, options), {})
+    for key, rows in work.batches(in_batches(len(pairs), batch), "both pictures"):
+        work.keep(key, both_pictures(vlm, pairs[rows], others[rows], template, settings, options), {})
     told = {"settings": [asdict(each) for each in settings], "prompt": prompt}
     table = work.collect()[0]
     metrics, nouns = (OF_ITEMS, UNREAD) if pairs.made else METRICS, nouns_of(pairs)

@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 def score_all(plan: Plan, work: "Workspace") -> None:
     """Scores every batch that is not done yet: both parts with every model, then the contrastive model's cosines."""
     others = others_of(plan.test, seed=plan.seed)
-    steps = [(number, TEST, start) for number in range(len(plan.vlms)) for start in _starts(plan, plan.test)]
-    if plan.validation is not None:
-        steps += [
-            (number, VALIDATION, start) for number in range(len(plan.vlms)) for start in _starts(plan, plan.validation)
-        ]
-    for number, part, start in work.progress(steps, "scoring"):
-        key = f"{number}-{part}-{start:08d}"
-        if key in work:
-            continue
+    parts = [(TEST, plan.test)] + ([(VALIDATION, plan.validation)] if plan.validation is not None else [])
+    steps = {
+        f"{number}-{part}-{start:08d}": (number, part, start)
+        for part, pairs in parts
+        for number in range(len(plan.vlms))
+        for start in _starts(plan, pairs)
+    }
+    for key, (number, part, start) in work.batches(steps, "scoring"):
         pairs = plan.test if part == TEST or plan.validation is None else plan.validation
         rows = slice(start, min([each for each in _starts(plan, pairs) if each > start], default=len(pairs)))
         table = study.score_pairs(
@@ -34,6 +33,7 @@ def score_all(plan: Plan, work: "Workspace") -> None:
             max_new_tokens=plan.max_new_tokens,
         )  # fmt: skip
         work.keep(key, table.assign(part=part), {})
+    work.together()
     if plan.encoder is not None and "contrastive" not in work:
         table = study.similarity_rows(plan.encoder, plan.test, others, plan.captions, batch=plan.batch)
         work.keep("contrastive", table.assign(part=TEST), {})

@@ -1,0 +1,128 @@
+"""Batches shared out among Ray actors on a cluster of two machines (two raylets here): the same bytes as one process,
+whoever dies."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.runs import fake_run
+from tests.runs.test_contract import ROOT, command, contents
+from vlm_mech.errors import WorkError
+from vlm_mech.runs.workers import Deal
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without a CPU, and two machines of one CPU each."""
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 * 2**20})
+    nodes = [made.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
+    try:
+        yield made, nodes
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def shared(folder, cluster, *arguments):
+    return command("--out", folder, "--ray", cluster[0].address, *arguments)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    assert command("--out", folder, "--n", 40) == 0
+    return (folder / "result.parquet").read_bytes()
+
+
+def test_two_workers_make_the_bytes_of_one_process(tmp_path, cluster, whole):
+    assert shared(tmp_path / "run", cluster, "--n", 40) == 0
+    assert (tmp_path / "run/result.parquet").read_bytes() == whole
+    assert not (tmp_path / "run/partial").exists()
+
+
+def test_a_worker_that_is_killed_is_started_again(tmp_path, cluster, whole):
+    assert shared(tmp_path / "run", cluster, "--n", 40, "--die", tmp_path / "died") == 0
+    assert (tmp_path / "died").exists()
+    assert (tmp_path / "run/result.parquet").read_bytes() == whole
+
+
+def test_what_one_raises_ends_the_run_as_ever_and_the_rest_is_kept(tmp_path, cluster, capsys):
+    assert shared(tmp_path / "run", cluster, "--n", 40, "--wrong", "work") == 1
+    assert capsys.readouterr().err.strip().endswith("error: the second batch failed")
+    assert list((tmp_path / "run/partial").glob("*.parquet"))
+    assert shared(tmp_path / "other", cluster, "--wrong", "use") == 2
+    assert "kind 'curly' is no good" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_several_wordings_and_a_run_taken_up(tmp_path, cluster):
+    asked = ("--n", 12, "--wording", "{question} One word.", "--wording", "Look: {question}")
+    assert command("--out", tmp_path / "one", *asked) == 0
+    assert shared(tmp_path / "two", cluster, *asked) == 0
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert {name: each for name, each in one.items() if name.endswith("parquet")} == {
+        name: each for name, each in two.items() if name.endswith("parquet")
+    }
+    assert shared(tmp_path / "two", cluster, *asked, "--resume") == 0
+
+
+def test_more_workers_than_cpus_are_refused(tmp_path, cluster, capsys):
+    assert shared(tmp_path / "run", cluster, "--workers", 3) == 2
+    assert "--workers is 3, of one CPU each; Ray has 2" in capsys.readouterr().err
+
+
+# Last, since a machine is gone afterwards.
+def test_a_machine_that_is_lost_stops_nobody(tmp_path, cluster, whole):
+    made, nodes = cluster
+
+    def lose():
+        while not 2 <= len(list((tmp_path / "run/partial").glob("0*.parquet"))) < 8:
+            time.sleep(0.02)
+        made.remove_node(nodes[1], allow_graceful=False)
+        lost.append(nodes[1])
+
+    lost = []
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    assert shared(tmp_path / "run", cluster, "--n", 40, "--slow", "0.5") == 0
+    assert lost, "it was lost before the run was done"
+    assert (tmp_path / "run/result.parquet").read_bytes() == whole
+
+
+def test_without_an_address_ray_is_started_for_the_run(tmp_path, whole):
+    how = [sys.executable, "-m", "tests.runs.fake_run", "--out", str(tmp_path / "run"), "--n", "40", "--workers", "2"]
+    done = subprocess.run(how, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"RAY_ADDRESS": ""})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/result.parquet").read_bytes() == whole
+
+
+def test_what_is_not_finished_is_given_again_and_each_batch_first_once():
+    deal = Deal()
+    deal.offer(["a", "b", "c"], ["a"])
+    assert [deal.take("x", None), deal.take("y", None)] == ["b", "c"]
+    assert deal.take("x", "b") == "c"
+    assert deal.state() == (2, 3)
+    assert deal.take("x", "c") is None
+    assert deal.take("y", "c") is None
+    with pytest.raises(WorkError, match="different batches"):
+        deal.offer(["a", "b"], [])
+
+
+def test_a_machine_without_the_folder_is_told_so(tmp_path, cluster, capsys, monkeypatch):
+    from vlm_mech.runs import workers
+
+    monkeypatch.setattr(workers, "PARTIAL", "elsewhere")
+    (tmp_path / "run/elsewhere").mkdir(parents=True)
+    crew = workers.crew_of(fake_run.Config(ray=cluster[0].address), "tests.runs.fake_run", tmp_path / "run")
+    with pytest.raises(workers.UsageError, match="is not seen from .*; workers need a folder that all machines see"):
+        crew.do(0, "batches")

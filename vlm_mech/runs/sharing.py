@@ -1,0 +1,70 @@
+"""How a run is shared out: one shard of it done here, or all its batches given to workers."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vlm_mech.errors import UsageError
+from vlm_mech.runs.configuration import RunConfig, as_json
+from vlm_mech.runs.provenance import versions
+from vlm_mech.runs.shards import DONE, PartDone, Shard, Share, shard_of, told
+from vlm_mech.runs.workers import crew_of
+from vlm_mech.runs.workspace import Workspace, prepare, write
+
+
+def module_of(run: Callable[..., Any]) -> str:
+    """The module of an experiment, by the name under which other processes import it."""
+    # With several wordings it is the run of each of them.
+    run = getattr(run, "keywords", {}).get("run", run)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if run.__module__ == "__main__" and spec is not None else run.__module__
+
+
+def do_shard(config: RunConfig, carry_out: Callable[[Workspace], None], run_folder: Path, *, module: str) -> None:
+    """Does one shard of a run in a folder of its own; one that was begun before goes on.
+
+    Args:
+        carry_out: the run in a prepared folder.
+        run_folder: the folder of the whole run.
+        module: of the experiment.
+
+    Raises:
+        UsageError: the run is complete, or the shard was begun with other options.
+    """
+    shard = shard_of(config.shard)
+    assert isinstance(shard, Shard), "there is one to do"
+    if Workspace(run_folder).complete:
+        raise UsageError(f"the run in {str(run_folder)!r} is complete; a shard of another run needs another --out")
+    folder = shard.folder(run_folder)
+    if config.overwrite:
+        (folder / DONE).unlink(missing_ok=True)
+    begun = Workspace(folder).begun
+    work = prepare(folder, as_json(config), resume=begun and not config.overwrite, overwrite=config.overwrite)
+    started = time.time()
+    if told(folder) is None:
+        with contextlib.suppress(PartDone):
+            carry_out(replace(work, share=shard))
+        about = {"shard": str(shard), "module": module, "made_of": work.ingredients, "versions": versions()}
+        write(folder / DONE, json.dumps(about | {"seconds": round(time.time() - started, 2)}).encode())
+    n = len(list(folder.rglob("*.parquet")))
+    print(
+        f"shard {shard}: {n} batch{'es' * (n != 1)} in {time.time() - started:.1f} s -> {folder}\n"
+        f"when all {shard.of_all} are there: python -m vlm_mech.runs.merge {run_folder}"
+    )
+
+
+def share_of(config: RunConfig, run: Callable[..., Any], work: Workspace) -> Share | None:
+    """Which batches of a run this process does, once workers have done the first loop where there are any."""
+    alone = config.workers == 1 and config.ray is None
+    # A run of several wordings has no batches of its own.
+    if alone or config.own_workers or work.share is not None or hasattr(run, "keywords"):
+        return work.share
+    crew = crew_of(config, module_of(run), work.folder)
+    # This process loads nothing before: a GPU has room for one model, and what workers do first they all do.
+    crew.do(0, "batches")
+    return crew

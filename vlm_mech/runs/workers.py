@@ -1,0 +1,248 @@
+"""Processes that share the batches of a run, as actors of Ray: each runs the experiment, with a model of its own, and
+does those batches that it is given; the process that began the run waits, and does what follows.
+
+A worker that dies is started again. Whoever has nothing left to do does again what others have not finished, so that
+a lost machine stops nobody: a batch is the same file whoever makes it.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.shards import PartDone
+from vlm_mech.runs.workspace import PARTIAL, Workspace
+
+RESTARTS = 3
+"""How often a worker that died is started again."""
+STORE = 100 * 2**20
+"""Bytes of Ray's object store, through which nothing but numbers of batches goes."""
+POLL = 0.1
+"""Seconds between two looks at what is done."""
+LAST_WORDS = 10.0
+"""Seconds that workers have to end once nothing is left to do."""
+
+
+class Deal:
+    """Who does which batch of a loop. An actor of its own."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] | None = None
+        self.done: set[str] = set()
+        self.doers: dict[str, list[str]] = {}
+
+    def offer(self, keys: list[str], done: list[str]) -> None:
+        """The keys of the loop, as a worker finds them.
+
+        Raises:
+            WorkError: another worker found other ones.
+        """
+        if self.keys is None:
+            self.keys, self.done = keys, set(done)
+        elif self.keys != keys:
+            raise WorkError("workers see different batches: data, model or code differ between them")
+
+    def take(self, worker: str, last: str | None) -> str | None:
+        """The next key for a worker, whose `last` one is done now; None when all are done.
+
+        When all are given away, those that others have not finished, the least often given first.
+        """
+        if last is not None:
+            self.done.add(last)
+        left = [key for key in self.keys or () if key not in self.done]
+        chosen = min(left, key=lambda key: len(self.doers.get(key, ())), default=None)
+        if chosen is not None:
+            self.doers.setdefault(chosen, []).append(worker)
+        return chosen
+
+    def state(self) -> tuple[int, int | None]:
+        """How many batches are done, and of how many; None while no worker has come to the loop."""
+        return len(self.done), None if self.keys is None else len(self.keys)
+
+
+@dataclass
+class Given:
+    """The share of a worker: what it is given of one loop, those before it having been done."""
+
+    deal: Any
+    loop: int
+    worker: str
+    seen: int = 0
+
+    ends_at_collect = False
+
+    def of(self, keys: Sequence[str], name: str, done: Mapping[str, bool]) -> Iterator[str]:
+        """The keys that are dealt to this worker.
+
+        Raises:
+            PartDone: all of the loop is done.
+        """
+        import ray
+
+        self.seen += 1
+        if self.seen - 1 < self.loop:
+            return
+        ray.get(self.deal.offer.remote(list(keys), [key for key, kept in done.items() if kept]))
+        take: Any = self.deal.take.remote
+        key: Any = None
+        while (key := ray.get(take(self.worker, key))) is not None:
+            yield key
+        raise PartDone
+
+
+class Worker:
+    """Runs an experiment up to the end of one of its loops. An actor."""
+
+    def work(self, deal: Any, module: str, options: dict[str, Any], folder: Path, token: str, loop: int) -> None:
+        """Does what it is given of a loop.
+
+        Raises:
+            UsageError: the folder of the run cannot be seen from here.
+        """
+        import ray
+
+        if not (folder / PARTIAL / token).is_file():
+            raise UsageError(
+                f"{str(folder)!r} is not seen from {os.uname().nodename}; workers need a folder that all machines see, "
+                "or do --shard on each and copy the shards together"
+            )
+        experiment = importlib.import_module(module)
+        share = Given(deal, loop, ray.get_runtime_context().get_worker_id())
+        with contextlib.suppress(PartDone):
+            experiment.run(experiment.Config(**options), Workspace(folder, share=share))
+
+
+@dataclass
+class Crew:
+    """The workers of one run, as the share of the process that began it: each loop with work left is done by them."""
+
+    config: RunConfig
+    module: str
+    folder: Path
+    n_workers: int
+    n_gpus: int
+    seen: int = 0
+
+    ends_at_collect = False
+
+    def of(self, keys: Sequence[str], name: str, done: Mapping[str, bool]) -> Iterator[str]:
+        """What workers left undone: nothing. The first loop they did before this process came to it."""
+        self.seen += 1
+        if self.seen > 1 and not all(done.values()):
+            self.do(self.seen - 1, name)
+            return iter(())
+        return iter([key for key in keys if not done[key]])
+
+    def do(self, loop: int, name: str) -> None:
+        """Has the workers do a loop.
+
+        Raises:
+            WorkError: each of them died more often than it is started again; or whatever one of them raised.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        from tqdm import tqdm
+
+        token = self.folder / PARTIAL / f"{uuid.uuid4().hex}.json"
+        token.touch()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        deal = ray.remote(Deal).options(num_cpus=0, scheduling_strategy=here).remote()
+        how = {"num_cpus": 1, "num_gpus": self.n_gpus, "max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+        workers = [ray.remote(Worker).options(**how).remote() for _ in range(self.n_workers)]
+        options = {each.name: getattr(self.config, each.name) for each in dataclasses.fields(self.config)}
+        waiting = [each.work.remote(deal, self.module, options, self.folder, token.name, loop) for each in workers]
+        died: Exception | None = None
+        try:
+            with tqdm(desc=f"{name}, {self.n_workers} workers", disable=None) as bar:
+                while waiting and not _all_done(deal, bar):
+                    ended, waiting = ray.wait(waiting, timeout=POLL)
+                    died = _ended(ended) or died
+            if died is not None and not _all_done(deal, bar):
+                raise WorkError(f"all workers died, the last one of this: {died!s:.300}; --resume goes on") from died
+        finally:
+            for each in (*workers, deal):
+                ray.kill(each)
+            ray.wait(waiting, num_returns=len(waiting), timeout=LAST_WORDS) if waiting else None
+            token.unlink(missing_ok=True)
+
+
+def _all_done(deal: Any, bar: Any) -> bool:
+    import ray
+
+    n_done, n_all = ray.get(deal.state.remote())
+    bar.total, bar.n = n_all, n_done
+    bar.refresh()
+    return n_done == n_all
+
+
+def _ended(calls: Sequence[Any]) -> Exception | None:
+    """How the workers of these calls died, if one did; what one raised is raised here."""
+    import ray
+
+    died: Exception | None = None
+    for call in calls:
+        try:
+            ray.get(call)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            died = error
+    return died
+
+
+def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
+    """The crew that the options ask for, once Ray is started or joined; it stays so for the rest of the process.
+
+    Args:
+        module: of the experiment.
+        folder: of the run.
+
+    Raises:
+        UsageError: Ray is not there, cannot be reached, or has fewer CPUs or GPUs than workers are asked for.
+    """
+    # Ray reads these when it is imported.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError('--workers and --ray need Ray: pip install "vlm_mech[ray]"; --shard does without') from error
+    if not ray.is_initialized():
+        _start(config.ray)
+    kind = "CPU" if config.device == "cpu" else "GPU"
+    most = int(ray.cluster_resources().get(kind, 0))
+    asked = config.workers if config.workers > 1 else max(1, most)
+    if asked > most:
+        raise UsageError(f"--workers is {asked}, of one {kind} each; Ray has {most}")
+    return Crew(_within_memory(config, asked), module, folder.resolve(), asked, int(kind == "GPU"))
+
+
+def _start(address: str | None) -> None:
+    import logging
+
+    import ray
+
+    how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        ray.init(address="local", include_dashboard=False, object_store_memory=STORE, **how)
+        return
+    try:
+        ray.init(address=address, **how)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--ray {address!r} cannot be reached: {' '.join(str(error).split()):.200}") from error
+
+
+def _within_memory(config: RunConfig, n_workers: int) -> RunConfig:
+    """The options, with the memory of one machine divided among its workers where a sweep would take half of it."""
+    if getattr(config, "memory", "") is not None or config.ray is not None or config.device != "cpu":
+        return config
+    import psutil
+
+    return dataclasses.replace(config, memory=str(psutil.virtual_memory().total // 2 // n_workers))
