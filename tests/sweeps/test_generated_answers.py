@@ -99,7 +99,7 @@ def test_passes_and_operations_of_what_is_generated_are_foreseen(method, n_read,
     for text in ("5 of the cells and without an edit", "4 new tokens", f"a loop over cells: {round(plan.in_a_loop)}"):
         assert text in str(plan)
     assert plan.in_a_loop == pytest.approx(plain.in_a_loop + plan.looped_forwards)
-    assert plan.looped_forwards > 2 * plan.generated_forwards
+    assert plan.looped_forwards > 1.5 * plan.generated_forwards
 
 
 def test_a_plan_grows_with_the_examples():

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from vlm_mech.errors import WorkError
 from vlm_mech.interventions.plan import Cut, Plan
@@ -17,10 +19,11 @@ from vlm_mech.interventions.specification import Intervention
 from vlm_mech.interventions.trace import Generation, generate
 from vlm_mech.sweeps.cost import track_bytes
 from vlm_mech.sweeps.decoding import Decoding
-from vlm_mech.sweeps.engine import Engine, Reference
+from vlm_mech.sweeps.engine import Engine, Reference, next_token
 from vlm_mech.sweeps.generation_cost import Place, meant_of, parts_of, place_of, reference_peak, start_of
+from vlm_mech.sweeps.replay import Wave
 from vlm_mech.sweeps.sweep import ROUNDING
-from vlm_mech.sweeps.tracks import Version, receipt_of_generated, track_of
+from vlm_mech.sweeps.tracks import Track, Version, receipt_of_generated, track_of
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -85,54 +88,52 @@ def _said(
     engine: Engine, places: Sequence[Place], during: Sequence[dict[int, list[Cut]]], n_new: int
 ) -> list[Generation]:
     """The answers of some versions, which are decoded together."""
-    vlm, clean = engine.vlm, engine.clean
-    entering = {number: place for number, place in enumerate(places) if place is not None}
+    vlm, (ends, fill) = engine.vlm, _ends(engine.vlm)
     entries = [0 if place is None else place.entry for place in places]
     versions = [Version(number, *each) for number, each in enumerate(zip(entries, during, strict=True))]
-    groups: dict[tuple[int, int], list[Version]] = {}
-    for version, place in zip(versions, places, strict=True):
-        donor = None if place is None else place.donor
-        groups.setdefault((id(donor), start_of(place, engine.size.n_pos)), []).append(version)
-    tracks = {
-        key: track_of(clean, engine.before(places[each[0].number]), key[1], each, n_new) for key, each in groups.items()
-    }
-    at = {version.number: tracks[key] for key, each in groups.items() for version in each}
-    first = torch.stack([clean.logits] * len(places))
-    proofs: list[tuple[Receipt, ...]] = [()] * len(places)
-    if entering:
-        order = list(entering)
-        own = sum(track_bytes(engine.size, start_of(place, engine.size.n_pos), n_new) for place in places)
-        logits, made = engine.carry_out(
-            list(entering.values()),
-            keep=lambda _, reads: reads[:, 0],
-            listen=lambda some, wave, *kept: at[order[some[0]]].hear([order[number] for number in some], wave, *kept),
-            beside=own,
-        )
-        first[order] = logits
-        for number, each in zip(order, made, strict=True):
-            proofs[number] = each
-    ends, fill = _ends(vlm)
-    decoding = Decoding(vlm, clean, list(tracks.values()), ends, fill)
-    ids = decoding.run(first, n_new)
+    tracks, first, proofs = _through_the_prompt(engine, places, versions, n_new)
+    decoding = Decoding(vlm, engine.clean, tracks, ends, fill)
     said = []
-    for version, proved in zip(versions, proofs, strict=True):
+    for version, ids, proved in zip(versions, decoding.run(first, n_new), proofs, strict=True):
+        ids = ids[:, : _length(ids, ends)]
         later = tuple(
             decoding.proofs.get((layer, version.number)) or receipt_of_generated(cuts)
             for layer, cuts in version.during.items()
         )
         verify(later)
-        length = _length(ids[version.number], ends)
-        texts = vlm.processor.batch_decode(ids[version.number, :, :length], skip_special_tokens=True)
-        said.append(
-            Generation(
-                tuple(text.strip() for text in texts),
-                ids[version.number, :, :length],
-                proved + later,
-                tuple(range(len(texts))),
-                {"max_new_tokens": n_new},
-            )
-        )
+        texts = tuple(text.strip() for text in vlm.processor.batch_decode(ids, skip_special_tokens=True))
+        said.append(Generation(texts, ids, proved + later, tuple(range(len(texts))), {"max_new_tokens": n_new}))
     return said
+
+
+def _through_the_prompt(
+    engine: Engine, places: Sequence[Place], versions: Sequence[Version], n_new: int
+) -> tuple[list[Track], Float[Tensor, "version batch vocab"], list[tuple[Receipt, ...]]]:
+    """Tracks with the keys and values of the versions, their logits of the first token, and receipts of the prompt."""
+    clean, starts = engine.clean, [start_of(place, engine.size.n_pos) for place in places]
+    groups: dict[tuple[int, int], list[Version]] = {}
+    for version, place, start in zip(versions, places, starts, strict=True):
+        groups.setdefault((id(place and place.donor), start), []).append(version)
+    at: dict[int, Track] = {}
+    for (_, start), some in groups.items():
+        track = track_of(clean, engine.before(places[some[0].number]), start, some, n_new)
+        at |= {version.number: track for version in some}
+    first, proofs = torch.stack([clean.logits] * len(places)), [()] * len(places)
+    order = [number for number, place in enumerate(places) if place is not None]
+    if order:
+
+        def listen(some: list[int], wave: Wave, key: Tensor, value: Tensor) -> None:
+            at[order[some[0]]].hear([order[number] for number in some], wave, key, value)
+
+        logits, made = engine.carry_out(
+            [place for place in places if place is not None],
+            keep=next_token,
+            listen=listen,
+            beside=sum(track_bytes(engine.size, start, n_new) for start in starts),
+        )
+        first[order] = logits
+        proofs = [made[order.index(number)] if number in order else () for number in range(len(places))]
+    return list(dict.fromkeys(at.values())), first, proofs
 
 
 def _ends(vlm: "VLM") -> tuple[tuple[int, ...], int]:
