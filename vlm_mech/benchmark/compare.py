@@ -180,10 +180,10 @@ def _table(
                 }
             )
         for name, reason in refused.items():
-            row = dict.fromkeys(("seconds", "forwards", "ratio", "of_bound", "memory", "difference"), NAN)
+            row = dict.fromkeys(("seconds", "forwards", "ratio", "of_bound", "operations", "memory", "difference"), NAN)
             label = SOLVERS[name].name
             row |= {"example": f"repeat {number + 1}", "case": case, "contender": label, "seconds_baseline": base}
             rows.append(row | {"skipped": f"does not do it: {reason}"})
     table = pd.DataFrame(rows)
-    fixed = {"forwards": 1.0, "ratio": 1.0, "of_bound": 1.0, "memory": 0.0, "difference": 0.0}
+    fixed = {"forwards": 1.0, "ratio": 1.0, "of_bound": 1.0, "operations": 1.0, "memory": 0.0, "difference": 0.0}
     return table.assign(**{f"{name}_baseline": value for name, value in fixed.items()})
