@@ -42,8 +42,9 @@ class Config(RunConfig):
     full: bool = False
     """The size of the published 7B model (14 GB in bfloat16), where it fits; probes of 33 layers of 4,096."""
     cases: tuple[str, ...] = ("knockout", "swap", "extraction")
-    """What is measured; others: knockout-last, -question, -answers, swap-last, -answers, tower, probes (no model)."""
-    rivals: tuple[str, ...] = ("hooks", "nnsight", "transformer_lens", "trace")
+    """What is measured (others: knockout-last, -question, -answers, swap-last, -answers, attn_out, mlp_out, head_out,
+    heads, ablate-zero, -mean, -resample, steer, joint, generate, tower, projector, probes)."""
+    rivals: tuple[str, ...] = ("hooks", "cached", "nnsight", "transformer_lens", "trace")
     """What ours is compared with."""
     rival_cells: int = 3
     """Cells (probes) that a rival runs, drawn with the seed; its time is scaled by count."""

@@ -14,15 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import benchmark
 from tests.helpers import assert_help_is_light, command
+from vlm_mech.benchmark import cases as benchmark_cases
 from vlm_mech.benchmark import model_shapes, timing
 from vlm_mech.benchmark import probes as benchmark_probes
-from vlm_mech.benchmark.cases import Sizes, cells, lower_bound, sizes
+from vlm_mech.benchmark.bound import Sizes, lower_bound, sizes
+from vlm_mech.benchmark.cases import GENERATE, N_NEW, answered, cells
 from vlm_mech.benchmark.compare import OURS, PLAIN, extraction_case, sweep_case
 from vlm_mech.benchmark.extraction import EXTRACTORS, Extraction, OurExtraction, read_back
 from vlm_mech.benchmark.model_shapes import FULL, GEOMETRIES, QUESTION, Tower, build, geometry, noise, prompts
+from vlm_mech.benchmark.operations import counted
 from vlm_mech.benchmark.overview import METRICS, bars, findings, overview
 from vlm_mech.benchmark.probes import LOOP, Size, Together, make_task, probes_case
-from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, Plain, Task
+from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, Plain
+from vlm_mech.benchmark.task import Task
 from vlm_mech.benchmark.timing import Entry, clock, difference, interleaved, subset, weigh
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
@@ -31,6 +35,11 @@ from vlm_mech.methods.probing.descent import LINEAR
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
 
+KINDS = (
+    "attn_out", "mlp_out", "head_out", "heads", "ablate-zero", "ablate-mean", "ablate-resample", "steer", "joint",
+    GENERATE,
+)  # fmt: skip
+"""Cases that our reference is the only rival in."""
 SMALL = {"width": 64, "n_heads": 4, "n_groups": 2, "intermediate": 96, "tile": 56, "tower": Tower(4, 32, 4, 48)}
 PICTURES = {"llava15": (56, 56), "next": (112, 98), "qwen": (140, 112)}
 CPU = torch.device("cpu")
@@ -134,8 +143,46 @@ def test_rivals_agree_on_a_padded_batch(built, case, rival):
     assert differences(task, solver(task.vlm, rival))[0].max() <= 1e-5
 
 
+@pytest.mark.parametrize("case", KINDS)
+def test_the_reference_computes_what_we_compute_in_every_kind_of_edit(built, case):
+    vlm = built("llava15")
+    # States are drawn from other prompts of one length.
+    made = (lambda seed: prompts(small("llava15"), 2, seed=seed)) if case == "ablate-resample" else two_lengths
+    encoded, donor = vlm.encode(made(0)), vlm.encode(made(20))
+    task = Task(vlm, encoded, donor, cells(vlm, case, donor), N_NEW if case == GENERATE else 0)
+    task.cells = task.cells[:: max(1, len(task.cells) // 4)]
+    numbers = range(len(task.cells))
+    ours, theirs = (each.answers(task, each.begin(task), numbers) for each in (Ours(), SOLVERS["trace"]()))
+    assert (ours - theirs).abs().max() <= 1e-5
+    n_apart = ours.flatten(1).unique(dim=0).shape[0]
+    # Cells may say the same.
+    assert n_apart > 1 if case == GENERATE else n_apart == len(ours), "the cells differ"
+
+
+def test_a_rival_says_for_what_it_is_written(built):
+    vlm = built("llava15")
+    donor = vlm.encode(two_lengths(20))
+    for case, rival in (("heads", "hooks"), ("steer", "cached"), ("tower", "cached")):
+        task = task_of(vlm, case, two_lengths(0), two_lengths(20))
+        with pytest.raises(UsageError, match=r"written for|leaves no part"):
+            SOLVERS[rival]().answers(task, SOLVERS[rival]().begin(task), [0])
+    with pytest.raises(UsageError, match="give --batch 2 or more"):
+        cells(vlm, "ablate-resample", vlm.encode(two_lengths(20)[:1]))
+    assert len(cells(vlm, "heads", donor)) == 4 * 4 and len(cells(vlm, "steer", donor)) == 4 * 2 * 4
+
+
+def test_generated_answers_are_timed(built):
+    own, other = prompts(small("llava15"), 1), prompts(small("llava15"), 1, seed=5)
+    table, notes = sweep_case(built("llava15"), "generate", own, other, ["hooks", "trace"], rival_cells=2, repeats=1)
+    assert notes["n_cells"] == 8 and notes["receipts"]["receipts"] >= 8
+    assert float(table["difference"].max()) == 0.0
+    ours = table.set_index("contender").loc[OURS]
+    assert ours["operations"] * notes["bound"] > 1 and "next token alone" in str(table["skipped"].tolist())
+
+
 @pytest.mark.parametrize(
-    ("name", "rival"), [*(("llava15", rival) for rival in SOLVERS), ("qwen", "hooks"), ("qwen", "nnsight")]
+    ("name", "rival"),
+    [*(("llava15", rival) for rival in SOLVERS if rival != "cached"), ("qwen", "hooks"), ("qwen", "nnsight")],
 )
 def test_tower_cells(built, name, rival):
     """A hook on the layer that LLaVA reads is lost; everything else acts, packed towers included."""
@@ -185,6 +232,38 @@ def test_the_products_of_a_block_are_those_that_torch_counts(built):
     assert each.block == sum(part.weight.numel() for part in block.modules() if isinstance(part, torch.nn.Linear))
 
 
+@pytest.fixture(scope="module")
+def middling():
+    """576 image tokens and enough width for products of weights to outweigh the rest."""
+    vlm = build(dataclasses.replace(geometry("llava15", width=512), n_layers=4))
+    vlm.model.generation_config.eos_token_id = None
+    return vlm
+
+
+@pytest.mark.parametrize("case", ["knockout", "swap", "knockout-answers", *KINDS])
+def test_operations_are_near_the_bound_in_every_kind_of_edit(middling, monkeypatch, case):
+    """As torch counts them, in attention over all pairs of positions, where the bound has the allowed ones."""
+    # Windows part in four layers, too.
+    monkeypatch.setattr(benchmark_cases, "WINDOW", 3)
+    shape, batch = geometry("llava15", width=512), 2 if case == "ablate-resample" else 1
+    own, other = (middling.encode(prompts(shape, batch, seed=seed)) for seed in (0, 5))
+    encoded = answered(middling, own) if case.endswith("-answers") else own
+    task = Task(middling, encoded, other, cells(middling, case, other), N_NEW if case == GENERATE else 0)
+    found = counted(middling, lambda: Ours().answers(task, Ours().begin(task), range(len(task.cells))))
+    least = lower_bound(middling, encoded, task.cells, n_new=task.n_new) * sizes(middling, encoded).plain
+    assert 1 <= found / batch / least <= 1.15
+
+
+def test_attention_is_counted_under_both_back_ends():
+    found = {}
+    for attn in ("sdpa", "eager"):
+        vlm = build(small("llava15"), attn=attn)
+        encoded = vlm.encode(prompts(small("llava15"), 1))
+        with torch.no_grad():
+            found[attn] = counted(vlm, lambda vlm=vlm, encoded=encoded: vlm.model(**encoded.inputs))
+    assert found["sdpa"] == found["eager"]
+
+
 def test_bound_by_hand():
     """Three blocks of weight 10 with heads of 2 in all, four positions: 80 for the linear layers, 4 x 2 for an edge."""
     each = Sizes(n_layers=3, n_pos=4, block=10, heads=2, tower=100.0, head=20.0)
@@ -218,7 +297,16 @@ def test_bound_of_sweeps_by_hand(built):
     assert lower_bound(vlm, encoded, [image]) == pytest.approx(2 + (each.head + 2 * text) / each.plain)
     # After the last attention the image's states reach no answer, and nothing is computed.
     assert lower_bound(vlm, encoded, [cell for cell in swaps if cell.span == "image"][3:]) == 2
-    assert lower_bound(vlm, encoded, cells(vlm, "tower", donor)) > 2
+    assert lower_bound(vlm, encoded, cells(vlm, "tower", donor)) > 1
+    # What attention adds changes its own block: a head each, one position through 4, 3, 2, 1 blocks, the donor's pass.
+    last = [cell for cell in cells(vlm, "attn_out", donor) if cell.span == "last"]
+    assert lower_bound(vlm, encoded, last) == pytest.approx(2 + (4 * each.head + 10 * one) / each.plain)
+    # Sixteen tokens of a cell and without an edit: fifteen steps over all blocks, each seeing one position more.
+    cut = cells(vlm, "knockout-last", donor)[:1]
+    steps = sum(4 * (linear + edge * (n_pos + step)) + each.head for step in range(1, 16))
+    assert lower_bound(vlm, encoded, cut, n_new=16) == pytest.approx(
+        lower_bound(vlm, encoded, cut) + 2 * steps / each.plain
+    )
 
 
 # Clock and memory

@@ -1,19 +1,14 @@
-"""What is measured: the cells of each case, and the least that computing them can cost.
+"""What is measured: the cells of each case, which are our own interventions; the rivals read from them what to do."""
 
-Cells are our own interventions; the rivals read from them what to do.
-"""
+from typing import TYPE_CHECKING, Any
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from torch import nn
+import torch
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.teacher_forcing import followed
-from vlm_mech.interventions.specification import Intervention, Knockout, Replace, window
+from vlm_mech.interventions.specification import Ablate, Intervention, Knockout, Replace, Steer, window
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -29,7 +24,24 @@ SWEEPS = {
     "knockout-answers": "the cells of `knockout`, log-probabilities of two answers of four tokens each",
     "swap-answers": "the cells of `swap`, log-probabilities of two answers of four tokens each",
     "tower": "resid_post of another image put in at every layer of the vision tower that is read",
+    "projector": "what the projector gives, and what it is given, replaced by that of another image",
+    "attn_out": "what attention adds at every layer, of another image's run, at `image`, `question` or `last`",
+    "mlp_out": "what the MLP adds at every layer, of another image's run, at `image`, `question` or `last`",
+    "head_out": "what all heads give at every layer, of another image's run, at `image`, `question` or `last`",
+    "heads": "what each head gives at every layer, of another image's run, at `last`: a grid of layers and heads",
+    "ablate-zero": "resid_post set to zero at every layer, at `image` or `question`",
+    "ablate-mean": "resid_post set to its mean over the span, at every layer, at `image` or `question`",
+    "ablate-resample": "resid_post of another prompt of the batch at every layer, at `image` or `question`",
+    "steer": "a vector added to resid_post at every layer, at `question` or `last`, in four doses",
+    "joint": "attention from `last` to `image` cut in half of the heads, and what the MLP adds at `last` set to zero",
+    "generate": "16 tokens generated under eight cells: attention from `last` to `image` cut, states of `last` put in",
 }
+GENERATE = "generate"
+"""The case in which answers are generated."""
+N_NEW, N_GENERATED = 16, 8
+"""Tokens of these answers, and cells under which they are generated."""
+DOSES = (-2.0, -1.0, 1.0, 2.0)
+"""Multiples of the vector of a steering case."""
 OF_ANSWERS = "-answers"
 """How cases end in which whole answers are read."""
 N_ANSWERS, N_TOKENS = 2, 4
@@ -56,15 +68,39 @@ def cells(vlm: "VLM", case: str, donor: Encoded) -> list[Intervention]:
         raise UsageError(f"case {case!r} is not known; one of {', '.join(CASES)} is")
     kind, _, only = case.removesuffix(OF_ANSWERS).partition("-")
     n_layers = vlm.n_layers("llm")
+    layers, windows = range(n_layers), [window(layer, WINDOW, n_layers=n_layers) for layer in range(n_layers)]
     if kind == "knockout":
-        queries = (only,) if only else ("last", "question")
-        windows = [window(layer, WINDOW, n_layers=n_layers) for layer in range(n_layers)]
-        return [Knockout(query, "image", layers) for query in queries for layers in windows]
+        return [
+            Knockout(query, "image", each) for query in ((only,) if only else ("last", "question")) for each in windows
+        ]
     if kind == "tower":
         sites = [Site("vision.resid_post", layer) for layer in range(vlm.vision_depth)]
         return [Replace(site, "image", source=donor) for site in sites]
+    if kind == "projector":
+        return [Replace(Site(f"projector.{point}"), "image", source=donor) for point in ("out", "in")]
+    if kind == "heads":
+        sites, heads = [Site("llm.head_out", layer) for layer in layers], range(vlm.n_heads("llm"))
+        return [Replace(site, "last", source=donor, heads=(head,)) for site in sites for head in heads]
+    if kind == "joint":
+        half = tuple(range(0, vlm.n_heads("llm"), 2))
+        cuts = [Knockout("last", "image", each, heads=half) for each in windows]
+        return [cut & Ablate(Site("llm.mlp_out", layer), "last") for layer, cut in zip(layers, cuts, strict=True)]
+    if kind == GENERATE:
+        chosen = layers[:: -(-2 * n_layers // N_GENERATED)]
+        cuts = [Knockout("last", "image", windows[layer]) for layer in chosen]
+        return [*cuts, *(Replace(Site("llm.resid_post", layer), "last", source=donor) for layer in chosen)]
+    point = kind if kind in ("attn_out", "mlp_out", "head_out") else "resid_post"
+    sites = [Site(f"llm.{point}", layer) for layer in layers]
+    if kind == "ablate":
+        if only == "resample" and len(donor) < 2:
+            raise UsageError("case 'ablate-resample' draws from the other prompts of a batch; give --batch 2 or more")
+        to: Any = only
+        return [Ablate(site, span, to=to) for span in ("image", "question") for site in sites]
+    if kind == "steer":
+        vector = torch.randn(vlm.width(sites[0]), generator=torch.Generator().manual_seed(0)).to(vlm.device)
+        spans = ("question", "last")
+        return [Steer(site, span, vector=vector, scale=dose) for span in spans for site in sites for dose in DOSES]
     spans = (only,) if only else ("image", "question", "last")
-    sites = [Site("llm.resid_post", layer) for layer in range(n_layers)]
     return [Replace(site, span, source=donor) for span in spans for site in sites]
 
 
@@ -74,101 +110,3 @@ def answered(vlm: "VLM", prompts: Encoded) -> Encoded:
     return followed(
         prompts, [tuple(ids[first : first + N_TOKENS] for ids in question) for first in range(1, 1 + N_ANSWERS)]
     )
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a forward pass of one prompt computes, in numbers of the products `2 m n k`.
-
-    `block` are the weights of one decoder block, `heads` the width of all its query heads together. `tower` is what
-    the linear layers before the decoder cost (the tower's attention is left out), `head` the last position's logits.
-    """
-
-    n_layers: int
-    n_pos: int
-    block: int
-    heads: int
-    tower: float
-    head: float
-
-    def blocks(self, entry: int, start: int) -> float:
-        """All blocks from `entry` on, for the positions from `start` on; under causal attention, allowed edges only."""
-        n_new = self.n_pos - start
-        edges = (self.n_pos * (self.n_pos + 1) - start * (start + 1)) // 2
-        # Scores and weighted values are a product each.
-        return max(0, self.n_layers - entry) * (2.0 * n_new * self.block + 4.0 * edges * self.heads)
-
-    @property
-    def plain(self) -> float:
-        """One plain forward pass."""
-        return self.tower + self.blocks(0, 0) + self.head
-
-
-def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
-    """What a forward pass over one prompt of the batch computes."""
-    llm, towers = vlm.blocks("llm"), vlm.blocks("vision")
-    block = vlm.model.get_submodule(f"{llm.path}.0")
-    rows, patches = encoded.shape("vision")
-    in_tower = sum(_weights(each) for each in vlm.model.get_submodule(towers.path).children()) * rows * patches
-    in_projector = _weights(vlm.model.get_submodule(vlm.family.projector)) * len(encoded.positions("image"))
-    attention = block.get_submodule(f"{llm.attention}.{llm.out}")
-    head = vlm.model.get_submodule(vlm.family.head)
-    return Sizes(
-        n_layers=vlm.n_layers("llm"),
-        n_pos=encoded.n_pos,
-        block=_weights(block),
-        heads=int(attention.in_features),
-        tower=2.0 * (in_tower / len(encoded) + in_projector),
-        head=2.0 * _weights(head),
-    )
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-
-
-def lower_bound(vlm: "VLM", encoded: Encoded, interventions: Sequence[Intervention]) -> float:
-    """The fewest plain forward passes' worth of products in which whole blocks can give all cells.
-
-    One clean pass, one of the donor where states come from there, and for each cell the blocks above its entry at the
-    positions that can change, once where cells have lost the same edges so far. As the swapped image is all in which
-    the two runs differ, these are the positions after it: before them the cell is the donor's run. Computing parts of
-    blocks only (no queries where nothing reads them) could do with less.
-
-    Raises:
-        UsageError: a cell is neither `Knockout` nor `Replace`.
-    """
-    each = sizes(vlm, encoded)
-    swaps = any(isinstance(cell, Replace) and cell.site.stream == "llm" for cell in interventions)
-    total = each.plain * (2 if swaps else 1)
-    for cell in interventions:
-        total += _cost(each, encoded, cell)
-    total -= _again(each, encoded, [cell for cell in interventions if isinstance(cell, Knockout)])
-    return total / each.plain
-
-
-def _again(each: Sizes, encoded: Encoded, cuts: Sequence[Knockout]) -> float:
-    """What is counted more than once: blocks of cells that have lost the same edges so far."""
-    total = 0.0
-    for query, key in {(cell.query, cell.key) for cell in cuts}:
-        layers = [set(cell.each_layer) for cell in cuts if (cell.query, cell.key) == (query, key)]
-        block = each.blocks(each.n_layers - 1, min(encoded.positions(query)))
-        for layer in range(each.n_layers):
-            pasts = [frozenset(range(layer + 1)) & one for one in layers if min(one) <= layer]
-            total += block * (len(pasts) - len(set(pasts)))
-    return total
-
-
-def _cost(each: Sizes, encoded: Encoded, cell: Intervention) -> float:
-    if isinstance(cell, Knockout):
-        return each.head + each.blocks(min(cell.each_layer), min(encoded.positions(cell.query)))
-    if not isinstance(cell, Replace):
-        raise UsageError(f"a benchmark takes Knockout and Replace, not {type(cell).__name__}")
-    site = cell.sites[0]
-    if site.stream == "vision":
-        # The rest of the tower is not counted.
-        return each.head + each.blocks(0, min(encoded.positions("image")))
-    changed = encoded.positions(cell.span)
-    start = max(changed) + 1 if cell.span == "image" else min(changed)
-    reaches = site.depth + 1 < each.n_layers or cell.span == "last"
-    return (each.head if reaches else 0.0) + each.blocks(site.depth + 1, start)

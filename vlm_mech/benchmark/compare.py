@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_mech.benchmark import extraction
-from vlm_mech.benchmark.cases import CASES, EXTRACTION, OF_ANSWERS, answered, cells, lower_bound
-from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, OursFirst, Plain, Task, Traced
+from vlm_mech.benchmark.bound import lower_bound, sizes
+from vlm_mech.benchmark.cases import CASES, EXTRACTION, GENERATE, N_NEW, OF_ANSWERS, answered, cells
+from vlm_mech.benchmark.operations import counted
+from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, OursFirst, Plain, Traced
+from vlm_mech.benchmark.task import Task
 from vlm_mech.benchmark.timing import TOLERANCE, Entry, Timed, difference, interleaved, subset
 from vlm_mech.errors import UsageError
 from vlm_mech.interventions.receipt import summarise
@@ -62,14 +65,15 @@ def sweep_case(
     load = os.getloadavg()[0]
     donor = vlm.encode(donors)
     encoded, whole = vlm.encode(prompts), case.endswith(OF_ANSWERS)
-    task = Task(vlm, answered(vlm, encoded) if whole else encoded, donor, cells(vlm, case, donor))
+    n_new = N_NEW if case == GENERATE else 0
+    task = Task(vlm, answered(vlm, encoded) if whole else encoded, donor, cells(vlm, case, donor), n_new)
     n_cells = len(task.cells)
     chosen = subset(n_cells, rival_cells, seed)
     every = tuple(range(n_cells))
     entries, refused = [Entry(Plain(), (0,) * PLAIN_PASSES, 1), Entry(Ours(), every, n_cells)], {}
     entries += [Entry(OursFirst(), every, n_cells)] if whole else []
     for name in rivals:
-        if whole and SOLVERS[name] is not Traced:
+        if (whole or n_new) and SOLVERS[name] is not Traced:
             refused[name] = "it reads the next token alone"
             continue
         rival, reason = _ready(vlm, name, task, chosen)
@@ -82,11 +86,15 @@ def sweep_case(
         "receipts": summarise(task.receipts),
         "n_cells": n_cells,
         "rival_cells": len(chosen),
-        "bound": lower_bound(vlm, task.encoded, task.cells),
+        "bound": lower_bound(vlm, task.encoded, task.cells, n_new=n_new),
+        "operations": counted(vlm, lambda: Ours().answers(task, Ours().begin(task), every)) / len(encoded),
         "n_pos": task.encoded.n_pos,
         "n_image": len(task.encoded.positions("image")),
     }
-    return _table(vlm, case, timed, chosen, refused, notes["bound"]), notes | {"case": case, "load_before": load}
+    table = _table(vlm, case, timed, chosen, refused, notes["bound"])
+    over = notes["operations"] / (notes["bound"] * sizes(vlm, task.encoded).plain)
+    table = table.assign(operations=table["contender"].map({OURS: over}))
+    return table, notes | {"case": case, "load_before": load}
 
 
 def extraction_case(
@@ -165,16 +173,17 @@ def _table(
                     "ratio": seconds / measured[OURS].seconds,
                     # The bound holds a clean pass, which a rival does not make.
                     "of_bound": bound * base / seconds if name == OURS else NAN,
+                    "operations": NAN,
                     "memory": NAN if name in reasons else each.memory,
                     "difference": differences.get(name, 0.0 if name == OURS else NAN),
                     "skipped": reasons.get(name, ""),
                 }
             )
         for name, reason in refused.items():
-            row = dict.fromkeys(("seconds", "forwards", "ratio", "of_bound", "memory", "difference"), NAN)
+            row = dict.fromkeys(("seconds", "forwards", "ratio", "of_bound", "operations", "memory", "difference"), NAN)
             label = SOLVERS[name].name
             row |= {"example": f"repeat {number + 1}", "case": case, "contender": label, "seconds_baseline": base}
             rows.append(row | {"skipped": f"does not do it: {reason}"})
     table = pd.DataFrame(rows)
-    fixed = {"forwards": 1.0, "ratio": 1.0, "of_bound": 1.0, "memory": 0.0, "difference": 0.0}
+    fixed = {"forwards": 1.0, "ratio": 1.0, "of_bound": 1.0, "operations": 1.0, "memory": 0.0, "difference": 0.0}
     return table.assign(**{f"{name}_baseline": value for name, value in fixed.items()})

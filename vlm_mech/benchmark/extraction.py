@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.benchmark.rivals import LAST_ONLY, hooked
+from vlm_mech.benchmark.hook_rivals import LAST_ONLY, hooked
 from vlm_mech.errors import UsageError
 from vlm_mech.extraction.extract import extract
 from vlm_mech.inputs.prompt import Encoded, Prompt

@@ -22,6 +22,7 @@ METRICS = (
     Metric("seconds", "s", "time of all cells; for a rival that ran a part of them, scaled by their number"),
     Metric("ratio", "times ours", "time in units of ours in the same repeat"),
     Metric("of_bound", "share", "least products needed, as plain forwards, over the plain forwards that ours takes"),
+    Metric("operations", "times the bound", "operations of ours as torch counts them, over the least that are needed"),
     Metric("memory", "MiB", "peak memory above what was held before"),
     Metric(
         "difference",
@@ -29,7 +30,7 @@ METRICS = (
         "largest difference to ours, relative to the largest logit (state) of ours; of probes, that of mean accuracies",
     ),
 )
-OF_FORWARDS = ("forwards", "of_bound")
+OF_FORWARDS = ("forwards", "of_bound", "operations")
 
 
 def metrics(cases: Sequence[str]) -> tuple[Metric, ...]:
@@ -51,6 +52,7 @@ def overview(result: Result) -> pd.DataFrame:
                 "times ours": _spread(chosen["ratio"]),
                 "plain forwards": _spread(chosen["forwards"]),
                 "of bound": _spread(chosen["of_bound"], percent=True),
+                "operations / bound": _text(chosen["operations"].iloc[0]),
                 "peak MiB": _text(chosen["memory"].median()),
                 "difference": _text(chosen["difference"].iloc[0]),
             }
@@ -89,6 +91,8 @@ def _cost(note: dict[str, Any], ours: pd.DataFrame) -> str:
         text = f"extraction of {note['n_cells']} batches takes {costs} times the plain forwards"
         return f"{text}, {share} of their throughput"
     bound = f"{_spread(ours['of_bound'], percent=True)} of the bound of {note['bound']:.2f}"
+    if not np.isnan(ours["operations"].iloc[0]):
+        bound += f" ({ours['operations'].iloc[0]:.2f} times its operations)"
     return f"{note['case']} ({note['n_cells']} cells) costs {costs} plain forwards, {bound}"
 
 
@@ -168,7 +172,7 @@ def as_figure(result: Result) -> "go.Figure":
         go.Table(
             header={"values": list(table), "align": "left"},
             cells={"values": wrapped, "align": "left"},
-            columnwidth=[1, 1.3, 1.6, 1.2, 1.2, 1.2, 0.6, 0.6],
+            columnwidth=[1, 1.3, 1.6, 1.2, 1.2, 1.2, 0.6, 0.6, 0.6],
         )
     )
     meta = drawn_by(as_figure)

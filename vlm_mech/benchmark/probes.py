@@ -196,8 +196,8 @@ def _compared(task: ProbeTask, timed: dict[str, Timed], chosen: Sequence[int]) -
 def _row(number: int, name: str, measured: dict[str, Timed], difference: float) -> dict[str, Any]:
     own = measured[name]
     values = {"seconds": own.seconds, "ratio": own.seconds / measured[OURS].seconds, "memory": own.memory}
-    values |= {"forwards": NAN, "of_bound": NAN, "difference": 0.0 if name == OURS else difference}
+    values |= {"forwards": NAN, "of_bound": NAN, "operations": NAN, "difference": 0.0 if name == OURS else difference}
     bases = {"seconds": measured[OURS].seconds, "ratio": 1.0, "memory": 0.0, "difference": 0.0}
-    bases |= {"forwards": NAN, "of_bound": NAN}
+    bases |= {"forwards": NAN, "of_bound": NAN, "operations": NAN}
     where = {"example": f"repeat {number + 1}", "case": PROBES, "contender": name, "skipped": ""}
     return where | values | {f"{metric}_baseline": value for metric, value in bases.items()}

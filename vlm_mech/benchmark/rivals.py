@@ -1,91 +1,45 @@
 """The same cells by other means: PyTorch hooks, an nnsight loop, TransformerLens' bridge, our own reference.
 
 Each is written as a careful user would: the other image's states are read once, masks are made once, only the last
-position's logits are computed where the interface has a way to say so, and no cache is kept.
+position's logits are computed where the interface has a way to say so. A cache of the prompt is kept by `Cached` alone
+(`hook_rivals.py`).
 """
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_mech.architectures.site import Site
+from vlm_mech.benchmark.hook_rivals import LAST_ONLY, Cached, Hooked, putter
+from vlm_mech.benchmark.task import Answer, Begun, Task
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.interventions.receipt import Receipt
-from vlm_mech.interventions.specification import Intervention, Knockout, Replace
+from vlm_mech.interventions.specification import Intervention, Knockout
+from vlm_mech.interventions.trace import Generation
 from vlm_mech.sweeps.engine import Engine, Reference
+from vlm_mech.sweeps.generation import answers_under
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-LAST_ONLY = {"use_cache": False, "logits_to_keep": 1}
 HOOKS = {"llm": "blocks", "vision": "vision_encoder.encoder_layers"}
 """Where TransformerLens' bridge has the blocks of a tower."""
-
-
-@dataclass(eq=False)
-class Task:
-    """Cells on a batch; what a rival reads off them."""
-
-    vlm: "VLM"
-    encoded: Encoded
-    donor: Encoded
-    cells: list[Intervention]
-    receipts: list[Receipt] = field(default_factory=list)
-
-    @property
-    def sites(self) -> list[Site]:
-        """The sites at which states are put in."""
-        return sorted(
-            {site for cell in self.cells if isinstance(cell, Replace) for site in cell.sites}, key=lambda s: s.order
-        )
-
-    def places(self, cell: Intervention) -> tuple[Site, Tensor, Tensor]:
-        """The site of a swap, and rows and positions of its states.
-
-        Raises:
-            UsageError: the cell is no swap.
-        """
-        if not isinstance(cell, Replace):
-            raise UsageError(f"a benchmark takes Knockout and Replace, not {type(cell).__name__}")
-        found, device = self.encoded.cells(cell.span, place=cell.sites[0].place), self.vlm.device
-        return cell.sites[0], found.rows.to(device), found.positions.to(device)
-
-    def blocked(self, cell: Knockout) -> Tensor:
-        """True on the edges of a knockout, batch x 1 x query x key."""
-        n_rows, n_pos = self.encoded.shape("llm")
-        blocked = torch.zeros(n_rows, 1, n_pos, n_pos, dtype=torch.bool, device=self.vlm.device)
-        for row in range(n_rows):
-            queries = torch.tensor(self.encoded.positions(cell.query, row))
-            blocked[row, 0, queries[:, None], torch.tensor(self.encoded.positions(cell.key, row))] = True
-        return blocked
-
-    def mask(self, cell: Knockout) -> Tensor:
-        """The whole mask of the cut layers, in the form that the attention back end takes."""
-        n_pos = self.encoded.n_pos
-        present = self.encoded.inputs["attention_mask"][:, None, None, :].bool()
-        own = torch.eye(n_pos, dtype=torch.bool, device=self.vlm.device)
-        # Padding attends to itself, so that no row of the softmax is empty.
-        allowed = torch.ones_like(own).tril() & (present | own) & ~self.blocked(cell)
-        if self.vlm.backend == "sdpa":
-            return allowed
-        lowest = torch.finfo(self.vlm.dtype).min
-        return torch.zeros_like(allowed, dtype=self.vlm.dtype).masked_fill(~allowed, lowest)
-
-
-Answer = Float[Tensor, "cell batch vocab"]
-Edit = Callable[[Tensor], Tensor | None]
 
 
 def foretold(_: int, logits: Float[Tensor, "batch read vocab"]) -> Tensor:
     """What is kept of a cell: logits of the next token, or log-probabilities wherever a token of an answer is read."""
     return logits[:, 0] if logits.shape[1] == 1 else logits.float().log_softmax(-1)
+
+
+def _tokens(said: Sequence[Generation], n_new: int) -> Float[Tensor, "cell batch new"]:
+    """Generated tokens, those that are missing as -1."""
+    missing = [n_new - each.ids.shape[1] for each in said]
+    padded = [nn.functional.pad(each.ids, (0, more), value=-1) for each, more in zip(said, missing, strict=True)]
+    return torch.stack(padded).float()
 
 
 class Plain:
@@ -113,8 +67,13 @@ class Ours:
         return Engine(task.vlm, task.encoded)
 
     def answers(self, task: Task, begun: Engine, numbers: Sequence[int]) -> Answer:
-        """Logits of the cells."""
-        logits, receipts = begun.answers([task.cells[number] for number in numbers], keep=foretold)
+        """Logits of the cells, or the tokens that are generated."""
+        chosen = [task.cells[number] for number in numbers]
+        if task.n_new:
+            said = answers_under(begun, [None, *chosen], max_new_tokens=task.n_new)[1:]
+            logits, receipts = _tokens(said, task.n_new), [each.receipts for each in said]
+        else:
+            logits, receipts = begun.answers(chosen, keep=foretold)
         task.receipts = [receipt for each in receipts for receipt in each]
         return logits
 
@@ -143,116 +102,11 @@ class Traced:
         return Reference(task.vlm, task.encoded)
 
     def answers(self, task: Task, begun: Reference, numbers: Sequence[int]) -> Answer:
-        """Logits of the cells."""
-        return begun.answers([task.cells[number] for number in numbers], keep=foretold)[0]
-
-
-@dataclass(eq=False)
-class Begun:
-    """What a loop keeps between cells: states of the other image, and masks by query span."""
-
-    states: dict[Site, Tensor] = field(default_factory=dict)
-    masks: dict[Any, Tensor] = field(default_factory=dict)
-
-    def mask(self, task: Task, cell: Knockout) -> Tensor:
-        """The mask of a knockout, made once for each pair of spans."""
-        key = (cell.query, cell.key)
-        if key not in self.masks:
-            self.masks[key] = task.mask(cell)
-        return self.masks[key]
-
-
-class Hooked:
-    """A loop with PyTorch hooks: one forward pass for each cell."""
-
-    name = "PyTorch hooks"
-
-    def begin(self, task: Task) -> Begun:
-        """States of the other image, in one pass."""
-        begun = Begun()
-        if task.sites:
-            with torch.no_grad(), hooked(task.vlm, {site: _keeper(begun.states, site) for site in task.sites}):
-                task.vlm.model(**task.donor.inputs, **LAST_ONLY)
-        return begun
-
-    def answers(self, task: Task, begun: Begun, numbers: Sequence[int]) -> Answer:
-        """Logits of the cells."""
-        return torch.stack([self._answer(task, begun, task.cells[number]) for number in numbers])
-
-    def _answer(self, task: Task, begun: Begun, cell: Intervention) -> Float[Tensor, "batch vocab"]:
-        if isinstance(cell, Knockout):
-            editing = _with_mask(task.vlm, cell.each_layer, begun.mask(task, cell))
-        else:
-            site, rows, positions = task.places(cell)
-            editing = hooked(task.vlm, {site: _putter(begun.states[site], rows, positions)})
-        with torch.no_grad(), editing:
-            return task.vlm.model(**task.encoded.inputs, **LAST_ONLY).logits[:, -1]
-
-
-@contextlib.contextmanager
-def hooked(vlm: "VLM", edits: dict[Site, Edit]) -> Iterator[None]:
-    """Forward hooks that hand the outputs of blocks to their edit, and put what it returns in their place.
-
-    States are shown as rows x pos x width, packed towers as one row.
-    """
-    blocks = {site: vlm.model.get_submodule(vlm.module_of(site)[0]) for site in edits}
-    handles = [block.register_forward_hook(_shown(edits[site])) for site, block in blocks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _shown(edit: Edit) -> Callable:
-    def _act(_: Any, __: Any, output: Any) -> Any:
-        states = output[0] if isinstance(output, tuple) else output
-        packed = states.ndim == 2
-        new = edit(states[None] if packed else states)
-        if new is None:
-            return None
-        new = new[0] if packed else new
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    return _act
-
-
-@contextlib.contextmanager
-def _with_mask(vlm: "VLM", layers: Sequence[int], mask: Tensor) -> Iterator[None]:
-    """Hooks that give these decoder blocks another mask."""
-    stack = vlm.model.get_submodule(vlm.blocks("llm").path)
-    blocks = list(stack.children())
-    handles = [blocks[layer].register_forward_pre_hook(_masker(mask), with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keeper(states: dict[Site, Tensor], site: Site) -> Edit:
-    def keep(value: Tensor) -> None:
-        states[site] = value.detach()
-
-    return keep
-
-
-def _putter(donor: Tensor, *where: Tensor) -> Callable[[Tensor], Tensor]:
-    """Puts states of the donor in at rows and positions; packed towers have positions only."""
-
-    def put(value: Tensor) -> Tensor:
-        value = value.clone()
-        value[where] = donor[where]
-        return value
-
-    return put
-
-
-def _masker(mask: Tensor) -> Callable:
-    def give(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return given, {**named, "attention_mask": mask}
-
-    return give
+        """Logits of the cells, or the tokens that are generated."""
+        chosen = [task.cells[number] for number in numbers]
+        if task.n_new:
+            return _tokens(answers_under(begun, chosen, max_new_tokens=task.n_new), task.n_new)
+        return begun.answers(chosen, keep=foretold)[0]
 
 
 class Nnsight:
@@ -283,7 +137,7 @@ class Nnsight:
             return self._cut(task, begun.mask(task, cell), cell.each_layer)
         site, rows, positions = task.places(cell)
         envoy = task.vlm.envoy(task.vlm.module_of(site)[0])
-        put = _putter(begun.states[site], *((rows, positions) if begun.states[site].ndim == 3 else (positions,)))
+        put = putter(begun.states[site], *((rows, positions) if begun.states[site].ndim == 3 else (positions,)))
         out: dict[str, Tensor] = {}
         with torch.no_grad():
             with task.vlm.nn.trace(**task.encoded.inputs, **LAST_ONLY):
@@ -339,7 +193,7 @@ class Bridge:
                 task.encoded, [(f"blocks.{layer}.attn.hook_attn_scores", cut) for layer in cell.each_layer]
             )
         site, rows, positions = task.places(cell)
-        put = _putter(begun.states[site], rows, positions)
+        put = putter(begun.states[site], rows, positions)
         return self._logits(task.encoded, [(_hook_name(site), lambda value, hook: put(value))])
 
     def _logits(self, encoded: Encoded, hooks: list[tuple[str, Callable]]) -> Float[Tensor, "batch vocab"]:
@@ -371,4 +225,4 @@ def _cut_hook(blocked: Tensor) -> Callable:
     return cut
 
 
-SOLVERS = {"hooks": Hooked, "nnsight": Nnsight, "transformer_lens": Bridge, "trace": Traced}
+SOLVERS = {"hooks": Hooked, "cached": Cached, "nnsight": Nnsight, "transformer_lens": Bridge, "trace": Traced}

@@ -160,16 +160,41 @@ def generation_flops(size: Sizes, n_new: int) -> int:
     The pass over the prompt gives the first token; each other one takes a step over a single token, with the keys and
     values before it at hand.
     """
-    n_steps = n_new - 1
-    n_keys = n_steps * size.n_pos + n_steps * (n_steps + 1) // 2
-    blocks = size.n_layers * (2 * size.weights * n_steps + 4 * size.n_heads * size.d_head * n_keys)
-    return pass_flops(size) + size.batch * (blocks + 2 * n_steps * size.d_model * size.n_vocab)
+    return pass_flops(size) + decoding_flops(size, 1, n_new)
 
 
 def generation_peak(size: Sizes, n_new: int) -> int:
     """Bytes at the peak of a generation of `n_new` tokens: all keys and values, and a block over the prompt."""
     cache = 2 * size.n_layers * size.batch * (size.n_pos + n_new) * size.n_groups * size.d_head * size.itemsize
     return max(size.tower_bytes + size.stream, cache + in_block(size, 1, size.n_pos, joined=True))
+
+
+def track_bytes(size: Sizes, start: int, n_new: int) -> int:
+    """Bytes of the keys and values of one edited version's own, from a position on and of `n_new` generated tokens."""
+    n_own = size.n_pos - start + n_new - 1
+    return 2 * size.n_layers * size.batch * n_own * size.n_groups * size.d_head * size.itemsize
+
+
+def decoding_bytes(size: Sizes, starts: Sequence[int], n_new: int) -> int:
+    """Bytes at the worst moment of a step in which versions that have positions from `starts` on decode a token each.
+
+    Keys and values are not among them.
+    """
+    rows, heads = len(starts) * size.batch, size.n_heads * size.d_head
+    # Scores and weights, in single precision and in the model's data type, and products of them by example.
+    scores = rows * size.n_heads * (size.n_pos + n_new) * (2 * FLOAT + 2 * size.itemsize)
+    projected = rows * (3 * heads + 2 * size.n_groups * size.d_head) * size.itemsize
+    mlp = rows * size.n_wide * size.d_mlp * size.itemsize
+    logits = rows * size.n_vocab * (FLOAT + size.itemsize)
+    return 2 * rows * size.d_model * size.itemsize + max(projected + scores, mlp, logits)
+
+
+def decoding_flops(size: Sizes, n_versions: int, n_new: int) -> int:
+    """Operations of all generated tokens but the first of some versions, none of which ends sooner."""
+    n_steps = n_new - 1
+    n_keys = n_steps * size.n_pos + n_steps * (n_steps + 1) // 2
+    blocks = size.n_layers * (2 * size.weights * n_steps + 4 * size.n_heads * size.d_head * n_keys)
+    return n_versions * size.batch * (blocks + 2 * n_steps * size.d_model * size.n_vocab)
 
 
 def answer_bytes(size: Sizes) -> int:

@@ -4,6 +4,7 @@ What it computes equals `trace.run` once per intervention; `sweep` checks that o
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from vlm_mech.errors import TooLargeError, UsageError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.teacher_forcing import each_alone
 from vlm_mech.interventions.answered import Given, with_answers
-from vlm_mech.interventions.plan import Write, plan
+from vlm_mech.interventions.plan import Plan, Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
 from vlm_mech.interventions.trace import Run, edited_embeddings, read, run
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 Keep = Callable[[int, Tensor], Tensor]
 """What is kept of an intervention, from its number and its logits, batch x read x vocab."""
+Listen = Callable[[list[int], Wave, Tensor, Tensor], None]
+"""Is given the numbers of some versions, their wave, and the keys and values that a block just made of its rows."""
 AFTER_THE_LAST = "after the last attention nothing flows from these positions to the last one"
 
 
@@ -42,7 +45,7 @@ class Engine:
     """RecordedPass passes and states read so far for one batch, shared by all its edited versions.
 
     `budget` is how many bytes they may take at their peak, the model itself not counted; `limit` is that or the
-    default.
+    default. `ran` is the unedited pass where it was run already.
 
     Raises:
         TooLargeError: not even the unedited pass fits.
@@ -51,6 +54,7 @@ class Engine:
     vlm: "VLM"
     encoded: Encoded
     budget: int | None = None
+    ran: RecordedPass | None = None
     limit: int = field(init=False)
     size: Sizes = field(init=False)
     clean: RecordedPass = field(init=False)
@@ -63,7 +67,7 @@ class Engine:
         self.limit = default_budget(self.vlm.device) if self.budget is None else self.budget
         self.size = sizes(self.vlm, self.encoded)
         check_pass(self.size, self.limit)
-        self.clean = record(self.vlm, self.encoded)
+        self.clean = self.ran or record(self.vlm, self.encoded)
         self._know(self.encoded, self.clean)
 
     @property
@@ -74,6 +78,15 @@ class Engine:
     def lend(self, other: "Engine") -> None:
         """Takes the clean pass of another batch, so that states from it need no pass of their own."""
         self._know(other.encoded, other.clean)
+
+    def alone(self) -> "Engine":
+        """The engine of the prompts without the answers after them; nothing is run again."""
+        if self.encoded.before is None:
+            return self
+        made = Engine(self.vlm, self.encoded.before, self.limit, self.clean.of_prompts())
+        known = {key: each for key, each in self.known.items() if each[1] is not self.clean}
+        made.known, made.states, made.encodings = known | made.known, self.states, self.encodings
+        return made
 
     def _know(self, encoded: Encoded, clean: RecordedPass) -> None:
         # States of a batch's prompts are the same with answers after them.
@@ -110,14 +123,48 @@ class Engine:
         if not self.provable(interventions):
             return self._by_reference(interventions, keep)
         interventions = [with_answers(self.vlm, self.encoded, each, self.answered) for each in interventions]
+        made = self.plans(interventions)
+        places = [self.place(each, meant) for each, meant in zip(made, interventions, strict=True)]
+        return self.carry_out(places, max_cells=max_cells, keep=keep)
+
+    def plans(self, interventions: Sequence[Intervention], *, generating: bool = False) -> list[Plan]:
+        """The concrete edits of each intervention, all states that they take read.
+
+        Args:
+            generating: whether there will be generated tokens to edit.
+        """
         self._read_ahead(interventions)
-        places = [branch_of(self.clean, plan(self.vlm, self.encoded, each, self._read), each, self._encoded)
-                  for each in interventions]  # fmt: skip
+        return [plan(self.vlm, self.encoded, each, self._read, generating=generating) for each in interventions]
+
+    def place(self, made: Plan, intervention: Intervention) -> Branch:
+        """Where the version with these edits leaves the clean pass."""
+        return branch_of(self.clean, made, intervention, self._encoded)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the passes and states that are kept."""
         own = sum(value.nbytes for key, (_, value) in self.states.items() if key[0] not in self.known)
-        passes = len({id(clean) for _, clean in self.known.values()})
-        held = passes * pass_bytes(self.size) + own + (len(places) * answer_bytes(self.size) if keep is None else 0)
+        return len({id(clean) for _, clean in self.known.values()}) * pass_bytes(self.size) + own
+
+    def carry_out(
+        self,
+        places: list[Branch],
+        *,
+        max_cells: int = MAX_CELLS,
+        keep: Keep | None = None,
+        listen: Listen | None = None,
+        beside: int = 0,
+    ) -> tuple[Tensor, list[tuple[Receipt, ...]]]:
+        """As `answers`, of versions whose places are known.
+
+        Args:
+            listen: is given the keys and values that each block makes of some versions: their numbers, the wave, keys
+                and values.
+            beside: bytes that something else takes meanwhile.
+        """
+        held = self.held + beside + (len(places) * answer_bytes(self.size) if keep is None else 0)
         made, _ = waves(self.size, places, held=held, budget=self.limit, max_cells=max_cells)
-        kept = _Kept(len(places), keep or next_token)
+        kept = _Kept(len(places), keep or next_token, listen)
         proofs: list[tuple[Receipt, ...]] = [()] * len(places)
         for numbers in made:
             self._run(numbers, places, kept, proofs)
@@ -129,7 +176,8 @@ class Engine:
         done = False
         try:
             cells = [self._cell(places[number]) for number in numbers]
-            wave = Wave(self.vlm, self.clean, cells, cells[0].start, cells[0].before)
+            listen = None if kept.listen is None else functools.partial(kept.listen, numbers)
+            wave = Wave(self.vlm, self.clean, cells, cells[0].start, cells[0].before, listen)
             for place, logits in wave.run():
                 number, receipts = numbers[place], wave.receipts[place]
                 if receipts and not any(receipt.reaches for receipt in receipts):
@@ -219,9 +267,13 @@ class Engine:
             return Cell(where.writes, where.cuts, 0, where.start, self.clean, hidden, added or None, receipts)
         if where.donor is None or where.taken is None:
             return Cell(where.writes, where.cuts, where.entry, where.start, self.clean)
-        donor = self._clean_of(where.donor)
+        donor = self.before(where)
         proof = self._taken_over(where.taken, where.writes[where.taken][0], donor)
         return Cell(where.left, where.cuts, where.entry, where.start, donor, receipts=(proof,))
+
+    def before(self, where: Branch | None) -> RecordedPass:
+        """The pass whose keys and values a version has before its start, once it has left the clean pass."""
+        return self.clean if where is None or where.donor is None else self._clean_of(where.donor)
 
     def _taken_over(self, site: Site, write: Write, other: RecordedPass) -> WriteReceipt:
         """The receipt of a write that was made by taking the keys and values of the run the states come from."""
@@ -298,10 +350,11 @@ def _side_by_side(runs: Sequence[Run]) -> Float[Tensor, "batch read vocab"]:
 
 @dataclass(eq=False)
 class _Kept:
-    """What is kept of the logits of each of so many interventions."""
+    """What is kept of the logits of each of so many interventions, and who listens to their keys and values."""
 
     n: int
     keep: Keep
+    listen: Listen | None = None
     found: Tensor | None = None
 
     def take(self, number: int, logits: Float[Tensor, "batch read vocab"]) -> None:

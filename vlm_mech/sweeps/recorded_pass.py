@@ -53,7 +53,8 @@ class RecordedPass:
     """An unedited pass over a batch: its decoder blocks, their final output and the logits that are read.
 
     `reads` are the logits at each prompt's last position and at the answers' tokens after it. `added`
-    are features that the model adds at image positions after the first blocks (deepstack).
+    are features that the model adds at image positions after the first blocks (deepstack). `positions` are the position
+    ids that the decoder was given, batch x pos or axis x batch x pos; None where it counts them itself.
     """
 
     encoded: Encoded
@@ -61,6 +62,7 @@ class RecordedPass:
     final: Float[Tensor, "batch pos d_model"]
     reads: Float[Tensor, "batch read vocab"]
     added: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
+    positions: Int[Tensor, "..."] | None = None
 
     @property
     def logits(self) -> Float[Tensor, "batch vocab"]:
@@ -75,6 +77,21 @@ class RecordedPass:
     def hidden(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """Input of a block; the output of the last one for the number of blocks."""
         return self.final if layer == len(self.blocks) else self.blocks[layer].hidden
+
+    def of_prompts(self) -> "RecordedPass":
+        """The same pass as far as the prompts go, without the answers after them; nothing is copied."""
+        n_prompt, n_pos, encoded = self.encoded.n_prompt, self.final.shape[1], self.encoded.before
+        if encoded is None:
+            return self
+        masks = {id(each.mask): each.mask[..., :n_prompt, :n_prompt] for each in self.blocks if each.mask is not None}
+        blocks = []
+        for each in self.blocks:
+            arguments = {name: _first(value, n_pos, n_prompt) for name, value in each.arguments.items()}
+            block = Block(each.hidden[:, :n_prompt], arguments, masks.get(id(each.mask)), each.scaling, each.plain)
+            block.keys, block.values = each.keys[:, :, :n_prompt], each.values[:, :, :n_prompt]
+            blocks.append(block)
+        positions = None if self.positions is None else self.positions[..., :n_prompt]
+        return RecordedPass(encoded, blocks, self.final[:, :n_prompt], self.reads[:, :1], self.added, positions)
 
     def widened(self, start: int) -> int:
         """The largest position from which on all can be computed anew without changing what is before it.
@@ -95,6 +112,14 @@ class RecordedPass:
         found = [(mask.any(0).any(0).long() * numbers[each]).amax(-1) - 1 for each, mask in masks.items()]
         # Plainly causal ones widen nothing.
         return [last.cpu() for last in found if not torch.equal(last.cpu(), torch.arange(len(last)))]
+
+
+def _first(value: Any, n_pos: int, length: int) -> Any:
+    """The first positions of an argument of a block."""
+    if isinstance(value, tuple | list):
+        return type(value)(_first(each, n_pos, length) for each in value)
+    axis = position_axis(value, n_pos)
+    return value if axis is None else value.narrow(axis, 0, length)
 
 
 class _EnoughError(Exception):
@@ -131,7 +156,20 @@ def record(vlm: "VLM", encoded: Encoded) -> RecordedPass:
     ordered = [blocks[layer] for layer in range(len(stack))]
     read = seen["final"][:, encoded.n_prompt - 1 :]
     logits = read_out(vlm, read.flatten(0, 1)).unflatten(0, read.shape[:2])
-    return RecordedPass(encoded, ordered, seen["final"], logits, added)
+    return RecordedPass(encoded, ordered, seen["final"], logits, added, seen.get("position_ids"))
+
+
+def last_states(vlm: "VLM", run: Callable[[], object]) -> Float[Tensor, "batch pos d_model"]:
+    """What the decoder's last block gives while something is run, which ends there."""
+    seen: dict[str, Any] = {}
+    after = vlm.model.get_submodule(vlm.family.llm.after)
+    hook = after.register_forward_pre_hook(_ender(seen), with_kwargs=True)
+    try:
+        with contextlib.suppress(_EnoughError):
+            run()
+    finally:
+        hook.remove()
+    return seen["final"]
 
 
 def read_out(vlm: "VLM", hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:

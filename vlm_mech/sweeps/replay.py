@@ -6,7 +6,8 @@ before the first edited position is the same for all, so only its keys and value
 rows. The blocks are the model's own, called with the arguments they were recorded with.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -73,13 +74,17 @@ class Active:
 
 @dataclass(eq=False)
 class Wave:
-    """Cells with one start and one prefix, on their way through the decoder."""
+    """Cells with one start and one prefix, on their way through the decoder.
+
+    `listen` is given the keys and values that each block makes of the active rows.
+    """
 
     vlm: "VLM"
     clean: RecordedPass
     cells: list[Cell]
     start: int
     before: RecordedPass
+    listen: Callable[["Wave", Tensor, Tensor], None] | None = None
     active: list[Active] = field(default_factory=list)
     receipts: list[list[Receipt]] = field(default_factory=list)
     layer: int = 0
@@ -176,7 +181,8 @@ class Wave:
         }
         heard: dict[str, Tensor] = {}
         cuts = [each.cell.cuts.get(layer, []) for each in self.active]
-        attention = SuffixAttention(self.vlm, self.clean, self.before, layer, self.start, cuts)
+        listen = None if self.listen is None else functools.partial(self.listen, self)
+        attention = SuffixAttention(self.vlm, self.clean, self.before, layer, self.start, cuts, listen)
         with ExitStack() as hooks:
             hooks.enter_context(attending({block.get_submodule(blocks.attention)}, attention.attend))
             for point, (path, is_input) in inner.items():

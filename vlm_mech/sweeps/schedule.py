@@ -10,7 +10,7 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.errors import TooLargeError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.answered import Given, with_answers
-from vlm_mech.interventions.plan import plan, prompts_of
+from vlm_mech.interventions.plan import ReadStates, plan, prompts_of
 from vlm_mech.interventions.specification import Activations, Intervention, Replace, Source
 from vlm_mech.sweeps.branching import RESIDUAL, Branch, branch_of, outline
 from vlm_mech.sweeps.cost import (
@@ -160,16 +160,6 @@ def check_pass(size: Sizes, budget: int, *, n_passes: int = 1) -> None:
         )
 
 
-def check_peak(plan: SweepPlan, device: torch.device) -> None:
-    """Raise `TooLargeError` when a plan does not fit into its budget."""
-    needed = MARGIN["cpu" if device.type == "cpu" else "cuda"] * plan.peak_bytes
-    if needed > plan.budget:
-        raise TooLargeError(
-            f"{plan.n_examples} example(s) need {readable(needed)} with the answers that are generated; the budget is "
-            f"{readable(plan.budget)}"
-        )
-
-
 def forecast(
     vlm: "VLM",
     encoded: Encoded,
@@ -192,17 +182,7 @@ def forecast(
     interventions = [with_answers(vlm, encoded, each, given) for each in interventions]
     size, before = sizes(vlm, encoded), outline(vlm, encoded)
     own = {id(encoded), id(prompts_of(encoded))}
-    encodings: dict[int, Encoded] = {id(each): each for each in (encoded, encoded.before) if each is not None}
-
-    def encoded_of(source: Source) -> Encoded:
-        if not isinstance(source, Encoded) and id(source) not in encodings:
-            encodings[id(source)] = vlm.encode(list(source))
-        return source if isinstance(source, Encoded) else encodings[id(source)]
-
-    def unread(source: Source, sites: tuple[Site, ...]) -> Activations:
-        batch = encoded_of(source)
-        return Activations({site: _nothing(batch, site) for site in sites}, batch)
-
+    encoded_of, unread = stand_ins(vlm, encoded)
     sources = sources_of(interventions, encoded)
     places = [branch_of(before, plan(vlm, encoded, each, unread), each, encoded_of) for each in interventions]
     kept = {key for key, (_, sites) in sources.items() if recorded(sites, before.n_added)} - own
@@ -226,6 +206,22 @@ def forecast(
         flops=flops,
         forwards=flops / plain,
     )
+
+
+def stand_ins(vlm: "VLM", encoded: Encoded) -> tuple[Callable[[Source], Encoded], ReadStates]:
+    """What encodes the sources of edits of a batch, and what stands in for states that are read of them."""
+    encodings: dict[int, Encoded] = {id(each): each for each in (encoded, encoded.before) if each is not None}
+
+    def encoded_of(source: Source) -> Encoded:
+        if not isinstance(source, Encoded) and id(source) not in encodings:
+            encodings[id(source)] = vlm.encode(list(source))
+        return source if isinstance(source, Encoded) else encodings[id(source)]
+
+    def unread(source: Source, sites: tuple[Site, ...]) -> Activations:
+        batch = encoded_of(source)
+        return Activations({site: _nothing(batch, site) for site in sites}, batch)
+
+    return encoded_of, unread
 
 
 def _nothing(encoded: Encoded, site: Site) -> torch.Tensor:

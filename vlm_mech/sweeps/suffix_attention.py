@@ -3,6 +3,7 @@
 Rows of a call are cell x batch. Queries are the positions from `start` on; keys before it are the same for all cells.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ NEAR = 5.0
 class SuffixAttention:
     """The attention of one decoder block; `cuts` are those of each cell, `receipts` what was proved, by cell.
 
-    Keys and values before `start` are those of the pass `before`; masks and scaling those of `clean`.
+    Keys and values before `start` are those of the pass `before`; masks and scaling those of `clean`. `listen` is given
+    those of the suffix.
     """
 
     vlm: "VLM"
@@ -44,6 +46,7 @@ class SuffixAttention:
     layer: int
     start: int
     cuts: list[list[Cut]]
+    listen: Callable[[Tensor, Tensor], None] | None = None
     receipts: dict[int, KnockoutReceipt] = field(default_factory=dict)
 
     @property
@@ -65,6 +68,8 @@ class SuffixAttention:
             allowed = self.record.allowed(self.start, self.start + query.shape[2])
             groups = self._groups(allowed)
             before = self.before.blocks[self.layer]
+            if self.listen is not None:
+                self.listen(key, value)
             if groups or (self.record.plain and shares_prefix(query.shape[1:], key.shape[1])):
                 return self._shared(query, key, value, before, allowed, groups), None
             return self._joined(function, module, query, key, value, before, allowed, options)

@@ -20,11 +20,16 @@ from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.knockout.data import FoundBy, Masks, Scan, found_edges, queries_of, sweeps
 from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
 from vlm_mech.results.result import Metric
+from vlm_mech.sweeps.cost import pass_bytes, pass_flops, sizes
+from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.generated_answers import GeneratedPart, generated, with_generated
+from vlm_mech.sweeps.generation_cost import GenerationCost, generation_cost
 from vlm_mech.sweeps.measures import Comparison, Measure, comparison, prob, said
+from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES
 from vlm_mech.sweeps.recorded_pass import record
-from vlm_mech.sweeps.schedule import SweepPlan
+from vlm_mech.sweeps.rows import Rows
+from vlm_mech.sweeps.schedule import SweepPlan, check_pass, in_halves
 from vlm_mech.sweeps.sweep import Point, plan_sweep, sweep
 
 if TYPE_CHECKING:
@@ -94,7 +99,8 @@ def knock_out(
         result = sweep(vlm, chosen, some, cut, _measures(chosen, measure), **how)
         table = result.table
         if part is not None:
-            said = _generated(vlm, chosen, [point for point in some if point in drawn], cut, part)
+            spoken = [point for point in some if point in drawn]
+            said = _generated(vlm, chosen, spoken, cut, part, engine=engine, memory=memory)
             said = said.reindex(columns=["example", *scan.axes, *SPOKEN])
             table = table.merge(said, on=["example", *scan.axes], how="left")
         tables.append(table)
@@ -130,12 +136,11 @@ def plan_knockout(
     drawn, plans = _drawn(points, part), []
     for chosen, some, cut in sweeps(first, points, found, scan.layers.sets):
         plan = plan_sweep(vlm, chosen, some, cut, _measures(chosen, measure), batch=len(chosen), memory=memory)
-        n_drawn = len(drawn & set(some))
-        how = {"n_cells": n_drawn, "n_clean": min(n_drawn, 1)}
-        plans.append(plan if part is None else with_generated(plan, vlm, vlm.encode(chosen.base), part, **how))
+        spoken = [point for point in some if point in drawn]
+        plans.append(plan if part is None else _with_generated(vlm, plan, chosen, spoken, cut, part))
     if not plans:
         raise UsageError("no example has any of the edges")
-    added = {"forwards"} if part is None else {"forwards", "generated_forwards"}
+    added = {"forwards"} if part is None else {"forwards", "generated_forwards", "looped_forwards"}
     together = {name: sum(getattr(each, name) * each.n_examples for each in plans) / len(first) for name in added}
     return dataclasses.replace(
         max(plans, key=lambda each: each.peak_bytes),
@@ -152,17 +157,55 @@ def _drawn(points: Sequence[Point], part: GeneratedPart | None) -> set[Point]:
 
 
 def _generated(
-    vlm: "VLM", pairs: Pairs, points: Sequence[Point], cut: Callable[[Point], Intervention], part: GeneratedPart
+    vlm: "VLM",
+    pairs: Pairs,
+    points: Sequence[Point],
+    cut: Callable[[Point], Intervention],
+    part: GeneratedPart,
+    *,
+    engine: str,
+    memory: int | str | None,
 ) -> pd.DataFrame:
     """What is said in some cells and without an edit, and whose answer that is, a row an example and cell."""
-    both = [(pair.answer, pair.counterfactual_answer) for pair in pairs]
-    names, how = [pair.id for pair in pairs], {"max_new_tokens": part.max_new_tokens}
-    clean = generated(vlm, pairs.base, None, both, **how).add_suffix("_baseline") if points else pd.DataFrame()
-    tables = [
-        generated(vlm, pairs.base, cut(point), both, **how).join(clean).assign(example=names, **dict(point.axes))
-        for point in points
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    if not points:
+        return pd.DataFrame()
+    edits, budget = [cut(point) for point in points], budget_of(vlm.device, memory)
+    checked = part.checked(range(len(points)))
+
+    def spoken(rows: slice) -> list[pd.DataFrame]:
+        some, own = pairs[rows], Rows(vlm, rows, list(pairs.base))
+        runner = engine_of(vlm, vlm.encode(some.base), engine, budget=budget)
+        both = [(pair.answer, pair.counterfactual_answer) for pair in some]
+        how = {"max_new_tokens": part.max_new_tokens, "check": checked if rows.start == 0 else ()}
+        tables = generated(runner, [own.of(edit) for edit in edits], both, **how)
+        names = [pair.id for pair in some]
+        return [table.assign(example=names, **dict(point.axes)) for table, point in zip(tables, points, strict=True)]
+
+    halves = in_halves(slice(0, len(pairs)), spoken)
+    return pd.concat([table for tables in halves for table in tables], ignore_index=True)
+
+
+def _with_generated(
+    vlm: "VLM",
+    plan: SweepPlan,
+    pairs: Pairs,
+    points: Sequence[Point],
+    cut: Callable[[Point], Intervention],
+    part: GeneratedPart,
+) -> SweepPlan:
+    """The plan of a batch with what is generated for it; the pass over the prompts is run for it once more."""
+    checked = part.checked(range(len(points)))
+
+    def of(rows: slice) -> GenerationCost:
+        encoded, own = vlm.encode(pairs[rows].base), Rows(vlm, rows, list(pairs.base))
+        edits, size = [own.of(cut(point)) for point in points], sizes(vlm, encoded)
+        check_pass(size, plan.budget)
+        how = {"held": pass_bytes(size), "budget": plan.budget, "check": checked if rows.start == 0 else ()}
+        cost = generation_cost(vlm, encoded, edits, part.max_new_tokens, **how)
+        return dataclasses.replace(cost, flops=cost.flops + pass_flops(size))
+
+    costs = in_halves(slice(0, len(pairs)), of) if points else []
+    return with_generated(plan, costs, part, n_cells=len(points))
 
 
 def _measures(pairs: Pairs, name: Comparison) -> tuple[Measure, ...]:

@@ -5,8 +5,7 @@ exchange of blocks between checkpoints.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -24,12 +23,13 @@ from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
 from vlm_mech.sweeps.asked import check_once
 from vlm_mech.sweeps.cost import pass_bytes, sizes
-from vlm_mech.sweeps.engine import engine_of
+from vlm_mech.sweeps.engine import Engine, Reference, engine_of
 from vlm_mech.sweeps.generated_answers import GeneratedPart, generated, with_generated
+from vlm_mech.sweeps.generation_cost import generation_cost
 from vlm_mech.sweeps.measures import Comparison, comparison, said
 from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, Readings, readings_of, without_trivial_places
-from vlm_mech.sweeps.schedule import SweepPlan, check_peak, forecast, in_halves
+from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves, recorded
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -171,7 +171,7 @@ def plan_swap(
         flops = int(passes + len(directions) * (one.flops - passes))
         forwards = one.forwards * flops / one.flops
         plan = dataclasses.replace(one, n_cells=one.n_cells * len(directions), flops=flops, forwards=forwards)
-        return plan if part is None else _with_generated(vlm, plan, patched, directions, sites, spans, part)
+        return plan if part is None else _with_generated(vlm, plan, (patched, donor), directions, sites, spans, part)
 
     return in_halves(slice(0, min(batch, len(pairs))), of)[0].over(len(pairs))
 
@@ -179,7 +179,7 @@ def plan_swap(
 def _with_generated(
     vlm: "VLM",
     plan: SweepPlan,
-    patched: Encoded,
+    sides: Sequence[Encoded],
     directions: Sequence[str],
     sites: Sequence[Site],
     spans: Sequence[str],
@@ -187,23 +187,30 @@ def _with_generated(
 ) -> SweepPlan:
     """The plan of a batch with what is generated for it, while both unedited passes are kept.
 
+    Args:
+        sides: what is patched, and whose states it is given; both directions cost alike.
+
     Raises:
         TooLargeError: it does not fit into the memory.
     """
-    drawn = _drawn(directions, sites, spans, part)
-    cells = [(direction, site) for direction in directions for site in sites for _ in spans]
-    found = with_generated(
-        plan,
-        vlm,
-        patched.before or patched,
-        part,
-        n_cells=len(drawn),
-        n_clean=len({cells[number][0] for number in drawn}),
-        read=[cells[number][1] for number in drawn],
-        held=2 * pass_bytes(sizes(vlm, patched)),
-    )
-    check_peak(found, vlm.device)
-    return found
+    drawn, (patched, donor) = _drawn(directions, sites, spans, part), (each.before or each for each in sides)
+    size, checked = sizes(vlm, patched), part.checked(sorted(drawn))
+    n_read = 0 if recorded(set(sites), len(vlm.taps)) else len(sites)
+    how = {"held": 2 * pass_bytes(size) + n_read * size.stream, "budget": plan.budget}
+    cells = [(site, span) for _ in directions for site in sites for span in spans]
+    costs = []
+    for numbers in _by_direction(drawn, directions, len(sites) * len(spans)).values():
+        edits = [Replace(site, joined(span), source=donor) for site, span in (cells[number] for number in numbers)]
+        check = [at for at, number in enumerate(numbers) if number in checked]
+        costs.append(generation_cost(vlm, patched, edits, part.max_new_tokens, check=check, **how))
+    return with_generated(plan, costs, part, n_cells=len(drawn))
+
+
+def _by_direction(drawn: Collection[int], directions: Sequence[str], n_cells: int) -> dict[str, list[int]]:
+    """Numbers of the drawn cells of each direction that has any, where each direction has so many cells."""
+    of = {direction: range(at * n_cells, (at + 1) * n_cells) for at, direction in enumerate(directions)}
+    found = {direction: [number for number in numbers if number in drawn] for direction, numbers in of.items()}
+    return {direction: numbers for direction, numbers in found.items() if numbers}
 
 
 def _drawn(
@@ -254,14 +261,13 @@ def _swapped(
         edits = [Replace(site, joined(span), source=donor.encoded.before or donor.encoded) for site, span in cells]
         # Both sides have the same answers after them.
         before, target = (read[own].value(own, each.reads) for each in (patched, donor))
-        clean = functools.cache(lambda direction=direction: _generated(vlm, pairs, direction, None, part))
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
+        spoken = {} if part is None else _generated(patched, pairs, direction, edits, drawn, len(tables), part)
         for (site, span), edit, after, proof in zip(cells, edits, kept, proofs, strict=True):
             why = WRONG if pairs.made is None else WRONG_ALONE
             table = _scored(before, target, after, usable, measure, read[own].untouched(edit)[own], why)
-            if len(tables) in drawn and part is not None:
-                table = table.join(_generated(vlm, pairs, direction, edit, part))
-                table = table.join(clean().add_suffix("_baseline"))
+            if len(tables) in spoken:
+                table = table.join(spoken[len(tables)])
             place: dict[str, Any] = {"point": site.point} if site.layer is None else {"layer": site.layer}
             place |= {f"{measure}{ending}": told for ending, told in read[own].each[own].places.items()}
             tables.append(table.assign(span=span, **place, example=[pair.id for pair in pairs], direction=direction))
@@ -272,12 +278,29 @@ def _swapped(
     return table.assign(group=table["example"].map(groups)), receipts
 
 
-def _generated(vlm: "VLM", pairs: Pairs, direction: str, edit: Replace | None, part: GeneratedPart) -> pd.DataFrame:
-    """What is said with a swap in force or without, and whose answer that is, a row a pair."""
-    noising = direction == "noising"
-    prompts = pairs.base if noising else pairs.counterfactual
-    both = [(pair.answer, pair.counterfactual_answer)[:: 1 if noising else -1] for pair in pairs]
-    return generated(vlm, prompts, edit, both, max_new_tokens=part.max_new_tokens)
+def _generated(
+    engine: Engine | Reference,
+    pairs: Pairs,
+    direction: str,
+    edits: Sequence[Replace],
+    drawn: Collection[int],
+    first: int,
+    part: GeneratedPart,
+) -> dict[int, pd.DataFrame]:
+    """What is said in drawn cells and without a swap, and whose answer that is, by number of the cell a row a pair.
+
+    Args:
+        edits: of the cells of the direction, which are numbered from `first` on.
+    """
+    chosen = [number for number in sorted(drawn) if 0 <= number - first < len(edits)]
+    if not chosen:
+        return {}
+    both = [(pair.answer, pair.counterfactual_answer)[:: 1 if direction == "noising" else -1] for pair in pairs]
+    checked = part.checked(sorted(drawn))
+    check = [at for at, number in enumerate(chosen) if number in checked]
+    how = {"max_new_tokens": part.max_new_tokens, "check": check}
+    tables = generated(engine, [edits[number - first] for number in chosen], both, **how)
+    return dict(zip(chosen, tables, strict=True))
 
 
 def _scored(
