@@ -4,6 +4,7 @@ What it computes equals `trace.run` once per intervention; `sweep` checks that o
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from vlm_mech.interventions.answered import Given, with_answers
 from vlm_mech.interventions.plan import Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
-from vlm_mech.interventions.trace import Run, edited_embeddings, read, run
+from vlm_mech.interventions.trace import Run, carry_out, edited_embeddings, read, run
 from vlm_mech.sweeps.branching import Branch, branch_of
 from vlm_mech.sweeps.cost import Sizes, answer_bytes, pass_bytes, sizes
 from vlm_mech.sweeps.memory import default_budget, is_out_of_memory
@@ -252,11 +253,14 @@ class Reference:
     encoded: Encoded
     budget: int | None = None
     alone: list[Encoded] = field(init=False)
-    unedited: list[Run] = field(init=False)
 
     def __post_init__(self) -> None:
         self.alone = each_alone(self.encoded)
-        self.unedited = [run(self.vlm, each) for each in self.alone]
+
+    @functools.cached_property
+    def unedited(self) -> list[Run]:
+        """The unedited run over each answer, made when it is first needed."""
+        return [run(self.vlm, each) for each in self.alone]
 
     @property
     def baseline(self) -> Float[Tensor, "batch vocab"]:
@@ -282,6 +286,24 @@ class Reference:
             proofs.append(tuple(receipt for one in done for receipt in one.receipts))
         assert kept.found is not None, "there is an intervention"
         return kept.found, proofs
+
+    def logits(self, intervention: Intervention) -> Float[Tensor, "batch read vocab"]:
+        """Logits as in `reads` under an intervention, its receipts verified.
+
+        The unedited run is made only for edits that cannot reach the answer: that the logits stay as they are is then
+        part of the proof.
+        """
+        done = []
+        for number, one in enumerate(self.alone):
+            made = plan(self.vlm, one, intervention, lambda source, sites: read(self.vlm, source, sites))
+            _, logits, receipts = carry_out(self.vlm, one, made)
+            assert logits is not None, "the pass runs to its end"
+            done.append(Run(logits, one))
+            if not any(each.reaches for each in receipts):
+                moved = (done[-1].reads - self.unedited[number].reads).abs().max().item()
+                receipts = tuple(dataclasses.replace(each, pass_readout_change=moved) for each in receipts)
+            verify(receipts)
+        return _side_by_side(done)
 
 
 def _read_side_by_side(vlm: "VLM", encoded: Encoded, sites: Sequence[Site]) -> dict[Site, Tensor]:

@@ -354,9 +354,7 @@ def _agree(vlm: "VLM", read: Readings, edits: list[Intervention], found: dict[in
     reference, worst = Reference(vlm, read.encoded), 0.0
     present = torch.tensor(read.encoded.read_places).bool() if read.encoded.answers else slice(None)
     for number, logits in found.items():
-        kept: list[Tensor] = []
-        reference.answers([edits[number]], keep=lambda _, logits, kept=kept: kept.append(logits) or logits[:, 0])
-        expected = kept[0].float()[present]
+        expected = reference.logits(edits[number]).float()[present]
         difference = (expected - logits.float()[present]).abs().max().item()
         limit = ROUNDING * torch.finfo(logits.dtype).eps * max(1.0, expected.abs().max().item())
         if not difference <= limit:
