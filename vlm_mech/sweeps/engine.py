@@ -22,13 +22,14 @@ from vlm_mech.interventions.answered import Given, with_answers
 from vlm_mech.interventions.plan import Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
-from vlm_mech.interventions.trace import Run, carry_out, edited_embeddings, read, run
-from vlm_mech.sweeps.branching import Branch, branch_of
-from vlm_mech.sweeps.cost import Sizes, answer_bytes, pass_bytes, sizes
+from vlm_mech.interventions.trace import Run, carry_out, read, run
+from vlm_mech.sweeps.branching import Branch, branch_of, tower_blocks
+from vlm_mech.sweeps.cost import Sizes, answer_bytes, copies_at_once, pass_bytes, sizes
 from vlm_mech.sweeps.memory import default_budget, is_out_of_memory
 from vlm_mech.sweeps.recorded_pass import RecordedPass, record
 from vlm_mech.sweeps.replay import Cell, Wave
 from vlm_mech.sweeps.schedule import MAX_CELLS, check_pass, recorded, sources_of, waves
+from vlm_mech.sweeps.tower import Copy, TowerPass, tower_outputs
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -59,6 +60,7 @@ class Engine:
     states: dict[tuple[int, Site], tuple[object, Tensor]] = field(default_factory=dict)
     encodings: dict[int, tuple[object, Encoded]] = field(default_factory=dict)
     answered: Given = field(default_factory=dict)
+    tower: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.limit = default_budget(self.vlm.device) if self.budget is None else self.budget
@@ -129,7 +131,7 @@ class Engine:
         """Runs some cells together, or in halves when memory does not suffice after all."""
         done = False
         try:
-            cells = [self._cell(places[number]) for number in numbers]
+            cells = self._cells([places[number] for number in numbers])
             wave = Wave(self.vlm, self.clean, cells, cells[0].start, cells[0].before)
             for place, logits in wave.run():
                 number, receipts = numbers[place], wave.receipts[place]
@@ -213,11 +215,22 @@ class Engine:
 
     # Cells
 
+    def _cells(self, places: list[Branch]) -> list[Cell]:
+        """The edited versions, ready to run; if their images are edited, tower and projector run for them here."""
+        towers = [where.tower for where in places if where.tower is not None]
+        if not towers:
+            return [self._cell(where) for where in places]
+        if not self.tower and any(tower_blocks(each, self.vlm.vision_depth).start for each in towers):
+            self.tower = tower_outputs(self.vlm, self.encoded)
+        step, copies = copies_at_once(self.size, len(towers), self.encoded.n_pos), list[Copy]()
+        for first in range(0, len(towers), step):
+            copies += TowerPass(self.vlm, self.encoded, towers[first : first + step], self.tower).run()
+        return [
+            Cell(where.writes, where.cuts, 0, where.start, self.clean, copy.hidden, copy.added or None, copy.receipts)
+            for where, copy in zip(places, copies, strict=True)
+        ]
+
     def _cell(self, where: Branch) -> Cell:
-        """The edited version, ready to run; if its image is edited, tower and projector run for it here."""
-        if where.tower is not None:
-            hidden, added, receipts = edited_embeddings(self.vlm, self.encoded, where.tower)
-            return Cell(where.writes, where.cuts, 0, where.start, self.clean, hidden, added or None, receipts)
         if where.donor is None or where.taken is None:
             return Cell(where.writes, where.cuts, where.entry, where.start, self.clean)
         donor = self._clean_of(where.donor)
