@@ -58,11 +58,21 @@ def kinds(vlm, donors):
         ],
         "write": [Ablate(Site("llm.resid_pre", layer), "image") for layer in layers],
         "read": [Ablate(Site("llm.mlp_out", layer), "question", to="mean") for layer in layers],
-        "tower": [Ablate(Site("vision.mlp_out", layer), "image") for layer in (0, 2)],
+        "tower": [
+            *(Ablate(Site("vision.mlp_out", layer), "image") for layer in (0, 2)),
+            *(Replace(Site("vision.resid_pre", layer), "image", source=donors) for layer in vlm.vision_layers),
+            Ablate(Site("projector.in"), "image", to="mean"),
+            Ablate(Site("projector.out"), "image"),
+        ],
+        "tower alone": [Ablate(Site("vision.attn_out", 1), "image")],
+        "tower cut": [
+            Knockout("image", "image", range(layer, vlm.vision_depth), stream="vision", keep_self=True)
+            for layer in range(vlm.vision_depth)
+        ],
     }
 
 
-@pytest.mark.parametrize("kind", ["cut", "cut long", "swap", "write", "read", "tower"])
+@pytest.mark.parametrize("kind", ["cut", "cut long", "swap", "write", "read", "tower", "tower alone", "tower cut"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_the_predicted_peak_is_within_20_percent_of_the_measured_one(attn, kind):
     vlm, encoded, donors = middling(attn)
@@ -136,7 +146,7 @@ def test_operations_of_a_pass_are_those_that_torch_counts(family):
 
 def test_operations_of_a_sweep_are_those_that_torch_counts():
     vlm, encoded, donors = middling("eager")
-    for kind in ("cut", "swap", "write"):
+    for kind in ("cut", "swap", "write", "read", "tower", "tower alone", "tower cut"):
         edits = kinds(vlm, donors)[kind]
         with FlopCounterMode(display=False) as counter:
             Engine(vlm, encoded, PLENTY).answers(edits)

@@ -23,7 +23,7 @@ from vlm_mech.interventions.attention import Cutting, cutting
 from vlm_mech.interventions.foreign_hooks import hooks_at
 from vlm_mech.interventions.generating import check_generation, decoding_options, new_ids, told
 from vlm_mech.interventions.open_traces import alone, refuse_open_trace
-from vlm_mech.interventions.passes import Batch, Passes, Window, prompt_pass
+from vlm_mech.interventions.passes import Batch, Passes, prompt_pass
 from vlm_mech.interventions.plan import Plan, plan
 from vlm_mech.interventions.receipt import Receipt, ReceiptError, verify
 from vlm_mech.interventions.specification import Activations, Intervention

@@ -6,12 +6,13 @@ model itself is not among them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vlm_mech.architectures.site import Site
 from vlm_mech.inputs.image_layout import flattened
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.plan import Plan
@@ -28,8 +29,9 @@ class Tower:
     """Operations and bytes of vision tower and projector over the images of a batch.
 
     `patches`, `block` and `projector` are operations of cutting the pictures into patches, of one block and of the
-    projector. `stream` are the bytes of one block's output, `held` those of a pass at its peak, `pixels` those of its
-    inputs. Of the `n_layers` blocks `depth` are read. `copies`: whether several copies go through in one pass.
+    projector. `stream` are the bytes of one block's output, `held` those of a pass at its peak beside the pictures,
+    whose own are `pixels`; `anew`: the tower puts them together anew. Of the `n_layers` blocks `depth` are read.
+    `copies`: whether several copies go through in one pass.
     """
 
     n_layers: int
@@ -40,6 +42,7 @@ class Tower:
     stream: int
     held: int
     pixels: int
+    anew: bool
     copies: bool
 
     @property
@@ -124,7 +127,10 @@ def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
 
 
 def _tower(vlm: "VLM", encoded: Encoded) -> Tower | None:
-    """Images packed into one row are counted as attending within themselves; windows within an image are not counted."""
+    """Sizes of the tower; None without images.
+
+    Images packed into one row are counted as attending within themselves; windows within an image are not counted.
+    """
     if not any(row.images for row in encoded.rows):
         return None
     family = vlm.family
@@ -141,7 +147,7 @@ def _tower(vlm: "VLM", encoded: Encoded) -> Tower | None:
     whole = vlm.model.get_submodule(family.vision.path.rsplit(".", 2)[0])
     cutting = sum(each.weight.numel() for each in whole.modules() if hasattr(each, "kernel_size"))
     n_image = sum(len(row.image) for row in encoded.rows)
-    # States of all blocks may be kept by the model; tiles are put together anew before they are cut into patches.
+    # States of all blocks may be kept by the model.
     held = n_rows * n_tokens * (width * (n_layers + 3) + 2 * wide) * vlm.dtype.itemsize
     if vlm.backend_of("vision") == "eager":
         at_once = n_rows * n_tokens**2 if n_rows > 1 else max(lengths) ** 2
@@ -155,6 +161,7 @@ def _tower(vlm: "VLM", encoded: Encoded) -> Tower | None:
         stream=n_rows * n_tokens * width * vlm.dtype.itemsize,
         held=held,
         pixels=sum(value.nbytes for name, value in encoded.inputs.items() if name.startswith("pixel_values")),
+        anew=n_rows > 1,
         # One mask over a whole pack would grow with the square of the copies.
         copies=family.layout is not flattened,
     )
@@ -193,9 +200,10 @@ def tower_bytes(size: Sizes, n_copies: int) -> int:
     """Bytes at the peak of a pass of so many copies of a batch that ends where the decoder begins."""
     if size.tower is None:
         return n_copies * size.stream
+    pixels = size.tower.pixels * (size.tower.anew + (n_copies > 1))
     # Masks of the decoder are made before its first block.
     mask = size.batch * size.n_pos**2 * (size.itemsize if size.eager else 1) if size.masked else 0
-    return n_copies * max(size.tower.held + size.tower.pixels, 2 * size.stream + mask)
+    return n_copies * (size.stream + max(size.tower.held + pixels, size.stream + mask))
 
 
 def copies_at_once(size: Sizes, n_cells: int, n_suffix: int) -> int:
@@ -292,3 +300,20 @@ def tower_flops(size: Sizes, made: Plan) -> int:
     """Operations of a version with these edits of tower and projector, up to the decoder."""
     assert size.tower is not None, "there is an image to edit"
     return size.tower.patches + len(tower_blocks(made, size.tower.depth)) * size.tower.block + size.tower.projector
+
+
+def recording_flops(size: Sizes) -> int:
+    """Operations of the clean pass through the tower alone."""
+    return size.tower.patches + size.tower.n_layers * size.tower.block if size.tower else 0
+
+
+def reading_flops(size: Sizes, sites: Iterable[Site]) -> int:
+    """Operations of a pass that ends where the last of some sites has been read."""
+    last = max(sites, key=lambda site: site.order)
+    if last.stream == "llm":
+        block = 2 * size.weights * size.n_pos + 4 * size.n_heads * size.d_head * size.n_pos**2
+        return (size.tower.flops if size.tower else 0) + (last.depth + 1) * size.batch * block
+    assert size.tower is not None, "there is an image to read of"
+    if last.stream == "projector":
+        return size.tower.flops
+    return size.tower.patches + (last.depth + 1) * size.tower.block

@@ -23,12 +23,12 @@ from vlm_mech.interventions.plan import Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
 from vlm_mech.interventions.trace import Run, carry_out, read, run
-from vlm_mech.sweeps.branching import Branch, branch_of, tower_blocks
+from vlm_mech.sweeps.branching import Branch, branch_of
 from vlm_mech.sweeps.cost import Sizes, answer_bytes, copies_at_once, pass_bytes, sizes
 from vlm_mech.sweeps.memory import default_budget, is_out_of_memory
 from vlm_mech.sweeps.recorded_pass import RecordedPass, record
 from vlm_mech.sweeps.replay import Cell, Wave
-from vlm_mech.sweeps.schedule import MAX_CELLS, check_pass, recorded, sources_of, waves
+from vlm_mech.sweeps.schedule import MAX_CELLS, check_pass, needs_tower, recorded, sources_of, waves
 from vlm_mech.sweeps.tower import Copy, TowerPass, tower_outputs
 
 if TYPE_CHECKING:
@@ -117,6 +117,9 @@ class Engine:
         places = [branch_of(self.clean, plan(self.vlm, self.encoded, each, self._read), each, self._encoded)
                   for each in interventions]  # fmt: skip
         own = sum(value.nbytes for key, (_, value) in self.states.items() if key[0] not in self.known)
+        if not self.tower and needs_tower(self.vlm, places):
+            self.tower = tower_outputs(self.vlm, self.encoded)
+        own += sum(each.nbytes for each in self.tower)
         passes = len({id(clean) for _, clean in self.known.values()})
         held = passes * pass_bytes(self.size) + own + (len(places) * answer_bytes(self.size) if keep is None else 0)
         made, _ = waves(self.size, places, held=held, budget=self.limit, max_cells=max_cells)
@@ -220,8 +223,6 @@ class Engine:
         towers = [where.tower for where in places if where.tower is not None]
         if not towers:
             return [self._cell(where) for where in places]
-        if not self.tower and any(tower_blocks(each, self.vlm.vision_depth).start for each in towers):
-            self.tower = tower_outputs(self.vlm, self.encoded)
         step, copies = copies_at_once(self.size, len(towers), self.encoded.n_pos), list[Copy]()
         for first in range(0, len(towers), step):
             copies += TowerPass(self.vlm, self.encoded, towers[first : first + step], self.tower).run()

@@ -45,7 +45,7 @@ def forward_through(module: nn.Module, around: Callable[..., Any]) -> Iterator[N
     try:
         yield
     finally:
-        # Of a module that was not changed before (as those that accelerate moves are) the class has it.
+        # Others (nnsight, accelerate) may have given the module a forward of its own before; else the class has it.
         if before is None:
             del module.forward
         else:

@@ -20,7 +20,7 @@ from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.attention import cutting
 from vlm_mech.interventions.passes import prompt_pass
 from vlm_mech.interventions.plan import Plan
-from vlm_mech.interventions.receipt import Receipt
+from vlm_mech.interventions.receipt import Receipt, ReceiptError
 from vlm_mech.interventions.timeline import beside_of, witness_of
 from vlm_mech.interventions.trace import cuttings_of
 from vlm_mech.interventions.verification import Proofs, receipts_of
@@ -61,32 +61,40 @@ class Copy:
     """One edited version: its plan for tower and projector with what proves it, and what it brings to the decoder.
 
     `hidden` are the states before the decoder's first block, `added` the features that the model adds after the first
-    blocks (deepstack).
+    blocks (deepstack). `cut` has the receipts of cut layers, made when the layer has been run.
     """
 
-    proofs: Proofs
+    made: Plan
+    writes: Proofs
     blocks: range
-    cuttings: dict[nn.Module, Any]
+    cut: dict[int, Receipt] = field(default_factory=dict)
     hidden: Float[Tensor, "batch pos d_model"] = field(init=False)
     added: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:
-        """What was proved, not yet verified."""
-        return receipts_of(self.proofs, list(self.cuttings.values()), 0.0)
+        """What was proved, not yet verified.
+
+        Raises:
+            ReceiptError: an edited site or a cut layer was never reached.
+        """
+        for (_, layer), cuts in self.made.cuts.items():
+            if layer not in self.cut:
+                raise ReceiptError(f"{cuts[0].what} at vision.attention[{layer}]: the layer was never reached")
+        return (*receipts_of(self.writes, [], 0.0), *(self.cut[layer] for layer in sorted(self.cut)))
 
     def sites(self, layer: int) -> list[Site]:
         """Edited sites within a block of the tower."""
-        vision = [site for site in self.proofs.made.writes if site.stream == "vision" and site.layer == layer]
+        vision = [site for site in self.made.writes if site.stream == "vision" and site.layer == layer]
         return [site for site in vision if site.point != "resid_post"]
 
     def edited_in(self, layer: int) -> bool:
         """Whether anything is edited within a block of the tower."""
-        return bool(self.sites(layer)) or ("vision", layer) in self.proofs.made.cuts
+        return bool(self.sites(layer)) or ("vision", layer) in self.made.cuts
 
     def written(self, site: Site, states: Tensor) -> Tensor:
         """States of this copy after its writes at a site, in the shape that they were given in."""
-        writes, seen = self.proofs.made.writes.get(site, ()), self.proofs.seen
+        writes, seen = self.made.writes.get(site, ()), self.writes.seen
         if not writes:
             return states
         before = after = in_rows(states)
@@ -107,21 +115,14 @@ class TowerPass:
     copies: list[Copy] = field(init=False)
 
     def __post_init__(self) -> None:
+        # Cut layers are proved one by one, since what passes through them is large.
         self.copies = [
-            Copy(
-                Proofs(self.vlm, self.encoded, each),
-                tower_blocks(each, self.vlm.vision_depth),
-                cuttings_of(self.vlm, self.encoded, each),
-            )
+            Copy(each, Proofs(self.vlm, self.encoded, Plan(each.writes, {})), tower_blocks(each, self.vlm.vision_depth))
             for each in self.plans
         ]
 
     def run(self) -> list[Copy]:
-        """The copies with what they bring to the decoder.
-
-        Raises:
-            ReceiptError: an edited site or a cut layer was never reached.
-        """
+        """The copies with what they bring to the decoder."""
         n, family = len(self.copies), self.vlm.family
         inputs = {name: torch.cat([value] * n) if n > 1 else value for name, value in self.encoded.inputs.items()}
         with ExitStack() as stack:
@@ -141,7 +142,7 @@ class TowerPass:
             stack.enter_context(suppress(_EnoughError))
             self.vlm.model(**inputs, use_cache=False)
         for copy in self.copies:
-            copy.proofs.take(prompt_pass(self.encoded))
+            copy.writes.take(prompt_pass(self.encoded))
         return self.copies
 
     def _module(self, path: str) -> nn.Module:
@@ -159,13 +160,13 @@ class TowerPass:
 
     def _received(self, site: Site, states: Tensor) -> Tensor:
         for copy, own in self._each(states):
-            if site in copy.proofs.made.writes:
+            if site in copy.made.writes:
                 # A module may be called once more, for what is pooled of the images.
-                copy.proofs.seen.received.setdefault(site, in_rows(own))
+                copy.writes.seen.received.setdefault(site, in_rows(own))
         return states
 
     def _edited(self, site: Site, states: Tensor) -> Tensor:
-        if not any(site in copy.proofs.made.writes for copy in self.copies):
+        if not any(site in copy.made.writes for copy in self.copies):
             return states
         return torch.cat([copy.written(site, own) for copy, own in self._each(states)])
 
@@ -213,20 +214,23 @@ class TowerPass:
 
     def _alone(self, copy: Copy, layer: int, run: Forward, states: Tensor) -> Tensor:
         """One copy through a block in which it is edited."""
-        sites, seen, block = copy.sites(layer), copy.proofs.seen, f"{self.vlm.family.vision.path}.{layer}"
+        sites, seen, block = copy.sites(layer), copy.writes.seen, f"{self.vlm.family.vision.path}.{layer}"
+        where = ("vision", layer)
+        cuts = Plan({}, {where: copy.made.cuts[where]} if where in copy.made.cuts else {})
+        cuttings = cuttings_of(self.vlm, self.encoded, cuts)
 
         def keep(kept: dict[Site, Tensor], site: Site, states: Tensor) -> Tensor:
             kept[site] = in_rows(states)
             return states
 
         with ExitStack() as stack:
-            stack.enter_context(cutting(copy.cuttings))
+            stack.enter_context(cutting(cuttings))
             for site in sites:
-                for kept, witness in ((seen.received, witness_of(self.vlm, site)), (seen.beside, beside_of(self.vlm, site))):
+                receivers = (seen.received, witness_of(self.vlm, site)), (seen.beside, beside_of(self.vlm, site))
+                for kept, witness in receivers:
                     if witness is not None and witness.path != block:
-                        stack.enter_context(
-                            passed(self._module(witness.path), partial(keep, kept, site), is_input=witness.is_input)
-                        )
+                        look = partial(keep, kept, site)
+                        stack.enter_context(passed(self._module(witness.path), look, is_input=witness.is_input))
             for site in sites:
                 path, is_input = self.vlm.module_of(site)
                 if path != block:
@@ -235,11 +239,16 @@ class TowerPass:
         for site in sites:
             if site.point == "mlp_out":
                 keep(seen.received, site, out)
+        for receipt in receipts_of(Proofs(self.vlm, self.encoded, cuts), list(cuttings.values()), 0.0):
+            copy.cut[layer] = receipt
         return out
 
 
-def in_rows(states: Tensor) -> Float[Tensor, "row pos width"]:
-    """States as rows x pos x width; towers that pack their images have one row without an axis for it."""
+def in_rows(states: Tensor) -> Tensor:
+    """States as rows x pos x width; towers that pack their images have one row without an axis for it.
+
+    What a receiver arranges otherwise (rows x width x height x width, say) stays as it is.
+    """
     return states[None] if states.ndim == 2 else states
 
 
