@@ -29,9 +29,9 @@ class Tower:
     """Operations and bytes of vision tower and projector over the images of a batch.
 
     `patches`, `block` and `projector` are operations of cutting the pictures into patches, of one block and of the
-    projector. `stream` are the bytes of one block's output, `held` those of a pass at its peak beside the pictures,
-    whose own are `pixels`; `anew`: the tower puts them together anew. Of the `n_layers` blocks `depth` are read.
-    `copies`: whether several copies go through in one pass.
+    projector; `proof` those by which a query is proved to have lost its edges. `stream` are the bytes of one block's
+    output, `held` those of a pass at its peak beside the pictures, whose own are `pixels`; `anew`: the tower puts them
+    together anew. Of the `n_layers` blocks `depth` are read. `copies`: whether several copies go through in one pass.
     """
 
     n_layers: int
@@ -39,6 +39,7 @@ class Tower:
     patches: int
     block: int
     projector: int
+    proof: int
     stream: int
     held: int
     pixels: int
@@ -158,6 +159,8 @@ def _tower(vlm: "VLM", encoded: Encoded) -> Tower | None:
         patches=2 * cutting * n_rows * n_tokens,
         block=2 * weights * n_rows * n_tokens + 4 * width * sum(length**2 for length in lengths),
         projector=2 * _weights(vlm.model.get_submodule(family.projector)) * n_image,
+        # Its scores, those under the model's own mask, and its output.
+        proof=6 * width * max(lengths),
         stream=n_rows * n_tokens * width * vlm.dtype.itemsize,
         held=held,
         pixels=sum(value.nbytes for name, value in encoded.inputs.items() if name.startswith("pixel_values")),
@@ -298,13 +301,18 @@ def wave_flops(size: Sizes, places: Sequence[Branch]) -> int:
 
 def tower_flops(size: Sizes, made: Plan) -> int:
     """Operations of a version with these edits of tower and projector, up to the decoder."""
-    assert size.tower is not None, "there is an image to edit"
-    return size.tower.patches + len(tower_blocks(made, size.tower.depth)) * size.tower.block + size.tower.projector
+    tower = size.tower
+    assert tower is not None, "there is an image to edit"
+    queries = [
+        {(row, each) for cut in cuts for row in cut.queries for each in cut.queries[row]} for cuts in made.cuts.values()
+    ]
+    proofs = tower.proof * sum(map(len, queries))
+    return tower.patches + len(tower_blocks(made, tower.depth)) * tower.block + tower.projector + proofs
 
 
-def recording_flops(size: Sizes) -> int:
+def recording_flops(tower: Tower) -> int:
     """Operations of the clean pass through the tower alone."""
-    return size.tower.patches + size.tower.n_layers * size.tower.block if size.tower else 0
+    return tower.patches + tower.n_layers * tower.block
 
 
 def reading_flops(size: Sizes, sites: Iterable[Site]) -> int:

@@ -221,22 +221,19 @@ def forecast(
     check_pass(size, budget, n_passes=1 + len(kept))
     states = sum(_state_bytes(size, site) for sites in others.values() for site in sites)
     logits = len(places) * answer_bytes(size) if keeps_logits else 0
-    tower = needs_tower(vlm, places)
-    recording = size.tower.recorded_bytes if tower and size.tower else 0
-    held = (1 + len(kept)) * pass_bytes(size) + states + logits + recording
+    tower = size.tower if needs_tower(vlm, places) else None
+    held = (1 + len(kept)) * pass_bytes(size) + states + logits + (tower.recorded_bytes if tower else 0)
     made, peak = waves(size, places, held=held, budget=budget, max_cells=max_cells)
-    before_decoder = all(site.stream != "llm" for sites in others.values() for site in sites)
-    reading = tower_bytes(size, 1) if before_decoder else in_block(size, 1, size.n_pos, joined=True)
-    plain = pass_flops(size)
-    flops = (1 + len(kept)) * plain + sum(reading_flops(size, sites) for sites in others.values())
-    flops += recording_flops(size) * tower
+    reading = max((held + _reading(size, sites) for sites in others.values()), default=0)
+    plain, aside = pass_flops(size), sum(reading_flops(size, sites) for sites in others.values())
+    flops = (1 + len(kept)) * plain + aside + (recording_flops(tower) if tower else 0)
     flops += sum(wave_flops(size, [places[number] for number in numbers]) for numbers in made)
     return SweepPlan(
         n_cells=len(places),
         n_examples=len(encoded),
         batch=len(encoded),
         cells_at_once=max(len(numbers) for numbers in made),
-        peak_bytes=max(peak, held + reading if others else 0, pass_peak(size) + len(kept) * pass_bytes(size)),
+        peak_bytes=max(peak, reading, pass_peak(size) + len(kept) * pass_bytes(size)),
         budget=budget,
         flops=flops,
         forwards=flops / plain,
@@ -246,6 +243,13 @@ def forecast(
 def needs_tower(vlm: "VLM", places: Sequence[Branch]) -> bool:
     """Whether any version goes on from what blocks of the tower give in the clean pass."""
     return any(tower_blocks(each.tower, vlm.vision_depth).start for each in places if each.tower is not None)
+
+
+def _reading(size: Sizes, sites: set[Site]) -> int:
+    """Bytes at the peak of a pass in which states are read."""
+    if all(site.stream != "llm" for site in sites):
+        return tower_bytes(size, 1)
+    return in_block(size, 1, size.n_pos, joined=True)
 
 
 def _state_bytes(size: Sizes, site: Site) -> int:
