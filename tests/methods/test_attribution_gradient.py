@@ -13,9 +13,10 @@ from vlm_mech.interventions.specification import Activations, Replace
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.methods.attribution.gradient import forward, frozen, gradient
 from vlm_mech.models.vlm import VLM
-from vlm_mech.sweeps.engine import Engine, Reference
+from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.measures import Measure, logit_diff, logprob_diff, prob
 from vlm_mech.sweeps.readings import readings_of
+from vlm_mech.sweeps.reference import Reference
 
 STEPS = {"next": 3e-3, "parting": 3e-3, "whole": 1e-3}
 """Share of the way to the other run by which states are moved: sums over several tokens bend sooner."""

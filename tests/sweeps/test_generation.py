@@ -17,10 +17,11 @@ from vlm_mech.interventions.specification import Ablate, Knockout, Replace, Stee
 from vlm_mech.interventions.trace import Generation, generate
 from vlm_mech.interventions.verification import NONE_GENERATED
 from vlm_mech.sweeps import generation
-from vlm_mech.sweeps.engine import Engine, Reference
+from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.generation import answers_under
 from vlm_mech.sweeps.generation_cost import generation_cost, parts_of, planned_places
 from vlm_mech.sweeps.memory import peak_memory
+from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.schedule import MARGIN
 
 N_NEW, PLENTY = 5, 10**12

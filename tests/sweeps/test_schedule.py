@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.zoo import ZOO
 from tests.zoo.batches import batch, pairs_of, wrapped
 from vlm_mech.architectures.site import Site
-from vlm_mech.benchmark.model_shapes import build, geometry, prompts
+from vlm_mech.benchmark.model_shapes import Tower, build, geometry, prompts
 from vlm_mech.errors import TooLargeError, UsageError
 from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.interventions.plan import plan
@@ -58,11 +58,21 @@ def kinds(vlm, donors):
         ],
         "write": [Ablate(Site("llm.resid_pre", layer), "image") for layer in layers],
         "read": [Ablate(Site("llm.mlp_out", layer), "question", to="mean") for layer in layers],
-        "tower": [Ablate(Site("vision.mlp_out", layer), "image") for layer in (0, 2)],
+        "tower": [
+            *(Ablate(Site("vision.mlp_out", layer), "image") for layer in (0, 2)),
+            *(Replace(Site("vision.resid_pre", layer), "image", source=donors) for layer in vlm.vision_layers),
+            Ablate(Site("projector.in"), "image", to="mean"),
+            Ablate(Site("projector.out"), "image"),
+        ],
+        "tower alone": [Ablate(Site("vision.attn_out", 1), "image")],
+        "tower cut": [
+            Knockout("image", "image", range(layer, vlm.vision_depth), stream="vision", keep_self=True)
+            for layer in range(vlm.vision_depth)
+        ],
     }
 
 
-@pytest.mark.parametrize("kind", ["cut", "cut long", "swap", "write", "read", "tower"])
+@pytest.mark.parametrize("kind", ["cut", "cut long", "swap", "write", "read", "tower", "tower alone", "tower cut"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_the_predicted_peak_is_within_20_percent_of_the_measured_one(attn, kind):
     vlm, encoded, donors = middling(attn)
@@ -136,7 +146,7 @@ def test_operations_of_a_pass_are_those_that_torch_counts(family):
 
 def test_operations_of_a_sweep_are_those_that_torch_counts():
     vlm, encoded, donors = middling("eager")
-    for kind in ("cut", "swap", "write"):
+    for kind in ("cut", "swap", "write", "read", "tower", "tower alone", "tower cut"):
         edits = kinds(vlm, donors)[kind]
         with FlopCounterMode(display=False) as counter:
             Engine(vlm, encoded, PLENTY).answers(edits)
@@ -145,6 +155,20 @@ def test_operations_of_a_sweep_are_those_that_torch_counts():
         with FlopCounterMode(display=False) as counter:
             Engine(vlm, answered, PLENTY).answers(edits)
         assert forecast(vlm, answered, edits, budget=PLENTY).flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_the_costs_of_edits_before_the_decoder_are_known_where_the_tower_is_the_larger_part():
+    shape = dataclasses.replace(geometry("llava15", width=128), n_layers=2, tower=Tower(6, 256, 4, 1024))
+    vlm = build(shape, attn="eager")
+    assert vlm.readout.cap is None
+    encoded, donors = (vlm.encode(prompts(shape, 1, seed=seed)) for seed in (0, 9))
+    for kind in ("tower", "tower alone", "tower cut"):
+        edits = kinds(vlm, donors)[kind]
+        foreseen = forecast(vlm, encoded, edits, budget=PLENTY)
+        with FlopCounterMode(display=False) as counter, peak_memory(CPU) as peak:
+            Engine(vlm, encoded, PLENTY).answers(edits)
+        assert foreseen.flops == pytest.approx(counter.get_total_flops(), rel=0.05), kind
+        assert 0.8 <= foreseen.peak_bytes / peak.bytes <= 1.2, kind
 
 
 def test_running_out_of_memory_halves_the_wave_and_goes_on(monkeypatch):

@@ -26,7 +26,7 @@ from vlm_mech.interventions.specification import Ablate, Knockout, Replace, Stee
 from vlm_mech.interventions.trace import generate, run
 from vlm_mech.results.result import Metric
 from vlm_mech.sweeps import recorded_pass, replay
-from vlm_mech.sweeps.engine import Engine, Reference
+from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.measures import (
     Measure,
     entropy,
@@ -39,6 +39,7 @@ from vlm_mech.sweeps.measures import (
     total_variation,
 )
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, readings_of
+from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.sweep import grid, plan_sweep, sweep
 
 ANSWERS = (("left of the star", "red"), ("the red circle", "the blue circle is red"), ("blue", "star"))

@@ -20,8 +20,9 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.specification import Intervention, Knockout
 from vlm_mech.interventions.trace import Generation
-from vlm_mech.sweeps.engine import Engine, Reference
+from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.generation import answers_under
+from vlm_mech.sweeps.reference import Reference
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM

@@ -88,11 +88,6 @@ def _key(stream: str, layer: int, slot: str) -> tuple[int, int, int]:
     return STREAMS.index(stream), layer, slots.index(slot)
 
 
-def decoder_inputs_key() -> tuple[int, int, int]:
-    """When the decoder is called."""
-    return _key("llm", 0, "embeddings")
-
-
 def witness_of(vlm: TracedModel, site: Site) -> Witness | None:
     """Where a site's states are received; None for a vision block whose output no module reads."""
     family = vlm.family

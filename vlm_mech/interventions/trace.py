@@ -23,11 +23,11 @@ from vlm_mech.interventions.attention import Cutting, cutting
 from vlm_mech.interventions.foreign_hooks import hooks_at
 from vlm_mech.interventions.generating import check_generation, decoding_options, new_ids, told
 from vlm_mech.interventions.open_traces import alone, refuse_open_trace
-from vlm_mech.interventions.passes import Batch, Passes, Window, prompt_pass
+from vlm_mech.interventions.passes import Batch, Passes, prompt_pass
 from vlm_mech.interventions.plan import Plan, plan
 from vlm_mech.interventions.receipt import Receipt, ReceiptError, verify
 from vlm_mech.interventions.specification import Activations, Intervention
-from vlm_mech.interventions.timeline import Step, decoder_inputs_key, read_site_step, steps_of
+from vlm_mech.interventions.timeline import Step, read_site_step, steps_of
 from vlm_mech.interventions.verification import Proofs, receipts_of
 
 Prompts = Prompt | Sequence[Prompt] | Encoded | DualEncoded
@@ -140,7 +140,7 @@ def read(
         _forward(vlm, encoded, reads, {}, stop=True)
     else:
         made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
-        proofs, cuts = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made)
+        proofs, cuts = Proofs(vlm, encoded, made), cuttings_of(vlm, encoded, made)
         _forward(vlm, encoded, steps_of(vlm, encoded, made, proofs.seen) + reads, cuts, stop=False)
         proofs.take(prompt_pass(encoded))
         _proved(proofs, cuts, 0.0)
@@ -228,7 +228,7 @@ def _check_baseline(baseline: Any, encoded: Batch) -> None:
 
 def _edited(vlm: TracedModel, encoded: Batch, made: Plan) -> tuple[Tensor, Proofs, dict[torch.nn.Module, Cutting]]:
     """The logits of one pass with all edits of a plan, and what proves them."""
-    proofs, cuts = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made)
+    proofs, cuts = Proofs(vlm, encoded, made), cuttings_of(vlm, encoded, made)
     logits = _forward(vlm, encoded, steps_of(vlm, encoded, made, proofs.seen), cuts, stop=False)
     assert logits is not None, "the pass runs to its end"
     proofs.take(prompt_pass(encoded))
@@ -244,7 +244,7 @@ def carry_out(
         to_the_end: otherwise nothing is computed after the last edit and the last of the sites, and there are no
             logits; every cut layer has to lie before.
     """
-    proofs, cuts, states = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made), dict[Site, Tensor]()
+    proofs, cuts, states = Proofs(vlm, encoded, made), cuttings_of(vlm, encoded, made), dict[Site, Tensor]()
     reads = [read_site_step(vlm, encoded, site, states) for site in sites]
     steps = [*steps_of(vlm, encoded, made, proofs.seen), *reads]
     logits = _forward(vlm, encoded, steps, cuts, stop=not to_the_end)
@@ -281,7 +281,7 @@ def generate(
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites), generating=True)
     copies, used = check_generation(vlm, encoded, made, options)
     passes, proofs = Passes(len(encoded), encoded.n_pos, copies), Proofs(vlm, encoded, made)
-    cuts = _cuts(vlm, encoded, made, passes)
+    cuts = cuttings_of(vlm, encoded, made, passes)
     with cutting(cuts):
         result, first = _generated(vlm, encoded, proofs, passes, options)
     ids = new_ids(result, encoded)
@@ -332,30 +332,14 @@ def _generated(
     return result, first["logits"]
 
 
-def edited_embeddings(
-    vlm: TracedModel, encoded: Batch, made: Plan
-) -> tuple[Float[Tensor, "batch pos d_model"], list[Tensor], tuple[Receipt, ...]]:
-    """What the first decoder block receives when tower or projector are edited; no block of the decoder is run.
+def cuttings_of(
+    vlm: TracedModel, encoded: Batch, made: Plan, passes: Passes | None = None
+) -> dict[torch.nn.Module, Cutting]:
+    """The attention modules whose edges are cut, in the order of the plan.
 
-    Returns:
-        The states, the features that the model adds after the first blocks (deepstack), and the receipts, unverified.
+    Args:
+        passes: the passes of a generation, where it is one.
     """
-    site = Site("llm.resid_pre", 0)
-    proofs, cuts, states, added = Proofs(vlm, encoded, made), _cuts(vlm, encoded, made), {}, []
-
-    def keep(window: Window) -> None:
-        added.extend(vlm.envoy(vlm.family.decoder).inputs[1]["deepstack_visual_embeds"])
-
-    steps = [*steps_of(vlm, encoded, made, proofs.seen), read_site_step(vlm, encoded, site, states)]
-    if vlm.taps:
-        steps.append(Step(decoder_inputs_key(), keep))
-    _forward(vlm, encoded, steps, cuts, stop=True)
-    proofs.take(prompt_pass(encoded))
-    return states[site], added, receipts_of(proofs, list(cuts.values()), 0.0)
-
-
-def _cuts(vlm: TracedModel, encoded: Batch, made: Plan, passes: Passes | None = None) -> dict[torch.nn.Module, Cutting]:
-    """The attention modules whose edges are cut."""
     modules = {}
     for (stream, layer), cuts in made.cuts.items():
         blocks = vlm.blocks(stream)

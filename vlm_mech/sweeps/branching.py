@@ -157,6 +157,19 @@ def branch_of(clean: Pass, made: Plan, intervention: Intervention, encoded_of: C
     return Branch(writes, cuts, entry, clean.widened(min(*first, read)))
 
 
+def tower_blocks(made: Plan, depth: int) -> range:
+    """The blocks of the tower that have to be run for a version with these edits of tower and projector.
+
+    Args:
+        depth: blocks that are read; later ones are run where they are edited.
+    """
+    sites = [site for site in made.writes if site.stream == "vision"]
+    cuts = [layer for stream, layer in made.cuts if stream == "vision"]
+    first = min([_entry(site, 0) for site in sites] + cuts, default=depth)
+    last = max([site.depth for site in sites] + cuts, default=0)
+    return range(first, max(depth, last + 1))
+
+
 def _donor(
     clean: Pass,
     writes: dict[Site, list[Write]],

@@ -6,14 +6,17 @@ model itself is not among them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vlm_mech.architectures.site import Site
+from vlm_mech.inputs.image_layout import flattened
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.sweeps.branching import Branch, rows_of
+from vlm_mech.interventions.plan import Plan
+from vlm_mech.sweeps.branching import Branch, rows_of, tower_blocks
 from vlm_mech.sweeps.replay import LOGITS
 from vlm_mech.sweeps.suffix_attention import FAST_BYTES, FLOAT, shares_prefix
 
@@ -22,12 +25,45 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """Operations and bytes of vision tower and projector over the images of a batch.
+
+    `patches`, `block` and `projector` are operations of cutting the pictures into patches, of one block and of the
+    projector; `proof` those by which a query is proved to have lost its edges. `stream` are the bytes of one block's
+    output, `held` those of a pass at its peak beside the pictures, whose own are `pixels`; `anew`: the tower puts them
+    together anew. Of the `n_layers` blocks `depth` are read. `copies`: whether several copies go through in one pass.
+    """
+
+    n_layers: int
+    depth: int
+    patches: int
+    block: int
+    projector: int
+    proof: int
+    stream: int
+    held: int
+    pixels: int
+    anew: bool
+    copies: bool
+
+    @property
+    def flops(self) -> int:
+        """Operations of a whole pass."""
+        return self.patches + self.n_layers * self.block + self.projector
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Bytes of what all blocks give in the clean pass."""
+        return self.n_layers * self.stream
+
+
+@dataclass(frozen=True)
 class Sizes:
     """The numbers of a model and a batch that its cost depends on.
 
     `n_pos` counts prompt and answers, `n_reads` the positions whose logits are read. `weights` are parameters of the
     linear maps of one decoder block; `d_mlp` is the widest layer of its MLP, of which
-    `n_wide` tensors are held at once. `tower` are operations, `tower_bytes` the peak, of vision tower and projector.
+    `n_wide` tensors are held at once. `tower` is None for prompts without images.
     """
 
     batch: int
@@ -44,8 +80,7 @@ class Sizes:
     itemsize: int
     eager: bool
     masked: bool
-    tower: int
-    tower_bytes: int
+    tower: "Tower | None"
     device: str
     n_reads: int = 1
 
@@ -71,7 +106,6 @@ def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
     slides = (getattr(config, "sliding_window", None) or math.inf) < encoded.n_pos
     eager = vlm.backend == "eager"
     several = encoded.answers is not None and encoded.answers.side_by_side
-    tower, tower_bytes = _tower(vlm, encoded)
     return Sizes(
         batch=len(encoded),
         n_pos=encoded.n_pos,
@@ -87,20 +121,19 @@ def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
         itemsize=vlm.dtype.itemsize,
         eager=eager,
         masked=eager or padded or slides or bool(vlm.family.both_ways) or several,
-        tower=tower,
-        tower_bytes=tower_bytes,
+        tower=_tower(vlm, encoded),
         device="cpu" if vlm.device.type == "cpu" else "cuda",
         n_reads=encoded.n_pos - encoded.n_prompt + 1,
     )
 
 
-def _tower(vlm: "VLM", encoded: Encoded) -> tuple[int, int]:
-    """Operations and peak bytes of vision tower and projector over the images of a batch.
+def _tower(vlm: "VLM", encoded: Encoded) -> Tower | None:
+    """Sizes of the tower; None without images.
 
     Images packed into one row are counted as attending within themselves; windows within an image are not counted.
     """
     if not any(row.images for row in encoded.rows):
-        return 0, 0
+        return None
     family = vlm.family
     stack, n_layers = vlm.model.get_submodule(family.vision.path), vlm.n_layers("vision")
     n_rows, n_tokens = encoded.shape("vision")
@@ -110,20 +143,31 @@ def _tower(vlm: "VLM", encoded: Encoded) -> tuple[int, int]:
     lengths = [n_tokens] * n_rows
     if n_rows == 1:
         lengths = [len(encoded.cells("image", place="vision")) // len(encoded)] * len(encoded)
-    blocks = 2 * _weights(stack) * n_rows * n_tokens + 4 * width * n_layers * sum(length**2 for length in lengths)
+    weights = sum(_weights(block) for block in stack.children()) // n_layers
     # Patches are cut by a convolution as wide as its stride: once a token.
     whole = vlm.model.get_submodule(family.vision.path.rsplit(".", 2)[0])
     cutting = sum(each.weight.numel() for each in whole.modules() if hasattr(each, "kernel_size"))
-    blocks += 2 * cutting * n_rows * n_tokens
-    projector = vlm.model.get_submodule(family.projector)
     n_image = sum(len(row.image) for row in encoded.rows)
-    # States of all blocks may be kept by the model; tiles are put together anew before they are cut into patches.
+    # States of all blocks may be kept by the model.
     held = n_rows * n_tokens * (width * (n_layers + 3) + 2 * wide) * vlm.dtype.itemsize
     if vlm.backend_of("vision") == "eager":
         at_once = n_rows * n_tokens**2 if n_rows > 1 else max(lengths) ** 2
         held += 2 * vlm.n_heads("vision") * at_once * FLOAT
-    held += sum(value.nbytes for name, value in encoded.inputs.items() if name.startswith("pixel_values"))
-    return blocks + 2 * _weights(projector) * n_image, held
+    return Tower(
+        n_layers=n_layers,
+        depth=vlm.vision_depth,
+        patches=2 * cutting * n_rows * n_tokens,
+        block=2 * weights * n_rows * n_tokens + 4 * width * sum(length**2 for length in lengths),
+        projector=2 * _weights(vlm.model.get_submodule(family.projector)) * n_image,
+        # Its scores, those under the model's own mask, and its output.
+        proof=6 * width * max(lengths),
+        stream=n_rows * n_tokens * width * vlm.dtype.itemsize,
+        held=held,
+        pixels=sum(value.nbytes for name, value in encoded.inputs.items() if name.startswith("pixel_values")),
+        anew=n_rows > 1,
+        # One mask over a whole pack would grow with the square of the copies.
+        copies=family.layout is not flattened,
+    )
 
 
 def _linear(module: nn.Module) -> list[Any]:
@@ -139,7 +183,8 @@ def pass_flops(size: Sizes) -> int:
     """Operations of one unedited forward pass with the logits that are read only."""
     attention = 4 * size.batch * size.n_heads * size.d_head * size.n_pos**2
     blocks = size.n_layers * (2 * size.weights * size.batch * size.n_pos + attention)
-    return size.tower + blocks + 2 * size.batch * size.n_reads * size.d_model * size.n_vocab
+    tower = size.tower.flops if size.tower else 0
+    return tower + blocks + 2 * size.batch * size.n_reads * size.d_model * size.n_vocab
 
 
 def pass_bytes(size: Sizes) -> int:
@@ -151,7 +196,25 @@ def pass_bytes(size: Sizes) -> int:
 
 def pass_peak(size: Sizes) -> int:
     """Bytes at the peak of a recorded pass, what it keeps included."""
-    return max(size.tower_bytes + size.stream, pass_bytes(size) + in_block(size, 1, size.n_pos, joined=True))
+    return max(tower_bytes(size, 1), pass_bytes(size) + in_block(size, 1, size.n_pos, joined=True))
+
+
+def tower_bytes(size: Sizes, n_copies: int) -> int:
+    """Bytes at the peak of a pass of so many copies of a batch that ends where the decoder begins."""
+    if size.tower is None:
+        return n_copies * size.stream
+    pixels = size.tower.pixels * (size.tower.anew + (n_copies > 1))
+    # Masks of the decoder are made before its first block.
+    mask = size.batch * size.n_pos**2 * (size.itemsize if size.eager else 1) if size.masked else 0
+    return n_copies * (size.stream + max(size.tower.held + pixels, size.stream + mask))
+
+
+def copies_at_once(size: Sizes, n_cells: int, n_suffix: int) -> int:
+    """How many edited versions go through the tower in one pass: as many as take no more than their decoder does."""
+    if size.tower is None or not size.tower.copies:
+        return 1
+    room = in_block(size, n_cells, n_suffix, joined=False)
+    return max(1, min(n_cells, room // tower_bytes(size, 1)))
 
 
 def generation_flops(size: Sizes, n_new: int) -> int:
@@ -166,7 +229,7 @@ def generation_flops(size: Sizes, n_new: int) -> int:
 def generation_peak(size: Sizes, n_new: int) -> int:
     """Bytes at the peak of a generation of `n_new` tokens: all keys and values, and a block over the prompt."""
     cache = 2 * size.n_layers * size.batch * (size.n_pos + n_new) * size.n_groups * size.d_head * size.itemsize
-    return max(size.tower_bytes + size.stream, cache + in_block(size, 1, size.n_pos, joined=True))
+    return max(tower_bytes(size, 1), cache + in_block(size, 1, size.n_pos, joined=True))
 
 
 def track_bytes(size: Sizes, start: int, n_new: int) -> int:
@@ -239,7 +302,7 @@ def wave_bytes(size: Sizes, n_cells: int, n_suffix: int, *, cut: bool, written: 
     # The states given to a block, and those before a write, outlive what the block makes of them.
     held = stream * (1 + written)
     return brought + max(
-        size.tower_bytes if own else 0,
+        tower_bytes(size, copies_at_once(size, n_cells, n_suffix)) if own else 0,
         held + in_block(size, n_cells, n_suffix, joined=joined, cut=cut),
         stream + read_bytes(size, n_cells),
     )
@@ -257,5 +320,33 @@ def wave_flops(size: Sizes, places: Sequence[Branch]) -> int:
     n_suffix = size.n_pos - places[0].start
     block = 2 * size.weights * n_suffix + 4 * size.n_heads * size.d_head * n_suffix * size.n_pos
     head = 2 * size.batch * size.n_reads * size.d_model * size.n_vocab
-    tower = sum(size.tower for place in places if place.tower is not None)
+    tower = sum(tower_flops(size, place.tower) for place in places if place.tower is not None)
     return sum(rows_of(places, size.n_layers)) * size.batch * block + len(places) * head + tower
+
+
+def tower_flops(size: Sizes, made: Plan) -> int:
+    """Operations of a version with these edits of tower and projector, up to the decoder."""
+    tower = size.tower
+    assert tower is not None, "there is an image to edit"
+    queries = [
+        {(row, each) for cut in cuts for row in cut.queries for each in cut.queries[row]} for cuts in made.cuts.values()
+    ]
+    proofs = tower.proof * sum(map(len, queries))
+    return tower.patches + len(tower_blocks(made, tower.depth)) * tower.block + tower.projector + proofs
+
+
+def recording_flops(tower: Tower) -> int:
+    """Operations of the clean pass through the tower alone."""
+    return tower.patches + tower.n_layers * tower.block
+
+
+def reading_flops(size: Sizes, sites: Iterable[Site]) -> int:
+    """Operations of a pass that ends where the last of some sites has been read."""
+    last = max(sites, key=lambda site: site.order)
+    if last.stream == "llm":
+        block = 2 * size.weights * size.n_pos + 4 * size.n_heads * size.d_head * size.n_pos**2
+        return (size.tower.flops if size.tower else 0) + (last.depth + 1) * size.batch * block
+    assert size.tower is not None, "there is an image to read of"
+    if last.stream == "projector":
+        return size.tower.flops
+    return size.tower.patches + (last.depth + 1) * size.tower.block

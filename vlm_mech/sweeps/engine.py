@@ -6,7 +6,7 @@ What it computes equals `trace.run` once per intervention; `sweep` checks that o
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,26 +17,22 @@ from torch import Tensor
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import TooLargeError, UsageError
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.inputs.teacher_forcing import each_alone
 from vlm_mech.interventions.answered import Given, with_answers
 from vlm_mech.interventions.plan import Plan, Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
-from vlm_mech.interventions.trace import Run, edited_embeddings, read, run
 from vlm_mech.sweeps.branching import Branch, branch_of
-from vlm_mech.sweeps.cost import Sizes, answer_bytes, pass_bytes, sizes
+from vlm_mech.sweeps.cost import Sizes, answer_bytes, copies_at_once, pass_bytes, sizes
 from vlm_mech.sweeps.memory import default_budget, is_out_of_memory
 from vlm_mech.sweeps.recorded_pass import RecordedPass, record
+from vlm_mech.sweeps.reference import Keep, Kept, Listen, Reference, next_token, read_side_by_side
 from vlm_mech.sweeps.replay import Cell, Wave
-from vlm_mech.sweeps.schedule import MAX_CELLS, check_pass, recorded, sources_of, waves
+from vlm_mech.sweeps.schedule import MAX_CELLS, check_pass, needs_tower, recorded, sources_of, waves
+from vlm_mech.sweeps.tower import Copy, TowerPass, tower_outputs
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-Keep = Callable[[int, Tensor], Tensor]
-"""What is kept of an intervention, from its number and its logits, batch x read x vocab."""
-Listen = Callable[[list[int], Wave, Tensor, Tensor], None]
-"""Is given the numbers of some versions, their wave, and the keys and values that a block just made of its rows."""
 AFTER_THE_LAST = "after the last attention nothing flows from these positions to the last one"
 
 
@@ -62,6 +58,7 @@ class Engine:
     states: dict[tuple[int, Site], tuple[object, Tensor]] = field(default_factory=dict)
     encodings: dict[int, tuple[object, Encoded]] = field(default_factory=dict)
     answered: Given = field(default_factory=dict)
+    tower: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.limit = default_budget(self.vlm.device) if self.budget is None else self.budget
@@ -144,6 +141,7 @@ class Engine:
     def held(self) -> int:
         """Bytes of the passes and states that are kept."""
         own = sum(value.nbytes for key, (_, value) in self.states.items() if key[0] not in self.known)
+        own += sum(each.nbytes for each in self.tower)
         return len({id(clean) for _, clean in self.known.values()}) * pass_bytes(self.size) + own
 
     def carry_out(
@@ -162,20 +160,22 @@ class Engine:
                 and values.
             beside: bytes that something else takes meanwhile.
         """
+        if not self.tower and needs_tower(self.vlm, places):
+            self.tower = tower_outputs(self.vlm, self.encoded)
         held = self.held + beside + (len(places) * answer_bytes(self.size) if keep is None else 0)
         made, _ = waves(self.size, places, held=held, budget=self.limit, max_cells=max_cells)
-        kept = _Kept(len(places), keep or next_token, listen)
+        kept = Kept(len(places), keep or next_token, listen)
         proofs: list[tuple[Receipt, ...]] = [()] * len(places)
         for numbers in made:
             self._run(numbers, places, kept, proofs)
         assert kept.found is not None, "there is an intervention"
         return kept.found, proofs
 
-    def _run(self, numbers: list[int], places: list[Branch], kept: "_Kept", proofs: list[tuple[Receipt, ...]]) -> None:
+    def _run(self, numbers: list[int], places: list[Branch], kept: "Kept", proofs: list[tuple[Receipt, ...]]) -> None:
         """Runs some cells together, or in halves when memory does not suffice after all."""
         done = False
         try:
-            cells = [self._cell(places[number]) for number in numbers]
+            cells = self._cells([places[number] for number in numbers])
             listen = None if kept.listen is None else functools.partial(kept.listen, numbers)
             wave = Wave(self.vlm, self.clean, cells, cells[0].start, cells[0].before, listen)
             for place, logits in wave.run():
@@ -246,7 +246,7 @@ class Engine:
                     layer = site.depth + (site.name == "llm.resid_post")
                     self.states[key, site] = (source, clean.hidden(layer))
             elif missing:
-                values = _read_side_by_side(self.vlm, self._encoded(source), sorted(missing, key=str))
+                values = read_side_by_side(self.vlm, self._encoded(source), sorted(missing, key=str))
                 self.states |= {(key, site): (source, value) for site, value in values.items()}
 
     def _read(self, source: Source, sites: tuple[Site, ...]) -> Activations:
@@ -260,11 +260,20 @@ class Engine:
 
     # Cells
 
+    def _cells(self, places: list[Branch]) -> list[Cell]:
+        """The edited versions, ready to run; if their images are edited, tower and projector run for them here."""
+        towers = [where.tower for where in places if where.tower is not None]
+        if not towers:
+            return [self._cell(where) for where in places]
+        step, copies = copies_at_once(self.size, len(towers), self.encoded.n_pos), list[Copy]()
+        for first in range(0, len(towers), step):
+            copies += TowerPass(self.vlm, self.encoded, towers[first : first + step], self.tower).run()
+        return [
+            Cell(where.writes, where.cuts, 0, where.start, self.clean, copy.hidden, copy.added or None, copy.receipts)
+            for where, copy in zip(places, copies, strict=True)
+        ]
+
     def _cell(self, where: Branch) -> Cell:
-        """The edited version, ready to run; if its image is edited, tower and projector run for it here."""
-        if where.tower is not None:
-            hidden, added, receipts = edited_embeddings(self.vlm, self.encoded, where.tower)
-            return Cell(where.writes, where.cuts, 0, where.start, self.clean, hidden, added or None, receipts)
         if where.donor is None or where.taken is None:
             return Cell(where.writes, where.cuts, where.entry, where.start, self.clean)
         donor = self.before(where)
@@ -294,80 +303,6 @@ class Engine:
             reason="" if layer < len(self.clean.blocks) else AFTER_THE_LAST,
             pass_readout_change=0.0,
         )
-
-
-@dataclass(eq=False)
-class Reference:
-    """The same answers by one whole traced forward pass for each intervention, and for each answer that follows."""
-
-    vlm: "VLM"
-    encoded: Encoded
-    budget: int | None = None
-    alone: list[Encoded] = field(init=False)
-    unedited: list[Run] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.alone = each_alone(self.encoded)
-        self.unedited = [run(self.vlm, each) for each in self.alone]
-
-    @property
-    def baseline(self) -> Float[Tensor, "batch vocab"]:
-        """Next-token logits of the unedited run."""
-        return self.unedited[0].last
-
-    @property
-    def reads(self) -> Float[Tensor, "batch read vocab"]:
-        """As `Engine.reads`."""
-        return _side_by_side(self.unedited)
-
-    def lend(self, other: "Reference") -> None:
-        """Nothing is shared."""
-
-    def answers(
-        self, interventions: Sequence[Intervention], *, max_cells: int = 1, keep: Keep | None = None
-    ) -> tuple[Tensor, list[tuple[Receipt, ...]]]:
-        """As `Engine.answers`; the receipts are those of the passes over each answer."""
-        kept, proofs = _Kept(len(interventions), keep or next_token), []
-        for number, each in enumerate(interventions):
-            done = [run(self.vlm, one, each, baseline=of) for one, of in zip(self.alone, self.unedited, strict=True)]
-            kept.take(number, _side_by_side(done))
-            proofs.append(tuple(receipt for one in done for receipt in one.receipts))
-        assert kept.found is not None, "there is an intervention"
-        return kept.found, proofs
-
-
-def _read_side_by_side(vlm: "VLM", encoded: Encoded, sites: Sequence[Site]) -> dict[Site, Tensor]:
-    """States as one pass over all the answers would have them, from passes over one each."""
-    first, *others = (read(vlm, one, sites).values for one in each_alone(encoded))
-    own = {site: [other[site][:, encoded.n_prompt :] for other in others] for site in sites if site.place == "llm"}
-    return {site: torch.cat([first[site], *own.get(site, ())], 1) for site in sites}
-
-
-def _side_by_side(runs: Sequence[Run]) -> Float[Tensor, "batch read vocab"]:
-    """Logits of passes over one answer each, in the order of one pass over all of them."""
-    return torch.cat([each.reads if number == 0 else each.reads[:, 1:] for number, each in enumerate(runs)], 1)
-
-
-@dataclass(eq=False)
-class _Kept:
-    """What is kept of the logits of each of so many interventions, and who listens to their keys and values."""
-
-    n: int
-    keep: Keep
-    listen: Listen | None = None
-    found: Tensor | None = None
-
-    def take(self, number: int, logits: Float[Tensor, "batch read vocab"]) -> None:
-        """Keeps what is kept of an intervention's logits."""
-        made = self.keep(number, logits)
-        if self.found is None:
-            self.found = made.new_empty(self.n, *made.shape)
-        self.found[number] = made
-
-
-def next_token(_: int, logits: Float[Tensor, "batch read vocab"]) -> Float[Tensor, "batch vocab"]:
-    """Logits of the prompt's next token."""
-    return logits[:, 0]
 
 
 ENGINES = {"fast": Engine, "trace": Reference}

@@ -13,9 +13,10 @@ from vlm_mech.interventions.specification import Intervention
 from vlm_mech.results.generated_answers import SAYS
 from vlm_mech.runs.configuration import SpokenConfig
 from vlm_mech.sweeps.asked import check_whole
-from vlm_mech.sweeps.engine import Engine, Reference
+from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.generation import answers_under
 from vlm_mech.sweeps.generation_cost import GenerationCost
+from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.schedule import SweepPlan
 
 N_CELLS, N_TOKENS = 8, 16

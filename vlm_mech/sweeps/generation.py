@@ -19,8 +19,9 @@ from vlm_mech.interventions.specification import Intervention
 from vlm_mech.interventions.trace import Generation, generate
 from vlm_mech.sweeps.cost import track_bytes
 from vlm_mech.sweeps.decoding import Decoding
-from vlm_mech.sweeps.engine import Engine, Reference, next_token
+from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.generation_cost import Place, meant_of, parts_of, place_of, reference_peak, start_of
+from vlm_mech.sweeps.reference import Reference, next_token
 from vlm_mech.sweeps.replay import Wave
 from vlm_mech.sweeps.sweep import ROUNDING
 from vlm_mech.sweeps.tracks import Track, Version, receipt_of_generated, track_of

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.timeline import Seen
 from vlm_mech.interventions.verification import write_receipt
 from vlm_mech.sweeps.branching import alike
+from vlm_mech.sweeps.module_hooks import passed
 from vlm_mech.sweeps.recorded_pass import RecordedPass, position_axis, read_out
 from vlm_mech.sweeps.suffix_attention import SuffixAttention
 
@@ -188,7 +190,8 @@ class Wave:
             for point, (path, is_input) in inner.items():
                 site = Site(f"llm.{point}", layer)
                 if any(site in cell.writes for cell in self.active):
-                    hooks.enter_context(self._hooked(block.get_submodule(path), site, is_input=is_input))
+                    edit = partial(self._edited_rows, site)
+                    hooks.enter_context(passed(block.get_submodule(path), edit, is_input=is_input))
             if any(site.layer == layer for cell in self.active for site in cell.writes):
                 hooks.enter_context(self._heard(block, heard))
             arguments = {name: self._argument(value) for name, value in self.clean.blocks[layer].arguments.items()}
@@ -232,27 +235,12 @@ class Wave:
             return states
         return torch.stack([self._written(cell, site, each) for cell, each in zip(self.active, states, strict=True)])
 
-    @contextmanager
-    def _hooked(self, module: nn.Module, site: Site, *, is_input: bool) -> Iterator[None]:
-        """Edits what goes into or comes out of a module of the block, row by row."""
-
-        def edit(value: Tensor) -> Tensor:
-            flat = value.ndim == 2
-            rows = value.unflatten(0, (len(self.active) * self.batch, -1)) if flat else value
-            rows = self._edited(rows.unflatten(0, (-1, self.batch)), site).flatten(0, 1)
-            return rows.flatten(0, 1) if flat else rows
-
-        def going_in(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (edit(given[0]), *given[1:])
-
-        def coming_out(_: nn.Module, __: Any, out: Any) -> Any:
-            return (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
-
-        hook = module.register_forward_pre_hook(going_in) if is_input else module.register_forward_hook(coming_out)
-        try:
-            yield
-        finally:
-            hook.remove()
+    def _edited_rows(self, site: Site, value: Tensor) -> Tensor:
+        """What goes into or comes out of a module of the block, edited row by row."""
+        flat = value.ndim == 2
+        rows = value.unflatten(0, (len(self.active) * self.batch, -1)) if flat else value
+        rows = self._edited(rows.unflatten(0, (-1, self.batch)), site).flatten(0, 1)
+        return rows.flatten(0, 1) if flat else rows
 
     def _with_added(self, states: Float[Tensor, "cell batch pos d_model"]) -> Tensor:
         """Features that the model adds at image positions after its first blocks."""

@@ -12,7 +12,7 @@ from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.answered import Given, with_answers
 from vlm_mech.interventions.plan import ReadStates, plan, prompts_of
 from vlm_mech.interventions.specification import Activations, Intervention, Replace, Source
-from vlm_mech.sweeps.branching import RESIDUAL, Branch, branch_of, outline
+from vlm_mech.sweeps.branching import RESIDUAL, Branch, branch_of, outline, tower_blocks
 from vlm_mech.sweeps.cost import (
     Sizes,
     answer_bytes,
@@ -20,7 +20,10 @@ from vlm_mech.sweeps.cost import (
     pass_bytes,
     pass_flops,
     pass_peak,
+    reading_flops,
+    recording_flops,
     sizes,
+    tower_bytes,
     wave_bytes,
     wave_flops,
 )
@@ -129,7 +132,7 @@ def waves(
         groups.setdefault((id(each.donor), each.start, each.tower is not None), []).append(number)
     made, peak = [], held
     for (_, start, own), numbers in groups.items():
-        numbers.sort(key=lambda number: places[number].entry)
+        numbers.sort(key=lambda number: _entry(size, places[number]))
         cut = any(places[number].cuts for number in numbers)
         kinds = {"cut": cut, "written": any(places[number].left for number in numbers), "own": own}
         needs = [
@@ -148,6 +151,13 @@ def waves(
         made += [numbers[at : at + length] for at in range(0, len(numbers), length)]
         peak = max(peak, needs[length - 1])
     return made, peak
+
+
+def _entry(size: Sizes, place: Branch) -> tuple[int, int]:
+    """Where a version leaves the clean pass, in the decoder and in the tower."""
+    if place.tower is None or size.tower is None:
+        return place.entry, 0
+    return place.entry, tower_blocks(place.tower, size.tower.depth).start
 
 
 def check_pass(size: Sizes, budget: int, *, n_passes: int = 1) -> None:
@@ -186,16 +196,18 @@ def forecast(
     sources = sources_of(interventions, encoded)
     places = [branch_of(before, plan(vlm, encoded, each, unread), each, encoded_of) for each in interventions]
     kept = {key for key, (_, sites) in sources.items() if recorded(sites, before.n_added)} - own
-    others = sum(len(sites) for key, (_, sites) in sources.items() if key not in kept)
+    # States that no recorded pass has are read in a pass of their own.
+    others = {key: sites for key, (_, sites) in sources.items() if not recorded(sites, before.n_added)}
     check_pass(size, budget, n_passes=1 + len(kept))
+    states = sum(_state_bytes(size, site) for sites in others.values() for site in sites)
     logits = len(places) * answer_bytes(size) if keeps_logits else 0
-    held = (1 + len(kept)) * pass_bytes(size) + others * size.stream + logits
+    tower = size.tower if needs_tower(vlm, places) else None
+    held = (1 + len(kept)) * pass_bytes(size) + states + logits + (tower.recorded_bytes if tower else 0)
     made, peak = waves(size, places, held=held, budget=budget, max_cells=max_cells)
-    # States that no recorded pass has are read in one of their own.
-    reading = held + in_block(size, 1, size.n_pos, joined=True) if others else 0
-    plain = pass_flops(size)
-    passes = 1 + len({key for key in sources if key not in own})
-    flops = passes * plain + sum(wave_flops(size, [places[number] for number in numbers]) for numbers in made)
+    reading = max((held + _reading(size, sites) for sites in others.values()), default=0)
+    plain, aside = pass_flops(size), sum(reading_flops(size, sites) for sites in others.values())
+    flops = (1 + len(kept)) * plain + aside + (recording_flops(tower) if tower else 0)
+    flops += sum(wave_flops(size, [places[number] for number in numbers]) for numbers in made)
     return SweepPlan(
         n_cells=len(places),
         n_examples=len(encoded),
@@ -222,6 +234,23 @@ def stand_ins(vlm: "VLM", encoded: Encoded) -> tuple[Callable[[Source], Encoded]
         return Activations({site: _nothing(batch, site) for site in sites}, batch)
 
     return encoded_of, unread
+
+
+def needs_tower(vlm: "VLM", places: Sequence[Branch]) -> bool:
+    """Whether any version goes on from what blocks of the tower give in the clean pass."""
+    return any(tower_blocks(each.tower, vlm.vision_depth).start for each in places if each.tower is not None)
+
+
+def _reading(size: Sizes, sites: set[Site]) -> int:
+    """Bytes at the peak of a pass in which states are read."""
+    if all(site.stream != "llm" for site in sites):
+        return tower_bytes(size, 1)
+    return in_block(size, 1, size.n_pos, joined=True)
+
+
+def _state_bytes(size: Sizes, site: Site) -> int:
+    """About the bytes of what is read at a site."""
+    return size.stream if site.stream == "llm" or size.tower is None else size.tower.stream
 
 
 def _nothing(encoded: Encoded, site: Site) -> torch.Tensor:

@@ -29,10 +29,11 @@ from vlm_mech.results.result import Result
 from vlm_mech.runs.workspace import Workspace
 from vlm_mech.sweeps.asked import check_listed, check_once, check_whole, digest
 from vlm_mech.sweeps.axis_labels import axis_table, check_axes
-from vlm_mech.sweeps.engine import Reference, engine_of
+from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.measures import Measure
 from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES, Readings, readings_of, without_trivial_places
+from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
 
@@ -354,9 +355,7 @@ def _agree(vlm: "VLM", read: Readings, edits: list[Intervention], found: dict[in
     reference, worst = Reference(vlm, read.encoded), 0.0
     present = torch.tensor(read.encoded.read_places).bool() if read.encoded.answers else slice(None)
     for number, logits in found.items():
-        kept: list[Tensor] = []
-        reference.answers([edits[number]], keep=lambda _, logits, kept=kept: kept.append(logits) or logits[:, 0])
-        expected = kept[0].float()[present]
+        expected = reference.logits(edits[number]).float()[present]
         difference = (expected - logits.float()[present]).abs().max().item()
         limit = ROUNDING * torch.finfo(logits.dtype).eps * max(1.0, expected.abs().max().item())
         if not difference <= limit:

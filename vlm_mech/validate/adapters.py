@@ -29,9 +29,9 @@ from vlm_mech.results import metrics
 from vlm_mech.results.claim import Claims, cells_of, counted, differences, layer_heads, layers, strengths
 from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.results.result import Metric, Result
-from vlm_mech.sweeps.engine import Reference
 from vlm_mech.sweeps.measures import Measure, logit_diff
 from vlm_mech.sweeps.readings import readings_of
+from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.sweep import Point, grid, sweep
 from vlm_mech.validate.probes import noisy_probes, probes
 from vlm_mech.validate.visual_flow import flow_map

@@ -20,9 +20,9 @@ from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.trace import read
 from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.results.result import Metric
-from vlm_mech.sweeps.engine import Reference
 from vlm_mech.sweeps.measures import Measure, said
 from vlm_mech.sweeps.readings import readings_of
+from vlm_mech.sweeps.reference import Reference
 
 if TYPE_CHECKING:
     from PIL import Image

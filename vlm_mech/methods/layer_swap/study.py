@@ -23,12 +23,13 @@ from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
 from vlm_mech.sweeps.asked import check_once
 from vlm_mech.sweeps.cost import pass_bytes, sizes
-from vlm_mech.sweeps.engine import Engine, Reference, engine_of
+from vlm_mech.sweeps.engine import Engine, engine_of
 from vlm_mech.sweeps.generated_answers import GeneratedPart, generated, with_generated
 from vlm_mech.sweeps.generation_cost import generation_cost
 from vlm_mech.sweeps.measures import Comparison, comparison, said
 from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, Readings, readings_of, without_trivial_places
+from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves, recorded
 
 if TYPE_CHECKING:
