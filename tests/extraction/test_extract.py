@@ -206,7 +206,13 @@ def test_parts_together_are_the_states_of_one_process(wrapped, tmp_path, pool, o
 
 def test_parts_that_are_missing_or_do_not_belong_together(wrapped, tmp_path):
     vlm, how = wrapped("llava_clip"), {"spans": "last", "batch_size": 2}
-    wrong = {"0/2": "K/N is needed", "3/2": "K/N", "2": "K/N", "1/9": "'1/9' of 2 batches is empty"}
+    wrong = {
+        "0/2": "K/N is needed",
+        "3/2": "K/N",
+        "2": "K/N",
+        3: "part is 3; K/N",
+        "1/9": "'1/9', of 2 batches in all; at most 2",
+    }
     for part, message in wrong.items():
         with pytest.raises(UsageError, match=message):
             extract(vlm, some(4), RESIDUALS, folder=tmp_path / "wrong", part=part, **how)

@@ -100,7 +100,10 @@ def test_a_folder_in_which_a_run_goes_on_is_refused(tmp_path, capsys):
     before = contents(out / "partial")
     for how in ("--overwrite", "--resume"):
         assert command("--out", out, how) == 2
-        assert capsys.readouterr().err == f"error: another run is going on in {str(out)!r}; give another --out\n"
+        assert (
+            capsys.readouterr().err
+            == f"error: another run is going on in {str(out)!r}; wait for it, or give another --out\n"
+        )
         assert contents(out / "partial") == before
     other.kill()
     other.communicate()

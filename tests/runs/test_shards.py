@@ -108,7 +108,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path, monke
     command("--out", tmp_path, "--shard", "2/3")
     assert merge(tmp_path, monkeypatch=monkeypatch) == 2
     told = capsys.readouterr().err
-    assert "of the 3 shards" in told and "1/3, 3/3" in told
+    assert "of the 3 shards" in told and "not whole: 1/3, 3/3;" in told
     assert "python -m tests.runs.fake_run" in told and "--shard 1/3" in told
     assert not (tmp_path / "partial").exists()
 
@@ -116,7 +116,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path, monke
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        (("--shard", "2/2", "--seed", 5), "shards 1/2 and 2/2 of .* have different options"),
+        (("--shard", "2/2", "--seed", 5), r"shards 1/2 and 2/2 of .* have different options: seed \(0 and 5\)"),
         (("--shard", "2/3"), "has shards of 2 and of 3"),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_shard_made_by_another_version_is_refused(tmp_path):
     path = tmp_path / "shards/2-of-2/shard.json"
     told = json.loads(path.read_text())
     path.write_text(json.dumps(told | {"versions": told["versions"] | {"torch": "1.0"}}))
-    with pytest.raises(UsageError, match="different versions of packages"):
+    with pytest.raises(UsageError, match=r"different versions: torch \('.*' and '1.0'\); make one again"):
         merging.merge(tmp_path)
 
 
@@ -153,13 +153,57 @@ def test_wrong_shares_are_refused_in_one_line(tmp_path, capsys, arguments, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_shard_of_a_complete_run_is_refused(tmp_path, capsys):
+def test_what_comes_late_finds_the_run_complete(tmp_path, capsys, monkeypatch):
     command("--out", tmp_path)
+    before = contents(tmp_path)
+    assert command("--out", tmp_path, "--shard", "1/2") == 0
+    assert merge(tmp_path, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.count("is complete already") == 2
+    assert command("--out", tmp_path, "--shard", "1/2", "--seed", 3) == 2
+    assert "had other options: seed" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_run_of_one_process_does_not_begin_where_shards_are(tmp_path, capsys):
+    command("--out", tmp_path, "--shard", "1/2")
+    for more in ((), ("--overwrite",)):
+        assert command("--out", tmp_path, *more) == 2
+        assert "holds shards of a run; python -m vlm_mech.runs.merge" in capsys.readouterr().err
+
+
+def test_merging_waits_for_no_shard_and_no_shard_begins_meanwhile(tmp_path, capsys, monkeypatch):
+    for number in (1, 2):
+        command("--out", tmp_path, "--shard", f"{number}/2")
+    with Workspace(tmp_path / "shards/2-of-2").held():
+        assert merge(tmp_path, monkeypatch=monkeypatch) == 2
+        assert "another run is going on in" in capsys.readouterr().err
+        assert command("--out", tmp_path, "--shard", "2/2", "--overwrite") == 2
+        assert "wait for it" in capsys.readouterr().err
+
+
+def test_other_folders_beside_shards_do_not_count(tmp_path, monkeypatch):
+    for number in (1, 2):
+        command("--out", tmp_path, "--shard", f"{number}/2")
+    shutil.copytree(tmp_path / "shards/2-of-2", tmp_path / "shards/2-of-2.bak")
+    assert merge(tmp_path, monkeypatch=monkeypatch) == 0
+
+
+def test_files_of_a_whole_shard_that_changed_are_noticed(tmp_path, capsys, monkeypatch):
+    found = {"data": "a"}
+    monkeypatch.setattr("vlm_mech.runs.contract.ingredients", lambda *_, **__: found)
+    monkeypatch.setattr("vlm_mech.runs.sharing.ingredients", lambda *_, **__: found)
+    assert command("--out", tmp_path, "--shard", "1/2") == 0
+    assert command("--out", tmp_path, "--shard", "1/2") == 0
+    assert "whole already" in capsys.readouterr().out
+    found = {"data": "b"}
     assert command("--out", tmp_path, "--shard", "1/2") == 2
-    assert "is complete" in capsys.readouterr().err
+    assert "was made of another data" in capsys.readouterr().err
+    assert command("--out", tmp_path, "--shard", "2/2") == 0
+    with pytest.raises(UsageError, match="have different files: data; make one again"):
+        merging.merge(tmp_path)
 
 
-@pytest.mark.parametrize("harm", ["cut", "changed", "notes"])
+@pytest.mark.parametrize("harm", ["cut", "changed", "notes", "receipts", "exchanged"])
 def test_a_broken_batch_is_never_taken_for_a_whole_one(tmp_path, capsys, harm):
     work = Workspace(tmp_path)
     work.keep("00", fake_run.swapped(range(2)), {"n": 2})
@@ -169,8 +213,14 @@ def test_a_broken_batch_is_never_taken_for_a_whole_one(tmp_path, capsys, harm):
         table.write_bytes(content[: len(content) // 2])
     elif harm == "changed":
         table.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
-    else:
+    elif harm == "notes":
         notes.write_bytes(notes.read_bytes()[:20])
+    elif harm == "receipts":
+        notes.write_text(notes.read_text().replace('"n": 2', '"n": 3'))
+    else:
+        work.keep("01", fake_run.swapped(range(2, 4)), {"n": 2})
+        for path in (table, notes):
+            path.with_stem("01").rename(path)
     assert "00" not in Workspace(tmp_path)
     assert "00" in capsys.readouterr().err
     again = Workspace(tmp_path)

@@ -11,8 +11,8 @@ import pytest
 
 from tests.runs import fake_run
 from tests.runs.test_contract import ROOT, command, contents
-from vlm_mech.errors import WorkError
-from vlm_mech.runs.workers import Deal
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.runs.workers import Deal, _check_address
 
 ray = pytest.importorskip("ray")
 
@@ -76,6 +76,18 @@ def test_several_wordings_and_a_run_taken_up(tmp_path, cluster):
     assert shared(tmp_path / "two", cluster, *asked, "--resume") == 0
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:9", "--ray '127.0.0.1:9' cannot be reached"),
+        ("ray://127.0.0.1:10001", "run the command on a machine of the cluster"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_told_at_once(address, message):
+    with pytest.raises(UsageError, match=message):
+        _check_address(address)
+
+
 def test_more_workers_than_cpus_are_refused(tmp_path, cluster, capsys):
     assert shared(tmp_path / "run", cluster, "--workers", 3) == 2
     assert "--workers is 3, of one CPU each; Ray has 2" in capsys.readouterr().err
@@ -124,5 +136,5 @@ def test_a_machine_without_the_folder_is_told_so(tmp_path, cluster, capsys, monk
     monkeypatch.setattr(workers, "PARTIAL", "elsewhere")
     (tmp_path / "run/elsewhere").mkdir(parents=True)
     crew = workers.crew_of(fake_run.Config(ray=cluster[0].address), "tests.runs.fake_run", tmp_path / "run")
-    with pytest.raises(workers.UsageError, match="is not seen from .*; workers need a folder that all machines see"):
+    with pytest.raises(UsageError, match="is not seen from .*; workers need a folder that all machines see"):
         crew.do(0, "batches")

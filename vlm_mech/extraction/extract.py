@@ -106,9 +106,9 @@ def extract(
     if part is not None:
         number, of_all = part_of(part)
         n = len(batches)
+        if of_all > n:
+            raise UsageError(f"part is {part!r}, of {n} batches in all; at most {n} parts are right")
         batches = batches[n * (number - 1) // of_all : n * number // of_all]
-        if not batches:
-            raise UsageError(f"part {part!r} of {n} batches is empty; fewer parts are right")
         folder, settings = part_folder(folder, number, of_all), settings | {"part": part, "stop": batches[-1][-1] + 1}
     with only_here(folder):
         record = resumed(folder, settings)

@@ -161,7 +161,7 @@ def part_of(text: str) -> tuple[int, int]:
     Raises:
         UsageError: it is none.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    found = re.fullmatch(r"(\d+)/(\d+)", text) if isinstance(text, str) else None
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise UsageError(f"part is {text!r}; K/N is needed, such as 3/16: the third of sixteen, the first is 1/16")
     return int(found[1]), int(found[2])
@@ -177,7 +177,7 @@ def _of_parts(folder: Path, found: Sequence[Path]) -> dict[str, Any]:
     of_all = {int(path.name.rpartition("-")[2]) for path in found}
     if len(of_all) > 1:
         counts = " and of ".join(map(str, sorted(of_all)))
-        raise UsageError(f"{str(folder)!r} has parts of {counts}; remove those of one kind")
+        raise UsageError(f"{str(folder)!r} has parts of {counts}; remove all but those of one number")
     (n,) = of_all
     opened = {}
     for number in range(1, n + 1):

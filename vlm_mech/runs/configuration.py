@@ -65,7 +65,7 @@ class RunConfig:
     workers: int = 1
     """Processes that share the batches, each with a model of its own; one GPU each where there are (needs ray)."""
     ray: str | None = None
-    """Ray cluster to share the batches with, such as auto or ray://HOST:10001; a local one by default."""
+    """Ray cluster to share the batches with, that this machine is in: auto or HOST:6379; one of its own by default."""
     debug: bool = False
     """Show the whole traceback of an error."""
     describe: bool = False

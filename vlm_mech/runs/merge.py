@@ -1,5 +1,8 @@
 """Puts the shards of a run together: `python -m vlm_mech.runs.merge FOLDER` makes the result that one process would."""
 
+import contextlib
+import json
+import re
 import runpy
 import shlex
 import shutil
@@ -48,31 +51,41 @@ def merge(folder: Path) -> str:
 
 def _whole(folder: Path) -> tuple[list[Shard], dict[str, Any]]:
     """All shards of a run, and what they say of themselves."""
-    found = [Shard(*map(int, path.name.split("-of-"))) for path in (folder / SHARDS).glob("*-of-*")]
+    names = [re.fullmatch(r"(\d+)-of-(\d+)", path.name) for path in (folder / SHARDS).glob("*-of-*")]
+    found = [Shard(int(name[1]), int(name[2])) for name in names if name is not None]
     if not found:
         raise UsageError(f"there are no shards in {str(folder / SHARDS)!r}; --shard 1/4 and so on make them")
-    if len({shard.of_all for shard in found}) > 1:
-        counts = sorted({shard.of_all for shard in found})
-        raise UsageError(f"{str(folder)!r} has shards of {' and of '.join(map(str, counts))}; remove those of one kind")
-    every = [Shard(number, found[0].of_all) for number in range(1, found[0].of_all + 1)]
+    counts = sorted({shard.of_all for shard in found})
+    if len(counts) > 1:
+        listed = " and of ".join(map(str, counts))
+        raise UsageError(f"{str(folder)!r} has shards of {listed}; remove all but those of one number")
+    every = [Shard(number, counts[0]) for number in range(1, counts[0] + 1)]
     said = {shard: told(shard.folder(folder)) for shard in every}
     whole = {shard: each for shard, each in said.items() if each is not None}
     missing = [shard for shard in every if shard not in whole]
     if missing:
-        named = ", ".join(map(str, missing[:8])) + " ..." * (len(missing) > 8)
+        named = [f"{shard}{' (begun)' if shard in found else ''}" for shard in missing[:8]]
         raise UsageError(
-            f"of the {len(every)} shards of {str(folder)!r} {len(missing)} are not whole: {named}; "
-            f"{_command(folder, missing[0], whole)}"
+            f"of the {len(every)} shards of {str(folder)!r} some are not whole: {', '.join(named)}"
+            f"{' and more' if len(missing) > 8 else ''}; {_command(folder, missing[0], whole)}"
         )
     first, about = next(iter(whole.items()))
     for shard, each in whole.items():
-        configs = [(one.folder(folder) / PARTIAL / "config.json").read_bytes() for one in (first, shard)]
-        kinds = [name for name in ("made_of", "versions", "module") if each[name] != about[name]]
-        if kinds or configs[0] != configs[1]:
-            differ = {"made_of": "model or data", "versions": "versions of packages", "module": "experiments"}
-            what = " and ".join(differ[kind] for kind in kinds) or "options"
-            raise UsageError(f"shards {first} and {shard} of {str(folder)!r} have different {what}; make one again")
+        sides = {"options": (_options(folder, first), _options(folder, shard))}
+        sides |= {"versions": (about["versions"], each["versions"]), "files": (about["made_of"], each["made_of"])}
+        for kind, (one, other) in sides.items():
+            for key in sorted({*one, *other}):
+                if one.get(key) != other.get(key):
+                    values = "" if kind == "files" else f" ({one.get(key)!r:.60} and {other.get(key)!r:.60})"
+                    raise UsageError(
+                        f"shards {first} and {shard} of {str(folder)!r} have different {kind}: {key}{values}; make one "
+                        "again with --overwrite"
+                    )
     return every, about
+
+
+def _options(folder: Path, shard: Shard) -> dict[str, Any]:
+    return json.loads((shard.folder(folder) / PARTIAL / "config.json").read_text())
 
 
 def _command(folder: Path, shard: Shard, whole: dict[Shard, dict[str, Any]]) -> str:
@@ -100,24 +113,20 @@ def _put(path: Path, place: Path) -> None:
 def main() -> None:
     """Merges, runs what follows, and removes the shards."""
     config = tyro.cli(Merge, prog="python -m vlm_mech.runs.merge", config=(tyro.conf.FlagCreatePairsOff,))
-    with one_line_errors():
-        if Workspace(config.folder).complete:
-            raise UsageError(f"the run in {str(config.folder)!r} is complete")
-        module = merge(config.folder)
-    options = config.folder / PARTIAL / "config.json"
-    sys.argv = [
-        module,
-        "--config",
-        str(options),
-        "--out",
-        str(config.folder),
-        "--resume",
-        "--workers",
-        str(config.workers),
-    ]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-    if not config.keep:
-        shutil.rmtree(config.folder / SHARDS)
+    folder = config.folder
+    with one_line_errors(), contextlib.ExitStack() as held:
+        if Workspace(folder).complete:
+            print(f"the run in {str(folder)!r} is complete already")
+            return
+        for path in sorted((folder / SHARDS).glob(f"*/{PARTIAL}")):
+            # None may be made anew meanwhile.
+            held.enter_context(Workspace(path.parent).held())
+        module = merge(folder)
+        options = ["--config", str(folder / PARTIAL / "config.json"), "--workers", str(config.workers)]
+        sys.argv = [module, *options, "--out", str(folder), "--resume"]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if not config.keep:
+            shutil.rmtree(folder / SHARDS)
 
 
 if __name__ == "__main__":

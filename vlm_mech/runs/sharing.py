@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -9,12 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_mech.errors import UsageError
 from vlm_mech.runs.configuration import RunConfig, as_json
+from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.provenance import versions
 from vlm_mech.runs.shards import DONE, PartDone, Shard, Share, shard_of, told
 from vlm_mech.runs.workers import crew_of
-from vlm_mech.runs.workspace import Workspace, prepare, write
+from vlm_mech.runs.workspace import Workspace, check_same, prepare, write
+
+MERGE = ("python", "-m", "vlm_mech.runs.merge")
+"""The command that puts shards together."""
 
 
 def module_of(run: Callable[..., Any]) -> str:
@@ -34,27 +38,31 @@ def do_shard(config: RunConfig, carry_out: Callable[[Workspace], None], run_fold
         module: of the experiment.
 
     Raises:
-        UsageError: the run is complete, or the shard was begun with other options.
+        UsageError: the run or the shard has other options, or what it was made of changed.
     """
     shard = shard_of(config.shard)
     assert isinstance(shard, Shard), "there is one to do"
     if Workspace(run_folder).complete:
-        raise UsageError(f"the run in {str(run_folder)!r} is complete; a shard of another run needs another --out")
-    folder = shard.folder(run_folder)
+        check_same(run_folder, as_json(config))
+        print(f"the run in {str(run_folder)!r} is complete already")
+        return
+    folder, started = shard.folder(run_folder), time.time()
     if config.overwrite:
         (folder / DONE).unlink(missing_ok=True)
     begun = Workspace(folder).begun
     work = prepare(folder, as_json(config), resume=begun and not config.overwrite, overwrite=config.overwrite)
-    started = time.time()
-    if told(folder) is None:
+    whole = told(folder) is not None
+    if whole:
+        work.made_of(ingredients(as_json(config), besides=run_folder))
+    else:
         with contextlib.suppress(PartDone):
             carry_out(replace(work, share=shard))
         about = {"shard": str(shard), "module": module, "made_of": work.ingredients, "versions": versions()}
         write(folder / DONE, json.dumps(about | {"seconds": round(time.time() - started, 2)}).encode())
     n = len(list(folder.rglob("*.parquet")))
     print(
-        f"shard {shard}: {n} batch{'es' * (n != 1)} in {time.time() - started:.1f} s -> {folder}\n"
-        f"when all {shard.of_all} are there: python -m vlm_mech.runs.merge {run_folder}"
+        f"shard {shard}: {n} batch{'es' * (n != 1)}, {'whole already' if whole else f'{time.time() - started:.1f} s'}"
+        f" -> {folder}\nwhen all {shard.of_all} are there: {shlex.join([*MERGE, str(run_folder)])}"
     )
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ class Crew:
                     ended, waiting = ray.wait(waiting, timeout=POLL)
                     died = _ended(ended) or died
             if died is not None and not _all_done(deal, bar):
-                raise WorkError(f"all workers died, the last one of this: {died!s:.300}; --resume goes on") from died
+                raise WorkError(f"all workers died, the last one of this: {' '.join(str(died).split()):.300}") from died
         finally:
             for each in (*workers, deal):
                 ray.kill(each)
@@ -221,6 +222,8 @@ def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
     asked = config.workers if config.workers > 1 else max(1, most)
     if asked > most:
         raise UsageError(f"--workers is {asked}, of one {kind} each; Ray has {most}")
+    where = "this machine" if config.ray is None else ray.get_runtime_context().gcs_address
+    print(f"workers: {asked}, of one {kind} each, of Ray on {where}")
     return Crew(_within_memory(config, asked), module, folder.resolve(), asked, int(kind == "GPU"))
 
 
@@ -233,10 +236,25 @@ def _start(address: str | None) -> None:
     if address is None:
         ray.init(address="local", include_dashboard=False, object_store_memory=STORE, **how)
         return
+    _check_address(address)
     try:
         ray.init(address=address, **how)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"--ray {address!r} cannot be reached: {' '.join(str(error).split()):.200}") from error
+
+
+def _check_address(address: str) -> None:
+    """Raises `UsageError` for an address that Ray would wait for, or that needs more than Ray itself."""
+    if address.startswith("ray://"):
+        raise UsageError(
+            f"--ray is {address!r}; run the command on a machine of the cluster, with --ray auto or HOST:PORT (6379)"
+        )
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UsageError(f"--ray {address!r} cannot be reached: {error}") from error
 
 
 def _within_memory(config: RunConfig, n_workers: int) -> RunConfig:

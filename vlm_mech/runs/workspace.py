@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.runs.shards import PartDone, Share
+from vlm_mech.runs.shards import SHARDS, PartDone, Share
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +61,7 @@ class Workspace:
         return (self.partial / "config.json").is_file()
 
     def __contains__(self, key: str) -> bool:
-        """Whether a batch is kept, whole: its table is the one that its checksum was taken of."""
+        """Whether a batch is kept, whole: its table and notes are those that its checksum was taken of."""
         if key in self.seen and (self.partial / f"{key}.parquet").is_file():
             return True
         if not (self.partial / f"{key}.json").is_file():
@@ -75,7 +75,7 @@ class Workspace:
     def _notes(self, key: str) -> dict[str, Any] | None:
         """The notes of a batch; None unless they and its table are whole."""
         kept, table = _json(self.partial / f"{key}.json"), self.partial / f"{key}.parquet"
-        whole = table.is_file() and kept.get("sha256") == hashlib.sha256(table.read_bytes()).hexdigest()
+        whole = table.is_file() and kept.get("sha256") == _digest(key, table.read_bytes(), kept.get("notes"))
         return kept["notes"] if whole else None
 
     def batches(self, steps: Mapping[str, StepT], name: str) -> Iterator[tuple[str, StepT]]:
@@ -109,7 +109,7 @@ class Workspace:
         if other:
             raise UsageError(
                 f"the run in {str(self.folder)!r} was made of another {' and another '.join(other)}, which changed "
-                "since; put it back to resume, or start in another --out"
+                "since; put it back to resume, or begin anew with --overwrite or in another --out"
             )
         if not self.complete and not found.items() <= record.items():
             self.partial.mkdir(parents=True, exist_ok=True)
@@ -137,8 +137,8 @@ class Workspace:
         buffer = io.BytesIO()
         table.to_parquet(buffer, index=False)
         write(self.partial / f"{key}.parquet", buffer.getvalue())
-        # The notes come last: a batch counts as done once they are there, with the checksum of its table.
-        kept = {"sha256": hashlib.sha256(buffer.getvalue()).hexdigest(), "notes": notes}
+        # The notes come last: a batch counts as done once they are there, with the checksum of all.
+        kept = {"sha256": _digest(key, buffer.getvalue(), notes), "notes": notes}
         write(self.partial / f"{key}.json", json.dumps(kept).encode())
         self.seen.add(key)
 
@@ -265,8 +265,13 @@ def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bo
         with _lock(work.partial):
             pass
     if resume:
-        _check_same(folder, wanted)
+        check_same(folder, wanted)
         return replace(work, resumed=True)
+    if (folder / SHARDS).is_dir():
+        raise UsageError(
+            f"folder {str(folder)!r} holds shards of a run; python -m vlm_mech.runs.merge puts them together, or give "
+            "another --out"
+        )
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise UsageError(
@@ -287,7 +292,8 @@ def prepare(folder: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bo
     return replace(work, made=made)
 
 
-def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
+def check_same(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raises `UsageError` unless the folder holds a run with these options, finished or not."""
     places = (folder / PARTIAL / "config.json", folder / "config.json")
     found = next((path for path in places if path.is_file()), None)
     if found is None or not _holds_run(folder):
@@ -296,6 +302,12 @@ def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
     different = sorted(key for key in {*saved, *wanted} if saved.get(key) != wanted.get(key))
     if different:
         raise UsageError(f"the run in {str(folder)!r} had other options: {', '.join(different)}")
+
+
+def _digest(key: str, table: bytes, notes: Any) -> str:
+    """Checksum of a batch: of its key, its table and its notes."""
+    told = json.dumps(json.loads(json.dumps(notes)), sort_keys=True)
+    return hashlib.sha256(b"\0".join((key.encode(), told.encode(), table))).hexdigest()
 
 
 def _is_kept(path: Path) -> bool:
@@ -343,7 +355,9 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another run is going on in {str(folder.parent)!r}; give another --out") from None
+            raise UsageError(
+                f"another run is going on in {str(folder.parent)!r}; wait for it, or give another --out"
+            ) from None
         yield
 
 
