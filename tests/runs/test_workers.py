@@ -9,10 +9,9 @@ import time
 
 import pytest
 
-from tests.runs import fake_run
 from tests.runs.test_contract import ROOT, command, contents
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.runs.workers import Deal, _check_address
+from vlm_mech.runs.workers import Deal, Worker, _check_address
 
 ray = pytest.importorskip("ray")
 
@@ -33,7 +32,10 @@ def cluster():
 
 
 def shared(folder, cluster, *arguments):
-    return command("--out", folder, "--ray", cluster[0].address, *arguments)
+    """The fake experiment in a process of its own, as commands are: in this one the types of its calls are checked."""
+    given = ["--out", folder, "--ray", cluster[0].address, *arguments]
+    how = [sys.executable, "-m", "tests.runs.fake_run", *(str(each) for each in given)]
+    return subprocess.run(how, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,35 +47,35 @@ def whole(tmp_path_factory):
 
 
 def test_two_workers_make_the_bytes_of_one_process(tmp_path, cluster, whole):
-    assert shared(tmp_path / "run", cluster, "--n", 40) == 0
+    assert shared(tmp_path / "run", cluster, "--n", 40).returncode == 0
     assert (tmp_path / "run/result.parquet").read_bytes() == whole
     assert not (tmp_path / "run/partial").exists()
 
 
 def test_a_worker_that_is_killed_is_started_again(tmp_path, cluster, whole):
-    assert shared(tmp_path / "run", cluster, "--n", 40, "--die", tmp_path / "died") == 0
+    assert shared(tmp_path / "run", cluster, "--n", 40, "--die", tmp_path / "died").returncode == 0
     assert (tmp_path / "died").exists()
     assert (tmp_path / "run/result.parquet").read_bytes() == whole
 
 
-def test_what_one_raises_ends_the_run_as_ever_and_the_rest_is_kept(tmp_path, cluster, capsys):
-    assert shared(tmp_path / "run", cluster, "--n", 40, "--wrong", "work") == 1
-    assert capsys.readouterr().err.strip().endswith("error: the second batch failed")
+def test_what_one_raises_ends_the_run_as_ever_and_the_rest_is_kept(tmp_path, cluster):
+    done = shared(tmp_path / "run", cluster, "--n", 40, "--wrong", "work")
+    assert done.returncode == 1 and "error: the second batch failed" in done.stderr.splitlines()
     assert list((tmp_path / "run/partial").glob("*.parquet"))
-    assert shared(tmp_path / "other", cluster, "--wrong", "use") == 2
-    assert "kind 'curly' is no good" in capsys.readouterr().err
+    done = shared(tmp_path / "other", cluster, "--wrong", "use")
+    assert done.returncode == 2 and "kind 'curly' is no good" in done.stderr
     assert not (tmp_path / "other").exists()
 
 
 def test_several_wordings_and_a_run_taken_up(tmp_path, cluster):
     asked = ("--n", 12, "--wording", "{question} One word.", "--wording", "Look: {question}")
     assert command("--out", tmp_path / "one", *asked) == 0
-    assert shared(tmp_path / "two", cluster, *asked) == 0
+    assert shared(tmp_path / "two", cluster, *asked).returncode == 0
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert {name: each for name, each in one.items() if name.endswith("parquet")} == {
         name: each for name, each in two.items() if name.endswith("parquet")
     }
-    assert shared(tmp_path / "two", cluster, *asked, "--resume") == 0
+    assert shared(tmp_path / "two", cluster, *asked, "--resume").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -88,9 +90,9 @@ def test_a_cluster_that_is_not_there_is_told_at_once(address, message):
         _check_address(address)
 
 
-def test_more_workers_than_cpus_are_refused(tmp_path, cluster, capsys):
-    assert shared(tmp_path / "run", cluster, "--workers", 3) == 2
-    assert "--workers is 3, of one CPU each; Ray has 2" in capsys.readouterr().err
+def test_more_workers_than_cpus_are_refused(tmp_path, cluster):
+    done = shared(tmp_path / "run", cluster, "--workers", 3)
+    assert done.returncode == 2 and "--workers is 3, of one CPU each; Ray has 2" in done.stderr
 
 
 # Last, since a machine is gone afterwards.
@@ -106,7 +108,7 @@ def test_a_machine_that_is_lost_stops_nobody(tmp_path, cluster, whole):
     lost = []
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
-    assert shared(tmp_path / "run", cluster, "--n", 40, "--slow", "0.5") == 0
+    assert shared(tmp_path / "run", cluster, "--n", 40, "--slow", "0.5").returncode == 0
     assert lost, "it was lost before the run was done"
     assert (tmp_path / "run/result.parquet").read_bytes() == whole
 
@@ -130,11 +132,6 @@ def test_what_is_not_finished_is_given_again_and_each_batch_first_once():
         deal.offer(["a", "b"], [])
 
 
-def test_a_machine_without_the_folder_is_told_so(tmp_path, cluster, capsys, monkeypatch):
-    from vlm_mech.runs import workers
-
-    monkeypatch.setattr(workers, "PARTIAL", "elsewhere")
-    (tmp_path / "run/elsewhere").mkdir(parents=True)
-    crew = workers.crew_of(fake_run.Config(ray=cluster[0].address), "tests.runs.fake_run", tmp_path / "run")
+def test_a_machine_without_the_folder_is_told_so(tmp_path):
     with pytest.raises(UsageError, match="is not seen from .*; workers need a folder that all machines see"):
-        crew.do(0, "batches")
+        Worker().work(None, "tests.runs.fake_run", {}, tmp_path, "token.json", 0)

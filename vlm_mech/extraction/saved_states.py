@@ -269,14 +269,14 @@ def only_here(folder: Path) -> Iterator[None]:
     """Waits until no other process writes in the folder, which is made; the system lets go when this one ends."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with _held(folder):
-            folder.mkdir(parents=True, exist_ok=True)  # who was here before and wrote nothing took it away
+    with _held(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # who was here before and wrote nothing took it away
+        try:
             yield
-    finally:
-        for each in made:
-            with contextlib.suppress(OSError):  # something is in it, as is right
-                each.rmdir()
+        finally:
+            for each in made:
+                with contextlib.suppress(OSError):  # something is in it, as is right
+                    each.rmdir()
 
 
 @contextlib.contextmanager
