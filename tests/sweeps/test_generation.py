@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.zoo import ZOO
+from tests.zoo import BACKENDS
 from tests.zoo.batches import batch, pairs_of, wrapped
 from vlm_mech.architectures.site import Site
 from vlm_mech.benchmark.model_shapes import build, geometry, prompts
@@ -102,8 +102,7 @@ class ending:  # noqa: N801 - reads as a word
             each.eos_token_id = before
 
 
-@pytest.mark.parametrize("family", ZOO)
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "attn"), BACKENDS)
 def test_answers_are_those_of_the_reference_token_for_token(family, attn):
     vlm = wrapped(family, attn)
     whole = by_reference(family, attn, None)

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.sweeps.test_schedule import PLENTY, middling
 from tests.sweeps.test_sweep import close, encodings
-from tests.zoo import ZOO
+from tests.zoo import BACKENDS
 from tests.zoo.batches import batch, pairs_of, wrapped
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import WorkError
@@ -61,8 +61,7 @@ def together(monkeypatch):
     return at_once
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize(("family", "attn"), BACKENDS)
 def test_versions_that_share_a_pass_are_as_the_reference(family, attn, together):
     vlm, seen = wrapped(family, attn), together(5)
     encoded, donors = encodings(family, attn)

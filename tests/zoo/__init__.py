@@ -33,3 +33,17 @@ ZOO = {
 }
 ONE_IMAGE = ("instructblip", "blip2")
 """Families that take one image a prompt."""
+
+# Towers, masks and image layouts of every kind; the other families share theirs with one of these.
+OF_EACH_KIND = (
+    "llava_clip",
+    "llava_next_mistral",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "paligemma",
+    "gemma3",
+    "mistral3",
+    "blip2",
+)
+BACKENDS = [(family, "sdpa") for family in ZOO] + [(family, "eager") for family in OF_EACH_KIND]
+"""Every family under SDPA, and one of each kind under eager attention, for tests that take long."""
