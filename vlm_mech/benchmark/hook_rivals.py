@@ -90,6 +90,8 @@ def _with_mask(vlm: "VLM", layers: Sequence[int], mask: Tensor) -> Iterator[None
 
 
 def keeper(states: dict[Site, Tensor], site: Site) -> Edit:
+    """Keeps what it is given at a site, and changes nothing."""
+
     def keep(value: Tensor) -> None:
         states[site] = value.detach()
 

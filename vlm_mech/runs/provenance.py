@@ -84,7 +84,7 @@ def provenance_of(outcome: Outcome, config: RunConfig, seconds: float) -> dict[s
     """What a result says of where it comes from, with versions, commit, options and time of its run."""
     return outcome.result.provenance | {
         "versions": versions(),
-        "commit": _commit(Path(__file__).parents[2]),
+        "commit": commit(),
         "seed": config.seed,
         "device": config.device,
         "dtype": config.dtype,
@@ -104,6 +104,11 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this code is in; None for an installed package."""
+    return _commit(Path(__file__).parents[2])
 
 
 def _commit(root: Path) -> str | None:

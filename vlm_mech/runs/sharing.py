@@ -12,7 +12,7 @@ from typing import Any
 
 from vlm_mech.runs.configuration import RunConfig, as_json
 from vlm_mech.runs.ingredients import ingredients
-from vlm_mech.runs.provenance import versions
+from vlm_mech.runs.provenance import commit, versions
 from vlm_mech.runs.shards import DONE, PartDone, Shard, Share, shard_of, told
 from vlm_mech.runs.workers import crew_of
 from vlm_mech.runs.workspace import Workspace, check_same, prepare, write
@@ -57,7 +57,8 @@ def do_shard(config: RunConfig, carry_out: Callable[[Workspace], None], run_fold
     else:
         with contextlib.suppress(PartDone):
             carry_out(replace(work, share=shard))
-        about = {"shard": str(shard), "module": module, "made_of": work.ingredients, "versions": versions()}
+        code = versions() | {"commit": commit()}
+        about = {"shard": str(shard), "module": module, "made_of": work.ingredients, "versions": code}
         write(folder / DONE, json.dumps(about | {"seconds": round(time.time() - started, 2)}).encode())
     n = len(list(folder.rglob("*.parquet")))
     print(

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import platform
 import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ class Worker:
 
         if not (folder / PARTIAL / token).is_file():
             raise UsageError(
-                f"{str(folder)!r} is not seen from {os.uname().nodename}; workers need a folder that all machines see, "
+                f"{str(folder)!r} is not seen from {platform.node()}; workers need a folder that all machines see, "
                 "or do --shard on each and copy the shards together"
             )
         experiment = importlib.import_module(module)
