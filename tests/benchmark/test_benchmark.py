@@ -409,6 +409,9 @@ def test_a_rival_that_does_something_else_is_named_and_not_timed(built):
     shown = overview(result).set_index(["case", "contender"])
     assert shown.loc[("tower", "TransformerLens"), "times ours"] == "-"
     assert {trace.name for trace in bars(result, title="t").data} == {OURS, "nnsight loop", "TransformerLens"}
+    # On a logarithmic axis an annotation stands at the logarithm: that of the line at 1 at 0.
+    drawn = bars(result, title="t").layout
+    assert [(line.y0, line.y1) for line in drawn.shapes] == [(1, 1)] and [each.y for each in drawn.annotations] == [0]
 
 
 def test_the_extraction_case(built):

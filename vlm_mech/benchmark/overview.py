@@ -155,7 +155,10 @@ def bars(result: Result, *, title: str) -> "go.Figure":
         figure.add_bar(
             x=list(middle.index), y=middle, name=name, marker_color=colour, error_y={"type": "data", **spread}
         )
-    figure.add_hline(y=1, line_dash="dot", annotation_text="one plain forward" if metric == "forwards" else "ours")
+    figure.add_hline(y=1, line_dash="dot")
+    # Places of annotations are logarithms here.
+    what = {"text": "one plain forward" if metric == "forwards" else "ours", "showarrow": False}
+    figure.add_annotation(x=1, xref="paper", xanchor="left", y=0, **what)
     figure.update_yaxes(type="log", title_text=f"{unit} (log scale)")
     meta = drawn_by(bars, title=title)
     figure.update_layout(template="plotly_white", barmode="group", title=title, width=960, height=480, meta=meta)
@@ -167,14 +170,18 @@ def as_figure(result: Result) -> "go.Figure":
     import plotly.graph_objects as go
 
     table = overview(result)
-    wrapped = [["<br>".join(textwrap.wrap(str(value), 44)) for value in table[name]] for name in table]
+    wrapped = [["<br>".join(textwrap.wrap(str(value), 26)) for value in table[name]] for name in table]
     figure = go.Figure(
         go.Table(
-            header={"values": list(table), "align": "left"},
-            cells={"values": wrapped, "align": "left"},
-            columnwidth=[1, 1.3, 1.6, 1.2, 1.2, 1.2, 0.6, 0.6, 0.6],
+            header={"values": list(table), "align": "left", "font": {"size": 11}},
+            cells={"values": wrapped, "align": "left", "font": {"size": 11}},
+            columnwidth=[1, 1.3, 1.4, 1.2, 1.2, 1.3, 0.8, 0.6, 0.7],
         )
     )
-    meta = drawn_by(as_figure)
-    figure.update_layout(title=result.name, width=1300, height=max(400, 34 * len(table) + 160), meta=meta)
+    meta, lines = (
+        drawn_by(as_figure),
+        sum(max(text.count("<br>") + 1 for text in row) for row in zip(*wrapped, strict=True)),
+    )
+    height = max(400, 15 * lines + 14 * len(table) + 200)
+    figure.update_layout(title=result.name, width=1200, height=height, margin={"l": 20, "r": 20}, meta=meta)
     return figure
