@@ -204,7 +204,7 @@ def test_parts_together_are_the_states_of_one_process(wrapped, tmp_path, pool, o
             assert all(torch.equal(joined.whole(site, *each), whole.whole(site, *each)) for each in every)
 
 
-def test_parts_that_are_missing_or_do_not_belong_together(wrapped, tmp_path):
+def test_parts_that_are_missing_or_do_not_belong_together(untyped, wrapped, tmp_path):
     vlm, how = wrapped("llava_clip"), {"spans": "last", "batch_size": 2}
     wrong = {
         "0/2": "K/N is needed",
