@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint train clean
+.PHONY: help demo test test-all lint train clean
 
 help:
 	@echo "make demo   install, run the layer swap on the embedded model, say where the report is"
-	@echo "make test   install and run every test"
+	@echo "make test   install and run the tests"
+	@echo "make test-all  the same, with the long comparisons over all families"
 	@echo "make lint   ruff, pyright and the walls between rooms"
 	@echo "make train  train the embedded models from nothing into runs/train (an hour or more on two idle cores)"
 
@@ -23,6 +24,10 @@ demo: $(STAMP)
 # One thread a process: two workers whose threads wait for each other would take twice as long.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The long comparisons over all families, too.
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,5 +1,52 @@
 """The tests. `checked` checks types and shapes of every function of the package; an int is a float, as in PEP 484."""
 
+import functools
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
 from beartype import BeartypeConf, beartype
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+N_CHECKED = 20
+"""Calls of a function that are checked in each test: checking all takes half as long again."""
+_calls: Counter[tuple[str, str]] = Counter()
+_unchecked: list[Any] = []
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, checked in its first calls of each test."""
+    key = (function.__module__, function.__qualname__)
+    if _calls[key] > N_CHECKED:
+        # A function within another one, made once more.
+        return function
+    strict = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+
+    @functools.wraps(function)
+    def some(*arguments: Any, **named: Any) -> Any:
+        _calls[key] += 1
+        if _calls[key] == N_CHECKED:
+            _leave_unchecked(*key)
+        return strict(*arguments, **named)
+
+    return some
+
+
+def check_again() -> None:
+    """Checks the next calls of each function; called before each test."""
+    _calls.clear()
+    while _unchecked:
+        del _unchecked.pop().__no_type_check__
+
+
+def _leave_unchecked(module: str, name: str) -> None:
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = inspect.getattr_static(found, part, None)
+    for attribute in ("__func__", "fget", "func"):
+        found = getattr(found, attribute, found)
+    if inspect.isfunction(found):
+        found = inspect.unwrap(found)
+        found.__no_type_check__ = True
+        _unchecked.append(found)

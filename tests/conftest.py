@@ -8,6 +8,7 @@ import jaxtyping
 import pytest
 import torch
 
+from tests import check_again
 from tests.zoo.tiny import picture, tiny_model, tiny_processor
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.models.vlm import VLM
@@ -18,6 +19,12 @@ torch.set_num_threads(1)
 # What is remembered of models and files ends with the tests, and nothing of the user's is read.
 CACHE = tempfile.TemporaryDirectory()
 os.environ["VLM_MECH_CACHE"] = CACHE.name
+
+
+@pytest.fixture(autouse=True)
+def first_calls_are_checked():
+    """The types of what a test calls are checked whatever was called before it."""
+    check_again()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tests.zoo import ZOO
+from tests.zoo import FAMILIES, ZOO
 from tests.zoo.batches import batch
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
 from vlm_mech.errors import UsageError
@@ -85,7 +85,7 @@ MEASURES = {
 
 
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_finite_differences(family, measure):
     vlm = wrapped(family)
     encoded, donors = vlm.encode(batch(1)), vlm.encode(batch(7))

@@ -23,7 +23,9 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     made = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 * 2**20})
-    nodes = [made.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
+    # Each at an address of its own: a command joins the machine at its own address, the head, which stays.
+    own = ("127.0.0.2", "127.0.0.3")
+    nodes = [made.add_node(num_cpus=1, object_store_memory=100 * 2**20, node_ip_address=each) for each in own]
     try:
         yield made, nodes
     finally:
@@ -47,13 +49,15 @@ def whole(tmp_path_factory):
 
 
 def test_two_workers_make_the_bytes_of_one_process(tmp_path, cluster, whole):
-    assert shared(tmp_path / "run", cluster, "--n", 40).returncode == 0
+    done = shared(tmp_path / "run", cluster, "--n", 40)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/result.parquet").read_bytes() == whole
     assert not (tmp_path / "run/partial").exists()
 
 
 def test_a_worker_that_is_killed_is_started_again(tmp_path, cluster, whole):
-    assert shared(tmp_path / "run", cluster, "--n", 40, "--die", tmp_path / "died").returncode == 0
+    done = shared(tmp_path / "run", cluster, "--n", 40, "--die", tmp_path / "died")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "died").exists()
     assert (tmp_path / "run/result.parquet").read_bytes() == whole
 
@@ -70,12 +74,14 @@ def test_what_one_raises_ends_the_run_as_ever_and_the_rest_is_kept(tmp_path, clu
 def test_several_wordings_and_a_run_taken_up(tmp_path, cluster):
     asked = ("--n", 12, "--wording", "{question} One word.", "--wording", "Look: {question}")
     assert command("--out", tmp_path / "one", *asked) == 0
-    assert shared(tmp_path / "two", cluster, *asked).returncode == 0
+    done = shared(tmp_path / "two", cluster, *asked)
+    assert done.returncode == 0, done.stderr
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert {name: each for name, each in one.items() if name.endswith("parquet")} == {
         name: each for name, each in two.items() if name.endswith("parquet")
     }
-    assert shared(tmp_path / "two", cluster, *asked, "--resume").returncode == 0
+    done = shared(tmp_path / "two", cluster, *asked, "--resume")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -108,7 +114,8 @@ def test_a_machine_that_is_lost_stops_nobody(tmp_path, cluster, whole):
     lost = []
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
-    assert shared(tmp_path / "run", cluster, "--n", 40, "--slow", "0.5").returncode == 0
+    done = shared(tmp_path / "run", cluster, "--n", 40, "--slow", "0.5")
+    assert done.returncode == 0, done.stderr
     assert lost, "it was lost before the run was done"
     assert (tmp_path / "run/result.parquet").read_bytes() == whole
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from torch.nn.functional import log_softmax
 
 from tests.sweeps.test_sweep import SPANS, edits_of, interventions, with_source
-from tests.zoo import ZOO
+from tests.zoo import BACKENDS, ZOO
 from tests.zoo.batches import QUESTIONS, batch, pairs_of, wrapped
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
@@ -86,8 +86,7 @@ def edits_with_answers(vlm, donors):
     return edits
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize(("family", "attn"), BACKENDS)
 def test_the_engine_equals_the_reference_over_whole_answers(family, attn):
     vlm = wrapped(family, attn)
     encoded, donors = answered(family, attn)

@@ -1,5 +1,6 @@
 """Every family, tiny: name -> function(attn, seed) -> (model, processor)."""
 
+import pytest
 from transformers import PreTrainedModel, VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from tests.zoo.gemma_idefics_blip import FAMILIES as GEMMA_IDEFICS_BLIP
@@ -37,13 +38,25 @@ ONE_IMAGE = ("instructblip", "blip2")
 # Towers, masks and image layouts of every kind; the other families share theirs with one of these.
 OF_EACH_KIND = (
     "llava_clip",
+    "qwen3_vl",
+    "gemma3",
     "llava_next_mistral",
     "qwen2_5_vl",
-    "qwen3_vl",
     "paligemma",
-    "gemma3",
     "mistral3",
     "blip2",
 )
-BACKENDS = [(family, "sdpa") for family in ZOO] + [(family, "eager") for family in OF_EACH_KIND]
-"""Every family under SDPA, and one of each kind under eager attention, for tests that take long."""
+
+
+def _long(case: object, *, always: bool) -> object:
+    return case if always else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long)
+
+
+FAMILIES = [_long(family, always=family in OF_EACH_KIND) for family in ZOO]
+"""Every family, for tests that take long: `make test` takes one of each kind, `make test-all` the others too."""
+BACKENDS = [
+    _long((family, attn), always=family in OF_EACH_KIND[: 8 if attn == "sdpa" else 3])
+    for attn in ("sdpa", "eager")
+    for family in ZOO
+]
+"""The same under both back ends: in `make test` one of each kind under SDPA, and three under eager attention."""

@@ -18,7 +18,7 @@ from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.plan import Plan
 from vlm_mech.sweeps.branching import Branch, rows_of, tower_blocks
 from vlm_mech.sweeps.replay import LOGITS
-from vlm_mech.sweeps.suffix_attention import FAST_BYTES, FLOAT, shares_prefix
+from vlm_mech.sweeps.suffix_attention import FAST_BYTES, FLOAT, QUERIES, shares_prefix
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -213,7 +213,7 @@ def copies_at_once(size: Sizes, n_cells: int, n_suffix: int) -> int:
     """How many edited versions go through the tower in one pass: as many as take no more than their decoder does."""
     if size.tower is None or not size.tower.copies:
         return 1
-    room = in_block(size, n_cells, n_suffix, joined=False)
+    room = in_block(size, n_cells, n_suffix, joined=False, in_parts=True)
     return max(1, min(n_cells, room // tower_bytes(size, 1)))
 
 
@@ -265,8 +265,17 @@ def answer_bytes(size: Sizes) -> int:
     return size.batch * size.n_vocab * size.itemsize
 
 
-def in_block(size: Sizes, n_cells: int, n_suffix: int, *, joined: bool, cut: bool = False) -> int:
-    """Bytes at the worst moment inside a decoder block that runs some cells over a suffix."""
+def in_block(
+    size: Sizes, n_cells: int, n_suffix: int, *, joined: bool, cut: bool = False, in_parts: bool = False
+) -> int:
+    """Bytes at the worst moment inside a decoder block that runs some cells over a suffix.
+
+    Args:
+        joined: whether each cell has a copy of the keys and values before the suffix.
+        cut: whether edges are cut.
+        in_parts: whether attention is computed for some queries at a time, as it is unless edges are cut.
+    """
+    n_query = min(n_suffix, QUERIES) if in_parts and not cut else n_suffix
     rows = n_cells * size.batch * n_suffix
     heads = size.n_heads * size.d_head
     projected = rows * (heads + 2 * size.n_groups * size.d_head) * size.itemsize
@@ -274,10 +283,10 @@ def in_block(size: Sizes, n_cells: int, n_suffix: int, *, joined: bool, cut: boo
     if joined:
         prefix = n_cells * size.batch * size.n_pos * size.d_head * size.itemsize
         copies = prefix * 2 * (size.n_groups + (size.n_heads if size.n_heads > size.n_groups else 0))
-        scores = 2 * n_cells * size.batch * size.n_heads * n_suffix * size.n_pos * FLOAT if size.eager else 0
+        scores = 2 * n_cells * size.batch * size.n_heads * n_query * size.n_pos * FLOAT if size.eager else 0
         attention = copies + scores + rows * heads * size.itemsize
     else:
-        per_cell = size.batch * n_suffix * size.n_heads * size.n_pos * FLOAT
+        per_cell = size.batch * n_query * size.n_heads * size.n_pos * FLOAT
         attention = min(n_cells, max(1, FAST_BYTES[size.device] // per_cell)) * per_cell
         # A copy of the queries, or the two halves of the output.
         attention += 2 * rows * heads * size.itemsize
@@ -303,7 +312,7 @@ def wave_bytes(size: Sizes, n_cells: int, n_suffix: int, *, cut: bool, written: 
     held = stream * (1 + written)
     return brought + max(
         tower_bytes(size, copies_at_once(size, n_cells, n_suffix)) if own else 0,
-        held + in_block(size, n_cells, n_suffix, joined=joined, cut=cut),
+        held + in_block(size, n_cells, n_suffix, joined=joined, cut=cut, in_parts=True),
         stream + read_bytes(size, n_cells),
     )
 
@@ -317,11 +326,20 @@ def read_bytes(size: Sizes, n_cells: int) -> int:
 
 def wave_flops(size: Sizes, places: Sequence[Branch]) -> int:
     """Operations of some cells that share a start, from their entry into the decoder to the next token's logits."""
-    n_suffix = size.n_pos - places[0].start
-    block = 2 * size.weights * n_suffix + 4 * size.n_heads * size.d_head * n_suffix * size.n_pos
+    start = places[0].start
+    edges = _scores(size, start, in_parts=not any(place.cuts for place in places))
+    block = 2 * size.weights * (size.n_pos - start) + 4 * size.n_heads * size.d_head * edges
     head = 2 * size.batch * size.n_reads * size.d_model * size.n_vocab
     tower = sum(tower_flops(size, place.tower) for place in places if place.tower is not None)
     return sum(rows_of(places, size.n_layers)) * size.batch * block + len(places) * head + tower
+
+
+def _scores(size: Sizes, start: int, *, in_parts: bool) -> int:
+    """Pairs of a query and a key of one row whose scores are computed in a block, from position `start` on."""
+    if not in_parts or (start == 0 and not size.masked):
+        return (size.n_pos - start) * size.n_pos
+    firsts = range(start, size.n_pos, QUERIES)
+    return sum((min(first + QUERIES, size.n_pos) - first) * min(first + QUERIES, size.n_pos) for first in firsts)
 
 
 def tower_flops(size: Sizes, made: Plan) -> int:

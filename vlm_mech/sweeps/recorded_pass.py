@@ -104,6 +104,10 @@ class RecordedPass:
                 start = int((last[:start] >= start).nonzero()[0])
         return start
 
+    def n_keys(self, start: int, stop: int) -> int:
+        """How many keys, from the first on, the queries from `start` to `stop` need at most in any block."""
+        return max([stop, *(int(last[start:stop].max()) + 1 for last in self._last_keys)])
+
     @functools.cached_property
     def _last_keys(self) -> list[Int[Tensor, "pos"]]:
         """Of every mask, for every query the last key that it may attend to in any row or head."""

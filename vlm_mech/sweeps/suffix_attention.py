@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlm_mech.errors import UsageError
-from vlm_mech.interventions.attention import Attend
+from vlm_mech.interventions.attention import Attend, in_form
 from vlm_mech.interventions.plan import Cut
 from vlm_mech.interventions.receipt import KnockoutReceipt
 from vlm_mech.interventions.verification import knockout_reaches
@@ -26,8 +26,8 @@ FLOAT = 4
 """Bytes of a score: they are kept in single precision whatever the model's own."""
 FAST_BYTES = {"cpu": 2**23, "cuda": 2**28}
 """Scores that are worked on at once: little enough not to count, and enough to keep the machine busy."""
-
-
+QUERIES = 128
+"""Queries whose attention is computed at once: of the keys after the first of them it may see none."""
 NEAR = 5.0
 """Scores this far below the largest lose no precision to speak of when they are lowered by it."""
 
@@ -117,24 +117,32 @@ class SuffixAttention:
         cut: "list[Group]",
     ) -> Float[Tensor, "rows query head d_head"]:
         """Softmax attention of all cells, as many at a time as have their scores in fast memory."""
-        per_cell = FLOAT * self.batch * query.shape[1] * query.shape[2] * (self.start + query.shape[2])
+        n_query = query.shape[2]
+        # Edges that are cut are proved over all queries together.
+        parts = [(slice(0, n_query), allowed.shape[-1])] if cut else self._parts(n_query)
+        most = n_query if cut else min(n_query, QUERIES)
+        per_cell = FLOAT * self.batch * query.shape[1] * most * (self.start + n_query)
         step, out = cells_at_once(per_cell, query.device), []
         for first in range(0, len(self.cuts), step):
             rows = slice(first * self.batch, (first + step) * self.batch)
             some = [each for each in (group.within(first, first + step) for group in cut) if each.numbers]
-            out.append(self._chunk(query[rows], key[rows], value[rows], before, allowed, some))
-        return out[0] if len(out) == 1 else torch.cat(out)
+            for part, n_keys in parts:
+                own, edges = slice(0, n_keys - self.start), allowed[:, :, part, :n_keys]
+                out.append(
+                    self._chunk(query[rows, :, part], key[rows, :, own], value[rows, :, own], before, edges, some)
+                )
+        return _together(out, len(parts))
 
     def _chunk(
         self,
         query: Float[Tensor, "rows head query d_head"],
-        key: Float[Tensor, "rows group query d_head"],
-        value: Float[Tensor, "rows group query d_head"],
+        key: Float[Tensor, "rows group own d_head"],
+        value: Float[Tensor, "rows group own d_head"],
         before: Block,
         allowed: Bool[Tensor, "mask_rows mask_heads query pos"],
         cut: "list[Group]",
     ) -> Float[Tensor, "rows query head d_head"]:
-        """Softmax attention over the shared prefix, in one product for all rows, and over each row's own suffix.
+        """Softmax attention over the shared prefix, in one product for all rows, and over each row's own keys.
 
         The softmax runs over both parts at once, without putting them together: each is shifted by the common maximum
         and the sum of both divides the output.
@@ -252,10 +260,22 @@ class SuffixAttention:
             for shared, own in ((before.keys, key), (before.values, value))
         )
         mask = allowed if len(allowed) == 1 else repeat(allowed, "b h n p -> (c b) h n p", c=n_cells)
-        if self.vlm.backend_of("llm") == "eager":
-            lowest = torch.finfo(query.dtype).min
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
-        return function(module, query, keys, values, mask, **options)
+        mask, out = in_form(mask, self.vlm.backend_of("llm"), query.dtype), []
+        for part, n_keys in self._parts(query.shape[2]):
+            known, edges = slice(0, n_keys), mask[:, :, part, :n_keys]
+            out.append(function(module, query[:, :, part], keys[:, :, known], values[:, :, known], edges, **options)[0])
+        return _together(out, len(out)), None
+
+    def _parts(self, n_query: int) -> list[tuple[slice, int]]:
+        """The queries of the suffix whose attention is computed together, each with how many keys they may have."""
+        parts = [slice(first, min(first + QUERIES, n_query)) for first in range(0, n_query, QUERIES)]
+        return [(part, self.clean.n_keys(self.start + part.start, self.start + part.stop)) for part in parts]
+
+
+def _together(out: list[Tensor], n_parts: int) -> Float[Tensor, "rows query head d_head"]:
+    """What was computed for some rows and queries at a time: all parts of the first rows, then of the next ones."""
+    rows = [out[at] if n_parts == 1 else torch.cat(out[at : at + n_parts], 1) for at in range(0, len(out), n_parts)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def cells_at_once(per_cell: int, device: torch.device) -> int:
