@@ -279,27 +279,17 @@ def kinds(vlm, donors):
     }
 
 
-@pytest.mark.parametrize("kind", ["cut", "swap", "write"])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_the_peak_is_foreseen(attn, kind):
+@pytest.mark.parametrize(("attn", "kind"), [("eager", "cut"), ("eager", "swap"), ("eager", "write"), ("sdpa", "write")])
+def test_peak_and_operations_are_foreseen(attn, kind):
     vlm, encoded, donors = middling(attn)
     edits, engine = kinds(vlm, donors)[kind], Engine(vlm, encoded, PLENTY)
     engine.lend(Engine(vlm, donors, PLENTY))
-    cost = generation_cost(vlm, encoded, edits, 24, held=0, budget=PLENTY)
-    with peak_memory(CPU) as peak:
-        answers_under(engine, [None, *edits], max_new_tokens=24)
-    assert 0.8 <= cost.peak_bytes / peak.bytes <= 1.2
-
-
-@pytest.mark.parametrize("kind", ["cut", "swap", "write"])
-def test_operations_are_foreseen(kind):
-    vlm, encoded, donors = middling("eager")
-    edits, engine = kinds(vlm, donors)[kind], Engine(vlm, encoded, PLENTY)
-    engine.lend(Engine(vlm, donors, PLENTY))
-    with FlopCounterMode(display=False) as counter:
-        answers_under(engine, [None, *edits], max_new_tokens=12)
     cost = generation_cost(vlm, encoded, edits, 12, held=0, budget=PLENTY)
-    assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+    with FlopCounterMode(display=False) as counter, peak_memory(CPU) as peak:
+        answers_under(engine, [None, *edits], max_new_tokens=12)
+    assert 0.8 <= cost.peak_bytes / peak.bytes <= 1.2
+    # Operations of the fused kernel are not counted on a CPU.
+    assert attn == "sdpa" or cost.flops == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_a_budget_parts_the_versions_and_what_is_said_is_the_same():
