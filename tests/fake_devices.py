@@ -32,7 +32,10 @@ class FakeTensor(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor, device: torch.device) -> "FakeTensor":
+    def __new__(cls, held: Tensor, device: torch.device | None = None, requires_grad: bool = False) -> Any:
+        if device is None:
+            # accelerate makes a weight on another device by the type of the one that it stands for.
+            return torch.nn.Parameter(held, requires_grad)
         placed = {"strides": held.stride(), "storage_offset": held.storage_offset()}
         made = Tensor._make_wrapper_subclass(cls, held.shape, **placed, dtype=held.dtype, device=device)
         made.held = held

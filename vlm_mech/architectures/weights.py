@@ -24,9 +24,9 @@ def device_of(module: Any) -> torch.device:
 
     A model without weights takes its inputs on the CPU, from where they are sent to the machine that has the weights.
     """
-    device = next(module.parameters()).device
-    if device.type != "meta":
-        return device
+    weight = next(module.parameters(), None)
+    if weight is not None and not weight.is_meta:
+        return weight.device
     hooks = [getattr(each, "_hf_hook", None) for each in module.modules()]
     hooks = [each for hook in hooks for each in getattr(hook, "hooks", (hook,))]
     devices = [getattr(each, "execution_device", None) for each in hooks]

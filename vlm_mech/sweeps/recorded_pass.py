@@ -138,7 +138,7 @@ def record(vlm: "VLM", encoded: Encoded) -> RecordedPass:
     moved = _Moved()
     hooks = [
         module.register_forward_pre_hook(_keeper(blocks, layer, tree, partial(moved.to, device)), with_kwargs=True)
-        for layer, (module, device) in enumerate(zip(stack, vlm.devices("llm"), strict=True))
+        for layer, (module, device) in enumerate(zip(stack.children(), vlm.devices("llm"), strict=True))
     ]
     decoder = vlm.model.get_submodule(vlm.family.decoder)
     hooks.append(decoder.register_forward_pre_hook(lambda _, __, named: seen.update(named), with_kwargs=True))
@@ -271,7 +271,7 @@ def _ender(seen: dict[str, Any]) -> Callable:
 def _recorder(
     modules: dict[nn.Module, int], blocks: dict[int, Block], backend: str, tree: _SideBySide | None
 ) -> Callable[[Attend], Attend]:
-    known: dict[int, tuple[Any, Tensor]] = {}
+    known: dict[tuple[int, torch.device], tuple[Any, Tensor]] = {}
 
     def attend(function: Attend) -> Attend:
         def recorded(
@@ -282,9 +282,10 @@ def _recorder(
             causal = is_causal(module, query, backend, options)
             if tree is not None:
                 # Blocks are given the same mask, which is turned into one for answers side by side once.
-                if id(mask) not in known:
-                    known[id(mask)] = (mask, _shared(blocks, mask, query, key, causal, tree))
-                block.mask = known[id(mask)][1]
+                where = id(mask), query.device
+                if where not in known:
+                    known[where] = (mask, _shared(blocks, mask, query, key, causal, tree))
+                block.mask = known[where][1]
                 mask = in_form(block.mask, backend, query.dtype)
             elif mask is not None or not causal:
                 block.mask = _shared(blocks, mask, query, key, causal, None)

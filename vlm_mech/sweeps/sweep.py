@@ -31,11 +31,11 @@ from vlm_mech.sweeps.asked import check_listed, check_once, check_whole, digest
 from vlm_mech.sweeps.axis_labels import axis_table, check_axes
 from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.measures import Measure
-from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES, Readings, readings_of, without_trivial_places
 from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
+from vlm_mech.sweeps.shares import Bytes, budget_of
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -121,7 +121,7 @@ def sweep(
     check_decoder(vlm, "sweep")
     check_whole(batch=(batch, 1), max_cells=(max_cells, 1), check=(check, 0))
     measures = _measures(measure)
-    job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm.device, memory))
+    job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm, memory))
     refuse_open_trace(vlm)
     _check(job, points, measures)
     job.places  # noqa: B018 - points that make no table are refused before any work
@@ -177,7 +177,7 @@ def plan_sweep(
     check_decoder(vlm, "plan_sweep")
     check_whole(batch=(batch, 1), max_cells=(max_cells, 1))
     measures = _measures(measure)
-    job = _Job(vlm, data, points, intervention, measures, "fast", max_cells, budget_of(vlm.device, memory))
+    job = _Job(vlm, data, points, intervention, measures, "fast", max_cells, budget_of(vlm, memory))
     if not job.prompts or not points:
         raise UsageError("a sweep needs prompts and points of a grid")
     return job.plan(batch)
@@ -218,7 +218,7 @@ class _Job:
     measures: tuple[Measure, ...]
     engine: str
     max_cells: int
-    budget: int
+    budget: Bytes
     last: tuple[slice, Readings] | None = None
 
     def __post_init__(self) -> None:
