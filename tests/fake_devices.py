@@ -170,10 +170,11 @@ def scattered(model: Any, family: Any, first: str = FIRST, second: str = SECOND)
     return placed
 
 
-def spread(model: Any, placed: dict[str, str]) -> Any:
+def spread(model: Any, placed: dict[str, str], folder: Any = None) -> Any:
     """The model on several devices, by accelerate's hooks; `placed` says where its parts go, "" where all others.
 
-    A head that has the weights of the embeddings stays with these.
+    What is placed on the disk (or on the CPU, beside a fake device) is kept there and brought in for each pass; the
+    disk's in the folder. A head that has the weights of the embeddings stays with these.
     """
     names = {module: name for name, module in model.named_modules()}
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
@@ -190,7 +191,7 @@ def spread(model: Any, placed: dict[str, str]) -> Any:
                 placed.setdefault(f"{name}.{part}".strip("."), first)
             children = (f"{name}.{child}".strip(".") for child, _ in module.named_children())
             placed |= {child: first for child in children if not _has_place(child, placed)}
-    return dispatch_model(model, placed, main_device=first, force_hooks=True)
+    return dispatch_model(model, placed, main_device=first, offload_dir=folder, force_hooks=True)
 
 
 def _has_place(path: str, placed: dict[str, str]) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fake_devices import FIRST, SECOND, FakeTensor, scattered, spread
+from tests.fake_devices import FIRST, SECOND, FakeTensor, halves, scattered, spread
 from tests.sweeps import test_generation, test_sweep, test_tower
 from tests.sweeps.test_whole_answers import ANSWERS, read_by
 from tests.zoo import ZOO
@@ -82,6 +82,37 @@ def test_answers_and_what_is_generated_are_those_of_one_device(family, attn):
     assert all(same(*each) for each in zip(read[0][0], read[1][0], strict=True)) and read[0][1] == read[1][1]
     for one, other in zip(*said, strict=True):
         assert same(one.ids, other.ids) and one.texts == other.texts and one.receipts == other.receipts
+
+
+@pytest.mark.parametrize(("near_by", "away"), [("cpu", "disk"), (FIRST, "cpu")])
+def test_weights_that_are_brought_in_for_each_block_give_the_same(near_by, away, tmp_path):
+    model, processor = ZOO["qwen3_vl"]("sdpa", 0)
+    plain = wrapped("qwen3_vl")
+    placed = halves(model, plain.family, near_by, away) | {f"{plain.family.vision.path}.1": away}
+    vlm = VLM(spread(model, placed, tmp_path), processor, name="qwen3_vl", check=False)
+    assert any(weight.is_meta for weight in model.parameters())
+    # All blocks compute on the device that weights are brought to.
+    assert {str(each) for stream in ("llm", "vision") for each in vlm.devices(stream)} == {near_by}
+    found, said = [], []
+    for each in (plain, vlm):
+        encoded, donors = each.encode(batch(1)), each.encode(batch(7))
+        edits = test_sweep.edits_of(each, donors)[::5] + test_tower.edits_of(each, donors)[::5]
+        found.append(Engine(each, encoded, PLENTY).answers(edits))
+        spoken = list(test_generation.edits_of(each, donors).values())[::3]
+        said += answers_under(Engine(each, encoded, PLENTY), spoken, max_new_tokens=3, check=[1])
+    assert torch.equal(found[0][0], found[1][0].cpu()) and found[0][1] == found[1][1]
+    for one, other in zip(said[: len(said) // 2], said[len(said) // 2 :], strict=True):
+        assert torch.equal(one.ids, other.ids.cpu()) and one.receipts == other.receipts
+
+
+def test_answers_side_by_side_need_no_mask_of_the_model():
+    """Without padding the decoder gives no mask, and each device has its own of which tokens an answer sees."""
+    logits = []
+    for vlm in both("llava_clip"):
+        encoded = vlm.encode(batch(1)[:1])
+        answered = followed(encoded, [vlm.answer_tokens(encoded, answers[:1]) for answers in ANSWERS[:2]])
+        logits.append(Engine(vlm, answered, PLENTY).reads)
+    assert same(*logits)
 
 
 def test_a_sweep_and_its_reference_are_those_of_one_device():
