@@ -160,7 +160,7 @@ def halves(model: Any, family: Any, first: str = FIRST, second: str = SECOND) ->
 
 def scattered(model: Any, family: Any, first: str = FIRST, second: str = SECOND) -> dict[str, str]:
     """Neighbours on different devices: each block of tower and decoder, and what comes before and after them."""
-    placed = {"": first, family.projector: second, family.head: second}
+    placed = {"": first, family.projector: second}
     for name, module in model.named_modules():
         if module is model.get_input_embeddings():
             placed[name] = second

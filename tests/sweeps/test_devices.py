@@ -78,7 +78,12 @@ def test_answers_and_what_is_generated_are_those_of_one_device(family, attn):
         logits, receipts = read_by(Engine(vlm, answered, PLENTY), edits)
         read.append(([*logits, Reference(vlm, answered).logits(edits[1])], receipts))
         asked = list(test_generation.edits_of(vlm, donors).values())[::2]
-        said.append(answers_under(Engine(vlm, encoded, PLENTY), asked, max_new_tokens=3, check=[1]))
+        # Of many tokens that end an answer some come early, so that rows leave.
+        ends = list(range(0, vlm.tokenizer.vocab_size, 3))
+        with test_generation.ending(vlm, ends):
+            said.append(answers_under(Engine(vlm, encoded, PLENTY), asked, max_new_tokens=4, check=[1]))
+    ended = [torch.isin(each.ids[:, :2], torch.tensor(ends)).any(1) for each in said[0]]
+    assert torch.stack(ended).any() and not torch.stack(ended).all()
     assert all(same(*each) for each in zip(read[0][0], read[1][0], strict=True)) and read[0][1] == read[1][1]
     for one, other in zip(*said, strict=True):
         assert same(one.ids, other.ids) and one.texts == other.texts and one.receipts == other.receipts
@@ -115,6 +120,30 @@ def test_answers_side_by_side_need_no_mask_of_the_model():
     assert same(*logits)
 
 
+@pytest.mark.parametrize("placed", [halves, scattered])
+def test_rows_come_to_each_block_on_its_own_device_and_logits_to_that_of_the_inputs(placed):
+    vlm, seen = far("llava_clip", placed=placed), []
+    encoded, donors = vlm.encode(batch(1)), vlm.encode(batch(7))
+    engine = Engine(vlm, encoded, PLENTY)
+    blocks = list(vlm.model.get_submodule(vlm.family.llm.path).children())
+    hooks = [
+        block.register_forward_pre_hook(lambda _, given, layer=layer: seen.append((layer, given[0].device)))
+        for layer, block in enumerate(blocks)
+    ]
+    edits = [Ablate(Site("projector.out"), "image"), Replace(Site("llm.resid_post", 0), "image", source=donors)]
+    # States of the other prompts are read first, in a pass of their own.
+    places = [engine.place(*each) for each in zip(engine.plans(edits), edits, strict=True)]
+    seen.clear()
+    logits, _ = engine.carry_out(places)
+    for hook in hooks:
+        hook.remove()
+    # The pass of the tower ends where the decoder begins; it is the model's own.
+    own = [each for number, each in enumerate(seen) if number or each[0]]
+    assert {layer for layer, _ in own} == {0, 1, 2, 3}
+    assert all(device == vlm.devices("llm")[layer] for layer, device in own)
+    assert logits.device == engine.reads.device == vlm.device
+
+
 def test_a_sweep_and_its_reference_are_those_of_one_device():
     pairs, points = pairs_of(3), grid(layer=range(4), span=("image", "last"))
 
@@ -122,7 +151,8 @@ def test_a_sweep_and_its_reference_are_those_of_one_device():
         return Replace(Site("llm.resid_post", point.layer), point.span, source=pairs.counterfactual)
 
     ours, theirs = (
-        sweep(vlm, pairs, points, swap, [prob(pairs.answer), kl()], batch=2, check=1) for vlm in both("llava_clip")
+        sweep(vlm, pairs, points, swap, [prob(pairs.answer), kl()], batch=2, check=1)
+        for vlm in (wrapped("llava_clip"), far("llava_clip", placed=halves))
     )
     assert ours.table.equals(theirs.table) and ours.provenance["receipts"] == theirs.provenance["receipts"]
 

@@ -16,7 +16,7 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.benchmark.model_shapes import build, geometry, prompts
 from vlm_mech.errors import TooLargeError
 from vlm_mech.inputs.teacher_forcing import followed
-from vlm_mech.interventions.specification import Knockout
+from vlm_mech.interventions.specification import Knockout, Replace
 from vlm_mech.methods.layer_swap.study import plan_swap
 from vlm_mech.models.vlm import VLM
 from vlm_mech.sweeps import shares
@@ -139,10 +139,16 @@ def test_plans_with_generated_answers_tell_each_device():
     assert spoken.peak_bytes == spoken.peaks.max() and "on lazy:1; " in str(spoken)
 
 
-def test_what_a_device_holds_is_what_its_parts_leave():
-    vlm = far("llava_clip", placed=halves)
+def apart(_, family) -> dict[str, str]:
+    """The decoder's blocks on one device, all before them on another."""
+    return {"": FIRST} | dict.fromkeys((family.llm.path, family.llm.after, family.head), SECOND)
+
+
+@pytest.mark.parametrize(("placed", "layers"), [(halves, ((0, 1), (2, 3))), (apart, ((), (0, 1, 2, 3)))])
+def test_what_a_device_holds_is_what_its_parts_leave(placed, layers):
+    vlm = far("llava_clip", placed=placed)
     encoded, own = vlm.encode(pairs_of(2).base), shares_of(vlm)
-    assert own.devices == (FIRST, SECOND) and own.layers == ((0, 1), (2, 3)) and own.tower == ((0, 1, 2, 3), ())
+    assert own.devices == (FIRST, SECOND) and own.layers == layers and own.tower == ((0, 1, 2, 3), ())
     assert (own.inputs.tolist(), own.final.tolist(), own.head.tolist()) == ([1, 0], [0, 1], [0, 1])
     engine = Engine(vlm, encoded, PLENTY)
     found = dict.fromkeys(own.devices, 0)
@@ -150,9 +156,12 @@ def test_what_a_device_holds_is_what_its_parts_leave():
         for tensor in (block.hidden, block.keys, block.values):
             found[str(tensor.device)] += tensor.nbytes
     masks = {id(block.mask): block.mask for block in engine.clean.blocks if block.mask is not None}
+    assert masks
     for tensor in (*masks.values(), engine.clean.final, engine.clean.reads):
         found[str(tensor.device)] += tensor.nbytes
     assert pass_bytes(sizes(vlm, encoded)).tolist() == list(found.values()) == engine.held.tolist()
+    engine.plans([Replace(Site("llm.mlp_out", 3), "image", source=pairs_of(2).counterfactual)])
+    assert (engine.held - list(found.values())).tolist() == [0, engine.clean.final.nbytes]
 
 
 def test_the_peak_of_several_gpus_is_told_by_device(monkeypatch):

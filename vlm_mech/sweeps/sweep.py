@@ -95,8 +95,9 @@ def sweep(
         measure: one or several of `logit_diff`, `prob`, or a `Measure` of your own.
         engine: `fast`, or `trace` for one whole forward pass a point.
         batch: examples that run together at most.
-        memory: bytes that the sweep may take beyond the model on each of its devices, as a number or such as "2GiB"; half
-            of what there is by default. Fewer points and examples run together to stay below it; results do not depend on it.
+        memory: bytes that the sweep may take beyond the model (on each of its devices), as a number or such as "2GiB";
+            half of what there is by default. Fewer points and examples run together to stay below it; results do not
+            depend on it.
         max_cells: points that run together at most in the fast engine.
         check: points of the first batch that are run through `trace` too.
         seed: draws these points.
@@ -166,8 +167,8 @@ def plan_sweep(
     Args:
         data, points, intervention, measure: as for `sweep`; without a measure the next token is read.
         batch: examples that run together at most.
-        memory: bytes that the sweep may take beyond the model on each of its devices, as a number or such as "2GiB"; half
-            of what there is by default.
+        memory: bytes that the sweep may take beyond the model (on each of its devices), as a number or such as "2GiB";
+            half of what there is by default.
         max_cells: points that run together at most.
 
     Raises:
