@@ -19,17 +19,16 @@ def kept_in_place(model: Any) -> Any:
     return model
 
 
-def input_device(model: Any) -> torch.device:
-    """Where a model takes its inputs: with its embeddings, or where accelerate brings those when they are offloaded.
+def device_of(module: Any) -> torch.device:
+    """Where a part of a model computes: with its weights, or where accelerate brings these when they are offloaded.
 
-    A model without weights takes them on the CPU, from where they are sent to the machine that has the weights.
+    A model without weights takes its inputs on the CPU, from where they are sent to the machine that has the weights.
     """
-    embeddings = model.get_input_embeddings()
-    device = next(embeddings.parameters()).device
-    if device.type != "meta":
-        return device
-    hook = getattr(embeddings, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
+    weight = next(module.parameters(), None)
+    if weight is not None and not weight.is_meta:
+        return weight.device
+    hooks = [getattr(each, "_hf_hook", None) for each in module.modules()]
+    hooks = [each for hook in hooks for each in getattr(hook, "hooks", (hook,))]
     devices = [getattr(each, "execution_device", None) for each in hooks]
     return torch.device(next((device for device in devices if device is not None), "cpu"))
 

@@ -216,10 +216,11 @@ def _read_step(
 
 
 def read_site_step(vlm: TracedModel, encoded: Batch, site: Site, values: dict[Site, Tensor]) -> Step:
-    """Reads the states of a site into `values`."""
+    """Reads the states of a site into `values`; those of a block lie on its device."""
     handle = vlm.site(site.name, site.layer, n_rows=rows_of(encoded, site.stream))
 
     def act(window: Window) -> None:
-        values[site] = handle.output.detach().clone()
+        states = handle.output.detach().clone()
+        values[site] = states if site.layer is None else states.to(vlm.devices(site.stream)[site.layer])
 
     return Step(_key(site.stream, site.depth, site.point), act)

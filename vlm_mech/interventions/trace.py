@@ -163,7 +163,8 @@ def _forward(
         if stop:
             tracer.stop()
         else:
-            out["logits"] = getattr(vlm.nn.output, vlm.family.readout)
+            # nnsight sends inputs to the first weight of the model, and accelerate logits to where the inputs are.
+            out["logits"] = getattr(vlm.nn.output, vlm.family.readout).to(vlm.device)
 
     # A single pass needs no cache of keys and values.
     options = {} if vlm.is_contrastive else {"use_cache": False}

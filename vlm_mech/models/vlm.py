@@ -13,7 +13,7 @@ import torch
 from vlm_mech.architectures.families import Blocks, Family, family_of
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import TracedModel
-from vlm_mech.architectures.weights import input_device, kept_in_place
+from vlm_mech.architectures.weights import device_of, kept_in_place
 from vlm_mech.checks.verdict import checked
 from vlm_mech.checks.vlm import example, find_vlm, words
 from vlm_mech.errors import UsageError, WorkError
@@ -132,7 +132,7 @@ class VLM(TracedModel):
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
-        return input_device(self.model)
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def vision_depth(self) -> int:

@@ -2,7 +2,7 @@
 
 Counted from the shapes of the model and of the batch, so it holds for a model without weights (`device="meta"`) too.
 A product of an m x k and a k x n matrix counts 2 m k n operations. Bytes are those of tensors the sweep makes; the
-model itself is not among them.
+model itself is not among them. They are counted for each device of the model (see `Shares`), most often one.
 """
 
 import math
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from vlm_mech.architectures.site import Site
@@ -18,6 +19,7 @@ from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.plan import Plan
 from vlm_mech.sweeps.branching import Branch, rows_of, tower_blocks
 from vlm_mech.sweeps.replay import LOGITS
+from vlm_mech.sweeps.shares import Bytes, PerDevice, Shares, shares_of
 from vlm_mech.sweeps.suffix_attention import FAST_BYTES, FLOAT, QUERIES, shares_prefix
 
 if TYPE_CHECKING:
@@ -51,11 +53,6 @@ class Tower:
         """Operations of a whole pass."""
         return self.patches + self.n_layers * self.block + self.projector
 
-    @property
-    def recorded_bytes(self) -> int:
-        """Bytes of what all blocks give in the clean pass."""
-        return self.n_layers * self.stream
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -63,7 +60,7 @@ class Sizes:
 
     `n_pos` counts prompt and answers, `n_reads` the positions whose logits are read. `weights` are parameters of the
     linear maps of one decoder block; `d_mlp` is the widest layer of its MLP, of which
-    `n_wide` tensors are held at once. `tower` is None for prompts without images.
+    `n_wide` tensors are held at once. `tower` is None for prompts without images. `device` is the kind of device.
     """
 
     batch: int
@@ -82,6 +79,7 @@ class Sizes:
     masked: bool
     tower: "Tower | None"
     device: str
+    shares: Shares
     n_reads: int = 1
 
     @property
@@ -123,6 +121,7 @@ def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
         masked=eager or padded or slides or bool(vlm.family.both_ways) or several,
         tower=_tower(vlm, encoded),
         device="cpu" if vlm.device.type == "cpu" else "cuda",
+        shares=shares_of(vlm),
         n_reads=encoded.n_pos - encoded.n_prompt + 1,
     )
 
@@ -187,34 +186,49 @@ def pass_flops(size: Sizes) -> int:
     return tower + blocks + 2 * size.batch * size.n_reads * size.d_model * size.n_vocab
 
 
-def pass_bytes(size: Sizes) -> int:
+def pass_bytes(size: Sizes) -> PerDevice:
     """Bytes that a recorded pass keeps: states of all layers, keys and values, a mask, the logits."""
+    own = size.shares
     keys = 2 * size.batch * size.n_pos * size.n_groups * size.d_head * size.itemsize
     mask = size.batch * size.n_pos**2 if size.masked else 0
-    return (size.n_layers + 1) * size.stream + size.n_layers * keys + mask + size.n_reads * answer_bytes(size)
+    states = (own.n_layers + own.final) * size.stream + own.n_layers * keys
+    return states + own.decodes * mask + own.inputs * size.n_reads * answer_bytes(size)
 
 
-def pass_peak(size: Sizes) -> int:
+def pass_peak(size: Sizes) -> PerDevice:
     """Bytes at the peak of a recorded pass, what it keeps included."""
-    return max(tower_bytes(size, 1), pass_bytes(size) + in_block(size, 1, size.n_pos, joined=True))
+    return np.maximum(tower_bytes(size, 1), pass_bytes(size) + in_block(size, 1, size.n_pos, joined=True))
 
 
-def tower_bytes(size: Sizes, n_copies: int) -> int:
+def tower_bytes(size: Sizes, n_copies: int) -> PerDevice:
     """Bytes at the peak of a pass of so many copies of a batch that ends where the decoder begins."""
-    if size.tower is None:
-        return n_copies * size.stream
-    pixels = size.tower.pixels * (size.tower.anew + (n_copies > 1))
+    own, tower = size.shares, size.tower
+    if tower is None:
+        return n_copies * own.inputs * size.stream
+    pixels = tower.pixels * (tower.anew + (n_copies > 1))
+    held = tower.held - (tower.n_layers - own.n_tower) * tower.stream
     # Masks of the decoder are made before its first block.
     mask = size.batch * size.n_pos**2 * (size.itemsize if size.eager else 1) if size.masked else 0
-    return n_copies * (size.stream + max(size.tower.held + pixels, size.stream + mask))
+    within = np.maximum(own.sees * (held + pixels), own.inputs * (size.stream + mask))
+    return n_copies * (own.inputs * size.stream + within)
+
+
+def recorded_bytes(size: Sizes) -> PerDevice:
+    """Bytes of what all blocks of the tower give in the clean pass."""
+    return size.shares.n_tower * (size.tower.stream if size.tower else 0)
+
+
+def state_bytes(size: Sizes, site: Site) -> PerDevice:
+    """About the bytes of what is read at a site."""
+    return size.shares.at(site) * (size.stream if site.stream == "llm" or size.tower is None else size.tower.stream)
 
 
 def copies_at_once(size: Sizes, n_cells: int, n_suffix: int) -> int:
     """How many edited versions go through the tower in one pass: as many as take no more than their decoder does."""
     if size.tower is None or not size.tower.copies:
         return 1
-    room = in_block(size, n_cells, n_suffix, joined=False, in_parts=True)
-    return max(1, min(n_cells, room // tower_bytes(size, 1)))
+    room = in_block(size, n_cells, n_suffix, joined=False, in_parts=True).max()
+    return max(1, min(n_cells, int(room // tower_bytes(size, 1).max())))
 
 
 def generation_flops(size: Sizes, n_new: int) -> int:
@@ -226,19 +240,20 @@ def generation_flops(size: Sizes, n_new: int) -> int:
     return pass_flops(size) + decoding_flops(size, 1, n_new)
 
 
-def generation_peak(size: Sizes, n_new: int) -> int:
+def generation_peak(size: Sizes, n_new: int) -> PerDevice:
     """Bytes at the peak of a generation of `n_new` tokens: all keys and values, and a block over the prompt."""
-    cache = 2 * size.n_layers * size.batch * (size.n_pos + n_new) * size.n_groups * size.d_head * size.itemsize
-    return max(tower_bytes(size, 1), cache + in_block(size, 1, size.n_pos, joined=True))
+    keys = 2 * size.batch * (size.n_pos + n_new) * size.n_groups * size.d_head * size.itemsize
+    within = in_block(size, 1, size.n_pos, joined=True)
+    return np.maximum(tower_bytes(size, 1), size.shares.n_layers * keys + within)
 
 
-def track_bytes(size: Sizes, start: int, n_new: int) -> int:
+def track_bytes(size: Sizes, start: int, n_new: int) -> PerDevice:
     """Bytes of the keys and values of one edited version's own, from a position on and of `n_new` generated tokens."""
     n_own = size.n_pos - start + n_new - 1
-    return 2 * size.n_layers * size.batch * n_own * size.n_groups * size.d_head * size.itemsize
+    return size.shares.n_layers * 2 * size.batch * n_own * size.n_groups * size.d_head * size.itemsize
 
 
-def decoding_bytes(size: Sizes, starts: Sequence[int], n_new: int) -> int:
+def decoding_bytes(size: Sizes, starts: Sequence[int], n_new: int) -> PerDevice:
     """Bytes at the worst moment of a step in which versions that have positions from `starts` on decode a token each.
 
     Keys and values are not among them.
@@ -249,7 +264,8 @@ def decoding_bytes(size: Sizes, starts: Sequence[int], n_new: int) -> int:
     projected = rows * (3 * heads + 2 * size.n_groups * size.d_head) * size.itemsize
     mlp = rows * size.n_wide * size.d_mlp * size.itemsize
     logits = rows * size.n_vocab * (FLOAT + size.itemsize)
-    return 2 * rows * size.d_model * size.itemsize + max(projected + scores, mlp, logits)
+    streams, own = 2 * rows * size.d_model * size.itemsize, size.shares
+    return np.maximum(own.decodes * (streams + max(projected + scores, mlp)), own.head * (streams + logits))
 
 
 def decoding_flops(size: Sizes, n_versions: int, n_new: int) -> int:
@@ -265,10 +281,15 @@ def answer_bytes(size: Sizes) -> int:
     return size.batch * size.n_vocab * size.itemsize
 
 
+def kept_bytes(size: Sizes, n_versions: int) -> PerDevice:
+    """Bytes of the next token's logits of some edited versions, which are kept."""
+    return size.shares.inputs * n_versions * answer_bytes(size)
+
+
 def in_block(
-    size: Sizes, n_cells: int, n_suffix: int, *, joined: bool, cut: bool = False, in_parts: bool = False
-) -> int:
-    """Bytes at the worst moment inside a decoder block that runs some cells over a suffix.
+    size: Sizes, n_cells: Bytes, n_suffix: int, *, joined: bool, cut: bool = False, in_parts: bool = False
+) -> PerDevice:
+    """Bytes at the worst moment inside a decoder block that runs some cells (here, or on each device) over a suffix.
 
     Args:
         joined: whether each cell has a copy of the keys and values before the suffix.
@@ -287,41 +308,43 @@ def in_block(
         attention = copies + scores + rows * heads * size.itemsize
     else:
         per_cell = size.batch * n_query * size.n_heads * size.n_pos * FLOAT
-        attention = min(n_cells, max(1, FAST_BYTES[size.device] // per_cell)) * per_cell
+        attention = np.minimum(n_cells, max(1, FAST_BYTES[size.device] // per_cell)) * per_cell
         # A copy of the queries, or the two halves of the output.
         attention += 2 * rows * heads * size.itemsize
     if cut:
         # Weights of one cell after the other are looked at: a copy, and those of the queries that lose an edge.
         attention += 2 * size.batch * size.n_heads * n_suffix * size.n_pos * FLOAT
     mlp = rows * size.n_wide * size.d_mlp * size.itemsize
-    return streams + max(projected + attention, rows * size.d_model * size.itemsize + mlp)
+    within = np.maximum(projected + attention, rows * size.d_model * size.itemsize + mlp)
+    return size.shares.decodes * (streams + within)
 
 
-def wave_bytes(size: Sizes, n_cells: int, n_suffix: int, *, cut: bool, written: bool, own: bool) -> int:
+def wave_bytes(size: Sizes, entries: Sequence[int], n_suffix: int, *, cut: bool, written: bool, own: bool) -> PerDevice:
     """Bytes that some cells need at their peak beyond the recorded passes.
 
     Args:
+        entries: the blocks before which they enter the decoder.
         cut: whether edges are cut.
         written: whether states are written.
         own: whether each cell brings states of its own, because its image was edited before the decoder.
     """
     joined = not cut and not shares_prefix((size.n_heads, n_suffix, size.d_head), size.n_groups)
-    stream = n_cells * size.batch * n_suffix * size.d_model * size.itemsize
-    brought = n_cells * size.stream if own else 0
+    n_cells, entered = len(entries), size.shares.entered(entries)
+    stream = size.batch * n_suffix * size.d_model * size.itemsize
+    brought = size.shares.inputs * n_cells * size.stream * own
     # The states given to a block, and those before a write, outlive what the block makes of them.
-    held = stream * (1 + written)
-    return brought + max(
-        tower_bytes(size, copies_at_once(size, n_cells, n_suffix)) if own else 0,
-        held + in_block(size, n_cells, n_suffix, joined=joined, cut=cut, in_parts=True),
-        stream + read_bytes(size, n_cells),
-    )
+    held = size.shares.decodes * entered * stream * (1 + written)
+    before = tower_bytes(size, copies_at_once(size, n_cells, n_suffix)) * own
+    within = held + (entered > 0) * in_block(size, entered, n_suffix, joined=joined, cut=cut, in_parts=True)
+    reading = size.shares.final * n_cells * stream + read_bytes(size, n_cells)
+    return brought + np.maximum.reduce([before, within, reading])
 
 
-def read_bytes(size: Sizes, n_cells: int) -> int:
+def read_bytes(size: Sizes, n_cells: int) -> PerDevice:
     """Bytes of the logits of some cells while they are read: in single precision, and in the model's data type."""
-    each = size.n_reads * answer_bytes(size)
+    each, own = size.n_reads * answer_bytes(size), size.shares
     at_once = n_cells if size.n_reads == 1 else min(n_cells, max(1, LOGITS // each))
-    return at_once * each * (FLOAT + size.itemsize) // size.itemsize
+    return own.head * (at_once * each * FLOAT // size.itemsize) + own.inputs * at_once * each
 
 
 def wave_flops(size: Sizes, places: Sequence[Branch]) -> int:

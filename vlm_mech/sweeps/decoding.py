@@ -114,6 +114,7 @@ class Decoding:
             return None
         # Of four axes the first counts the text.
         last = ids.amax(-1) if ids.ndim == 2 else ids[-3:].amax((0, 2))
+        last = last.to(examples.device)
         last = last[examples] if len(last) > 1 else last.expand(len(examples))
         after = (last + 1 + step)[:, None]
         return after if ids.ndim == 2 else after.expand(3, -1, -1)

@@ -22,12 +22,13 @@ from vlm_mech.interventions.plan import Plan, Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
 from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
 from vlm_mech.sweeps.branching import Branch, branch_of
-from vlm_mech.sweeps.cost import Sizes, answer_bytes, copies_at_once, pass_bytes, sizes
-from vlm_mech.sweeps.memory import default_budget, is_out_of_memory
+from vlm_mech.sweeps.cost import Sizes, copies_at_once, kept_bytes, pass_bytes, sizes
+from vlm_mech.sweeps.memory import is_out_of_memory
 from vlm_mech.sweeps.recorded_pass import RecordedPass, record
 from vlm_mech.sweeps.reference import Keep, Kept, Listen, Reference, next_token, read_side_by_side
 from vlm_mech.sweeps.replay import Cell, Wave
 from vlm_mech.sweeps.schedule import MAX_CELLS, check_pass, needs_tower, recorded, sources_of, waves
+from vlm_mech.sweeps.shares import Bytes, PerDevice, budget_of
 from vlm_mech.sweeps.tower import Copy, TowerPass, tower_outputs
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ AFTER_THE_LAST = "after the last attention nothing flows from these positions to
 class Engine:
     """RecordedPass passes and states read so far for one batch, shared by all its edited versions.
 
-    `budget` is how many bytes they may take at their peak, the model itself not counted; `limit` is that or the
-    default. `ran` is the unedited pass where it was run already.
+    `budget` is how many bytes they may take at their peak on each device, the model itself not counted; `limit` is that
+    or the default. `ran` is the unedited pass where it was run already.
 
     Raises:
         TooLargeError: not even the unedited pass fits.
@@ -49,9 +50,9 @@ class Engine:
 
     vlm: "VLM"
     encoded: Encoded
-    budget: int | None = None
+    budget: Bytes | None = None
     ran: RecordedPass | None = None
-    limit: int = field(init=False)
+    limit: Bytes = field(init=False)
     size: Sizes = field(init=False)
     clean: RecordedPass = field(init=False)
     known: dict[int, tuple[object, RecordedPass]] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Engine:
     tower: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.limit = default_budget(self.vlm.device) if self.budget is None else self.budget
+        self.limit = budget_of(self.vlm, None) if self.budget is None else self.budget
         self.size = sizes(self.vlm, self.encoded)
         check_pass(self.size, self.limit)
         self.clean = self.ran or record(self.vlm, self.encoded)
@@ -138,11 +139,11 @@ class Engine:
         return branch_of(self.clean, made, intervention, self._encoded)
 
     @property
-    def held(self) -> int:
-        """Bytes of the passes and states that are kept."""
-        own = sum(value.nbytes for key, (_, value) in self.states.items() if key[0] not in self.known)
-        own += sum(each.nbytes for each in self.tower)
-        return len({id(clean) for _, clean in self.known.values()}) * pass_bytes(self.size) + own
+    def held(self) -> PerDevice:
+        """Bytes of the passes and states that are kept, on each device."""
+        states = [value for key, (_, value) in self.states.items() if key[0] not in self.known]
+        n_passes = len({id(clean) for _, clean in self.known.values()})
+        return n_passes * pass_bytes(self.size) + self.size.shares.of([*states, *self.tower])
 
     def carry_out(
         self,
@@ -151,7 +152,7 @@ class Engine:
         max_cells: int = MAX_CELLS,
         keep: Keep | None = None,
         listen: Listen | None = None,
-        beside: int = 0,
+        beside: Bytes = 0,
     ) -> tuple[Tensor, list[tuple[Receipt, ...]]]:
         """As `answers`, of versions whose places are known.
 
@@ -162,7 +163,7 @@ class Engine:
         """
         if not self.tower and needs_tower(self.vlm, places):
             self.tower = tower_outputs(self.vlm, self.encoded)
-        held = self.held + beside + (len(places) * answer_bytes(self.size) if keep is None else 0)
+        held = self.held + beside + kept_bytes(self.size, len(places) * (keep is None))
         made, _ = waves(self.size, places, held=held, budget=self.limit, max_cells=max_cells)
         kept = Kept(len(places), keep or next_token, listen)
         proofs: list[tuple[Receipt, ...]] = [()] * len(places)
@@ -200,8 +201,8 @@ class Engine:
 
     def _out_of_memory(self, numbers: list[int], error: Exception) -> None:
         """Frees what can be freed; raises when a single cell did not fit."""
-        if self.vlm.device.type == "cuda":
-            torch.cuda.empty_cache()
+        # That of all GPUs; where none was used there is nothing to be freed.
+        torch.cuda.empty_cache()
         if len(numbers) == 1:
             raise TooLargeError(
                 f"one edited version of {len(self.encoded)} example(s) of {self.encoded.n_pos} tokens does not fit "
@@ -308,8 +309,8 @@ class Engine:
 ENGINES = {"fast": Engine, "trace": Reference}
 
 
-def engine_of(vlm: "VLM", encoded: Encoded, name: str, *, budget: int | None = None) -> Engine | Reference:
-    """The engine of that name around a batch; the budget (in bytes) binds the fast one only.
+def engine_of(vlm: "VLM", encoded: Encoded, name: str, *, budget: Bytes | None = None) -> Engine | Reference:
+    """The engine of that name around a batch; the budget (in bytes, on each device) binds the fast one only.
 
     Raises:
         UsageError: there is no such engine.

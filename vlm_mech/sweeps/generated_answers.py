@@ -99,8 +99,8 @@ def with_generated(
         n_cells: cells in which answers are generated.
     """
     flops, a_pass = sum(each.flops for each in costs), plan.flops / plan.forwards
+    plan = plan.with_peaks(*(each.peaks for each in costs))
     changes = {
-        "peak_bytes": max(plan.peak_bytes, *(each.peak_bytes for each in costs), 0),
         "flops": plan.flops + flops,
         "forwards": plan.forwards + flops / a_pass,
     }

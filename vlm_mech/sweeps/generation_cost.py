@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import TooLargeError
 from vlm_mech.inputs.prompt import Encoded
@@ -23,8 +25,8 @@ from vlm_mech.sweeps.cost import (
     track_bytes,
     wave_flops,
 )
-from vlm_mech.sweeps.memory import readable
-from vlm_mech.sweeps.schedule import MARGIN, MAX_CELLS, sources_of, stand_ins, waves
+from vlm_mech.sweeps.schedule import MAX_CELLS, shortage, sources_of, stand_ins, waves
+from vlm_mech.sweeps.shares import Bytes, PerDevice
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -33,13 +35,21 @@ Place = Branch | None
 """Where a version leaves the clean pass over the prompt; None where it does so with the first generated token."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GenerationCost:
-    """Operations of what is generated under some edits and without one, in a loop over edits too, and peak bytes."""
+    """Operations of what is generated under some edits and without one, in a loop over edits too, and peak bytes.
+
+    `peaks` are those of each device of the model.
+    """
 
     flops: int
     looped: int
-    peak_bytes: int
+    peaks: PerDevice
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest of the peaks."""
+        return int(self.peaks.max())
 
 
 def generation_cost(
@@ -48,8 +58,8 @@ def generation_cost(
     interventions: Sequence[Intervention],
     n_new: int,
     *,
-    held: int,
-    budget: int,
+    held: Bytes,
+    budget: Bytes,
     check: Sequence[int] = (),
 ) -> GenerationCost:
     """What `answers_under` these edits, and without one, will cost once the clean pass is there.
@@ -64,7 +74,7 @@ def generation_cost(
     """
     size, places = sizes(vlm, prompts), [None, *planned_places(vlm, prompts, interventions)]
     how, flops = {"held": held, "budget": budget}, 0
-    peaks = [reference_peak(size, n_new, **how) if check else held]
+    peaks = [reference_peak(size, n_new, **how) if check else held + 0 * size.shares.inputs]
     for numbers in parts_of(size, places, n_new, **how):
         chosen = [places[number] for number in numbers]
         branches = [place for place in chosen if place is not None]
@@ -76,7 +86,7 @@ def generation_cost(
     # What an edit does is held against the first token of the same prompts without it.
     loop = [generation_flops(size, n_new) + pass_flops(size) + _reading(size, prompts, each) for each in interventions]
     looped = sum(loop) + generation_flops(size, n_new)
-    return GenerationCost(flops + sum(loop[number] for number in check), looped, max(peaks))
+    return GenerationCost(flops + sum(loop[number] for number in check), looped, np.maximum.reduce(peaks))
 
 
 def _reading(size: Sizes, prompts: Encoded, intervention: Intervention) -> int:
@@ -119,7 +129,7 @@ def start_of(place: Place, n_pos: int) -> int:
     return n_pos if place is None else place.start
 
 
-def parts_of(size: Sizes, places: Sequence[Place], n_new: int, *, held: int, budget: int) -> list[list[int]]:
+def parts_of(size: Sizes, places: Sequence[Place], n_new: int, *, held: Bytes, budget: Bytes) -> list[list[int]]:
     """Numbers of the versions that are decoded together, as many as fit into the budget.
 
     Args:
@@ -144,16 +154,13 @@ def parts_of(size: Sizes, places: Sequence[Place], n_new: int, *, held: int, bud
     return parted(list(range(len(places)))) if places else []
 
 
-def _check_fits(size: Sizes, peak: int, budget: int) -> None:
-    needed = MARGIN[size.device] * peak
-    if needed > budget:
-        raise TooLargeError(
-            f"{size.batch} example(s) need {readable(needed)} with the answers that are generated; the budget is "
-            f"{readable(budget)}"
-        )
+def _check_fits(size: Sizes, peak: PerDevice, budget: Bytes) -> None:
+    lacks = shortage(size, peak, budget, told=" with the answers that are generated")
+    if lacks:
+        raise TooLargeError(f"{size.batch} example(s) need {lacks}")
 
 
-def reference_peak(size: Sizes, n_new: int, *, held: int, budget: int) -> int:
+def reference_peak(size: Sizes, n_new: int, *, held: Bytes, budget: Bytes) -> PerDevice:
     """Bytes at the peak of a generation by the reference.
 
     Raises:
@@ -164,7 +171,7 @@ def reference_peak(size: Sizes, n_new: int, *, held: int, budget: int) -> int:
     return peak
 
 
-def peak_of(size: Sizes, places: Sequence[Place], n_new: int, *, held: int, budget: int) -> int:
+def peak_of(size: Sizes, places: Sequence[Place], n_new: int, *, held: Bytes, budget: Bytes) -> PerDevice:
     """Bytes at the peak of versions that are decoded together, from their way through the prompt on.
 
     Raises:
@@ -177,4 +184,4 @@ def peak_of(size: Sizes, places: Sequence[Place], n_new: int, *, held: int, budg
     if not branches:
         return peak
     _, of_waves = waves(size, branches, held=held + own, budget=budget, max_cells=MAX_CELLS)
-    return max(peak, of_waves)
+    return np.maximum(peak, of_waves)

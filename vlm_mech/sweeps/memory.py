@@ -54,11 +54,6 @@ def default_budget(device: torch.device) -> int:
     return min(total // 2, int(SHARE * free))
 
 
-def budget_of(device: torch.device, memory: int | str | None) -> int:
-    """A budget in bytes from what a user says; the default where that is nothing."""
-    return default_budget(device) if memory is None else parse_bytes(memory)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be allocated."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
@@ -66,29 +61,40 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(eq=False)
 class Peak:
-    """The most memory that tensors made in a block held at one time, in bytes."""
+    """The most memory that tensors made in a block held at one time, in bytes; of several devices that of the fullest.
+
+    `by_device` has each device's own, by its name.
+    """
 
     bytes: int = 0
+    by_device: dict[str, int] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measures the peak of the tensors made within the block; what was there before does not count.
+def peak_memory(*devices: torch.device) -> Iterator[Peak]:
+    """Measures the peak of the tensors made within the block on some GPUs or on the CPU; what was there before does
+    not count.
 
     On a GPU the allocator keeps count. On a CPU every operation's output is followed until it is freed, which slows the
     work and leaves out what a single operation needs inside.
     """
     peak = Peak()
-    if device.type == "cuda":
+    gpus = [device for device in devices if device.type == "cuda"]
+    if not gpus:
+        with _Followed(peak):
+            yield peak
+        peak.by_device = {str(device): peak.bytes for device in devices}
+        return
+    before = {}
+    for device in gpus:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield peak
+        before[device] = torch.cuda.memory_allocated(device)
+    yield peak
+    for device in gpus:
         torch.cuda.synchronize(device)
-        peak.bytes = torch.cuda.max_memory_allocated(device) - before
-        return
-    with _Followed(peak):
-        yield peak
+        peak.by_device[str(device)] = torch.cuda.max_memory_allocated(device) - before[device]
+    peak.bytes = max(peak.by_device.values())
 
 
 @dataclass(eq=False)

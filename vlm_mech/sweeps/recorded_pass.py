@@ -8,6 +8,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Block:
     """One decoder block of the pass: its input, its other arguments, and what its attention function was given.
+
+    All of it lies on the device on which the block computes.
 
     `mask` is None where attention is plainly causal. `plain` says that the attention was found to be a softmax of
     scaled scores with nothing added (no soft cap, no sinks).
@@ -136,9 +139,10 @@ def record(vlm: "VLM", encoded: Encoded) -> RecordedPass:
     stack = vlm.model.get_submodule(vlm.family.llm.path)
     blocks: dict[int, Block] = {}
     seen: dict[str, Any] = {}
+    moved = _Moved()
     hooks = [
-        module.register_forward_pre_hook(_keeper(blocks, layer, tree), with_kwargs=True)
-        for layer, module in enumerate(stack)
+        module.register_forward_pre_hook(_keeper(blocks, layer, tree, partial(moved.to, device)), with_kwargs=True)
+        for layer, (module, device) in enumerate(zip(stack.children(), vlm.devices("llm"), strict=True))
     ]
     decoder = vlm.model.get_submodule(vlm.family.decoder)
     hooks.append(decoder.register_forward_pre_hook(lambda _, __, named: seen.update(named), with_kwargs=True))
@@ -177,9 +181,9 @@ def last_states(vlm: "VLM", run: Callable[[], object]) -> Float[Tensor, "batch p
 
 
 def read_out(vlm: "VLM", hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
-    """Logits from the output of the last block, as the model itself makes them, in its data type."""
+    """Logits from the output of the last block, as the model itself makes them, in its data type on its device."""
     with torch.no_grad():
-        return vlm.readout(hidden).to(vlm.dtype)
+        return vlm.readout(hidden).to(vlm.device, vlm.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,8 +206,9 @@ class _SideBySide:
 
     def allowed(self, edges: Bool[Tensor, "rows heads pos pos"]) -> Bool[Tensor, "rows heads pos pos"]:
         """Edges as each answer has them alone, from those of one text; none between answers."""
-        within = (self.owner[None, :] == -1) | (self.owner[None, :] == self.owner[:, None])
-        return edges[..., self.depth[:, None], self.depth[None, :]] & within
+        depth, owner = self.depth.to(edges.device), self.owner.to(edges.device)
+        within = (owner[None, :] == -1) | (owner[None, :] == owner[:, None])
+        return edges[..., depth[:, None], depth[None, :]] & within
 
 
 def _side_by_side(vlm: "VLM", encoded: Encoded) -> _SideBySide | None:
@@ -225,8 +230,29 @@ def position_axis(value: Any, n_pos: int) -> int | None:
     return axes[-1] if axes else None
 
 
-def _keeper(blocks: dict[int, Block], layer: int, tree: _SideBySide | None) -> Callable:
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """What blocks are given, on their own devices; what several are given is moved to a device once."""
+
+    known: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def to(self, device: torch.device, value: Any) -> Any:
+        """The same tensors on a device."""
+        if isinstance(value, dict):
+            return {name: self.to(device, each) for name, each in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(self.to(device, each) for each in value)
+        if not isinstance(value, Tensor) or value.device == device:
+            return value
+        key = id(value), device
+        if key not in self.known:
+            self.known[key] = (value, value.to(device))
+        return self.known[key][1]
+
+
+def _keeper(blocks: dict[int, Block], layer: int, tree: _SideBySide | None, moved: Callable[[Any], Any]) -> Callable:
     def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        given, named = moved(given), moved(named)
         hidden = given[0] if given else named["hidden_states"]
         dropped = ("hidden_states", "attention_mask", "past_key_values", "use_cache")
         arguments = {name: value for name, value in named.items() if name not in dropped}
@@ -249,7 +275,7 @@ def _ender(seen: dict[str, Any]) -> Callable:
 def _recorder(
     modules: dict[nn.Module, int], blocks: dict[int, Block], backend: str, tree: _SideBySide | None
 ) -> Callable[[Attend], Attend]:
-    known: dict[int, tuple[Any, Tensor]] = {}
+    known: dict[tuple[int, torch.device], tuple[Any, Tensor]] = {}
 
     def attend(function: Attend) -> Attend:
         def recorded(
@@ -260,9 +286,10 @@ def _recorder(
             causal = is_causal(module, query, backend, options)
             if tree is not None:
                 # Blocks are given the same mask, which is turned into one for answers side by side once.
-                if id(mask) not in known:
-                    known[id(mask)] = (mask, _shared(blocks, mask, query, key, causal, tree))
-                block.mask = known[id(mask)][1]
+                where = id(mask), query.device
+                if where not in known:
+                    known[where] = (mask, _shared(blocks, mask, query, key, causal, tree))
+                block.mask = known[where][1]
                 mask = in_form(block.mask, backend, query.dtype)
             elif mask is not None or not causal:
                 block.mask = _shared(blocks, mask, query, key, causal, None)
@@ -300,6 +327,6 @@ def _shared(
     if tree is not None:
         edges = tree.allowed(edges)
     for block in blocks.values():
-        if block.mask is not None and torch.equal(block.mask, edges):
+        if block.mask is not None and block.mask.device == edges.device and torch.equal(block.mask, edges):
             return block.mask
     return edges

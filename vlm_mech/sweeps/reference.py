@@ -18,6 +18,7 @@ from vlm_mech.interventions.receipt import Receipt, verify
 from vlm_mech.interventions.specification import Intervention
 from vlm_mech.interventions.trace import Run, carry_out, read, run
 from vlm_mech.sweeps.replay import Wave
+from vlm_mech.sweeps.shares import Bytes
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -34,7 +35,7 @@ class Reference:
 
     vlm: "VLM"
     encoded: Encoded
-    budget: int | None = None
+    budget: Bytes | None = None
     alone: list[Encoded] = field(init=False)
 
     def __post_init__(self) -> None:

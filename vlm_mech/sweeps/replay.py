@@ -104,6 +104,8 @@ class Wave:
         with torch.no_grad(), self.vlm.passing():
             for layer, block in enumerate([*stack, None]):
                 self.layer = layer
+                if states is not None:
+                    states = states.to(self.clean.hidden(layer).device)
                 states = self._joined(self._parted(states))
                 if block is not None and states is not None:
                     states = self._through(block, states)
@@ -141,7 +143,8 @@ class Wave:
             return states
         clean = self.clean.hidden(layer)[:, self.start :]
         site = Site("llm.resid_post", layer - 1) if layer else None
-        entered = [clean if each.cell.hidden is None else each.cell.hidden[:, self.start :] for each in new]
+        brought = [each.cell.hidden for each in new]
+        entered = [clean if each is None else each[:, self.start :].to(clean.device) for each in brought]
         joined = torch.stack([self._written(each, site, value) for each, value in zip(new, entered, strict=True)])
         self.active += new
         return joined if states is None else torch.cat([states, joined])
@@ -252,7 +255,7 @@ class Wave:
         states = states.clone()
         for number, cell in enumerate(self.active):
             features = (cell.cell.added or self.clean.added)[self.layer]
-            states[number, rows, positions] += features[kept.to(features.device)].to(states.dtype)
+            states[number, rows, positions] += features[kept.to(features.device)].to(states.device, states.dtype)
             site = Site("llm.resid_post", self.layer)
             if site in cell.seen.written:
                 # What the next block must receive is what was written and what the model adds to it.

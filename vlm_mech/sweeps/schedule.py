@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
 from vlm_mech.architectures.site import Site
@@ -15,19 +16,22 @@ from vlm_mech.interventions.specification import Activations, Intervention, Repl
 from vlm_mech.sweeps.branching import RESIDUAL, Branch, branch_of, outline, tower_blocks
 from vlm_mech.sweeps.cost import (
     Sizes,
-    answer_bytes,
     in_block,
+    kept_bytes,
     pass_bytes,
     pass_flops,
     pass_peak,
     reading_flops,
+    recorded_bytes,
     recording_flops,
     sizes,
+    state_bytes,
     tower_bytes,
     wave_bytes,
     wave_flops,
 )
 from vlm_mech.sweeps.memory import readable
+from vlm_mech.sweeps.shares import Bytes, PerDevice
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -47,7 +51,9 @@ MAX_CELLS = 64
 class SweepPlan:
     """What a sweep will need: `flops` in all, `peak_bytes` beyond the model, and how it is cut to fit `budget`.
 
-    `forwards` is the work in plain forward passes over the same examples; a loop over cells needs one a cell.
+    On a model spread over several devices `by_device` has the peak and the budget of each, by name; `peak_bytes` and
+    `budget` are those of the one that is fullest. `forwards` is the work in plain forward passes over the same
+    examples; a loop over cells needs one a cell.
     """
 
     n_cells: int
@@ -58,13 +64,31 @@ class SweepPlan:
     budget: int
     flops: int
     forwards: float
+    by_device: tuple[tuple[str, int, int], ...] = ()
 
     def __str__(self) -> str:
+        peaks = self.by_device or (("", self.peak_bytes, self.budget),)
+        told = (f"{readable(peak)} of {readable(budget)}{name and ' on '}{name}" for name, peak, budget in peaks)
         return (
             f"{self.n_cells} cells x {self.n_examples} examples, {self.batch} examples and up to {self.cells_at_once} "
             f"cells at once: {self.flops / 1e12:.3g} TFLOP, as much as {self.forwards:.3g} plain forwards (a loop over "
-            f"cells: {round(self.in_a_loop)}); peak {readable(self.peak_bytes)} of {readable(self.budget)}"
+            f"cells: {round(self.in_a_loop)}); peak {', '.join(told)}"
         )
+
+    @property
+    def peaks(self) -> PerDevice:
+        """Bytes at the peak of each device."""
+        return np.array([peak for _, peak, _ in self.by_device] or [self.peak_bytes])
+
+    @property
+    def budgets(self) -> PerDevice:
+        """The budget of each device."""
+        return np.array([budget for *_, budget in self.by_device] or [self.budget])
+
+    def with_peaks(self, *others: PerDevice) -> "SweepPlan":
+        """The same plan with the largest of its own and of other peaks of each device."""
+        devices = [name for name, *_ in self.by_device]
+        return replace(self, **told_by_device(devices, np.maximum.reduce([self.peaks, *others]), self.budgets))
 
     @property
     def in_a_loop(self) -> float:
@@ -74,6 +98,28 @@ class SweepPlan:
     def over(self, n_examples: int) -> "SweepPlan":
         """The plan for more examples like these, batch after batch."""
         return replace(self, n_examples=n_examples, flops=self.flops * n_examples // self.n_examples)
+
+
+def told_by_device(devices: Sequence[str], peaks: PerDevice, budget: Bytes) -> dict[str, Any]:
+    """What a plan tells of peaks and budgets."""
+    budgets = np.broadcast_to(budget, peaks.shape)
+    fullest = int((peaks / budgets).argmax())
+    by_device = tuple(zip(devices, peaks.tolist(), budgets.tolist(), strict=True)) if len(peaks) > 1 else ()
+    return {"peak_bytes": int(peaks[fullest]), "budget": int(budgets[fullest]), "by_device": by_device}
+
+
+def shortage(size: Sizes, peaks: PerDevice, budget: Bytes, *, told: str = "") -> str:
+    """What is needed, and what there is, on the device that lacks most; nothing where all fit.
+
+    Args:
+        told: more to be said of the need.
+    """
+    needed, budgets = MARGIN[size.device] * peaks, np.broadcast_to(budget, peaks.shape)
+    if (needed <= budgets).all():
+        return ""
+    worst = int((needed / budgets).argmax())
+    where = f" on {size.shares.devices[worst]}" if len(peaks) > 1 else ""
+    return f"{readable(float(needed[worst]))}{where}{told}; the budget is {readable(int(budgets[worst]))}"
 
 
 def in_halves(rows: slice, do: Callable[[slice], T], *, at_most: int | None = None) -> list[T]:
@@ -117,9 +163,9 @@ def recorded(sites: set[Site], n_added: int) -> bool:
 
 
 def waves(
-    size: Sizes, places: Sequence[Branch], *, held: int, budget: int, max_cells: int
-) -> tuple[list[list[int]], int]:
-    """Numbers of the cells that run together, and the bytes at the peak.
+    size: Sizes, places: Sequence[Branch], *, held: Bytes, budget: Bytes, max_cells: int
+) -> tuple[list[list[int]], PerDevice]:
+    """Numbers of the cells that run together, and the bytes at the peak of each device.
 
     Args:
         held: bytes of what is kept all the while.
@@ -130,26 +176,26 @@ def waves(
     groups: dict[tuple[int, int, bool], list[int]] = {}
     for number, each in enumerate(places):
         groups.setdefault((id(each.donor), each.start, each.tower is not None), []).append(number)
-    made, peak = [], held
+    made, peak = [], held + 0 * size.shares.inputs
     for (_, start, own), numbers in groups.items():
         numbers.sort(key=lambda number: _entry(size, places[number]))
         cut = any(places[number].cuts for number in numbers)
         kinds = {"cut": cut, "written": any(places[number].left for number in numbers), "own": own}
+        # Of so many cells that follow each other the first have the most blocks before them.
+        entries = [places[number].entry for number in numbers]
         needs = [
-            held + wave_bytes(size, n_cells, size.n_pos - start, **kinds)
+            held + wave_bytes(size, entries[:n_cells], size.n_pos - start, **kinds)
             for n_cells in range(1, min(max_cells, len(numbers)) + 1)
         ]
-        fitting = sum(MARGIN[size.device] * each <= budget for each in needs)
+        fitting = sum(not shortage(size, each, budget) for each in needs)
         if not fitting:
-            raise TooLargeError(
-                f"one edited version of {size.batch} example(s) of {size.n_pos} tokens needs "
-                f"{readable(MARGIN[size.device] * needs[0])}; the budget is {readable(budget)}"
-            )
+            lacks = shortage(size, needs[0], budget)
+            raise TooLargeError(f"one edited version of {size.batch} example(s) of {size.n_pos} tokens needs {lacks}")
         # Waves of equal size rather than full ones and a rest.
         n_waves = -(-len(numbers) // fitting)
         length = -(-len(numbers) // n_waves)
         made += [numbers[at : at + length] for at in range(0, len(numbers), length)]
-        peak = max(peak, needs[length - 1])
+        peak = np.maximum(peak, needs[length - 1])
     return made, peak
 
 
@@ -160,13 +206,12 @@ def _entry(size: Sizes, place: Branch) -> tuple[int, int]:
     return place.entry, tower_blocks(place.tower, size.tower.depth).start
 
 
-def check_pass(size: Sizes, budget: int, *, n_passes: int = 1) -> None:
+def check_pass(size: Sizes, budget: Bytes, *, n_passes: int = 1) -> None:
     """Raise `TooLargeError` when the unedited passes alone do not fit into the budget."""
-    needed = MARGIN[size.device] * (pass_peak(size) + (n_passes - 1) * pass_bytes(size))
-    if needed > budget:
+    lacks = shortage(size, pass_peak(size) + (n_passes - 1) * pass_bytes(size), budget)
+    if lacks:
         raise TooLargeError(
-            f"{n_passes} unedited pass(es) over {size.batch} example(s) of {size.n_pos} tokens need "
-            f"{readable(needed)}; the budget is {readable(budget)}"
+            f"{n_passes} unedited pass(es) over {size.batch} example(s) of {size.n_pos} tokens need {lacks}"
         )
 
 
@@ -175,7 +220,7 @@ def forecast(
     encoded: Encoded,
     interventions: Sequence[Intervention],
     *,
-    budget: int,
+    budget: Bytes,
     max_cells: int = MAX_CELLS,
     keeps_logits: bool = True,
 ) -> SweepPlan:
@@ -199,12 +244,13 @@ def forecast(
     # States that no recorded pass has are read in a pass of their own.
     others = {key: sites for key, (_, sites) in sources.items() if not recorded(sites, before.n_added)}
     check_pass(size, budget, n_passes=1 + len(kept))
-    states = sum(_state_bytes(size, site) for sites in others.values() for site in sites)
-    logits = len(places) * answer_bytes(size) if keeps_logits else 0
+    states = sum(state_bytes(size, site) for sites in others.values() for site in sites)
     tower = size.tower if needs_tower(vlm, places) else None
-    held = (1 + len(kept)) * pass_bytes(size) + states + logits + (tower.recorded_bytes if tower else 0)
+    held = (1 + len(kept)) * pass_bytes(size) + states + kept_bytes(size, len(places) * keeps_logits)
+    held = held + (recorded_bytes(size) if tower else 0)
     made, peak = waves(size, places, held=held, budget=budget, max_cells=max_cells)
-    reading = max((held + _reading(size, sites) for sites in others.values()), default=0)
+    peaks = [peak, pass_peak(size) + len(kept) * pass_bytes(size)]
+    peaks += [held + _reading(size, sites) for sites in others.values()]
     plain, aside = pass_flops(size), sum(reading_flops(size, sites) for sites in others.values())
     flops = (1 + len(kept)) * plain + aside + (recording_flops(tower) if tower else 0)
     flops += sum(wave_flops(size, [places[number] for number in numbers]) for numbers in made)
@@ -213,10 +259,9 @@ def forecast(
         n_examples=len(encoded),
         batch=len(encoded),
         cells_at_once=max(len(numbers) for numbers in made),
-        peak_bytes=max(peak, reading, pass_peak(size) + len(kept) * pass_bytes(size)),
-        budget=budget,
         flops=flops,
         forwards=flops / plain,
+        **told_by_device(size.shares.devices, np.maximum.reduce(peaks), budget),
     )
 
 
@@ -241,16 +286,11 @@ def needs_tower(vlm: "VLM", places: Sequence[Branch]) -> bool:
     return any(tower_blocks(each.tower, vlm.vision_depth).start for each in places if each.tower is not None)
 
 
-def _reading(size: Sizes, sites: set[Site]) -> int:
+def _reading(size: Sizes, sites: set[Site]) -> PerDevice:
     """Bytes at the peak of a pass in which states are read."""
     if all(site.stream != "llm" for site in sites):
         return tower_bytes(size, 1)
     return in_block(size, 1, size.n_pos, joined=True)
-
-
-def _state_bytes(size: Sizes, site: Site) -> int:
-    """About the bytes of what is read at a site."""
-    return size.stream if site.stream == "llm" or size.tower is None else size.tower.stream
 
 
 def _nothing(encoded: Encoded, site: Site) -> torch.Tensor:

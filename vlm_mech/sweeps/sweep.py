@@ -31,11 +31,11 @@ from vlm_mech.sweeps.asked import check_listed, check_once, check_whole, digest
 from vlm_mech.sweeps.axis_labels import axis_table, check_axes
 from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.measures import Measure
-from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES, Readings, readings_of, without_trivial_places
 from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
+from vlm_mech.sweeps.shares import Bytes, budget_of
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -95,8 +95,9 @@ def sweep(
         measure: one or several of `logit_diff`, `prob`, or a `Measure` of your own.
         engine: `fast`, or `trace` for one whole forward pass a point.
         batch: examples that run together at most.
-        memory: bytes that the sweep may take beyond the model, as a number or such as "2GiB"; half of what there is by
-            default. Fewer points and examples run together to stay below it; results do not depend on it.
+        memory: bytes that the sweep may take beyond the model (on each of its devices), as a number or such as "2GiB";
+            half of what there is by default. Fewer points and examples run together to stay below it; results do not
+            depend on it.
         max_cells: points that run together at most in the fast engine.
         check: points of the first batch that are run through `trace` too.
         seed: draws these points.
@@ -121,7 +122,7 @@ def sweep(
     check_decoder(vlm, "sweep")
     check_whole(batch=(batch, 1), max_cells=(max_cells, 1), check=(check, 0))
     measures = _measures(measure)
-    job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm.device, memory))
+    job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm, memory))
     refuse_open_trace(vlm)
     _check(job, points, measures)
     job.places  # noqa: B018 - points that make no table are refused before any work
@@ -166,8 +167,8 @@ def plan_sweep(
     Args:
         data, points, intervention, measure: as for `sweep`; without a measure the next token is read.
         batch: examples that run together at most.
-        memory: bytes that the sweep may take beyond the model, as a number or such as "2GiB"; half of what there is by
-            default.
+        memory: bytes that the sweep may take beyond the model (on each of its devices), as a number or such as "2GiB";
+            half of what there is by default.
         max_cells: points that run together at most.
 
     Raises:
@@ -177,7 +178,7 @@ def plan_sweep(
     check_decoder(vlm, "plan_sweep")
     check_whole(batch=(batch, 1), max_cells=(max_cells, 1))
     measures = _measures(measure)
-    job = _Job(vlm, data, points, intervention, measures, "fast", max_cells, budget_of(vlm.device, memory))
+    job = _Job(vlm, data, points, intervention, measures, "fast", max_cells, budget_of(vlm, memory))
     if not job.prompts or not points:
         raise UsageError("a sweep needs prompts and points of a grid")
     return job.plan(batch)
@@ -218,7 +219,7 @@ class _Job:
     measures: tuple[Measure, ...]
     engine: str
     max_cells: int
-    budget: int
+    budget: Bytes
     last: tuple[slice, Readings] | None = None
 
     def __post_init__(self) -> None:

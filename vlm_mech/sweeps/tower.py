@@ -128,8 +128,9 @@ class TowerPass:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.vlm.passing())
-            for layer, block in enumerate(self._module(family.vision.path).children()):
-                stack.enter_context(forward_through(block, partial(self._through, layer)))
+            blocks = self._module(family.vision.path).children()
+            for layer, (block, device) in enumerate(zip(blocks, self.vlm.devices("vision"), strict=True)):
+                stack.enter_context(forward_through(block, partial(self._through, layer, device)))
             self._listen(stack)
             projector = self._module(family.projector)
             for name, is_input in (("projector.in", True), ("projector.out", False)):
@@ -187,8 +188,11 @@ class TowerPass:
 
     # In the blocks
 
-    def _through(self, layer: int, own: Forward, states: Tensor, *given: Any, **named: Any) -> Tensor:
+    def _through(
+        self, layer: int, device: torch.device, own: Forward, states: Tensor, *given: Any, **named: Any
+    ) -> Tensor:
         """All copies through one block: those that are edited in it alone, the others that differ together."""
+        states = states.to(device)
 
         def run(some: Tensor) -> Tensor:
             rows = {"n_rows": len(states), "kept": len(some)}

@@ -32,11 +32,12 @@ class Version:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Rows of a track, each of an example, that share the keys and values of one pass at a layer."""
+    """Rows of a track, each of an example, that share the keys and values of one pass at a layer on some device."""
 
     of: RecordedPass
     rows: slice
     examples: list[int]
+    device: torch.device
     at: Int[Tensor, "batch slot"] = field(init=False)
     slots: list[int] = field(init=False)
 
@@ -45,7 +46,7 @@ class Shared:
         each = [[row for row, one in enumerate(self.examples) if one == example] for example in range(batch)]
         slot = {row: number for rows in each for number, row in enumerate(rows)}
         filled = [rows + [0] * (max(map(len, each)) - len(rows)) for rows in each]
-        object.__setattr__(self, "at", torch.tensor(filled, device=self.of.final.device))
+        object.__setattr__(self, "at", torch.tensor(filled, device=self.device))
         object.__setattr__(self, "slots", [slot[row] for row in range(len(self.examples))])
 
     def product(
@@ -74,7 +75,7 @@ class Track:
     keys: list[Tensor]
     values: list[Tensor]
     cut: dict[int, Bool[Tensor, "row heads 1 pos"]] = field(default_factory=dict)
-    placed: dict[int, list[Shared]] = field(default_factory=dict)
+    placed: dict[tuple[int, torch.device], list[Shared]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,21 +125,23 @@ class Track:
         """Lets all but some rows leave."""
         if len(rows) == len(self):
             return
-        index = torch.tensor(rows, dtype=torch.long, device=self.clean.final.device)
+        index = torch.tensor(rows, dtype=torch.long)
         self.rows, self.placed = [self.rows[row] for row in rows], {}
         for held in (self.keys, self.values):
             for layer, each in enumerate(held):
-                held[layer] = each[index]
-        self.cut = {layer: blocked[index] for layer, blocked in self.cut.items()}
+                held[layer] = each[index.to(each.device)]
+        self.cut = {layer: blocked[index.to(blocked.device)] for layer, blocked in self.cut.items()}
 
     def _shared(self, layer: int) -> list[Shared]:
         """The rows by whose keys they have before the start; they are in the order in which they begin to differ."""
         entered = len(self) if self.before is self.clean else sum(version.entry <= layer for version, _ in self.rows)
-        if entered not in self.placed:
+        where = entered, self.keys[layer].device
+        if where not in self.placed:
             examples = [example for _, example in self.rows]
             parts = ((self.before, slice(0, entered)), (self.clean, slice(entered, len(self))))
-            self.placed[entered] = [Shared(of, rows, examples[rows]) for of, rows in parts if rows.start < rows.stop]
-        return self.placed[entered]
+            shared = [Shared(of, rows, examples[rows], where[1]) for of, rows in parts if rows.start < rows.stop]
+            self.placed[where] = shared
+        return self.placed[where]
 
     def _proved(
         self,
@@ -181,15 +184,17 @@ def track_of(clean: RecordedPass, before: RecordedPass, start: int, versions: Se
         return held
 
     keys, values = [room(block.keys) for block in clean.blocks], [room(block.values) for block in clean.blocks]
-    return Track(clean, before, start, n_suffix, rows, keys, values, _cut(ordered, batch, n_prompt, clean.final.device))
+    cut = _cut(ordered, batch, n_prompt, [each.device for each in keys])
+    return Track(clean, before, start, n_suffix, rows, keys, values, cut)
 
 
-def _cut(versions: Sequence[Version], batch: int, n_pos: int, device: torch.device) -> dict[int, Tensor]:
+def _cut(versions: Sequence[Version], batch: int, n_pos: int, devices: Sequence[torch.device]) -> dict[int, Tensor]:
     """By layer the edges that generated tokens lose, row x heads x 1 x pos: the same ones at every step."""
     found, known = {}, dict[tuple, Tensor]()
     for layer in sorted({layer for version in versions for layer in version.during}):
         cuts = [version.during.get(layer, []) for version in versions]
-        key = tuple(tuple(cut.edges for cut in each) for each in cuts)
+        device = devices[layer]
+        key = device, tuple(tuple(cut.edges for cut in each) for each in cuts)
         if key not in known:
             at = {"n_pos": n_pos, "device": device}
             each = [

@@ -25,11 +25,11 @@ from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.generated_answers import GeneratedPart, generated, with_generated
 from vlm_mech.sweeps.generation_cost import GenerationCost, generation_cost
 from vlm_mech.sweeps.measures import Comparison, Measure, comparison, prob, said
-from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import SweepPlan, check_pass, in_halves
+from vlm_mech.sweeps.shares import budget_of
 from vlm_mech.sweeps.sweep import Point, plan_sweep, sweep
 
 if TYPE_CHECKING:
@@ -142,8 +142,9 @@ def plan_knockout(
         raise UsageError("no example has any of the edges")
     added = {"forwards"} if part is None else {"forwards", "generated_forwards", "looped_forwards"}
     together = {name: sum(getattr(each, name) * each.n_examples for each in plans) / len(first) for name in added}
+    largest = max(plans, key=lambda each: each.peak_bytes).with_peaks(*(each.peaks for each in plans))
     return dataclasses.replace(
-        max(plans, key=lambda each: each.peak_bytes),
+        largest,
         n_cells=len(points),
         n_examples=len(first),
         flops=sum(each.flops for each in plans),
@@ -169,7 +170,7 @@ def _generated(
     """What is said in some cells and without an edit, and whose answer that is, a row an example and cell."""
     if not points:
         return pd.DataFrame()
-    edits, budget = [cut(point) for point in points], budget_of(vlm.device, memory)
+    edits, budget = [cut(point) for point in points], budget_of(vlm, memory)
     checked = part.checked(range(len(points)))
 
     def spoken(rows: slice) -> list[pd.DataFrame]:
@@ -199,8 +200,8 @@ def _with_generated(
     def of(rows: slice) -> GenerationCost:
         encoded, own = vlm.encode(pairs[rows].base), Rows(vlm, rows, list(pairs.base))
         edits, size = [own.of(cut(point)) for point in points], sizes(vlm, encoded)
-        check_pass(size, plan.budget)
-        how = {"held": pass_bytes(size), "budget": plan.budget, "check": checked if rows.start == 0 else ()}
+        check_pass(size, plan.budgets)
+        how = {"held": pass_bytes(size), "budget": plan.budgets, "check": checked if rows.start == 0 else ()}
         cost = generation_cost(vlm, encoded, edits, part.max_new_tokens, **how)
         return dataclasses.replace(cost, flops=cost.flops + pass_flops(size))
 

@@ -27,10 +27,10 @@ from vlm_mech.sweeps.engine import Engine, engine_of
 from vlm_mech.sweeps.generated_answers import GeneratedPart, generated, with_generated
 from vlm_mech.sweeps.generation_cost import generation_cost
 from vlm_mech.sweeps.measures import Comparison, comparison, said
-from vlm_mech.sweeps.memory import budget_of
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, Readings, readings_of, without_trivial_places
 from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves, recorded
+from vlm_mech.sweeps.shares import Bytes, budget_of
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -115,7 +115,7 @@ def swap_states(
         The table with one row per pair, direction, site and span, and the receipts of all swaps.
     """
     _check_asked(spans, directions)
-    budget = budget_of(vlm.device, memory)
+    budget = budget_of(vlm, memory)
 
     def swapped(rows: slice) -> tuple[pd.DataFrame, list[Receipt]]:
         how: dict[str, Any] = {"only_correct": only_correct, "measure": measure, "part": part}
@@ -161,7 +161,7 @@ def plan_swap(
         UsageError: answers can be generated in no cell.
     """
     _check_asked(spans, directions)
-    budget = budget_of(vlm.device, memory)
+    budget = budget_of(vlm, memory)
 
     def of(rows: slice) -> SweepPlan:
         patched, donor = (each.encoded for each in _read(vlm, pairs[rows], measure))
@@ -196,8 +196,9 @@ def _with_generated(
     """
     drawn, (patched, donor) = _drawn(directions, sites, spans, part), (each.before or each for each in sides)
     size, checked = sizes(vlm, patched), part.checked(sorted(drawn))
-    n_read = 0 if recorded(set(sites), len(vlm.taps)) else len(sites)
-    how = {"held": 2 * pass_bytes(size) + n_read * size.stream, "budget": plan.budget}
+    own = () if recorded(set(sites), len(vlm.taps)) else sites
+    states = sum(size.shares.at(site) * size.stream for site in own)
+    how = {"held": 2 * pass_bytes(size) + states, "budget": plan.budgets}
     cells = [(site, span) for _ in directions for site in sites for span in spans]
     costs = []
     for numbers in _by_direction(drawn, directions, len(sites) * len(spans)).values():
@@ -243,7 +244,7 @@ def _swapped(
     measure: Comparison,
     part: GeneratedPart | None,
     engine: str,
-    budget: int,
+    budget: Bytes,
 ) -> tuple[pd.DataFrame, list[Receipt]]:
     read = _read(vlm, pairs, measure)
     sides = [engine_of(vlm, each.encoded, engine, budget=budget) for each in read]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from vlm_mech.architectures.site import Site, listed_sites
 from vlm_mech.architectures.traced_model import check_decoder, check_gradients
+from vlm_mech.architectures.weights import device_of
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
@@ -209,11 +210,11 @@ def train_tuned_lens(
     for site in sites:
         vlm.check_site(site)
     states = [_gathered(vlm, prompts, (*sites, _last(vlm)), span, batch_size) for prompts in (train, held_out)]
-    readout = vlm.readout
+    readout, device = vlm.readout, device_of(vlm.readout.head)
     made: dict[Site, tuple[Tensor, Tensor]] = {}
     held: dict[str, dict[str, float]] = {}
     for site in tqdm(sites, desc="tuned lens", disable=None):
-        seen = [_Tokens(each[site].float(), each[_last(vlm)]) for each in states]
+        seen = [_Tokens(each[site].to(device).float(), each[_last(vlm)].to(device)) for each in states]
         made[site], held[str(site)] = _trained(readout, seen[0], seen[1], training)
     counts = {"n_train": len(train), "n_held_out": len(held_out), "n_tokens": len(states[0][sites[0]])}
     about = {"model": _identity(vlm), "training": dataclasses.asdict(training), "span": repr(span), **counts}

@@ -185,7 +185,7 @@ def plan_flow(
     swaps = plan_swap(vlm, cases.pairs, swapped_sites(vlm), spans(cases.said), directions=("noising",), **how)
     cuts = plan_knockout(vlm, cases.pairs, scan, seed=seed, **how)
     return dataclasses.replace(
-        max(swaps, cuts, key=lambda plan: plan.peak_bytes),
+        max(swaps, cuts, key=lambda plan: plan.peak_bytes).with_peaks(swaps.peaks, cuts.peaks),
         n_cells=swaps.n_cells + cuts.n_cells,
         flops=swaps.flops + cuts.flops,
         forwards=swaps.forwards + cuts.forwards,
