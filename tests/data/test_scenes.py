@@ -1,5 +1,6 @@
 """Scenes, pictures, questions and counterfactuals: what is claimed of them holds in the pixels."""
 
+import dataclasses
 import hashlib
 import random
 import subprocess
@@ -42,6 +43,12 @@ def some(n: int, **options) -> list[Scene]:
 
 def scene_of(*things: Thing) -> Scene:
     return Scene(things, 228, 7)
+
+
+def test_the_name_of_a_scene_is_that_of_all_its_fields():
+    for scene in sample_scenes(12, seed=0, split="test"):
+        whole = repr(dataclasses.astuple(scene)).encode()
+        assert scene.key == hashlib.sha256(whole).hexdigest()
 
 
 def test_a_seed_gives_the_same_pixels_in_every_process():

@@ -289,10 +289,11 @@ def encode(vlm: Any, prompts: Prompt | Sequence[Prompt]) -> Encoded:
     prompts = prompts_in(prompts)
     if len({bool(prompt.images) for prompt in prompts}) == 2:
         raise UsageError("prompts with and without an image cannot share a batch; encode them apart")
-    rendered = _rendered(vlm, prompts)
+    rendered = bare = _rendered(vlm, prompts)
+    if any(prompt.prefix is not None for prompt in prompts):
+        bare = _rendered(vlm, [dataclasses.replace(prompt, prefix=None) for prompt in prompts])
     images = [[load_image(image) for image in prompt.images] for prompt in prompts]
-    bare = [prompt if prompt.prefix is None else dataclasses.replace(prompt, prefix=None) for prompt in prompts]
-    processed = process(vlm, [text for text, _ in rendered], images, [text for text, _ in _rendered(vlm, bare)])
+    processed = process(vlm, [text for text, _ in rendered], images, [text for text, _ in bare])
     _check_last(vlm, prompts, processed.texts)
     rows = rows_of(vlm, processed, rendered, [[image.size for image in each] for each in images])
     inputs = {name: value.to(vlm.device) for name, value in processed.inputs.items()}

@@ -131,7 +131,7 @@ class SweepConfig(RunConfig):
     variants: Literal["likeliest", "the", "max", "as-written"] = "likeliest"
     """Spelling of answers: the likeliest on a part of the pairs (the: or with "the"), the best each time, or none."""
     memory: str | None = None
-    """Memory that the sweep may take beyond the model, on each device, such as 2GiB; half of what there is by default."""
+    """Memory that a sweep may take beyond the model, on each device, such as 2GiB; by default half of what there is."""
     dry_run: bool = False
     """Say what the sweep will need (work, memory) and stop."""
 

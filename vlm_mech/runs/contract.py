@@ -24,6 +24,7 @@ from vlm_mech.runs.configuration import (
     check_shared,
     worded,
 )
+from vlm_mech.runs.freed_memory import keep_freed_memory
 from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import provenance_of, remarks
@@ -103,6 +104,7 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
     Raises:
         UsageError: the folder holds other files or another run, or a model or data changed since that one began.
     """
+    keep_freed_memory()
     folder = config.out if config.out is not None else Path("runs") / name
     if config.shard is not None:
         part = functools.partial(_carried_out, config, run, name=name, besides=folder)

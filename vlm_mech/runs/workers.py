@@ -11,6 +11,7 @@ import importlib
 import os
 import platform
 import socket
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.freed_memory import keep_freed_memory
 from vlm_mech.runs.shards import PartDone
 from vlm_mech.runs.workspace import PARTIAL, Workspace
 
@@ -28,6 +30,8 @@ STORE = 100 * 2**20
 """Bytes of Ray's object store, through which nothing but numbers of batches goes."""
 POLL = 0.1
 """Seconds between two looks at what is done."""
+NEEDED_LATER = ("vlm_mech.models.vlm", "transformers.modeling_utils", "nnsight", "plotly.graph_objects", "scipy.stats")
+"""What takes seconds to import, and is needed once the workers are done."""
 LAST_WORDS = 10.0
 """Seconds that workers have to end once nothing is left to do."""
 
@@ -115,6 +119,7 @@ class Worker:
                 f"{str(folder)!r} is not seen from {platform.node()}; workers need a folder that all machines see, "
                 "or do --shard on each and copy the shards together"
             )
+        keep_freed_memory()
         experiment = importlib.import_module(module)
         share = Given(deal, loop, ray.get_runtime_context().get_worker_id())
         with contextlib.suppress(PartDone):
@@ -216,6 +221,8 @@ def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
         import ray
     except ImportError as error:
         raise UsageError('--workers and --ray need Ray: pip install "vlm_mech[ray]"; --shard does without') from error
+    # While Ray starts and workers work there is nothing else for this process to do.
+    threading.Thread(target=_import_what_is_needed_later, daemon=True).start()
     if not ray.is_initialized():
         _start(config.ray)
     kind = "CPU" if config.device == "cpu" else "GPU"
@@ -226,6 +233,11 @@ def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
     where = "this machine" if config.ray is None else ray.get_runtime_context().gcs_address
     print(f"workers: {asked}, of one {kind} each, of Ray on {where}")
     return Crew(_within_memory(config, asked), module, folder.resolve(), asked, int(kind == "GPU"))
+
+
+def _import_what_is_needed_later() -> None:
+    for name in NEEDED_LATER:
+        importlib.import_module(name)
 
 
 def _start(address: str | None) -> None:
