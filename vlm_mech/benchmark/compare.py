@@ -13,9 +13,11 @@ from vlm_mech.benchmark.cases import CASES, EXTRACTION, GENERATE, N_NEW, OF_ANSW
 from vlm_mech.benchmark.operations import counted
 from vlm_mech.benchmark.rivals import SOLVERS, Bridge, Ours, OursFirst, Plain, Traced
 from vlm_mech.benchmark.task import Task
-from vlm_mech.benchmark.timing import TOLERANCE, Entry, Timed, difference, interleaved, subset
+from vlm_mech.benchmark.timing import MIB, TOLERANCE, Entry, Timed, difference, interleaved, subset
 from vlm_mech.errors import UsageError
 from vlm_mech.interventions.receipt import summarise
+from vlm_mech.sweeps.memory import default_budget
+from vlm_mech.sweeps.schedule import forecast
 
 if TYPE_CHECKING:
     from vlm_mech.inputs.prompt import Prompt
@@ -88,6 +90,7 @@ def sweep_case(
         "rival_cells": len(chosen),
         "bound": lower_bound(vlm, task.encoded, task.cells, n_new=n_new),
         "operations": counted(vlm, lambda: Ours().answers(task, Ours().begin(task), every)) / len(encoded),
+        "planned_mib": None if n_new else _planned(task) / MIB,
         "n_pos": task.encoded.n_pos,
         "n_image": len(task.encoded.positions("image")),
     }
@@ -95,6 +98,12 @@ def sweep_case(
     over = notes["operations"] / (notes["bound"] * sizes(vlm, task.encoded).plain)
     table = table.assign(operations=table["contender"].map({OURS: over}))
     return table, notes | {"case": case, "load_before": load}
+
+
+def _planned(task: Task) -> int:
+    """Bytes that a sweep over these cells would be told to take beyond the model."""
+    vlm = task.vlm
+    return forecast(vlm, task.encoded, task.cells, budget=default_budget(vlm.device)).peak_bytes
 
 
 def extraction_case(

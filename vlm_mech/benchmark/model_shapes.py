@@ -122,7 +122,8 @@ def build(shape: Geometry, *, attn: str = "sdpa", device: str = "cpu", dtype: st
         raise UsageError(f"there is no device {device!r} or data type {dtype!r} here")
     with torch.device("meta"):
         n_weights = sum(each.numel() for each in model_class._from_config(config).parameters())
-    _check_memory(n_weights, dtype, device)
+    if device != "meta":
+        _check_memory(n_weights, dtype, device)
     many = n_weights > MANY
     torch.manual_seed(seed)
     with torch.device(device), no_init_weights() if many else contextlib.nullcontext():

@@ -93,7 +93,11 @@ def _cost(note: dict[str, Any], ours: pd.DataFrame) -> str:
     bound = f"{_spread(ours['of_bound'], percent=True)} of the bound of {note['bound']:.2f}"
     if not np.isnan(ours["operations"].iloc[0]):
         bound += f" ({ours['operations'].iloc[0]:.2f} times its operations)"
-    return f"{note['case']} ({note['n_cells']} cells) costs {costs} plain forwards, {bound}"
+    text = f"{note['case']} ({note['n_cells']} cells) costs {costs} plain forwards, {bound}"
+    if note["planned_mib"] is not None:
+        text += f"; its tensors are foreseen to take {_text(note['planned_mib'])} MiB at the peak, the process took "
+        text += f"{_text(ours['memory'].median())} more than before"
+    return text
 
 
 def _agreement(note: dict[str, Any]) -> str:

@@ -135,6 +135,7 @@ class Crew:
     folder: Path
     n_workers: int
     n_gpus: int
+    importing: threading.Thread
     seen: int = 0
 
     ends_at_collect = False
@@ -178,6 +179,8 @@ class Crew:
                 ray.kill(each)
             ray.wait(waiting, num_returns=len(waiting), timeout=LAST_WORDS) if waiting else None
             token.unlink(missing_ok=True)
+            # Two threads that import the same modules may each see half of one.
+            self.importing.join()
 
 
 def _all_done(deal: Any, bar: Any) -> bool:
@@ -222,7 +225,8 @@ def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
     except ImportError as error:
         raise UsageError('--workers and --ray need Ray: pip install "vlm_mech[ray]"; --shard does without') from error
     # While Ray starts and workers work there is nothing else for this process to do.
-    threading.Thread(target=_import_what_is_needed_later, daemon=True).start()
+    importing = threading.Thread(target=_import_what_is_needed_later, daemon=True)
+    importing.start()
     if not ray.is_initialized():
         _start(config.ray)
     kind = "CPU" if config.device == "cpu" else "GPU"
@@ -232,7 +236,7 @@ def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
         raise UsageError(f"--workers is {asked}, of one {kind} each; Ray has {most}")
     where = "this machine" if config.ray is None else ray.get_runtime_context().gcs_address
     print(f"workers: {asked}, of one {kind} each, of Ray on {where}")
-    return Crew(_within_memory(config, asked), module, folder.resolve(), asked, int(kind == "GPU"))
+    return Crew(_within_memory(config, asked), module, folder.resolve(), asked, int(kind == "GPU"), importing)
 
 
 def _import_what_is_needed_later() -> None:
