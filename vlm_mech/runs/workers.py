@@ -11,7 +11,6 @@ import importlib
 import os
 import platform
 import socket
-import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ STORE = 100 * 2**20
 """Bytes of Ray's object store, through which nothing but numbers of batches goes."""
 POLL = 0.1
 """Seconds between two looks at what is done."""
-NEEDED_LATER = ("vlm_mech.models.vlm", "transformers.modeling_utils", "nnsight", "plotly.graph_objects", "scipy.stats")
-"""What takes seconds to import, and is needed once the workers are done."""
 LAST_WORDS = 10.0
 """Seconds that workers have to end once nothing is left to do."""
 
@@ -135,7 +132,6 @@ class Crew:
     folder: Path
     n_workers: int
     n_gpus: int
-    importing: threading.Thread
     seen: int = 0
 
     ends_at_collect = False
@@ -179,8 +175,6 @@ class Crew:
                 ray.kill(each)
             ray.wait(waiting, num_returns=len(waiting), timeout=LAST_WORDS) if waiting else None
             token.unlink(missing_ok=True)
-            # Two threads that import the same modules may each see half of one.
-            self.importing.join()
 
 
 def _all_done(deal: Any, bar: Any) -> bool:
@@ -224,9 +218,6 @@ def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
         import ray
     except ImportError as error:
         raise UsageError('--workers and --ray need Ray: pip install "vlm_mech[ray]"; --shard does without') from error
-    # While Ray starts and workers work there is nothing else for this process to do.
-    importing = threading.Thread(target=_import_what_is_needed_later, daemon=True)
-    importing.start()
     if not ray.is_initialized():
         _start(config.ray)
     kind = "CPU" if config.device == "cpu" else "GPU"
@@ -236,12 +227,7 @@ def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
         raise UsageError(f"--workers is {asked}, of one {kind} each; Ray has {most}")
     where = "this machine" if config.ray is None else ray.get_runtime_context().gcs_address
     print(f"workers: {asked}, of one {kind} each, of Ray on {where}")
-    return Crew(_within_memory(config, asked), module, folder.resolve(), asked, int(kind == "GPU"), importing)
-
-
-def _import_what_is_needed_later() -> None:
-    for name in NEEDED_LATER:
-        importlib.import_module(name)
+    return Crew(_within_memory(config, asked), module, folder.resolve(), asked, int(kind == "GPU"))
 
 
 def _start(address: str | None) -> None:
