@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from tests.zoo import ONE_IMAGE, ZOO, families_table
+from tests.zoo import ALL_AND_EAGER, ONE_IMAGE, ZOO, families_table
 from tests.zoo.batches import QUESTIONS, SHAPES, batch
 from tests.zoo.tiny import picture, tiny_config, tiny_processor
 from vlm_mech.architectures.families import FAMILIES
@@ -43,8 +43,7 @@ def plain(vlm: VLM, encoded) -> torch.Tensor:
         return vlm.model(**encoded.inputs).logits
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize(("family", "attn"), ALL_AND_EAGER)
 def test_no_edit_equals_hugging_face_exactly(wrapped, family, attn):
     vlm = wrapped(family, attn)
     encoded = vlm.encode(batch())
@@ -90,8 +89,7 @@ def test_residual_sites_equal_what_plain_hooks_see(wrapped, family):
             assert torch.equal(states[site], expected.reshape(states[site].shape))
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize(("family", "attn"), ALL_AND_EAGER)
 def test_every_site_is_written_with_effect_or_a_reason(wrapped, family, attn):
     vlm = wrapped(family, attn)
     encoded = vlm.encode(batch())
@@ -106,8 +104,7 @@ def test_every_site_is_written_with_effect_or_a_reason(wrapped, family, attn):
         assert receipt.reaches or receipt.reason
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize(("family", "attn"), ALL_AND_EAGER)
 def test_cut_attention_is_exactly_zero_in_both_towers(wrapped, family, attn):
     vlm = wrapped(family, attn)
     encoded = vlm.encode(batch())

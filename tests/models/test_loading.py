@@ -134,7 +134,7 @@ def test_quantised_models_are_checked_and_edited_like_any_other(
     assert told["quant_method"] == "bitsandbytes" and told[f"load_in_{quantization}"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("family", ZOO)
 def test_half_precision_is_as_exact_in_every_family(family, dtype):
     model, processor = ZOO[family]("sdpa", 0)

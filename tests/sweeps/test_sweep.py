@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from tests.zoo import OF_EACH_KIND, ZOO
+from tests.zoo import ALL_AND_EAGER, ZOO
 from tests.zoo.batches import QUESTIONS, SHAPES, batch, pairs_of, wrapped
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
@@ -72,9 +72,7 @@ def close(found, expected) -> bool:
     return bool((found - expected).abs().max() <= 1e-5 * scale)
 
 
-@pytest.mark.parametrize(
-    ("family", "attn"), [*((family, "sdpa") for family in ZOO), *((family, "eager") for family in OF_EACH_KIND)]
-)
+@pytest.mark.parametrize(("family", "attn"), ALL_AND_EAGER)
 def test_the_engine_equals_the_reference(family, attn):
     vlm = wrapped(family, attn)
     encoded, donors = encodings(family, attn)

@@ -60,3 +60,9 @@ BACKENDS = [
     for family in ZOO
 ]
 """The same under both back ends: in `make test` one of each kind under SDPA, and three under eager attention."""
+ALL_AND_EAGER = [
+    _long((family, attn), always=attn == "sdpa" or family in OF_EACH_KIND)
+    for attn in ("sdpa", "eager")
+    for family in ZOO
+]
+"""Every family under both back ends: in `make test` all under SDPA, and one of each kind under eager attention."""
