@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from tests.zoo import ALL_AND_EAGER
+from tests.zoo import ALL_AND_EAGER, ZOO
 from tests.zoo.batches import QUESTIONS, SHAPES
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site

@@ -102,6 +102,7 @@ class ending:  # noqa: N801 - reads as a word
             each.eos_token_id = before
 
 
+@pytest.mark.usefixtures("few_queries_at_once")
 @pytest.mark.parametrize(("family", "attn"), BACKENDS)
 def test_answers_are_those_of_the_reference_token_for_token(family, attn):
     vlm = wrapped(family, attn)

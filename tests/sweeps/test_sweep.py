@@ -27,6 +27,8 @@ from vlm_mech.sweeps.measures import Measure, logit_diff, prob
 from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.sweep import grid, plan_sweep, sweep
 
+pytestmark = pytest.mark.usefixtures("few_queries_at_once")
+
 POINTS = ("head_out", "attn_out", "mlp_out", "resid_pre")
 
 
@@ -59,12 +61,6 @@ def edits_of(vlm, donors):
         edits.append(Knockout("image", "image", layer, stream="vision", keep_self=True))
         edits.append(Ablate(Site("vision.mlp_out", layer), "image") & Knockout("last", "all", 1, keep_self=True))
     return edits
-
-
-@pytest.fixture(autouse=True)
-def few_queries_at_once(monkeypatch):
-    """The prompts are short; attention is computed in parts all the same."""
-    monkeypatch.setattr(suffix_attention, "QUERIES", 7)
 
 
 def close(found, expected) -> bool:

@@ -42,6 +42,8 @@ from vlm_mech.sweeps.readings import NOTHING_BEFORE, readings_of
 from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.sweep import grid, plan_sweep, sweep
 
+pytestmark = pytest.mark.usefixtures("few_queries_at_once")
+
 ANSWERS = (("left of the star", "red"), ("the red circle", "the blue circle is red"), ("blue", "star"))
 
 

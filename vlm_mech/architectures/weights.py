@@ -30,7 +30,9 @@ def device_of(module: Any) -> torch.device:
     hooks = [getattr(each, "_hf_hook", None) for each in module.modules()]
     hooks = [each for hook in hooks for each in getattr(hook, "hooks", (hook,))]
     devices = [getattr(each, "execution_device", None) for each in hooks]
-    return torch.device(next((device for device in devices if device is not None), "cpu"))
+    found = torch.device(next((device for device in devices if device is not None), "cpu"))
+    # A hook may say "cuda", which is the same device as the "cuda:0" of weights.
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 def weight_of(model: Any, path: str) -> torch.Tensor:

@@ -58,9 +58,10 @@ class Tower:
 class Sizes:
     """The numbers of a model and a batch that its cost depends on.
 
-    `n_pos` counts prompt and answers, `n_reads` the positions whose logits are read. `weights` are parameters of the
-    linear maps of one decoder block; `d_mlp` is the widest layer of its MLP, of which
-    `n_wide` tensors are held at once. `tower` is None for prompts without images. `device` is the kind of device.
+    `n_pos` counts prompt and answers, `n_reads` the positions whose logits are read; `both_ways`: some of them attend
+    to later ones. `weights` are parameters of the linear maps of one decoder block; `d_mlp` is the widest layer of its
+    MLP, of which `n_wide` tensors are held at once. `tower` is None for prompts without images. `device` is the kind of
+    device.
     """
 
     batch: int
@@ -77,6 +78,7 @@ class Sizes:
     itemsize: int
     eager: bool
     masked: bool
+    both_ways: bool
     tower: "Tower | None"
     device: str
     shares: Shares
@@ -119,6 +121,7 @@ def sizes(vlm: "VLM", encoded: Encoded) -> Sizes:
         itemsize=vlm.dtype.itemsize,
         eager=eager,
         masked=eager or padded or slides or bool(vlm.family.both_ways) or several,
+        both_ways=bool(vlm.family.both_ways),
         tower=_tower(vlm, encoded),
         device="cpu" if vlm.device.type == "cpu" else "cuda",
         shares=shares_of(vlm),
@@ -359,7 +362,8 @@ def wave_flops(size: Sizes, places: Sequence[Branch]) -> int:
 
 def _scores(size: Sizes, start: int, *, in_parts: bool) -> int:
     """Pairs of a query and a key of one row whose scores are computed in a block, from position `start` on."""
-    if not in_parts or (start == 0 and not size.masked):
+    # Where earlier positions attend to later ones, any part may need all keys.
+    if not in_parts or size.both_ways or (start == 0 and not size.masked):
         return (size.n_pos - start) * size.n_pos
     firsts = range(start, size.n_pos, QUERIES)
     return sum((min(first + QUERIES, size.n_pos) - first) * min(first + QUERIES, size.n_pos) for first in firsts)

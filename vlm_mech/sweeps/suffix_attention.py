@@ -259,11 +259,12 @@ class SuffixAttention:
             torch.cat([repeat(shared[:, :, : self.start], "b g s d -> (c b) g s d", c=n_cells), own], dim=2)
             for shared, own in ((before.keys, key), (before.values, value))
         )
-        mask = allowed if len(allowed) == 1 else repeat(allowed, "b h n p -> (c b) h n p", c=n_cells)
-        mask, out = in_form(mask, self.vlm.backend_of("llm"), query.dtype), []
+        backend, out = self.vlm.backend_of("llm"), []
         for part, n_keys in self._parts(query.shape[2]):
-            known, edges = slice(0, n_keys), mask[:, :, part, :n_keys]
-            out.append(function(module, query[:, :, part], keys[:, :, known], values[:, :, known], edges, **options)[0])
+            known, edges = slice(0, n_keys), allowed[:, :, part, :n_keys]
+            edges = edges if len(edges) == 1 else repeat(edges, "b h n p -> (c b) h n p", c=n_cells)
+            mask = in_form(edges, backend, query.dtype)
+            out.append(function(module, query[:, :, part], keys[:, :, known], values[:, :, known], mask, **options)[0])
         return _together(out, len(out)), None
 
     def _parts(self, n_query: int) -> list[tuple[slice, int]]:
