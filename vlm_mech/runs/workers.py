@@ -156,7 +156,7 @@ class Crew:
 
         token = self.folder / PARTIAL / f"{uuid.uuid4().hex}.json"
         token.touch()
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         deal = ray.remote(Deal).options(num_cpus=0, scheduling_strategy=here).remote()
         how = {"num_cpus": 1, "num_gpus": self.n_gpus, "max_restarts": RESTARTS, "max_task_retries": RESTARTS}
         workers = [ray.remote(Worker).options(**how).remote() for _ in range(self.n_workers)]
