@@ -24,6 +24,7 @@ from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.generation import answers_under
 from vlm_mech.sweeps.measures import kl, logit_diff, prob
 from vlm_mech.sweeps.reference import Reference
+from vlm_mech.sweeps.shares import block_devices
 from vlm_mech.sweeps.sweep import grid, sweep
 
 PLENTY = 10**12
@@ -97,7 +98,7 @@ def test_weights_that_are_brought_in_for_each_block_give_the_same(near_by, away,
     vlm = VLM(spread(model, placed, tmp_path), processor, name="qwen3_vl", check=False)
     assert any(weight.is_meta for weight in model.parameters())
     # All blocks compute on the device that weights are brought to.
-    assert {str(each) for stream in ("llm", "vision") for each in vlm.devices(stream)} == {near_by}
+    assert {str(each) for stream in ("llm", "vision") for each in block_devices(vlm, stream)} == {near_by}
     found, said = [], []
     for each in (plain, vlm):
         encoded, donors = each.encode(batch(1)), each.encode(batch(7))
@@ -140,7 +141,7 @@ def test_rows_come_to_each_block_on_its_own_device_and_logits_to_that_of_the_inp
     # The pass of the tower ends where the decoder begins; it is the model's own.
     own = [each for number, each in enumerate(seen) if number or each[0]]
     assert {layer for layer, _ in own} == {0, 1, 2, 3}
-    assert all(device == vlm.devices("llm")[layer] for layer, device in own)
+    assert all(device == block_devices(vlm, "llm")[layer] for layer, device in own)
     assert logits.device == engine.reads.device == vlm.device
 
 

@@ -21,7 +21,7 @@ from vlm_mech.architectures.contrastive_families import DualFamily
 from vlm_mech.architectures.families import Blocks, Family
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.weight_files import files_hash
-from vlm_mech.architectures.weights import config_hash, device_of, has_adapter, weights_hash, weights_sample
+from vlm_mech.architectures.weights import config_hash, has_adapter, weights_hash, weights_sample
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image_layout import ImageLayout
 from vlm_mech.inputs.special_tokens import special_tokens
@@ -214,15 +214,12 @@ class TracedModel(ABC):
         """Number of blocks of a stream."""
         return len(self.model.get_submodule(self.blocks(stream).path))
 
-    def devices(self, stream: str) -> tuple[torch.device, ...]:
-        """Where each block of a stream computes; a device map may spread them."""
-        return tuple(map(device_of, self.model.get_submodule(self.blocks(stream).path).children()))
-
     def n_heads(self, stream: str) -> int:
         """Attention heads per block (query heads where keys are grouped); 1 for the projector."""
         if stream == "projector":
             return 1
-        return getattr(getattr(self.config, self.blocks(stream).config), self.blocks(stream).heads)
+        blocks = self.blocks(stream)
+        return getattr(getattr(self.config, blocks.config), blocks.heads)
 
     @property
     def vision_layers(self) -> range:

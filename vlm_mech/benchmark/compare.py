@@ -16,8 +16,8 @@ from vlm_mech.benchmark.task import Task
 from vlm_mech.benchmark.timing import MIB, TOLERANCE, Entry, Timed, difference, interleaved, subset
 from vlm_mech.errors import UsageError
 from vlm_mech.interventions.receipt import summarise
-from vlm_mech.sweeps.memory import default_budget
 from vlm_mech.sweeps.schedule import forecast
+from vlm_mech.sweeps.shares import budget_of
 
 if TYPE_CHECKING:
     from vlm_mech.inputs.prompt import Prompt
@@ -102,8 +102,7 @@ def sweep_case(
 
 def _planned(task: Task) -> int:
     """Bytes that a sweep over these cells would be told to take beyond the model."""
-    vlm = task.vlm
-    return forecast(vlm, task.encoded, task.cells, budget=default_budget(vlm.device)).peak_bytes
+    return forecast(task.vlm, task.encoded, task.cells, budget=budget_of(task.vlm, None)).peak_bytes
 
 
 def extraction_case(

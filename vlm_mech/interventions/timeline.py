@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlm_mech.architectures.site import STREAMS, Site
 from vlm_mech.architectures.traced_model import SiteHandle, TracedModel
+from vlm_mech.architectures.weights import device_of
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.interventions.passes import Batch, Window
 from vlm_mech.interventions.plan import Plan, Write
@@ -218,9 +219,12 @@ def _read_step(
 def read_site_step(vlm: TracedModel, encoded: Batch, site: Site, values: dict[Site, Tensor]) -> Step:
     """Reads the states of a site into `values`; those of a block lie on its device."""
     handle = vlm.site(site.name, site.layer, n_rows=rows_of(encoded, site.stream))
+    device = None
+    if site.layer is not None:
+        device = device_of(vlm.model.get_submodule(f"{vlm.blocks(site.stream).path}.{site.layer}"))
 
     def act(window: Window) -> None:
         states = handle.output.detach().clone()
-        values[site] = states if site.layer is None else states.to(vlm.devices(site.stream)[site.layer])
+        values[site] = states if device is None else states.to(device)
 
     return Step(_key(site.stream, site.depth, site.point), act)

@@ -17,6 +17,6 @@ def keep_freed_memory() -> None:
     """
     told = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not told else None
-    # The second alone would have every larger piece mapped anew, which costs far more.
+    # Keeping more, with nothing said of what is mapped apart, has all larger pieces mapped anew: that costs far more.
     if mallopt is not None and mallopt(M_MMAP_THRESHOLD, APART):
         mallopt(M_TRIM_THRESHOLD, KEPT)

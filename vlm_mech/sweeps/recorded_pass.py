@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vlm_mech.errors import WorkError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.attention import Attend, allowed_edges, attending, in_form, is_causal
+from vlm_mech.sweeps.shares import block_devices
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -142,7 +143,7 @@ def record(vlm: "VLM", encoded: Encoded) -> RecordedPass:
     moved = _Moved()
     hooks = [
         module.register_forward_pre_hook(_keeper(blocks, layer, tree, partial(moved.to, device)), with_kwargs=True)
-        for layer, (module, device) in enumerate(zip(stack.children(), vlm.devices("llm"), strict=True))
+        for layer, (module, device) in enumerate(zip(stack.children(), block_devices(vlm, "llm"), strict=True))
     ]
     decoder = vlm.model.get_submodule(vlm.family.decoder)
     hooks.append(decoder.register_forward_pre_hook(lambda _, __, named: seen.update(named), with_kwargs=True))

@@ -76,15 +76,20 @@ class Shares:
         return np.array(found)
 
 
+def block_devices(vlm: "VLM", stream: str) -> tuple[torch.device, ...]:
+    """Where each block of a stream computes; a device map may spread them."""
+    return tuple(map(device_of, vlm.model.get_submodule(vlm.blocks(stream).path).children()))
+
+
 def devices_of(vlm: "VLM") -> list[torch.device]:
     """All devices on which parts of a model compute, that of its inputs first."""
     parts = [device_of(vlm.model.get_submodule(path)) for path in (vlm.family.projector, vlm.family.head)]
-    return list(dict.fromkeys([vlm.device, *vlm.devices("vision"), *vlm.devices("llm"), *parts]))
+    return list(dict.fromkeys([vlm.device, *block_devices(vlm, "vision"), *block_devices(vlm, "llm"), *parts]))
 
 
 def shares_of(vlm: "VLM") -> Shares:
     """What each device of a model has of it."""
-    devices, llm, vision = devices_of(vlm), vlm.devices("llm"), vlm.devices("vision")
+    devices, llm, vision = devices_of(vlm), block_devices(vlm, "llm"), block_devices(vlm, "vision")
     projector, head = (device_of(vlm.model.get_submodule(path)) for path in (vlm.family.projector, vlm.family.head))
     one = {"inputs": vlm.device, "projector": projector, "final": llm[-1], "head": head}
     layers, tower = (

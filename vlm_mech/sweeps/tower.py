@@ -26,6 +26,7 @@ from vlm_mech.interventions.trace import cuttings_of
 from vlm_mech.interventions.verification import Proofs, receipts_of
 from vlm_mech.sweeps.branching import tower_blocks
 from vlm_mech.sweeps.module_hooks import forward_through, passed
+from vlm_mech.sweeps.shares import block_devices
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -129,7 +130,7 @@ class TowerPass:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.vlm.passing())
             blocks = self._module(family.vision.path).children()
-            for layer, (block, device) in enumerate(zip(blocks, self.vlm.devices("vision"), strict=True)):
+            for layer, (block, device) in enumerate(zip(blocks, block_devices(self.vlm, "vision"), strict=True)):
                 stack.enter_context(forward_through(block, partial(self._through, layer, device)))
             self._listen(stack)
             projector = self._module(family.projector)
