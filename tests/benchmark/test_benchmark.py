@@ -34,6 +34,7 @@ from vlm_mech.interventions.trace import run
 from vlm_mech.methods.probing.descent import LINEAR
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
+from vlm_mech.sweeps.sweep import Point, plan_sweep
 
 KINDS = (
     "attn_out", "mlp_out", "head_out", "heads", "ablate-zero", "ablate-mean", "ablate-resample", "steer", "joint",
@@ -390,6 +391,12 @@ def test_a_case_times_everybody(built, case):
     assert set(table.loc[table["contender"] != OURS, "of_bound"].dropna()) == set()
     text = findings(result_of(table), [notes])[0]
     assert text.startswith(f"{case} ({notes['n_cells']} cells) costs ") and "rivals scaled from 2" in text
+    points = [Point((("cell", number),)) for number in range(notes["n_cells"])]
+    vlm = built("llava15")
+    edits = cells(vlm, case, vlm.encode(other))
+    planned = plan_sweep(vlm, own, points, lambda point: edits[point.cell]).peak_bytes
+    assert notes["planned_mib"] * 2**20 == pytest.approx(planned, rel=0.02)
+    assert f"foreseen to take {notes['planned_mib']:.3g} MiB" in text
 
 
 def test_a_rival_that_does_something_else_is_named_and_not_timed(built):
@@ -551,3 +558,9 @@ def test_repeated_numbers_make_a_model_like_drawn_ones(monkeypatch):
 
 def test_help_is_light():
     assert_help_is_light(benchmark, ("--rival-cells",))
+
+
+def test_a_skeleton_of_any_size_takes_no_memory(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
+    vlm = build(geometry("llava15", full=True), device="meta", dtype="bfloat16")
+    assert sum(each.numel() for each in vlm.model.parameters()) > 7e9

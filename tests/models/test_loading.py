@@ -1,6 +1,7 @@
 """Big models: dispatched, offloaded, quantised, in half precision, and without weights for remote traces."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.zoo import ZOO
 from tests.zoo.gemma_idefics_blip import build
 from tests.zoo.tiny import picture, tiny_config, tiny_model, tiny_processor
 from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.weights import weights_hash
+from vlm_mech.architectures.weights import device_of, weights_hash
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace
@@ -303,3 +304,12 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, missing, optio
     monkeypatch.setattr("vlm_mech.models.loading.find_spec", lambda name: None if name == missing else True)
     with pytest.raises(UsageError, match=f"needs {missing}, which is not installed: pip install {missing}$"):
         VLM.load("organism", **options)
+
+
+def test_a_hook_that_names_no_gpu_means_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    module = torch.nn.Linear(2, 2, device="meta")
+    module._hf_hook = SimpleNamespace(execution_device="cuda")
+    assert device_of(module) == torch.device("cuda:1")
+    module._hf_hook = SimpleNamespace(execution_device="cpu")
+    assert device_of(module) == torch.device("cpu")

@@ -144,6 +144,20 @@ def test_operations_of_a_pass_are_those_that_torch_counts(family):
     assert pass_flops(sizes(vlm, encoded)) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
+@pytest.mark.usefixtures("few_queries_at_once")
+@pytest.mark.parametrize("family", ["llava_clip", "llava_next_mistral", "gemma3", "paligemma"])
+def test_attention_in_parts_is_counted_as_it_is_computed(family):
+    """Where earlier positions attend to later ones, no fewer pairs are foreseen than there are."""
+    vlm = wrapped(family, "eager")
+    encoded = vlm.encode(batch(1)[:1])
+    edits = [Ablate(Site("llm.resid_pre", layer), "image") for layer in vlm.llm_layers for _ in range(3)]
+    assert vlm.readout is not None, "it is found in a pass of its own"
+    with FlopCounterMode(display=False) as counter:
+        Engine(vlm, encoded, PLENTY).answers(edits)
+    foreseen = forecast(vlm, encoded, edits, budget=PLENTY).flops
+    assert 0.995 <= foreseen / counter.get_total_flops() <= 1.05
+
+
 def test_operations_of_a_sweep_are_those_that_torch_counts():
     vlm, encoded, donors = middling("eager")
     for kind in ("cut", "swap", "write", "read", "tower", "tower alone", "tower cut"):

@@ -1,0 +1,83 @@
+"""Commands keep what they free, where glibc is what allocates and nobody said otherwise."""
+
+import platform
+import resource
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from vlm_mech.runs import freed_memory
+from vlm_mech.runs.freed_memory import APART, KEPT, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
+
+AGAIN = """
+import resource, sys, torch
+from vlm_mech.runs.freed_memory import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def some():
+    made = [torch.ones(2**20) for _ in range(60)]
+some()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    some()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+"""Five times 60 tensors of 4 MiB, all freed in between: how many pages the process is given anew."""
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `mallopt` is asked; it takes no more than 32 MiB for what is mapped apart, as older ones do."""
+    found = []
+
+    def mallopt(name, value):
+        found.append((name, value))
+        return int(name != M_MMAP_THRESHOLD or value <= 2**25)
+
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(freed_memory.sys, "platform", "linux")
+    for name in [each for each in freed_memory.os.environ if each.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    return found
+
+
+def test_both_limits_are_asked_for_in_turn(asked):
+    keep_freed_memory()
+    assert asked == [(M_MMAP_THRESHOLD, APART), (M_TRIM_THRESHOLD, KEPT)]
+
+
+def test_where_one_is_refused_the_other_is_left_alone(asked, monkeypatch):
+    monkeypatch.setattr(freed_memory, "APART", 2**26)
+    keep_freed_memory()
+    assert asked == [(M_MMAP_THRESHOLD, 2**26)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=131072")]
+)
+def test_what_the_environment_says_stays(asked, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    keep_freed_memory()
+    assert asked == []
+
+
+def test_elsewhere_nothing_is_done(asked, monkeypatch):
+    monkeypatch.setattr(freed_memory.sys, "platform", "darwin")
+    keep_freed_memory()
+    monkeypatch.setattr(freed_memory.sys, "platform", "linux")
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: SimpleNamespace())
+    keep_freed_memory()
+    assert asked == []
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_pages_are_not_asked_for_again():
+    pages = 5 * 60 * 2**22 // resource.getpagesize()
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", AGAIN, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    }
+    assert faults["kept"] < 0.1 * pages < 0.5 * pages < faults["given back"]
