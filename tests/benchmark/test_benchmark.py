@@ -399,6 +399,16 @@ def test_a_case_times_everybody(built, case):
     assert f"foreseen to take {notes['planned_mib']:.3g} MiB" in text
 
 
+def test_what_is_timed_once_has_no_spread(built):
+    shape = small("llava15")
+    table, notes = sweep_case(
+        built("llava15"), "swap-last", prompts(shape, 1), prompts(shape, 1, seed=5), [], repeats=1
+    )
+    text = findings(result_of(table), [notes])[0]
+    assert text.endswith(" more than before (once)") and " to " not in text.replace("to take", "")
+    assert "(" not in overview(result_of(table))["plain forwards"].str.cat()
+
+
 def test_a_rival_that_does_something_else_is_named_and_not_timed(built):
     shape = small("qwen")
     own, other = prompts(shape, 1), prompts(shape, 1, seed=5)

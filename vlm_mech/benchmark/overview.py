@@ -73,7 +73,8 @@ def findings(result: Result, notes: list[dict[str, Any]]) -> tuple[str, ...]:
                 reason = own["skipped"].iloc[0]
                 text += f"; {name} {reason}" if reason else f"; {name} takes {_spread(own['ratio'])} times as long"
         scaled = f", rivals scaled from {note['rival_cells']}" if note["rival_cells"] < note["n_cells"] else ""
-        sentences.append(f"{text} (median, smallest to largest of {len(ours)} repeats{scaled})")
+        told = "once" if len(ours) == 1 else f"median, smallest to largest of {len(ours)} repeats"
+        sentences.append(f"{text} ({told}{scaled})")
         sentences += [_agreement(note)] if note["case"] == PROBES else []
     return tuple(sentences)
 
@@ -127,7 +128,9 @@ def _spread(values: pd.Series, *, percent: bool = False) -> str:
     if values.isna().all():
         return "-"
     sign = " %" if percent else ""
-    return f"{_text(values.median())} ({_text(values.min())} to {_text(values.max())}){sign}"
+    # A single measurement has no spread.
+    between = f" ({_text(values.min())} to {_text(values.max())})" if len(values) > 1 else ""
+    return f"{_text(values.median())}{between}{sign}"
 
 
 def _text(value: float) -> str:
