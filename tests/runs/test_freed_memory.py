@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vlm_mech.runs import freed_memory
+from tests.runs.test_contract import command
+from vlm_mech.runs import contract, freed_memory
 from vlm_mech.runs.freed_memory import APART, KEPT, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
 
 AGAIN = """
@@ -71,6 +72,13 @@ def test_elsewhere_nothing_is_done(asked, monkeypatch):
     monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: SimpleNamespace())
     keep_freed_memory()
     assert asked == []
+
+
+def test_commands_keep_it(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(contract, "keep_freed_memory", lambda: kept.append(True))
+    assert command("--out", tmp_path / "run", "--n", 4) == 0
+    assert kept == [True]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

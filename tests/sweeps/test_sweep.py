@@ -122,6 +122,21 @@ def test_scores_may_be_worked_on_in_pieces_of_any_size(monkeypatch, n_cells):
         assert found == pytest.approx(natural, abs=1e-4)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("family", ["llava_clip", "llava_next_mistral", "gemma3", "paligemma"])
+def test_queries_may_be_worked_on_in_parts_whether_a_prefix_is_shared_or_copied(monkeypatch, family, shared):
+    monkeypatch.setattr(suffix_attention, "QUERIES", 3)
+    monkeypatch.setattr(suffix_attention, "shares_prefix", lambda query, n_groups: shared)
+    vlm, (encoded, donors) = wrapped(family), encodings(family)
+    edits = []
+    for layer in vlm.llm_layers:
+        edits += [Ablate(Site("llm.resid_pre", layer), "image"), Ablate(Site("llm.mlp_out", layer), "question")]
+        edits.append(Replace(Site("llm.resid_pre", layer), "question", source=donors))
+    logits, _ = Engine(vlm, encoded).answers(edits)
+    for number, edit in enumerate(edits):
+        assert close(logits[number], run(vlm, encoded, edit).last), edit
+
+
 def rows_seen(vlm, encoded, edits):
     """Rows that went through each block, and the answers."""
     engine, seen = Engine(vlm, encoded), [[] for _ in vlm.llm_layers]
