@@ -1,8 +1,9 @@
 """Counterfactual scenes: two that differ in exactly one attribute, so that the same question has another answer."""
 
 import dataclasses
+import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -192,14 +193,19 @@ def counterfactuals(kind: PairKind, scene: Scene, asked: Question) -> list[tuple
     return found
 
 
-def sample_pairs(name: str, n: int, *, seed: int, split: str) -> Iterator[ScenePair]:
-    """Pairs of a set whose two scenes both belong to the split; the same seed gives the same pairs everywhere."""
+@functools.lru_cache(maxsize=2)
+def sample_pairs(name: str, n: int, *, seed: int, split: str) -> tuple[ScenePair, ...]:
+    """Pairs of a set whose two scenes both belong to the split; the same seed gives the same pairs everywhere.
+
+    What was drawn last is kept: masks and captions are asked for after the pairs.
+    """
     if name not in PAIR_SETS:
         raise UsageError(f"pair set {name!r} is not known; one of {', '.join(PAIR_SETS)} is")
     check_split(split)
-    made, kinds, rng = 0, PAIR_SETS[name], random.Random(f"{name}/{seed}/{split}")
-    while made < n:
-        kind = kinds[made % len(kinds)]
+    made: list[ScenePair] = []
+    kinds, rng = PAIR_SETS[name], random.Random(f"{name}/{seed}/{split}")
+    while len(made) < n:
+        kind = kinds[len(made) % len(kinds)]
         scene = sample_scene(rng.choice(kind.families), rng)
         if scene.split != split or in_conflict(scene):
             continue
@@ -210,5 +216,5 @@ def sample_pairs(name: str, n: int, *, seed: int, split: str) -> Iterator[SceneP
         found = [pair for pair in counterfactuals(kind, scene, question) if pair[0].split == split]
         if found:
             counterfactual, answer = rng.choice(found)
-            made += 1
-            yield ScenePair(scene, counterfactual, question, answer)
+            made.append(ScenePair(scene, counterfactual, question, answer))
+    return tuple(made)

@@ -13,7 +13,7 @@ from vlm_mech.data.reading import check_options, check_readable
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import SPELLINGS, WITH_ARTICLE, Spelling, spellings
 from vlm_mech.inputs.following import check_parting
-from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.wording import check_words
 from vlm_mech.models.spelling import Asked, likeliest, spellings_of, wins
 
@@ -59,10 +59,11 @@ def fitting(
         check_words(vlm, wording)
     if spoken:
         pairs = checked(pairs, _check_read, what)
-    pairs = checked(pairs, lambda pair: _check_prompts(vlm, pair, alone), what)
+    encoded: dict[str, Encoded] = {}
+    pairs = checked(pairs, lambda pair: encoded.update({pair.id: _checked_prompt(vlm, pair, alone)}), what)
     spelt = _spelt(vlm, pairs, variants)
     compared = _Compared(whole, by_first_token, bare=alone and spoken)
-    left = checked(spelt, lambda pair: _check_answers(vlm, spelt, pair, compared), what)
+    left = checked(spelt, lambda pair: _check_answers(vlm, spelt, pair, encoded[pair.id], compared), what)
     if not left.variants:
         return left
     shares, n = wins(vlm, _asked(vlm, left, left.variants))
@@ -122,12 +123,12 @@ def _check_read(pair: Pair) -> None:
         check_options((pair.answer, *pair.foils))
 
 
-def _check_prompts(vlm: "VLM", pair: Pair, alone: bool) -> None:
+def _checked_prompt(vlm: "VLM", pair: Pair, alone: bool) -> Encoded:
+    """The question about the first picture, without its pixels: there may be many pairs."""
     if pair.made == "none":
         if not alone:
             raise UsageError("it has no counterfactual picture; another item's, a blurred or a mean-coloured one does")
-        vlm.encode(pair.base)
-        return
+        return _of_tokens(vlm.encode(pair.base))
     one, other = (vlm.encode(prompt) for prompt in (pair.base, pair.counterfactual))
     if one.rows[0].tokens != other.rows[0].tokens:
         counts = [len(encoded.rows[0].tokens) for encoded in (one, other)]
@@ -138,6 +139,11 @@ def _check_prompts(vlm: "VLM", pair: Pair, alone: bool) -> None:
         )
     if all(one.inputs[name].equal(other.inputs[name]) for name in one.inputs):
         raise UsageError(f"both pictures give {vlm.name} the same pixel values; it cannot tell them apart")
+    return _of_tokens(one)
+
+
+def _of_tokens(encoded: Encoded) -> Encoded:
+    return dataclasses.replace(encoded, inputs={"input_ids": encoded.inputs["input_ids"]})
 
 
 def askable(vlm: "VLM", pairs: Pairs, *, n_new: int = 0) -> Pairs:
@@ -163,8 +169,7 @@ class _Compared:
     bare: bool
 
 
-def _check_answers(vlm: "VLM", pairs: Pairs, pair: Pair, how: _Compared) -> None:
-    encoded = vlm.encode(pair.base)
+def _check_answers(vlm: "VLM", pairs: Pairs, pair: Pair, encoded: Encoded, how: _Compared) -> None:
     if not pair.counterfactual_answer:
         if how.bare:
             return

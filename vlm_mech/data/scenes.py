@@ -1,5 +1,6 @@
 """Labelled scenes: things on a plain ground, every attribute known. Sampled from a seed, split by a stable hash."""
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import Literal
@@ -109,7 +110,7 @@ class Scene:
     background: int
     grain: int
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """A stable name of everything in the scene."""
         things = tuple((each.kind, each.colours, each.size, each.x, each.y, each.species) for each in self.things)

@@ -116,7 +116,7 @@ def score_clip(model, processor, *, n: int, seed: int) -> "list[Score]":
 
 def _left_right(model, processor, *, n: int, seed: int) -> "list[Score]":
     """The erroneous agreement (arXiv 2411.05195): pairs that look alike to the model, and what it tells of them."""
-    pairs = list(sample_pairs("left-right", n, seed=seed, split="test"))
+    pairs = sample_pairs("left-right", n, seed=seed, split="test")
     options: tuple[list[tuple[Scene, list[str], int]], list[tuple[Scene, list[str], int]]] = ([], [])
     for pair in pairs:
         one, other = (pair.scene.of_kind(kind)[0] for kind in pair.question.about)
