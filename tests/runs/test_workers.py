@@ -1,12 +1,15 @@
 """Batches shared out among Ray actors on a cluster of two machines (two raylets here): the same bytes as one process,
 whoever dies."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from tests.runs.test_contract import ROOT, command, contents
@@ -38,6 +41,13 @@ def shared(folder, cluster, *arguments):
     given = ["--out", folder, "--ray", cluster[0].address, *arguments]
     how = [sys.executable, "-m", "tests.runs.fake_run", *(str(each) for each in given)]
     return subprocess.run(how, cwd=ROOT, capture_output=True, text=True)
+
+
+def alone(folder, *arguments):
+    """The fake experiment with two workers of one machine, begun in a process of its own."""
+    how = [sys.executable, "-m", "tests.runs.fake_run", "--out", str(folder), "--n", "40", "--workers", "2", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(how, cwd=ROOT, env=os.environ | {"RAY_ADDRESS": ""}, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +130,38 @@ def test_a_machine_that_is_lost_stops_nobody(tmp_path, cluster, whole):
     assert (tmp_path / "run/result.parquet").read_bytes() == whole
 
 
-def test_without_an_address_ray_is_started_for_the_run(tmp_path, whole):
-    how = [sys.executable, "-m", "tests.runs.fake_run", "--out", str(tmp_path / "run"), "--n", "40", "--workers", "2"]
-    done = subprocess.run(how, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"RAY_ADDRESS": ""})
-    assert done.returncode == 0, done.stderr
+def test_without_an_address_ray_is_started_for_the_run_and_this_process_works_too(tmp_path, whole):
+    done = alone(tmp_path / "run", "--slow", "0.2")
+    told, errors = done.communicate()
+    assert done.returncode == 0, errors
+    assert "workers: 2, of one CPU each, of Ray on this machine, this process one of them" in told
     assert (tmp_path / "run/result.parquet").read_bytes() == whole
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_process_that_began_ends_the_run_when_others_die_or_stop(tmp_path, whole, how):
+    run = alone(tmp_path / "run", "--slow", "0.5")
+    lost = set()
+    while run.poll() is None:
+        for each in psutil.Process(run.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                title = each.cmdline()[:1]
+                if title and title[0].startswith("ray::Worker") and list((tmp_path / "run/partial").glob("0*.parquet")):
+                    lost.add(each.pid)
+                    each.send_signal(how)
+        time.sleep(0.05)
+    assert run.returncode == 0, run.communicate()[1]
+    assert lost, "none was lost before the run was done"
+    assert (tmp_path / "run/result.parquet").read_bytes() == whole
+
+
+def test_what_this_process_raises_ends_the_run_and_takes_the_folder_back(tmp_path):
+    run = alone(tmp_path / "run", "--wrong", "use")
+    assert "kind 'curly' is no good" in run.communicate()[1] and run.returncode == 2
+    assert not (tmp_path / "run").exists()
+    run = alone(tmp_path / "run", "--wrong", "work")
+    assert "error: the second batch failed" in run.communicate()[1] and run.returncode == 1
+    assert not list((tmp_path / "run/partial").glob("?" * 32 + ".json"))
 
 
 def test_what_is_not_finished_is_given_again_and_each_batch_first_once():
@@ -133,6 +170,7 @@ def test_what_is_not_finished_is_given_again_and_each_batch_first_once():
     assert [deal.take("x", None), deal.take("y", None)] == ["b", "c"]
     assert deal.take("x", "b") == "c"
     assert deal.state() == (2, 3)
+    assert deal.take("x", None, again=False) is None
     assert deal.take("x", "c") is None
     assert deal.take("y", "c") is None
     with pytest.raises(WorkError, match="different batches"):

@@ -29,7 +29,7 @@ from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import provenance_of, remarks
 from vlm_mech.runs.shards import PartDone
-from vlm_mech.runs.sharing import do_shard, module_of, share_of
+from vlm_mech.runs.sharing import do_shard, module_of, shared
 from vlm_mech.runs.workspace import Workspace, prepare
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ def _carried_out(
         started = time.time()
         work.made_of(made_of)
         try:
-            outcome = run(config, dataclasses.replace(work, share=share_of(config, run, work)))
+            with shared(config, run, work) as given:
+                outcome = run(*given)
         except PartDone:
             raise
         except Exception:

@@ -5,15 +5,15 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_mech.runs.configuration import RunConfig, as_json
+from vlm_mech.runs.configuration import ConfigT, RunConfig, as_json
 from vlm_mech.runs.ingredients import ingredients
 from vlm_mech.runs.provenance import commit, versions
-from vlm_mech.runs.shards import DONE, PartDone, Shard, Share, shard_of, told
+from vlm_mech.runs.shards import DONE, PartDone, Shard, shard_of, told
 from vlm_mech.runs.workers import crew_of
 from vlm_mech.runs.workspace import Workspace, check_same, prepare, write
 
@@ -67,13 +67,20 @@ def do_shard(config: RunConfig, carry_out: Callable[[Workspace], None], run_fold
     )
 
 
-def share_of(config: RunConfig, run: Callable[..., Any], work: Workspace) -> Share | None:
-    """Which batches of a run this process does, once workers have done the first loop where there are any."""
+@contextlib.contextmanager
+def shared(config: ConfigT, run: Callable[..., Any], work: Workspace) -> Iterator[tuple[ConfigT, Workspace]]:
+    """The options that this process runs with, and the workspace with its share of the batches.
+
+    Where there are workers, they have begun, and end when this does.
+    """
     alone = config.workers == 1 and config.ray is None
     # A run of several wordings has no batches of its own.
     if alone or config.own_workers or work.share is not None or hasattr(run, "keywords"):
-        return work.share
+        yield config, work
+        return
     crew = crew_of(config, module_of(run), work.folder)
-    # This process loads nothing before: a GPU has room for one model, and what workers do first they all do.
-    crew.do(0, "batches")
-    return crew
+    try:
+        crew.start()
+        yield crew.config, replace(work, share=crew)
+    finally:
+        crew.end()

@@ -1,5 +1,6 @@
 """Processes that share the batches of a run, as actors of Ray: each runs the experiment, with a model of its own, and
-does those batches that it is given; the process that began the run waits, and does what follows.
+does those batches that it is given. The process that began the run does what follows; on the CPUs of one machine it is
+one of the workers, elsewhere it waits.
 
 A worker that dies is started again. Whoever has nothing left to do does again what others have not finished, so that
 a lost machine stops nobody: a batch is the same file whoever makes it.
@@ -11,14 +12,16 @@ import importlib
 import os
 import platform
 import socket
+import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.configuration import ConfigT
 from vlm_mech.runs.freed_memory import keep_freed_memory
 from vlm_mech.runs.shards import PartDone
 from vlm_mech.runs.workspace import PARTIAL, Workspace
@@ -31,6 +34,10 @@ POLL = 0.1
 """Seconds between two looks at what is done."""
 LAST_WORDS = 10.0
 """Seconds that workers have to end once nothing is left to do."""
+PATIENCE = 3.0
+"""How many times its own longest batch the process that began a run waits for another's before it does it again."""
+HERE = "here"
+"""Its name among the workers."""
 
 
 class Deal:
@@ -52,14 +59,15 @@ class Deal:
         elif self.keys != keys:
             raise WorkError("workers see different batches: data, model or code differ between them")
 
-    def take(self, worker: str, last: str | None) -> str | None:
-        """The next key for a worker, whose `last` one is done now; None when all are done.
+    def take(self, worker: str, last: str | None, again: bool = True) -> str | None:
+        """The next key for a worker, whose `last` one is done now; None when there is none for it.
 
-        When all are given away, those that others have not finished, the least often given first.
+        Args:
+            again: when all are given away, those that others have not finished, the least often given first.
         """
         if last is not None:
             self.done.add(last)
-        left = [key for key in self.keys or () if key not in self.done]
+        left = [key for key in self.keys or () if key not in self.done and (again or key not in self.doers)]
         chosen = min(left, key=lambda key: len(self.doers.get(key, ())), default=None)
         if chosen is not None:
             self.doers.setdefault(chosen, []).append(worker)
@@ -124,25 +132,111 @@ class Worker:
 
 
 @dataclass
-class Crew:
+class Dealt:
+    """One loop of a run as it is dealt out: the workers that do it, and their calls that have not ended."""
+
+    deal: Any
+    workers: list[Any]
+    waiting: list[Any]
+    token: Path
+    died: Exception | None = None
+
+    @property
+    def n_done(self) -> tuple[int, int | None]:
+        """As `Deal.state` says."""
+        import ray
+
+        return ray.get(self.deal.state.remote())
+
+    @property
+    def all_done(self) -> bool:
+        """Whether nothing is left."""
+        n_done, n_all = self.n_done
+        return n_done == n_all
+
+    def look(self, timeout: float = 0) -> None:
+        """Waits until a call has ended, no longer than so many seconds; what a worker raised is raised here."""
+        import ray
+
+        if not self.waiting:
+            return
+        ended, self.waiting = ray.wait(self.waiting, timeout=timeout)
+        for call in ended:
+            try:
+                ray.get(call)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                self.died = error
+
+    def end(self) -> None:
+        """Nothing of it runs any more."""
+        import ray
+
+        for each in (*self.workers, self.deal):
+            ray.kill(each)
+        ray.wait(self.waiting, num_returns=len(self.waiting), timeout=LAST_WORDS) if self.waiting else None
+        self.token.unlink(missing_ok=True)
+
+
+@dataclass
+class Crew(Generic[ConfigT]):
     """The workers of one run, as the share of the process that began it: each loop with work left is done by them."""
 
-    config: RunConfig
+    config: ConfigT
     module: str
     folder: Path
     n_workers: int
     n_gpus: int
+    works: bool
+    """Whether this process is one of them."""
     seen: int = 0
+    begun: Dealt | None = None
 
     ends_at_collect = False
 
     def of(self, keys: Sequence[str], name: str, done: Mapping[str, bool]) -> Iterator[str]:
-        """What workers left undone: nothing. The first loop they did before this process came to it."""
+        """What this process is given, or what workers left undone: nothing."""
         self.seen += 1
-        if self.seen > 1 and not all(done.values()):
+        left = [key for key in keys if not done[key]]
+        if self.works and (left or self.begun is not None):
+            return self._own(keys, name, [key for key in keys if done[key]])
+        if self.seen > 1 and left:
             self.do(self.seen - 1, name)
             return iter(())
-        return iter([key for key in keys if not done[key]])
+        return iter(left)
+
+    def start(self) -> None:
+        """Has the first loop begun: where this process is no worker, it loads nothing before that loop is done.
+
+        A GPU has room for one model, and what workers do first they all do.
+        """
+        if self.works:
+            self.begin(0)
+        else:
+            self.do(0, "batches")
+
+    def end(self) -> None:
+        """No worker runs any more."""
+        if self.begun is not None:
+            self.begun.end()
+            self.begun = None
+
+    def begin(self, loop: int) -> Dealt:
+        """Starts the workers of a loop."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        token = self.folder / PARTIAL / f"{uuid.uuid4().hex}.json"
+        token.touch()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        deal = ray.remote(Deal).options(num_cpus=0, scheduling_strategy=here).remote()
+        how = {"num_cpus": 1, "num_gpus": self.n_gpus, "max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+        workers = [ray.remote(Worker).options(**how).remote() for _ in range(self.n_workers - self.works)]
+        options = {each.name: getattr(self.config, each.name) for each in dataclasses.fields(self.config)}
+        waiting = [each.work.remote(deal, self.module, options, self.folder, token.name, loop) for each in workers]
+        self.begun = Dealt(deal, workers, waiting, token)
+        return self.begun
 
     def do(self, loop: int, name: str) -> None:
         """Has the workers do a loop.
@@ -150,58 +244,61 @@ class Crew:
         Raises:
             WorkError: each of them died more often than it is started again; or whatever one of them raised.
         """
+        dealt = self.begin(loop)
+        try:
+            with self._bar(name) as bar:
+                while dealt.waiting and not _told(dealt, bar):
+                    dealt.look(POLL)
+            if dealt.died is not None and not dealt.all_done:
+                died = " ".join(str(dealt.died).split())
+                raise WorkError(f"all workers died, the last one of this: {died:.300}") from dealt.died
+        finally:
+            self.end()
+
+    def _own(self, keys: Sequence[str], name: str, done: Sequence[str]) -> Iterator[str]:
+        """What this process is given of a loop, until all of it is done."""
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        dealt = self.begun if self.begun is not None else self.begin(self.seen - 1)
+        take: Any = dealt.deal.take.remote
+        key: Any = None
+        longest = 0.0
+        try:
+            try:
+                ray.get(dealt.deal.offer.remote(list(keys), list(done)))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            with self._bar(name) as bar:
+                while (key := ray.get(take(HERE, key, again=False))) is not None:
+                    _told(dealt, bar)
+                    started = time.monotonic()
+                    yield key
+                    longest = max(longest, time.monotonic() - started)
+                    dealt.look()
+                # Others are still at it. Whoever takes far longer than this process did may have been lost.
+                started = time.monotonic()
+                while dealt.waiting and not _told(dealt, bar) and time.monotonic() - started < PATIENCE * longest:
+                    dealt.look(POLL)
+                while (key := ray.get(take(HERE, key))) is not None:
+                    yield key
+                _told(dealt, bar)
+        finally:
+            self.end()
+
+    def _bar(self, name: str) -> Any:
         from tqdm import tqdm
 
-        token = self.folder / PARTIAL / f"{uuid.uuid4().hex}.json"
-        token.touch()
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        deal = ray.remote(Deal).options(num_cpus=0, scheduling_strategy=here).remote()
-        how = {"num_cpus": 1, "num_gpus": self.n_gpus, "max_restarts": RESTARTS, "max_task_retries": RESTARTS}
-        workers = [ray.remote(Worker).options(**how).remote() for _ in range(self.n_workers)]
-        options = {each.name: getattr(self.config, each.name) for each in dataclasses.fields(self.config)}
-        waiting = [each.work.remote(deal, self.module, options, self.folder, token.name, loop) for each in workers]
-        died: Exception | None = None
-        try:
-            with tqdm(desc=f"{name}, {self.n_workers} workers", disable=None) as bar:
-                while waiting and not _all_done(deal, bar):
-                    ended, waiting = ray.wait(waiting, timeout=POLL)
-                    died = _ended(ended) or died
-            if died is not None and not _all_done(deal, bar):
-                raise WorkError(f"all workers died, the last one of this: {' '.join(str(died).split()):.300}") from died
-        finally:
-            for each in (*workers, deal):
-                ray.kill(each)
-            ray.wait(waiting, num_returns=len(waiting), timeout=LAST_WORDS) if waiting else None
-            token.unlink(missing_ok=True)
+        return tqdm(desc=f"{name}, {self.n_workers} workers", disable=None)
 
 
-def _all_done(deal: Any, bar: Any) -> bool:
-    import ray
-
-    n_done, n_all = ray.get(deal.state.remote())
-    bar.total, bar.n = n_all, n_done
+def _told(dealt: Dealt, bar: Any) -> bool:
+    """Whether all is done, which the bar shows."""
+    bar.n, bar.total = dealt.n_done
     bar.refresh()
-    return n_done == n_all
+    return bar.n == bar.total
 
 
-def _ended(calls: Sequence[Any]) -> Exception | None:
-    """How the workers of these calls died, if one did; what one raised is raised here."""
-    import ray
-
-    died: Exception | None = None
-    for call in calls:
-        try:
-            ray.get(call)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError as error:
-            died = error
-    return died
-
-
-def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
+def crew_of(config: ConfigT, module: str, folder: Path) -> Crew[ConfigT]:
     """The crew that the options ask for, once Ray is started or joined; it stays so for the rest of the process.
 
     Args:
@@ -218,6 +315,8 @@ def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
         import ray
     except ImportError as error:
         raise UsageError('--workers and --ray need Ray: pip install "vlm_mech[ray]"; --shard does without') from error
+    if config.ray is None and config.device == "cpu":
+        _single_threaded()
     if not ray.is_initialized():
         _start(config.ray)
     kind = "CPU" if config.device == "cpu" else "GPU"
@@ -226,8 +325,18 @@ def crew_of(config: RunConfig, module: str, folder: Path) -> Crew:
     if asked > most:
         raise UsageError(f"--workers is {asked}, of one {kind} each; Ray has {most}")
     where = "this machine" if config.ray is None else ray.get_runtime_context().gcs_address
-    print(f"workers: {asked}, of one {kind} each, of Ray on {where}")
-    return Crew(_within_memory(config, asked), module, folder.resolve(), asked, int(kind == "GPU"))
+    works = config.ray is None and kind == "CPU"
+    print(f"workers: {asked}, of one {kind} each, of Ray on {where}{', this process one of them' * works}")
+    return Crew(_within_memory(config, asked), module, folder.resolve(), asked, int(kind == "GPU"), works)
+
+
+def _single_threaded() -> None:
+    """Has this process compute as workers do, which have one thread each unless the environment says otherwise."""
+    n = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(n)
 
 
 def _start(address: str | None) -> None:
@@ -260,7 +369,7 @@ def _check_address(address: str) -> None:
             raise UsageError(f"--ray {address!r} cannot be reached: {error}") from error
 
 
-def _within_memory(config: RunConfig, n_workers: int) -> RunConfig:
+def _within_memory(config: ConfigT, n_workers: int) -> ConfigT:
     """The options, with the memory of one machine divided among its workers where a sweep would take half of it."""
     if getattr(config, "memory", "") is not None or config.ray is not None or config.device != "cpu":
         return config
