@@ -1,5 +1,6 @@
 """An experiment without a model, for the tests of runs, figures and reports: fast, and every number known."""
 
+import fcntl
 import os
 import signal
 import time
@@ -40,6 +41,8 @@ class Config(RunConfig):
     """Ends with this kind of error."""
     keep: bool = False
     """A switch."""
+    hold: bool = False
+    """Locks each batch while it is made."""
     slow: float = 0.0
     """Seconds a batch takes."""
     die: Path | None = None
@@ -87,6 +90,11 @@ def run(config: Config, work: Workspace) -> Outcome:
         if config.die is not None and not config.die.exists():
             config.die.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if config.hold:
+            # As `extraction` does: who makes the same states waits. A process that ended holds nothing.
+            held = (work.partial / f"held-{key}.new").open("w")
+            fcntl.flock(held, fcntl.LOCK_EX)
+            time.sleep(config.slow)
         work.keep(key, swapped(range(rows.start, rows.stop)), {"from": rows.start})
         if config.wrong == "work":
             raise WorkError("the second batch failed")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.runs.test_contract import ROOT, command, contents
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.runs.workers import Deal, Worker, _check_address
+from vlm_mech.runs.workers import Deal, Worker, _check_address, _single_threaded
 
 ray = pytest.importorskip("ray")
 
@@ -140,13 +140,15 @@ def test_without_an_address_ray_is_started_for_the_run_and_this_process_works_to
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_process_that_began_ends_the_run_when_others_die_or_stop(tmp_path, whole, how):
-    run = alone(tmp_path / "run", "--slow", "0.5")
-    lost = set()
+    run = alone(tmp_path / "run", "--slow", "0.5", "--hold")
+    lost, started = set(), time.monotonic()
     while run.poll() is None:
+        if time.monotonic() - started > 200:
+            run.kill()
         for each in psutil.Process(run.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 title = each.cmdline()[:1]
-                if title and title[0].startswith("ray::Worker") and list((tmp_path / "run/partial").glob("0*.parquet")):
+                if title and title[0].startswith("ray::Worker") and any("held-" in at.path for at in each.open_files()):
                     lost.add(each.pid)
                     each.send_signal(how)
         time.sleep(0.05)
@@ -162,6 +164,26 @@ def test_what_this_process_raises_ends_the_run_and_takes_the_folder_back(tmp_pat
     run = alone(tmp_path / "run", "--wrong", "work")
     assert "error: the second batch failed" in run.communicate()[1] and run.returncode == 1
     assert not list((tmp_path / "run/partial").glob("?" * 32 + ".json"))
+
+
+@pytest.mark.parametrize("given", ["two", "0", "-1"])
+def test_a_number_of_threads_that_is_none_is_told(monkeypatch, given):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    with pytest.raises(UsageError, match="OMP_NUM_THREADS is .*; a number from 1 on is needed"):
+        _single_threaded()
+
+
+@pytest.mark.parametrize(("given", "kept"), [("", "1"), ("2,1", "2,1"), ("3", "3")])
+def test_threads_are_those_of_workers(monkeypatch, given, kept):
+    import torch
+
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    try:
+        _single_threaded()
+        assert os.environ["OMP_NUM_THREADS"] == kept and torch.get_num_threads() == int(kept[0])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_is_not_finished_is_given_again_and_each_batch_first_once():

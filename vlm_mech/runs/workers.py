@@ -36,6 +36,8 @@ LAST_WORDS = 10.0
 """Seconds that workers have to end once nothing is left to do."""
 PATIENCE = 3.0
 """How many times its own longest batch the process that began a run waits for another's before it does it again."""
+SHORTEST = 1.0
+"""Seconds that its longest batch is taken to have been at least."""
 HERE = "here"
 """Its name among the workers."""
 
@@ -169,13 +171,21 @@ class Dealt:
             except ray.exceptions.RayError as error:
                 self.died = error
 
+    def kill(self) -> None:
+        """No worker runs any more."""
+        import ray
+
+        for each in self.workers:
+            ray.kill(each)
+        ray.wait(self.waiting, num_returns=len(self.waiting), timeout=LAST_WORDS) if self.waiting else None
+        self.waiting = []
+
     def end(self) -> None:
         """Nothing of it runs any more."""
         import ray
 
-        for each in (*self.workers, self.deal):
-            ray.kill(each)
-        ray.wait(self.waiting, num_returns=len(self.waiting), timeout=LAST_WORDS) if self.waiting else None
+        self.kill()
+        ray.kill(self.deal)
         self.token.unlink(missing_ok=True)
 
 
@@ -212,7 +222,9 @@ class Crew(Generic[ConfigT]):
         A GPU has room for one model, and what workers do first they all do.
         """
         if self.works:
-            self.begin(0)
+            # Where batches are kept already, there may be nothing left to do.
+            if not any((self.folder / PARTIAL).glob("*.parquet")):
+                self.begin(0)
         else:
             self.do(0, "batches")
 
@@ -264,21 +276,21 @@ class Crew(Generic[ConfigT]):
         key: Any = None
         longest = 0.0
         try:
-            try:
+            with _dealing(), self._bar(name) as bar:
                 ray.get(dealt.deal.offer.remote(list(keys), list(done)))
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            with self._bar(name) as bar:
                 while (key := ray.get(take(HERE, key, again=False))) is not None:
                     _told(dealt, bar)
                     started = time.monotonic()
                     yield key
                     longest = max(longest, time.monotonic() - started)
                     dealt.look()
-                # Others are still at it. Whoever takes far longer than this process did may have been lost.
-                started = time.monotonic()
-                while dealt.waiting and not _told(dealt, bar) and time.monotonic() - started < PATIENCE * longest:
+                # Others are still at it.
+                started, patience = time.monotonic(), PATIENCE * max(longest, SHORTEST)
+                while dealt.waiting and not _told(dealt, bar) and time.monotonic() - started < patience:
                     dealt.look(POLL)
+                if not _told(dealt, bar):
+                    # Whoever takes far longer than this process did may have stopped, with a lock in its hands.
+                    dealt.kill()
                 while (key := ray.get(take(HERE, key))) is not None:
                     yield key
                 _told(dealt, bar)
@@ -289,6 +301,22 @@ class Crew(Generic[ConfigT]):
         from tqdm import tqdm
 
         return tqdm(desc=f"{name}, {self.n_workers} workers", disable=None)
+
+
+@contextlib.contextmanager
+def _dealing() -> Iterator[None]:
+    """What the actor that deals the batches raises is raised here; that it is gone is said."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise WorkError(
+            f"the process that deals the batches is gone ({' '.join(str(error).split()):.100}); the same command with "
+            "--resume goes on"
+        ) from error
 
 
 def _told(dealt: Dealt, bar: Any) -> bool:
@@ -332,11 +360,15 @@ def crew_of(config: ConfigT, module: str, folder: Path) -> Crew[ConfigT]:
 
 def _single_threaded() -> None:
     """Has this process compute as workers do, which have one thread each unless the environment says otherwise."""
-    n = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+    given = os.environ.get("OMP_NUM_THREADS", "").strip() or "1"
+    n = given.partition(",")[0]
+    if not n.isdigit() or int(n) < 1:
+        raise UsageError(f"OMP_NUM_THREADS is {given!r}; a number from 1 on is needed")
+    os.environ["OMP_NUM_THREADS"] = given
     if "torch" in sys.modules:
         import torch
 
-        torch.set_num_threads(n)
+        torch.set_num_threads(int(n))
 
 
 def _start(address: str | None) -> None:

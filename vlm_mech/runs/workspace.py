@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -385,8 +386,8 @@ def _clear(folder: Path, record: dict[str, Any], *, kept: Sequence[str] = ()) ->
 
 def write(path: Path, content: bytes) -> None:
     """All or nothing, and on the disk: a kill leaves the file as it was."""
-    # Another process may make the very same batch.
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    # Another process, perhaps of another machine, may make the very same batch.
+    fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
     with fresh.open("wb") as file:
         file.write(content)
         file.flush()
