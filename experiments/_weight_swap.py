@@ -14,6 +14,8 @@ QUESTION = (
     "A model that answers from its prior and a tune of it that looks exchange decoder blocks. Asked about an image "
     "whose true answer is not the usual one, which blocks bring the true answer, and which bring the prior back?"
 )
+ALONE = "two checkpoints have no random twin; random changes of equal size are part of each claim"
+"""Why there are no models with shuffled weights to compare with."""
 
 
 def swap_weights(config: Config, work: Workspace) -> Outcome:
@@ -22,7 +24,9 @@ def swap_weights(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.data.examples import load_examples
     from vlm_mech.data.fitting import fitting
     from vlm_mech.inputs.image import load_image
+    from vlm_mech.methods.gates.gated import gated
     from vlm_mech.methods.weight_swap import figures, findings, study
+    from vlm_mech.methods.weight_swap.claims import pool
     from vlm_mech.methods.weight_swap.data import exchanges
     from vlm_mech.results.result import Result
 
@@ -42,6 +46,7 @@ def swap_weights(config: Config, work: Workspace) -> Outcome:
     moved = {f"{direction}: {donor}": each for (direction, donor), each in sides.moved.items()}
     provenance = about(QUESTION, base, pairs, {}) | {"tuned": config.tuned, "part": config.part, "moved": moved}
     result = Result(f"block swap ({config.part})", table, study.AXES, study.metrics_of(config.measure), {}, provenance)
+    result = dataclasses.replace(result, claims=gated(config, base, pairs, result, pool, ALONE))
     result = dataclasses.replace(result, findings=findings.findings(result))
     pictures = tuple((f"{pair.question} {pair.answer}", load_image(pair.image)) for pair in list(pairs)[:4])
     return Outcome(result, figures.drawn(result), pictures)

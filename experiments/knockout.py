@@ -17,7 +17,7 @@ from vlm_mech.runs.workspace import Workspace, in_batches
 QUESTION = (
     "Attention edges are cut: the query tokens cannot attend to the key tokens at some layers, and the rest of their "
     "attention sums to one again. If the answer's probability falls, the model needed this way there (if it does not, "
-    "it may have others). As many edges between random tokens are the control."
+    "it may have others). Random edges, as many or of as much attention, are the control."
 )
 
 
@@ -35,6 +35,14 @@ class Config(SpokenConfig):
     """Layers cut around each; by default 9, in models of fewer than 27 layers 1."""
     heads: bool = False
     """Cut one head at a time, at single layers, for one edge (last<-image), and show where the strongest look."""
+    joint: bool = False
+    """Also cut several heads (or layers) of each edge at once, since one may stand in for another."""
+    joint_size: int = 3
+    """Heads, or layers, that --joint cuts at once at most."""
+    control: tuple[Literal["size", "mass", "distance"], ...] = ("size",)
+    """Random edges to compare with: as many, of equal attention mass, or of equal distance; one or several."""
+    sinks: Literal["include", "exclude"] = "include"
+    """Whether controls may cut attention to sinks: the first token, and tokens with states like its own."""
     generate: int = 0
     """Number of examples whose answers are written out without each edge, cut at all layers."""
     split: Literal["test", "validation", "train"] = "test"
@@ -59,24 +67,30 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     vlm = config.load()
     pairs = fitting(vlm, pairs, **config.fits, alone=True)
     options = {"layers": config.layers, "size": config.window, "heads": config.heads, "during": config.during}
+    options |= {"controls": config.control, "sinks": config.sinks == "include"}
     return vlm, pairs, scan_of(vlm, pairs, masks, config.edges, **options), masks
 
 
 def plan(config: Config) -> Any:
     """What the run will need."""
+    from vlm_mech.methods.knockout.joint import on_top
     from vlm_mech.methods.knockout.study import plan_knockout
     from vlm_mech.sweeps.generated_answers import part_of
 
     *what, masks = _loaded(config)
     how = {"measure": config.measure, "batch": config.batch, "seed": config.seed, "memory": config.memory}
-    return plan_knockout(*what, masks=masks, part=part_of(config), **how)
+    found = plan_knockout(*what, masks=masks, part=part_of(config), **how)
+    return on_top(found, what[-1], config.joint_size) if config.joint else found
 
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, its heatmaps and line figure, and pictures of examples or of what heads attend to."""
     from vlm_mech.interventions.receipt import add_up
+    from vlm_mech.methods.gates.gated import gated
     from vlm_mech.methods.knockout import figures, findings, study
+    from vlm_mech.methods.knockout.claims import edit_of, pool_of, removed_of
     from vlm_mech.methods.knockout.follow_up import follow_up
+    from vlm_mech.methods.knockout.joint import joint_of
     from vlm_mech.results.generated_answers import examples
     from vlm_mech.results.result import Result
     from vlm_mech.sweeps.generated_answers import part_of
@@ -88,11 +102,17 @@ def run(config: Config, work: Workspace) -> Outcome:
         work.keep(key, *study.knock_out(vlm, pairs[rows], scan, masks=masks, **how))
     table, receipts = work.collect()
     result = Result("attention knockout", table, scan.axes, study.metrics_of(config.measure))
-    more = follow_up(vlm, result, pairs, scan, masks, n_generated=config.generate)
-    provenance = about(QUESTION, vlm, pairs, add_up(receipts)) | {"generated": more.generated}
+
+    def again(vlm: Any, pairs: Any) -> Any:
+        return study.knock_out(vlm, pairs, scan, masks=masks, **how | {"only_correct": False, "part": None})[0]
+
+    claims = gated(config, vlm, pairs, result, pool_of(scan), again, edit_of(scan), removed_of(scan))
+    result, joint = joint_of(config, vlm, pairs, dataclasses.replace(result, claims=claims), scan, masks)
+    more = follow_up(vlm, result, pairs, scan, masks, n_generated=config.generate, seed=config.seed)
+    provenance = about(QUESTION, vlm, pairs, add_up([*receipts, *joint.receipts])) | {"generated": more.generated}
     result = dataclasses.replace(result, provenance=provenance, findings=findings.findings(result, pairs, scan, more))
     said = examples(result.table, result.axes, {pair.id: pair.question for pair in pairs})
-    return Outcome(result, figures.drawn(result), figures.pictures(pairs, scan, more), said=said)
+    return Outcome(result, figures.drawn(result), figures.pictures(pairs, scan, more), tables=joint.tables, said=said)
 
 
 if __name__ == "__main__":

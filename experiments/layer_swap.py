@@ -59,7 +59,7 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.data.pairs import pictures
     from vlm_mech.interventions.receipt import add_up, summarise
     from vlm_mech.methods.layer_swap.figures import drawn
-    from vlm_mech.methods.layer_swap.layer_swap import question_of, swap_result, told
+    from vlm_mech.methods.layer_swap.layer_swap import question_of, swap_result, told, with_claims
     from vlm_mech.methods.layer_swap.study import swap_states
     from vlm_mech.results.generated_answers import examples
     from vlm_mech.sweeps.generated_answers import part_of
@@ -72,7 +72,8 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
         work.keep(key, table, summarise(receipts))
     table, receipts = work.collect()
     provenance = about(question_of(pairs), vlm, pairs, add_up(receipts))
-    result = told(swap_result(config.site, table, provenance, config.measure), pairs)
+    result = swap_result(config.site, table, provenance, config.measure)
+    result = told(with_claims(result, config, vlm, pairs, sites, spans, how), pairs)
     said = examples(result.table, result.axes, {pair.id: pair.question for pair in pairs})
     return Outcome(result, drawn(result), pictures(pairs), said=said)
 

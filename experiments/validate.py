@@ -36,11 +36,15 @@ class Config(RunConfig):
     first_seed: int = 1000
     """Seed of the first model; what is below 1000 served to develop the methods' rules."""
     sets: tuple[str, ...] = ("plain", "matched null, random answers", "hard")
-    """Kinds of models; there are also matched null (true answers) and backup."""
+    """Kinds of models; also: matched null, backup, two backups, dormant path, sink, mlp prior, neighbouring readers."""
     answer: Literal["word", "pieces", "article"] = "word"
     """How answers are written: as one token, as two that both tell, or behind a token that all share."""
     methods: tuple[str, ...] = ()
     """Methods to grade; all by default, and with answers of two tokens controls that read the next token alone."""
+    gates: Literal["none", "all"] = "none"
+    """Gates that the claims of commands must pass, which are graded too; all take time."""
+    null: int = 5
+    """Models with shuffled weights, and shuffles of the answers, that --gates all compares with."""
     examples: int = 32
     """Examples of each model that a method sees."""
     population: int = 512
@@ -82,7 +86,7 @@ def _jobs(config: Config) -> "list[Job]":
     if n < 1 or len(set(config.sets)) < max(1, len(config.sets)):
         raise UsageError(f"n is {n} and sets are {', '.join(config.sets) or 'none'}; at least one of each, none twice")
     how = {"n_examples": config.examples, "n_population": config.population, "seed": config.seed}
-    how |= {"answer": config.answer}
+    how |= {"answer": config.answer, "gates": config.gates, "null": config.null}
     methods = config.methods or (*METHODS, *(CONTROLS if config.answer != "word" else ()))
     return [Job(kind, config.first_seed + number, methods, **how) for number in range(n) for kind in config.sets]
 

@@ -7,7 +7,7 @@ that read what is shown and those that suppress it. Afterwards single examples, 
 import dataclasses
 from typing import Any, Literal
 
-from vlm_mech.runs.configuration import SweepConfig
+from vlm_mech.runs.configuration import ClaimConfig
 from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import about
@@ -23,13 +23,13 @@ CONFLICT, COLOURS, PROBES = "scenes/colour-conflict", "scenes/colour", "probes"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(SweepConfig):
+class Config(ClaimConfig):
     """Options of the map."""
 
     data: str = CONFLICT
     """Pairs; where one says which picture is in conflict, it is asked about, and its rival is the usual answer."""
     probe: bool = True
-    """Fit probes (--no-probe leaves them out)."""
+    """Fit probes (--no-probe leaves them out); never in the models and shuffles that --gates all compares with."""
     probe_data: str | None = None
     """Pairs to fit probes on; scenes/colour for scenes/colour-conflict, otherwise other folds of the data itself."""
     n_probe: int | None = None
@@ -69,16 +69,15 @@ def plan(config: Config) -> Any:
     """What swaps and knockouts of the run will need."""
     from vlm_mech.methods.visual_flow.study import plan_flow
 
-    how = {"measure": config.measure, "batch": config.batch, "seed": config.seed, "memory": config.memory}
-    return plan_flow(*_loaded(config), **how)
+    how = {"measure": config.measure, "seed": config.seed, "memory": config.memory}
+    return plan_flow(*_loaded(config), batch=config.batch, **how)
 
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, the map, the page of single examples, and findings made from the numbers."""
     from vlm_mech.interventions.receipt import add_up
-    from vlm_mech.methods.visual_flow import figures, findings, study
-    from vlm_mech.methods.visual_flow.claims import claims
-    from vlm_mech.methods.visual_flow.patch_readings import patch_readings
+    from vlm_mech.methods.gates.gated import gated
+    from vlm_mech.methods.visual_flow import claims, effects, figures, findings, patch_readings, study
     from vlm_mech.results.result import Result
 
     vlm, cases, scan = _loaded(config)
@@ -90,12 +89,13 @@ def run(config: Config, work: Workspace) -> Outcome:
     table, notes = work.collect()
     told = about(QUESTION, vlm, cases.pairs, add_up([each for each in notes if "own" not in each]))
     told |= {"rival": cases.rival, "probes": [each for each in notes if "own" in each], "edges": scan.about}
-    result = Result("visual flow", table, study.AXES, study.metrics_of(config.measure), {}, told)
-    said = claims(result)
-    told |= {"claims": dataclasses.asdict(said) | {"cells": said.cells.to_dict("records")}}
-    options = {"n": config.pages, "folder": work.partial, "measure": config.measure}
-    told |= {"pages": patch_readings(vlm, cases, said, fitted, **options) if config.pages else []}
-    result = dataclasses.replace(result, provenance=told, findings=findings.findings(result, cases, said))
+    result = Result("visual flow", table, study.AXES, study.metrics_of(config.measure))
+    found, again = effects.flow_effects(result), effects.again_of(cases, scan, **how)
+    found = dataclasses.replace(found, claims=gated(config, vlm, cases.pairs, found, claims.pool_of(scan), again))
+    options = {"n": config.pages, "folder": work.partial, "measure": config.measure, "seed": config.seed}
+    told["pages"] = patch_readings.patch_readings(vlm, cases, found, fitted, **options) if config.pages else []
+    result = dataclasses.replace(result, provenance=told, claims=found.claims)
+    result = dataclasses.replace(result, findings=findings.findings(result, cases))
     return Outcome(result, figures.drawn(result))
 
 

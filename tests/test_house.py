@@ -90,7 +90,7 @@ FOLDERS = [
     room
     for name in ("methods", "behaviour")
     for room in sorted((ROOT / "vlm_mech" / name).iterdir())
-    if room.is_dir() and room.name not in ("__pycache__", "answering")
+    if room.is_dir() and room.name not in ("__pycache__", "answering", "gates")
 ]
 WITHOUT = {"lens": {"study.py", "findings.py"}}
 """What a method has none of: said in docs/architecture.md. The lens has no table, and so nothing to draw from one."""

@@ -21,6 +21,7 @@ from vlm_mech.interventions.specification import Knockout
 from vlm_mech.interventions.trace import generate, run
 from vlm_mech.methods.knockout import data, study
 from vlm_mech.methods.knockout import edges as edges_module
+from vlm_mech.methods.knockout.claims import HOLDS_BACK, NEEDED, pool
 from vlm_mech.methods.knockout.data import CONTROL, CUTS, EDGE, WRONG, Scan, layer_sets, scan_of
 from vlm_mech.methods.knockout.edges import (
     FUTURE,
@@ -35,10 +36,12 @@ from vlm_mech.methods.knockout.edges import (
     parse_edge,
 )
 from vlm_mech.methods.knockout.figures import drawn
-from vlm_mech.methods.knockout.findings import by_edge, by_head, missing, of_the_prompt, used
-from vlm_mech.methods.knockout.follow_up import top_heads
+from vlm_mech.methods.knockout.findings import missing, of_the_prompt, unclaimed, used
+from vlm_mech.methods.knockout.follow_up import claimed_heads
 from vlm_mech.methods.knockout.study import METRICS, OUT_OF_SIGHT, knock_out
 from vlm_mech.models.vlm import VLM
+from vlm_mech.results.claiming import claimed, halves
+from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
 from vlm_mech.results.overlays import DARKEST, laid_over
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.generated_answers import GeneratedPart
@@ -268,7 +271,7 @@ def test_layers_that_do_not_see_an_edge_are_left_out_with_the_reason(pairs):
     assert np.allclose(cell(wide, "logit", cut=EDGE), logits.numpy(), atol=2e-5)
     assert set(wide[wide["cut"] == EDGE]["n_layers_cut"]) == {2}
     kept = Result("knockout", table, ("edge", "cut", "layer"), METRICS)
-    assert f"last<-image is missing at layer 0, 2 in 4 example(s): {OUT_OF_SIGHT}." in missing(kept)
+    assert f"last<-image is missing (layers: 0, 2) in 4 example(s): {OUT_OF_SIGHT}." in missing(kept)
     means = kept.summary("logit_diff").set_index(["edge", "cut", "layer"])["mean"]
     assert means["last<-image", EDGE].isna().tolist() == [True, False, True, False]
 
@@ -343,15 +346,15 @@ def test_what_is_left_out_is_said(vlm, pairs, monkeypatch):
 # What is said
 
 
-def synthetic(effect, *, heads=False):
-    """A result with `effect(example, cut, layer, head)` as relative change, of 20 examples."""
+def synthetic(effect, *, heads=False, changed="relative_change"):
+    """A result with `effect(example, cut, layer, head)` as a change of a metric, of 20 examples."""
     rows = []
     for example in range(20):
         for cut in CUTS:
             for layer in range(3):
                 for head in range(2 if heads else 1):
                     place = {"example": str(example), "edge": "last<-image", "cut": cut, "layer": layer, "head": head}
-                    rows.append(place | {"relative_change": effect(example, cut, layer, head), "skipped": ""})
+                    rows.append(place | {changed: effect(example, cut, layer, head), "skipped": ""})
     table = pd.DataFrame(rows)
     for metric in METRICS:
         table[f"{metric.name}_baseline"] = 0.0
@@ -361,28 +364,49 @@ def synthetic(effect, *, heads=False):
     return Result("knockout", table, axes, METRICS)
 
 
-def test_sentences_say_where_the_answer_depends_on_an_edge():
-    noise = np.random.default_rng(0).normal(0, 1, (20, 3))
-    result = synthetic(lambda example, cut, layer, head: noise[example, layer] - 40 * (cut == EDGE and layer == 1))
-    (sentence,) = by_edge(result, layer_sets(3, "each"))
-    effect = result.summary("relative_change").query("cut == @EDGE and layer == 1")["effect"].iloc[0]
-    assert f"changes at layer 1 ({effect:+.1f} %)" in sentence and "n = 20" in sentence
-    assert "difference -40.0 % (-40.0 to -40.0 %)" in sentence
-    (sentence,) = by_edge(synthetic(lambda example, cut, layer, head: noise[example, layer]), layer_sets(3, "each"))
-    assert "no significant change" in sentence
+def test_what_is_claimed_beats_its_control_and_has_a_size():
+    """Layer 1 is needed; layer 2 suffers from any cut; at layer 0 there is a sure change of no size."""
+    noise = np.random.default_rng(0).normal(0, 0.01, (20, 3, 2))
+
+    def effect(example, cut, layer, head):
+        change = {0: -0.05 * (cut == EDGE), 1: -2.0 * (cut == EDGE), 2: -2.0}[layer]
+        return change + noise[example, layer, int(cut == EDGE)]
+
+    result = synthetic(effect, changed="logit_diff")
+    found = claimed(pool(result, where="around"), result)
+    (claim,) = [claim for claim in found if claim.made]
+    assert claim.kind == NEEDED and claim.about == {"edge": "last<-image", "layer": 1}
+    assert claim.says == "cutting last<-image around layer 1 lowers logit_diff" and claim.tested[0].n == 10
+    assert claim.tested[1].mean == pytest.approx(-2.0, abs=0.02)
+    told = dataclasses.replace(result, claims=found)
+    edges = [parse_edge("last<-image"), parse_edge("last<-question")]
+    assert unclaimed(told, edges) == ("Of last<-question nothing is claimed.",)
+    raised = synthetic(lambda *cell: -effect(*cell), changed="logit_diff")
+    (claim,) = [claim for claim in claimed(pool(raised), raised) if claim.made]
+    assert claim.kind == HOLDS_BACK and "raises" in claim.says
 
 
-def test_heads_are_chosen_on_one_half_and_told_of_on_the_other():
-    """Even examples prefer head (0, 1), odd ones say that it does nothing."""
-    result = synthetic(
-        lambda example, cut, layer, head: -30.0 * (example % 2 == 0 and (layer, head) == (0, 1)) - layer / 10,
-        heads=True,
-    )
-    heads = top_heads(result, 1)
-    assert [(head.layer, head.head) for head in heads] == [(0, 1)]
-    _, sentence = by_head(result, heads)
-    assert "-0.0 % " in sentence or "+0.0 % " in sentence
-    assert "n = 10" in sentence
+def test_without_a_control_the_edge_alone_is_claimed():
+    result = synthetic(lambda example, cut, layer, head: -2.0 * (layer == 1) - 0.001 * example, changed="logit_diff")
+    table = result.table.assign(logit_diff=result.table["logit_diff"].where(result.table["cut"] == EDGE))
+    result = dataclasses.replace(result, table=table, known={})
+    (claim,) = [claim for claim in claimed(pool(result), result) if claim.made]
+    assert len(claim.conditions) == 1 and claim.about["layer"] == 1
+
+
+def test_heads_that_one_half_declares_and_the_other_denies_are_not_followed():
+    """The examples that declare prefer head (0, 1), the others say that it does nothing; head (2, 0) is needed."""
+    plain = synthetic(lambda *cell: 0.0, heads=True, changed="logit_diff")
+    chosen = set(halves(plain)[0].table["example"])
+
+    def effect(example, cut, layer, head):
+        liked = str(example) in chosen and (layer, head) == (0, 1)
+        return (cut == EDGE) * (-9.0 * liked - 3.0 * ((layer, head) == (2, 0))) - example / 1e4
+
+    result = synthetic(effect, heads=True, changed="logit_diff")
+    result = dataclasses.replace(result, claims=claimed(pool(result), result))
+    assert {tuple(claim.about.values())[1:] for claim in result.claims} == {(0, 1), (2, 0)}
+    assert [(head.layer, head.head) for head in claimed_heads(result, 3)] == [(2, 0)]
 
 
 def test_the_difference_of_answers_is_drawn_as_the_change_that_a_knockout_makes():
@@ -476,13 +500,25 @@ def test_a_run_leaves_what_the_contract_says_and_resumes(model_folder, data_fold
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_the_head_scan_shows_where_heads_look(model_folder, data_folder, tmp_path):
-    assert command(experiment, *options(model_folder, data_folder, tmp_path / "heads", "--heads")) == 0
-    result = Result.load(tmp_path / "heads")
-    assert len(result.cells) == 2 * 4 * 4
-    assert sum("of the attention of last is on the image" in finding for finding in result.findings) == 3
-    page = (tmp_path / "heads" / "report.html").read_text()
-    assert page.count("<img alt='' src='data:image/png;base64") == 3 * 2
+def test_the_head_scan_shows_where_claimed_heads_look_and_meets_its_gates(tmp_path):
+    out = tmp_path / "heads"
+    asked = ("--heads", "--n", "24", "--null", "2", "--edges", "last<-image", "--out", out)
+    assert command(experiment, *asked) == 0
+    result = Result.load(out)
+    assert len(result.cells) == 2 * 6 * 4
+    made = [claim for claim in result.claims if claim.made]
+    assert (1, 1) in [(claim.about["layer"], claim.about["head"]) for claim in made]
+    assert all([gate.name for gate in claim.gates] == [STABLE, TWIN, SHUFFLED] for claim in made)
+    assert all(len(gate.numbers["T_null"]) == 2 for claim in made for gate in claim.gates[1:])
+    n_shown = sum("of the attention of last is on the image" in finding for finding in result.findings)
+    assert n_shown == min(3, len(made))
+    page = (out / "report.html").read_text()
+    assert page.count("<img alt='' src='data:image/png;base64") == n_shown * 4
+    assert "<h2>Claims</h2>" in page and "the least that 2 can give is 0.33" in page
+    # Gates are no part of what was measured.
+    assert command(experiment, *asked[:-1], tmp_path / "none", "--gates", "none") == 0
+    assert (tmp_path / "none/result.parquet").read_bytes() == (out / "result.parquet").read_bytes()
+    assert not any(claim.gates for claim in Result.load(tmp_path / "none").claims)
 
 
 def test_the_embedded_model_reads_the_object(tmp_path):

@@ -1,5 +1,7 @@
 """The layer swap as a method: identities that must hold in its table, both directions, every site."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,11 +15,13 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.interventions.trace import generate, run
 from vlm_mech.methods.layer_swap import figures
+from vlm_mech.methods.layer_swap.claims import pool
 from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
 from vlm_mech.methods.layer_swap.findings import findings, takeover, usable_share
 from vlm_mech.methods.layer_swap.layer_swap import layer_swap, swap_result, told
 from vlm_mech.methods.layer_swap.study import METRICS, WRONG, swap_states
 from vlm_mech.models.vlm import VLM
+from vlm_mech.results.claiming import claimed
 from vlm_mech.results.generated_answers import agreement
 from vlm_mech.results.result import Result
 from vlm_mech.sweeps.generated_answers import GeneratedPart
@@ -128,27 +132,17 @@ def test_wrongly_answered_pairs_are_counted_and_left_out(vlm, pairs):
         usable_share(result, pairs)
 
 
-def test_sentences_follow_from_the_numbers(table, pairs):
+def test_two_examples_a_half_are_too_few_to_claim_anything(table, pairs):
     result = Result("swap", table, ("direction", "span", "layer"), METRICS)
-    for number, direction in enumerate(("noising", "denoising")):
-        means = [at(table, direction, layer, "last", "recovered").mean() for layer in range(4)]
-        first = next(layer for layer, mean in enumerate(means) if mean > 0.5)
-        assert f"{direction}: from layer {first} on, swapping the last token alone" in takeover(result)[2 * number + 1]
+    first, silent = takeover(dataclasses.replace(result, claims=claimed(pool(result), result)))
+    assert len(pool(result)) > 20 and first.startswith("No claim was declared")
+    assert "the image tokens (noising), the question tokens (noising), the last token alone (noising)" in silent
     assert "4 of 4 pairs of pictures are used" in usable_share(result, pairs)
 
 
 def test_unknown_direction(vlm, pairs):
     with pytest.raises(UsageError, match="direction 'up' is not known"):
         swap_states(vlm, pairs, swap_sites(vlm, "llm", "resid_post")[:1], ("image",), directions=("up",))
-
-
-def test_nothing_is_claimed_without_values(table):
-    """An untrained model has no gap to recover; saying that the answer turns everywhere or nowhere would be made up."""
-    metrics = METRICS[:1]
-    empty = Result("swap", table.assign(recovered=np.nan), ("direction", "span", "layer"), metrics)
-    assert takeover(empty) == (
-        "too few pairs have a recovered fraction to say where the answer turns (0 in some cells).",
-    )
 
 
 @pytest.mark.parametrize("site", ["llm", "projector", "vision"])

@@ -54,7 +54,8 @@ def finished(model_folder, data_folder, tmp_path_factory):
 def test_a_run_leaves_what_the_contract_says(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        "result.parquet", "result.json", "summary.csv", "config.json", "provenance.json", "figures", "report.html"
+        "result.parquet", "result.json", "claims.json", "summary.csv", "config.json", "provenance.json", "figures",
+        "report.html",
     }  # fmt: skip
     summary = pd.read_csv(finished / "summary.csv")
     assert {"n", "mean", "ci_low", "ci_high", "baseline"} <= set(summary.columns)

@@ -28,6 +28,7 @@ from vlm_mech.methods.knockout.edges import NOTHING_GIVEN
 from vlm_mech.methods.knockout.findings import missing
 from vlm_mech.methods.knockout.study import knock_out
 from vlm_mech.methods.knockout.study import metrics_of as knockout_metrics
+from vlm_mech.methods.layer_swap.claims import pool
 from vlm_mech.methods.layer_swap.findings import takeover, usable_share
 from vlm_mech.methods.layer_swap.study import metrics_of as swap_metrics
 from vlm_mech.methods.layer_swap.study import swap_states
@@ -35,14 +36,16 @@ from vlm_mech.methods.lens.data import label_of, labels_apart
 from vlm_mech.methods.lens.logit_lens import lens_of
 from vlm_mech.methods.visual_flow import figures
 from vlm_mech.methods.visual_flow import study as visual_flow
-from vlm_mech.methods.visual_flow.claims import changes_of, claims
+from vlm_mech.methods.visual_flow.claims import pool as flow_pool
 from vlm_mech.methods.visual_flow.data import against, cases_of, flow_scan, said_at, spans
+from vlm_mech.methods.visual_flow.effects import flow_effects
 from vlm_mech.methods.visual_flow.findings import findings
 from vlm_mech.methods.weight_swap.blocks import Hybrids, checkpoint
 from vlm_mech.methods.weight_swap.data import exchanges
 from vlm_mech.methods.weight_swap.study import GRAFT, PARENT, metrics_of, swap_blocks, two_sides
 from vlm_mech.models.readout import readout_of
 from vlm_mech.results import metrics
+from vlm_mech.results.claiming import claimed
 from vlm_mech.results.result import Result
 from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.measures import logit_diff, logprob_diff
@@ -91,8 +94,9 @@ def test_what_is_read_before_an_answers_tokens_has_no_value_when_these_alone_are
     result = Result("swap", table, ("direction", "span", "layer"), swap_metrics())
     assert f"in 2 {NOTHING_BEFORE}, so that swaps of these tokens alone have no value" in usable_share(result, pairs)
     table["recovered"] = table["recovered"].fillna(0.0).where(table["skipped"] != NOTHING_BEFORE)
-    told = takeover(dataclasses.replace(result, table=table))
-    assert len(told) == 4 and "too few" not in told[0]
+    result = dataclasses.replace(result, table=table)
+    assert len(pool(result)) == 2 * len(spans) and not claimed(pool(result), result)
+    assert takeover(result)[0].startswith("No claim was declared")
     monkeypatch.setattr("vlm_mech.methods.knockout.study.MIN_PROB", 0.0)
     scan = scan_of(vlm, pairs, {}, ["answer<-image", "last+answer<-image"], layers="all")
     table, _ = knock_out(vlm, pairs, scan, only_correct=False)
@@ -296,19 +300,17 @@ def test_the_answer_of_a_map_is_said_where_any_pair_or_rival_has_it(mapped):
 
 def test_what_a_map_of_whole_answers_says_is_in_its_units(mapped):
     _, cases, _, result = mapped
-    said = claims(result)
-    after, _ = changes_of(result, visual_flow.SWAP, "image")
-    assert after.shape == (6, 5) and set(said.cells["kind"]) >= {"image read", "lead changed"}
-    told = dataclasses.replace(
-        result, provenance={**result.provenance, "claims": dataclasses.asdict(said) | {"cells": []}}
-    )
-    text = " ".join(findings(result, cases, said))
+    effects = flow_effects(result)
+    assert effects.metric().unit == "nats" and {"last+answer", "last+answer<-image"} <= set(effects.table["span"])
+    says = " ".join(f"{claim.says}, {claim.unit}" for claim in flow_pool(effects))
+    assert "a swap of the last token and the answers' tokens turns the answer" in says and "logits" not in says
+    text = " ".join(findings(result, cases))
     assert (
-        " nats at the end" in text
+        " nats in the decoder's input" in text
         and "logits" not in text
         and "at the last token and the answers' tokens the lens" in text
     )
-    titles = str(figures.flow_map(told).to_dict()["layout"])
+    titles = str(figures.flow_map(result).to_dict()["layout"])
     assert "log-probability<br>difference (nats)" in titles and "rival (nats)" in titles and "logit" not in titles
 
 

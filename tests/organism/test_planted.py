@@ -27,7 +27,8 @@ from vlm_mech.organism.planted import (
     plant,
     true_effect,
 )
-from vlm_mech.organism.planted_recipe import COLOURS, Head, Recipe, draw, matched_null, recovered, removed
+from vlm_mech.organism.planted_draw import draw
+from vlm_mech.organism.planted_recipe import COLOURS, Head, Recipe, matched_null, recovered, removed
 from vlm_mech.organism.planted_weights import weights
 from vlm_mech.sweeps.measures import logit_diff
 from vlm_mech.sweeps.sweep import grid, sweep

@@ -25,13 +25,13 @@ from vlm_mech.organism.planted import (
     plant,
     vocabulary,
 )
+from vlm_mech.organism.planted_draw import draw
 from vlm_mech.organism.planted_recipe import (
     COLOURS,
     Answer,
     Head,
     Recipe,
     Truth,
-    draw,
     edges,
     matched_null,
     recovered,

@@ -20,7 +20,8 @@ from vlm_mech.runs.outcome import Outcome
 
 ROOT = Path(__file__).parents[2]
 CONTRACT = {
-    "result.parquet", "result.json", "summary.csv", "config.json", "provenance.json", "figures", "report.html"
+    "result.parquet", "result.json", "claims.json", "summary.csv", "config.json", "provenance.json", "figures",
+    "report.html",
 }  # fmt: skip
 
 
@@ -181,10 +182,10 @@ def test_batches_done_are_not_done_again(tmp_path):
 
 
 def test_a_kill_while_files_are_written_leaves_no_half_result(tmp_path, monkeypatch):
-    """Four figure files are moved into place, then six others, the table last."""
+    """Four figure files are moved into place, then seven others, the table last."""
     real = workspace.os.replace
     assert command("--out", tmp_path / "whole") == 0
-    for n_moves in (0, 3, 4, 9, 10):
+    for n_moves in (0, 3, 4, 10, 11):
         out, left = tmp_path / f"{n_moves}", n_moves
 
         def replace(source, target):
@@ -198,7 +199,7 @@ def test_a_kill_while_files_are_written_leaves_no_half_result(tmp_path, monkeypa
         with monkeypatch.context() as patch:
             patch.setattr(workspace.os, "replace", replace)
             status = command("--out", out)
-        assert status == (130 if n_moves < 10 else 0)
+        assert status == (130 if n_moves < 11 else 0)
         if status:
             assert (out / "partial" / "config.json").is_file()
             assert not (out / "result.parquet").exists(), "the result comes last"

@@ -14,7 +14,8 @@ import pytest
 
 from tests.runs.test_contract import ROOT, command, contents
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.runs.workers import Deal, Worker, _check_address, _single_threaded
+from vlm_mech.runs.starting_ray import check_address, single_threaded
+from vlm_mech.runs.workers import Deal, Worker
 
 ray = pytest.importorskip("ray")
 
@@ -103,7 +104,7 @@ def test_several_wordings_and_a_run_taken_up(tmp_path, cluster):
 )
 def test_a_cluster_that_is_not_there_is_told_at_once(address, message):
     with pytest.raises(UsageError, match=message):
-        _check_address(address)
+        check_address(address)
 
 
 def test_more_workers_than_cpus_are_refused(tmp_path, cluster):
@@ -170,7 +171,7 @@ def test_what_this_process_raises_ends_the_run_and_takes_the_folder_back(tmp_pat
 def test_a_number_of_threads_that_is_none_is_told(monkeypatch, given):
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     with pytest.raises(UsageError, match="OMP_NUM_THREADS is .*; a number from 1 on is needed"):
-        _single_threaded()
+        single_threaded()
 
 
 @pytest.mark.parametrize(("given", "kept"), [("", "1"), ("2,1", "2,1"), ("3", "3")])
@@ -180,7 +181,7 @@ def test_threads_are_those_of_workers(monkeypatch, given, kept):
     before = torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     try:
-        _single_threaded()
+        single_threaded()
         assert os.environ["OMP_NUM_THREADS"] == kept and torch.get_num_threads() == int(kept[0])
     finally:
         torch.set_num_threads(before)

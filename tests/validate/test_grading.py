@@ -13,8 +13,6 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.methods.probing.data import Spot
 from vlm_mech.organism.planted import Planted, plant
 from vlm_mech.organism.planted_recipe import Edge, Head, Recipe, Truth, matched_null
-from vlm_mech.results import claim as finding
-from vlm_mech.results.claim import Claims, counted, differences
 from vlm_mech.validate import adapters, grading
 from vlm_mech.validate.adapters import METHODS
 from vlm_mech.validate.examination import random_answers
@@ -34,6 +32,7 @@ from vlm_mech.validate.grading import (  # fmt: skip
     grade,
 )
 from vlm_mech.validate.probes import blurred, dealt
+from vlm_mech.validate.statements import COLUMNS, Claims, counted, differences
 
 TWO_HOP = Recipe(3, 6, reads=(Head(2, 1),), carries=(Head(4, 3),), decoys=(Head(1, 0, 0),), priors=(3, 1, 0, 5, 4, 2))
 PLANTINGS = {
@@ -56,7 +55,8 @@ def made(name: str) -> Planted:
 @functools.cache
 def told(name: str, method: str) -> Claims:
     planted = made(name)
-    return METHODS[method](planted, planted.pairs(16, seed=1))
+    # Of 16 pairs 8 test claims, too few for as many as these methods declare.
+    return METHODS[method](planted, planted.pairs(32 if method in ("layer swap", "visual flow") else 16, seed=1))
 
 
 def scores(name: str, found: Claims, kind: str = "plain", true: pd.DataFrame | None = None) -> dict[str, float]:
@@ -65,7 +65,7 @@ def scores(name: str, found: Claims, kind: str = "plain", true: pd.DataFrame | N
 
 
 def cells(*rows: tuple) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=list(finding.COLUMNS))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 # Grading by hand
@@ -198,15 +198,15 @@ def test_differences_are_the_next_layer_less_this_one():
 def test_two_hops_are_found():
     swap, cut, lens = (told("two-hop", name) for name in ("layer swap", "knockout", "logit lens"))
     assert (swap.reading, swap.carrying, swap.writing, swap.route) == ((2,), (4,), (4,), "two-hop")
-    assert (cut.reading, cut.carrying, cut.suppressing, cut.route) == ((2,), (4,), (), "two-hop")
+    assert (cut.reading, cut.carrying, cut.suppressing, cut.route) == ((2,), (4,), None, "two-hop")
     assert (lens.writing, lens.suppressing) == ((4,), ())
     for name in ("head knockout", "head interchange", "attribution", "zero ablation"):
         assert told("two-hop", name).heads == ((2, 1), (4, 3))
 
 
 def test_a_suppressor_is_found_where_a_method_can_see_it():
-    assert (told("suppressed", "knockout").suppressing, told("suppressed", "logit lens").suppressing) == ((5,), (5,))
-    assert told("suppressed", "layer swap").suppressing is None
+    assert told("suppressed", "logit lens").suppressing == (5,)
+    assert told("suppressed", "layer swap").suppressing is told("suppressed", "knockout").suppressing is None
     assert told("suppressed", "layer swap").reading == told("suppressed", "knockout").reading == (3,)
     assert told("suppressed", "layer swap").route == "direct"
 
@@ -222,7 +222,7 @@ def test_a_backup_hides_the_reading_head_from_cuts_and_ablations_only():
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_claims_an_effect_in_a_null(method):
     found = told("null", method)
-    assert not found.claims and list(found.cells.columns) == list(finding.COLUMNS)
+    assert not found.claims and list(found.cells.columns) == list(COLUMNS)
     if found.readable is None:
         assert np.abs(found.cells["effect"].to_numpy()).max() < 0.1 and not found.beyond(0.1)
         graded = scores("null", found, MATCHED)
@@ -287,7 +287,8 @@ def test_a_head_that_writes_noise_is_not_among_the_strongest():
 def test_wrong_methods_are_graded_as_failing():
     """A swap that is off by one layer, and heads off by one."""
     swap, heads = told("two-hop", "layer swap"), told("two-hop", "head interchange")
-    assert all(value == 1 for name, value in scores("two-hop", swap).items() if name != grading.UNSUPPRESSED)
+    alarms = (grading.UNSUPPRESSED, grading.FALSE_RUN, grading.FALSE_CLAIMS)
+    assert all(value == (name not in alarms) for name, value in scores("two-hop", swap).items())
     shifted = [tuple(layer + 1 for layer in each or ()) for each in (swap.reading, swap.carrying, swap.writing)]
     graded = scores("two-hop", Claims(swap.cells, *shifted, route="direct"))
     assert set(graded.values()) == {0.0} and set(graded) == {READING, CARRYING, WRITING, ROUTE}

@@ -14,12 +14,12 @@ from vlm_mech.errors import UsageError
 from vlm_mech.interventions.specification import Knockout, Replace
 from vlm_mech.organism.planted import Planted, plant, true_effect
 from vlm_mech.organism.planted_recipe import Answer
-from vlm_mech.results.claim import WHOLE, Claims
 from vlm_mech.results.result import Result
 from vlm_mech.validate import grading
 from vlm_mech.validate.adapters import CONTROLS, EDITS, METHODS
 from vlm_mech.validate.examination import Job, random_answers, shown
 from vlm_mech.validate.grading import grade
+from vlm_mech.validate.statements import WHOLE, Claims
 from vlm_mech.validate.true_effects import planted_points, population
 
 TWO: tuple[Answer, ...] = ("pieces", "article")
@@ -33,14 +33,14 @@ def made(name: str, answer: Answer) -> Planted:
 
 def told(name: str, answer: Answer, method: str) -> Claims:
     planted = made(name, answer)
-    return (METHODS | CONTROLS)[method](planted, planted.pairs(24, seed=1))
+    return (METHODS | CONTROLS)[method](planted, planted.pairs(32, seed=1))
 
 
 @pytest.mark.parametrize("answer", TWO)
 def test_two_hops_are_found_where_answers_have_two_tokens(answer):
     swap, cut, lens = (told("two-hop", answer, name) for name in ("layer swap", "knockout", "logit lens"))
     assert (swap.reading, swap.carrying, swap.writing, swap.route) == ((2,), (4,), (4,), "two-hop")
-    assert (cut.reading, cut.carrying, cut.suppressing, cut.route) == ((2,), (4,), (), "two-hop")
+    assert (cut.reading, cut.carrying, cut.suppressing, cut.route) == ((2,), (4,), None, "two-hop")
     assert (lens.writing, lens.suppressing) == ((4,), ())
     for name in HEADS:
         assert told("two-hop", answer, name).heads == ((2, 1), (4, 3)), name
@@ -57,7 +57,6 @@ def test_two_hops_are_found_where_answers_have_two_tokens(answer):
 
 @pytest.mark.parametrize("answer", TWO)
 def test_a_suppressor_is_found_where_answers_have_two_tokens(answer):
-    assert told("suppressed", answer, "knockout").suppressing == (5,)
     assert told("suppressed", answer, "logit lens").suppressing == (5,)
     assert told("suppressed", answer, "layer swap").writing == (3,)
     flow = told("suppressed", answer, "visual flow")

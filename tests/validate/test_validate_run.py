@@ -17,13 +17,13 @@ from vlm_mech.errors import UsageError
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.organism.planted import true_effect
 from vlm_mech.organism.planted_recipe import COLOURS
-from vlm_mech.results.claim import WHOLE
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
 from vlm_mech.validate import grading, overview
 from vlm_mech.validate.adapters import EDITS, METHODS
 from vlm_mech.validate.examination import Job, _environment, completed, examine, examine_all, random_answers, shown
 from vlm_mech.validate.grading import CARRYING, COVERAGE, MATCHED, SHARP, SUPPRESSING, TOP, WRITING  # fmt: skip
+from vlm_mech.validate.statements import WHOLE
 from vlm_mech.validate.true_effects import planted_points, population, true_cells
 
 # True effects

@@ -171,6 +171,32 @@ def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pair
     )
 
 
+def with_others_answers(pairs: Pairs, *, seed: int) -> Pairs:
+    """The pairs, each with both answers of another one: shuffled labels, of which a model's states can say nothing.
+
+    Where many pairs have the same two answers, some keep theirs and some have them turned.
+
+    Args:
+        seed: draws the order.
+
+    Raises:
+        UsageError: fewer than two pairs.
+    """
+    other = partners(len(pairs), seed=seed)
+    asked = [
+        dataclasses.replace(
+            pair,
+            answer=pairs[at].answer,
+            counterfactual_answer=pairs[at].counterfactual_answer,
+            options=(),
+            prior=None,
+            captions=None,
+        )
+        for pair, at in zip(pairs, other, strict=True)
+    ]
+    return dataclasses.replace(pairs, pairs=tuple(asked), refused=())
+
+
 def checked(pairs: Pairs, check: Callable[[Pair], object], what: str) -> Pairs:
     """The pairs that pass a check; those for which it raises `UsageError` move to `refused` with the reason.
 

@@ -28,6 +28,38 @@ def attention_from(
         UsageError: a layer out of range, or another number of examples.
         WorkError: the attention of this model is more than a softmax of scaled scores.
     """
+    found = _watched(vlm, encoded, queries, layers, lambda weights: weights.mean(1))
+    return {layer: torch.stack(rows) for layer, rows in found.items()}
+
+
+def attention_rows(
+    vlm: TracedModel,
+    encoded: Encoded,
+    queries: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    by_head: bool = False,
+) -> dict[int, list[Float[Tensor, "*head query pos"]]]:
+    """Attention after the softmax at some layers of the decoder: a row for each query position of each example.
+
+    Args:
+        queries: query positions of each example.
+        by_head: every head apart; otherwise summed over heads, so that a row sums to their number.
+
+    Raises:
+        UsageError, WorkError: as for `attention_from`.
+    """
+    return _watched(vlm, encoded, queries, layers, lambda weights: weights if by_head else weights.sum(0))
+
+
+def _watched(
+    vlm: TracedModel,
+    encoded: Encoded,
+    queries: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    kept: Callable[[Tensor], Tensor],
+) -> dict[int, list[Tensor]]:
+    """What is kept of the weights (head x query x position) of each example, by layer."""
     outside = [layer for layer in layers if layer not in vlm.llm_layers]
     if outside or len(queries) != len(encoded):
         given = f"layer {outside[0]}" if outside else f"queries of {len(queries)} examples"
@@ -37,8 +69,9 @@ def attention_from(
     modules = {
         vlm.model.get_submodule(f"{blocks.path}.{layer}.{blocks.attention}"): layer for layer in sorted(set(layers))
     }
-    found: dict[int, Tensor] = {}
-    with torch.no_grad(), vlm.passing(), attending(set(modules), _watcher(modules, queries, vlm.backend, found)):
+    found: dict[int, list[Tensor]] = {}
+    watcher = _watcher(modules, queries, vlm.backend, kept, found)
+    with torch.no_grad(), vlm.passing(), attending(set(modules), watcher):
         vlm.model(**encoded.inputs)
     missing = set(modules.values()) - set(found)
     if missing:
@@ -47,7 +80,11 @@ def attention_from(
 
 
 def _watcher(
-    modules: dict[nn.Module, int], queries: Sequence[Sequence[int]], backend: str, found: dict[int, Tensor]
+    modules: dict[nn.Module, int],
+    queries: Sequence[Sequence[int]],
+    backend: str,
+    kept: Callable[[Tensor], Tensor],
+    found: dict[int, list[Tensor]],
 ) -> Callable[[Attend], Attend]:
     def attend(function: Attend) -> Attend:
         def watched(
@@ -62,8 +99,8 @@ def _watcher(
             nothing = allowed.new_zeros(len(queries), 1, *allowed.shape[-2:])
             scaling = options["scaling"]
             call = AttentionCall(query, keys, values, mask, scaling, causal, output, allowed, nothing)
-            rows = [_mean_weights(call, row, torch.tensor(each)) for row, each in enumerate(queries)]
-            found[modules[module]] = torch.stack(rows).cpu()
+            rows = [_weights(call, row, torch.tensor(each)) for row, each in enumerate(queries)]
+            found[modules[module]] = [kept(row).cpu() for row in rows]
             return output, weights
 
         return watched
@@ -71,11 +108,11 @@ def _watcher(
     return attend
 
 
-def _mean_weights(call: AttentionCall, row: int, queries: Tensor) -> Float[Tensor, "head pos"]:
+def _weights(call: AttentionCall, row: int, queries: Tensor) -> Float[Tensor, "head query pos"]:
     weights = call.weights(row, queries.to(call.query.device))
     expected = (weights @ call.value[row].float()).transpose(0, 1)
     given = call.output[row, queries].float()
     limit = 64 * torch.finfo(call.output.dtype).eps * max(1.0, expected.abs().max().item())
     if not bool((given - expected).abs().max() <= limit):
         raise WorkError("this model's attention is more than a softmax of scaled scores; its weights cannot be shown")
-    return weights.mean(1)
+    return weights

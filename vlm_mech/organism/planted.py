@@ -31,7 +31,7 @@ from vlm_mech.inputs.span import Each, Patches
 from vlm_mech.inputs.special_tokens import ids_after
 from vlm_mech.interventions.specification import Intervention
 from vlm_mech.models.vlm import VLM
-from vlm_mech.organism import planted_weights
+from vlm_mech.organism import planted_layout, planted_weights
 from vlm_mech.organism.build import image_processor, word_tokenizer
 from vlm_mech.organism.planted_recipe import (
     ARTICLE,
@@ -44,6 +44,7 @@ from vlm_mech.organism.planted_recipe import (
     Truth,
     edges,
     says,
+    units,
 )
 from vlm_mech.results import metrics
 from vlm_mech.sweeps.engine import engine_of
@@ -61,7 +62,7 @@ CHAT_TEMPLATE = (
     "{% else %}ASSISTANT {{ message['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT{% endif %}"
 )
-SIZE = planted_weights.SIDE * planted_weights.PATCH
+SIZE = planted_layout.SIDE * planted_layout.PATCH
 N_CALIBRATION, N_ACCURACY = 512, 256
 LARGEST_GAIN, TOLERANCE = 0.6, 0.02
 _CALIBRATION_SEED, _ACCURACY_SEED = "calibration", "accuracy"
@@ -98,13 +99,13 @@ def coloured(pairs: Pairs) -> Each:
 def coloured_cells(image: ImageLike) -> tuple[tuple[int, int], ...]:
     """(row, column) of every patch whose mean is a colour and no grey."""
     means = _patch_means(image)
-    strong = np.abs(means).max(axis=-1) > planted_weights.SATURATION / 2
+    strong = np.abs(means).max(axis=-1) > planted_layout.SATURATION / 2
     return tuple((int(row), int(column)) for row, column in np.argwhere(strong))
 
 
 def _patch_means(image: ImageLike) -> Float[np.ndarray, "row column channel"]:
     pixels = np.asarray(load_image(image), dtype=float) / 127.5 - 1
-    side, patch = planted_weights.SIDE, planted_weights.PATCH
+    side, patch = planted_layout.SIDE, planted_layout.PATCH
     return pixels.reshape(side, patch, side, patch, 3).mean(axis=(1, 3))
 
 
@@ -128,7 +129,7 @@ def _pair(recipe: Recipe, number: int, seed: str, minimal: bool) -> Pair:
     rng = random.Random(seed)
     about = rng.randrange(len(OBJECTS))
     colours = rng.sample([each for each in range(len(COLOURS)) if each != recipe.priors[about]], 2)
-    cells = rng.sample(list(itertools.product(range(planted_weights.SIDE), repeat=2)), recipe.n_cells)
+    cells = rng.sample(list(itertools.product(range(planted_layout.SIDE), repeat=2)), recipe.n_cells)
     grain, other_grain = rng.getrandbits(64), rng.getrandbits(64)
     image = _picture(recipe, cells, colours[0], grain)
     other = _picture(recipe, cells, colours[1], grain if minimal else other_grain)
@@ -139,12 +140,12 @@ def _pair(recipe: Recipe, number: int, seed: str, minimal: bool) -> Pair:
 def _picture(recipe: Recipe, cells: Sequence[tuple[int, int]], colour: int, seed: int) -> Image.Image:
     """Mid-grey with coloured cells, each patch shifted by its jitter, its halves apart by the texture."""
     grain = np.random.default_rng(seed)
-    means = recipe.jitter * grain.uniform(-1, 1, (planted_weights.SIDE, planted_weights.SIDE, 3))
+    means = recipe.jitter * grain.uniform(-1, 1, (planted_layout.SIDE, planted_layout.SIDE, 3))
     texture = recipe.texture * grain.uniform(-1, 1, 3)
     for row, column in cells:
-        means[row, column] += planted_weights.SATURATION * planted_weights.CORNERS[colour].numpy()
-    pixels = means.repeat(planted_weights.PATCH, axis=0).repeat(planted_weights.PATCH, axis=1)
-    left = np.arange(SIZE) % planted_weights.PATCH < planted_weights.PATCH // 2
+        means[row, column] += planted_layout.SATURATION * planted_layout.CORNERS[colour].numpy()
+    pixels = means.repeat(planted_layout.PATCH, axis=0).repeat(planted_layout.PATCH, axis=1)
+    left = np.arange(SIZE) % planted_layout.PATCH < planted_layout.PATCH // 2
     pixels += np.where(left[None, :, None], texture, -texture)
     return Image.fromarray(np.round(127.5 * (pixels + 1)).astype(np.uint8))
 
@@ -163,7 +164,7 @@ def plant(recipe: Recipe, *, attn: str = "sdpa", check: bool = True, n: int = N_
     if recipe.target is not None:
         recipe = _calibrated(model, processor, recipe, recipe.target)
     vlm = VLM(model, processor, name=f"planted-{recipe.seed}", check=check)
-    return Planted(vlm, recipe, Truth(edges(recipe), says(recipe), accuracy(vlm, recipe, n=n), n))
+    return Planted(vlm, recipe, Truth(edges(recipe), says(recipe), accuracy(vlm, recipe, n=n), n, units(recipe)))
 
 
 def accuracy(vlm: VLM, recipe: Recipe, *, n: int = N_ACCURACY, seed: int | str = _ACCURACY_SEED) -> float:
@@ -270,7 +271,7 @@ def new_processor(answer: Answer = "word") -> LlavaProcessor:
     return LlavaProcessor(
         image_processor=image_processor(SIZE),
         tokenizer=word_tokenizer(vocabulary(answer)),
-        patch_size=planted_weights.PATCH,
+        patch_size=planted_layout.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
@@ -280,22 +281,22 @@ def new_processor(answer: Answer = "word") -> LlavaProcessor:
 def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGeneration:
     """The Hugging Face model of a recipe."""
     vision = CLIPVisionConfig(
-        hidden_size=planted_weights.TOWER_WIDTH,
-        intermediate_size=planted_weights.FEED_FORWARD,
-        num_hidden_layers=planted_weights.TOWER_LAYERS,
-        num_attention_heads=planted_weights.TOWER_HEADS,
+        hidden_size=planted_layout.TOWER_WIDTH,
+        intermediate_size=planted_layout.FEED_FORWARD,
+        num_hidden_layers=planted_layout.TOWER_LAYERS,
+        num_attention_heads=planted_layout.TOWER_HEADS,
         image_size=SIZE,
-        patch_size=planted_weights.PATCH,
+        patch_size=planted_layout.PATCH,
     )
     text = LlamaConfig(
         vocab_size=len(vocabulary(recipe.answer)),
         hidden_size=recipe.d_model,
-        intermediate_size=planted_weights.FEED_FORWARD,
+        intermediate_size=planted_layout.FEED_FORWARD,
         num_hidden_layers=recipe.n_layers,
         num_attention_heads=recipe.n_heads,
         num_key_value_heads=recipe.n_heads,
         max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": planted_weights.ROPE_THETA},
+        rope_parameters={"rope_type": "default", "rope_theta": planted_layout.ROPE_THETA},
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -305,7 +306,7 @@ def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGener
         vision_config=vision,
         text_config=text,
         image_token_index=vocabulary(recipe.answer)["<image>"],
-        image_seq_length=planted_weights.SIDE**2,
+        image_seq_length=planted_layout.SIDE**2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,

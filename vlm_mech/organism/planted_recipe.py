@@ -1,10 +1,10 @@
 """Planted models as data: what is planted (`Recipe`), and what every method must therefore find (`Truth`).
 
-The weights that follow from a recipe are made in `planted_weights.py`, the models and their examples in `planted.py`.
+Recipes are drawn at random in `planted_draw.py`; the weights that follow from one are made in `planted_weights.py` and
+`planted_units.py`, the models and their examples in `planted.py`.
 """
 
 import dataclasses
-import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +19,11 @@ ARTICLE = "a"
 
 Answer = Literal["word", "pieces", "article"]
 ANSWERS: tuple[Answer, ...] = ("word", "pieces", "article")
-KINDS = ("plain", "null", "hard", "backup")
-Role = Literal["read", "carry", "suppress", "backup", "decoy"]
+STORES = ("spare", "carrier")
+"""Subspaces in which backups keep what they have read until it is needed."""
+
+Role = Literal["read", "carry", "suppress", "backup", "decoy", "copy", "fetch", "sink"]
+UnitRole = Literal["backup", "suppress", "dormant"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Neurons:
+    """MLP units planted together at one layer; `weight` is how strongly they write, relative to the picture."""
+
+    layer: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that determines a planted model; the same recipe gives the same weights.
 
@@ -48,13 +59,21 @@ class Recipe:
     by `priors` (an index into `COLOURS` for each of `OBJECTS`), `suppressor.weight` times as strongly as the picture's.
     `decoys` attend like the reading heads of the direct route and write nothing, or, times `decoy_gain`, a random map
     of the picture's texture, which has nothing to do with its colour. `backup` reads too, but its writing reaches the
-    answer only where that is still empty. In a `blind` recipe every head that reads pictures takes its value from a
-    subspace that no picture touches: the matched null.
+    answer only where that is still empty; `second_backup` is one more above it, for where both are gone. In a `blind`
+    recipe every head that reads pictures takes its value from a subspace that no picture touches: the matched null.
 
     `n_cells` patches carry the colour; `superposed` colours have directions that are not orthogonal; `jitter` is the
     largest deviation of a patch's mean from its colour, `texture` the largest contrast within patches (pixel values
     from -1 to 1). `noise` is the size of whatever is not planted, relative to what is. With `rotated` no direction lies
     along an axis. `target`: the decoys' noise is raised until this share of examples is answered rightly.
+
+    Traps, whose mechanism some methods must miss or misread. `dormant` units put another colour in the answer's place,
+    times their weight, where the answer and the copy of the colour that the head `copy` keeps at the last position are
+    not the same. In runs without edits they always are, so that neither the units nor the copy do anything; they wake
+    where one of the two is exchanged or averaged, and not where one is removed. `mlp_prior` units write a prior at the
+    last position as a suppressor does: that of the object which the head `fetch` brings there, or, without that head,
+    one for all objects (`priors` are then all the same), which comes from no other token. `sinks` attend from every
+    token to that of one patch, the same in all pictures, and write nothing.
 
     `answer`: the colour as one `word`, one token ("red"); as two `pieces`, of which the first says one half of the
     colours and the second which one in it ("pure first"), both read from the picture by the same heads, once at the
@@ -68,6 +87,12 @@ class Recipe:
     carries: tuple[Head, ...] = ()
     suppressor: Head | None = None
     backup: Head | None = None
+    second_backup: Head | None = None
+    copy: Head | None = None
+    dormant: Neurons | None = None
+    fetch: Head | None = None
+    mlp_prior: Neurons | None = None
+    sinks: tuple[Head, ...] = ()
     decoys: tuple[Head, ...] = ()
     decoy_gain: float = 0.0
     blind: bool = False
@@ -86,7 +111,7 @@ class Recipe:
         for each in self.heads:
             if not (0 <= each.layer < self.n_layers and 0 <= each.head < self.n_heads):
                 raise UsageError(f"{each} is not there: {self.n_layers} layers have {self.n_heads} heads each")
-        fault = _fault(self)
+        fault = _fault(self) or _trap_fault(self)
         if fault:
             raise UsageError(f"recipe {self.seed}: {fault}")
 
@@ -105,8 +130,13 @@ class Recipe:
     @property
     def heads(self) -> tuple[Head, ...]:
         """All planted heads."""
-        alone = tuple(each for each in (self.suppressor, self.backup) if each is not None)
-        return self.reads + self.carries + self.decoys + alone
+        alone = tuple(each for each in (self.suppressor, self.copy, self.fetch) if each is not None)
+        return self.reads + self.carries + self.decoys + self.sinks + alone + self.backups
+
+    @property
+    def backups(self) -> tuple[Head, ...]:
+        """The backups, in the order in which they stand in."""
+        return tuple(each for each in (self.backup, self.second_backup) if each is not None)
 
     @property
     def d_model(self) -> int:
@@ -141,70 +171,36 @@ def _fault(recipe: Recipe) -> str:
     return ""
 
 
+def _trap_fault(recipe: Recipe) -> str:
+    """What is wrong with the traps, or nothing."""
+    dormant, prior, backup, second = recipe.dormant, recipe.mlp_prior, recipe.backup, recipe.second_backup
+    for name, each in (("dormant path", dormant), ("MLP's prior", prior)):
+        if each is not None and not 0 <= each.layer < recipe.n_layers:
+            return f"the {name} is at layer {each.layer}; there are {recipe.n_layers} layers"
+    if second is not None and (backup is None or second.layer <= backup.layer):
+        return "a second backup goes above a first one"
+    if sum(each is not None for each in (backup, dormant, prior, recipe.suppressor)) > 1:
+        return "backup, suppressor, dormant path and an MLP's prior do not go together"
+    if (dormant is None) != (recipe.copy is None) or (prior is None and recipe.fetch is not None):
+        return "a dormant path and a copy belong together, and what is fetched is for an MLP's prior"
+    if dormant is not None and recipe.copy is not None:
+        if recipe.carries or recipe.superposed:
+            return "a dormant path goes with the direct route and orthogonal colours"
+        if dormant.layer < max(each.layer for each in (*recipe.reads, recipe.copy)):
+            return f"the dormant path is at layer {dormant.layer}, below what it compares"
+    if prior is not None:
+        if prior.layer < max(each.layer for each in recipe.carries or recipe.reads):
+            return f"the MLP's prior is at layer {prior.layer}, below where the answer is written"
+        if recipe.fetch is not None and recipe.fetch.layer > prior.layer:
+            return "the object is fetched above the MLP that needs it"
+        if recipe.fetch is None and len(set(recipe.priors)) > 1:
+            return "an MLP's prior without a head that fetches the object is the same for all objects"
+    return ""
+
+
 def matched_null(recipe: Recipe) -> Recipe:
     """The same model, except that no head gets anything from the picture."""
     return dataclasses.replace(recipe, blind=True, target=None)
-
-
-def draw(seed: int, kind: str = "plain", *, answer: Answer = "word") -> Recipe:
-    """A random recipe; the same seed and kind give the same one, however its answers are written.
-
-    `plain`: one reading head, either route, strong suppression in 40 % of them, two decoys. `null`: the matched null of
-    the plain recipe of that seed. `backup`: the direct route with a backup above it. `hard`: reading spread over three
-    to five heads with unequal weights, colours superposed and spread over three patches, decoys that write noise,
-    partial suppression in half of them, and an accuracy of 87.5 % aimed at.
-
-    Raises:
-        UsageError: there is no such kind.
-    """
-    if kind not in KINDS:
-        raise UsageError(f"kind {kind!r} is not known; one of {', '.join(KINDS)} is")
-    if kind == "null":
-        return matched_null(draw(seed, "plain", answer=answer))
-    if answer != "word":
-        return dataclasses.replace(draw(seed, kind), answer=answer)
-    rng = random.Random(f"{kind}/{seed}")
-    n_layers, n_heads = rng.randint(6, 16), rng.choice((4, 6))
-    common = {"seed": seed, "n_layers": n_layers, "n_heads": n_heads}
-    priors = tuple(rng.sample(range(len(COLOURS)), len(COLOURS)))
-    if kind == "hard":
-        return Recipe(**common, **_hard(rng, n_layers, n_heads), priors=priors)
-    two_hop = kind == "plain" and rng.random() < 0.5
-    layers = sorted(rng.sample(range(1, n_layers), 3))
-    reads, rest = (Head(layers[0], rng.randrange(n_heads)),), layers[1:]
-    carries = (Head(rest.pop(0), rng.randrange(n_heads)),) if two_hop else ()
-    suppressed = kind == "plain" and rng.random() < 0.4
-    later = Head(rest.pop(0), rng.randrange(n_heads), 2.5 if suppressed else 0.0)
-    roles = {"suppressor": later if suppressed else None, "backup": later if kind == "backup" else None}
-    free = _free(rng, n_layers, n_heads, (*reads, *carries, later))
-    return Recipe(**common, reads=reads, carries=carries, **roles, decoys=free[:2], priors=priors)
-
-
-def _hard(rng: random.Random, n_layers: int, n_heads: int) -> dict:
-    layers = sorted(rng.sample(range(1, n_layers), 5))
-    two_hop = rng.random() < 0.5
-    n_reads = rng.randint(3, 5)
-    reads = _spread(rng, n_heads, layers[:2] if two_hop else layers[:4], n_reads)
-    carries = _spread(rng, n_heads, layers[2:4], 2) if two_hop else ()
-    suppressor = Head(layers[4], rng.randrange(n_heads), rng.uniform(0.2, 0.4)) if rng.random() < 0.5 else None
-    taken = (*reads, *carries, *((suppressor,) if suppressor else ()))
-    hardships = {"n_cells": 3, "superposed": True, "jitter": 0.1, "texture": 0.3, "target": 0.875}
-    decoys = _free(rng, n_layers, n_heads, taken)[:3]
-    return {"reads": reads, "carries": carries, "suppressor": suppressor, "decoys": decoys, **hardships}
-
-
-def _spread(rng: random.Random, n_heads: int, layers: list[int], n: int) -> tuple[Head, ...]:
-    """Heads at some of these layers, each about two thirds as strong as the next stronger one."""
-    places = rng.sample([(layer, head) for layer in layers for head in range(n_heads)], n)
-    raw = [rng.uniform(0.55, 0.75) ** rank for rank in range(n)]
-    return tuple(Head(*place, each / sum(raw)) for place, each in zip(places, sorted(raw), strict=True))
-
-
-def _free(rng: random.Random, n_layers: int, n_heads: int, taken: tuple[Head, ...]) -> tuple[Head, ...]:
-    """Every head that has nothing to do yet, shuffled; layer 0 is left alone."""
-    busy = {(each.layer, each.head) for each in taken}
-    places = [(layer, head) for layer in range(1, n_layers) for head in range(n_heads) if (layer, head) not in busy]
-    return tuple(Head(*place, 0.0) for place in rng.sample(places, len(places)))
 
 
 @dataclass(frozen=True)
@@ -235,18 +231,33 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Units:
+    """What planted MLP units do at one layer; `numbers` are theirs in its hidden layer.
+
+    `suppress` writes a prior, `weight` times as strongly as all reading heads write the answer. `dormant` and `backup`
+    would write so strongly if they were awake; in runs without edits they never are.
+    """
+
+    role: UnitRole
+    layer: int
+    numbers: tuple[int, ...]
+    weight: float
+
+
+@dataclass(frozen=True)
 class Truth:
     """What there is to be found in a planted model, and how well it answers.
 
-    `says` is what the model answers: the `picture`'s colour, the `prior` of the object, or `nothing` (chance).
-    `accuracy` is the share of `n_examples` prompts, none of which served to choose anything, so answered (in the null:
-    the picture's colour).
+    `units` are the MLP units that are planted. `says` is what the model answers: the `picture`'s colour, the `prior` of
+    the object, or `nothing` (chance). `accuracy` is the share of `n_examples` prompts, none of which served to choose
+    anything, so answered (in the null: the picture's colour).
     """
 
     edges: tuple[Edge, ...]
     says: Literal["picture", "prior", "nothing"]
     accuracy: float
     n_examples: int
+    units: tuple[Units, ...] = ()
 
     def of(self, *roles: Role) -> tuple[Edge, ...]:
         """The edges with these roles."""
@@ -260,7 +271,8 @@ class Truth:
 
 def says(recipe: Recipe) -> Literal["picture", "prior", "nothing"]:
     """What a model of this recipe answers."""
-    if recipe.suppressor is not None and (recipe.suppressor.weight > 1 or recipe.blind):
+    prior = recipe.suppressor or recipe.mlp_prior
+    if prior is not None and (prior.weight > 1 or recipe.blind):
         return "prior"
     return "nothing" if recipe.blind else "picture"
 
@@ -280,18 +292,36 @@ def edges(recipe: Recipe) -> tuple[Edge, ...]:
     found += [edge("decoy", (said, also), "image", each, 0.0) for each in recipe.decoys]
     if recipe.suppressor is not None:
         found.append(edge("suppress", (said, also), "question", recipe.suppressor, recipe.suppressor.weight))
-    if recipe.backup is not None:
-        found.append(edge("backup", (said, also), "image", recipe.backup, 0.0))
+    found += [edge("backup", (said, also), "image", each, 0.0) for each in recipe.backups]
+    if recipe.copy is not None:
+        found.append(edge("copy", (said, also), "image", recipe.copy, 0.0))
+    if recipe.fetch is not None:
+        found.append(edge("fetch", (said, also), "question", recipe.fetch, 0.0))
+    found += [edge("sink", (said, also), "image", each, 0.0) for each in recipe.sinks]
+    return tuple(found)
+
+
+def units(recipe: Recipe) -> tuple[Units, ...]:
+    """Every group of planted MLP units."""
+    n_colours = len(COLOURS)
+    found = [Units("backup", each.layer, tuple(range(n_colours)), 1.0) for each in recipe.backups]
+    if recipe.mlp_prior is not None:
+        n_units = 1 if recipe.fetch is None else n_colours
+        found.append(Units("suppress", recipe.mlp_prior.layer, tuple(range(n_units)), recipe.mlp_prior.weight))
+    if recipe.dormant is not None:
+        n_units = n_colours * (n_colours - 1)
+        found.append(Units("dormant", recipe.dormant.layer, tuple(range(n_units)), recipe.dormant.weight))
     return tuple(found)
 
 
 def recovered(truth: Truth, span: str, layer: int) -> float:
     """The recovered fraction (`metrics.recovered`) to be found when `span` is swapped at `llm.resid_pre` of a layer.
 
-    Exact in the limit of small norms and orthogonal colours; a swap at the image counts the reading heads from that
-    layer on, one at the last position those that wrote there before, one at the question what was read before it and is
-    carried from it on. Of answers of two tokens it is the share of the whole answer (its log-probability less that of
-    the other one), and `last` stands for every position at which the answer is read (`Edge.queries`) at once.
+    Exact in the limit of small norms and orthogonal colours, and of what natural states pass on: what a dormant path
+    adds where a swap wakes it is not in it. A swap at the image counts the reading heads from that layer on, one at the
+    last position those that wrote there before, one at the question what was read before it and is carried from it on.
+    Of answers of two tokens it is the share of the whole answer (its log-probability less that of the other one), and
+    `last` stands for every position at which the answer is read (`Edge.queries`) at once.
 
     Raises:
         UsageError: the span is neither image, question nor last.

@@ -16,43 +16,33 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm_mech.organism.planted_recipe import COLOURS, HEAD_SIZE, OBJECTS, PLACES, Head, Recipe
-
-SIDE, PATCH = 4, 8
-TOWER_WIDTH, TOWER_LAYERS, TOWER_HEADS = 32, 3, 4
-FEED_FORWARD = 64
-ROPE_THETA = 1e8
-SATURATION = 0.6
-CORNERS = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [1, -1, 1], [-1, 1, 1]]).float()
-"""The colours at the corners of the RGB cube, colour x channel, from -1 to 1."""
-
-CONSTANT, TOWER_CONSTANT = 10.0, 20.0
-MATCH, SINK = 11.0, 7.0
-ANSWER, UNEMBEDDING = 1.0, 15.0
-TURN = 45.0
-"""Logits by which it is settled which token of an answer comes now: more than any colour's."""
-SHARPNESS, THRESHOLD, STEP = 20.0, 2 * SATURATION, 4.0
-GATE = 8.0
-TOWER_NOISE = 10.0
-LARGEST_TEXTURE = 0.3
-
-_SIZES = dict.fromkeys(("constant", "bos", "image", "coloured", "question", "last"), 1)
-_SIZES |= {name: len(COLOURS) for name in ("colour", "carrier", "object", "answer", "spare", "unseen")} | {"texture": 3}
-# Of answers of two tokens alone: that none of it is said yet, and that all of it is.
-_SIZES |= {"begin": 1, "end": 1}
-N_DIRECTIONS = sum(_SIZES.values())
-
-
-def _places() -> dict[str, slice]:
-    found, start = {}, 0
-    for name, size in _SIZES.items():
-        found[name] = slice(start, start + size)
-        start += size
-    return found
-
-
-AT = _places()
-"""Where each named direction or subspace of the residual stream lies before the rotation."""
+from vlm_mech.organism.planted_layout import (
+    ANSWER,
+    AT,
+    CONSTANT,
+    CORNERS,
+    FEED_FORWARD,
+    LARGEST_TEXTURE,
+    MARK,
+    MATCH,
+    PATCH,
+    SATURATION,
+    SHARPNESS,
+    SIDE,
+    SINK,
+    STEP,
+    THRESHOLD,
+    TOWER_CONSTANT,
+    TOWER_LAYERS,
+    TOWER_NOISE,
+    TOWER_WIDTH,
+    TURN,
+    UNEMBEDDING,
+    scale_of,
+    sink_patch,
+)
+from vlm_mech.organism.planted_recipe import COLOURS, HEAD_SIZE, OBJECTS, PLACES, STORES, Head, Recipe
+from vlm_mech.organism.planted_units import unit_weights
 
 _LAYER = "model.language_model.layers.{}."
 _TOWER = "model.vision_tower."
@@ -124,6 +114,15 @@ def _tower_basis(random: torch.Generator) -> Float[Tensor, "direction width"]:
     return torch.linalg.qr(drawn - drawn.mean(0)).Q.T
 
 
+def _mark(recipe: Recipe) -> Float[Tensor, " width"]:
+    """One direction more of that kind, which marks the patch to whose token sinks attend."""
+    basis = _tower_basis(torch.Generator().manual_seed(recipe.seed))
+    drawn = torch.randn(TOWER_WIDTH, generator=torch.Generator().manual_seed(recipe.seed + 1))
+    centred = drawn - drawn.mean()
+    free = centred - basis.T @ (basis @ centred)
+    return free / free.norm()
+
+
 def _tower(recipe: Recipe, random: torch.Generator) -> dict[str, Tensor]:
     """A tower that hands on what the patch embedding wrote; its blocks add noise."""
     basis = _tower_basis(torch.Generator().manual_seed(recipe.seed))
@@ -133,7 +132,10 @@ def _tower(recipe: Recipe, random: torch.Generator) -> dict[str, Tensor]:
     for channel in range(3):
         patch[:, channel] += basis[1 + channel][:, None, None] * mean + basis[4 + channel][:, None, None] * contrast
     patch += recipe.noise * torch.randn(patch.shape, generator=random) / PATCH
-    positions = repeat(TOWER_CONSTANT * basis[0], "width -> pos width", pos=SIDE**2 + 1)
+    positions = repeat(TOWER_CONSTANT * basis[0], "width -> pos width", pos=SIDE**2 + 1).clone()
+    if recipe.sinks:
+        # The first position is the class token's.
+        positions[1 + sink_patch(recipe)] += MARK * _mark(recipe)
     found = {
         "embeddings.class_embedding": torch.randn(TOWER_WIDTH, generator=random),
         "embeddings.patch_embedding.weight": patch,
@@ -185,6 +187,9 @@ def _projector(recipe: Recipe, codes: Float[Tensor, "colour code"], random: torc
     second[AT["texture"], 12:15] = torch.eye(3) / (SHARPNESS * LARGEST_TEXTURE)
     second[AT["texture"], 15:18] = -torch.eye(3) / (SHARPNESS * LARGEST_TEXTURE)
     constants[AT["constant"]], constants[AT["image"]] = CONSTANT, 1.0
+    if recipe.sinks:
+        first[18], bias[18] = SHARPNESS * unit * _mark(recipe), -SHARPNESS * MARK / 2
+        second[AT["marked"], 18] = 2 / (SHARPNESS * MARK)
     name = "model.multi_modal_projector."
     return {
         name + "linear_1.weight": _noisy(first, recipe, random),
@@ -209,7 +214,7 @@ def _ends(recipe: Recipe, vocabulary: dict[str, int], random: torch.Generator) -
     head = torch.zeros(len(vocabulary), recipe.d_model)
     if recipe.answer == "word":
         for number, word in enumerate(COLOURS):
-            head[vocabulary[word], AT["answer"].start + number] = UNEMBEDDING * _scale(recipe)
+            head[vocabulary[word], AT["answer"].start + number] = UNEMBEDDING * scale_of(recipe)
     else:
         _set_two_tokens(recipe, vocabulary, embedding, head)
     return {
@@ -225,7 +230,7 @@ def _set_two_tokens(recipe: Recipe, vocabulary: dict[str, int], embedding: Tenso
     Which of the two comes now is said by flags on the tokens before it, so that `last` can be wherever the picture is
     to be read: at the prompt's end and at a first piece, which looks the same to all heads, or at the article alone.
     """
-    scale = _scale(recipe)
+    scale = scale_of(recipe)
     words = [answer.split() for answer in recipe.answers]
     firsts, seconds = ([vocabulary[word] for word in dict.fromkeys(each)] for each in zip(*words, strict=True))
     embedding[vocabulary["assistant"], AT["begin"]] = 1.0
@@ -264,8 +269,15 @@ def _jobs(
     if recipe.suppressor is not None:
         prior = ("answer", ANSWER * recipe.suppressor.weight * same[:, list(recipe.priors)])
         found[_place(recipe.suppressor)] = _reading(recipe, "last", "question", ("object", same), prior)
-    if recipe.backup is not None:
-        found[_place(recipe.backup)] = _reading(recipe, "last", "coloured", colours, ("spare", same))
+    for each, store in zip(recipe.backups, STORES, strict=False):
+        found[_place(each)] = _reading(recipe, "last", "coloured", colours, (store, same))
+    if recipe.copy is not None:
+        found[_place(recipe.copy)] = _reading(recipe, "last", "coloured", colours, ("spare", same))
+    if recipe.fetch is not None:
+        found[_place(recipe.fetch)] = _reading(recipe, "last", "question", ("object", same), ("spare", same))
+    for each in recipe.sinks:
+        nothing = ("answer", torch.zeros(len(COLOURS), 1))
+        found[_place(each)] = _reading(recipe, "constant", "marked", ("marked", torch.eye(1)), nothing)
     return found
 
 
@@ -280,11 +292,6 @@ def _reading(recipe: Recipe, query: str, key: str, take: tuple[str, Tensor], wri
     written = torch.zeros(recipe.d_model, write[1].shape[1])
     written[AT[write[0]]] = write[1]
     return Reading(query, key, taken, written)
-
-
-def _scale(recipe: Recipe) -> float:
-    """What RMSNorm divides by where the constant outweighs all else."""
-    return CONSTANT / recipe.d_model**0.5
 
 
 def _attention(
@@ -315,10 +322,11 @@ def _head(recipe: Recipe, reading: Reading) -> dict[str, Tensor]:
     Query and key meet in the rotary pair that turns slowest, so that positions hardly matter. In the pair next to it
     every query finds the first token, where there is nothing to take: what finds no key of its own rests there.
     """
-    n_pairs, scale = HEAD_SIZE // 2, _scale(recipe)
+    n_pairs, scale = HEAD_SIZE // 2, scale_of(recipe)
     made = {part: torch.zeros(HEAD_SIZE, recipe.d_model) for part in ("q", "k", "v")}
     made["o"] = torch.zeros(recipe.d_model, HEAD_SIZE)
-    made["q"][n_pairs - 1, AT[reading.query]] = MATCH * scale
+    flag = CONSTANT if reading.query == "constant" else 1.0
+    made["q"][n_pairs - 1, AT[reading.query]] = MATCH * scale / flag
     made["k"][n_pairs - 1, AT[reading.key]] = MATCH * scale
     made["q"][n_pairs - 2, AT["constant"]] = SINK / recipe.d_model**0.5
     made["k"][n_pairs - 2, AT["bos"]] = SINK * scale
@@ -328,22 +336,15 @@ def _head(recipe: Recipe, reading: Reading) -> dict[str, Tensor]:
 
 
 def _feed_forward(recipe: Recipe, layer: int, random: torch.Generator) -> dict[str, Tensor]:
-    """One layer's norms and gated MLP: random and writing little, or the gate of the backup.
-
-    The gate is open as long as the answer's subspace is empty; then what the backup's head left in the spare subspace
-    is written as the answer.
-    """
-    d_model, n_colours, scale = recipe.d_model, len(COLOURS), _scale(recipe)
+    """One layer's norms and gated MLP: random units that write little, and planted ones."""
+    d_model = recipe.d_model
     gate, up = _normal(random, FEED_FORWARD, d_model), _normal(random, FEED_FORWARD, d_model)
     down = recipe.noise * _normal(random, d_model, FEED_FORWARD)
-    if recipe.backup is not None and layer == recipe.backup.layer:
-        planted_gate, planted_up = torch.zeros(n_colours, d_model), torch.zeros(n_colours, d_model)
-        planted_gate[:, AT["constant"]] = GATE / d_model**0.5
-        planted_gate[:, AT["answer"]] = -2 * GATE / ANSWER * scale
-        planted_up[:, AT["spare"]] = scale * torch.eye(n_colours)
-        gate[:n_colours] = _noisy(planted_gate, recipe, random)
-        up[:n_colours] = _noisy(planted_up, recipe, random)
-        down[AT["answer"], :n_colours] += ANSWER / GATE * torch.eye(n_colours)
+    for planted in unit_weights(recipe, layer):
+        numbers = list(planted.numbers)
+        gate[numbers] = _noisy(planted.gate, recipe, random)
+        up[numbers] = _noisy(planted.up, recipe, random)
+        down[:, numbers] += planted.down
     name = _LAYER.format(layer)
     found = {f"{name}mlp.{part}_proj.weight": value for part, value in (("gate", gate), ("up", up), ("down", down))}
     norms = ("input_layernorm", "post_attention_layernorm")

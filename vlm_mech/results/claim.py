@@ -1,105 +1,224 @@
-"""`Claims`: what a method says about a model, in the same words for every method, and when an effect counts as one."""
+"""`Claim`: something that is said of a model, declared on one half of the examples and tested on the other.
 
-from dataclasses import dataclass, field
-from typing import Literal
+A method lists what it could say (its pool): each claim is one or several conditions on means over examples, such as
+"cutting this edge at layer 3 lowers the logit difference, by more than a cut of as many random edges". Those that one
+half of the examples speaks for are declared; they are made if the other half, which chose nothing, speaks for them too.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pandas as pd
 
-from vlm_mech.results.result import Metric, Result
-
 LEVEL = 0.05
-"""Corrected p-values below it are significant."""
+"""p-values below it are significant."""
 SMALLEST = 0.1
 """Logits. A smaller change of the logit difference is no effect: it changes the odds of two answers by under 11 %."""
 SHARE = 0.05
-"""Share of the unedited logit difference. A smaller change is no effect either."""
-WHOLE = -1
-"""Number of the head in cells that concern all heads of a layer."""
-COLUMNS = ("place", "layer", "head", "effect", "low", "high", "p")
+"""Share of the unedited difference. A smaller change is no effect either."""
+N_NAMED = 8
+"""Claims that did not hold, of which a sentence tells."""
+NAMES = re.compile(r"\b(layer|block|head)s?(\(s\))? (\d+)")
+"""What names a layer or a head."""
 
-LayerHead = tuple[int, int]
-"""Layer and head."""
+Side = Literal["above", "below"]
 
 
-@dataclass(frozen=True, eq=False)
-class Claims:
-    """What a method finds in one model; None stands for what it does not say, nothing found is an empty tuple.
+@dataclass(frozen=True)
+class Condition:
+    """That a mean over examples lies above, or below, a bound, and not closer to it than `least`.
 
-    `cells` has a row for every cell that the method measured: `place` (a span, or an edge), `layer`, `head` (`WHOLE`
-    where all heads are meant), `effect` (mean change in logits) with its 95 % interval `low` to `high`, and `p`,
-    corrected over all cells. `strengths` ranks heads: how strong each one is, whichever place it was measured at.
-    `readable` has, for each span, the numbers of blocks after which the answer can be read there. That says nothing
-    of its being used, so it is no claim.
+    It is the mean of a metric in a cell; less its own baseline, or the same metric in another cell, where `less` says.
     """
 
-    cells: pd.DataFrame
-    reading: tuple[int, ...] | None = None
-    carrying: tuple[int, ...] | None = None
-    writing: tuple[int, ...] | None = None
-    suppressing: tuple[int, ...] | None = None
-    route: Literal["direct", "two-hop", "none"] | None = None
-    heads: tuple[LayerHead, ...] | None = None
-    strengths: dict[LayerHead, float] = field(default_factory=dict)
-    readable: dict[str, tuple[int, ...]] | None = None
+    metric: str
+    cell: dict[str, Any]
+    side: Side
+    least: float = 0.0
+    bound: float = 0.0
+    less: dict[str, Any] | Literal["baseline"] | None = None
+    says: str = ""
+    """What its mean is called in a sentence, after the claim's own."""
 
     @property
-    def significant(self) -> bool:
-        """Whether any cell is, however small its effect."""
-        return bool((self.cells["p"] < LEVEL).any())
+    def sign(self) -> int:
+        """1 above, -1 below."""
+        return 1 if self.side == "above" else -1
 
-    def beyond(self, least: float) -> bool:
-        """Whether any cell is significantly larger than `least` logits: its whole interval lies above or below."""
-        far = (self.cells["low"] > least) | (self.cells["high"] < -least)
-        return bool((far & (self.cells["p"] < LEVEL)).any())
+
+@dataclass(frozen=True)
+class Tested:
+    """A condition's mean on some examples: groups, examples, 95 % interval, and p of the mean being the bound."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f}, n = {self.n})"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A way in which a claim could have been lost, and whether it was; `verdict` is None where it was not tried."""
+
+    name: str
+    verdict: bool | None
+    says: str
+    numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is said, of what, and the conditions under which it is true.
+
+    `p` is the largest of its conditions' on the examples that tested it, corrected over all claims declared with it.
+    `unit` is that of its first condition.
+    """
+
+    kind: str
+    about: dict[str, Any]
+    says: str
+    conditions: tuple[Condition, ...]
+    unit: str = ""
+    declared: tuple[Tested, ...] = ()
+    tested: tuple[Tested, ...] = ()
+    p: float = float("nan")
+    gates: tuple[Gate, ...] = ()
 
     @property
-    def claims(self) -> bool:
-        """Whether it says of anything that it matters to the answer."""
-        return bool(self.reading or self.carrying or self.writing or self.heads)
+    def made(self) -> bool:
+        """Whether it holds on the examples that did not choose it."""
+        return self.p < LEVEL and self.met(self.tested)
+
+    def met(self, found: Sequence[Tested]) -> bool:
+        """Whether every mean is on its side of the bound, and far enough from it."""
+        pairs = zip(self.conditions, found, strict=True)
+        return bool(found) and all(each.sign * (told.mean - each.bound) > max(each.least, 0.0) for each, told in pairs)
+
+    def strength(self, found: Sequence[Tested]) -> float:
+        """By how much the conditions are met: the least of the distances from their bounds; NaN if one has no mean."""
+        each = [one.sign * (told.mean - one.bound) for one, told in zip(self.conditions, found, strict=True)]
+        return float("nan") if any(map(math.isnan, each)) else min(each)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The gates it did not pass."""
+        return tuple(gate.name for gate in self.gates if gate.verdict is False)
+
+    def __str__(self) -> str:
+        if not self.tested:
+            return f"{self.says}: not tested"
+        others = [
+            f"; {condition.says} {found}"
+            for condition, found in zip(self.conditions[1:], self.tested[1:], strict=True)
+            if condition.says
+        ]
+        lost = f"; lost at: {', '.join(self.lost)}" if self.lost else ""
+        return f"{self.says}, by {self.tested[0]} {self.unit}{''.join(others)} (p = {self.p:.2g}){lost}"
 
 
-def cells_of(result: Result, metric: str | None = None, *, place: str = "place") -> pd.DataFrame:
-    """The cells of a result as `Claims` has them; `place` is the axis that becomes the column of that name."""
-    summary = result.summary(result.metric(metric).name)
-    head = summary.get("head", WHOLE)
-    names = {"effect_low": "low", "effect_high": "high"}
-    kept = summary.drop(columns="p").rename(columns=names | {place: "place", "p_corrected": "p"}).assign(head=head)
-    return pd.DataFrame(kept[list(COLUMNS)])
+def p_of(found: Sequence[Tested]) -> float:
+    """The largest p of several conditions, which must all hold; 1 where one has none."""
+    return max(1.0 if math.isnan(each.p) else each.p for each in found)
 
 
-def counted(cells: pd.DataFrame, unedited: float) -> pd.DataFrame:
-    """The cells with an effect: significant after correction, and neither below `SMALLEST` nor below `SHARE`.
+def sentences(claims: Sequence[Claim]) -> tuple[str, ...]:
+    """What is claimed, a sentence a claim, after one that says how it came about and what did not hold.
 
-    Args:
-        unedited: mean logit difference of the two answers without any edit.
+    These are the only sentences that may name a layer or a head.
     """
-    least = max(SMALLEST, SHARE * abs(unedited))
-    return pd.DataFrame(cells[(cells["p"] < LEVEL) & (cells["effect"].abs() >= least)])
+    made, failed = [claim for claim in claims if claim.made], [claim for claim in claims if not claim.made]
+    if not claims:
+        return ("No claim was declared: nothing was large and significant on half of the examples.",)
+    least = f"{len(claims)} declared on half of the examples, {len(made)} hold on the other half"
+    text = f"Claims: {least} (sign-flip test, p < {LEVEL}, Holm over those declared)"
+    n = max((claim.tested[0].n for claim in claims), default=0)
+    few = not made and len(claims) * 2.0 ** (1 - n) >= LEVEL
+    text += f"; no p of so many can be small from {n} examples" if few else ""
+    gated = any(claim.gates for claim in made)
+    passed = sum(not claim.lost for claim in made)
+    text += f"; {passed} of these pass all gates that were tried" if gated else ""
+    lost = f" Not held: {', '.join(claim.says for claim in failed[:N_NAMED])}" if failed else ""
+    lost += f" and {len(failed) - N_NAMED} more." if len(failed) > N_NAMED else "." if lost else ""
+    return (f"{text}.{lost}", *(f"{claim}." for claim in made))
 
 
-def layers(cells: pd.DataFrame) -> tuple[int, ...]:
-    """The layers of some cells, in order."""
-    return tuple(int(layer) for layer in sorted(set(cells["layer"])))
+def named_without_claim(findings: Sequence[str], claims: Sequence[Claim]) -> list[str]:
+    """The sentences that name a layer, block or head, are rendered from no claim, and are about no claim that was made.
 
-
-def layer_heads(cells: pd.DataFrame) -> tuple[LayerHead, ...]:
-    """The heads of some cells, in order."""
-    return tuple(sorted({(int(row["layer"]), int(row["head"])) for _, row in cells.iterrows()}))
-
-
-def strengths(cells: pd.DataFrame) -> dict[LayerHead, float]:
-    """Size of every head's largest effect, in logits."""
-    size = cells["effect"].abs().groupby([cells["layer"], cells["head"]]).max()
-    return {(int(layer), int(head)): float(value) for (layer, head), value in size.items()}  # type: ignore[misc]
-
-
-def differences(table: pd.DataFrame) -> Result:
-    """What each layer adds: the value before the next layer less that before the layer itself, example by example.
-
-    Args:
-        table: rows with `example`, `place`, `layer` and `value`, one layer more than there are differences.
+    A sentence is about claims where each place that it names, such as "layer 3" or "layer 3 head 1", is in the `about`
+    of one of them, or is one of its `members` where a claim is about several places together.
     """
-    wide = table.pivot(index=["place", "example"], columns="layer", values="value").sort_index(axis=1)
-    steps = wide.diff(axis=1).shift(-1, axis=1).iloc[:, :-1]
-    rows = steps.melt(value_name="step", ignore_index=False).reset_index().assign(step_baseline=0.0)
-    return Result("steps", rows, ("place", "layer"), (Metric("step", "logits", "what the layer adds", signed=True),))
+    said = set(sentences(claims))
+    made = [place for claim in claims if claim.made for place in (claim.about, *claim.about.get("members", ()))]
+    return [
+        each
+        for each in findings
+        if each not in said
+        and not all(any(place.items() <= known.items() for known in made) for place in _places(each))
+    ]
+
+
+def _places(sentence: str) -> list[dict[str, int]]:
+    """The places that a sentence names, in its order; the next begins where a word comes again."""
+    found: list[dict[str, int]] = []
+    for word, _, number in NAMES.findall(sentence):
+        if not found or word in found[-1]:
+            found.append({})
+        found[-1][word] = int(number)
+    return found
+
+
+def as_dicts(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """Claims as `claims.json` has them; numbers that there are none of are null."""
+    return [_finite(dataclasses.asdict(claim) | {"made": claim.made, "lost": claim.lost}) for claim in claims]
+
+
+def of_dicts(rows: Sequence[dict[str, Any]]) -> tuple[Claim, ...]:
+    """The claims that `as_dicts` wrote."""
+    return tuple(_of_dict(dict(row)) for row in rows)
+
+
+def _of_dict(row: dict[str, Any]) -> Claim:
+    for name in ("made", "lost"):
+        row.pop(name, None)
+    told = {
+        name: tuple(
+            Tested(**{key: float("nan") if value is None else value for key, value in each.items()})
+            for each in row[name]
+        )
+        for name in ("declared", "tested")
+    }
+    told["conditions"] = tuple(Condition(**each) for each in row["conditions"])
+    told["gates"] = tuple(Gate(**each) for each in row["gates"])
+    return Claim(**row | told | {"p": float("nan") if row["p"] is None else row["p"]})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_rows(claims: Sequence[Claim]) -> pd.DataFrame:
+    """A row a claim: what is said, its effect with interval, n, p, and what became of it at each gate."""
+    rows = []
+    for claim in claims:
+        first = claim.tested[0]
+        row = {"claim": claim.says, "effect": first.mean, "low": first.low, "high": first.high, "n": first.n}
+        row |= {"p": claim.p, "other half": _word(claim.made)}
+        rows.append(row | {gate.name: _word(gate.verdict) for gate in claim.gates})
+    return pd.DataFrame(rows)
+
+
+def _word(verdict: bool | None) -> str:
+    return "not tried" if verdict is None else "passed" if verdict else "failed"

@@ -17,6 +17,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from vlm_mech.errors import UsageError
+from vlm_mech.results.claim import Claim, as_dicts, of_dicts
 from vlm_mech.results.result_checks import (
     COLUMNS,
     check_axis_values,
@@ -81,6 +82,7 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
     elsewhere: str = ""
+    claims: tuple[Claim, ...] = ()
     known: dict[tuple[Any, ...], pd.DataFrame] = field(default_factory=dict, repr=False)
     """Summaries made so far, by what they were made from."""
 
@@ -269,7 +271,7 @@ class Result:
                 raise UsageError(f"{self.name} has no axis {name!r}; it has {', '.join(self.axes)}")
 
     def save(self, folder: str | Path) -> None:
-        """Writes `result.parquet`, `result.json`, `summary.csv`, `config.json` and `provenance.json`."""
+        """Writes `result.parquet`, `result.json`, `claims.json`, `summary.csv`, `config.json` and `provenance.json`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {
@@ -280,7 +282,8 @@ class Result:
         } | ({"elsewhere": self.elsewhere} if self.elsewhere else {})
         self.table.to_parquet(folder / "result.parquet", index=False)
         self.summary().to_csv(folder / "summary.csv", index=False)
-        for name, content in (("result", about), ("config", self.config), ("provenance", self.provenance)):
+        contents = {"result": about, "claims": as_dicts(self.claims), "config": self.config}
+        for name, content in (contents | {"provenance": self.provenance}).items():
             (folder / f"{name}.json").write_text(
                 json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
             )
@@ -301,8 +304,9 @@ class Result:
         metrics = tuple(Metric(**metric) for metric in about["metrics"])
         table = pd.read_parquet(folder / "result.parquet")
         axes, findings = tuple(about["axes"]), tuple(about["findings"])
-        elsewhere = about.get("elsewhere", "")
-        return cls(about["name"], table, axes, metrics, config, provenance, findings, elsewhere)
+        elsewhere, claimed = about.get("elsewhere", ""), folder / "claims.json"
+        claims = of_dicts(json.loads(claimed.read_text())) if claimed.is_file() else ()
+        return cls(about["name"], table, axes, metrics, config, provenance, findings, elsewhere, claims)
 
     def _repr_html_(self) -> str:
         n_examples, n_cells = self.table["example"].nunique(), len(self.cells)

@@ -142,7 +142,18 @@ class SweepConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class SpokenConfig(SweepConfig):
+class ClaimConfig(SweepConfig):
+    """Options of experiments that make claims (see `results.claim`)."""
+
+    gates: Literal["none", "quick", "all"] = "all"
+    """Ways in which claims could be lost: none but the other half of the examples; quick: resamples of them too; or
+    all: the same analysis of models with shuffled weights, and of shuffled answers."""
+    null: int = 5
+    """Models with shuffled weights, and shuffles of the answers, that --gates all compares with."""
+
+
+@dataclass(frozen=True)
+class SpokenConfig(ClaimConfig):
     """Options of experiments that can look at what is said under an edit too, not only at what is preferred."""
 
     outcome: Literal["logits", "generation"] = "logits"
@@ -185,6 +196,10 @@ def check_numbers(config: RunConfig) -> None:
     for name in ("batch", "workers"):
         if (value := getattr(config, name, 1)) < 1:
             raise UsageError(f"--{name} is {value}; a number above zero is needed")
+    if (value := getattr(config, "null", 0)) < 0:
+        raise UsageError(f"--null is {value}; a number from 0 on is needed")
+    if (value := getattr(config, "joint_size", 2)) < 2:
+        raise UsageError(f"--joint-size is {value}; 2 or more are needed")
 
 
 def check_shared(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ import functools
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_mech.errors import TooFewError, UsageError, WorkError, one_line_errors
 from vlm_mech.runs.command_line import parse
 from vlm_mech.runs.configuration import (
+    ClaimConfig,
     ConfigT,
     RunConfig,
     as_json,
@@ -185,7 +187,13 @@ def _carried_out(
 
 def _finished(work: Workspace, config: RunConfig, outcome: Outcome, provenance: dict[str, Any], name: str) -> "Result":
     """The result with all that is said of it, put in place."""
+    from vlm_mech.results.claim import named_without_claim
+
     findings = (*outcome.result.findings, *remarks(provenance))
+    if isinstance(config, ClaimConfig):
+        for each in named_without_claim(findings, outcome.result.claims):
+            warnings.warn(f"left out, since it names a layer or a head and is no tested claim: {each!r}", stacklevel=2)
+            findings = tuple(finding for finding in findings if finding != each)
     result = dataclasses.replace(outcome.result, config=as_json(config), provenance=provenance, findings=findings)
     _store(work, dataclasses.replace(outcome, result=result), name)
     return result

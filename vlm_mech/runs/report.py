@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from vlm_mech.results.claim import as_rows
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import as_html
 
@@ -49,6 +50,7 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
         f"<h1>{html.escape(result.name)}</h1>",
         f"<p class='asked'>{html.escape(str(result.provenance.get('question', '')))}</p>",
         "<ul class='findings'>" + "".join(f"<li>{html.escape(finding)}</li>" for finding in result.findings) + "</ul>",
+        _claims(result),
         _links(outcome.links),
         figures,
         *(f"<h2>{html.escape(name)}.csv</h2>{_table(_rounded(table))}" for name, table in outcome.tables.items()),
@@ -69,6 +71,20 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
 
 def _figure(name: str, figure: Any, *, first: bool) -> str:
     return f"<div class='figure'>{as_html(figure, name, full_html=False, include_plotlyjs=first)}</div>"
+
+
+def _claims(result: Result) -> str:
+    """Every claim with its numbers and what became of it at each gate."""
+    if not result.claims:
+        return ""
+    told = (
+        "A claim was declared on half of the examples (chosen by groups, with the seed) and tested on the other half, "
+        "to which its numbers belong. claims.json has everything."
+    )
+    gates = [f"{claim.says}: {gate.name}: {gate.says}" for claim in result.claims for gate in claim.gates]
+    listed = "".join(f"<li>{html.escape(each)}</li>" for each in gates)
+    more = f"<details><summary>Each gate</summary><ul class='findings'>{listed}</ul></details>" if gates else ""
+    return f"<h2>Claims</h2><p>{told}</p>{_table(_rounded(as_rows(result.claims)), style='words')}{more}"
 
 
 def _links(links: dict[str, str]) -> str:

@@ -11,8 +11,6 @@ import dataclasses
 import importlib
 import os
 import platform
-import socket
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,12 +22,11 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.runs.configuration import ConfigT
 from vlm_mech.runs.freed_memory import keep_freed_memory
 from vlm_mech.runs.shards import PartDone
+from vlm_mech.runs.starting_ray import single_threaded, start
 from vlm_mech.runs.workspace import PARTIAL, Workspace
 
 RESTARTS = 3
 """How often a worker that died is started again."""
-STORE = 100 * 2**20
-"""Bytes of Ray's object store, through which nothing but numbers of batches goes."""
 POLL = 0.1
 """Seconds between two looks at what is done."""
 LAST_WORDS = 10.0
@@ -344,9 +341,9 @@ def crew_of(config: ConfigT, module: str, folder: Path) -> Crew[ConfigT]:
     except ImportError as error:
         raise UsageError('--workers and --ray need Ray: pip install "vlm_mech[ray]"; --shard does without') from error
     if config.ray is None and config.device == "cpu":
-        _single_threaded()
+        single_threaded()
     if not ray.is_initialized():
-        _start(config.ray)
+        start(config.ray)
     kind = "CPU" if config.device == "cpu" else "GPU"
     most = int(ray.cluster_resources().get(kind, 0))
     asked = config.workers if config.workers > 1 else max(1, most)
@@ -356,49 +353,6 @@ def crew_of(config: ConfigT, module: str, folder: Path) -> Crew[ConfigT]:
     works = config.ray is None and kind == "CPU"
     print(f"workers: {asked}, of one {kind} each, of Ray on {where}{', this process one of them' * works}")
     return Crew(_within_memory(config, asked), module, folder.resolve(), asked, int(kind == "GPU"), works)
-
-
-def _single_threaded() -> None:
-    """Has this process compute as workers do, which have one thread each unless the environment says otherwise."""
-    given = os.environ.get("OMP_NUM_THREADS", "").strip() or "1"
-    n = given.partition(",")[0]
-    if not n.isdigit() or int(n) < 1:
-        raise UsageError(f"OMP_NUM_THREADS is {given!r}; a number from 1 on is needed")
-    os.environ["OMP_NUM_THREADS"] = given
-    if "torch" in sys.modules:
-        import torch
-
-        torch.set_num_threads(int(n))
-
-
-def _start(address: str | None) -> None:
-    import logging
-
-    import ray
-
-    how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        ray.init(address="local", include_dashboard=False, object_store_memory=STORE, **how)
-        return
-    _check_address(address)
-    try:
-        ray.init(address=address, **how)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UsageError(f"--ray {address!r} cannot be reached: {' '.join(str(error).split()):.200}") from error
-
-
-def _check_address(address: str) -> None:
-    """Raises `UsageError` for an address that Ray would wait for, or that needs more than Ray itself."""
-    if address.startswith("ray://"):
-        raise UsageError(
-            f"--ray is {address!r}; run the command on a machine of the cluster, with --ray auto or HOST:PORT (6379)"
-        )
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise UsageError(f"--ray {address!r} cannot be reached: {error}") from error
 
 
 def _within_memory(config: ConfigT, n_workers: int) -> ConfigT:

@@ -28,7 +28,9 @@ PARTIAL = "partial"
 """Sub-folder with the batches of an unfinished run; it is gone when the run is complete."""
 STARTED = ".started"
 """Ending of the marks of the runs that were begun within a run."""
-OWN_FILES = ("report.html", "summary.csv", "config.json", "provenance.json", "result.json", "result.parquet")
+OWN_FILES = (
+    "report.html", "summary.csv", "config.json", "provenance.json", "claims.json", "result.json", "result.parquet",
+)  # fmt: skip
 """What a run leaves beside its figures and further tables, in the order in which it is put in place."""
 
 

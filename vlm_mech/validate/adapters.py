@@ -7,7 +7,7 @@ the words of `Claims`. None of them sees what was planted.
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -20,33 +20,28 @@ from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.specification import Ablate, Intervention, Knockout, Replace, Source
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.attribution.study import attribute
-from vlm_mech.methods.layer_swap.data import swap_sites
-from vlm_mech.methods.layer_swap.study import LOGIT_DIFF, swap_states
 from vlm_mech.methods.lens.logit_lens import lens
-from vlm_mech.methods.visual_flow.data import LAST, WHOLE, edges, spans
+from vlm_mech.methods.visual_flow.data import edges
 from vlm_mech.organism.planted import Planted
 from vlm_mech.results import metrics
-from vlm_mech.results.claim import Claims, cells_of, counted, differences, layer_heads, layers, strengths
 from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.measures import Measure, logit_diff
 from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.sweep import Point, grid, sweep
+from vlm_mech.validate.commands import head_knockout, knockout, layer_swap, route_of, said_at
 from vlm_mech.validate.probes import noisy_probes, probes
+from vlm_mech.validate.statements import Claims, cells_of, counted, differences, layer_heads, layers, strengths
 from vlm_mech.validate.visual_flow import flow_map
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-Method = Callable[[Planted, Pairs], Claims]
+Method = Callable[..., Claims]
+"""Of a planted model and examples; those of `GATED` also take `asked`, how claims are tested."""
 Edit = Callable[[Point, Source], Intervention]
 """What is done in a cell `place`, `layer`, `head`; the source are runs on the counterfactuals."""
-
-
-def said_at(planted: Planted) -> str:
-    """The tokens at which the answer is said: all that foretell a token of it, wherever the model reads the picture."""
-    return LAST if planted.recipe.answer == "word" else WHOLE
 
 
 def writers(said: str) -> tuple[str, str]:
@@ -57,67 +52,21 @@ def writers(said: str) -> tuple[str, str]:
 # Layers
 
 
-def layer_swap(planted: Planted, pairs: Pairs) -> Claims:
-    """Residual states exchanged with the counterfactual's, layer by layer.
-
-    A layer reads what is lost between a swap of the image before it and one after it, and writes what a swap of the
-    last position gains; the question carries the answer where a swap of it turns the answer.
-    """
-    n_layers, said = planted.vlm.n_layers("llm"), said_at(planted)
-    sites = [*swap_sites(planted.vlm, "llm", "resid_pre"), Site("llm.resid_post", n_layers - 1)]
-    whole = _swapped(planted, pairs, sites)
-    # Rows come site by site.
-    n_last = len(spans(said)) * len(pairs)
-    table, end = whole[:-n_last], whole[-n_last:].assign(layer=n_layers)
-    cells = cells_of(Result("layer swap", table, ("place", "layer"), (LOGIT_DIFF,)))
-    whole = pd.concat([table, end], ignore_index=True)
-    steps = differences(whole.assign(value=whole["logit_diff"] - whole["logit_diff_baseline"]))
-    before = whole["logit_diff_baseline"].mean()
-    found = counted(cells_of(steps), before)
-    # Swaps lower the logit difference; above the layer that reads, one of the image does so less.
-    reading = layers(found[(found["place"] == "image") & (found["effect"] > 0)])
-    writing = layers(found[(found["place"] == said) & (found["effect"] < 0)])
-    carried = bool((counted(cells, before)["place"] == "question").any())
-    return Claims(cells, reading, writing if carried else (), writing, route=_route(reading, carried))
-
-
-def _swapped(planted: Planted, pairs: Pairs, sites: Sequence[Site]) -> pd.DataFrame:
-    how = {"directions": ("noising",), "only_correct": False}
-    table, _ = swap_states(planted.vlm, pairs, sites, spans(said_at(planted)), **how)
-    return table.rename(columns={"span": "place"})
-
-
-def _route(reading: Sequence[int], carried: bool) -> Literal["direct", "two-hop", "none"]:
-    if not reading:
-        return "none"
-    return "two-hop" if carried else "direct"
-
-
 def state_swap(point: Point, source: Source) -> Intervention:
     """The states of a span exchanged before one layer."""
     return Replace(Site("llm.resid_pre", point.layer), joined(point.place), source=source)
 
 
-def knockout(planted: Planted, pairs: Pairs, *, whole: bool = True) -> Claims:
-    """Attention edges cut at single layers.
-
-    What lowers the answer is needed for it; a cut of last<-question that lowers the prior answer shows suppression.
-
-    Args:
-        whole: off, of answers of two tokens the first alone is read, and where it is said alone cut.
-    """
-    said = said_at(planted) if whole else "last"
-    points = grid(place=edges(said), layer=planted.vlm.llm_layers)
-    result = _sweep(planted, pairs, points, edge_cut, whole=whole, prior=True)
+def next_token_knockout(planted: Planted, pairs: Pairs) -> Claims:
+    """Edges cut where the first token of an answer is said, by those who read that token alone: a control."""
+    result = _sweep(planted, pairs, grid(place=edges("last"), layer=planted.vlm.llm_layers), edge_cut, whole=False)
     cells, before = cells_of(result, "logit_diff"), _baseline(result)
     lost = _lowered(counted(cells, before))
-    prior = _lowered(counted(cells_of(result, "prior_diff"), before))
-    by_edge = {edge: layers(lost[lost["place"] == edge]) for edge in edges(said)}
-    reading = tuple(sorted({*by_edge[f"{said}<-image"], *by_edge["question<-image"]}))
+    by_edge = {edge: layers(lost[lost["place"] == edge]) for edge in edges("last")}
+    reading = tuple(sorted({*by_edge["last<-image"], *by_edge["question<-image"]}))
     carried = bool(by_edge["question<-image"])
-    suppressing = layers(prior[prior["place"] == f"{said}<-question"])
-    carrying = by_edge[f"{said}<-question"] if carried else ()
-    return Claims(cells, reading, carrying, suppressing=suppressing, route=_route(reading, carried))
+    carrying = by_edge["last<-question"] if carried else ()
+    return Claims(cells, reading, carrying, route=route_of(reading, carried))
 
 
 def edge_cut(point: Point, source: Source | None = None) -> Intervention:
@@ -173,12 +122,6 @@ def _leads(
 # Heads
 
 
-def head_knockout(planted: Planted, pairs: Pairs) -> Claims:
-    """Attention edges cut in single heads; heads without which the answer is lower are needed for it."""
-    result = _sweep(planted, pairs, _head_points(planted, edges(said_at(planted))), edge_cut)
-    return _of_heads(cells_of(result), _baseline(result))
-
-
 def head_interchange(planted: Planted, pairs: Pairs, *, whole: bool = True) -> Claims:
     """Outputs of single heads exchanged with the counterfactual's; those with which the answer is lower matter.
 
@@ -232,8 +175,10 @@ METHODS: dict[str, Method] = {
     "probe, 1 % noise": noisy_probes,
     "visual flow": flow_map,
 }
+GATED = ("layer swap", "knockout", "head knockout", "visual flow")
+"""Methods whose commands make claims, which are graded as such, and try gates."""
 CONTROLS: dict[str, Method] = {
-    "knockout, next token": partial(knockout, whole=False),
+    "knockout, next token": next_token_knockout,
     "head interchange, next token": partial(head_interchange, whole=False),
 }
 """What is found in models with answers of two tokens by those who read the next token alone."""

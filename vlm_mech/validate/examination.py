@@ -10,16 +10,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.methods.gates.gated import Options
 from vlm_mech.organism.planted import examples, plant
-from vlm_mech.organism.planted_recipe import ANSWERS, Answer, Recipe, draw
-from vlm_mech.validate.adapters import CONTROLS, METHODS
+from vlm_mech.organism.planted_draw import TRAPS, draw
+from vlm_mech.organism.planted_recipe import ANSWERS, Answer, Recipe
+from vlm_mech.validate.adapters import CONTROLS, GATED, METHODS
 from vlm_mech.validate.grading import GRADES, NULLS, SHARP, grade
 from vlm_mech.validate.true_effects import true_cells
 
@@ -27,7 +29,7 @@ N_ACCURACY = 64
 """Prompts from which the accuracy noted beside a planting comes."""
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
 """Environment of the workers: the C library keeps freed memory for the next array, which saves a tenth of the time."""
-SETS = ("plain", *NULLS, "hard", "backup")
+SETS = ("plain", *NULLS, "hard", "backup", *TRAPS)
 KNOWN = METHODS | CONTROLS
 
 
@@ -38,6 +40,7 @@ class Job:
     `kind` is one of `SETS`. In a matched null the mean of an effect is zero up to the noise in the weights. With random
     answers, both drawn without regard to the pictures, it is exactly zero, and exchanging the two turns an effect's
     sign: the null of the sign-flip test is true. `answer` is how the model's answers are written (see `Recipe`).
+    `gates` are tried on claims, with `null` random twins and as many shuffles of the answers.
     """
 
     kind: str
@@ -47,13 +50,18 @@ class Job:
     n_population: int = 512
     seed: int = 0
     answer: Answer = "word"
+    gates: Literal["none", "all"] = "none"
+    null: int = 5
 
     def __post_init__(self) -> None:
-        asked = (("set", (self.kind,), SETS), ("method", self.methods, tuple(KNOWN)))
-        for name, given, known in (*asked, ("answer", (self.answer,), ANSWERS)):
+        asked = [("set", (self.kind,), SETS), ("method", self.methods, tuple(KNOWN))]
+        asked += [("answer", (self.answer,), ANSWERS), ("gates", (self.gates,), ("none", "all"))]
+        for name, given, known in asked:
             for each in given:
                 if each not in known:
                     raise UsageError(f"{name} {each!r} is not known; one of {', '.join(known)} is")
+        if self.null < 0:
+            raise UsageError(f"null is {self.null}; a number from 0 on is needed")
         if self.n_examples < 8 or self.n_population < 2 or self.recipe < 0:
             raise UsageError(
                 f"{self.n_examples} examples, {self.n_population} for the true effects, first seed {self.recipe}: "
@@ -76,10 +84,11 @@ def examine(job: Job) -> tuple[pd.DataFrame, dict[str, Any]]:
     pairs = shown(job, planted.recipe)
     true = None if job.kind in NULLS else true_cells(planted, job.methods, n=job.n_population)
     sizes = {"n_layers": planted.vlm.n_layers("llm"), "n_heads": planted.vlm.n_heads("llm")}
-    rows = []
+    rows, asked = [], Options(job.gates, job.null, 0, job.n_examples)
     for method in job.methods:
         known = None if true is None else true[true["method"] == method].drop(columns="method")
-        scores = grade(KNOWN[method](planted, pairs), planted.truth, job.kind, true=known, **sizes)
+        found = KNOWN[method](planted, pairs, **({"asked": asked} if method in GATED else {}))
+        scores = grade(found, planted.truth, job.kind, true=known, **sizes)
         for name, score in scores.items():
             about = {"score": score.value, "score_baseline": score.chance, "hits": score.hits, "of": score.n}
             rows.append({"example": str(job.recipe), "set": job.kind, "grade": name, "method": method} | about)

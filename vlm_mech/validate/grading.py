@@ -7,9 +7,14 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy.stats import spearmanr
 
+from vlm_mech.methods.gates.manifold import MANIFOLD
+from vlm_mech.methods.gates.removals import OTHER_WAYS
+from vlm_mech.organism.planted_layout import ANSWER, UNEMBEDDING
 from vlm_mech.organism.planted_recipe import Truth
-from vlm_mech.organism.planted_weights import ANSWER, UNEMBEDDING
-from vlm_mech.results.claim import LEVEL, SHARE, Claims, LayerHead
+from vlm_mech.results.claim import Claim
+from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
+from vlm_mech.validate.statements import LEVEL, SHARE, Claims, LayerHead
+from vlm_mech.validate.true_claims import holds, on_dormant_path
 
 MATCHED, SHARP = "matched null", "matched null, random answers"
 NULLS = (MATCHED, SHARP)
@@ -25,6 +30,11 @@ READ_LAST, READ_IMAGE = "readable at last from", "readable in the image"
 COVERAGE = "coverage"
 FALSE, TRACE = "significant without cause", "trace significant"
 BEYOND, CLAIMS = "effect beyond a twentieth", "any effect claimed"
+FALSE_RUN, FALSE_CLAIMS, POWER = "any false claim", "false claims", "true claims made"
+GATES = (STABLE, TWIN, SHUFFLED, MANIFOLD, OTHER_WAYS)
+LOST_FALSE = {gate: f"false claims lost at {gate}" for gate in GATES}
+LOST_TRUE = {gate: f"true claims lost at {gate}" for gate in GATES}
+DORMANT = "dormant path flagged"
 
 GRADES = {
     READING: "the layers said to read the picture are those of the reading heads, all of them and no others",
@@ -42,9 +52,15 @@ GRADES = {
     FALSE: "any cell is significant after correction, though the answers have nothing to do with the pictures",
     TRACE: "any cell is significant in a null with true answers: there are true effects of the size of the noise",
     BEYOND: "in a model with nothing to find, an effect is significantly larger than a twentieth of a planted one",
-    CLAIMS: "in a model with nothing to find, any layer or head is said to matter",
+    CLAIMS: "in a model with nothing to find, any layer or head is said to matter; any false claim is made",
+    FALSE_RUN: "among all claims of a run on one model any is false",
+    FALSE_CLAIMS: "share of the claims made that are false",
+    POWER: "share of the true claims that a method could make which are made",
+    **{name: f"share of the false claims that do not pass the gate {gate}" for gate, name in LOST_FALSE.items()},
+    **{name: f"share of the true claims that do not pass the gate {gate}" for gate, name in LOST_TRUE.items()},
+    DORMANT: f"all claims of swaps that act through a dormant path alone, and are tried, do not pass {MANIFOLD}",
 }
-FALSE_ALARMS = (UNSUPPRESSED, FALSE, BEYOND, CLAIMS)
+FALSE_ALARMS = (UNSUPPRESSED, FALSE, BEYOND, CLAIMS, FALSE_RUN, FALSE_CLAIMS)
 
 
 @dataclass(frozen=True)
@@ -71,8 +87,10 @@ def grade(
         true: rows of true effects with `place`, `layer`, `head` and `true` (see `population.true_cells`).
     """
     scores = {} if kind == SHARP else _of_readable(found, truth, kind, n_layers)
+    scores |= _of_gates(found, truth)
     if kind in NULLS:
-        return scores | _in_null(found, kind)
+        return scores | _in_null(found, truth, kind)
+    scores |= _of_claims(found, truth)
     scores |= _of_layers(found, truth, n_layers) | _of_heads(found, truth, n_layers * n_heads)
     if found.route is not None:
         scores[ROUTE] = _flag(found.route == truth.route, 0.5)
@@ -81,7 +99,7 @@ def grade(
     return scores
 
 
-def _in_null(found: Claims, kind: str) -> dict[str, Score]:
+def _in_null(found: Claims, truth: Truth, kind: str) -> dict[str, Score]:
     """What is said of a model with nothing to find.
 
     The null of a test is true only where the answers are random: with true ones the noise in the weights passes on a
@@ -90,14 +108,47 @@ def _in_null(found: Claims, kind: str) -> dict[str, Score]:
     if found.readable is not None:
         return {FALSE: _flag(found.significant, LEVEL)} if kind == SHARP else {}
     first = {FALSE: _flag(found.significant, LEVEL)} if kind == SHARP else {TRACE: _flag(found.significant, math.nan)}
-    return first | {BEYOND: _flag(found.beyond(LEAST), LEVEL), CLAIMS: _flag(found.claims, LEVEL)}
+    claims = found.claims or any(holds(claim, truth) is False for claim in made(found))
+    return first | {BEYOND: _flag(found.beyond(LEAST), LEVEL), CLAIMS: _flag(claims, LEVEL)}
+
+
+def made(found: Claims) -> tuple[Claim, ...]:
+    """The claims that are made, of a method whose command makes some."""
+    return tuple(claim for claim in found.told or () if claim.made)
+
+
+def _of_claims(found: Claims, truth: Truth) -> dict[str, Score]:
+    """False claims, by run and of all, and power; claims of which nothing is planted count in none."""
+    if found.told is None:
+        return {}
+    each = [known for claim in made(found) if (known := holds(claim, truth)) is not None]
+    n_true, n_possible = sum(each), sum(holds(claim, truth) is True for claim in found.possible)
+    scores = {FALSE_RUN: _flag(n_true < len(each), LEVEL)}
+    scores |= {FALSE_CLAIMS: Score(len(each) - n_true, len(each), math.nan)} if each else {}
+    return scores | ({POWER: Score(n_true, n_possible, math.nan)} if n_possible else {})
+
+
+def _of_gates(found: Claims, truth: Truth) -> dict[str, Score]:
+    """How many claims, false and true ones, are lost at each gate that was tried; and those on dormant paths."""
+    verdicts = [(claim, {gate.name: gate.verdict for gate in claim.gates}) for claim in made(found)]
+    scores = {}
+    for known, names in ((False, LOST_FALSE), (True, LOST_TRUE)):
+        for gate, name in names.items():
+            tried = [each.get(gate) for claim, each in verdicts if holds(claim, truth) is known]
+            tried = [verdict for verdict in tried if verdict is not None]
+            if tried:
+                scores[name] = Score(tried.count(False), len(tried), math.nan)
+    flagged = [each.get(MANIFOLD) for claim, each in verdicts if on_dormant_path(claim, truth)]
+    flagged = [verdict for verdict in flagged if verdict is not None]
+    return scores | ({DORMANT: _flag(not any(flagged), math.nan)} if flagged else {})
 
 
 def _of_readable(found: Claims, truth: Truth, kind: str, n_layers: int) -> dict[str, Score]:
     """Whether it is read where it is: after the first block with a head that writes it there; nowhere in a null."""
     if found.readable is None:
         return {}
-    first = min(edge.layer for edge in truth.of("carry") or truth.of("read")) + 1
+    # A copy is readable too, though nothing uses it.
+    first = min(edge.layer for edge in (truth.of("carry") or truth.of("read")) + truth.of("copy")) + 1
     told, wanted = found.readable["last"][:1], () if kind in NULLS else (first,)
     every = found.readable["image"] == tuple(range(n_layers + 1))
     # By chance: any of the states, or none.
@@ -107,7 +158,7 @@ def _of_readable(found: Claims, truth: Truth, kind: str, n_layers: int) -> dict[
 
 def _of_layers(found: Claims, truth: Truth, n_layers: int) -> dict[str, Score]:
     reads, carries = ({edge.layer for edge in truth.of(role)} for role in ("read", "carry"))
-    prior = {edge.layer for edge in truth.of("suppress")}
+    prior = {each.layer for each in (*truth.of("suppress"), *truth.units) if each.role == "suppress"}
     asked = [(READING, found.reading, reads), (WRITING, found.writing, carries or reads)]
     asked += [(CARRYING, found.carrying, carries)] if carries else []
     asked += [(SUPPRESSING, found.suppressing, prior)] if prior else []

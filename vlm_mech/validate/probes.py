@@ -23,8 +23,8 @@ from vlm_mech.methods.probing.descent import ProbeRecipe
 from vlm_mech.methods.probing.splits import make_splits, numbered
 from vlm_mech.methods.probing.training import Split
 from vlm_mech.organism.planted import Planted
-from vlm_mech.results.claim import LEVEL, Claims, cells_of
 from vlm_mech.results.result import Metric, Result
+from vlm_mech.validate.statements import LEVEL, Claims, cells_of
 
 SPANS = ("last", "image")
 RECIPE = ProbeRecipe(l2=(1e-2,), learning_rate=3e-2, max_epochs=20)

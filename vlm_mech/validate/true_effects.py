@@ -12,12 +12,12 @@ from vlm_mech.interventions.specification import Replace
 from vlm_mech.interventions.trace import read
 from vlm_mech.organism.planted import Planted, examples
 from vlm_mech.organism.planted_recipe import Truth
-from vlm_mech.results.claim import WHOLE
 from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.measures import logit_diff
 from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.sweep import Point
 from vlm_mech.validate.adapters import EDITS, Edit, counterfactuals, said_at
+from vlm_mech.validate.statements import WHOLE
 
 
 def planted_points(truth: Truth, method: str, n_layers: int, said: str = "last") -> tuple[Point, ...]:

@@ -1,6 +1,7 @@
 """What a knockout scan cuts in each cell: sets of layers, the edges of every example, and random edges as controls."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,17 @@ from jaxtyping import Bool
 
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.span import Each, Span, Tokens
-from vlm_mech.interventions.specification import Intervention, Knockout, Together, window
+from vlm_mech.interventions.specification import Intervention, Knockout, Together
+from vlm_mech.methods.knockout.controls import (
+    Attended,
+    control_of_distance,
+    control_of_mass,
+    free_edges,
+    mass_of,
+    sinks_of,
+)
 from vlm_mech.methods.knockout.edges import (
     ANSWER,
     NOTHING_GIVEN,
@@ -24,6 +34,7 @@ from vlm_mech.methods.knockout.edges import (
     parse_edge,
     visible_edges,
 )
+from vlm_mech.methods.knockout.layers import Layers, layer_sets
 from vlm_mech.sweeps.measures import said
 from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.recorded_pass import record
@@ -36,83 +47,58 @@ EDGES = ("after<-image", "question<-image", "last<-image", "last<-question", "la
 OBJECT_EDGES = ("after<-object", "after<-rest")
 HEAD_EDGE = "last<-image"
 EDGE, CONTROL = "edge", "control of equal size"
+MASS, DISTANCE = "control of equal mass", "control of equal distance"
 CUTS = (EDGE, CONTROL)
-PAPER_WINDOW = 9
-MANY_LAYERS = 27
-"""From this many layers on the paper's window is at most a third of the model."""
+CONTROLS = {"size": CONTROL, "mass": MASS, "distance": DISTANCE}
+"""Kinds of controls by the names that options have for them."""
+SPARED = ", sinks spared"
+"""Ends the names of controls that cut no sink."""
 WRONG = "not answered right"
 
+Place = tuple[Any, ...]
+"""Layers that are cut together, by their value of the axis `layer`, and a head where heads are cut apart."""
 Masks = dict[str, Bool[np.ndarray, "height width"]]
 """Pixels of what a question is about, by pair."""
 
 
 @dataclass(frozen=True)
-class Layers:
-    """Which layers are cut together: for each value of the axis `layer` its layers; `about` says it in words."""
-
-    sets: dict[int | str, tuple[int, ...]]
-    about: str
-    where: str
-
-
-def layer_sets(n_layers: int, layers: str, size: int | None = None) -> Layers:
-    """The layers that are cut together.
-
-    Args:
-        layers: `each` for a window around every layer, `groups:K` for K runs of layers that partition the model (their
-            sizes differ by one at most), `all` for all at once.
-        size: of the windows of `each`. By default 9, as in Zhang et al., in a model of 27 layers or more, otherwise 1:
-            nine layers of six are the whole model. Windows are clipped at the borders.
-
-    Raises:
-        UsageError: another word, more groups than layers, or a size for what has no windows.
-    """
-    kind, _, count = layers.partition(":")
-    if kind != "each" and size is not None:
-        raise UsageError(f"layers {layers!r} have no windows; a window's size goes with layers 'each'")
-    if layers == "all":
-        return Layers({f"0-{n_layers - 1}": tuple(range(n_layers))}, f"all {n_layers} layers are cut at once.", "in")
-    if kind == "groups" and count.isdigit():
-        return _groups(n_layers, int(count))
-    if layers != "each":
-        raise UsageError(f"layers {layers!r} is not known; each, all or groups:K is")
-    chosen = size or (PAPER_WINDOW if n_layers >= MANY_LAYERS else 1)
-    if size is not None and size < 1:
-        raise UsageError(f"a window of {size} layers is none; 1 or more is needed")
-    sets: dict[int | str, tuple[int, ...]] = {
-        layer: window(layer, chosen, n_layers=n_layers) for layer in range(n_layers)
-    }
-    if chosen == 1:
-        return Layers(sets, "layers are cut one at a time.", "at")
-    n_clipped = sum(len(each) < chosen for each in sets.values())
-    about = f"{chosen} layers around each are cut; at the borders {n_clipped} of {n_layers} windows are clipped."
-    return Layers(sets, about, "around")
-
-
-def _groups(n_layers: int, count: int) -> Layers:
-    if not 1 <= count <= n_layers:
-        raise UsageError(f"{n_layers} layers cannot be parted into {count} groups; 1 to {n_layers} are possible")
-    parts = [tuple(part.tolist()) for part in np.array_split(np.arange(n_layers), count)]
-    sets: dict[int | str, tuple[int, ...]] = {f"{part[0]}-{part[-1]}": part for part in parts}
-    return Layers(sets, f"the {n_layers} layers are cut in {count} groups, each layer in one of them.", "in")
-
-
-@dataclass(frozen=True)
 class Scan:
-    """What is cut: every edge and its control at every set of layers, and every head of `heads` apart if given.
+    """What is cut: every edge and its controls at every set of layers, and every head of `heads` apart if given.
 
-    `cuts` are `EDGE`, `CONTROL`, or both.
+    `cuts` are `EDGE`, and controls as `cuts_of` names them. `only` are the heads that are cut in each layer of a value
+    of the axis `layer`; the values that it does not name are cut for all heads.
     """
 
     edges: tuple[Edge, ...]
     layers: Layers
     heads: tuple[int, ...] | None = None
     cuts: tuple[str, ...] = CUTS
+    only: dict[int | str, dict[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
 
     @property
     def axes(self) -> tuple[str, ...]:
         """Axes of the result."""
         return ("edge", "cut", "layer") if self.heads is None else ("edge", "cut", "layer", "head")
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Values of the axis `layer`, with every head where these are cut apart; those of a layer follow each other."""
+        if self.heads is None:
+            return tuple((name,) for name in self.layers.sets)
+        return tuple((name, head) for name in self.layers.sets for head in self.heads)
+
+    def kinds(self, edge: Edge) -> "tuple[Kind, ...]":
+        """What is cut of an edge, as `kind_of` has it of a cell."""
+        found: list[Kind] = []
+        for cut in self.cuts:
+            kind = str(edge), cut
+            found += [(*kind, *place) for place in self.places] if kind_of_control(cut) == MASS else [kind]
+        return tuple(found)
+
+    @property
+    def weighed(self) -> bool:
+        """Whether it is measured how much attention is cut."""
+        return bool({kind_of_control(cut) for cut in self.cuts} - {EDGE, CONTROL})
 
     @property
     def about(self) -> str:
@@ -125,6 +111,27 @@ class Scan:
         return grid(**values) if self.heads is None else grid(**values, head=self.heads)
 
 
+def cuts_of(controls: Sequence[str], *, sinks: bool = True) -> tuple[str, ...]:
+    """The edge itself and its controls by their names in a result.
+
+    Args:
+        controls: kinds of them, as `CONTROLS` has them; each counts once.
+        sinks: whether they may cut attention to sinks.
+
+    Raises:
+        UsageError: another kind.
+    """
+    for each in controls:
+        if each not in CONTROLS:
+            raise UsageError(f"control {each!r} is not known; {', '.join(CONTROLS)} are")
+    return (EDGE, *(CONTROLS[each] + ("" if sinks else SPARED) for each in dict.fromkeys(controls)))
+
+
+def kind_of_control(cut: str) -> str:
+    """The name of a control whether or not it spares sinks; `EDGE` for the edge itself."""
+    return cut.removesuffix(SPARED)
+
+
 def scan_of(
     vlm: "VLM",
     pairs: Pairs,
@@ -135,6 +142,8 @@ def scan_of(
     size: int | None = None,
     heads: bool = False,
     during: Literal["prompt", "answer"] = "prompt",
+    controls: Sequence[str] = ("size",),
+    sinks: bool = True,
 ) -> Scan:
     """The edges and layers of a scan by name, checked.
 
@@ -144,20 +153,21 @@ def scan_of(
         layers, size: see `layer_sets`.
         heads: all heads one by one, at single layers, for one edge.
         during: `answer` adds the answer's own tokens to the queries of edges from `last`, or `after`, which holds it.
+        controls, sinks: see `cuts_of`.
 
     Raises:
-        UsageError: an edge or layers that are not known, an edge twice, several edges or windows for heads.
+        UsageError: an edge, a control or layers that are not known, an edge twice, several edges or windows for heads.
     """
     if heads and (len(edges) > 1 or layers != "each" or size not in (None, 1)):
         raise UsageError("heads are cut one by one, for one edge and at single layers")
-    n_layers = vlm.n_layers("llm")
+    n_layers, cuts = vlm.n_layers("llm"), cuts_of(controls, sinks=sinks)
     if heads:
         edge = _during(parse_edge(edges[0] if edges else HEAD_EDGE), during)
-        return Scan((edge,), layer_sets(n_layers, "each", 1), tuple(range(vlm.n_heads("llm"))))
+        return Scan((edge,), layer_sets(n_layers, "each", 1), tuple(range(vlm.n_heads("llm"))), cuts)
     parsed = tuple(_during(parse_edge(each), during) for each in edges or _default_edges(vlm, pairs, masks))
     if len(set(parsed)) < len(parsed):
         raise UsageError(f"edge {next(each for each in parsed if parsed.count(each) > 1)} is named twice")
-    return Scan(parsed, layer_sets(n_layers, layers, size))
+    return Scan(parsed, layer_sets(n_layers, layers, size), cuts=cuts)
 
 
 def _during(edge: Edge, during: str) -> Edge:
@@ -182,49 +192,59 @@ def _default_edges(vlm: "VLM", pairs: Pairs, masks: Masks) -> tuple[str, ...]:
 
 
 Reason = str
-Kind = tuple[str, str]
+Kind = tuple[Any, ...]
+"""An edge and a cut; of a control of equal mass, which is another at all layers and heads, the place too."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The tokens of an edge or a control in one example, and the layers in which it exists."""
+    """The tokens of an edge or a control in one example, and the layers in which it exists.
+
+    `mass` is the unedited attention on its edges by place, where the scan asks for it: the sum over heads and layers.
+    """
 
     parts: tuple[Ends, ...]
     layers: frozenset[int]
+    mass: dict[Place, float] = dataclasses.field(default_factory=dict)
 
 
 FoundBy = dict[Kind, list[Found | Reason]]
-"""For every edge and its control, what there is in each example, or why it is left out."""
+"""For every edge and its controls, what there is in each example, or why it is left out."""
+
+
+def kind_of(point: Point) -> Kind:
+    """What is cut in a cell."""
+    kind = point.edge, point.cut
+    return (*kind, *place_of(point)) if kind_of_control(point.cut) == MASS else kind
+
+
+def place_of(point: Point) -> Place:
+    """The value of the axis `layer`, and of `head` where there is one."""
+    return tuple(value for axis, value in point.axes if axis not in ("edge", "cut"))
 
 
 def sweeps(
-    pairs: Pairs, points: Sequence[Point], found: FoundBy, sets: dict[int | str, tuple[int, ...]]
+    pairs: Pairs, points: Sequence[Point], found: FoundBy, scan: Scan
 ) -> list[tuple[Pairs, list[Point], Callable[[Point], Intervention]]]:
     """Examples that have the same edges in the same layers, the cells that they have, and what is cut at each."""
+    sets, only = scan.layers.sets, scan.only
     made = []
     for layers, numbers in _alike(found).items():
-        chosen = dataclasses.replace(pairs, pairs=tuple(pairs.pairs[number] for number in numbers))
-        cuts = {kind: _parts([found[kind][number] for number in numbers], kind) for kind, _ in layers}
+        chosen, seen = dataclasses.replace(pairs, pairs=tuple(pairs.pairs[number] for number in numbers)), dict(layers)
+        cuts = {kind: _parts([found[kind][number] for number in numbers], kind) for kind in seen}
         at = {
-            (*kind, name): tuple(layer for layer in each if layer in seen)
-            for kind, seen in layers
-            for name, each in sets.items()
+            point: tuple(layer for layer in sets[point.layer] if layer in seen.get(kind_of(point), ()))
+            for point in points
         }
-        some = [point for point in points if at.get((point.edge, point.cut, point.layer))]
-        made.append(
-            (
-                chosen,
-                some,
-                lambda point, cuts=cuts, at=at: _cut(
-                    cuts[point.edge, point.cut], at[point.edge, point.cut, point.layer], point
-                ),
-            )
-        )
+        some = [point for point in points if at[point]]
+        made.append((chosen, some, lambda point, cuts=cuts, at=at: _cut(cuts[kind_of(point)], at[point], point, only)))
     return made
 
 
 def found_edges(vlm: "VLM", pairs: Pairs, scan: Scan, masks: Masks, *, only_correct: bool, seed: int) -> FoundBy:
     """What a scan can cut in each example.
+
+    Where attention is weighed, each example is also run alone, so that its controls do not depend on others.
 
     Args:
         masks: pixels of the object by pair, for the groups `object` and `rest`.
@@ -237,24 +257,92 @@ def found_edges(vlm: "VLM", pairs: Pairs, scan: Scan, masks: Masks, *, only_corr
     read = readings_of(vlm, vlm.encode(pairs.base), [said(pairs.answer)])
     clean = record(vlm, read.encoded)
     right = read.value(0, clean.reads).bool().tolist()
-    found: FoundBy = {(str(edge), cut): [] for edge in scan.edges for cut in scan.cuts}
+    found: FoundBy = {kind: [] for edge in scan.edges for kind in scan.kinds(edge)}
     for number, pair in enumerate(pairs):
-        visible = visible_edges(clean, number)
+        visible, n_answer = visible_edges(clean, number), len(clean.encoded.rows[number].answer or ())
+        draws = _Draws(vlm, pairs[number : number + 1], scan, seed, visible, n_answer)
         for edge in scan.edges:
             ends = ends_of(clean.encoded, number, edge, visible, masks.get(pair.id))
-            if not isinstance(ends, str) and not ends.query and not clean.encoded.rows[number].answer:
+            if not isinstance(ends, str) and not ends.query and not n_answer:
                 ends = NOTHING_GIVEN
             if only_correct and not right[number]:
                 ends = WRONG
-            for cut in scan.cuts:
-                parts: tuple[Ends, ...] | Reason = ends if isinstance(ends, str) else (ends,)
-                if cut == CONTROL and not isinstance(ends, str):
-                    drawn = np.random.default_rng([seed, zlib.crc32(f"{pair.id} {edge}".encode())])
-                    n_answer = len(clean.encoded.rows[number].answer or ()) if ends.answer else 0
-                    parts = control_of(ends, visible, drawn, n_answer=n_answer)
-                here = parts if isinstance(parts, str) else Found(parts, layers_with(clean, number, parts))
-                found[str(edge), cut].append(here)
+            drawn, masses = draws.of(edge, ends) if isinstance(ends, Ends) else ({}, {})
+            for kind in scan.kinds(edge):
+                here = ends if isinstance(ends, str) else drawn[kind]
+                if not isinstance(here, str):
+                    here = Found(here, layers_with(clean, number, here), masses.get(kind, {}))
+                found[kind].append(here)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Draws:
+    """Draws the controls of one example, given alone: of what its prompt sees, with `n_answer` tokens after it."""
+
+    vlm: "VLM"
+    alone: Pairs
+    wanted: Scan
+    seed: int
+    visible: Bool[np.ndarray, "token token"]
+    n_answer: int
+
+    @functools.cached_property
+    def encoded(self) -> Encoded:
+        """The example with its answer after it."""
+        return readings_of(self.vlm, self.vlm.encode(self.alone.base), [said(self.alone.answer)]).encoded
+
+    @functools.cached_property
+    def attended(self) -> Attended:
+        """What attends to what without any edit."""
+        return Attended(self.vlm, self.encoded, by_head=self.wanted.heads is not None)
+
+    @functools.cached_property
+    def sinks(self) -> frozenset[int]:
+        """Its sinks."""
+        return sinks_of(record(self.vlm, self.encoded))
+
+    def of(
+        self, edge: Edge, ends: Ends
+    ) -> tuple[dict[Kind, tuple[Ends, ...] | Reason], dict[Kind, dict[Place, float]]]:
+        """What the edge and each control cut, or why there is no such control; and the attention on it by place."""
+        n_answer, drawn = self.n_answer if ends.answer else 0, dict[Kind, tuple[Ends, ...] | Reason]()
+        for cut in self.wanted.cuts:
+            spared = self.sinks if cut.endswith(SPARED) else ()
+            if cut == EDGE:
+                drawn[str(edge), cut] = (ends,)
+            elif kind_of_control(cut) == CONTROL:
+                how = {"n_answer": n_answer, "spared": spared}
+                drawn[str(edge), cut] = control_of(ends, self.visible, self._random(edge), **how)
+            elif kind_of_control(cut) == DISTANCE:
+                free, random = free_edges(ends, self.visible, spared), self._random(edge, DISTANCE)
+                drawn[str(edge), cut] = control_of_distance(ends, free, self.visible, random, n_answer=n_answer)
+        return drawn, self._weighed(edge, ends, drawn) if self.wanted.weighed else {}
+
+    def _weighed(
+        self, edge: Edge, ends: Ends, drawn: dict[Kind, tuple[Ends, ...] | Reason]
+    ) -> dict[Kind, dict[Place, float]]:
+        """The attention on what is cut by place; draws the controls of equal mass too."""
+        masses: dict[Kind, dict[Place, float]] = {}
+        everywhere = dict(drawn)
+        for place in self.wanted.places:
+            attended = self.attended.of(self.wanted.layers.sets[place[0]], *place[1:])
+            own, here = mass_of((ends,), self.visible, attended, own=True), dict(everywhere)
+            for cut in self.wanted.cuts:
+                if kind_of_control(cut) == MASS:
+                    free = free_edges(ends, self.visible, self.sinks if cut.endswith(SPARED) else ())
+                    random = self._random(edge, MASS, *place)
+                    here[str(edge), cut, *place] = control_of_mass(ends, free, attended, own, random)
+            for kind, parts in here.items():
+                if not isinstance(parts, str):
+                    mass = mass_of(parts, self.visible, attended, own=kind[1] == EDGE)
+                    masses.setdefault(kind, {})[place] = mass
+            drawn |= here
+        return masses
+
+    def _random(self, edge: Edge, *more: Any) -> np.random.Generator:
+        named = " ".join(map(str, (self.alone.pairs[0].id, edge, *more)))
+        return np.random.default_rng([self.seed, zlib.crc32(named.encode())])
 
 
 def _alike(found: FoundBy) -> dict[tuple[tuple[Kind, frozenset[int]], ...], list[int]]:
@@ -274,7 +362,7 @@ def _parts(found: Sequence[Any], kind: Kind) -> list[Knockout]:
     for part in range(max(len(each) for each in ends)):
         chosen = [each[part] if part < len(each) else each[0] for each in ends]
         query, key = Each(tuple(map(queries_of, chosen))), Each(tuple(Tokens(each.key) for each in chosen))
-        made.append(Knockout(query, key, 0, keep_self=kind[1] == CONTROL))
+        made.append(Knockout(query, key, 0, keep_self=kind[1] != EDGE))
     return made
 
 
@@ -285,7 +373,15 @@ def queries_of(ends: Ends) -> Span:
     return (Tokens(ends.query), ANSWER) if ends.query else ANSWER
 
 
-def _cut(parts: Sequence[Knockout], layers: tuple[int, ...], point: Point) -> Intervention:
+def _cut(
+    parts: Sequence[Knockout],
+    layers: tuple[int, ...],
+    point: Point,
+    only: dict[int | str, dict[int, tuple[int, ...]]],
+) -> Intervention:
     heads = (point.head,) if "head" in dict(point.axes) else None
-    cut = tuple(dataclasses.replace(part, layers=layers, heads=heads) for part in parts)
+    where = [(layers, heads)]
+    if point.layer in only:
+        where = [((layer,), some) for layer, some in only[point.layer].items() if layer in layers]
+    cut = tuple(dataclasses.replace(part, layers=each, heads=some) for each, some in where for part in parts)
     return cut[0] if len(cut) == 1 else Together(parts=cut)

@@ -3,7 +3,7 @@
 Groups are given as numbers of tokens (padding left out), so that they mean the same in every batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +165,12 @@ def ends_of(
 
 
 def control_of(
-    ends: Ends, visible: Bool[np.ndarray, "token token"], random: np.random.Generator, *, n_answer: int = 0
+    ends: Ends,
+    visible: Bool[np.ndarray, "token token"],
+    random: np.random.Generator,
+    *,
+    n_answer: int = 0,
+    spared: Collection[int] = (),
 ) -> tuple[Ends, ...] | str:
     """As many edges as `ends` cuts, between random tokens, or why there are not so many.
 
@@ -176,6 +181,7 @@ def control_of(
 
     Args:
         n_answer: tokens of the answer that lose the edge too; as many edges more are drawn within the prompt.
+        spared: numbers of tokens that are drawn as keys of no control, such as sinks.
 
     Returns:
         One or two rectangles of edges.
@@ -184,8 +190,11 @@ def control_of(
     wanted += n_answer * len(ends.key)
     if not wanted:
         return NOTHING_GIVEN
+    tokens = np.setdiff1d(np.arange(len(visible)), list(spared)) if spared else np.arange(len(visible))
+    if len(tokens) < len(ends.key):
+        return NO_CONTROL
     for _ in range(DRAWS):
-        key = np.sort(random.choice(len(visible), len(ends.key), replace=False))
+        key = np.sort(random.choice(tokens, len(ends.key), replace=False))
         queries = random.permutation(np.setdiff1d(np.arange(len(visible)), ends.query))
         found = _rectangles(key, queries, wanted, visible, random)
         if found:

@@ -1,34 +1,32 @@
 """What a knockout run says, in sentences made from its numbers."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import TooFewError
-from vlm_mech.methods.knockout.data import CONTROL, EDGE, WRONG, Layers, Scan
+from vlm_mech.methods.knockout.data import EDGE, MASS, WRONG, Scan, kind_of_control
 from vlm_mech.methods.knockout.edges import Edge
-from vlm_mech.methods.knockout.follow_up import FollowUp, Head, HeadAttention
-from vlm_mech.methods.knockout.study import NO_PROB, NOTHING_BEFORE, OUT_OF_SIGHT, RELATIVE
-from vlm_mech.results.claim import LEVEL
+from vlm_mech.methods.knockout.follow_up import FollowUp, HeadAttention
+from vlm_mech.methods.knockout.study import MASS_RATIO, NO_PROB, NOTHING_BEFORE, OUT_OF_SIGHT
+from vlm_mech.results.claim import sentences
 from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
 
-CORRECTED = f"p < {LEVEL}, sign-flip test, Holm over all cells"
+ENOUGH = 0.95
+"""The share of an edge's attention that its control of equal mass should reach."""
 
 
 def findings(result: Result, pairs: Pairs, scan: Scan, more: FollowUp) -> tuple[str, ...]:
-    """Everything a run says: what was used, what each edge or head does, and what is written without it.
+    """Everything a run says: what was used, what is claimed, where heads look, and what is written without an edge.
 
     Raises:
         TooFewError: fewer than two examples count, so that nothing can be said.
     """
-    found = [used(result, pairs), scan.about, *of_the_prompt(result, scan), *missing(result)]
-    if scan.heads is None:
-        found += by_edge(result, scan.layers)
-    else:
-        found += [*by_head(result, more.heads), *(attended(scan.edges[0], each) for each in more.attention)]
+    found = [used(result, pairs), scan.about, *of_the_prompt(result, scan), *missing(result), *weighed(result)]
+    found += [*sentences(result.claims), *unclaimed(result, scan.edges)]
+    found += [attended(scan.edges[0], each) for each in more.attention]
     found += told(result.table, result.axes, result.metrics[1].name, apart=("cut",))
     return tuple(found) if more.texts is None else (*found, continued(more.texts))
 
@@ -69,9 +67,9 @@ def missing(result: Result) -> tuple[str, ...]:
     found = []
     for edge, cut, reason in table[columns].drop_duplicates().to_numpy().tolist():
         rows = table[(table["edge"] == edge) & (table["cut"] == cut) & (table["skipped"] == reason)]
-        what = edge if cut == EDGE else f"the control of {edge}"
+        what = edge if cut == EDGE else f"the {cut} of {edge}"
         layers = ", ".join(str(each) for each in rows["layer"].drop_duplicates()) if reason == OUT_OF_SIGHT else ""
-        where = f" at layer {layers}" if layers else ""
+        where = f" (layers: {layers})" if layers else ""
         found.append(f"{what} is missing{where} in {rows['example'].nunique()} example(s): {reason}.")
     early = result.table[result.table["skipped"] == NOTHING_BEFORE]
     for edge, rows in early.groupby("edge", sort=False):
@@ -81,53 +79,31 @@ def missing(result: Result) -> tuple[str, ...]:
     return tuple(found)
 
 
-def by_edge(result: Result, layers: Layers) -> tuple[str, ...]:
-    """For each edge where the answer depends on it, how strongly, and what its control does there."""
-    summary = result.summary(RELATIVE.name).assign(lost=result.summary("lost")["mean"])
-    edges = summary["edge"].drop_duplicates()
-    return tuple(_edge_sentence(result, summary, edge, layers) for edge in edges)
+def weighed(result: Result) -> tuple[str, ...]:
+    """How much attention controls cut beside their edges, and which of those of equal mass could not reach it."""
+    if MASS_RATIO not in result.table:
+        return ()
+    table = result.table[(result.table["cut"] != EDGE) & result.table[MASS_RATIO].notna()]
+    means = table.groupby(list(result.axes), sort=False)[MASS_RATIO].mean().reset_index()
+    ranges = [
+        f"{cut} {rows[MASS_RATIO].min():.2f} to {rows[MASS_RATIO].max():.2f}"
+        for cut, rows in means.groupby("cut", sort=False)
+    ]
+    found = [f"Unedited attention on what controls cut, over that on the edge (means of cells): {', '.join(ranges)}."]
+    equal = means[means["cut"].map(kind_of_control) == MASS]
+    for edge, cut in equal[["edge", "cut"]].drop_duplicates().to_numpy().tolist():
+        reached = equal[(equal["edge"] == edge) & (equal["cut"] == cut)][MASS_RATIO]
+        if n_less := int((reached < ENOUGH).sum()):
+            less = f"The {cut} of {edge} has less than {100 * ENOUGH:.0f} % of it in {n_less} of {len(reached)} cell(s)"
+            found.append(f"{less}: the edges that it may cut have no more attention.")
+    return tuple(found)
 
 
-def _edge_sentence(result: Result, summary: pd.DataFrame, edge: str, layers: Layers) -> str:
-    rows = summary[(summary["edge"] == edge) & (summary["cut"] == EDGE)]
-    if int(rows["n"].max()) < 2:
-        return f"{edge}: too few examples have this edge and a relative change ({rows['n'].max()})."
-    marked = rows[rows["p_corrected"] < LEVEL]
-    strongest = (rows if marked.empty else marked).sort_values("effect", key=abs, kind="stable").iloc[-1]
-    place = f"{layers.where} layer {strongest['layer']}"
-    if marked.empty:
-        return (
-            f"{edge}: no significant change of the answer's probability; the largest is {_amount(strongest)} {place}."
-        )
-    cells = zip(marked["layer"], marked["effect"], strict=True)
-    listed = ", ".join(f"{layer} ({effect:+.1f} %)" for layer, effect in cells)
-    text = f"{edge}: the answer's probability changes {layers.where} layer {listed} ({CORRECTED})"
-    text += f"; most {place}, by {_amount(strongest)}, where {100 * strongest['lost']:.0f} % of the answers are lost"
-    return f"{text}; {_against_control(result, summary, edge, strongest['layer'])}."
-
-
-def _against_control(result: Result, summary: pd.DataFrame, edge: str, layer: Any) -> str:
-    where = {"edge": edge, "layer": layer}
-    rows = summary[(summary["edge"] == edge) & (summary["cut"] == CONTROL) & (summary["layer"] == layer)]
-    if int(rows["n"].iloc[0]) < 2:
-        return "there is no control"
-    less = result.contrast(where | {"cut": EDGE}, where | {"cut": CONTROL}, RELATIVE.name)
-    difference = f"difference {less['mean']:+.1f} % ({less['ci_low']:+.1f} to {less['ci_high']:+.1f} %)"
-    return f"as many edges between random tokens there: {_amount(rows.iloc[0])}, {difference}"
-
-
-def _amount(row: Any) -> str:
-    low, high = row["effect_low"], row["effect_high"]
-    return f"{row['effect']:+.1f} % (95 % interval {low:+.1f} to {high:+.1f} %, n = {row['n']})"
-
-
-def by_head(result: Result, heads: Sequence[Head]) -> tuple[str, ...]:
-    """How many heads matter, and the strongest ones on examples that did not choose them."""
-    summary = result.summary(RELATIVE.name)
-    marked, own = summary["p_corrected"] < LEVEL, summary["cut"] == EDGE
-    counts = f"{(marked & own).sum()} of {own.sum()} heads, and {(marked & ~own).sum()} of their controls,"
-    text = f"{summary['edge'].iloc[0]}: {counts} change the answer's probability ({CORRECTED})."
-    return (text, *(f"{head}, chosen on half of the examples; on the others: {_amount(head.row)}." for head in heads))
+def unclaimed(result: Result, edges: Sequence[Edge]) -> tuple[str, ...]:
+    """The edges of which nothing is claimed."""
+    made = {claim.about["edge"] for claim in result.claims if claim.made}
+    none = [str(edge) for edge in edges if str(edge) not in made]
+    return (f"Of {', '.join(none)} nothing is claimed.",) if none else ()
 
 
 def attended(edge: Edge, head: HeadAttention) -> str:

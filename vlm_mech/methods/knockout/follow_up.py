@@ -11,9 +11,11 @@ from jaxtyping import Float
 
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.attention_weights import attention_from
-from vlm_mech.methods.knockout.data import EDGE, Masks, Scan
+from vlm_mech.methods.knockout.claims import NEEDED
+from vlm_mech.methods.knockout.data import Masks, Scan
 from vlm_mech.methods.knockout.edges import Edge, Ends, ends_of, object_positions, visible_edges
 from vlm_mech.methods.knockout.study import RELATIVE, texts_without
+from vlm_mech.results.claiming import halves
 from vlm_mech.results.result import Result
 from vlm_mech.sweeps.recorded_pass import record
 
@@ -28,11 +30,10 @@ N_SHOWN, N_HEADS, N_MAPPED = 4, 3, 32
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A head that was chosen on half of the examples; `row` is its row of the summary of the other half."""
+    """A head without which the answer's lead is claimed to be lower."""
 
     layer: int
     head: int
-    row: pd.Series
 
     def __str__(self) -> str:
         return f"layer {self.layer} head {self.head}"
@@ -90,16 +91,20 @@ class FollowUp:
 
 
 def follow_up(
-    vlm: "VLM", result: Result, pairs: "Pairs", scan: Scan, masks: Masks, *, n_generated: int = 0
+    vlm: "VLM", result: Result, pairs: "Pairs", scan: Scan, masks: Masks, *, n_generated: int = 0, seed: int = 0
 ) -> FollowUp:
-    """What heads attend to, where heads were cut, and `n_generated` examples written out without each edge."""
-    counted = result.table[result.table[RELATIVE.name].notna()]["example"].drop_duplicates().tolist()
+    """What claimed heads attend to, where heads were cut, and `n_generated` examples written out without each edge.
+
+    Args:
+        seed: that claims were made with, which says on which examples heads were not chosen.
+    """
+    counted = _counted(result)
     heads: tuple[Head, ...] = ()
     attention: tuple[HeadAttention, ...] = ()
     if scan.heads is not None:
-        heads = top_heads(result, N_HEADS)
-        # The half of the examples that did not choose the heads.
-        attention = attention_of(vlm, _named(pairs, counted[1::2][:N_MAPPED]), scan.edges[0], heads, masks)
+        heads, parts = claimed_heads(result, N_HEADS), halves(result, seed=seed)
+        others = _counted(parts[1]) if parts is not None else []
+        attention = attention_of(vlm, _named(pairs, others[:N_MAPPED]), scan.edges[0], heads, masks)
     texts = texts_without(vlm, _named(pairs, counted[:n_generated]), scan.edges, masks) if n_generated else None
     return FollowUp(heads, attention, texts)
 
@@ -108,23 +113,15 @@ def _named(pairs: "Pairs", names: Sequence[str]) -> "Pairs":
     return dataclasses.replace(pairs, pairs=tuple(pair for pair in pairs if pair.id in set(names)))
 
 
-def top_heads(result: Result, n: int) -> tuple[Head, ...]:
-    """The heads whose knockout lowers the answer's probability most, chosen on every other example.
+def _counted(result: Result) -> list[str]:
+    return result.table[result.table[RELATIVE.name].notna()]["example"].drop_duplicates().tolist()
 
-    What is said of them is measured on the other half: the largest of many cells would flatter itself. None when that
-    half has fewer than two examples.
-    """
-    table = result.table[(result.table["cut"] == EDGE) & result.table[RELATIVE.name].notna()]
-    number = pd.Series(pd.factorize(table["example"])[0], index=table.index)
-    held_out = table[number % 2 == 1]
-    if len(set(held_out["example"])) < 2:
-        return ()
-    chosen = table[number % 2 == 0].groupby(["layer", "head"])[RELATIVE.name].mean().nsmallest(n)
-    measured = dataclasses.replace(result, table=held_out).summary(RELATIVE.name)
-    found = []
-    for layer, head in chosen.reset_index()[["layer", "head"]].to_numpy(int).tolist():
-        found.append(Head(layer, head, measured[(measured["layer"] == layer) & (measured["head"] == head)].iloc[0]))
-    return tuple(found)
+
+def claimed_heads(result: Result, n: int) -> tuple[Head, ...]:
+    """The heads that are claimed to be needed, those first whose cut lowered the lead most where they were declared."""
+    made = [claim for claim in result.claims if claim.made and claim.kind == NEEDED]
+    made.sort(key=lambda claim: claim.strength(claim.declared), reverse=True)
+    return tuple(Head(claim.about["layer"], claim.about["head"]) for claim in made[:n])
 
 
 def attention_of(

@@ -17,7 +17,17 @@ from vlm_mech.inputs.span import Tokens
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.interventions.specification import Intervention, Knockout
 from vlm_mech.interventions.trace import generate
-from vlm_mech.methods.knockout.data import FoundBy, Masks, Scan, found_edges, queries_of, sweeps
+from vlm_mech.methods.knockout.data import (
+    EDGE,
+    FoundBy,
+    Masks,
+    Scan,
+    found_edges,
+    kind_of,
+    place_of,
+    queries_of,
+    sweeps,
+)
 from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
 from vlm_mech.results.result import Metric
 from vlm_mech.sweeps.cost import pass_bytes, pass_flops, sizes
@@ -53,6 +63,8 @@ def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
 METRICS = metrics_of()
 
 SPOKEN = ("text", "says", "text_baseline", "says_baseline")
+MASS_CUT, MASS_RATIO = "mass", "mass_ratio"
+"""Columns with the unedited attention on what is cut, summed over heads and layers, and its share of the edge's."""
 OUT_OF_SIGHT = "attention at these layers allows none of the edges"
 NO_PROB = f"the answer's probability is below {MIN_PROB} without any knockout"
 
@@ -69,6 +81,7 @@ def knock_out(
     seed: int = 0,
     engine: str = "fast",
     memory: int | str | None = None,
+    check: int = 1,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Every cell of a scan on one batch of pairs.
 
@@ -81,11 +94,13 @@ def knock_out(
         seed: draws the controls; they do not depend on how pairs are batched.
         engine: `fast`, or `trace` for the reference.
         memory: bytes it may take beyond the model, such as "2GiB".
+        check: cells that are run by the reference too, and must agree.
 
     Returns:
         The table with one row per pair, edge, `cut` (the edge or its control), layer and head; values left out are NaN
-        with the reason in `skipped`; `n_layers_cut` says in how many layers of a window there was something to cut. And
-        the summary of all receipts.
+        with the reason in `skipped`; `n_layers_cut` says in how many layers of a window there was something to cut.
+        Of scans with controls of equal mass or distance, `mass` is the unedited attention on what is cut, summed over
+        heads and layers, and `mass_ratio` its share of the edge's. And the summary of all receipts.
 
     Raises:
         UsageError: an edge does not fit (see `edges.ends_of`), or a head is out of range.
@@ -94,8 +109,8 @@ def knock_out(
     found = found_edges(vlm, pairs, scan, masks or {}, only_correct=only_correct, seed=seed)
     tables, notes = [], [summarise(())]
     drawn = _drawn(points, part)
-    for chosen, some, cut in sweeps(pairs, points, found, sets):
-        how = {"engine": engine, "batch": len(chosen), "memory": memory}
+    for chosen, some, cut in sweeps(pairs, points, found, scan):
+        how = {"engine": engine, "batch": len(chosen), "memory": memory, "check": check}
         result = sweep(vlm, chosen, some, cut, _measures(chosen, measure), **how)
         table = result.table
         if part is not None:
@@ -122,7 +137,8 @@ def plan_knockout(
 ) -> SweepPlan:
     """What `knock_out` over all pairs, `batch` at a time, will need; all examples are taken to be answered right.
 
-    One unedited pass over the first batch is run, to see which edges there are.
+    One unedited pass over the first batch is run, to see which edges there are; for controls of equal mass or distance,
+    and those that spare sinks, its examples are run one by one too.
 
     Args:
         part: cells in which answers are generated too; the plan is a `SpokenPlan` then.
@@ -134,7 +150,7 @@ def plan_knockout(
     found = found_edges(vlm, first, scan, masks or {}, only_correct=False, seed=seed)
     points = scan.points()
     drawn, plans = _drawn(points, part), []
-    for chosen, some, cut in sweeps(first, points, found, scan.layers.sets):
+    for chosen, some, cut in sweeps(first, points, found, scan):
         plan = plan_sweep(vlm, chosen, some, cut, _measures(chosen, measure), batch=len(chosen), memory=memory)
         spoken = [point for point in some if point in drawn]
         plans.append(plan if part is None else _with_generated(vlm, plan, chosen, spoken, cut, part))
@@ -233,12 +249,13 @@ def _assembled(
     rows = []
     for point in points:
         for number, pair in enumerate(pairs):
-            here = found[point.edge, point.cut][number]
+            here = found[kind_of(point)][number]
             place = dict(point.axes) | {"example": pair.id, "group": pair.group or pair.id}
             seen = sets[point.layer] if isinstance(here, str) else here.layers.intersection(sets[point.layer])
             why = here if isinstance(here, str) else "" if seen else OUT_OF_SIGHT
-            rows.append(place | {"n_layers_cut": len(seen), "skipped": why})
-    table = pd.DataFrame(rows)
+            mass = {} if isinstance(here, str) or not here.mass else {MASS_CUT: here.mass[place_of(point)]}
+            rows.append(place | {"n_layers_cut": len(seen), "skipped": why} | mass)
+    table = with_ratio(pd.DataFrame(rows), [axis for axis, _ in points[0].axes])
     measured = (LOGIT.name, prob(()).metric.name, measure, FLIP.name, LOST.name)
     columns = [f"{name}{ending}" for name in measured for ending in ("", "_baseline")]
     axes = [axis for axis, _ in points[0].axes]
@@ -259,6 +276,17 @@ def _assembled(
         early = (table.pop("skipped_in") == NOTHING_BEFORE) & (table["skipped"] == "")
         table["skipped"] = table["skipped"].where(~early, NOTHING_BEFORE)
     return table
+
+
+def with_ratio(table: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
+    """The table with each cut's attention as a share of that of its edge, where attention was weighed."""
+    if MASS_CUT not in table:
+        return table
+    where = ["example", *(axis for axis in axes if axis != "cut")]
+    own = table[table["cut"] == EDGE].set_index(where)[MASS_CUT].rename("own")
+    return (
+        table.join(own, on=where).assign(**{MASS_RATIO: lambda each: each[MASS_CUT] / each["own"]}).drop(columns="own")
+    )
 
 
 def relative_change(after: np.ndarray, before: np.ndarray) -> np.ndarray:

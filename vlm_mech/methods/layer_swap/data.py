@@ -35,6 +35,18 @@ def default_spans(
     return ("image", "class", "all") if vlm.n_class_tokens else ("image",)
 
 
+def open_layers(vlm: "VLM", stream: str, point: str) -> range:
+    """The layers of a stream at which nobody knows beforehand what a swap does.
+
+    After the last attention (in the tower: after the last block that is read), the image tokens are not looked at any
+    more, and the last token (in the tower: the image) is all that there is.
+    """
+    if stream == "projector":
+        return range(0)
+    n_layers = vlm.n_layers("llm") if stream == "llm" else vlm.vision_depth
+    return range(n_layers if point == "resid_pre" else n_layers - 1)
+
+
 def swap_sites(vlm: "VLM", stream: str, point: str) -> list[Site]:
     """The sites that a swap visits: every layer of a tower at one point, or both ends of the projector.
 

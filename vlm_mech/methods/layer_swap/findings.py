@@ -1,18 +1,20 @@
 """What a layer swap says, in sentences made from its numbers."""
 
-from vlm_mech.data.nouns import nouns_in, nouns_of
+from collections.abc import Sequence
+
+from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import TooFewError
-from vlm_mech.methods.layer_swap.study import ANSWER, NOTHING_BEFORE, WRONG, WRONG_ALONE
+from vlm_mech.methods.layer_swap.claims import DOES, MOVES, RECOVERED, TURNS, claimable, kind_of, words_of
+from vlm_mech.methods.layer_swap.study import NOTHING_BEFORE, WRONG, WRONG_ALONE
+from vlm_mech.results.claim import Claim, sentences
+from vlm_mech.results.claimed_layers import numbers, placed, runs
 from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
 
-LAST = {"last": "the last token alone", "last+answer": "the last token and those of the answer"}
-"""Spans at which an answer is foretold, in words."""
-
 
 def findings(result: Result, pairs: Pairs) -> tuple[str, ...]:
-    """How many pairs count, and at which layers the answer turns.
+    """How many pairs count, and what is claimed.
 
     Raises:
         TooFewError: fewer than two pairs count, so that nothing can be said.
@@ -48,47 +50,33 @@ def usable_share(result: Result, pairs: Pairs) -> str:
 
 
 def takeover(result: Result) -> tuple[str, ...]:
-    """Where the image tokens stop mattering and the last token takes over, in sentences made from the numbers."""
+    """What is claimed: where the image tokens stop mattering and the last token takes over, a sentence a span."""
     if "layer" not in result.axes:
         return ()
-    summary = result.summary("recovered")
-    # A span of the answer's tokens alone may have no value, and nothing is said of it.
-    n_fewest = int(summary.loc[summary["span"] != ANSWER, "n"].min()) if {*summary["span"]} - {ANSWER} else 0
-    if n_fewest < 2:
-        many = nouns_in(result.provenance).many
-        return (f"too few {many} have a recovered fraction to say where the answer turns ({n_fewest} in some cells).",)
-    found = []
-    spans = set(result.table["span"])
+    made = [claim for claim in result.claims if claim.made]
+    found, silent = [sentences(result.claims)[0]], []
     for direction in result.table["direction"].drop_duplicates():
-        where = {"direction": direction}
-        if "image" in spans:
-            found.append(f"{direction}: " + _image_sentence(result, where | {"span": "image"}))
-        for span, what in LAST.items():
-            if span in spans:
-                found.append(f"{direction}: " + _last_sentence(result, where | {"span": span}, what))
-    return tuple(found)
+        for span in claimable(result.table["span"].drop_duplicates().tolist()):
+            about = {"direction": direction, "span": span}
+            some = [claim for claim in made if about.items() <= claim.about.items()]
+            if some:
+                found.append(_sentence(result, some, span, direction))
+            else:
+                silent.append(f"{words_of(span)} ({direction})")
+    return (*found, f"Of a swap of {', '.join(silent)} nothing is claimed.") if silent else tuple(found)
 
 
-def _image_sentence(result: Result, where: dict[str, str]) -> str:
-    end = result.crossing(where, "layer", 0.5, rising=False, metric="recovered")
-    if end["at"] is None:
-        return "swapping the image tokens turns the answer at every layer."
-    if end["at"] == 0:
-        return f"swapping the image tokens does not turn the answer even at layer 0 (95 % interval {_interval(end)})."
-    turns = f"from layer {end['at']} on, swapping the image tokens no longer turns the answer"
-    return f"{turns} (95 % interval {_interval(end)})."
-
-
-def _last_sentence(result: Result, where: dict[str, str], what: str) -> str:
-    start = result.crossing(where, "layer", 0.5, rising=True, metric="recovered")
-    if start["at"] is None:
-        return f"swapping {what} turns the answer at no layer."
-    turns = f"from layer {start['at']} on, swapping {what} turns the answer"
-    return f"{turns} (95 % interval {_interval(start)})."
-
-
-def _interval(crossing: dict[str, int | None]) -> str:
-    low, high = (
-        "beyond the last" if layer is None else f"layer {layer}" for layer in (crossing["low"], crossing["high"])
-    )
-    return f"{low} to {high}"
+def _sentence(result: Result, claims: Sequence[Claim], span: str, direction: str) -> str:
+    """Where a swap of a span turns the answer, and where it does not."""
+    by_kind = {kind: [claim for claim in claims if claim.kind == kind_of(span, kind)] for kind in DOES}
+    if by_kind[TURNS]:
+        # What turns the answer moves it.
+        by_kind[MOVES] = []
+    every = sorted(result.table["layer"].unique().tolist())
+    texts = []
+    for kind, some in by_kind.items():
+        if some:
+            at = placed(runs([claim.about["layer"] for claim in some], every), first=every[0], last=every[-1])
+            label = f"{result.metrics[1].name} by" if kind == MOVES else RECOVERED
+            texts.append(f"{DOES[kind]} {at} ({numbers(some, label, strongest=kind == MOVES)})")
+    return f"{direction}: swapping {words_of(span)} {'; it '.join(texts)}."

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
+from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.fitting import Variety, fitting
 from vlm_mech.data.nouns import nouns_in
@@ -13,7 +14,9 @@ from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.interventions.receipt import add_up, summarise
-from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
+from vlm_mech.methods.gates.gated import Asked, Options, gated
+from vlm_mech.methods.layer_swap.claims import claimable, edit_of, pool_of, removed_of
+from vlm_mech.methods.layer_swap.data import default_spans, open_layers, swap_sites
 from vlm_mech.methods.layer_swap.findings import findings
 from vlm_mech.methods.layer_swap.study import metrics_of, swap_states
 from vlm_mech.results.result import Result
@@ -51,6 +54,9 @@ def layer_swap(
     batch: int = 32,
     engine: str = "fast",
     memory: int | str | None = None,
+    gates: Literal["none", "quick", "all"] = "quick",
+    null: int = 5,
+    seed: int = 0,
 ) -> Result:
     """Activation patching (an interchange intervention) between the two images of each pair, at every layer and span.
 
@@ -71,21 +77,27 @@ def layer_swap(
         batch: pairs a forward pass.
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
         memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
+        gates: ways in which claims could be lost: "none" but the half of the pairs that did not choose them; "quick":
+            resamples of the pairs too; "all", as the command has it by default: the same analysis of models with
+            shuffled weights, and of shuffled answers.
+        null: models with shuffled weights, and shuffles of the answers, that "all" compares with.
+        seed: parts the pairs in halves, and draws what is random in the gates.
 
     Returns:
         A row per pair and cell of direction, span and layer (or point of the projector), with the metrics `recovered`,
         `logit_diff` (or what `measure` names) and `flip`; `findings` says how many pairs count, and at which layers the
-        answer turns. The provenance has what that of `python -m experiments.layer_swap` has, less
-        versions and settings.
+        answer turns, which `claims` has with all numbers. The provenance has what that of
+        `python -m experiments.layer_swap` has, less versions and settings.
 
     Raises:
-        UsageError: a span or direction that is not known, no pair that fits, or a batch below 1.
+        UsageError: a span, a direction or gates that are not known, no pair that fits, or a batch below 1.
         WorkError: fewer than two pairs count.
     """
     check_decoder(vlm, "layer_swap")
     check_pairs(pairs, "layer_swap")
     if batch < 1:
         raise UsageError(f"batch is {batch}; at least 1 is needed")
+    asked = Options(gates, null, seed, batch)
     check_once([pair.id for pair in pairs], "a pair with the id")
     sites = swap_sites(vlm, site, point)
     pairs = fitting(vlm, pairs, variants=variants, whole=measure != "logit_diff")
@@ -97,7 +109,8 @@ def layer_swap(
     done = [swap_states(vlm, pairs[start : start + batch], sites, spans, **how) for start in starts]
     table = pd.concat([rows for rows, _ in done], ignore_index=True)
     provenance = about(question_of(pairs), vlm, pairs, add_up([summarise(receipts) for _, receipts in done]))
-    result = told(swap_result(site, table, provenance, measure), pairs)
+    result = with_claims(swap_result(site, table, provenance, measure), asked, vlm, pairs, sites, spans, how)
+    result = told(result, pairs)
     return dataclasses.replace(result, findings=(*result.findings, *remarks(provenance)))
 
 
@@ -113,6 +126,32 @@ def swap_result(
     depth = "point" if site == "projector" else "layer"
     table, metrics = without_trivial_places(table, [measure]), metrics_of(measure, nouns_in(provenance))
     return Result(f"layer swap ({site})", table, ("direction", "span", depth), metrics, {}, provenance)
+
+
+def with_claims(
+    result: Result,
+    asked: Asked,
+    vlm: "VLM",
+    pairs: Pairs,
+    sites: Sequence[Site],
+    spans: Sequence[str],
+    how: dict[str, Any],
+) -> Result:
+    """The result of a swap of pairs at sites and spans with what is claimed of it.
+
+    Args:
+        asked: how claims are tested.
+        how: the further options of `swap_states`.
+    """
+    stream, _, point = sites[0].name.partition(".")
+    layers = open_layers(vlm, stream, point)
+    again = how | {"only_correct": False, "part": None}
+
+    def measured(vlm: "VLM", pairs: Pairs) -> pd.DataFrame:
+        return swap_states(vlm, pairs, sites, claimable(spans), **again)[0]
+
+    ways = (edit_of(sites), removed_of(sites))
+    return dataclasses.replace(result, claims=gated(asked, vlm, pairs, result, pool_of(layers), measured, *ways))
 
 
 def told(result: Result, pairs: Pairs) -> Result:

@@ -1,280 +1,265 @@
-"""What a map of the visual flow claims: layers that read, carry and suppress, each a statistic with its uncertainty.
+"""What a map of the visual flow could say of a layer: that it reads, writes, carries, pushes or suppresses, and where
+a swap turns the answer, where the rival leads, and where a probe finds the answer.
 
-Everything follows from the per-example values of a saved `Result`. All cells that a claim may rest on are tested
-together (sign-flip test, Holm's correction over all of them), and a claim needs an effect of some size as well.
+Each is a claim with one or several conditions on the cells of `effects.flow_effects`; one half of the examples declares
+and the other half tests (`results.claiming`), so that a layer is never named on the examples that chose it.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
-import numpy as np
-import pandas as pd
-from jaxtyping import Float, Int
+from vlm_mech.methods.knockout.claims import NEEDED, WAYS
+from vlm_mech.methods.knockout.data import Scan
+from vlm_mech.methods.visual_flow.data import LAST, WHOLE, edges
+from vlm_mech.methods.visual_flow.effects import (
+    CUT,
+    CUT_AT_RANDOM,
+    DECODED,
+    EFFECT,
+    LEAD,
+    READS,
+    RISE,
+    STEP,
+    SWAPPED,
+    TURNED,
+    WRITES,
+    layers_of,
+    least,
+    means_of,
+)
+from vlm_mech.methods.visual_flow.study import INPUT
+from vlm_mech.results.claim import SMALLEST, Claim, Condition, Side
+from vlm_mech.results.gates import Pool
+from vlm_mech.results.result import Result
 
-from vlm_mech.methods.visual_flow.data import edges
-from vlm_mech.methods.visual_flow.study import INPUT, KNOCKOUT, LENS, PROBE, SWAP, difference_of, said_in
-from vlm_mech.results.claim import LEVEL, SHARE, SMALLEST
-from vlm_mech.results.result import N_RESAMPLES, N_SIGN_FLIPS, Result
-from vlm_mech.results.statistics import bootstrap_means, corrected, percentile_interval, sign_flip_p
-
-READS, WRITES, HOLDS, CUT = "image read", "last written", "question holds", "edge cut"
-STEP, RISE, END = "lead changed", "lead risen", "lead at the end"
-DECODED = "answer decoded"
-CLAIMED_SHARE = 0.95
-"""A layer is named only if it exists in this share of the resamples."""
-
-Statistic = Callable[[Float[np.ndarray, "draw column"]], Int[np.ndarray, "draw"]]
-"""From means over examples, a row a draw, to the number of a column; -1 where there is none."""
-
-
-# Layers as statistics
-
-
-@dataclass(frozen=True)
-class Where:
-    """A layer found from means over examples, and in which layers it lies in resamples of the examples.
-
-    `low` to `high` is the 95 % percentile interval over those resamples in which it exists, `share` how many of them
-    there are. `at` is None where it does not exist in the examples themselves.
-    """
-
-    at: int | None
-    low: int | None
-    high: int | None
-    share: float
-
-    def __str__(self) -> str:
-        low, high = (_name(layer) for layer in (self.low, self.high))
-        return f"95 % interval {low} to {high}, in {100 * self.share:.0f} % of resamples"
-
-
-def _name(layer: int | None) -> str:
-    return "input" if layer == INPUT else str(layer)
-
-
-def where(
-    values: Float[np.ndarray, "example column"],
-    groups: Int[np.ndarray, "example"],
-    statistic: Statistic,
-    layers: Sequence[int],
-    *,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
-) -> Where:
-    """The layer that a statistic of the means finds, with its bootstrap interval over examples.
-
-    Args:
-        layers: the layer of each column.
-    """
-    found = int(statistic(values.mean(0, keepdims=True))[0])
-    draws = statistic(bootstrap_means(values, groups, n_resamples=n_resamples, seed=seed))
-    held = draws[draws >= 0]
-    share = len(held) / len(draws)
-    if not len(held):
-        return Where(None, None, None, share)
-    low, high = np.percentile(held, [2.5, 97.5], method="nearest").astype(int)
-    return Where(layers[found] if found >= 0 else None, layers[low], layers[high], share)
-
-
-def largest(means: Float[np.ndarray, "draw column"]) -> Int[np.ndarray, "draw"]:
-    """The column with the largest mean, the first of equal ones."""
-    return means.argmax(1)
-
-
-def deepest(means: Float[np.ndarray, "draw column"]) -> Int[np.ndarray, "draw"]:
-    """The column with the most negative mean; none where no mean is negative."""
-    return np.where(means.min(1) < 0, means.argmin(1), -1)
-
-
-def overtaken(means: Float[np.ndarray, "draw column"]) -> Int[np.ndarray, "draw"]:
-    """The first column from which on all means are negative."""
-    behind = np.flip(np.logical_and.accumulate(np.flip(means < 0, 1), 1), 1)
-    return np.where(behind.any(1), behind.argmax(1), -1)
-
-
-# What is tested
-
-
-def values_of(
-    result: Result, method: str, span: str, column: str
-) -> tuple[Float[np.ndarray, "example layer"], list[int]]:
-    """Values of a column in the decoder, examples in the order of the result, and the layer of each."""
-    table = result.table
-    table = table[(table["method"] == method) & (table["span"] == span) & (table["stream"] == "llm")]
-    wide = table.pivot(index="example", columns="layer", values=column).sort_index(axis=1)
-    return wide.loc[result.table["example"].drop_duplicates()].to_numpy(float), [int(each) for each in wide.columns]
-
-
-def changes_of(result: Result, method: str, span: str) -> tuple[Float[np.ndarray, "example layer"], list[int]]:
-    """What an edit does to the difference of the two answers."""
-    name = difference_of(result)
-    after, layers = values_of(result, method, span, name)
-    before, _ = values_of(result, method, span, f"{name}_baseline")
-    return after - before, layers
-
-
-Columns = dict[tuple[str, str], tuple[Float[np.ndarray, "example layer"], list[int]]]
-"""Values by example and layer, and the layers, for every kind and span."""
-
-
-def columns_of(result: Result) -> Columns:
-    """Everything that is tested: for each kind and span, values by example and layer.
-
-    A block reads what a swap of the image loses across it, and writes what a swap of the last token gains; both are
-    differences of neighbouring places, so a layer here is a block. The lead is risen over that in the decoder's input.
-    What probes decode is the probability of the answer less that of its rival, not an effect on an answer.
-    """
-    found, place = {}, said_in(result)
-    for kind, span in ((READS, "image"), (WRITES, place)):
-        changes, layers = changes_of(result, SWAP, span)
-        found[kind, span] = (np.diff(changes, axis=1), layers[1:])
-    found[HOLDS, "question"] = changes_of(result, SWAP, "question")
-    cut = result.table.loc[result.table["method"] == KNOCKOUT, "span"]
-    for edge in (each for each in edges(place) if each in set(cut)):
-        found[CUT, edge] = changes_of(result, KNOCKOUT, edge)
-    leads, layers = values_of(result, LENS, place, "lead")
-    found[STEP, place] = (np.diff(leads, axis=1), layers[1:])
-    found[RISE, place] = (leads[:, 1:] - leads[:, :1], layers[1:])
-    found[END, place] = (leads[:, -1:], layers[-1:])
-    read = result.table.loc[result.table["method"] == PROBE, "span"]
-    for span in read.drop_duplicates():
-        true, layers = values_of(result, PROBE, span, "p_true")
-        found[DECODED, span] = (true - values_of(result, PROBE, span, "p_rival")[0], layers)
-    return found
-
-
-def all_cells(result: Result, *, seed: int = 0) -> pd.DataFrame:
-    """One row a cell: kind, span, layer, n, effect (of probes probabilities), 95 % interval, corrected p."""
-    return _tested(columns_of(result), result.groups(), seed)
-
-
-def _tested(columns: Columns, groups: Int[np.ndarray, "example"], seed: int) -> pd.DataFrame:
-    values = np.hstack([each for each, _ in columns.values()])
-    low, high = percentile_interval(values, groups, level=0.95, n_resamples=N_RESAMPLES, seed=seed)
-    p = sign_flip_p(values, groups, n_resamples=N_SIGN_FLIPS, seed=seed)
-    cells = [(kind, span, layer) for (kind, span), (_, layers) in columns.items() for layer in layers]
-    held = ~np.isnan(values)
-    means = np.where(held, values, 0).sum(0) / np.maximum(1, held.sum(0))
-    numbers = {"n": held.sum(0), "effect": np.where(held.any(0), means, np.nan), "low": low, "high": high}
-    return pd.DataFrame(cells, columns=["kind", "span", "layer"]).assign(**numbers, p=corrected(p, "holm"))
-
-
-# What is claimed
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A layer and its effect in the unit of the map, with 95 % interval, corrected p and number of examples.
-
-    `needed` says of a layer that reads or writes whether the answer also suffers when its attention is cut there.
-    """
-
-    layer: int
-    effect: float
-    low: float
-    high: float
-    p: float
-    n: int
-    needed: bool = False
+READ, READ_NEEDED, WRITE, CARRY = "reads", "reads and is needed", "writes", "carries"
+PUSH, SUPPRESS, OVERTAKEN = "lead falls", "suppresses", "rival leads"
+TURNS, FOUND = "swap turns", "decoded"
+"""Kinds of claims, beside those of knockouts: `NEEDED` and `HOLDS_BACK`."""
+NAMES_OF = {
+    READ: "layers that read the image's answer",
+    WRITE: "layers that write it",
+    CARRY: "layers that carry it from the question",
+    NEEDED: "cuts that lower the answer's lead",
+    SUPPRESS: "layers that suppress the answer",
+    OVERTAKEN: "depths from which on the rival leads",
+}
+"""What findings tell of, where there is no such claim."""
+TOKENS = {LAST: "the last token", WHOLE: "the last token and the answers' tokens"}
+PLACES = {"object": "the object's patches", "last": "the last token"}
+AT_RANDOM = "less what as many edges between random tokens do there:"
 
 
 @dataclass(frozen=True)
 class FlowClaims:
-    """What a map says; an empty tuple, or None, is a claim not made.
+    """The claims that a map makes, those first that were strongest on the examples that declared them."""
 
-    `reads` lose the image's share of the answer, `writes` bring it to the last token, `carries` are those among them
-    that take it from the question. `pushes` lower the lead of the answer, `suppresses` those of them that do so after
-    it had risen. `reading` and `suppressing` are the strongest of these, `overtaking` the first block after which the
-    rival leads for good. `decoded` are the places where probes find the answer likelier than its rival, by span.
-    `cells` is everything that was tested, as `all_cells` gives it.
-    """
+    made: tuple[Claim, ...]
 
-    reads: tuple[Claim, ...]
-    writes: tuple[Claim, ...]
-    carries: tuple[Claim, ...]
-    pushes: tuple[Claim, ...]
-    suppresses: tuple[Claim, ...]
-    reading: Where | None
-    suppressing: Where | None
-    overtaking: Where | None
-    end: Claim
-    decoded: dict[str, tuple[Claim, ...]]
-    cells: pd.DataFrame
+    @classmethod
+    def of(cls, claims: Sequence[Claim]) -> "FlowClaims":
+        """Those of some claims that are made."""
+        made = [claim for claim in claims if claim.made]
+        return cls(tuple(sorted(made, key=lambda claim: -claim.strength(claim.declared))))
+
+    def layers(self, kind: str) -> tuple[int, ...]:
+        """The layers of a kind of claims, each once."""
+        return tuple(dict.fromkeys(claim.about["layer"] for claim in self.made if claim.kind == kind))
 
     @property
-    def route(self) -> str:
+    def overtaken(self) -> int | None:
+        """The first layer from whose output on the rival is claimed to lead."""
+        return min(self.layers(OVERTAKEN), default=None)
+
+    @property
+    def route(self) -> Literal["direct", "two-hop", "none"]:
         """`direct`, `two-hop`, or `none` where nothing reads."""
-        if not self.reads:
+        if not self.layers(READ):
             return "none"
-        return "two-hop" if self.carries else "direct"
+        return "two-hop" if self.layers(CARRY) else "direct"
 
 
-def claims(result: Result, *, seed: int = 0) -> FlowClaims:
-    """The layers that a map names.
+def told(claims: Sequence[Claim]) -> tuple[Claim, ...]:
+    """The made claims that need telling, in the order given: not those that follow from others.
 
-    An effect counts when it is significant after correction and neither below `SMALLEST` logits (or nats) nor below
-    `SHARE` of the whole: half of what a swap of the image does in the decoder's input, or the largest rise or fall of
-    the lead.
+    A claim follows from one that has all of its conditions (that a layer reads, from one that it reads and is needed)
+    and that lost no gate which it passed itself.
     """
-    columns, groups, place = columns_of(result), result.groups(), said_in(result)
-    read_directly, read_by_question, taken_over = edges(place)
-    cells = _tested(columns, groups, seed)
-    whole, _ = changes_of(result, SWAP, "image")
-    found = _counted(cells, abs(float(whole[:, 0].mean())) / 2)
-    cut = {edge: set(_of(found, CUT, edge, falling=True)["layer"]) for edge in edges(place)}
-    reads, writes = _of(found, READS, "image", falling=False), _of(found, WRITES, place, falling=True)
-    carried = len(_of(found, HOLDS, "question", falling=True)) > 0
-    carries = writes[writes["layer"].isin(cut[taken_over])] if carried else writes[:0]
-    leads = _counted(cells, float(cells.loc[cells["kind"] == RISE, "effect"].abs().max()))
-    pushes, risen = _of(leads, STEP, place, falling=True), _of(leads, RISE, place, falling=False)["layer"]
-    suppresses = pushes[pushes["layer"] > risen.min()] if len(risen) else pushes[:0]
-    (read, blocks), (changed, _) = columns[READS, "image"], columns[STEP, place]
-    end = _claims(cells[cells["kind"] == END], set())[0]
-    probed = cells[(cells["kind"] == DECODED) & (cells["p"] < LEVEL) & (cells["effect"] > 0)]
-    return FlowClaims(
-        reads=_claims(reads, cut[read_directly] | cut[read_by_question]),
-        writes=_claims(writes, cut[read_directly] | cut[taken_over]),
-        carries=_claims(carries, cut[taken_over]),
-        pushes=_claims(pushes, set()),
-        suppresses=_claims(suppresses, set()),
-        reading=where(read, groups, largest, blocks, seed=seed) if len(reads) else None,
-        suppressing=where(changed, groups, deepest, blocks, seed=seed) if len(suppresses) else None,
-        overtaking=_overtaking(result, end, seed),
-        end=end,
-        decoded={str(span): _claims(rows, set()) for span, rows in probed.groupby("span", sort=False)},
-        cells=cells,
-    )
+    made = [claim for claim in claims if claim.made]
+    each = [frozenset(repr(dataclasses.replace(one, says="")) for one in claim.conditions) for claim in made]
+
+    def follows(number: int, other: int) -> bool:
+        if not set(made[other].lost) <= set(made[number].lost):
+            return False
+        return each[number] < each[other] or (each[number] == each[other] and other < number)
+
+    numbers = range(len(made))
+    return tuple(made[number] for number in numbers if not any(follows(number, other) for other in numbers))
 
 
-def _counted(cells: pd.DataFrame, whole: float) -> pd.DataFrame:
-    least = max(SMALLEST, SHARE * whole)
-    return pd.DataFrame(cells[(cells["p"] < LEVEL) & (cells["effect"].abs() >= least)])
+# The pool
 
 
-def _overtaking(result: Result, end: Claim, seed: int) -> Where | None:
-    """From where on the rival leads, if it does at the end; what is in the decoder's input was not read by anything."""
-    if end.p >= LEVEL or end.effect > -SMALLEST:
-        return None
-    leads, layers = values_of(result, LENS, said_in(result), "lead")
-    found = where(leads[:, 1:], result.groups(), overtaken, layers[1:], seed=seed)
-    return found if found.at is not None and found.share >= CLAIMED_SHARE else None
+def pool_of(scan: Scan) -> Pool:
+    """What can be said of the effects of a map whose attention was cut as this scan says."""
+    return partial(pool, where=scan.layers.where)
 
 
-def _of(cells: pd.DataFrame, kind: str, span: str, *, falling: bool) -> pd.DataFrame:
-    signed = cells["effect"] < 0 if falling else cells["effect"] > 0
-    return pd.DataFrame(cells[(cells["kind"] == kind) & (cells["span"] == span) & signed])
+def pool(effects: Result, *, where: str = "at") -> tuple[Claim, ...]:
+    """All that could be said of the effects of a map (`effects.flow_effects`).
+
+    An effect on an answer counts from `SMALLEST` logits (or nats) and `SHARE` of half of what a swap of the image does
+    in the decoder's input on; a change of the lead from `SHARE` of its largest rise or fall on. What a cut does must go
+    beyond what as many edges between random tokens do, where the result has such a control.
+
+    Args:
+        where: the word before a layer that is cut.
+    """
+    asked = _Asked.of(effects, where)
+    return (*_layers(asked), *_cuts(asked), *_turning(asked), *_leading(asked), *_decoded(asked))
 
 
-def _claims(cells: pd.DataFrame, needed: set[int]) -> tuple[Claim, ...]:
-    return tuple(
-        Claim(
-            int(row["layer"]), float(row["effect"]), float(row["low"]), float(row["high"]), float(row["p"]),
-            int(row["n"]), int(row["layer"]) in needed,
-        )
-        for _, row in cells.iterrows()
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Asked:
+    """What can be asked of some effects: layers by kind and span, and the least sizes that count."""
+
+    layers: dict[tuple[str, str], list[int]]
+    controlled: frozenset[tuple[str, int]]
+    said: str
+    where: str
+    unit: str
+    enough: float
+    enough_of_lead: float
+
+    @classmethod
+    def of(cls, effects: Result, where: str) -> "_Asked":
+        means, layers = means_of(effects), layers_of(effects)
+        (said,) = (span for kind, span in layers if kind == WRITES)
+        held = effects.table.dropna(subset=[EFFECT])
+        counts = held[held["kind"] == CUT_AT_RANDOM].value_counts(["span", "layer"])
+        controlled = frozenset(counts[counts > 1].index.tolist())
+        enough = least(means[SWAPPED, "image", INPUT] / 2)
+        of_lead = least(max(abs(means[RISE, said, layer]) for layer in layers[RISE, said]))
+        return cls(layers, controlled, said, where, effects.metrics[0].unit, enough, of_lead)
+
+    def spans(self, kind: str) -> list[str]:
+        return [span for each, span in self.layers if each == kind]
+
+    def cut(self, edge: str, layer: int, side: Side) -> tuple[Condition, ...]:
+        """What cutting an edge must do, and beyond its control; none where it is not cut."""
+        if layer not in self.layers.get((CUT, edge), ()):
+            return ()
+        says = f"cutting {edge} {self.where} it:"
+        cut = _condition(CUT, edge, layer, side, self.enough, says=says)
+        if (edge, layer) not in self.controlled:
+            return (cut,)
+        control = {"kind": CUT_AT_RANDOM, "span": edge, "layer": layer}
+        return cut, _condition(CUT, edge, layer, side, less=control, says=AT_RANDOM)
 
 
-def layers_of(some: Sequence[Claim]) -> tuple[int, ...]:
-    """The layers of some claims."""
-    return tuple(claim.layer for claim in some)
+def _condition(kind: str, span: str, layer: int, side: Side, least: float = 0.0, **more: Any) -> Condition:
+    return Condition(EFFECT, {"kind": kind, "span": span, "layer": layer}, side, least, **more)
+
+
+def _layers(asked: _Asked) -> list[Claim]:
+    """Layers that read, write and carry."""
+    found, said = [], asked.said
+    of_last, of_question, taken_over = edges(said)
+    does = "what a swap of {} does to the answer's lead {} across it"
+    lost, grows = does.format("the image", "is lost"), does.format(TOKENS[said], "grows")
+    for layer in asked.layers[READS, "image"]:
+        reads, about = _condition(READS, "image", layer, "above", asked.enough), {"layer": layer}
+        found.append(Claim(READ, about, f"layer {layer} reads: {lost}", (reads,), asked.unit))
+        for edge in (of_last, of_question):
+            if cut := asked.cut(edge, layer, "below"):
+                says = f"layer {layer} reads and is needed: {lost}"
+                found.append(Claim(READ_NEEDED, about | {"edge": edge}, says, (reads, *cut), asked.unit))
+        writes = _condition(WRITES, said, layer, "below", asked.enough)
+        found.append(Claim(WRITE, about, f"layer {layer} writes: {grows}", (writes,), asked.unit))
+        if cut := asked.cut(taken_over, layer, "below"):
+            held = "a swap of the question before it:"
+            holds = _condition(SWAPPED, "question", layer - 1, "below", asked.enough, says=held)
+            says = f"layer {layer} carries from the question: {grows}"
+            found.append(Claim(CARRY, about, says, (writes, *cut, holds), asked.unit))
+    return found
+
+
+def _cuts(asked: _Asked) -> list[Claim]:
+    """Edges whose cut lowers the answer's lead over the other image's, or raises it."""
+    found = []
+    for edge in asked.spans(CUT):
+        for layer in asked.layers[CUT, edge]:
+            for kind, side, does in WAYS:
+                says = f"cutting {edge} {asked.where} layer {layer} {does} the answer's lead over the other image's"
+                about = {"layer": layer, "edge": edge}
+                found.append(Claim(kind, about, says, asked.cut(edge, layer, side), asked.unit))
+    return found
+
+
+def _turning(asked: _Asked) -> list[Claim]:
+    """Depths at which a swap turns the answer: it does more than half of what the other image changes.
+
+    Left out are those at which it must, whatever the model does: the image in the decoder's input, and the last output.
+    """
+    found, said = [], asked.said
+    for span in ("image", "question", said):
+        layers = asked.layers[TURNED, span][:-1]
+        layers = layers[1:] if span == "image" else layers
+        for layer in layers:
+            if span == "image":
+                depths, at = [each for each in layers if each <= layer][::-1], f"at every depth up to {_depth(layer)}"
+            elif span == "question":
+                depths, at = [layer], f"at {_depth(layer)}"
+            else:
+                depths, at = [each for each in layers if each >= layer], f"at every depth from {_depth(layer)} on"
+            conditions = tuple(_condition(TURNED, span, each, "below", asked.enough) for each in depths)
+            what = TOKENS[said] if span == said else f"the {span}"
+            says = f"a swap of {what} turns the answer (more than half of what the other image changes) {at}"
+            about = {"layer": layer, "span": span}
+            found.append(Claim(TURNS, about, says, conditions, f"{asked.unit} beyond half there"))
+    return found
+
+
+def _leading(asked: _Asked) -> list[Claim]:
+    """Layers across which the answer's lead over its rival falls, and depths from which on the rival leads for good."""
+    found, said = [], asked.said
+    layers, falls = asked.layers[STEP, said], "the answer's lead over its rival falls across"
+    for layer in layers:
+        step, about = _condition(STEP, said, layer, "below", asked.enough_of_lead), {"layer": layer}
+        found.append(Claim(PUSH, about, f"{falls} layer {layer}", (step,), asked.unit))
+        if layer > layers[0]:
+            risen = "before it, its rise since the decoder's input:"
+            before = _condition(RISE, said, layer - 1, "above", asked.enough_of_lead, says=risen)
+            says = f"layer {layer} suppresses: {falls} it after it had risen"
+            found.append(Claim(SUPPRESS, about, says, (step, before), asked.unit))
+        # However sure a tie is at the end, the rival does not lead by it.
+        ends = [(each, SMALLEST if each == layers[-1] else 0.0) for each in layers if each >= layer]
+        behind = tuple(_condition(LEAD, said, each, "below", enough) for each, enough in ends)
+        says = f"the answer's lead over its rival is negative at every depth from {_depth(layer)} on"
+        found.append(Claim(OVERTAKEN, about, says, behind, asked.unit))
+    return found
+
+
+def _decoded(asked: _Asked) -> list[Claim]:
+    """Depths up to which a probe finds the answer likelier than its rival at the object, and from which on at the last
+    token: what is there at first may be lost, and what comes there may stay.
+    """
+    found = []
+    for span in asked.spans(DECODED):
+        layers = asked.layers[DECODED, span]
+        likelier = f"decodable: at {PLACES.get(span, span)} P(answer) of a probe is above P(rival) at every depth"
+        for layer in layers:
+            if span == "object":
+                depths, run = [each for each in layers if each <= layer][::-1], f"up to {_depth(layer)}"
+            else:
+                depths, run = [each for each in layers if each >= layer], f"from {_depth(layer)} on"
+            conditions = tuple(_condition(DECODED, span, each, "above") for each in depths)
+            found.append(Claim(FOUND, {"layer": layer, "span": span}, f"{likelier} {run}", conditions, "there"))
+    return found
+
+
+def _depth(layer: int) -> str:
+    return "the decoder's input" if layer == INPUT else f"the output of layer {layer}"

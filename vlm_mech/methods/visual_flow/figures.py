@@ -2,12 +2,12 @@
 
 import html
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from vlm_mech.errors import UsageError
 from vlm_mech.methods.layer_swap.study import compared_by
+from vlm_mech.methods.visual_flow.claims import READ, SUPPRESS, FlowClaims
 from vlm_mech.methods.visual_flow.data import LAST, edges, spans
 from vlm_mech.methods.visual_flow.example_pages import example_pages
 from vlm_mech.methods.visual_flow.study import (
@@ -27,7 +27,7 @@ from vlm_mech.results.result import Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-READ, SUPPRESS, GREY = "#009E73", "#D55E00", "#888888"
+READING, SUPPRESSING, GREY = "#009E73", "#D55E00", "#888888"
 STREAMS = {"vision": "vision tower", "projector": "projector", "llm": "language model"}
 ROWS = {
     "decodable here": "probability",
@@ -46,19 +46,13 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
 
 
 def flow_map(result: Result, *, title: str | None = None) -> "go.Figure":
-    """Four rows over the depth of the model, with 95 % bands; read and suppress layers are marked with their interval.
+    """Four rows over the depth of the model, with 95 % bands; layers that are claimed to read or suppress are marked.
 
-    Claims come from `provenance["claims"]` (see `claims.claims`). A swap, probe or lens at layer l is after block l, a
-    cut is in block l.
-
-    Raises:
-        UsageError: the result holds no claims.
+    A swap, probe or lens at layer l is after block l, a cut is in block l.
     """
     from plotly.subplots import make_subplots
 
-    said, rival = result.provenance.get("claims"), result.provenance.get("rival", "the rival")
-    if not said:
-        raise UsageError(f"{result.name} holds no claims of a map")
+    rival = result.provenance.get("rival", "the rival")
     names = list(ROWS) if PROBE in set(result.table["method"]) else list(ROWS)[1:]
     figure = make_subplots(len(names), 1, shared_xaxes=True, vertical_spacing=0.045)
     summary, places = result.summary(), _places(result)
@@ -72,7 +66,7 @@ def flow_map(result: Result, *, title: str | None = None) -> "go.Figure":
         drawn[name](figure, number, summary, at, str(rival))
         title_text = f"<b>{name}</b><br>{ROWS[name].format(**how)}"
         figure.update_yaxes(title_text=title_text, title_font={"size": 12}, row=number, col=1)
-    _marked(figure, said, at, len(names))
+    _marked(figure, FlowClaims.of(result.claims), at, len(names))
     _axis(figure, places, len(names))
     height = 165 + 190 * len(names)
     _dressed(figure, result, title, height, names)
@@ -190,29 +184,24 @@ def _place(stream: str, layer: int) -> str:
 # Marks and axes
 
 
-def _marked(figure: "go.Figure", said: dict[str, Any], at: dict[Place, int], n_rows: int) -> None:
-    """Bands over all rows for the strongest layers and where they lie in resamples, ticks above for all claimed."""
-    marks = (("reads", "reading", READ, "read", 16), ("suppresses", "suppressing", SUPPRESS, "suppress", 2))
-    for claimed, strongest, colour, word, shift in marks:
-        layers = [claim["layer"] for claim in said[claimed]]
-        found = said[strongest]
-        for layer in layers:
-            text = word if len(layers) <= 3 else "▾"
-            text = f"<b>{word}</b>" if found is not None and layer == found["at"] else text
+def _marked(figure: "go.Figure", said: FlowClaims, at: dict[Place, int], n_rows: int) -> None:
+    """Bands over all rows for the layers that are claimed, ticks above them: bold where a claim passed its gates."""
+    for kind, colour, word, shift in ((READ, READING, "read", 16), (SUPPRESS, SUPPRESSING, "suppress", 2)):
+        claims = [claim for claim in said.made if claim.kind == kind]
+        for claim in claims:
+            x, text = at["llm", claim.about["layer"]], word if len(claims) <= 3 else "▾"
             figure.add_annotation(
-                x=at["llm", layer], y=1, xref="x", yref="paper", yanchor="bottom", yshift=shift, showarrow=False,
-                text=text, font={"color": colour, "size": 11},
+                x=x, y=1, xref="x", yref="paper", yanchor="bottom", yshift=shift, showarrow=False,
+                text=text if claim.lost else f"<b>{text}</b>", font={"color": colour, "size": 11},
             )  # fmt: skip
-        if layers and found is not None and found["at"] is not None:
-            band = {"x0": at["llm", found["low"]] - 0.5, "x1": at["llm", found["high"]] + 0.5}
+            band = {"x0": x - 0.5, "x1": x + 0.5, "fillcolor": colour, "opacity": 0.13, "line_width": 0}
             for row in range(1, n_rows + 1):
-                figure.add_vrect(**band, fillcolor=colour, opacity=0.13, line_width=0, layer="below", row=row, col=1)
-    found = said["overtaking"]
-    if found is not None:
-        line = {"color": SUPPRESS, "width": 1.5, "dash": "dash"}
-        words = {"annotation_text": "rival leads", "annotation_font": {"size": 10, "color": SUPPRESS}}
+                figure.add_vrect(**band, layer="below", row=row, col=1)
+    if said.overtaken is not None:
+        line = {"color": SUPPRESSING, "width": 1.5, "dash": "dash"}
+        words = {"annotation_text": "rival leads", "annotation_font": {"size": 10, "color": SUPPRESSING}}
         figure.add_vline(
-            x=at["llm", found["at"]], line=line, row=n_rows, col=1, annotation_position="top right", **words
+            x=at["llm", said.overtaken], line=line, row=n_rows, col=1, annotation_position="top right", **words
         )
 
 
@@ -242,9 +231,9 @@ def _dressed(figure: "go.Figure", result: Result, title: str | None, height: int
     words = title or f"what is seen on its way to the answer: {model}"
     note = (
         f"n = {n} examples; bands: 95 % interval over examples. Probe, swap and lens are after a block,"
-        " cuts in it; in: what the decoder receives.<br>Shaded: the strongest read (green) and suppress (orange) layer"
-        " with its 95 % interval; named above: all layers claimed after<br>Holm's correction; dashed: the rival leads"
-        " from there on."
+        " cuts in it; in: what the decoder receives.<br>Shaded: layers claimed to read (green) and to suppress (orange)"
+        " on examples that did not choose them; bold: no gate lost;<br>dashed: the rival is claimed to lead from"
+        " there on."
     )
     figure.add_annotation(
         text=note, xref="paper", yref="paper", x=0, y=0, yshift=-98, xanchor="left", align="left", showarrow=False,

@@ -1,8 +1,10 @@
 """What is read at every patch of single examples: the lens's words, a probe's probability, a head's attention."""
 
 import base64
+import dataclasses
 import io
 import operator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,12 @@ from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.attention_weights import attention_from
 from vlm_mech.interventions.specification import Knockout
 from vlm_mech.methods.lens.logit_lens import lens
-from vlm_mech.methods.visual_flow.claims import FlowClaims
+from vlm_mech.methods.visual_flow.claims import CARRY, READ, READ_NEEDED, FlowClaims
 from vlm_mech.methods.visual_flow.data import Cases, edges
 from vlm_mech.methods.visual_flow.probes import ProbeExamples, patch_probabilities
 from vlm_mech.methods.visual_flow.study import INPUT, swapped_sites
+from vlm_mech.results.claiming import halves
+from vlm_mech.results.result import Result
 from vlm_mech.sweeps.measures import Comparison, comparison
 from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.sweep import grid, sweep
@@ -33,25 +37,28 @@ MOST_SITES = 9
 LONGEST_SIDE, SMALL = 480, 256
 """Of the picture that is kept, in pixels; pictures no larger than the second are kept without loss."""
 N_CHOOSING = 32
-"""Examples at most on which the reading head is chosen; those that are shown are not among them if there are enough."""
+"""Examples at most on which the reading head is chosen, and on which its effect is told."""
 
 
 def patch_readings(
     vlm: "VLM",
     cases: Cases,
-    said: FlowClaims,
+    effects: Result,
     fitted: ProbeExamples | None,
     *,
     n: int,
     folder: Path,
     measure: Comparison = "logit_diff",
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """What the page shows of the first `n` examples, as JSON values: picture, and at every patch and place the word of
     the lens, the probe's probability of the answer, and the attention of the reading head.
 
     Args:
+        effects: those of the map, with its claims; the half of its examples that declared them chooses the head.
         fitted: what probes are fitted on; without it they are left out.
         measure: by which the reading head is chosen (see `measures.comparison`).
+        seed: that claims were made with, which parts the examples.
 
     Raises:
         UsageError: image tokens that are learned queries, or images cut into unlike grids.
@@ -65,7 +72,7 @@ def patch_readings(
     sites = _some(swapped_sites(vlm))
     words = lens(vlm, shown.pairs.base, sites, "image", top=1)
     probed = None if fitted is None else patch_probabilities(vlm, shown, fitted, sites, folder=folder)
-    looks, about = _attention(vlm, cases, shown, said, measure)
+    looks, about = _attention(vlm, cases, shown, effects, (measure, seed))
     at, found = operator.attrgetter("example", "image", "view"), []
     for number, pair in enumerate(shown.pairs):
         n_rows, n_columns = encoded.grids(number)[0]
@@ -112,17 +119,24 @@ def _kept(picture: Image.Image) -> dict[str, Any]:
 
 
 def _attention(
-    vlm: "VLM", cases: Cases, shown: Cases, said: FlowClaims, measure: Comparison
+    vlm: "VLM", cases: Cases, shown: Cases, effects: Result, how: tuple[Comparison, int]
 ) -> tuple[list[Float[np.ndarray, "patch"]] | None, str]:
-    """Attention of the reading head on each patch, from the queries that it reads for, and the head in words."""
-    if said.reading is None or said.reading.at is None:
-        return None, "no layer is said to read"
-    of_last, of_question, _ = edges(cases.said)
-    layer, edge = said.reading.at, of_question if said.carries else of_last
+    """Attention of the reading head on each patch, from the queries that it reads for, and the head in words.
+
+    The layer is that of the claim which was strongest where it was declared. The same half of the examples chooses the
+    head; the other half tells what cutting it does.
+    """
+    measure, seed = how
+    parts = halves(effects, seed=seed)
+    asked = _read_at(FlowClaims.of(effects.claims), cases.said)
+    if asked is None or parts is None:
+        return None, "no layer is claimed to read"
+    layer, edge = asked
     query, key = edge.split("<-")
-    others = cases[len(shown) : len(shown) + N_CHOOSING]
-    some = others if len(others) >= len(shown) else cases[:N_CHOOSING]
-    head, change = _reading_head(vlm, some, (layer, query, key), measure)
+    chooses, tells = (_named(cases, part)[:N_CHOOSING] for part in parts)
+    alone = _cut_alone(vlm, chooses, (layer, query, key), range(vlm.n_heads("llm")), measure)
+    head = min(alone, key=lambda each: alone[each])
+    change = _cut_alone(vlm, tells, (layer, query, key), [head], measure)[head]
     compared = comparison(measure, shown.pairs.answer, shown.pairs.counterfactual_answer)
     encoded = readings_of(vlm, vlm.encode(shown.pairs.base), [compared]).encoded
     queries = [encoded.positions(joined(query), number) for number in range(len(encoded))]
@@ -131,19 +145,36 @@ def _attention(
     for number, row in enumerate(encoded.rows):
         picture = row.images[0]
         looks.append(weights[number, [picture.positions[slot] for slot in picture.layout.views[0].slots]])
-    about = f"layer {layer} head {head}, from {query}"
-    return (
-        looks,
-        f"{about} (cut alone: {change:+.2f} {compared.metric.unit} on {len(some)} examples)",
-    )
+    effect = f"cut alone: {change:+.2f} {compared.metric.unit} on {len(tells)} examples that did not choose it"
+    return looks, f"layer {layer} head {head}, from {query} ({effect})"
 
 
-def _reading_head(vlm: "VLM", cases: Cases, edge: tuple[int, str, str], name: Comparison) -> tuple[int, float]:
-    """The head of a layer whose cut from query to key lowers the answer most, and by how much."""
+def _read_at(said: FlowClaims, where_said: str) -> tuple[int, str] | None:
+    """The layer that reads and the edge by which it does, as far as is claimed."""
+    needed = [claim for claim in said.made if claim.kind == READ_NEEDED]
+    if needed:
+        return needed[0].about["layer"], needed[0].about["edge"]
+    of_last, of_question, _ = edges(where_said)
+    reads = said.layers(READ)
+    return (reads[0], of_question if said.layers(CARRY) else of_last) if reads else None
+
+
+def _named(cases: Cases, part: Result) -> Cases:
+    """The examples of a part of the result."""
+    names = set(part.table["example"])
+    held = [(pair, rival) for pair, rival in zip(cases.pairs, cases.rivals, strict=True) if pair.id in names]
+    pairs, rivals = zip(*held, strict=True)
+    return dataclasses.replace(cases, pairs=dataclasses.replace(cases.pairs, pairs=pairs), rivals=rivals)
+
+
+def _cut_alone(
+    vlm: "VLM", cases: Cases, edge: tuple[int, str, str], heads: Sequence[int], name: Comparison
+) -> dict[int, float]:
+    """By how much the answer changes, in the mean, when single heads of a layer are cut from query to key."""
     (layer, query, key), pairs = edge, cases.pairs
     measure = comparison(name, pairs.answer, pairs.counterfactual_answer)
-    points = grid(head=range(vlm.n_heads("llm")))
+    points = grid(head=heads)
     cuts = {point.head: Knockout(joined(query), key, layer, heads=(point.head,)) for point in points}
     table = sweep(vlm, pairs, points, lambda point: cuts[point.head], measure, check=0).table
-    changes = (table[name] - table[f"{name}_baseline"]).groupby(table["head"]).mean()
-    return int(changes.idxmin()), float(changes.min())
+    changes = table[name] - table[f"{name}_baseline"]
+    return {head: float(changes[table["head"] == head].mean()) for head in heads}

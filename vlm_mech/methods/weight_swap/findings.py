@@ -1,11 +1,16 @@
 """What an exchange of blocks says, in sentences made from its numbers."""
 
+from collections.abc import Sequence
+
+from vlm_mech.methods.weight_swap.claims import EXCHANGED, OTHER, SIGNS, STAYS, TOWARDS, TURNS, exchanged
 from vlm_mech.methods.weight_swap.study import GRAFT, OUTSIDE, PARENT, RANDOM, REVERT, SECOND
+from vlm_mech.results.claim import Claim, sentences
+from vlm_mech.results.claimed_layers import numbers, placed, runs
 from vlm_mech.results.result import Result
 
 
 def findings(result: Result) -> tuple[str, ...]:
-    """What the two models answer, from which layers on the tune is undone, and what random changes of that size do."""
+    """What the two models answer, what is claimed, and what a second tune and the rest of the model do."""
     summary = result.summary("lead")
     found, unit = [], result.metric("lead").unit
     for direction, who in ((REVERT, "the tune"), (GRAFT, "the base")):
@@ -13,16 +18,12 @@ def findings(result: Result) -> tuple[str, ...]:
         first = rows.drop_duplicates("example")
         true, prior, n = first["true_baseline"].mean(), first["prior_baseline"].mean(), len(first)
         found.append(f"{who} itself says the true answer in {true:.3f} and the prior's in {prior:.3f} (n = {n}).")
-        for schedule in ("suffix", "prefix"):
-            if schedule in set(rows["schedule"]):
-                found.append(_turning(result, direction, schedule))
         second = summary[(summary["direction"] == direction) & (summary["donor"] == SECOND)]
         if len(second):
-            row = second.loc[second["mean"].idxmin()]
+            low, high, own = second["mean"].min(), second["mean"].max(), second["baseline"].iloc[0]
             found.append(
-                f"{direction}, but from {SECOND}: the mean lead is lowest with {row['schedule']} {row['layer']}, "
-                f"{row['mean']:+.2f} ({row['ci_low']:+.2f} to {row['ci_high']:+.2f}; without an exchange "
-                f"{row['baseline']:+.2f})."
+                f"{direction}, but from {SECOND}: the mean leads of the exchanges lie between {low:+.2f} and "
+                f"{high:+.2f}; without an exchange {own:+.2f}."
             )
         rest = summary[(summary["direction"] == direction) & (summary["schedule"] == OUTSIDE)]
         for _, row in rest.iterrows():
@@ -30,22 +31,36 @@ def findings(result: Result) -> tuple[str, ...]:
                 f"{direction}: everything but the blocks exchanged moves the lead by {row['effect']:+.2f} {unit} "
                 f"({row['effect_low']:+.2f} to {row['effect_high']:+.2f})."
             )
-    return tuple(found)
+    return (*found, *turning(result))
 
 
-def _turning(result: Result, direction: str, schedule: str) -> str:
-    """Which layers have to be exchanged for the lead to change its sign, and what a random change of that size does."""
-    # Exchanging more brings the lead of the donor; the more layers, the later a prefix and the earlier a suffix ends.
-    rising = (direction == GRAFT) == (schedule == "prefix")
-    texts = []
-    for donor in (PARENT, RANDOM):
-        where = {"direction": direction, "schedule": schedule, "donor": donor}
-        end = result.crossing(where, "layer", 0.0, rising=rising, metric="lead")
-        places = [("none" if each is None else str(each)) for each in (end["at"], end["low"], end["high"])]
-        texts.append(f"{places[0]} (95 % interval {places[1]} to {places[2]})")
-    what = "from it on" if schedule == "suffix" else "up to it"
-    sign = "positive" if rising else "negative"
-    return (
-        f"{direction}, all layers {what} exchanged: the first layer at which the mean lead is {sign} is {texts[0]}; "
-        f"with random changes of equal size {texts[1]}."
-    )
+def turning(result: Result) -> tuple[str, ...]:
+    """Which layers have to be exchanged for the mean lead to change its sign, a sentence a schedule."""
+    made = [claim for claim in result.claims if claim.made]
+    found, silent = [sentences(result.claims)[0]], []
+    exchanges = result.cells[result.cells["schedule"].isin(list(EXCHANGED)) & (result.cells["donor"] != RANDOM)]
+    for about in exchanges[["direction", "donor", "schedule"]].drop_duplicates().to_dict("records"):
+        some = [claim for claim in made if about.items() <= claim.about.items()]
+        if some:
+            found.append(_sentence(some, sorted(result.table["layer"].unique().tolist())))
+        else:
+            silent.append(exchanged({str(name): value for name, value in about.items()}))
+    return (*found, f"Nothing is claimed of these exchanges: {'; '.join(silent)}.") if silent else tuple(found)
+
+
+def _sentence(claims: Sequence[Claim], every: Sequence[int]) -> str:
+    """Where the lead changes its sign, and where it does not.
+
+    Args:
+        claims: made claims of one direction, donor and schedule.
+        every: the layers of the table.
+    """
+    first = claims[0].about
+    towards, texts = TOWARDS[first["direction"]], []
+    for kind, does in ((TURNS, f"is {SIGNS[towards]}"), (STAYS, f"stays {SIGNS[OTHER[towards]]}")):
+        some = [claim for claim in claims if claim.kind == f"{first['schedule']} {kind}"]
+        if some:
+            layers = [layer for layer in every if layer >= 0]
+            at = placed(runs([claim.about["layer"] for claim in some], layers), first=layers[0], last=layers[-1])
+            texts.append(f"{does} {at} ({numbers(some, 'lead')})")
+    return f"{exchanged(first)}: the mean lead {'; it '.join(texts)}."

@@ -1,0 +1,89 @@
+"""Claims of a run with their gates: which nulls are made, of how many examples, and what is told when none can be."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.results.test_claim import measured, pool
+from vlm_mech.data.derived_pairs import with_others_answers
+from vlm_mech.data.pairs import load_pairs
+from vlm_mech.errors import UsageError
+from vlm_mech.methods.gates import gated as gated_module
+from vlm_mech.methods.gates.gated import N_EXAMPLES, gated
+from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
+from vlm_mech.runs.configuration import ClaimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(ClaimConfig):
+    """Options of a made experiment."""
+
+    batch: int = 12
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A result with one claim, its pairs, and what was measured for it again: the model and the answers."""
+    monkeypatch.setattr(gated_module, "twin_of", lambda vlm, seed: f"twin {seed}")
+    pairs, seen = load_pairs("scenes/colour", n=40), []
+
+    def again(vlm, some):
+        seen.append((vlm, [pair.id for pair in some], [pair.answer for pair in some]))
+        table = measured([0, -0.2], n=len(some), seed=len(seen)).table
+        names = {f"e{number}": pair.id for number, pair in enumerate(some)}
+        return table.assign(example=table["example"].map(names))
+
+    return measured([0, -3]), pairs, again, seen
+
+
+def test_all_gates_measure_twins_and_shuffled_answers_again(asked):
+    result, pairs, again, seen = asked
+    (claim,) = gated(Config(null=2), "the model", pairs, result, pool, again)
+    assert claim.made and [gate.name for gate in claim.gates] == [STABLE, TWIN, SHUFFLED] and not claim.lost
+    assert [vlm for vlm, *_ in seen] == ["twin 1"] * 3 + ["twin 2"] * 3 + ["the model"] * 6
+    names = [pair.id for pair in pairs][:N_EXAMPLES]
+    for start in range(0, 12, 3):
+        assert [name for _, some, _ in seen[start : start + 3] for name in some] == names
+    own = [pair.answer for pair in pairs][:N_EXAMPLES]
+    told = [[answer for *_, some in seen[start : start + 3] for answer in some] for start in range(0, 12, 3)]
+    assert told[0] == told[1] == own and told[2] != own and told[2] != told[3]
+    assert sorted(told[2]) == sorted(own), "every answer is taken once"
+
+
+@pytest.mark.parametrize(("gates", "names"), [("none", []), ("quick", [STABLE])])
+def test_fewer_gates_measure_nothing(asked, gates, names):
+    result, pairs, again, seen = asked
+    (claim,) = gated(Config(gates=gates), "the model", pairs, result, pool, again)
+    assert [gate.name for gate in claim.gates] == names and not seen
+
+
+def test_a_null_that_cannot_be_made_is_told(asked, monkeypatch):
+    def refused(vlm, seed):
+        raise UsageError("no room")
+
+    monkeypatch.setattr(gated_module, "twin_of", refused)
+    result, pairs, again, _ = asked
+    (claim,) = gated(Config(null=2), "the model", pairs, result, pool, again)
+    twin = claim.gates[1]
+    assert twin.name == TWIN and twin.verdict is None and twin.says == "not tried: no room"
+    assert claim.gates[2].verdict is True and not claim.lost
+
+
+def test_what_was_not_made_meets_no_gate(asked):
+    _, pairs, again, seen = asked
+    nothing = measured([0, 0])
+    assert gated(Config(), "the model", pairs, nothing, pool, again) == () and not seen
+
+
+def test_shuffled_answers_are_both_of_another_pair():
+    pairs = load_pairs("scenes/colour", n=20)
+    made = with_others_answers(pairs, seed=1)
+    both = lambda some: [(pair.answer, pair.counterfactual_answer) for pair in some]  # noqa: E731
+    assert sorted(both(made)) == sorted(both(pairs)) and both(made) != both(pairs)
+    for own, other in zip(pairs, made, strict=True):
+        assert (own.id, own.question) == (other.id, other.question)
+        assert np.array_equal(np.asarray(own.image), np.asarray(other.image))
+    assert both(with_others_answers(pairs, seed=1)) == both(made) != both(with_others_answers(pairs, seed=2))
+    with pytest.raises(UsageError):
+        with_others_answers(pairs[:1], seed=0)

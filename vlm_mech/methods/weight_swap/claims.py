@@ -1,0 +1,67 @@
+"""What an exchange of blocks could say: which layers have to be exchanged for the lead to change its sign.
+
+Every place of every schedule is asked, none is chosen, so that Holm's correction holds for all that is read off them.
+"""
+
+from vlm_mech.methods.weight_swap.study import GRAFT, PARENT, RANDOM, REVERT, SECOND
+from vlm_mech.results.claim import Claim, Condition, Side
+from vlm_mech.results.claiming import least
+from vlm_mech.results.result import Result
+
+TURNS, STAYS = "turns", "stays"
+TOWARDS: dict[str, Side] = {REVERT: "below", GRAFT: "above"}
+"""On which side of 0 the lead is that the other checkpoint brings."""
+OTHER: dict[Side, Side] = {"below": "above", "above": "below"}
+SIGNS: dict[Side, str] = {"below": "negative", "above": "positive"}
+EXCHANGED = {
+    "suffix": "all layers from it on",
+    "prefix": "all layers up to it",
+    "single": "it alone",
+    "window": "a window around it",
+}
+"""What is exchanged, at a layer of each schedule."""
+
+
+def pool(result: Result) -> tuple[Claim, ...]:
+    """Every direction, schedule and layer.
+
+    An exchange turns the lead where its mean has the sign that the other checkpoint brings, and lies further on that
+    side, by more than `claiming.least`, than after random changes of equal size (where a second tune's blocks are put
+    in, than without an exchange). Of layers from one on, or up to one, it is claimed too where the lead stays: its mean
+    has the old sign, and lies less far, by as much, than where all layers are exchanged.
+    """
+    enough, found = least(result, "lead"), []
+    unit = result.metric("lead").unit
+    cells = result.cells[result.cells["schedule"].isin(list(EXCHANGED))]
+    for cell in cells[cells["donor"] != RANDOM].to_dict("records"):
+        about = {str(name): value for name, value in cell.items()}
+        towards = TOWARDS[about["direction"]]
+        own = about["donor"] == PARENT
+        control = about | {"donor": RANDOM} if own else "baseline"
+        says = "less that after random changes of equal size:" if own else "less that without an exchange:"
+        conditions = (
+            Condition("lead", about, towards),
+            Condition("lead", about, towards, enough, less=control, says=says),
+        )
+        found.append(Claim(f"{about['schedule']} {TURNS}", about, _says(about, "is", towards), conditions, unit))
+        layers = cells.loc[cells["schedule"] == about["schedule"], "layer"]
+        whole = about | {"layer": int({"suffix": layers.min(), "prefix": layers.max()}.get(about["schedule"], -1))}
+        if own and about["schedule"] in ("suffix", "prefix") and whole != about:
+            back = OTHER[towards]
+            says = "less that with all layers exchanged:"
+            conditions = (
+                Condition("lead", about, back),
+                Condition("lead", about, back, enough, less=whole, says=says),
+            )
+            found.append(Claim(f"{about['schedule']} {STAYS}", about, _says(about, "stays", back), conditions, unit))
+    return tuple(found)
+
+
+def exchanged(about: dict[str, str]) -> str:
+    """What is exchanged, in words, at the layer that is named beside it."""
+    second = f", from {SECOND}" if about["donor"] == SECOND else ""
+    return f"{about['direction']}{second}, {EXCHANGED[about['schedule']]} exchanged"
+
+
+def _says(about: dict[str, str], does: str, side: Side) -> str:
+    return f"{exchanged(about)}: the mean lead {does} {SIGNS[side]} at layer {about['layer']}"

@@ -1,0 +1,170 @@
+"""Ways in which a claim could have been lost: the same analysis where nothing is to be found, and other examples.
+
+After arXiv 2512.18792 (p and Z over models with other weights, and over shuffled labels) and 2510.00845 (how often
+resamples of the examples find the same; mean pairwise Jaccard index of sets).
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.stats import t
+
+from vlm_mech.results.claim import LEVEL, Claim, Gate
+from vlm_mech.results.claiming import matrix
+from vlm_mech.results.result import Result
+
+TWIN, SHUFFLED, STABLE = "random twin", "shuffled answers", "stability"
+N_RESAMPLES = 200
+"""Bootstrap resamples of which it is counted in how many a claim is made again."""
+SHARE_MADE = 0.8
+"""The share of resamples in which a claim must be made again (the bar of arXiv 2510.00845 for Jaccard indices)."""
+N_COMPARED = 50
+"""Resamples whose sets of claims are compared pair by pair."""
+
+Pool = Callable[[Result], Sequence[Claim]]
+"""All that a method could say of a result."""
+
+
+def against_nulls(claims: Sequence[Claim], pool: Pool, nulls: Mapping[str, Sequence[Result]]) -> tuple[Claim, ...]:
+    """The claims with a gate for each kind of null.
+
+    T is by how much a claim's conditions are met (`Claim.strength`) on the half that tested it; T of a null is the
+    largest among all claims of its kind that the same pool could make there, on all of the null's examples. A null
+    reaches a claim if one of these meets each condition by as much: conditions may have different units. p = (1 + the
+    number of nulls that do) / (B + 1); Z is T less the nulls' mean over their standard deviation. A claim passes if
+    p is below `LEVEL`, or if none of fewer nulls than could say so reaches it.
+
+    Args:
+        nulls: results of the same analysis by the kind of null.
+    """
+    found = list(claims)
+    for name, results in nulls.items():
+        met = [_met(pool(result), result) for result in results]
+        found = [
+            dataclasses.replace(
+                claim, gates=(*claim.gates, _null_gate(claim, name, [each.get(claim.kind, []) for each in met]))
+            )
+            for claim in found
+        ]
+    return tuple(found)
+
+
+def _met(pool: Sequence[Claim], result: Result) -> dict[str, list[tuple[float, ...]]]:
+    """By how much each claim's conditions are met, by the kind of claim; claims without a mean are left out."""
+    conditions = [condition for claim in pool for condition in claim.conditions]
+    values = matrix(conditions, result)
+    counts = (~np.isnan(values)).sum(0)
+    means = np.where(counts > 0, np.nansum(values, 0) / np.maximum(1, counts), np.nan)
+    signs, bounds = (np.array([getattr(one, name) for one in conditions]) for name in ("sign", "bound"))
+    met = signs * (means - bounds)
+    ends = np.cumsum([0, *(len(claim.conditions) for claim in pool)])
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for claim, (start, end) in zip(pool, itertools.pairwise(ends), strict=True):
+        if not np.isnan(met[start:end]).any():
+            found.setdefault(claim.kind, []).append(tuple(met[start:end].tolist()))
+    return found
+
+
+def _null_gate(claim: Claim, name: str, found: Sequence[Sequence[tuple[float, ...]]]) -> Gate:
+    """The gate of a claim.
+
+    Args:
+        found: for each null, by how much the conditions of each claim of the same kind are met there.
+    """
+    if not any(found):
+        return Gate(name, None, "not tried: what it is about is not measured there")
+    own = claim.strength(claim.tested)
+    each_own = [one.sign * (told.mean - one.bound) for one, told in zip(claim.conditions, claim.tested, strict=True)]
+    # A null may lack a control, and so the condition about it.
+    reached = sum(
+        any(all(at >= least for at, least in zip(met, each_own, strict=False)) for met in null) for null in found
+    )
+    nulls = [max((min(met) for met in null), default=-math.inf) for null in found]
+    p = (1 + reached) / (len(nulls) + 1)
+    known = [each for each in nulls if math.isfinite(each)]
+    spread = float(np.std(known, ddof=1)) if len(known) > 1 else float("nan")
+    z = (own - float(np.mean(known))) / spread if spread > 0 else float("nan")
+    fewest = f"the least that {len(nulls)} can give is {1 / (len(nulls) + 1):.2g}"
+    says = f"{reached} of {len(nulls)} reach it (p = {p:.2g}, {fewest}"
+    says += f"; Z = {z:.1f})" if math.isfinite(z) else ")"
+    numbers = {"T": own, "T_null": [each if math.isfinite(each) else None for each in nulls], "p": p, "Z": z}
+    # Too few nulls cannot give a small p; then none may reach it.
+    return Gate(name, p < LEVEL if len(nulls) >= 1 / LEVEL else reached == 0, says, numbers)
+
+
+def with_stability(
+    claims: Sequence[Claim], pool: Sequence[Claim], result: Result, *, seed: int = 0
+) -> tuple[Claim, ...]:
+    """The claims with how often they are made again in bootstrap resamples of all examples.
+
+    In a resample a claim counts as made where each of its conditions is of the least size and significant by Student's
+    test over groups (two-sided, uncorrected). Beside it stands, for claims of a kind of which several are made, the
+    mean Jaccard index of the sets that two resamples make, and what sets of these sizes drawn from the pool would have.
+    """
+    if not claims:
+        return ()
+    made = _made_again(pool, result, seed)
+    places = {(claim.kind, repr(claim.about)): number for number, claim in enumerate(pool)}
+    kinds = np.array([claim.kind for claim in pool])
+    jaccard = {kind: _jaccard(made[:, kinds == kind]) for kind in {claim.kind for claim in claims}}
+    found = []
+    for claim in claims:
+        share = float(made[:, places[claim.kind, repr(claim.about)]].mean())
+        index, chance = jaccard[claim.kind]
+        says = f"made again in {100 * share:.0f} % of resamples of the examples"
+        if math.isfinite(index):
+            says += f"; sets of such claims have a mean Jaccard index of {index:.2f}, at random {chance:.2f}"
+        numbers = {"share": share, "jaccard": index, "jaccard_at_random": chance, "n_resamples": N_RESAMPLES}
+        found.append(dataclasses.replace(claim, gates=(*claim.gates, Gate(STABLE, share >= SHARE_MADE, says, numbers))))
+    return tuple(found)
+
+
+def _made_again(pool: Sequence[Claim], result: Result, seed: int) -> Bool[np.ndarray, "resample claim"]:
+    conditions = [condition for claim in pool for condition in claim.conditions]
+    bounds, signs, least = (
+        np.array(each) for each in zip(*((one.bound, one.sign, max(one.least, 0.0)) for one in conditions), strict=True)
+    )
+    values, groups = matrix(conditions, result) - bounds, result.groups()
+    sums, counts = _by_group(values, groups), _by_group((~np.isnan(values)).astype(float), groups)
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(N_RESAMPLES):
+        drawn = means[rng.integers(0, len(means), len(means))]
+        held = ~np.isnan(drawn)
+        n = held.sum(0)
+        mean = np.where(held, drawn, 0).sum(0) / np.maximum(n, 1)
+        deviation = np.where(held, drawn - mean, 0)
+        error = np.sqrt((deviation**2).sum(0) / np.maximum(n - 1, 1) / np.maximum(n, 1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p = 2 * t.sf(np.abs(mean) / error, np.maximum(n - 1, 1))
+        rows.append((n > 1) & (p < LEVEL) & (signs * mean > least))
+    each, ends = np.stack(rows), np.cumsum([0, *(len(claim.conditions) for claim in pool)])
+    return np.stack([each[:, start:end].all(1) for start, end in itertools.pairwise(ends)], 1)
+
+
+def _by_group(
+    values: Float[np.ndarray, "example column"], groups: Int[np.ndarray, "example"]
+) -> Float[np.ndarray, "group column"]:
+    sums = np.zeros((int(groups.max()) + 1, values.shape[1]))
+    np.add.at(sums, groups, np.nan_to_num(values, nan=0.0))
+    return sums
+
+
+def _jaccard(made: Bool[np.ndarray, "resample claim"]) -> tuple[float, float]:
+    """Mean Jaccard index of the sets of some pairs of resamples, and what sets of their sizes at random would have.
+
+    Two sets of a and b of N share ab/N at random. NaN where a kind has a single claim, or no set has any.
+    """
+    sets = [row for row in made[:N_COMPARED] if row.any()]
+    if made.shape[1] < 2 or len(sets) < 2:
+        return float("nan"), float("nan")
+    found, chance = [], []
+    for one, other in itertools.combinations(sets, 2):
+        found.append((one & other).sum() / (one | other).sum())
+        shared = one.sum() * other.sum() / made.shape[1]
+        chance.append(shared / (one.sum() + other.sum() - shared))
+    return float(np.mean(found)), float(np.mean(chance))

@@ -1,0 +1,77 @@
+"""Which claims about a planted model are true: what was planted says so of single layers, heads and spans."""
+
+from vlm_mech.methods.knockout.claims import HOLDS_BACK, NEEDED
+from vlm_mech.methods.layer_swap.claims import MOVES, NO_LONGER, NOT_YET, TURNS
+from vlm_mech.methods.visual_flow import claims as flow
+from vlm_mech.methods.visual_flow.data import LAST, WHOLE
+from vlm_mech.organism.planted_recipe import Edge, Role, Truth, recovered
+from vlm_mech.results.claim import SHARE, Claim
+
+HALF, UNSURE = 0.5, 0.05
+"""A recovered fraction so near to a half is on neither side of it."""
+
+
+def holds(claim: Claim, truth: Truth) -> bool | None:
+    """Whether a claim is true of runs without edits; None where that is not planted.
+
+    A cut lowers the answer's lead where a reading or carrying head has that edge, at that layer and, if the claim names
+    one, in that head; cuts of what brings a prior in go either way, as answers fall. A swap turns the answer where more
+    than half of what the reading heads pass on is not yet read (image), was written before (last), or is between
+    (question): `planted_recipe.recovered`, which knows nothing of dormant paths. A layer reads, writes, carries or
+    suppresses where a head, or units, are planted that do. Where the rival leads, and what a probe finds, is not
+    planted.
+    """
+    if "direction" in claim.about:
+        return _of_swap(claim, truth, claim.kind.removeprefix(f"{claim.about['span']} "))
+    if claim.kind in (NEEDED, HOLDS_BACK):
+        if any(_is_at(edge, claim) for edge in truth.of("suppress", "fetch")):
+            return None
+        return claim.kind == NEEDED and any(_is_at(edge, claim) for edge in truth.of("read", "carry") if edge.weight)
+    return _of_flow(claim, truth)
+
+
+def _of_flow(claim: Claim, truth: Truth) -> bool | None:
+    if claim.kind == flow.TURNS:
+        return _of_swap(claim, truth, TURNS)
+    if claim.kind in (flow.SUPPRESS, flow.PUSH):
+        planted = {each.layer for each in (*truth.of("suppress"), *truth.units) if each.role == "suppress"}
+        return claim.about["layer"] in planted
+    if claim.kind == flow.READ_NEEDED:
+        return any(_is_at(edge, claim) for edge in truth.of("read") if edge.weight)
+    roles: dict[str, tuple[Role, ...]] = {flow.READ: ("read",), flow.CARRY: ("carry",)}
+    roles[flow.WRITE] = ("carry",) if truth.of("carry") else ("read",)
+    if claim.kind not in roles:
+        return None
+    return any(edge.layer == claim.about["layer"] for edge in truth.of(*roles[claim.kind]) if edge.weight)
+
+
+def _is_at(edge: Edge, claim: Claim) -> bool:
+    """Whether an edge is the one that a claim is about."""
+    query, key = str(claim.about["edge"]).split("<-")
+    queries = edge.queries if query != WHOLE else (WHOLE if each in (LAST, "answer") else each for each in edge.queries)
+    same = query in queries and key == edge.key and claim.about["layer"] == edge.layer
+    return same and claim.about.get("head", edge.head) == edge.head
+
+
+def _of_swap(claim: Claim, truth: Truth, does: str) -> bool | None:
+    """Whether states after a layer turn the answer, as the next layer would read them."""
+    edge = (truth.of("carry") or truth.of("read"))[0]
+    said = edge.query
+    span, layer = claim.about["span"], claim.about["layer"] + 1
+    if span == WHOLE or (span == LAST and edge.queries == (LAST,)):
+        span = said
+    elif span not in ("image", "question"):
+        return None
+    share, most = recovered(truth, span, layer), recovered(truth, span, 0 if span == "image" else 10**6)
+    if does == MOVES:
+        return share > 0 if share >= SHARE or share == 0 else None
+    if abs(share - HALF) < UNSURE or does not in (TURNS, NO_LONGER, NOT_YET):
+        return None
+    return share > HALF if does == TURNS else share < HALF and most > share
+
+
+def on_dormant_path(claim: Claim, truth: Truth) -> bool:
+    """Whether a claim says that a swap does what it does through a dormant path alone."""
+    does = claim.kind.removeprefix(f"{claim.about.get('span')} ")
+    dormant = any(each.role == "dormant" for each in truth.units)
+    return dormant and "direction" in claim.about and does in (TURNS, MOVES) and holds(claim, truth) is False
