@@ -19,6 +19,8 @@ from vlm_mech.inputs.image import Box
 from vlm_mech.interventions.attention_weights import attention_from
 from vlm_mech.interventions.specification import Knockout
 from vlm_mech.interventions.trace import generate, run
+from vlm_mech.methods.gates.manifold import MANIFOLD
+from vlm_mech.methods.gates.removals import OTHER_WAYS
 from vlm_mech.methods.knockout import data, study
 from vlm_mech.methods.knockout import edges as edges_module
 from vlm_mech.methods.knockout.claims import HOLDS_BACK, NEEDED, pool
@@ -508,13 +510,14 @@ def test_the_head_scan_shows_where_claimed_heads_look_and_meets_its_gates(tmp_pa
     assert len(result.cells) == 2 * 6 * 4
     made = [claim for claim in result.claims if claim.made]
     assert (1, 1) in [(claim.about["layer"], claim.about["head"]) for claim in made]
-    assert all([gate.name for gate in claim.gates] == [STABLE, TWIN, SHUFFLED] for claim in made)
-    assert all(len(gate.numbers["T_null"]) == 2 for claim in made for gate in claim.gates[1:])
+    names = [STABLE, TWIN, SHUFFLED, MANIFOLD, OTHER_WAYS]
+    assert all([gate.name for gate in claim.gates] == names for claim in made)
+    assert all(len(gate.numbers["T_null"]) == 2 for claim in made for gate in claim.gates[1:3])
     n_shown = sum("of the attention of last is on the image" in finding for finding in result.findings)
     assert n_shown == min(3, len(made))
     page = (out / "report.html").read_text()
     assert page.count("<img alt='' src='data:image/png;base64") == n_shown * 4
-    assert "<h2>Claims</h2>" in page and "the least that 2 can give is 0.33" in page
+    assert "<h2>Claims</h2>" in page and "(p = 0.33, the least that so few can give" in page
     # Gates are no part of what was measured.
     assert command(experiment, *asked[:-1], tmp_path / "none", "--gates", "none") == 0
     assert (tmp_path / "none/result.parquet").read_bytes() == (out / "result.parquet").read_bytes()

@@ -233,7 +233,7 @@ def test_controls_depend_on_the_seed_and_not_on_the_batch(vlm, pairs):
 def test_no_control_cuts_a_token_off_itself(vlm, pairs, sinks):
     wanted = scan("last<-image", sinks=sinks)
     found = found_in(vlm, pairs, wanted)
-    ((chosen, points, cut),) = sweeps(pairs, wanted.points(), found, wanted.layers.sets)
+    ((chosen, points, cut),) = sweeps(pairs, wanted.points(), found, wanted)
     assert len(chosen) == 4 and len(points) == 16
     for point in points:
         assert {part.keep_self for part in cut(point).flat()} == {point.cut != EDGE}

@@ -162,9 +162,30 @@ def test_nulls_count_those_that_reach_the_claim():
     assert twin.verdict is True and twin.numbers["p"] == pytest.approx(1 / 5)
     assert shuffled.verdict is False and shuffled.numbers["p"] == pytest.approx(2 / 5)
     null = np.array(shuffled.numbers["T_null"])
-    assert null == pytest.approx([1, 9, 1, 1], abs=0.02), "the largest of all cells, wherever it is"
-    assert shuffled.numbers["Z"] == pytest.approx((own - null.mean()) / null.std(ddof=1))
+    assert null * own == pytest.approx([1, 9, 1, 1], abs=0.02), "the largest of all cells, wherever it is"
+    assert np.isnan(shuffled.numbers["Z"]), "of four nulls no Z is told"
     assert passed.lost == (SHUFFLED,)
+
+
+def test_nulls_in_which_nothing_is_measured_do_not_count():
+    result = measured([0, -3, 0])
+    found, weak = claimed(pool(result), result), measured([0, 0, -1], noise=0.01)
+    empty = dataclasses.replace(weak, table=weak.table.assign(lead=np.nan), known={})
+    (claim,) = against_nulls(found, pool, {TWIN: [weak, empty, empty, weak], SHUFFLED: [empty]})
+    twin, shuffled = claim.gates
+    assert twin.numbers["p"] == pytest.approx(1 / 3) and "in 2 more nothing of the kind is measured" in twin.says
+    assert shuffled.verdict is None
+
+
+def test_a_null_must_meet_every_condition_by_as_much():
+    """Its cell falls more than the claim's, and so does its control."""
+    result = measured([0, -3, 0])
+    possible = lambda of: (lowers(1, against=0),)  # noqa: E731
+    found = claimed(possible(result), result)
+    (claim,) = against_nulls(found, possible, {TWIN: [measured([-9, -9, 0], noise=0.01)]})
+    assert claim.gates[0].verdict is True and abs(claim.gates[0].numbers["T_null"][0]) < 0.05
+    (claim,) = against_nulls(found, possible, {TWIN: [measured([0, -9, 0], noise=0.01)]})
+    assert claim.gates[0].verdict is False
 
 
 def test_many_nulls_are_told_by_p():
@@ -173,6 +194,8 @@ def test_many_nulls_are_told_by_p():
     weak, strong = measured([0, 0, -1], noise=0.01), measured([-9, 0, 0], noise=0.01)
     (claim,) = against_nulls(found, pool, {TWIN: [weak] * 99 + [strong]})
     assert claim.gates[0].verdict is True and claim.gates[0].numbers["p"] == pytest.approx(2 / 101)
+    null = np.array(claim.gates[0].numbers["T_null"])
+    assert claim.gates[0].numbers["Z"] == pytest.approx((1 - null.mean()) / null.std(ddof=1))
     (claim,) = against_nulls(found, pool, {TWIN: [weak] * 95 + [strong] * 5})
     assert claim.gates[0].verdict is False and claim.gates[0].numbers["p"] == pytest.approx(6 / 101)
 
@@ -226,6 +249,8 @@ def test_sentences_come_from_claims_and_say_what_was_lost():
     first, second = sentences([lost])
     assert "; 0 of these pass all gates that were tried" in first and second.endswith("lost at: random twin.")
     assert "nothing was large" in sentences(())[0]
+    partly = dataclasses.replace(found[0], gates=(Gate(TWIN, True, ""), Gate(STABLE, None, "")))
+    assert "; 1 of these pass all gates that were tried (of 1 not all could be)" in sentences([partly])[0]
     row = as_rows([lost]).iloc[0]
     assert row[TWIN] == "failed" and row[STABLE] == "not tried" and row["other half"] == "passed"
 

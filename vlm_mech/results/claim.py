@@ -52,7 +52,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Tested:
-    """A condition's mean on some examples: groups, examples, 95 % interval, and p of the mean being the bound."""
+    """A condition's mean on some examples: so many examples, 95 % interval, and p of the mean being the bound."""
 
     n: int
     mean: float
@@ -144,7 +144,9 @@ def sentences(claims: Sequence[Claim]) -> tuple[str, ...]:
     text += f"; no p of so many can be small from {n} examples" if few else ""
     gated = any(claim.gates for claim in made)
     passed = sum(not claim.lost for claim in made)
+    untried = sum(not claim.lost and any(gate.verdict is None for gate in claim.gates) for claim in made)
     text += f"; {passed} of these pass all gates that were tried" if gated else ""
+    text += f" (of {untried} not all could be)" if untried else ""
     lost = f" Not held: {', '.join(claim.says for claim in failed[:N_NAMED])}" if failed else ""
     lost += f" and {len(failed) - N_NAMED} more." if len(failed) > N_NAMED else "." if lost else ""
     return (f"{text}.{lost}", *(f"{claim}." for claim in made))
@@ -217,7 +219,7 @@ def as_rows(claims: Sequence[Claim]) -> pd.DataFrame:
         row = {"claim": claim.says, "effect": first.mean, "low": first.low, "high": first.high, "n": first.n}
         row |= {"p": claim.p, "other half": _word(claim.made)}
         rows.append(row | {gate.name: _word(gate.verdict) for gate in claim.gates})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna({gate.name: "not tried" for claim in claims for gate in claim.gates})
 
 
 def _word(verdict: bool | None) -> str:

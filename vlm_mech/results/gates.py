@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import t
 
-from vlm_mech.results.claim import LEVEL, Claim, Gate
+from vlm_mech.results.claim import LEVEL, Claim, Condition, Gate
 from vlm_mech.results.claiming import matrix
 from vlm_mech.results.result import Result
 
@@ -25,6 +25,9 @@ SHARE_MADE = 0.8
 N_COMPARED = 50
 """Resamples whose sets of claims are compared pair by pair."""
 
+FEWEST_FOR_Z = 5
+"""Nulls without which no Z is told."""
+
 Pool = Callable[[Result], Sequence[Claim]]
 """All that a method could say of a result."""
 
@@ -32,11 +35,13 @@ Pool = Callable[[Result], Sequence[Claim]]
 def against_nulls(claims: Sequence[Claim], pool: Pool, nulls: Mapping[str, Sequence[Result]]) -> tuple[Claim, ...]:
     """The claims with a gate for each kind of null.
 
-    T is by how much a claim's conditions are met (`Claim.strength`) on the half that tested it; T of a null is the
-    largest among all claims of its kind that the same pool could make there, on all of the null's examples. A null
-    reaches a claim if one of these meets each condition by as much: conditions may have different units. p = (1 + the
-    number of nulls that do) / (B + 1); Z is T less the nulls' mean over their standard deviation. A claim passes if
-    p is below `LEVEL`, or if none of fewer nulls than could say so reaches it.
+    T of a null compares it with the claim, whatever the units of its conditions: for each claim of the same kind that
+    the pool could make there, on all of the null's examples, the least over the conditions of how far the null's mean
+    lies beyond the bound, over how far the claim's own does on the half that tested it; then the largest of these. The
+    claim's own T is 1, and a null reaches it with 1 or more: it meets each condition by as much. p = (1 + the number
+    of nulls that do) / (B + 1), of the B in which something of the kind was measured; Z is 1 less the nulls' mean over
+    their standard deviation. A claim passes if p is below `LEVEL`, or if none of fewer nulls than could say so reaches
+    it.
 
     Args:
         nulls: results of the same analysis by the kind of null.
@@ -53,7 +58,15 @@ def against_nulls(claims: Sequence[Claim], pool: Pool, nulls: Mapping[str, Seque
     return tuple(found)
 
 
-def _met(pool: Sequence[Claim], result: Result) -> dict[str, list[tuple[float, ...]]]:
+Met = dict[str, float]
+"""By how much conditions are met, by what they are about but for the place."""
+
+
+def _about(condition: Condition) -> str:
+    return repr((condition.metric, condition.side, condition.says, condition.less == "baseline"))
+
+
+def _met(pool: Sequence[Claim], result: Result) -> dict[str, list[Met]]:
     """By how much each claim's conditions are met, by the kind of claim; claims without a mean are left out."""
     conditions = [condition for claim in pool for condition in claim.conditions]
     values = matrix(conditions, result)
@@ -62,36 +75,44 @@ def _met(pool: Sequence[Claim], result: Result) -> dict[str, list[tuple[float, .
     signs, bounds = (np.array([getattr(one, name) for one in conditions]) for name in ("sign", "bound"))
     met = signs * (means - bounds)
     ends = np.cumsum([0, *(len(claim.conditions) for claim in pool)])
-    found: dict[str, list[tuple[float, ...]]] = {}
+    found: dict[str, list[Met]] = {}
     for claim, (start, end) in zip(pool, itertools.pairwise(ends), strict=True):
         if not np.isnan(met[start:end]).any():
-            found.setdefault(claim.kind, []).append(tuple(met[start:end].tolist()))
+            each = {_about(one): float(value) for one, value in zip(claim.conditions, met[start:end], strict=True)}
+            found.setdefault(claim.kind, []).append(each)
     return found
 
 
-def _null_gate(claim: Claim, name: str, found: Sequence[Sequence[tuple[float, ...]]]) -> Gate:
+def _null_gate(claim: Claim, name: str, found: Sequence[Sequence[Met]]) -> Gate:
     """The gate of a claim.
 
     Args:
         found: for each null, by how much the conditions of each claim of the same kind are met there.
     """
-    if not any(found):
-        return Gate(name, None, "not tried: what it is about is not measured there")
-    own = claim.strength(claim.tested)
-    each_own = [one.sign * (told.mean - one.bound) for one, told in zip(claim.conditions, claim.tested, strict=True)]
+    own = {
+        _about(one): one.sign * (told.mean - one.bound)
+        for one, told in zip(claim.conditions, claim.tested, strict=True)
+    }
     # A null may lack a control, and so the condition about it.
-    reached = sum(
-        any(all(at >= least for at, least in zip(met, each_own, strict=False)) for met in null) for null in found
-    )
-    nulls = [max((min(met) for met in null), default=-math.inf) for null in found]
+    each = [
+        max(
+            (min(met[name] / own[name] for name in own if name in met) for met in null if set(met) & set(own)),
+            default=None,
+        )
+        for null in found
+    ]
+    nulls = [value for value in each if value is not None]
+    if not nulls:
+        return Gate(name, None, "not tried: what it is about is not measured there")
+    reached = sum(value >= 1 for value in nulls)
     p = (1 + reached) / (len(nulls) + 1)
-    known = [each for each in nulls if math.isfinite(each)]
-    spread = float(np.std(known, ddof=1)) if len(known) > 1 else float("nan")
-    z = (own - float(np.mean(known))) / spread if spread > 0 else float("nan")
-    fewest = f"the least that {len(nulls)} can give is {1 / (len(nulls) + 1):.2g}"
-    says = f"{reached} of {len(nulls)} reach it (p = {p:.2g}, {fewest}"
+    spread = float(np.std(nulls, ddof=1)) if len(nulls) >= FEWEST_FOR_Z else float("nan")
+    z = (1 - float(np.mean(nulls))) / spread if spread > 0 else float("nan")
+    says = f"{reached} of {len(nulls)} reach it (p = {p:.2g}"
+    says += ", the least that so few can give" if not reached and len(nulls) < 1 / LEVEL else ""
     says += f"; Z = {z:.1f})" if math.isfinite(z) else ")"
-    numbers = {"T": own, "T_null": [each if math.isfinite(each) else None for each in nulls], "p": p, "Z": z}
+    says += f"; in {len(found) - len(nulls)} more nothing of the kind is measured" if len(nulls) < len(found) else ""
+    numbers = {"T_null": each, "p": p, "Z": z}
     # Too few nulls cannot give a small p; then none may reach it.
     return Gate(name, p < LEVEL if len(nulls) >= 1 / LEVEL else reached == 0, says, numbers)
 

@@ -13,7 +13,7 @@ import torch
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.interventions.specification import Activations, Intervention, Replace
+from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Replace, StateEdit
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.results.claim import Claim, Gate
 from vlm_mech.results.manifold import NEIGHBOURS, Strangeness, strangeness
@@ -58,16 +58,22 @@ def on_manifold(claims: Sequence[Claim], vlm: "VLM", pairs: "Pairs", edit_of: Ed
     found = []
     for claim in claims:
         edit = edit_of(claim, pairs)
-        gate = Gate(MANIFOLD, None, "not tried: this edit has no name") if edit is None else None
-        if gate is None and edit is not None:
-            gate = _gate(vlm, pairs, encoded, natural, edit, _first(claim))
-        found.append(dataclasses.replace(claim, gates=(*claim.gates, *([gate] if gate else []))))
+        gate = Gate(MANIFOLD, None, "not tried: nothing is edited, or tokens that differ from picture to picture")
+        if edit is not None:
+            gate = _gate(vlm, pairs, encoded, natural, edit)
+        found.append(dataclasses.replace(claim, gates=(*claim.gates, gate)))
     return tuple(found)
 
 
-def _first(claim: Claim) -> int:
-    """The first layer that a claim is about."""
-    return int(str(claim.about.get("layer", 0)).partition("-")[0])
+def _first(edit: Intervention) -> int:
+    """The first layer that an edit changes."""
+    found: list[int] = []
+    for each in edit.flat():
+        if isinstance(each, Knockout):
+            found += each.each_layer
+        elif isinstance(each, StateEdit):
+            found += [site.layer or 0 for site in each.sites]
+    return min(found, default=0)
 
 
 def _last(states: Activations, site: Site) -> np.ndarray:
@@ -75,10 +81,8 @@ def _last(states: Activations, site: Site) -> np.ndarray:
     return states[site][:, -1].float().cpu().numpy()
 
 
-def _gate(
-    vlm: "VLM", pairs: "Pairs", encoded: Encoded, natural: dict[Site, np.ndarray], edit: Intervention, first: int
-) -> Gate:
-    sites = [site for site in natural if (site.layer or 0) >= first]
+def _gate(vlm: "VLM", pairs: "Pairs", encoded: Encoded, natural: dict[Site, np.ndarray], edit: Intervention) -> Gate:
+    sites = [site for site in natural if (site.layer or 0) >= _first(edit)]
     edited, numbers = read(vlm, encoded, sites, edit), np.arange(len(pairs))
     told: dict[Site, Strangeness] = {}
     for site in sites:
@@ -86,12 +90,12 @@ def _gate(
     medians = {site: (float(np.median(each.distance)), float(np.median(each.residual))) for site, each in told.items()}
     strange = [site for site in sites if max(medians[site]) > STRANGE]
     worst = max(medians.values(), key=max)
-    says = f"median state of the last token at most at the {max(worst):.0f}th percentile of natural ones"
+    says = f"half of the last token's states lie farther from natural ones than {max(worst):.0f} % of these from others"
     kept: dict[str, Any] = {"percentiles": {str(site.layer): each for site, each in medians.items()}}
     if strange:
-        share = _share_left(vlm, pairs, encoded, edit, strange[0], told[strange[0]])
+        share = _share_left(vlm, pairs, encoded, edit, strange[0], told[strange[0]], natural[strange[0]])
         kept["effect_left_when_projected"] = share
-        says += f"; projected onto natural neighbours after the first strange block, {100 * share:.0f} % of the effect"
+        says += f"; put among their natural neighbours after the first such block, {100 * share:.0f} % of the effect"
         says += " is left"
     else:
         share = 1.0
@@ -99,18 +103,32 @@ def _gate(
 
 
 def _share_left(
-    vlm: "VLM", pairs: "Pairs", encoded: Encoded, edit: Intervention, site: Site, found: Strangeness
+    vlm: "VLM",
+    pairs: "Pairs",
+    encoded: Encoded,
+    edit: Intervention,
+    site: Site,
+    found: Strangeness,
+    natural: np.ndarray,
 ) -> float:
-    """The share of the edit's effect on the answers' first tokens that is left with projected states at a site."""
-    states = read(vlm, encoded, [site], edit)
-    values = states[site].clone()
-    values[:, -1] = torch.from_numpy(found.projected).to(values)
-    back = Replace(site, "last", source=Activations({site: values}, encoded))
+    """The share of the edit's effect on the answers' first tokens that is left with projected states at a site.
+
+    A projected state is a mixture of other examples' and lowers the lead by itself, so that the effect left is counted
+    from a run whose unedited states are projected as well.
+    """
+    numbers = np.arange(len(pairs))
+    clean = read(vlm, encoded, [site])
+    usual = strangeness(_last(clean, site), natural, numbers, np.tile(numbers, 2))
     own, rival = (vlm.answer_ids(encoded, answers) for answers in (pairs.answer, pairs.counterfactual_answer))
+
+    def put(states: np.ndarray) -> Replace:
+        values = clean[site].clone()
+        values[:, -1] = torch.from_numpy(states).to(values)
+        return Replace(site, "last", source=Activations({site: values}, encoded))
 
     def lead(intervention: Intervention | None) -> float:
         logits, rows = run(vlm, encoded, intervention).last.float(), torch.arange(len(pairs))
         return float((logits[rows, own] - logits[rows, rival]).mean())
 
-    before = lead(None)
-    return (lead(edit & back) - before) / (lead(edit) - before)
+    effect = lead(edit) - lead(None)
+    return (lead(edit & put(found.projected)) - lead(put(usual.projected))) / effect

@@ -33,6 +33,8 @@ class Removed:
     sites: tuple[Site, ...]
     span: Span
     heads: tuple[int, ...] | None = None
+    exchanged: bool = False
+    """Whether the claim's own edit exchanges them with the counterfactual's, so that this way says nothing more."""
 
 
 RemovedOf = Callable[[Claim], Removed | None]
@@ -44,8 +46,9 @@ def in_other_ways(
 ) -> tuple[Claim, ...]:
     """The claims with a gate: does the logit difference go the same way however the states are removed?
 
-    A claim passes where its sign is that of the mean effect of the counterfactual's states, of their mean and of those
-    of another example. Its rank is told for each way, among claims of its kind that differ from it in layer and head.
+    A claim passes where the mean effect of the counterfactual's states, of their mean and of those of another example
+    has its sign and its least size; an exchange that is the claim's own edit does not count. Its rank is told for each
+    way, among claims of its kind that differ from it in layer and head.
 
     Args:
         pool: all that could have been claimed, for the ranks.
@@ -59,9 +62,9 @@ def in_other_ways(
     found = []
     for claim in claims:
         at = places.get((claim.kind, repr(claim.about)))
-        gate = (
-            Gate(OTHER_WAYS, None, "not tried: no states by name") if at is None else _gate(claim, at, asked, effects)
-        )
+        gate = Gate(OTHER_WAYS, None, "not tried: no states by name")
+        if at is not None:
+            gate = _gate(claim, at, asked, effects, removed_of(claim))
         found.append(dataclasses.replace(claim, gates=(*claim.gates, gate)))
     return tuple(found)
 
@@ -92,19 +95,25 @@ def _edit(removed: Removed, point: Point, donor: Activations) -> Intervention:
     return Ablate(removed.sites, removed.span, to=point.way, heads=removed.heads)
 
 
-def _gate(claim: Claim, at: int, asked: Sequence[Claim], effects: dict[tuple[int, str], float]) -> Gate:
-    sign = next((each for each in claim.conditions if each.less == "baseline"), claim.conditions[0]).sign
+def _gate(
+    claim: Claim, at: int, asked: Sequence[Claim], effects: dict[tuple[int, str], float], removed: Removed | None
+) -> Gate:
+    first = next((each for each in claim.conditions if each.less == "baseline"), claim.conditions[0])
+    own_way = removed is not None and removed.exchanged
+    counted = [way for way in COUNTED if way != COUNTERFACTUAL or not own_way]
+    sign = first.sign
     alike = [n for n, each in enumerate(asked) if _alike(each, claim)]
     told, same = {}, True
     for way in WAYS:
         own = sign * effects[at, way]
         rank = 1 + sum(sign * effects[number, way] > own for number in alike)
         told[way] = {"effect": effects[at, way], "rank": rank, "of": len(alike)}
-        same &= way not in COUNTED or own > 0
+        same &= way not in counted or own > max(first.least, 0.0)
     listed = ", ".join(
         f"{way} {each['effect']:+.2f} (rank {each['rank']} of {each['of']})" for way, each in told.items()
     )
-    return Gate(OTHER_WAYS, same, f"change of logit_diff by way of removal: {listed}; zero does not count", told)
+    left_out = f"zero{' and counterfactual, the edit itself,' * own_way} not counted"
+    return Gate(OTHER_WAYS, same, f"change of logit_diff by way of removal: {listed}; {left_out}", told)
 
 
 def _alike(one: Claim, other: Claim) -> bool:

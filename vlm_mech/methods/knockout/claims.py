@@ -86,7 +86,7 @@ def pool(result: Result, *, where: str = "at") -> tuple[Claim, ...]:
             conditions = [Condition(metric.name, cell, side, least=enough, less="baseline")]
             for each in others:
                 says = f"less what {_named(each['cut'])} do there:"
-                conditions.append(Condition(metric.name, cell, side, less=each, says=says))
+                conditions.append(Condition(metric.name, cell, side, least=enough, less=each, says=says))
             says = f"cutting {cell['edge']} {place} {does} {metric.name}"
             found.append(Claim(kind, about, says, tuple(conditions), metric.unit))
     return tuple(found)

@@ -81,7 +81,7 @@ def removed_of(sites: Sequence[Site]) -> RemovedOf:
         does, about = claim.kind.removeprefix(f"{claim.about['span']} "), claim.about
         if does not in (TURNS, MOVES) or about["direction"] != "noising" or about["layer"] not in known:
             return None
-        return Removed((known[about["layer"]],), joined(about["span"]))
+        return Removed((known[about["layer"]],), joined(about["span"]), exchanged=True)
 
     return found
 
