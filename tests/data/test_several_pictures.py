@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -219,7 +218,7 @@ def test_maps_over_one_of_several_pictures_say_which(tmp_path):
     titles = [patch_words(vlm, found, **which).layout.title.text for which in ({}, {"image": 1}, {"example": 1})]
     assert titles == [f"logit lens: what is it?{end}" for end in (" (picture 1 of 2)", " (picture 2 of 2)", "")]
 
-    heads = (Head(1, 0, pd.Series(dtype=float)),)
+    heads = (Head(1, 0),)
     cut = scan_of(vlm, pairs, {}, ("last<-image",), heads=True)
     maps = attention_of(vlm, pairs, cut.edges[0], heads, {}, n_maps=1)
     ((caption, shown),) = knockout_figures.pictures(pairs, cut, FollowUp(heads, maps))
