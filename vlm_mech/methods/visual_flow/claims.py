@@ -136,6 +136,7 @@ class _Asked:
 
     @classmethod
     def of(cls, effects: Result, where: str) -> "_Asked":
+        """What some effects can be asked, with `where` the word before a layer that is cut."""
         means, layers = means_of(effects), layers_of(effects)
         (said,) = (span for kind, span in layers if kind == WRITES)
         held = effects.table.dropna(subset=[EFFECT])
