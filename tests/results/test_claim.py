@@ -326,3 +326,40 @@ def test_a_sentence_about_members_of_a_claim_may_name_them():
     joint = dataclasses.replace(claim, about={"edge": "last<-image", "members": members})
     assert named_without_claim(["layer 1 head 2 looks at the picture."], [joint]) == []
     assert named_without_claim(["layer 3 head 2 looks at the picture."], [joint]) != []
+
+
+def test_a_large_mean_that_is_not_significant_declares_nothing():
+    """Two examples alone carry it, far beyond the least size."""
+    result = measured([0, 0])
+    table = result.table.copy()
+    first = halves(result)[0].table["example"].drop_duplicates().tolist()[:2]
+    table.loc[table["example"].isin(first) & (table["layer"] == 1), "lead"] -= 20
+    found = dataclasses.replace(result, table=table, known={})
+    (told,) = checked_on([lowers(1)], halves(found)[0])
+    assert told[0].mean < -2 and told[0].p > LEVEL
+    assert claimed([lowers(1)], found) == ()
+
+
+def test_the_seed_draws_the_halves():
+    result = measured([0])
+    chosen = [frozenset(halves(result, seed=seed)[0].table["example"]) for seed in range(5)]
+    assert len(set(chosen)) == 5 and chosen[0] == frozenset(halves(result, seed=0)[0].table["example"])
+    in_order = frozenset(result.table["example"].drop_duplicates().tolist()[:12])
+    assert in_order not in chosen
+
+
+def test_resamples_draw_groups_and_weigh_them_alike():
+    """Pairs of examples that say the same are half as many groups, so that a claim is less sure."""
+    from scipy.stats import ttest_1samp
+
+    alone = measured([0, -0.8], n=10, seed=3)
+    twice = pd.concat([alone.table, alone.table.assign(example=alone.table["example"] + "b")], ignore_index=True)
+    result = dataclasses.replace(alone, table=twice, known={})
+    claim = dataclasses.replace(lowers(1), tested=(Numbers(10, -0.8, -1, -0.2, 0.01),), p=0.01)
+    (told,) = with_stability([claim], pool(result), result, seed=5)
+    changes = alone.table.query("layer == 1")["lead"].to_numpy() - 10
+    rng, hits = np.random.default_rng(5), 0
+    for _ in range(N_RESAMPLES):
+        drawn = changes[rng.integers(0, 10, 10)]
+        hits += ttest_1samp(drawn, 0).pvalue < LEVEL and drawn.mean() < -0.5
+    assert 0 < hits < N_RESAMPLES and told.gates[0].numbers["share"] == pytest.approx(hits / N_RESAMPLES)

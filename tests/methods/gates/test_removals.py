@@ -73,3 +73,18 @@ def test_what_is_no_state_by_name_is_not_tried(organism):
     vlm, pairs = organism
     (found,) = in_other_ways([claim(1, edge="nameless")], [claim(1, edge="nameless")], vlm, pairs, removed)
     assert found.gates[0].verdict is None and not found.lost
+
+
+def test_a_removal_that_does_less_than_counts_loses_a_claim_and_the_own_edit_does_not_count(monkeypatch):
+    sized = Claim("needed", {"edge": "last<-image", "layer": 1}, "", (Condition("logit_diff", {}, "below", least=0.8),))
+
+    def verdict(effects, of=removed):
+        monkeypatch.setattr(removals, "_effects", lambda *given: {(0, way): each for way, each in effects.items()})
+        (found,) = in_other_ways([sized], [sized], None, None, of)
+        return found.gates[0].verdict
+
+    large = dict.fromkeys((*COUNTED, "zero"), -2.0)
+    assert verdict(large) is True
+    assert [verdict(large | {way: -0.5}) for way in (*COUNTED, "zero")] == [False, False, False, True]
+    own = lambda claim: dataclasses.replace(removed(claim), exchanged=True)  # noqa: E731
+    assert [verdict(large | {way: -0.5}, own) for way in (*COUNTED, "zero")] == [True, False, False, True]
