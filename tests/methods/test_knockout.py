@@ -546,6 +546,7 @@ WRONG_USE = [
     (["--heads", "--window", "3"], 2, "heads are cut one by one"),
     (["--window", "none"], 2, "--window"),
     (["--engine", "slow"], 2, "--engine"),
+    (["--null", "-1"], 2, "--null is -1; a number from 0 on is needed"),
 ]
 
 

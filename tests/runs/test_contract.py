@@ -16,6 +16,7 @@ from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.results.result import Result
 from vlm_mech.runs import contract, provenance, workspace
 from vlm_mech.runs.command_line import parse
+from vlm_mech.runs.configuration import ClaimConfig
 from vlm_mech.runs.outcome import Outcome
 
 ROOT = Path(__file__).parents[2]
@@ -463,3 +464,17 @@ def test_fewer_examples_than_something_can_be_said_of_are_refused_before_the_run
         contract.main(fake_run.Config, lambda *_: pytest.fail("it ran"), name="fake", fewest=2, argv=given)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: --n is 1; at least 2 examples are needed\n"
     assert not (tmp_path / "out").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Claiming(fake_run.Config, ClaimConfig):
+    """The fake experiment as one that speaks in claims."""
+
+
+def test_a_sentence_that_names_a_layer_without_a_claim_is_left_out(tmp_path):
+    with pytest.warns(UserWarning, match="left out, since it names a layer .*: 'the image is read before layer 3'"):
+        contract.execute(Claiming(out=tmp_path / "run"), fake_run.run, name="fake")
+    assert Result.load(tmp_path / "run").findings == ()
+    assert "before layer 3" not in (tmp_path / "run/report.html").read_text()
+    contract.execute(fake_run.Config(out=tmp_path / "other"), fake_run.run, name="fake")
+    assert "the image is read before layer 3" in Result.load(tmp_path / "other").findings

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from tests.runs.test_contract import ROOT, command, contents
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.runs import workers
+from vlm_mech.runs.configuration import ClaimConfig
 from vlm_mech.runs.starting_ray import check_address, single_threaded
-from vlm_mech.runs.workers import Deal, Worker
+from vlm_mech.runs.workers import Crew, Deal, Dealt, Worker
 
 ray = pytest.importorskip("ray")
 
@@ -198,6 +201,41 @@ def test_what_is_not_finished_is_given_again_and_each_batch_first_once():
     assert deal.take("y", "c") is None
     with pytest.raises(WorkError, match="different batches"):
         deal.offer(["a", "b"], [])
+
+
+class Called:
+    """A method of an actor that is called here."""
+
+    def __init__(self, method):
+        self.remote = method
+
+
+@pytest.mark.parametrize(("looks", "mine", "killed"), [(2, ["b"], 0), (10**6, ["b", "a"], 1)])
+def test_who_is_still_at_a_batch_is_waited_for_and_not_for_ever(monkeypatch, tmp_path, looks, mine, killed):
+    """Another worker has batch `a`, and is done with it after so many looks."""
+    monkeypatch.setattr(ray, "get", lambda told: told)
+    monkeypatch.setattr(workers, "SHORTEST", 0.1)
+    deal, seen, ends = Deal(), [], []
+    deal.offer(["a", "b"], [])
+    assert deal.take("another", None) == "a"
+
+    class Other(Dealt):
+        def look(self, timeout=0):
+            seen.append(timeout)
+            time.sleep(0.01)
+            if len(seen) == looks:
+                deal.take("another", "a")
+
+        def kill(self):
+            ends.append("killed")
+
+        def end(self):
+            ends.append("ended")
+
+    called = SimpleNamespace(offer=Called(deal.offer), take=Called(deal.take), state=Called(deal.state))
+    crew = Crew(ClaimConfig(), "", tmp_path, 2, 0, works=True, begun=Other(called, [], ["a call"], tmp_path / "token"))
+    assert list(crew.of(["a", "b"], "batches", {"a": False, "b": False})) == mine
+    assert ends == ["killed"] * killed + ["ended"] and deal.state() == (2, 2)
 
 
 def test_a_machine_without_the_folder_is_told_so(tmp_path):

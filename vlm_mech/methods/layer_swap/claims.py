@@ -79,7 +79,9 @@ def removed_of(sites: Sequence[Site]) -> RemovedOf:
 
     def found(claim: Claim) -> Removed | None:
         does, about = claim.kind.removeprefix(f"{claim.about['span']} "), claim.about
-        if does not in (TURNS, MOVES) or about["direction"] != "noising" or about["layer"] not in known:
+        asked = does in (TURNS, MOVES) and about["direction"] == "noising"
+        # Tokens of answers are in no prompt.
+        if not asked or about["layer"] not in known or "answer" in about["span"].split("+"):
             return None
         return Removed((known[about["layer"]],), joined(about["span"]), exchanged=True)
 
