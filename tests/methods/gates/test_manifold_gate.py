@@ -10,7 +10,7 @@ from vlm_mech.data.pairs import load_pairs
 from vlm_mech.interventions.specification import Knockout, Steer
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.gates import manifold
-from vlm_mech.methods.gates.manifold import MANIFOLD, on_manifold
+from vlm_mech.methods.gates.manifold import MANIFOLD, on_manifold, share_left
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.claim import Claim, Condition
 from vlm_mech.results.manifold import Strangeness
@@ -45,23 +45,37 @@ def test_what_an_edit_of_no_size_does_is_natural_and_a_large_push_is_not(organis
 def test_the_damage_that_the_projection_does_by_itself_is_not_the_effect(organism, monkeypatch):
     """Edited and unedited states are put at the same place: nothing of the edit is left, whatever that place does."""
     vlm, pairs = organism
-    site, encoded = Site("llm.resid_post", 2), vlm.encode(pairs.base)
-    numbers = np.arange(len(pairs))
-    natural = read(vlm, encoded, [site])[site][:, -1].numpy()
-    same = Strangeness(numbers * 0.0, numbers * 0.0, natural[::-1].copy())
+    site, zeros = Site("llm.resid_post", 2), np.zeros(len(pairs))
+    same = Strangeness(zeros, zeros, read(vlm, pairs.base, [site])[site][:, -1].numpy()[::-1].copy())
     monkeypatch.setattr(manifold, "strangeness", lambda *given: same)
-    share = manifold._share_left(vlm, pairs, encoded, pushed(vlm, 30.0), site, same, natural)
-    assert share == pytest.approx(0, abs=1e-4)
+    for size in (5, 12):
+        model = manifold._Model(vlm, pairs, [pairs[start : start + size] for start in range(0, 12, size)])
+        assert share_left(model, lambda some: pushed(vlm, 30.0), site, same) == pytest.approx(0, abs=1e-4)
 
 
 def test_states_that_stay_where_the_edit_put_them_keep_all_of_its_effect(organism, monkeypatch):
     vlm, pairs = organism
-    site, encoded = Site("llm.resid_post", 3), vlm.encode(pairs.base)
-    edit, zeros = Knockout("last", "image", 1), np.zeros(len(pairs))
-    clean, edited = (read(vlm, encoded, [site], each)[site][:, -1].numpy() for each in (None, edit))
+    site, edit, zeros = Site("llm.resid_post", 3), Knockout("last", "image", 1), np.zeros(len(pairs))
+    clean, edited = (read(vlm, pairs.base, [site], each)[site][:, -1].numpy() for each in (None, edit))
     monkeypatch.setattr(manifold, "strangeness", lambda *given: Strangeness(zeros, zeros, clean))
-    share = manifold._share_left(vlm, pairs, encoded, edit, site, Strangeness(zeros, zeros, edited), clean)
-    assert share == pytest.approx(1, abs=1e-3)
+    for size in (5, 12):
+        model = manifold._Model(vlm, pairs, [pairs[start : start + size] for start in range(0, 12, size)])
+        share = share_left(model, lambda some: edit, site, Strangeness(zeros, zeros, edited))
+        assert share == pytest.approx(1, abs=1e-3)
+
+
+def test_answers_that_begin_alike_leave_it_open_and_the_batch_makes_no_difference(organism, monkeypatch):
+    vlm, pairs = organism
+    gates = [
+        on_manifold([claim()], vlm, pairs, lambda claim, pairs: pushed(vlm, 1e3), batch=batch)[0].gates[0]
+        for batch in (5, 12)
+    ]
+    one, other = (gate.numbers["effect_left_when_projected"] for gate in gates)
+    assert one == pytest.approx(other, rel=1e-3) and gates[0].numbers["percentiles"] == gates[1].numbers["percentiles"]
+    first = torch.zeros(12, dtype=torch.long)
+    monkeypatch.setattr(VLM, "answer_ids", lambda self, encoded, answers: first[: len(answers)])
+    (alike,) = on_manifold([claim()], vlm, pairs, lambda claim, pairs: pushed(vlm, 1e3))
+    assert alike.gates[0].verdict is None and "the answers begin alike" in alike.gates[0].says
 
 
 def test_states_are_looked_at_from_the_first_layer_of_a_window_on(organism):

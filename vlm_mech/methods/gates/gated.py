@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 import pandas as pd
 
 from vlm_mech.data.derived_pairs import with_others_answers
-from vlm_mech.errors import UsageError
-from vlm_mech.methods.gates.manifold import EditOf, on_manifold
-from vlm_mech.methods.gates.removals import RemovedOf, in_other_ways
+from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.methods.gates.manifold import MANIFOLD, EditOf, on_manifold
+from vlm_mech.methods.gates.removals import OTHER_WAYS, RemovedOf, in_other_ways
 from vlm_mech.models.twin import twin_of
 from vlm_mech.results.claim import Claim, Gate
 from vlm_mech.results.claiming import claimed
@@ -94,46 +94,54 @@ def gated(
     if config.gates == "none" or not made:
         return found
     made = with_stability(made, possible, result, seed=config.seed)
-    if config.gates == "all" and isinstance(measured, str):
-        untried = tuple(Gate(kind, None, f"not tried: {measured}") for kind in (TWIN, SHUFFLED))
-        made = tuple(dataclasses.replace(claim, gates=(*claim.gates, *untried)) for claim in made)
-    elif config.gates == "all" and config.null:
-        made = _against_nulls(config, made, vlm, pairs[:N_EXAMPLES], result, pool, measured)
-    if config.gates == "all" and edit_of is not None:
-        made = on_manifold(made, vlm, pairs[:N_EXAMPLES], edit_of)
-    if config.gates == "all" and removed_of is not None:
-        made = in_other_ways(made, possible, vlm, pairs[:N_EXAMPLES], removed_of)
+    some, how = pairs[:N_EXAMPLES], {"batch": config.batch}
+    if config.gates == "all":
+        asked = (vlm, some, result, pool, measured)
+        for kind in (TWIN, SHUFFLED) if config.null else ():
+            made = _or_untried(made, kind, lambda made, kind=kind: _null(config, made, kind, *asked))
+        if edit_of is not None:
+            made = _or_untried(made, MANIFOLD, lambda made: on_manifold(made, vlm, some, edit_of, **how))
+        if removed_of is not None:
+            made = _or_untried(
+                made, OTHER_WAYS, lambda made: in_other_ways(made, possible, vlm, some, removed_of, **how)
+            )
     return (*made, *(claim for claim in found if not claim.made))
 
 
-def _against_nulls(
+def _or_untried(
+    made: tuple[Claim, ...], name: str, gate: Callable[[tuple[Claim, ...]], tuple[Claim, ...]]
+) -> tuple[Claim, ...]:
+    """The claims behind a gate; where it cannot be tried that is said, and what was measured is not lost for it."""
+    try:
+        return gate(made)
+    except (UsageError, WorkError) as error:
+        untried = Gate(name, None, f"not tried: {' '.join(str(error).split())}")
+        return tuple(dataclasses.replace(claim, gates=(*claim.gates, untried)) for claim in made)
+
+
+def _null(
     config: Asked,
     made: tuple[Claim, ...],
+    kind: str,
     vlm: "VLM",
     pairs: "Pairs",
     result: Result,
     pool: Pool,
-    measured: Measured,
+    measured: Measured | str,
 ) -> tuple[Claim, ...]:
+    """The claims with a gate for one kind of null.
+
+    Raises:
+        UsageError: the analysis cannot be done again, of these or of any pairs.
+    """
     from tqdm import tqdm
 
-    def one(kind: str, seed: int) -> Result:
+    if isinstance(measured, str):
+        raise UsageError(measured)
+    results = []
+    for seed in tqdm(range(config.seed + 1, config.seed + 1 + config.null), desc=kind, disable=None):
         of = (twin_of(vlm, seed), pairs) if kind == TWIN else (vlm, with_others_answers(pairs, seed=seed))
         tables = [measured(of[0], of[1][start : start + config.batch]) for start in range(0, len(pairs), config.batch)]
         table = pd.concat(tables, ignore_index=True)
-        return dataclasses.replace(result, table=table, findings=(), claims=(), known={})
-
-    seeds = range(config.seed + 1, config.seed + 1 + config.null)
-    with tqdm(total=2 * config.null, desc="nulls", disable=None) as bar:
-        for kind in (TWIN, SHUFFLED):
-            results = []
-            try:
-                for seed in seeds:
-                    results.append(one(kind, seed))
-                    bar.update()
-            except UsageError as error:
-                gate = Gate(kind, None, f"not tried: {error}")
-                made = tuple(dataclasses.replace(claim, gates=(*claim.gates, gate)) for claim in made)
-                continue
-            made = against_nulls(made, pool, {kind: results})
-    return made
+        results.append(dataclasses.replace(result, table=table, findings=(), claims=(), known={}))
+    return against_nulls(made, pool, {kind: results})

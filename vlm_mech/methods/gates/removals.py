@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm_mech.architectures.site import Site
+from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import Span
-from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Replace
-from vlm_mech.interventions.trace import read
+from vlm_mech.interventions.specification import Ablate, Intervention, Replace
 from vlm_mech.results.claim import Claim, Gate
 from vlm_mech.sweeps.measures import logit_diff
 from vlm_mech.sweeps.sweep import Point, grid, sweep
@@ -42,7 +42,13 @@ RemovedOf = Callable[[Claim], Removed | None]
 
 
 def in_other_ways(
-    claims: Sequence[Claim], pool: Sequence[Claim], vlm: "VLM", pairs: "Pairs", removed_of: RemovedOf
+    claims: Sequence[Claim],
+    pool: Sequence[Claim],
+    vlm: "VLM",
+    pairs: "Pairs",
+    removed_of: RemovedOf,
+    *,
+    batch: int = 32,
 ) -> tuple[Claim, ...]:
     """The claims with a gate: does the logit difference go the same way however the states are removed?
 
@@ -54,10 +60,16 @@ def in_other_ways(
         pool: all that could have been claimed, for the ranks.
         pairs: some examples; about thirty are enough.
         removed_of: what a claim is about.
+        batch: pairs a forward pass.
+
+    Raises:
+        UsageError: pairs without a counterfactual picture.
     """
+    if any(pair.made == "none" for pair in pairs or ()):
+        raise UsageError("there are no counterfactual pictures")
     kinds = {(claim.kind, _rest(claim)) for claim in claims}
     asked = [claim for claim in pool if (claim.kind, _rest(claim)) in kinds and removed_of(claim) is not None]
-    effects = _effects(asked, vlm, pairs, removed_of) if asked else {}
+    effects = _effects(asked, vlm, pairs, removed_of, batch) if asked else {}
     places = {(claim.kind, repr(claim.about)): number for number, claim in enumerate(asked)}
     found = []
     for claim in claims:
@@ -73,15 +85,15 @@ def _rest(claim: Claim) -> str:
     return repr({name: value for name, value in claim.about.items() if name not in APART})
 
 
-def _effects(asked: Sequence[Claim], vlm: "VLM", pairs: "Pairs", removed_of: RemovedOf) -> dict[tuple[int, str], float]:
+def _effects(
+    asked: Sequence[Claim], vlm: "VLM", pairs: "Pairs", removed_of: RemovedOf, batch: int
+) -> dict[tuple[int, str], float]:
     """The mean change of the logit difference by claim and way."""
     each: list[Any] = [removed_of(claim) for claim in asked]
-    sites = tuple(dict.fromkeys(site for removed in each for site in removed.sites))
-    donor = read(vlm, pairs.counterfactual, sites)
     points = grid(claim=range(len(asked)), way=WAYS)
     measure = logit_diff(pairs.answer, pairs.counterfactual_answer)
     done = sweep(
-        vlm, pairs, points, lambda point: _edit(each[point.claim], point, donor), measure, batch=len(pairs), check=0
+        vlm, pairs, points, lambda point: _edit(each[point.claim], point, pairs), measure, batch=batch, check=0
     )
     name = measure.metric.name
     change = done.table[name] - done.table[f"{name}_baseline"]
@@ -89,9 +101,9 @@ def _effects(asked: Sequence[Claim], vlm: "VLM", pairs: "Pairs", removed_of: Rem
     return {(int(number), str(way)): float(value) for (number, way), value in means.items()}  # type: ignore[misc]
 
 
-def _edit(removed: Removed, point: Point, donor: Activations) -> Intervention:
+def _edit(removed: Removed, point: Point, pairs: "Pairs") -> Intervention:
     if point.way == COUNTERFACTUAL:
-        return Replace(removed.sites, removed.span, source=donor, heads=removed.heads)
+        return Replace(removed.sites, removed.span, source=pairs.counterfactual, heads=removed.heads)
     return Ablate(removed.sites, removed.span, to=point.way, heads=removed.heads)
 
 
