@@ -13,6 +13,7 @@ from tests.zoo import ZOO
 from tests.zoo.tiny import tiny_model, tiny_processor
 from vlm_mech.architectures import families
 from vlm_mech.architectures.families import FAMILIES, LLAVA, family_of
+from vlm_mech.checks import vlm as checks
 from vlm_mech.checks.finding import refuse_unless_all_hold
 from vlm_mech.checks.structure import find_structure
 from vlm_mech.checks.vlm import example, find_vlm
@@ -108,6 +109,50 @@ def test_the_check_runs_the_decoder_over_two_pictures_and_a_few_words(family):
     *pictures, (n_rows, n_words) = seen["llm"]
     assert seen["vision"] <= 4 and len(pictures) == 2 and {rows for rows, _ in pictures} == {1}
     assert n_rows <= 10 and n_words <= pictures[0][1] - n_image
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_a_deep_decoder_runs_its_first_blocks_over_a_picture_and_all_over_words(family, monkeypatch):
+    monkeypatch.setattr(checks, "DEEP", 1)
+    vlm = VLM(*ZOO[family]("sdpa", 0), check=False)
+    depth, n_layers = checks.shallow(vlm), vlm.n_layers("llm")
+    if depth is None or depth == n_layers or checks.words(vlm) is None:
+        # Too shallow, or nothing can be asked without a picture: all is run over one.
+        assert family in ("gemma3", "paligemma", "instructblip", "blip2")
+        return
+    lengths: dict[int, list[int]] = {0: [], n_layers - 1: []}
+    for layer, seen in lengths.items():
+        block = vlm.model.get_submodule(f"{vlm.blocks('llm').path}.{layer}")
+        block.register_forward_hook(
+            lambda _, given, named, out, seen=seen: seen.append(
+                (given[0] if given else named["hidden_states"]).shape[1]
+            ),
+            with_kwargs=True,
+        )
+    findings = refuse_unless_all_hold(family, find_vlm(vlm))
+    assert any(f"what llm[{depth}] receives" in finding.name for finding in findings)
+    assert len({finding.name for finding in findings}) == len(findings) >= 45
+    n_picture = max(lengths[0])
+    assert (
+        lengths[0].count(n_picture) == 2 and n_picture not in lengths[n_layers - 1] and len(lengths[n_layers - 1]) == 3
+    )
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_what_differs_from_the_plain_forward_is_found_below_and_above_what_a_picture_runs(layer, monkeypatch):
+    monkeypatch.setattr(checks, "DEEP", 1)
+    vlm = VLM(*ZOO["llava_clip"]("sdpa", 0), check=False)
+    assert checks.shallow(vlm) == 2
+    block, n_passes = vlm.model.get_submodule(f"{vlm.blocks('llm').path}.{layer}"), [0]
+
+    def differs(_, given, named, out):
+        n_passes[0] += 1
+        return out + n_passes[0] / 8 if isinstance(out, torch.Tensor) else (out[0] + n_passes[0] / 8, *out[1:])
+
+    block.register_forward_hook(differs, with_kwargs=True)
+    wrong = [finding.name for finding in find_vlm(vlm) if not finding.holds]
+    expected = "over a picture, what llm[2] receives equals the plain forward" if layer == 1 else None
+    assert "logits equal the plain forward" in wrong and (expected is None or expected in wrong)
 
 
 @pytest.mark.parametrize(

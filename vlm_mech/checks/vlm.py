@@ -1,13 +1,15 @@
 """Does each name mean what it says in this model? Asked once when a model is loaded; a model that fails is refused.
 
-Two passes are over a picture, the model's own and a traced one. What is edited before the decoder is a row each of one
-pass that ends where the decoder begins; what is edited in it, a row each of one over a few words.
+Two passes are over a picture, the model's own and a traced one; of a deep decoder they run the first blocks alone, and
+all of it is run over a few words, plainly and traced. What is edited before the decoder is a row each of one pass that
+ends where the decoder begins; what is edited in it, a row each of one over a few words.
 
 `python -m vlm_mech.models.check MODEL` prints the answers for any Hugging Face id, folder or embedded model.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ from vlm_mech.interventions.trace import carry_out, read
 
 QUESTION = "What is in the picture?"
 """Words that any tokenizer takes."""
+DEEP = 4
+"""A decoder at least so many times as deep as what has to be run over a picture is not run whole over it."""
 INTO_DECODER, INTO_TOWER = Site("llm.resid_pre", 0), Site("vision.resid_pre", 0)
 
 
@@ -76,10 +80,27 @@ def noise_picture() -> Image.Image:
 
 
 def _as_it_is(vlm: TracedModel) -> Iterator[Finding]:
-    """Parity, the residual algebra and the head, from the model's own pass and a traced one."""
-    encoded = vlm.encode([example(vlm)])
+    """Parity, the residual algebra and the head, from the model's own passes and traced ones."""
+    encoded, asked, depth = vlm.encode([example(vlm)]), words(vlm), shallow(vlm)
+    if depth is None or asked is None:
+        yield from _to_the_end(vlm, encoded, ("vision", "llm"))
+    else:
+        yield from _over_a_picture(vlm, encoded, depth)
+        yield from _to_the_end(vlm, vlm.encode([asked]), ("llm",))
+
+
+def shallow(vlm: TracedModel) -> int | None:
+    """The blocks that a deep decoder runs over a picture: enough for each kind of attention and all that is added to
+    image tokens on the way; None for a decoder that is not `DEEP` times as deep."""
+    kinds = list(getattr(vlm.config.get_text_config(), "layer_types", None) or ())
+    depth = max(2, len(vlm.taps) + 1, *(kinds.index(kind) + 1 for kind in kinds))
+    return depth if DEEP * depth <= vlm.n_layers("llm") else None
+
+
+def _to_the_end(vlm: TracedModel, encoded: Encoded, streams: tuple[str, ...]) -> Iterator[Finding]:
+    """What is asked of a pass through the whole decoder."""
     last = Site("llm.resid_post", vlm.n_layers("llm") - 1)
-    wanted = {last, *(site for stream in ("vision", "llm") for site in _sites_of(vlm, stream))}
+    wanted = {last, *(site for stream in streams for site in _sites_of(vlm, stream, _layers(vlm, stream)))}
     states, logits, _ = carry_out(vlm, encoded, Plan({}, {}), sorted(wanted, key=lambda site: site.order))
     assert logits is not None, "the pass runs to its end"
     with torch.no_grad():
@@ -88,9 +109,45 @@ def _as_it_is(vlm: TracedModel) -> Iterator[Finding]:
         through_head = vlm.model.get_submodule(vlm.family.head)(norm(states[last]))
     difference = (plain - logits).abs().max().item()
     yield Finding("logits equal the plain forward", difference == 0.0, f"largest difference {difference:.3g}")
-    for stream in ("vision", "llm"):
-        yield from _residual_algebra(vlm, encoded, stream, states)
+    for stream in streams:
+        yield from _residual_algebra(vlm, encoded, stream, states, _layers(vlm, stream))
     yield find_close("the head reads the normed last resid_post", through_head, logits)
+
+
+def _over_a_picture(vlm: TracedModel, encoded: Encoded, depth: int) -> Iterator[Finding]:
+    """What is asked of a pass through the tower and the first blocks of the decoder."""
+    into = Site("llm.resid_pre", depth)
+    asked = {"vision": _layers(vlm, "vision"), "llm": [depth - 1]}
+    wanted = {into, *(site for stream, layers in asked.items() for site in _sites_of(vlm, stream, layers))}
+    in_order = sorted(wanted, key=lambda site: site.order)
+    states, _, _ = carry_out(vlm, encoded, Plan({}, {}), in_order, to_the_end=False)
+    difference = (_plainly(vlm, encoded, depth) - states[into]).abs().max().item()
+    name = f"over a picture, what llm[{depth}] receives equals the plain forward"
+    yield Finding(name, difference == 0.0, f"largest difference {difference:.3g}")
+    yield from _residual_algebra(vlm, encoded, "vision", states, asked["vision"])
+    yield from _residual_algebra(vlm, encoded, "llm", states, asked["llm"], " over a picture")
+
+
+class _ReceivedError(Exception):
+    """What a block receives, when the pass need not go on."""
+
+
+def _plainly(vlm: TracedModel, encoded: Encoded, layer: int) -> Tensor:
+    """What a block of the decoder receives in the model's own pass, which ends there."""
+
+    def stop(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        raise _ReceivedError(given[0] if given else named["hidden_states"])
+
+    block = vlm.model.get_submodule(f"{vlm.blocks('llm').path}.{layer}")
+    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            vlm.model(**encoded.inputs)
+    except _ReceivedError as received:
+        return received.args[0]
+    finally:
+        hook.remove()
+    raise AssertionError("a pass runs all blocks")
 
 
 def _layers(vlm: TracedModel, stream: str) -> list[int]:
@@ -98,30 +155,29 @@ def _layers(vlm: TracedModel, stream: str) -> list[int]:
     return sorted({0, n_layers // 2, n_layers - 1})
 
 
-def _sites_of(vlm: TracedModel, stream: str) -> list[Site]:
-    layers = _layers(vlm, stream)
+def _sites_of(vlm: TracedModel, stream: str, layers: list[int]) -> list[Site]:
     above = [layer + 1 for layer in layers if layer + 1 < vlm.n_layers(stream)]
     found = [Site(f"{stream}.{point}", layer) for layer in layers for point in BLOCK_POINTS]
     return found + [Site(f"{stream}.resid_pre", layer) for layer in above]
 
 
 def _residual_algebra(
-    vlm: TracedModel, encoded: Encoded, stream: str, states: Mapping[Site, Tensor]
+    vlm: TracedModel, encoded: Encoded, stream: str, states: Mapping[Site, Tensor], layers: list[int], where: str = ""
 ) -> Iterator[Finding]:
-    for layer in _layers(vlm, stream):
+    for layer in layers:
         at = {point: states[Site(f"{stream}.{point}", layer)] for point in BLOCK_POINTS}
         scales = _scales(vlm, stream, layer)
         total = at["resid_pre"] + scales[0] * at["attn_out"] + scales[1] * at["mlp_out"]
-        yield find_close(f"{stream}[{layer}]: resid_post is the sum", at["resid_post"], total)
+        yield find_close(f"{stream}[{layer}]{where}: resid_post is the sum", at["resid_post"], total)
         projected = project_heads(vlm, stream, layer, at["head_out"])
-        yield find_close(f"{stream}[{layer}]: attn_out comes from head_out", at["attn_out"], projected)
+        yield find_close(f"{stream}[{layer}]{where}: attn_out comes from head_out", at["attn_out"], projected)
         if layer + 1 < vlm.n_layers(stream):
             above = states[Site(f"{stream}.resid_pre", layer + 1)]
             kept = torch.ones(above.shape[:2], dtype=torch.bool)
             if stream == "llm" and layer < len(vlm.taps):
                 kept[0, list(encoded.rows[0].image)] = False
             same = torch.equal(at["resid_post"][kept], above[kept].to(at["resid_post"].device))
-            yield Finding(f"{stream}[{layer}]: resid_post is the next resid_pre", same, "exact equality asked")
+            yield Finding(f"{stream}[{layer}]{where}: resid_post is the next resid_pre", same, "exact equality asked")
 
 
 def _scales(vlm: TracedModel, stream: str, layer: int) -> tuple[Tensor | float, Tensor | float]:
