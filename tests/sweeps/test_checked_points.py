@@ -5,14 +5,17 @@ import torch
 
 from tests.zoo.batches import pairs_of, wrapped
 from vlm_mech.architectures.site import Site
+from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import WorkError
 from vlm_mech.interventions.receipt import ReceiptError
 from vlm_mech.interventions.specification import Ablate, Knockout
+from vlm_mech.models.vlm import VLM
+from vlm_mech.sweeps import sweep as sweep_module
 from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.measures import prob
 from vlm_mech.sweeps.reference import Reference
 from vlm_mech.sweeps.replay import Wave
-from vlm_mech.sweeps.sweep import grid, sweep
+from vlm_mech.sweeps.sweep import grid, rounding, sweep
 
 
 def passes_of(vlm, work):
@@ -84,3 +87,21 @@ def test_wrong_numbers_of_the_engine_are_found(monkeypatch, wrong):
         monkeypatch.setattr(Engine, "__post_init__", with_wrong_states)
     with pytest.raises(WorkError, match="the fast engine differs from the reference by"):
         sweep(vlm, pairs, points, cut, prob(pairs.answer))
+
+
+def test_small_logits_may_differ_by_what_their_products_are_rounded_by(monkeypatch):
+    vlm, pairs = VLM.load("organism"), load_pairs("scenes/colour", n=2)
+    largest = vlm.readout.head.weight.double().norm(dim=1).max() * vlm.readout.norm.weight.double().norm()
+    assert vlm.readout.size == pytest.approx(largest.item(), rel=1e-6)
+    small, eps = torch.full((2, 3), 0.5), torch.finfo(torch.float32).eps
+    assert rounding(vlm, small, 0.9e-5) == pytest.approx(1e-5) == rounding(vlm, 10 * small, 0.9e-5) / 5
+    assert 1.1e-5 < rounding(vlm, small, 1.1e-5) == pytest.approx(4 * eps * largest.item())
+    assert rounding(vlm, small, 1e-3) < 1e-3
+    whole, far = Wave.run, [1.1e-5]
+    monkeypatch.setattr(Wave, "run", lambda wave: ((number, logits + far[0]) for number, logits in whole(wave)))
+    monkeypatch.setattr(sweep_module, "ROUNDING", 0.0)
+    sweep(vlm, pairs, grid(layer=(1,)), cut, prob(pairs.answer))
+    far[0] = 1e-4
+    with pytest.raises(WorkError, match="the fast engine differs from the reference by") as error:
+        sweep(vlm, pairs, grid(layer=(1,)), cut, prob(pairs.answer))
+    assert len(str(error.value)) < 400

@@ -23,6 +23,8 @@ ROUNDING = 256
 """Multiples of the data type's precision by which two ways to the same logits may differ, relative to the largest."""
 N_POSITIONS = 8
 """Positions at which the two are compared."""
+ROWS = 4096
+"""Rows of the head whose norms are taken at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,17 @@ class Readout:
         states = hidden[None]
         logits = self.head(self.norm(states) if normed else states)[0].float() * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    @property
+    def size(self) -> float:
+        """Norm of the largest row of the head times that of a normed state: what a logit, a scalar product of such two,
+        is rounded by goes with it, however small the logit; 0 where weights are not there as numbers."""
+        rows, scales = (getattr(part, "weight", None) for part in (self.head, self.norm))
+        if any(each is None or not each.is_floating_point() or each.is_meta for each in (rows, scales)):
+            return 0.0
+        assert rows is not None and scales is not None, "both are there"
+        largest = max(part.float().norm(dim=1).max().item() for part in rows.detach().split(ROWS))
+        return largest * scales.detach().float().norm().item() * abs(self.scale)
 
     @property
     def told(self) -> dict[str, Any]:

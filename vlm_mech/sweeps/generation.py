@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm_mech.errors import WorkError
+from vlm_mech.errors import WorkError, shortened
 from vlm_mech.interventions.plan import Cut, Plan
 from vlm_mech.interventions.receipt import Receipt, verify
 from vlm_mech.interventions.specification import Intervention
@@ -23,7 +23,7 @@ from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.generation_cost import Place, meant_of, parts_of, place_of, reference_peak, start_of
 from vlm_mech.sweeps.reference import Reference, next_token
 from vlm_mech.sweeps.replay import Wave
-from vlm_mech.sweeps.sweep import ROUNDING
+from vlm_mech.sweeps.sweep import rounding
 from vlm_mech.sweeps.tracks import Track, Version, receipt_of_generated, track_of
 
 if TYPE_CHECKING:
@@ -172,8 +172,10 @@ def _check(vlm: "VLM", said: Generation, intervention: Intervention | None, refe
         step = next(number for number, (one, other) in enumerate(pairs) if one != other)
         logits = scored.output.logits[step][example].float()
         gap = (logits[pairs[step][1]] - logits[pairs[step][0]]).item()
-        limit = ROUNDING * torch.finfo(vlm.dtype).eps * max(1.0, logits.abs().max().item())
-        told = f"generated under {intervention}: example {example} says {ours!r}, the reference {theirs!r}"
+        limit = rounding(vlm, logits.to(vlm.dtype), gap)
+        told = (
+            f"generated under {shortened(str(intervention))}: example {example} says {ours!r}, the reference {theirs!r}"
+        )
         if not gap <= limit:
             raise WorkError(
                 f"{told}; token {step} differs, whose logits are {gap:.3g} apart where at most {limit:.3g} is "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.errors import UsageError, WorkError, shortened
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.interventions.specification import Intervention, as_intervention
@@ -343,10 +343,23 @@ def _check_columns(names: Sequence[str]) -> None:
 ROUNDING = 1e-5 / torch.finfo(torch.float32).eps
 """Multiples of the data type's precision by which the two ways may differ, relative to the largest logit above 1: in
 single precision 1e-5, as the tests ask."""
+OF_PRODUCTS = 4
+"""The same relative to `Readout.size`, for logits much smaller than the products that they are sums of."""
 
 
 def _stacked(values: Sequence[Tensor]) -> Float[Tensor, "measure example"]:
     return torch.stack([each.double().cpu() for each in values])
+
+
+def rounding(vlm: "VLM", logits: Tensor, difference: float) -> float:
+    """By how much two ways to the same logits may differ: relative to the largest of them, or to what they are made of.
+
+    Args:
+        difference: how far they are apart; what logits are made of is asked where it needs explaining.
+    """
+    eps = torch.finfo(logits.dtype).eps
+    limit = ROUNDING * eps * max(1.0, logits.abs().max().item())
+    return limit if difference <= limit else max(limit, OF_PRODUCTS * eps * vlm.readout.size)
 
 
 def _agree(vlm: "VLM", read: Readings, edits: list[Intervention], found: dict[int, Tensor]) -> float:
@@ -358,11 +371,11 @@ def _agree(vlm: "VLM", read: Readings, edits: list[Intervention], found: dict[in
     for number, logits in found.items():
         expected = reference.logits(edits[number]).float()[present]
         difference = (expected - logits.float()[present]).abs().max().item()
-        limit = ROUNDING * torch.finfo(logits.dtype).eps * max(1.0, expected.abs().max().item())
+        limit = rounding(vlm, expected.to(logits.dtype), difference)
         if not difference <= limit:
             raise WorkError(
-                f"the fast engine differs from the reference by {difference:.3g} at {edits[number]}; at most "
-                f"{limit:.3g} is rounding; engine='trace' gives the reference"
+                f"the fast engine differs from the reference by {difference:.3g} at {shortened(str(edits[number]))}; "
+                f"at most {limit:.3g} is rounding; engine='trace' gives the reference"
             )
         worst = max(worst, difference)
     return worst
