@@ -24,6 +24,8 @@ class Config(SpokenConfig):
     """Spans of tokens to swap, joined by +; for llm: image question last all (last+answer: the answer too)."""
     direction: Literal["both", "noising", "denoising"] = "both"
     """Noising puts the counterfactual's states into the image's run, denoising the reverse."""
+    control: tuple[Literal["same-answer", "other-object"], ...] = ()
+    """States of others swapped in besides: of a pair with the run's own answer, of another object with the other's."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     all: bool = False
@@ -40,6 +42,8 @@ class Config(SpokenConfig):
     """Weights: layers from each on, up to each, each alone, or a window around it."""
     window: int = 3
     """Weights: layers of a window."""
+    n_random: int = 1
+    """Weights: random changes of equal size, each of which an exchange must beat."""
     engine: Literal["fast", "trace"] = "fast"
     """The fast one computes only what can change; trace runs a whole pass for every cell."""
 

@@ -34,11 +34,16 @@ def swap_weights(config: Config, work: Workspace) -> Outcome:
         raise UsageError(f"--outcome {config.outcome} is for --swap state; an exchange of weights reads logits alone")
     if config.counterfactual is not None:
         raise UsageError("--counterfactual is for --swap state; an exchange of weights asks about one picture alone")
+    if config.control:
+        raise UsageError("--control is for --swap state; an exchange of weights has random changes (--n-random)")
+    if config.n_random < 1:
+        raise UsageError(f"--n-random is {config.n_random}; at least 1 random change is needed")
     pairs = load_examples(config.data or "scenes/colour-conflict", n=config.n, split=config.split, **config.drawn)
     pairs = conflict_first(with_conflict(pairs))
     base = config.load()
     pairs = fitting(base, pairs, **config.fits, alone=True)
-    sides = study.two_sides(base, _tuned(config), part=config.part, second=_second(config), seed=config.seed)
+    how = {"part": config.part, "n_random": config.n_random, "seed": config.seed}
+    sides = study.two_sides(base, _tuned(config), second=_second(config), **how)
     chosen = [each for schedule in config.schedules for each in exchanges(schedule, sides.n_layers, size=config.window)]
     for key, rows in work.batches(in_batches(len(pairs), config.batch), "exchanges"):
         work.keep(key, study.swap_blocks(sides, pairs[rows], chosen, measure=config.measure), {})

@@ -25,8 +25,9 @@ def plan(config: Config) -> Any:
 
     if config.swap == "weights":
         raise UsageError("--dry-run foresees swaps of states only; an exchange of weights keeps one pass a hybrid")
-    *what, directions = _loaded(config)
+    *what, directions, controls = _loaded(config)
     how = {"measure": config.measure, "part": part_of(config), "batch": config.batch, "memory": config.memory}
+    how |= {"n_controls": 0 if controls is None else len(controls.names)}
     return plan_swap(*what, directions=directions, **how)
 
 
@@ -36,10 +37,11 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 
 def _loaded(config: Config) -> tuple[Any, ...]:
-    """The model, the pairs, and what is swapped: sites, spans, directions."""
+    """The model, the pairs, and what is swapped: sites, spans, directions, and the donors of controls."""
     from vlm_mech.data.examples import check_made, load_examples
     from vlm_mech.data.fitting import fitting
     from vlm_mech.data.pairs import DIRECTIONS
+    from vlm_mech.methods.layer_swap.controls import donors_of
     from vlm_mech.methods.layer_swap.data import default_spans, swap_sites
 
     check_n(config.n, 2)
@@ -51,7 +53,8 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     sites = swap_sites(vlm, config.site, config.point)
     pairs = fitting(vlm, pairs, **config.fits)
     spans = config.spans or default_spans(vlm, config.site, pairs=pairs, measure=config.measure)
-    return vlm, pairs, sites, spans, directions
+    controls = donors_of(vlm, pairs, config.control, directions=directions, seed=config.seed)
+    return vlm, pairs, sites, spans, directions, controls
 
 
 def _swap_states(config: Config, work: Workspace) -> Outcome:
@@ -64,15 +67,15 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.results.generated_answers import examples
     from vlm_mech.sweeps.generated_answers import part_of
 
-    vlm, pairs, sites, spans, directions = _loaded(config)
-    how = {"directions": directions, "only_correct": not config.all, "measure": config.measure}
+    vlm, pairs, sites, spans, directions, controls = _loaded(config)
+    how = {"directions": directions, "only_correct": not config.all, "measure": config.measure, "controls": controls}
     how |= {"part": part_of(config), "engine": config.engine, "memory": config.memory}
     for key, rows in work.batches(in_batches(len(pairs), config.batch), "swaps"):
         table, receipts = swap_states(vlm, pairs[rows], sites, spans, **how)
         work.keep(key, table, summarise(receipts))
     table, receipts = work.collect()
     provenance = about(question_of(pairs), vlm, pairs, add_up(receipts))
-    result = swap_result(config.site, table, provenance, config.measure)
+    result = swap_result(config.site, table, provenance, config.measure, controls)
     result = told(with_claims(result, config, vlm, pairs, sites, spans, how), pairs)
     said = examples(result.table, result.axes, {pair.id: pair.question for pair in pairs})
     return Outcome(result, drawn(result), pictures(pairs), said=said)

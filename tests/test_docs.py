@@ -26,7 +26,11 @@ def blocks(page):
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("api", "data", "transformer_lens")), *CARDS],
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{name}.md" for name in ("api", "data", "methods", "transformer_lens")),
+        *CARDS,
+    ],
     ids=lambda page: f"{page.parent.name}-{page.stem}",
 )
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from vlm_mech.inputs.span import Words as Words
     from vlm_mech.inputs.wording import Wording as Wording
     from vlm_mech.interventions.attention_weights import attention_from as attention_from
+    from vlm_mech.interventions.directions import random_directions as random_directions
     from vlm_mech.interventions.receipt import KnockoutReceipt as KnockoutReceipt
     from vlm_mech.interventions.receipt import Receipt as Receipt
     from vlm_mech.interventions.receipt import ReceiptError as ReceiptError
@@ -119,6 +120,7 @@ _HOMES = {
     "inputs.span": ("Each", "OneImage", "Patches", "Positions", "Span", "Tokens", "Words"),
     "inputs.wording": ("Wording",),
     "interventions.attention_weights": ("attention_from",),
+    "interventions.directions": ("random_directions",),
     "interventions.receipt": ("KnockoutReceipt", "Receipt", "ReceiptError", "WriteReceipt", "receipts_table"),
     "interventions.specification": ("Ablate", "Activations", "Intervention", "Knockout", "Replace", "Steer", "window"),
     "interventions.trace": ("Generation", "Run", "generate", "read", "run"),

@@ -219,8 +219,8 @@ def test_counterfactuals_with_other_tokens_are_refused_with_the_reason(vlm):
 
 def test_help_shows_what_states_need_before_what_weights_need():
     names = [field.name for field in dataclasses.fields(layer_swap.Config)]
-    states = ("swap", "site", "point", "spans", "direction", "split", "all", "batch")
-    weights = ("tuned", "second", "part", "schedules", "window")
+    states = ("swap", "site", "point", "spans", "direction", "control", "split", "all", "batch")
+    weights = ("tuned", "second", "part", "schedules", "window", "n_random")
     start = names.index("swap")
     assert tuple(names[start:]) == (*states, *weights, "engine")
 

@@ -41,6 +41,8 @@ from vlm_mech.methods.weight_swap.study import (
     RANDOM,
     REVERT,
     SECOND,
+    is_random,
+    random_name,
     swap_blocks,
     two_sides,
 )
@@ -158,6 +160,27 @@ def test_the_control_moves_every_weight_as_far_in_another_direction(two):
             cosine = torch.cosine_similarity((drawn - weight).flatten(), (moved - weight).flatten(), dim=0)
             assert weight.numel() < 500 or abs(cosine) < 0.2
     assert deltas(own, drawn_anew) == pytest.approx(deltas(own, other), rel=1e-3) and min(deltas(own, other)) > 0.05
+
+
+def test_several_random_changes_are_of_equal_size_and_drawn_apart(two):
+    one, more = two_sides(*two), two_sides(*two, n_random=3, second=tune_of(two[0], seed=5))
+    names = [random_name(number) for number in range(3)]
+    assert names[0] == RANDOM and len(set(names)) == 3 and all(map(is_random, names)) and not is_random(PARENT)
+    for direction, donors in more.donors.items():
+        assert [name for name in donors if is_random(name)] == names
+        own = more.recipients[direction].own
+        weights = [torch.cat([w.flatten() for w in donors[name].blocks[0].parameters()]) for name in names]
+        before = torch.cat([w.flatten() for w in own.blocks[0].parameters()])
+        first = torch.cat([w.flatten() for w in one.donors[direction][RANDOM].blocks[0].parameters()])
+        assert torch.equal(first, weights[0]), "the first is the one there always was"
+        for at, name in enumerate(names):
+            assert more.moved[direction, name] == pytest.approx(more.moved[direction, PARENT], rel=1e-3)
+            for other in weights[at + 1 :]:
+                assert abs(torch.cosine_similarity(weights[at] - before, other - before, dim=0)) < 0.1
+    table = swap_blocks(more, some_pairs(2), exchanges("single", 4))
+    assert set(table["donor"]) == {PARENT, SECOND, *names}
+    with pytest.raises(UsageError, match="n_random is 0; at least 1 random change is needed"):
+        two_sides(*two, n_random=0)
 
 
 @pytest.fixture(scope="module")

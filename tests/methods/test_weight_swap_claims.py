@@ -9,7 +9,17 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.methods.gates.gated import Options, gated
 from vlm_mech.methods.weight_swap.claims import STAYS, TURNS, pool
 from vlm_mech.methods.weight_swap.findings import turning
-from vlm_mech.methods.weight_swap.study import AXES, GRAFT, METRICS, OUTSIDE, PARENT, RANDOM, REVERT, SECOND
+from vlm_mech.methods.weight_swap.study import (
+    AXES,
+    GRAFT,
+    METRICS,
+    OUTSIDE,
+    PARENT,
+    RANDOM,
+    REVERT,
+    SECOND,
+    random_name,
+)
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.claim import named_without_claim
 from vlm_mech.results.claiming import claimed
@@ -20,12 +30,13 @@ SUFFIX = [6.0, 3.0, 0.0, -2.0]
 """Mean lead of the base with the tune's layers from each on; at layer 2 it is undecided."""
 
 
-def measured(*, graft=SUFFIX, control=(-2.0,) * 4, revert=None, second=None, n=32):
-    """Both directions of one schedule; the base's own lead is -2, the tune's 6."""
+def measured(*, graft=SUFFIX, control=(-2.0,) * 4, more=(), revert=None, second=None, n=32):
+    """Both directions of one schedule; the base's own lead is -2, the tune's 6; `more` are further random changes."""
     revert = [-2.0, 1.0, 5.0, 6.0] if revert is None else revert
     curves = [(GRAFT, PARENT, graft, -2.0), (GRAFT, RANDOM, control, -2.0)]
     curves += [(REVERT, PARENT, revert, 6.0), (REVERT, RANDOM, [6.0] * 4, 6.0)]
     curves += [(REVERT, SECOND, second, 6.0)] if second else []
+    curves += [(GRAFT, random_name(number), means, -2.0) for number, means in enumerate(more, 1)]
     cells = [
         (direction, "suffix", donor, layer, mean, own)
         for direction, donor, means, own in curves
@@ -71,6 +82,16 @@ def test_the_sign_of_the_lead_is_claimed_on_either_side_and_not_in_between():
 def test_what_random_changes_of_equal_size_do_too_is_not_claimed():
     result = told(measured(control=[6.0, 2.0, -2.0, -2.0]))
     assert layers_of(result, GRAFT, TURNS) == [1]
+
+
+def test_each_of_several_random_changes_has_to_be_beaten():
+    result = told(measured(more=([6.0, -2.0, -2.0, -2.0], [-2.0] * 4)))
+    assert layers_of(told(measured()), GRAFT, TURNS) == [0, 1] and layers_of(result, GRAFT, TURNS) == [1]
+    claim = next(each for each in result.claims if each.made and each.about["direction"] == GRAFT)
+    assert "less that after random changes of equal size, draw 1: +" in str(claim)
+    assert "less that after random changes of equal size, draw 3: +" in str(claim) and len(claim.conditions) == 4
+    assert "draw" not in str(told(measured()).claims), "of a single one no number is told"
+    assert not any("random" in each for each in turning(result)), "of random changes themselves nothing is claimed"
 
 
 def test_a_lead_that_never_had_the_other_sign_has_not_turned_and_where_nothing_moves_nothing_stays():

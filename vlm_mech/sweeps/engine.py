@@ -77,6 +77,10 @@ class Engine:
         """Takes the clean pass of another batch, so that states from it need no pass of their own."""
         self._know(other.encoded, other.clean)
 
+    def afresh(self) -> "Engine":
+        """The engine of the same clean pass without what it was lent or read since."""
+        return Engine(self.vlm, self.encoded, self.budget, self.clean)
+
     def alone(self) -> "Engine":
         """The engine of the prompts without the answers after them; nothing is run again."""
         if self.encoded.before is None:

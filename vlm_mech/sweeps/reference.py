@@ -59,6 +59,10 @@ class Reference:
     def lend(self, other: "Reference") -> None:
         """Nothing is shared."""
 
+    def afresh(self) -> "Reference":
+        """As `Engine.afresh`; nothing was lent."""
+        return self
+
     def answers(
         self, interventions: Sequence[Intervention], *, max_cells: int = 1, keep: Keep | None = None
     ) -> tuple[Tensor, list[tuple[Receipt, ...]]]:

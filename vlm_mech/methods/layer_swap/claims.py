@@ -4,7 +4,7 @@ Every layer is asked, none is chosen: Holm's correction over all that is declare
 for whatever is read off several of them, such as the last layer up to which all turn the answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.methods.gates.manifold import EditOf
 from vlm_mech.methods.gates.removals import Removed, RemovedOf
+from vlm_mech.methods.layer_swap.controls import COUNTERFACTUAL, DONOR, OTHER, SAME
 from vlm_mech.results.claim import Claim, Condition
 from vlm_mech.results.claiming import FEWEST, least
 from vlm_mech.results.gates import Pool
@@ -23,14 +24,16 @@ from vlm_mech.results.result import Result
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
 
-TURNS, NO_LONGER, NOT_YET, MOVES = "turns", "no longer", "not yet", "moves"
+TURNS, NO_LONGER, NOT_YET, MOVES, CARRIES = "turns", "no longer", "not yet", "moves", "carries"
 DOES = {
     NOT_YET: "does not yet turn the answer",
     TURNS: "turns the answer",
     NO_LONGER: "no longer turns the answer",
     MOVES: "moves the answer",
+    CARRIES: "turns the answer too",
 }
-"""What is claimed: that it goes more than half of the way to the other one; less; or that it moves."""
+"""What is claimed: that it goes more than half of the way to the other one; less; or that it moves. The last is claimed
+of states of another object, which so carry the answer from one question to another."""
 RECOVERED, HALF = "recovered", 0.5
 ENDS = {"image": NO_LONGER, "last": NOT_YET, "last+answer": NOT_YET}
 """Spans of which it is claimed too where they do not turn the answer: below others that do, or above."""
@@ -41,6 +44,8 @@ WORDS = {
     "last": "the last token alone",
     "last+answer": "the last token and those of the answer",
 }
+THERE = "less what states with the same answer do there:"
+"""What is told of a swap beside the same one with the states of another pair that has the run's own answer."""
 
 
 def pool_of(layers: Sequence[int]) -> Pool:
@@ -58,9 +63,10 @@ def kind_of(span: str, kind: str) -> str:
     return f"{span} {kind}"
 
 
-def words_of(span: str) -> str:
-    """What is swapped, in words."""
-    return WORDS.get(span, f"the tokens of {span}")
+def words_of(span: str, donor: str = COUNTERFACTUAL) -> str:
+    """What is swapped, in words, and for whose states where these are of no counterfactual."""
+    words = WORDS.get(span, f"the tokens of {span}")
+    return words if donor == COUNTERFACTUAL else f"{words} for another object's"
 
 
 def edit_of(sites: Sequence[Site]) -> EditOf:
@@ -95,7 +101,9 @@ def pool(result: Result, *, layers: Sequence[int] | None = None) -> tuple[Claim,
     by more than `claiming.least`: fractions of a gap that has no meaning, as in a random model, can be large. It does
     not where the fraction is below a half, and the difference falls less, by as much, than at the layer where it should
     fall most: the first for the image, the last for the last token. Other spans may move the answer without turning it,
-    as may all of pairs that have no recovered fraction.
+    as may all of pairs that have no recovered fraction. With a control of the same answer in the run, what turns or
+    moves the answer must do so by more than the same swap with the states of the control, by `claiming.least` too. With
+    a control of another object, it is also asked where that object's states turn the answer.
 
     Args:
         layers: those of which something can be said; by default all.
@@ -103,39 +111,55 @@ def pool(result: Result, *, layers: Sequence[int] | None = None) -> tuple[Claim,
     if "layer" not in result.axes:
         return ()
     enough, found = least(result, result.metrics[1].name), []
-    spans = result.table[["direction", "span"]].drop_duplicates().to_numpy().tolist()
-    for direction, span in spans:
-        if claimable((span,)):
-            rows = result.table[(result.table["direction"] == direction) & (result.table["span"] == span)]
+    held = _held(result)
+    for about in result.table[[*result.axes[:-1]]].drop_duplicates().to_dict("records"):
+        span, donor = about["span"], about.get(DONOR, COUNTERFACTUAL)
+        if claimable((span,)) and donor != SAME:
+            rows = result.table[(result.table[[*about]] == pd.Series(about)).all(axis=1)]
             every = sorted(rows["layer"].unique().tolist())
             some = [layer for layer in every if layers is None or layer in layers]
-            about = {"direction": direction, "span": span}
             has_fraction = rows.loc[rows[RECOVERED].notna(), _group(rows)].nunique() >= FEWEST
             kinds = (TURNS, ENDS.get(span, MOVES)) if has_fraction else (MOVES,)
+            if donor == OTHER:
+                kinds = (CARRIES,) if has_fraction else ()
             for kind in kinds:
                 ends = {NO_LONGER: every[0], NOT_YET: every[-1]}
-                asked = [layer for layer in some if layer != ends.get(kind)]
-                found += [_claim(result, kind, about | {"layer": each}, ends.get(kind), enough) for each in asked]
+                asked = [about | {"layer": layer} for layer in some if layer != ends.get(kind)]
+                found += [_claim(result, kind, each, ends.get(kind), enough, held) for each in asked]
     return tuple(found)
+
+
+def _held(result: Result) -> frozenset[tuple[Any, ...]]:
+    """The cells in which the difference of the answers has a mean over several examples."""
+    values = result.table[result.table[result.metrics[1].name].notna()]
+    sizes = values.groupby(list(result.axes), sort=False).size()
+    return frozenset(sizes[sizes > 1].index)
 
 
 def _group(rows: pd.DataFrame) -> str:
     return "group" if "group" in rows else "example"
 
 
-def _claim(result: Result, kind: str, about: dict[str, Any], end: int | None, enough: float) -> Claim:
+def _claim(
+    result: Result, kind: str, about: dict[str, Any], end: int | None, enough: float, held: Collection[tuple[Any, ...]]
+) -> Claim:
     """A claim about a cell.
 
     Args:
         end: the layer that a cell is compared with, in which a swap of its span turns the answer most.
+        held: the cells that a cell can be compared with.
     """
     metric = result.metrics[1]
     cell = {axis: about[axis] for axis in result.axes}
-    says = f"{about['direction']}: swapping {words_of(about['span'])} at layer {about['layer']} {DOES[kind]}"
+    words = words_of(about["span"], about.get(DONOR, COUNTERFACTUAL))
+    says = f"{about['direction']}: swapping {words} at layer {about['layer']} {DOES[kind]}"
     lowers = Condition(metric.name, cell, "below", enough, less="baseline", says=f"{metric.name} changes by")
-    half = Condition(RECOVERED, cell, "above" if kind == TURNS else "below", bound=HALF)
+    half = Condition(RECOVERED, cell, "above" if kind in (TURNS, CARRIES) else "below", bound=HALF)
     if end is None:
-        conditions = (half, lowers) if kind == TURNS else (lowers,)
+        conditions = (lowers,) if kind == MOVES else (half, lowers)
+        control = cell | {DONOR: SAME}
+        if DONOR in cell and tuple(control[axis] for axis in result.axes) in held:
+            conditions = (*conditions, Condition(metric.name, cell, "below", enough, less=control, says=THERE))
     else:
         less = f"{metric.name} less that after a swap at layer {end}:"
         conditions = (half, Condition(metric.name, cell, "above", enough, less=cell | {"layer": end}, says=less))

@@ -2,25 +2,30 @@
 
 from collections.abc import Sequence
 
+import pandas as pd
+
 from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import TooFewError
 from vlm_mech.methods.layer_swap.claims import DOES, MOVES, RECOVERED, TURNS, claimable, kind_of, words_of
+from vlm_mech.methods.layer_swap.controls import COUNTERFACTUAL, DONOR, OTHER, SAME, WRONG_DONOR
 from vlm_mech.methods.layer_swap.study import NOTHING_BEFORE, WRONG, WRONG_ALONE
 from vlm_mech.results.claim import Claim, sentences
 from vlm_mech.results.claimed_layers import numbers, placed, runs
 from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
 
+WHOSE = {SAME: "with the run's own answer", OTHER: "of another object with the other picture's answer"}
+
 
 def findings(result: Result, pairs: Pairs) -> tuple[str, ...]:
-    """How many pairs count, and what is claimed.
+    """How many pairs count, what is claimed, and what controls do.
 
     Raises:
         TooFewError: fewer than two pairs count, so that nothing can be said.
     """
     said = told(result.table, result.axes, result.metrics[1].name)
-    return (usable_share(result, pairs), *takeover(result), *said)
+    return (usable_share(result, pairs), *takeover(result), *controlled(result), *said)
 
 
 def usable_share(result: Result, pairs: Pairs) -> str:
@@ -29,12 +34,15 @@ def usable_share(result: Result, pairs: Pairs) -> str:
     Raises:
         TooFewError: fewer than two pairs count, so that nothing can be said.
     """
-    first = result.table.drop_duplicates("example")
+    table = result.table
+    if DONOR in table:
+        table = table[table[DONOR] == COUNTERFACTUAL]
+    first = table.drop_duplicates("example")
     what = nouns_of(pairs).many
     wrong, asked = (WRONG, " on both images") if pairs.made is None else (WRONG_ALONE, "")
     n_examples, n_wrong = len(first), int((first["skipped"] == wrong).sum())
-    close = ~result.table["skipped"].isin(["", wrong, NOTHING_BEFORE])
-    n_close = int(result.table[close]["example"].nunique())
+    close = ~table["skipped"].isin(["", wrong, NOTHING_BEFORE])
+    n_close = int(table[close]["example"].nunique())
     if n_examples - n_wrong < 2:
         raise TooFewError(
             f"{n_examples - n_wrong} of {n_examples} {what} of {pairs.name} are answered right{asked}; "
@@ -42,9 +50,9 @@ def usable_share(result: Result, pairs: Pairs) -> str:
         )
     text = f"{n_examples - n_wrong} of {n_examples} {what} of {pairs.name} are used"
     text += f"; {n_wrong} are left out because they are {wrong}" if n_wrong else ""
-    why = result.table[close]["skipped"].iloc[0] if n_close else ""
+    why = table[close]["skipped"].iloc[0] if n_close else ""
     text += f"; in {n_close} the {why}, so that they have no recovered fraction" if n_close else ""
-    bare = result.table.loc[result.table["skipped"] == NOTHING_BEFORE, "example"].nunique()
+    bare = table.loc[table["skipped"] == NOTHING_BEFORE, "example"].nunique()
     text += f"; in {bare} {NOTHING_BEFORE}, so that swaps of these tokens alone have no value" if bare else ""
     return f"{text}."
 
@@ -55,19 +63,62 @@ def takeover(result: Result) -> tuple[str, ...]:
         return ()
     made = [claim for claim in result.claims if claim.made]
     found, silent = [sentences(result.claims)[0]], []
-    for direction in result.table["direction"].drop_duplicates():
-        for span in claimable(result.table["span"].drop_duplicates().tolist()):
-            about = {"direction": direction, "span": span}
-            some = [claim for claim in made if about.items() <= claim.about.items()]
-            if some:
-                found.append(_sentence(result, some, span, direction))
-            else:
-                silent.append(f"{words_of(span)} ({direction})")
+    cells = result.table[[*result.axes[:-1]]].drop_duplicates().to_dict("records")
+    for about in [each for each in cells if each.get(DONOR) != SAME and claimable((each["span"],))]:
+        some = [claim for claim in made if about.items() <= claim.about.items()]
+        words = words_of(about["span"], about.get(DONOR, COUNTERFACTUAL))
+        if some:
+            found.append(_sentence(result, some, words))
+        else:
+            silent.append(f"{words} ({about['direction']})")
     return (*found, f"Of a swap of {', '.join(silent)} nothing is claimed.") if silent else tuple(found)
 
 
-def _sentence(result: Result, claims: Sequence[Claim], span: str, direction: str) -> str:
-    """Where a swap of a span turns the answer, and where it does not."""
+def controlled(result: Result) -> tuple[str, ...]:
+    """How many pairs have a donor of each control, and between what its swaps move the difference of the answers.
+
+    Means over the pairs that have one; the counterfactual's stand beside them.
+    """
+    if DONOR not in result.axes:
+        return ()
+    name, found = result.metrics[1].name, []
+    summary = result.summary(name)
+    summary = summary[summary["n"] > 0]
+    for donor, by_direction in result.provenance["controls"].items():
+        for direction, counts in by_direction.items():
+            rows = result.table[(result.table[DONOR] == donor) & (result.table["direction"] == direction)]
+            text = f"Control, {direction}: {counts['with donor']} of {counts['pairs']} pairs have a donor "
+            text += WHOSE[donor]
+            others = counts["with donor"] - counts["same question"]
+            text += f" ({others} of these to another question)" if donor == SAME and others else ""
+            wrong = rows.loc[rows["skipped"] == WRONG_DONOR, "example"].nunique()
+            text += f"; {wrong} do not count because it is not answered right" if wrong else ""
+            cells = summary[summary["direction"] == direction]
+            spans = [_range(cells[cells["span"] == span], donor) for span in claimable(cells["span"].unique().tolist())]
+            told = "; ".join(each for each in spans if each)
+            found.append(f"{text}. Mean changes of {name} over all swaps: {told}." if told else f"{text}.")
+    return tuple(found)
+
+
+def _range(cells: pd.DataFrame, donor: str) -> str:
+    """Between what the swaps of a span change the difference, with the states of a donor and of the counterfactual."""
+    texts = []
+    for name in (donor, COUNTERFACTUAL):
+        effects = cells.loc[cells[DONOR] == name, "effect"]
+        if effects.isna().all():
+            return ""
+        texts.append(f"{effects.min():+.2f} to {effects.max():+.2f}")
+    return f"{words_of(cells['span'].iloc[0])} {texts[0]} (the counterfactual's {texts[1]})"
+
+
+def _sentence(result: Result, claims: Sequence[Claim], words: str) -> str:
+    """Where a swap of a span turns the answer, and where it does not.
+
+    Args:
+        claims: made claims of one direction, span and donor.
+        words: what is swapped.
+    """
+    direction, span = claims[0].about["direction"], claims[0].about["span"]
     by_kind = {kind: [claim for claim in claims if claim.kind == kind_of(span, kind)] for kind in DOES}
     if by_kind[TURNS]:
         # What turns the answer moves it.
@@ -79,4 +130,4 @@ def _sentence(result: Result, claims: Sequence[Claim], span: str, direction: str
             at = placed(runs([claim.about["layer"] for claim in some], every), first=every[0], last=every[-1])
             label = f"{result.metrics[1].name} by" if kind == MOVES else RECOVERED
             texts.append(f"{DOES[kind]} {at} ({numbers(some, label, strongest=kind == MOVES)})")
-    return f"{direction}: swapping {words_of(span)} {'; it '.join(texts)}."
+    return f"{direction}: swapping {words} {'; it '.join(texts)}."

@@ -16,9 +16,10 @@ from vlm_mech.inputs.span import listed
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.methods.gates.gated import Asked, Options, gated
 from vlm_mech.methods.layer_swap.claims import claimable, edit_of, pool_of, removed_of
+from vlm_mech.methods.layer_swap.controls import DONOR, Donors, donors_of
 from vlm_mech.methods.layer_swap.data import default_spans, open_layers, swap_sites
 from vlm_mech.methods.layer_swap.findings import findings
-from vlm_mech.methods.layer_swap.study import metrics_of, swap_states
+from vlm_mech.methods.layer_swap.study import check_asked, metrics_of, swap_states
 from vlm_mech.results.result import Result
 from vlm_mech.runs.provenance import about, remarks
 from vlm_mech.sweeps.asked import check_once
@@ -51,6 +52,7 @@ def layer_swap(
     only_correct: bool = True,
     measure: Comparison = "logit_diff",
     variants: Variety = "likeliest",
+    control: str | Sequence[str] = (),
     batch: int = 32,
     engine: str = "fast",
     memory: int | str | None = None,
@@ -74,6 +76,10 @@ def layer_swap(
             `logprob_diff` as a whole, `logprob_diff_per_token` by the means over their tokens.
         variants: spellings of the answers: "likeliest" takes the one that the model finds most probable on some of the
             pairs, "the" also tries that word before, "max" counts the likeliest each time, "as-written" tries none.
+        control: whose states are swapped in besides the counterfactual's: "same-answer" takes those of another pair
+            with the run's own answer, "other-object" those of another question to which the other answer is right; one
+            or several. Donors are of another group, with their tokens laid out alike. By default none: each costs as
+            many swaps again.
         batch: pairs a forward pass.
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
         memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
@@ -81,16 +87,18 @@ def layer_swap(
             resamples of the pairs too; "all", as the command has it by default: the same analysis of models with
             shuffled weights, and of shuffled answers.
         null: models with shuffled weights, and shuffles of the answers, that "all" compares with.
-        seed: parts the pairs in halves, and draws what is random in the gates.
+        seed: parts the pairs in halves, and draws donors and what is random in the gates.
 
     Returns:
-        A row per pair and cell of direction, span and layer (or point of the projector), with the metrics `recovered`,
+        A row per pair and cell of direction, span (with a control: and donor) and layer (or point of the projector),
+        with the metrics `recovered`,
         `logit_diff` (or what `measure` names) and `flip`; `findings` says how many pairs count, and at which layers the
         answer turns, which `claims` has with all numbers. The provenance has what that of
         `python -m experiments.layer_swap` has, less versions and settings.
 
     Raises:
-        UsageError: a span, a direction or gates that are not known, no pair that fits, or a batch below 1.
+        UsageError: a span, a direction, a control or gates that are not known, no pair that fits, a donor
+            for fewer than two pairs, or a batch below 1.
         WorkError: fewer than two pairs count.
     """
     check_decoder(vlm, "layer_swap")
@@ -103,13 +111,15 @@ def layer_swap(
     pairs = fitting(vlm, pairs, variants=variants, whole=measure != "logit_diff")
     spans = listed(spans) or default_spans(vlm, site, pairs=pairs, measure=measure)
     directions = listed(directions)
+    check_asked(spans, directions)
+    controls = donors_of(vlm, pairs, listed(control), directions=directions, seed=seed)
     how: dict[str, Any] = {"directions": directions, "only_correct": only_correct, "measure": measure}
-    how |= {"engine": engine, "memory": memory}
+    how |= {"controls": controls, "engine": engine, "memory": memory}
     starts = range(0, len(pairs), batch)
     done = [swap_states(vlm, pairs[start : start + batch], sites, spans, **how) for start in starts]
     table = pd.concat([rows for rows, _ in done], ignore_index=True)
     provenance = about(question_of(pairs), vlm, pairs, add_up([summarise(receipts) for _, receipts in done]))
-    result = with_claims(swap_result(site, table, provenance, measure), asked, vlm, pairs, sites, spans, how)
+    result = with_claims(swap_result(site, table, provenance, measure, controls), asked, vlm, pairs, sites, spans, how)
     result = told(result, pairs)
     return dataclasses.replace(result, findings=(*result.findings, *remarks(provenance)))
 
@@ -120,12 +130,19 @@ def question_of(pairs: Pairs) -> str:
 
 
 def swap_result(
-    site: str, table: pd.DataFrame, provenance: dict[str, Any], measure: Comparison = "logit_diff"
+    site: str,
+    table: pd.DataFrame,
+    provenance: dict[str, Any],
+    measure: Comparison = "logit_diff",
+    controls: Donors | None = None,
 ) -> Result:
-    """The rows of `swap_states` as a result."""
+    """The rows of `swap_states` as a result; with controls an axis says whose states a swap took."""
     depth = "point" if site == "projector" else "layer"
     table, metrics = without_trivial_places(table, [measure]), metrics_of(measure, nouns_in(provenance))
-    return Result(f"layer swap ({site})", table, ("direction", "span", depth), metrics, {}, provenance)
+    axes, told = ("direction", "span", depth), provenance
+    if controls is not None:
+        axes, told = ("direction", "span", DONOR, depth), provenance | {"controls": controls.told}
+    return Result(f"layer swap ({site})", table, axes, metrics, {}, told)
 
 
 def with_claims(

@@ -5,7 +5,7 @@ exchange of blocks between checkpoints.
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -15,27 +15,26 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.data.nouns import ITEMS, PAIRS, Nouns
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
-from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.specification import Replace
+from vlm_mech.methods.layer_swap.controls import COUNTERFACTUAL, DONOR, NO_DONOR, SAME, WRONG_DONOR, Donors
+from vlm_mech.methods.layer_swap.spoken import drawn_cells, spoken_in, with_spoken
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric
 from vlm_mech.sweeps.asked import check_once
-from vlm_mech.sweeps.cost import pass_bytes, sizes
 from vlm_mech.sweeps.engine import Engine, engine_of
-from vlm_mech.sweeps.generated_answers import GeneratedPart, generated, with_generated
-from vlm_mech.sweeps.generation_cost import generation_cost
+from vlm_mech.sweeps.generated_answers import GeneratedPart
 from vlm_mech.sweeps.measures import Comparison, comparison, said
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, Readings, readings_of, without_trivial_places
 from vlm_mech.sweeps.reference import Reference
-from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves, recorded
+from vlm_mech.sweeps.schedule import SweepPlan, forecast, in_halves
 from vlm_mech.sweeps.shares import Bytes, budget_of
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-ANSWER = "answer"
 OF_THE_PATCHED = "of the patched run's own answer less that of the other image's"
 LOGIT_DIFF = Metric("logit_diff", "logits", f"logit {OF_THE_PATCHED}", signed=True)
 FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred")
@@ -90,6 +89,7 @@ def swap_states(
     only_correct: bool = True,
     measure: Comparison = "logit_diff",
     part: GeneratedPart | None = None,
+    controls: Donors | None = None,
     engine: str = "fast",
     memory: int | str | None = None,
 ) -> tuple[pd.DataFrame, list[Receipt]]:
@@ -108,18 +108,21 @@ def swap_states(
         measure: how the two answers of a pair are compared (see `measures.comparison`).
         part: cells in which answers are generated too: the columns `text` and `says` (own, other or neither) of these
             rows, and `text_baseline` and `says_baseline` of the run that is patched.
+        controls: whose states are swapped in besides (see `controls.donors_of`): the column `donor` says whose they
+            are, and rows of controls have the pair's own answers and fractions of its own gap; nothing is generated in
+            them. Where the donor is missing, or is answered wrongly while `only_correct` is on, they are skipped.
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
         memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
 
     Returns:
-        The table with one row per pair, direction, site and span, and the receipts of all swaps.
+        The table with one row per pair, direction, site and span (and donor), and the receipts of all swaps.
     """
-    _check_asked(spans, directions)
+    check_asked(spans, directions)
     budget = budget_of(vlm, memory)
 
     def swapped(rows: slice) -> tuple[pd.DataFrame, list[Receipt]]:
         how: dict[str, Any] = {"only_correct": only_correct, "measure": measure, "part": part}
-        how |= {"engine": engine, "budget": budget}
+        how |= {"controls": controls, "engine": engine, "budget": budget}
         return _swapped(vlm, pairs[rows], sites, spans, directions, **how)
 
     at_most = None
@@ -131,7 +134,8 @@ def swap_states(
     return pd.concat([table for table, _ in done], ignore_index=True), [each for _, proofs in done for each in proofs]
 
 
-def _check_asked(spans: Sequence[str], directions: Sequence[str]) -> None:
+def check_asked(spans: Sequence[str], directions: Sequence[str]) -> None:
+    """Raises `UsageError` for spans or directions that are named twice, and directions that are not known."""
     check_once(list(map(str, spans)), "the span")
     check_once(directions, "the direction")
     for direction in directions:
@@ -148,6 +152,7 @@ def plan_swap(
     directions: Sequence[str] = DIRECTIONS,
     measure: Comparison = "logit_diff",
     part: GeneratedPart | None = None,
+    n_controls: int = 0,
     batch: int = 32,
     memory: int | str | None = None,
 ) -> SweepPlan:
@@ -155,12 +160,13 @@ def plan_swap(
 
     Args:
         part: cells in which answers are generated too; the plan is a `SpokenPlan` then.
+        n_controls: donors of controls, each of which is swapped in everywhere.
 
     Raises:
         TooLargeError: a single swap of a single pair does not fit into the memory, or what is generated for it.
         UsageError: answers can be generated in no cell.
     """
-    _check_asked(spans, directions)
+    check_asked(spans, directions)
     budget = budget_of(vlm, memory)
 
     def of(rows: slice) -> SweepPlan:
@@ -169,68 +175,27 @@ def plan_swap(
         one = forecast(vlm, patched, edits, budget=budget, keeps_logits=False)
         # Both directions share their two unedited passes.
         passes = 2 / one.forwards * one.flops
-        flops = int(passes + len(directions) * (one.flops - passes))
+        # Controls take one of what is patched in each direction, and one of the donors of each.
+        more = (1 + n_controls) * passes / 2 if n_controls else 0
+        flops = int(passes + len(directions) * ((1 + n_controls) * (one.flops - passes) + more))
         forwards = one.forwards * flops / one.flops
-        plan = dataclasses.replace(one, n_cells=one.n_cells * len(directions), flops=flops, forwards=forwards)
-        return plan if part is None else _with_generated(vlm, plan, (patched, donor), directions, sites, spans, part)
+        n_cells = one.n_cells * len(directions) * (1 + n_controls)
+        plan = dataclasses.replace(one, n_cells=n_cells, flops=flops, forwards=forwards)
+        return plan if part is None else with_spoken(vlm, plan, (patched, donor), directions, sites, spans, part)
 
     return in_halves(slice(0, min(batch, len(pairs))), of)[0].over(len(pairs))
 
 
-def _with_generated(
-    vlm: "VLM",
-    plan: SweepPlan,
-    sides: Sequence[Encoded],
-    directions: Sequence[str],
-    sites: Sequence[Site],
-    spans: Sequence[str],
-    part: GeneratedPart,
-) -> SweepPlan:
-    """The plan of a batch with what is generated for it, while both unedited passes are kept.
-
-    Args:
-        sides: what is patched, and whose states it is given; both directions cost alike.
-
-    Raises:
-        TooLargeError: it does not fit into the memory.
-    """
-    drawn, (patched, donor) = _drawn(directions, sites, spans, part), (each.before or each for each in sides)
-    size, checked = sizes(vlm, patched), part.checked(sorted(drawn))
-    own = () if recorded(set(sites), len(vlm.taps)) else sites
-    states = sum(size.shares.at(site) * size.stream for site in own)
-    how = {"held": 2 * pass_bytes(size) + states, "budget": plan.budgets}
-    cells = [(site, span) for _ in directions for site in sites for span in spans]
-    costs = []
-    for numbers in _by_direction(drawn, directions, len(sites) * len(spans)).values():
-        edits = [Replace(site, joined(span), source=donor) for site, span in (cells[number] for number in numbers)]
-        check = [at for at, number in enumerate(numbers) if number in checked]
-        costs.append(generation_cost(vlm, patched, edits, part.max_new_tokens, check=check, **how))
-    return with_generated(plan, costs, part, n_cells=len(drawn))
-
-
-def _by_direction(drawn: Collection[int], directions: Sequence[str], n_cells: int) -> dict[str, list[int]]:
-    """Numbers of the drawn cells of each direction that has any, where each direction has so many cells."""
-    of = {direction: range(at * n_cells, (at + 1) * n_cells) for at, direction in enumerate(directions)}
-    found = {direction: [number for number in numbers if number in drawn] for direction, numbers in of.items()}
-    return {direction: numbers for direction, numbers in found.items() if numbers}
-
-
-def _drawn(
-    directions: Sequence[str], sites: Sequence[Site], spans: Sequence[str], part: GeneratedPart | None
-) -> frozenset[int]:
-    """Numbers of the cells in which answers are generated, in the order of the table."""
-    if part is None:
-        return frozenset()
-    every = [span for _ in directions for _ in sites for span in spans]
-    # There are no states of the other run to put at what is generated.
-    return part.of([number for number, span in enumerate(every) if ANSWER not in span.split("+")])
-
-
 def _read(vlm: "VLM", pairs: Pairs, name: Comparison) -> list[Readings]:
     """For each side of the pairs what is read of it: both differences of the answers, and whether each is said."""
+    return [_read_of(vlm, pairs, prompts, name) for prompts in (pairs.base, pairs.counterfactual)]
+
+
+def _read_of(vlm: "VLM", pairs: Pairs, prompts: Sequence[Prompt], name: Comparison) -> Readings:
+    """What is read of some prompts, one a pair, about the answers of the pairs."""
     own, other = pairs.answer, pairs.counterfactual_answer
     measures = [comparison(name, own, other), comparison(name, other, own), said(own), said(other)]
-    return [readings_of(vlm, vlm.encode(prompts), measures) for prompts in (pairs.base, pairs.counterfactual)]
+    return readings_of(vlm, vlm.encode(prompts), measures)
 
 
 def _swapped(
@@ -243,6 +208,7 @@ def _swapped(
     only_correct: bool,
     measure: Comparison,
     part: GeneratedPart | None,
+    controls: Donors | None,
     engine: str,
     budget: Bytes,
 ) -> tuple[pd.DataFrame, list[Receipt]]:
@@ -251,75 +217,123 @@ def _swapped(
     right = read[0].value(2, sides[0].reads).bool()
     if pairs.made is None:
         right &= read[1].value(3, sides[1].reads).bool()
-    usable = right if only_correct else torch.ones_like(right)
-    tables, receipts = [], []
-    drawn = _drawn(directions, sites, spans, part)
+    wrong = WRONG if pairs.made is None else WRONG_ALONE
+    why = ["" if use or not only_correct else wrong for use in right.tolist()]
+    tables, receipts, unedited = [], [], {}
+    drawn, cells = drawn_cells(directions, sites, spans, part), [(site, span) for site in sites for span in spans]
     for direction in directions:
-        # On the image's side the first difference is that of its own answer, on the other side the second.
-        own = 0 if direction == "noising" else 1
-        patched, donor = sides if direction == "noising" else sides[::-1]
+        own = _own(direction)
+        patched, donor = sides[own], sides[1 - own]
         patched.lend(donor)
-        cells = [(site, span) for site in sites for span in spans]
-        edits = [Replace(site, joined(span), source=donor.encoded.before or donor.encoded) for site, span in cells]
+        edits = _edits(cells, donor)
         # Both sides have the same answers after them.
-        before, target = (read[own].value(own, each.reads) for each in (patched, donor))
+        before, target = unedited[direction] = [read[own].value(own, each.reads) for each in (patched, donor)]
         kept, proofs = patched.answers(edits, keep=lambda _, logits, own=own: read[own].value(own, logits))
-        spoken = {} if part is None else _generated(patched, pairs, direction, edits, drawn, len(tables), part)
+        spoken = {} if part is None else spoken_in(patched, pairs, direction, edits, drawn, len(tables), part)
         for (site, span), edit, after, proof in zip(cells, edits, kept, proofs, strict=True):
-            why = WRONG if pairs.made is None else WRONG_ALONE
-            table = _scored(before, target, after, usable, measure, read[own].untouched(edit)[own], why)
+            table = _scored(before, target, after, why, measure, read[own].untouched(edit)[own])
             if len(tables) in spoken:
                 table = table.join(spoken[len(tables)])
-            place: dict[str, Any] = {"point": site.point} if site.layer is None else {"layer": site.layer}
-            place |= {f"{measure}{ending}": told for ending, told in read[own].each[own].places.items()}
-            tables.append(table.assign(span=span, **place, example=[pair.id for pair in pairs], direction=direction))
+            tables.append(_placed(table, pairs, direction, site, span, measure, read[own]))
             receipts += proof
+    if controls is not None:
+        tables = [table.assign(**{DONOR: COUNTERFACTUAL}) for table in tables]
+        # The passes of both sides would stand in memory beside a control's.
+        del sides, patched, donor, edits
+        for direction in directions:
+            how = (why, only_correct, measure, engine, budget)
+            more, proofs = _controlled(vlm, pairs, cells, direction, controls, read, unedited[direction], *how)
+            tables, receipts = tables + more, receipts + proofs
     groups = {pair.id: pair.group or pair.id for pair in pairs}
     table = pd.concat(tables, ignore_index=True)
     table = without_trivial_places(table, [measure])
     return table.assign(group=table["example"].map(groups)), receipts
 
 
-def _generated(
-    engine: Engine | Reference,
+def _own(direction: str) -> int:
+    """Which side is patched, and which difference is that of its own answer: on the image's side the first."""
+    return 0 if direction == "noising" else 1
+
+
+def _edits(cells: Sequence[tuple[Site, str]], donor: Engine | Reference) -> list[Replace]:
+    source = donor.encoded.before or donor.encoded
+    return [Replace(site, joined(span), source=source) for site, span in cells]
+
+
+def _placed(
+    table: pd.DataFrame, pairs: Pairs, direction: str, site: Site, span: str, measure: Comparison, read: Readings
+) -> pd.DataFrame:
+    """The rows of one swap, a row a pair, with what tells them apart and where the answers are compared."""
+    place: dict[str, Any] = {"point": site.point} if site.layer is None else {"layer": site.layer}
+    place |= {f"{measure}{ending}": told for ending, told in read.each[_own(direction)].places.items()}
+    return table.assign(span=span, **place, example=[pair.id for pair in pairs], direction=direction)
+
+
+def _controlled(
+    vlm: "VLM",
     pairs: Pairs,
+    cells: Sequence[tuple[Site, str]],
     direction: str,
-    edits: Sequence[Replace],
-    drawn: Collection[int],
-    first: int,
-    part: GeneratedPart,
-) -> dict[int, pd.DataFrame]:
-    """What is said in drawn cells and without a swap, and whose answer that is, by number of the cell a row a pair.
+    controls: Donors,
+    read: Sequence[Readings],
+    unedited: Sequence[torch.Tensor],
+    why: Sequence[str],
+    only_correct: bool,
+    measure: Comparison,
+    engine: str,
+    budget: Bytes,
+) -> tuple[list[pd.DataFrame], list[Receipt]]:
+    """Rows and receipts of every swap in one direction that takes the states of a control's donors.
 
     Args:
-        edits: of the cells of the direction, which are numbered from `first` on.
+        read: what is read of both sides.
+        unedited: the difference of the answers in the run that is patched, and in that of the pair's other side.
+        why: for what reason a pair does not count; empty where it does.
     """
-    chosen = [number for number in sorted(drawn) if 0 <= number - first < len(edits)]
-    if not chosen:
-        return {}
-    both = [(pair.answer, pair.counterfactual_answer)[:: 1 if direction == "noising" else -1] for pair in pairs]
-    checked = part.checked(sorted(drawn))
-    check = [at for at, number in enumerate(chosen) if number in checked]
-    how = {"max_new_tokens": part.max_new_tokens, "check": check}
-    tables = generated(engine, [edits[number - first] for number in chosen], both, **how)
-    return dict(zip(chosen, tables, strict=True))
+    tables, receipts, own = [], [], _own(direction)
+    before, target = unedited
+    side = engine_of(vlm, read[own].encoded, engine, budget=budget)
+    for name in controls.names:
+        found = controls.of(name, direction, pairs)
+        # Pairs without a donor are given the states of their other side, and do not count.
+        others = (pairs.counterfactual, pairs.base)[own]
+        prompts = [other if each is None else each.prompt for each, other in zip(found, others, strict=True)]
+        lent = _read_of(vlm, pairs, prompts, measure)
+        # What one control lent is not kept beside the next one's.
+        patched, donor = side.afresh(), engine_of(vlm, lent.encoded, engine, budget=budget)
+        patched.lend(donor)
+        right = lent.value(2 + (own if name == SAME else 1 - own), donor.reads).bool().tolist()
+        wrong = ["" if use or not only_correct else WRONG_DONOR for use in right]
+        missing = [NO_DONOR if each is None else "" for each in found]
+        reasons = [one or two or three for one, two, three in zip(why, missing, wrong, strict=True)]
+        edits = _edits(cells, donor)
+        kept, proofs = patched.answers(edits, keep=lambda _, logits: read[own].value(own, logits))
+        for (site, span), edit, after, proof in zip(cells, edits, kept, proofs, strict=True):
+            table = _scored(before, target, after, reasons, measure, read[own].untouched(edit)[own])
+            tables.append(_placed(table, pairs, direction, site, span, measure, read[own]).assign(**{DONOR: name}))
+            receipts += proof
+    return tables, receipts
 
 
 def _scored(
     before: torch.Tensor,
     target: torch.Tensor,
     after: torch.Tensor,
-    usable: torch.Tensor,
+    why: Sequence[str],
     name: Comparison,
     untouched: torch.Tensor,
-    wrong: str,
 ) -> pd.DataFrame:
-    """The metrics of one swap, a row a pair, from the differences of the answers in the three runs."""
+    """The metrics of one swap, a row a pair, from the differences of the answers in the three runs.
+
+    Args:
+        why: for what reason a pair does not count; empty where it does.
+    """
     fraction = metrics.recovered(after, before, target)
     skipped = [no_gap(compared_by(name)) if missing else "" for missing in fraction.isnan().tolist()]
     skipped = [NOTHING_BEFORE if no else reason for reason, no in zip(skipped, untouched.tolist(), strict=True)]
-    skipped = [reason if use else wrong for reason, use in zip(skipped, usable.tolist(), strict=True)]
-    usable = usable & ~untouched.to(usable.device)
+    skipped = [left_out or reason for reason, left_out in zip(skipped, why, strict=True)]
+    usable = torch.tensor([not left_out for left_out in why], device=fraction.device)
+    usable &= ~untouched.to(usable.device)
     columns = {
         "recovered": fraction,
         "recovered_baseline": torch.zeros_like(fraction).where(~fraction.isnan(), float("nan")),

@@ -3,7 +3,7 @@
 Every place of every schedule is asked, none is chosen, so that Holm's correction holds for all that is read off them.
 """
 
-from vlm_mech.methods.weight_swap.study import GRAFT, PARENT, RANDOM, REVERT, SECOND
+from vlm_mech.methods.weight_swap.study import GRAFT, PARENT, RANDOM, REVERT, SECOND, is_random
 from vlm_mech.results.claim import Claim, Condition, Side
 from vlm_mech.results.claiming import least
 from vlm_mech.results.result import Result
@@ -26,23 +26,23 @@ def pool(result: Result) -> tuple[Claim, ...]:
     """Every direction, schedule and layer.
 
     An exchange turns the lead where its mean has the sign that the other checkpoint brings, and lies further on that
-    side, by more than `claiming.least`, than after random changes of equal size (where a second tune's blocks are put
-    in, than without an exchange). Of layers from one on, or up to one, it is claimed too where the lead stays: its mean
-    has the old sign, and lies less far, by as much, than where all layers are exchanged.
+    side, by more than `claiming.least`, than after each random change of equal size (where a second tune's blocks are
+    put in, than without an exchange). Of layers from one on, or up to one, it is claimed too where the lead stays: its
+    mean has the old sign, and lies less far, by as much, than where all layers are exchanged.
     """
     enough, found = least(result, "lead"), []
     unit = result.metric("lead").unit
     cells = result.cells[result.cells["schedule"].isin(list(EXCHANGED))]
-    for cell in cells[cells["donor"] != RANDOM].to_dict("records"):
+    drawn = [name for name in cells["donor"].drop_duplicates() if is_random(name)]
+    for cell in cells[~cells["donor"].isin(drawn)].to_dict("records"):
         about = {str(name): value for name, value in cell.items()}
         towards = TOWARDS[about["direction"]]
         own = about["donor"] == PARENT
-        control = about | {"donor": RANDOM} if own else "baseline"
-        says = "less that after random changes of equal size:" if own else "less that without an exchange:"
-        conditions = (
-            Condition("lead", about, towards),
-            Condition("lead", about, towards, enough, less=control, says=says),
-        )
+        controls = [(about | {"donor": name}, _less(name, len(drawn))) for name in drawn]
+        if not own:
+            controls = [("baseline", "less that without an exchange:")]
+        beyond = [Condition("lead", about, towards, enough, less=control, says=says) for control, says in controls]
+        conditions = (Condition("lead", about, towards), *beyond)
         found.append(Claim(f"{about['schedule']} {TURNS}", about, _says(about, "is", towards), conditions, unit))
         layers = cells.loc[cells["schedule"] == about["schedule"], "layer"]
         whole = about | {"layer": int({"suffix": layers.min(), "prefix": layers.max()}.get(about["schedule"], -1))}
@@ -55,6 +55,12 @@ def pool(result: Result) -> tuple[Claim, ...]:
             )
             found.append(Claim(f"{about['schedule']} {STAYS}", about, _says(about, "stays", back), conditions, unit))
     return tuple(found)
+
+
+def _less(name: str, n_drawn: int) -> str:
+    """What is told of an exchange beside a random change, one of so many."""
+    which = "" if n_drawn == 1 else name.removeprefix(RANDOM) or ", draw 1"
+    return f"less that after random changes of equal size{which}:"
 
 
 def exchanged(about: dict[str, str]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from vlm_mech.methods.weight_swap.claims import EXCHANGED, OTHER, SIGNS, STAYS, TOWARDS, TURNS, exchanged
-from vlm_mech.methods.weight_swap.study import GRAFT, OUTSIDE, PARENT, RANDOM, REVERT, SECOND
+from vlm_mech.methods.weight_swap.study import GRAFT, OUTSIDE, PARENT, REVERT, SECOND, is_random
 from vlm_mech.results.claim import Claim, sentences
 from vlm_mech.results.claimed_layers import numbers, placed, runs
 from vlm_mech.results.result import Result
@@ -38,7 +38,8 @@ def turning(result: Result) -> tuple[str, ...]:
     """Which layers have to be exchanged for the mean lead to change its sign, a sentence a schedule."""
     made = [claim for claim in result.claims if claim.made]
     found, silent = [sentences(result.claims)[0]], []
-    exchanges = result.cells[result.cells["schedule"].isin(list(EXCHANGED)) & (result.cells["donor"] != RANDOM)]
+    cells = result.cells[~result.cells["donor"].map(is_random)]
+    exchanges = cells[cells["schedule"].isin(list(EXCHANGED))]
     for about in exchanges[["direction", "donor", "schedule"]].drop_duplicates().to_dict("records"):
         some = [claim for claim in made if about.items() <= claim.about.items()]
         if some:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 AXES = ("direction", "schedule", "donor", "layer")
 REVERT, GRAFT = "base's blocks in the tune", "the tune's blocks in the base"
 PARENT, RANDOM, SECOND = "the other checkpoint", "random change of equal size", "a second tune"
+"""Donors; of several random changes those after the first have their number behind the name (`random_name`)."""
 OUTSIDE = "all but the blocks"
 
 TRUE = Metric("true", "share", "share of examples in which greedy search says the true answer; ties are wrong")
@@ -48,6 +49,16 @@ def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
 
 
 METRICS = metrics_of()
+
+
+def random_name(number: int) -> str:
+    """The donor that a random change is, by its number from 0 on."""
+    return RANDOM if number == 0 else f"{RANDOM}, draw {number + 1}"
+
+
+def is_random(donor: str) -> bool:
+    """Whether a donor is a random change."""
+    return donor.startswith(RANDOM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +87,28 @@ class Sides:
 
 
 def two_sides(
-    base: "VLM", tuned: "VLM | str", *, part: Part = "block", second: "VLM | Checkpoint | None" = None, seed: int = 0
+    base: "VLM",
+    tuned: "VLM | str",
+    *,
+    part: Part = "block",
+    second: "VLM | Checkpoint | None" = None,
+    n_random: int = 1,
+    seed: int = 0,
 ) -> Sides:
     """The checkpoints and their controls.
 
     Args:
         tuned: the tuned model, or the folder of a peft adapter of the base.
         second: another tune of the base, or its blocks, which are put into the tune as a further control.
-        seed: of the random changes.
+        n_random: random changes of equal size, each drawn anew, with blocks of its own in memory in both directions.
+        seed: of the first random change; further ones have seeds of their own.
 
     Raises:
-        UsageError: they are not of one architecture and size, or do not differ in their blocks.
+        UsageError: no random change is asked for, or the checkpoints are not of one architecture and size, or do not
+            differ in their blocks.
     """
+    if n_random < 1:
+        raise UsageError(f"n_random is {n_random}; at least 1 random change is needed, to hold exchanges against")
     if isinstance(tuned, str):
         one, two = adapted(base, tuned)
         whole = base
@@ -98,10 +119,11 @@ def two_sides(
     if not any(recipients[GRAFT].moved(two)):
         what = "decoder blocks" if part == "block" else f"{part} parts of the decoder blocks"
         raise UsageError(f"the {what} of {base.name} and its tune are equal; there is nothing to exchange")
-    donors = {
-        REVERT: {PARENT: one, RANDOM: moved_at_random(two, one, seed=seed)},
-        GRAFT: {PARENT: two, RANDOM: moved_at_random(one, two, seed=seed + 1)},
-    }
+    donors = {REVERT: {PARENT: one}, GRAFT: {PARENT: two}}
+    for number in range(n_random):
+        first, name = seed + 2 * number, random_name(number)
+        donors[REVERT][name] = moved_at_random(two, one, seed=first)
+        donors[GRAFT][name] = moved_at_random(one, two, seed=first + 1)
     if isinstance(second, Checkpoint):
         donors[REVERT][SECOND] = second
     elif second is not None:
