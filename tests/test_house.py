@@ -92,9 +92,6 @@ FOLDERS = [
     for room in sorted((ROOT / "vlm_mech" / name).iterdir())
     if room.is_dir() and room.name not in ("__pycache__", "answering", "gates")
 ]
-WITHOUT = {"lens": {"study.py", "findings.py"}}
-"""What a method has none of: said in docs/architecture.md. The lens has no table, and so nothing to draw from one."""
-TABLED = [room for room in FOLDERS if room.name not in WITHOUT]
 
 
 def functions(path: Path) -> dict[str, list[str]]:
@@ -116,12 +113,12 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", FOLDERS, ids=lambda room: room.name)
 def test_every_method_has_the_same_anatomy(room):
-    """Data, study, figures and findings, but where a method has none of its own."""
+    """Data, study, figures and findings."""
     parts = {"data.py", "study.py", "figures.py", "findings.py"}
-    assert parts - {path.name for path in room.iterdir()} == WITHOUT.get(room.name, set())
+    assert parts <= {path.name for path in room.iterdir()}
 
 
-@pytest.mark.parametrize("room", TABLED, ids=lambda room: room.name)
+@pytest.mark.parametrize("room", FOLDERS, ids=lambda room: room.name)
 def test_every_method_is_drawn_and_told_by_the_same_names(room):
     """`drawn(result)` gives all figures of a result, `findings(result, ...)` its sentences."""
     drawn, told = functions(room / "figures.py").get("drawn"), functions(room / "findings.py").get("findings")
@@ -129,7 +126,7 @@ def test_every_method_is_drawn_and_told_by_the_same_names(room):
     assert told and told[0] == "result", f"{room.name}: findings.findings takes {told}"
 
 
-@pytest.mark.parametrize("room", TABLED, ids=lambda room: room.name)
+@pytest.mark.parametrize("room", FOLDERS, ids=lambda room: room.name)
 def test_figures_and_findings_run_no_model_and_make_no_test(room):
     for name in ("figures.py", "findings.py"):
         found = imported(room / name)

@@ -44,7 +44,9 @@ def test_type_checkers_and_python_see_the_same_names_in_the_same_places():
         assert getattr(importlib.import_module(module), original) is getattr(vlm_mech, name)
 
 
-@pytest.mark.parametrize("module", ["attribution_figures", "figures", "measures", "metrics", "probe_figures"])
+@pytest.mark.parametrize(
+    "module", ["attribution_figures", "figures", "lens_figures", "measures", "metrics", "probe_figures"]
+)
 def test_modules_are_imported_by_the_names_under_which_they_are_offered(module):
     code = f"import vlm_mech.{module} as one\nfrom vlm_mech import {module} as other\nassert one is other, one\n"
     code += f"import sys, vlm_mech\nassert vlm_mech.{module} is one and one.__spec__.name == one.__name__\n"
@@ -55,7 +57,7 @@ def test_modules_are_imported_by_the_names_under_which_they_are_offered(module):
         importlib.import_module("vlm_mech.measurements")
 
 
-@pytest.mark.parametrize("module", ["attribution_figures", "figures", "metrics", "probe_figures"])
+@pytest.mark.parametrize("module", ["attribution_figures", "figures", "lens_figures", "metrics", "probe_figures"])
 def test_tab_completion_in_a_module_shows_what_it_is_for(module):
     named = getattr(vlm_mech, module)
     assert set(dir(named)) == set(named.__all__)

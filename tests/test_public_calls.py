@@ -27,6 +27,7 @@ from vlm_mech import (
     identifiability,
     layer_swap,
     lens,
+    lens_lead,
     load_pairs,
     logit_diff,
     plan_sweep,
@@ -129,6 +130,7 @@ TAKE_PAIRS = {
     "layer_swap": layer_swap,
     "probe": probe,
     "attribute": lambda vlm, pairs: attribute(vlm, pairs, LAST, "last", MEASURE),
+    "lens_lead": lens_lead,
 }
 TAKE_A_DECODER = {
     **TAKE_PAIRS,

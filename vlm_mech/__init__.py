@@ -67,12 +67,14 @@ if TYPE_CHECKING:
     from vlm_mech.methods.attribution.study import Attribution as Attribution
     from vlm_mech.methods.attribution.study import attribute as attribute
     from vlm_mech.methods.layer_swap.layer_swap import layer_swap as layer_swap
-    from vlm_mech.methods.lens.figures import patch_words as patch_words
+    from vlm_mech.methods.lens import figures as lens_figures  # noqa: F401
     from vlm_mech.methods.lens.identifiability import MaskedPart as MaskedPart
     from vlm_mech.methods.lens.identifiability import identifiability as identifiability
     from vlm_mech.methods.lens.identifiability import patches_of_mask as patches_of_mask
     from vlm_mech.methods.lens.logit_lens import Lens as Lens
     from vlm_mech.methods.lens.logit_lens import lens as lens
+    from vlm_mech.methods.lens.patch_words import patch_words as patch_words
+    from vlm_mech.methods.lens.study import lens_lead as lens_lead
     from vlm_mech.methods.lens.tuned_lens import LensTraining as LensTraining
     from vlm_mech.methods.lens.tuned_lens import TunedLens as TunedLens
     from vlm_mech.methods.lens.tuned_lens import compare_lenses as compare_lenses
@@ -126,9 +128,10 @@ _HOMES = {
     "interventions.trace": ("Generation", "Run", "generate", "read", "run"),
     "methods.attribution.study": ("Attribution", "attribute"),
     "methods.layer_swap.layer_swap": ("layer_swap",),
-    "methods.lens.figures": ("patch_words",),
+    "methods.lens.patch_words": ("patch_words",),
     "methods.lens.identifiability": ("MaskedPart", "identifiability", "patches_of_mask"),
     "methods.lens.logit_lens": ("Lens", "lens"),
+    "methods.lens.study": ("lens_lead",),
     "methods.lens.tuned_lens": ("LensTraining", "TunedLens", "compare_lenses", "train_tuned_lens"),
     "methods.probing.data": ("changed_patches",),
     "methods.probing.descent": ("ProbeRecipe",),
@@ -147,6 +150,7 @@ _HOMES = {
 _MODULES = {
     "attribution_figures": "methods.attribution.figures",
     "figures": "results.figures",
+    "lens_figures": "methods.lens.figures",
     "measures": "sweeps.measures",
     "metrics": "results.metrics",
     "probe_figures": "methods.probing.figures",

@@ -27,8 +27,8 @@ from vlm_mech.methods.knockout.data import scan_of
 from vlm_mech.methods.knockout.edges import object_masks
 from vlm_mech.methods.knockout.follow_up import FollowUp, Head, attention_of
 from vlm_mech.methods.layer_swap.layer_swap import layer_swap
-from vlm_mech.methods.lens.figures import patch_words
 from vlm_mech.methods.lens.logit_lens import lens
+from vlm_mech.methods.lens.patch_words import patch_words
 from vlm_mech.methods.probing.controls import _blanked
 from vlm_mech.methods.probing.data import OBJECT, Spot, changed_patches, probe_sites, read_states, spread
 from vlm_mech.methods.probing.data import examples_of as probe_examples

@@ -144,7 +144,9 @@ def test_the_largest_cells_and_a_seeded_sample_are_patched_in_truth(pairs):
     ]  # fmt: skip
     found = made[0]
     cells = ["layer", "span", "head"]
-    kinds = [each.checked.table.drop_duplicates(cells).set_index(cells)["chosen"].to_dict() for each in made]
+    every = [each.checked.table.drop_duplicates(cells).set_index(cells)["chosen"].to_dict() for each in made]
+    # Beside these stand cells that half of the pairs chose, of which something may be claimed.
+    kinds = [{cell: kind for cell, kind in each.items() if kind != "top of half"} for each in every]
     assert kinds[0] == kinds[1] != kinds[2]
     means = found.screen.table.groupby(cells)["estimate"].mean().abs().sort_values(ascending=False)
     assert {cell for cell, kind in kinds[0].items() if kind == "top"} == set(means.index[:4])
@@ -161,7 +163,7 @@ def test_the_largest_cells_and_a_seeded_sample_are_patched_in_truth(pairs):
     assert row.effect == pytest.approx((after - before).item(), abs=1e-6)
     assert set(found.agreement["chosen"]) == {"random", "top"} and "(a selected set)" in found.findings[0]
     assert found.findings == found.checked.findings and found.findings[0].startswith("denoising, 4 pairs: over 6 cells")
-    assert found.checked.provenance["sweeps"]["denoising"]["receipts"]["writes"] == 10
+    assert found.checked.provenance["sweeps"]["denoising"]["receipts"]["writes"] == len(every[0])
 
 
 def test_results_are_saved(pairs, tmp_path):

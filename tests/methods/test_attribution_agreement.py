@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from vlm_mech.methods.attribution.agreement import agreement_of
-from vlm_mech.methods.attribution.findings import findings
+from vlm_mech.methods.attribution.findings import agreement_told
 from vlm_mech.results.result import Metric, Result
 
 METRICS = tuple(Metric(name, "logits", "") for name in ("effect", "estimate", "distance"))
@@ -49,7 +49,7 @@ def test_a_reversed_estimate_has_correlation_minus_one_and_no_sign():
     found = checked(effects, {kind: [-value for value in values] for kind, values in effects.items()})
     table = agreement_of(found)
     assert table["correlation"].tolist() == pytest.approx([-1.0, -1.0]) and table["n_same_sign"].tolist() == [0, 0]
-    (sentence,) = findings(found, table)
+    (sentence,) = agreement_told(found, table)
     assert "over 4 cells drawn at random from the rest" in sentence and "rank correlation -1.00" in sentence
     assert "the sign agrees in 0 of 4 with an effect, estimates are -1 times as large" in sentence
     assert "1 of the 4 random cells have a larger true effect than half of the top cells" in sentence
@@ -58,7 +58,7 @@ def test_a_reversed_estimate_has_correlation_minus_one_and_no_sign():
 def test_nothing_is_claimed_where_nothing_varies():
     found = checked({"top": [1.0, 2.0]}, {"top": [1.0, 2.0]})
     assert agreement_of(found)["correlation"].isna().all()
-    (sentence,) = findings(found, agreement_of(found))
+    (sentence,) = agreement_told(found, agreement_of(found))
     assert "every cell was patched in truth" in sentence and "no rank correlation can be given" in sentence
     still = agreement_of(
         checked({"top": [1.0, 2.0, 3.0], "random": [0.0] * 3}, {"top": [1.0] * 3, "random": [0.1] * 3})

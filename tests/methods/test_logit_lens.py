@@ -15,9 +15,9 @@ from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span import Each, Patches, Positions
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.methods.lens.data import Label
-from vlm_mech.methods.lens.figures import patch_words
 from vlm_mech.methods.lens.identifiability import MaskedPart, identifiability, patches_of_mask
 from vlm_mech.methods.lens.logit_lens import lens
+from vlm_mech.methods.lens.patch_words import patch_words
 from vlm_mech.models.readout import Readout, readout_of
 from vlm_mech.models.vlm import VLM
 

@@ -13,6 +13,7 @@ from tests.helpers import assert_help_is_light, command, killed_at
 from tests.zoo import ZOO
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.methods.lens.leads import depth_sites
 from vlm_mech.methods.visual_flow import study
 from vlm_mech.methods.visual_flow.claims import (
     CARRY,
@@ -38,7 +39,6 @@ from vlm_mech.methods.visual_flow.study import (
     SHUFFLED,
     SWAP,
     flow,
-    swapped_sites,
 )
 from vlm_mech.models.vlm import VLM
 from vlm_mech.organism.planted import Planted, coloured_cells, plant
@@ -160,7 +160,7 @@ def test_the_same_numbers_by_other_ways():
     assert np.allclose(table.loc[(LENS, "last", 5), "lead"], expected, atol=1e-4)
     for span, layer, recovered in (("image", INPUT, 1.0), ("last", INPUT, 0.0), ("last", 5, 1.0), ("image", 5, 0.0)):
         assert np.allclose(table.loc[(SWAP, span, layer), "recovered"], recovered, atol=1e-4)
-    assert [str(site) for site in swapped_sites(vlm)][:2] == ["llm.resid_pre[0]", "llm.resid_post[0]"]
+    assert [str(site) for site in depth_sites(vlm)][:2] == ["llm.resid_pre[0]", "llm.resid_post[0]"]
 
 
 def test_edges_that_prompts_lack_are_left_out(vlm, tiny_vlm):
@@ -221,7 +221,7 @@ def test_probes_read_what_is_shown_at_the_object_and_patches_know_where(tmp_path
     assert means[PROBE, "object", "llm", INPUT] > 0.8 and means[PROBE, "object", "projector", 0] > 0.8
     assert means[PROBE, "last", "llm", INPUT] < 0.3 < 0.8 < means[PROBE, "last", "llm", 4]
     assert means[SHUFFLED].max() < 0.35
-    sites = tuple(swapped_sites(planted.vlm)[:2])
+    sites = tuple(depth_sites(planted.vlm)[:2])
     maps = patch_probabilities(planted.vlm, cases[:3], fitted, sites, folder=tmp_path)
     assert maps.shape == (3, 2, 16)
     for number, pair in enumerate(cases[:3].pairs):

@@ -22,7 +22,6 @@ from vlm_mech.methods.visual_flow.claims import (
     WRITE,
     FlowClaims,
     pool,
-    told,
 )
 from vlm_mech.methods.visual_flow.data import Cases, edges, spans
 from vlm_mech.methods.visual_flow.effects import EFFECT, flow_effects
@@ -39,7 +38,7 @@ from vlm_mech.methods.visual_flow.study import (
     SWAP,
     as_rows,
 )
-from vlm_mech.results.claim import Gate, named_without_claim
+from vlm_mech.results.claim import Gate, named_without_claim, told
 from vlm_mech.results.claiming import claimed, halves
 from vlm_mech.results.result import Result
 

@@ -33,11 +33,12 @@ from vlm_mech.methods.layer_swap.findings import takeover, usable_share
 from vlm_mech.methods.layer_swap.study import metrics_of as swap_metrics
 from vlm_mech.methods.layer_swap.study import swap_states
 from vlm_mech.methods.lens.data import label_of, labels_apart
+from vlm_mech.methods.lens.leads import against, depth_sites, leads_of
 from vlm_mech.methods.lens.logit_lens import lens_of
 from vlm_mech.methods.visual_flow import figures
 from vlm_mech.methods.visual_flow import study as visual_flow
 from vlm_mech.methods.visual_flow.claims import pool as flow_pool
-from vlm_mech.methods.visual_flow.data import against, cases_of, flow_scan, said_at, spans
+from vlm_mech.methods.visual_flow.data import cases_of, flow_scan, said_at, spans
 from vlm_mech.methods.visual_flow.effects import flow_effects
 from vlm_mech.methods.visual_flow.findings import findings
 from vlm_mech.methods.weight_swap.blocks import Hybrids, checkpoint
@@ -204,7 +205,7 @@ def test_the_lens_of_a_map_keeps_its_numbers_of_one_token():
     vlm, pairs = wrapped("llava_clip"), some(SHORT)
     clean = record(vlm, vlm.encode(pairs.base))
     ids = [vlm.answer_ids(clean.encoded, each) for each in (pairs.answer, pairs.counterfactual_answer)]
-    found = visual_flow.leads_of(vlm, pairs, pairs.counterfactual_answer)
+    found = leads_of(vlm, pairs, pairs.counterfactual_answer)
     with torch.no_grad():
         for depth, lead in enumerate(found):
             logits = vlm.readout(clean.hidden(depth)[:, -1])
@@ -214,7 +215,7 @@ def test_the_lens_of_a_map_keeps_its_numbers_of_one_token():
 @pytest.mark.parametrize("measure", ["logit_diff", "logprob_diff", "logprob_diff_per_token"])
 def test_the_lens_of_a_map_reads_where_each_token_is_foretold(measure):
     vlm, pairs = wrapped("llava_clip"), some(LONG)
-    found = visual_flow.leads_of(vlm, pairs, pairs.counterfactual_answer, measure)
+    found = leads_of(vlm, pairs, pairs.counterfactual_answer, measure)
     for depth, site in ((0, Site("llm.resid_pre", 0)), (2, Site("llm.resid_post", 1))):
         for number, pair in enumerate(pairs):
             scores = []
@@ -239,8 +240,8 @@ def test_a_rival_that_is_the_answer_leads_by_nothing():
     vlm, pairs = wrapped("llava_clip"), some(LONG)
     rivals = [pairs.answer[0], *pairs.counterfactual_answer[1:]]
     for name in ("logit_diff", "logprob_diff"):
-        leads = np.stack(visual_flow.leads_of(vlm, pairs, rivals, name))
-        others = np.stack(visual_flow.leads_of(vlm, pairs, pairs.counterfactual_answer, name))
+        leads = np.stack(leads_of(vlm, pairs, rivals, name))
+        others = np.stack(leads_of(vlm, pairs, pairs.counterfactual_answer, name))
         assert (leads[:, 0] == 0).all() and np.allclose(leads[:, 1:], others[:, 1:], atol=1e-5)
     spelt = dataclasses.replace(some(SHORT), variants=(Spelling(), Spelling(space=False)))
     assert against("logit_diff", spelt.answer, spelt.counterfactual_answer).at == "next"
@@ -258,7 +259,7 @@ def mapped():
 
 def test_swaps_and_knockouts_of_a_map_are_those_of_the_methods(mapped):
     vlm, cases, scan, result = mapped
-    sites = visual_flow.swapped_sites(vlm)
+    sites = depth_sites(vlm)
     how = {"measure": "logprob_diff", "only_correct": False}
     swapped, _ = swap_states(vlm, cases.pairs, sites, spans(cases.said), directions=("noising",), **how)
     rows = result.table[result.table["method"] == visual_flow.SWAP]

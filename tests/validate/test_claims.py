@@ -6,9 +6,12 @@ import pytest
 
 from tests.validate.test_grading import MADE_UP, NOTHING, made
 from vlm_mech.errors import UsageError
+from vlm_mech.methods.attribution.claims import LOWERS, RAISES
 from vlm_mech.methods.gates.gated import Options
 from vlm_mech.methods.knockout.claims import HOLDS_BACK, NEEDED
 from vlm_mech.methods.layer_swap.claims import MOVES, NO_LONGER, NOT_YET, TURNS, kind_of
+from vlm_mech.methods.lens import claims as lens
+from vlm_mech.methods.lens.study import GIVEN, OTHER_IMAGE
 from vlm_mech.methods.visual_flow import claims as flow
 from vlm_mech.organism.planted import plant
 from vlm_mech.organism.planted_draw import draw
@@ -20,6 +23,7 @@ from vlm_mech.validate.adapters import GATED, METHODS
 from vlm_mech.validate.commands import layer_swap, turnings
 from vlm_mech.validate.examination import Job, examine
 from vlm_mech.validate.grading import MATCHED, SHARP, grade
+from vlm_mech.validate.heads import EXCHANGED, ZEROED
 from vlm_mech.validate.statements import Claims
 from vlm_mech.validate.true_claims import holds, on_dormant_path
 
@@ -61,12 +65,46 @@ def graded(*claims: Claim, truth: Truth = MADE_UP, kind: str = "hard", possible:
         (claim(flow.READ_NEEDED, layer=2, edge="last<-image"), False),
         (claim(flow.SUPPRESS, layer=4), False),
         (claim(flow.OVERTAKEN, layer=4), None),
+        (claim(lens.RISE, layer=4, rival=OTHER_IMAGE), True),
+        (claim(lens.RISE, layer=2, rival=OTHER_IMAGE), False),
+        (claim(lens.PUSH, layer=4, rival=OTHER_IMAGE), False),
+        (claim(lens.SUPPRESS, layer=2, rival=GIVEN), False),
+        (claim(lens.AHEAD, layer=4, rival=OTHER_IMAGE), None),
+        (claim(lens.OVERTAKEN, layer=4, rival=GIVEN), None),
+        (claim(EXCHANGED, place="question", layer=2, head=1), True),
+        (claim(EXCHANGED, place="last", layer=2, head=1), False),
+        (claim(ZEROED, place="last", layer=4, head=0), True),
+        (claim(ZEROED, place="last", layer=3, head=3), False),
+        (claim(LOWERS, direction="noising", place="question", layer=1, head=0), True),
+        (claim(RAISES, direction="noising", place="question", layer=1, head=0), False),
+        (claim(RAISES, direction="denoising", place="question", layer=1, head=0), True),
+        (claim(LOWERS, direction="denoising", place="question", layer=1, head=0), False),
+        (claim(LOWERS, direction="noising", site="llm.mlp_out", span="last", layer=1), None),
         (claim(flow.TURNS, layer=0, span="image"), True),
         (claim(flow.TURNS, layer=1, span="image"), False),
     ],
 )
 def test_a_claim_is_true_where_it_is_planted(said, wanted):
     assert holds(said, MADE_UP) is wanted
+
+
+def test_what_brings_a_prior_in_lowers_the_lead_over_it_alone():
+    prior = Edge("suppress", "last", "question", 5, 1, 2.5)
+    truth = dataclasses.replace(MADE_UP, edges=(*MADE_UP.edges, prior))
+    for kind in (lens.PUSH, lens.SUPPRESS):
+        assert holds(claim(kind, layer=5, rival=GIVEN), truth) is True
+        assert holds(claim(kind, layer=5, rival=OTHER_IMAGE), truth) is None
+    assert holds(claim(lens.RISE, layer=5, rival=GIVEN), truth) is None
+    assert holds(claim(ZEROED, place="last", layer=5, head=1), truth) is None, "it goes either way, as answers fall"
+    assert holds(claim(ZEROED, place="question", layer=5, head=1), truth) is False
+    units = dataclasses.replace(MADE_UP, units=(Units("suppress", 3, (0,), 2.5),))
+    assert holds(claim(lens.PUSH, layer=3, rival=GIVEN), units) is True
+
+
+def test_answers_of_two_tokens_are_said_at_both():
+    pieces = dataclasses.replace(MADE_UP, edges=(Edge("read", "last", "image", 2, 1, 1.0, ("answer",)),))
+    for place, wanted in (("last+answer", True), ("last", True), ("question", False)):
+        assert holds(claim(EXCHANGED, place=place, layer=2, head=1), pieces) is wanted
 
 
 def test_a_swap_turns_the_answer_where_more_than_half_of_it_passes():
@@ -123,7 +161,7 @@ def test_any_false_claim_counts_in_a_null():
             assert graded(dataclasses.replace(said, p=0.5), truth=truth, kind=kind)[grading.CLAIMS] == (0, 1)
 
 
-@pytest.mark.parametrize("method", GATED)
+@pytest.mark.parametrize("method", [*GATED, "head interchange", "zero ablation"])
 def test_claims_of_commands_are_those_that_are_graded(method):
     found = METHODS[method](made("two-hop"), made("two-hop").pairs(32, seed=1))
     assert found.told and {*map(repr, ((each.kind, each.about) for each in found.told))} <= {
@@ -165,7 +203,7 @@ def test_natural_states_flag_dormant_paths_and_nothing_true(seed):
 
 
 def test_gates_are_asked_of_methods_that_make_claims_only():
-    job = Job("plain", 0, ("knockout", "logit lens"), n_examples=24, n_population=8, gates="all", null=1)
+    job = Job("plain", 0, ("knockout", "head interchange"), n_examples=24, n_population=8, gates="all", null=1)
     table, _ = examine(job)
     names = {name for name in table["grade"] if " lost at " in name}
     assert names and set(table.loc[table["grade"].isin(names), "method"].tolist()) == {"knockout"}

@@ -137,7 +137,7 @@ def test_a_job_gives_the_same_scores_again():
     (one, about), (other, _) = examine(job), examine(job)
     pd.testing.assert_frame_equal(one, other)
     assert about["recipe"] == 0 and about["says"] == "prior"
-    assert set(one["grade"]) == {WRITING, SUPPRESSING}
+    assert set(one["grade"]) == {WRITING, SUPPRESSING, grading.FALSE_RUN, grading.POWER}
 
 
 def test_the_command_line_leaves_a_table_of_grades_and_resumes(tmp_path, capsys, monkeypatch):

@@ -152,6 +152,33 @@ def sentences(claims: Sequence[Claim]) -> tuple[str, ...]:
     return (f"{text}.{lost}", *(f"{claim}." for claim in made))
 
 
+def told(claims: Sequence[Claim]) -> tuple[Claim, ...]:
+    """The made claims that need telling, in the order given: not those that follow from others.
+
+    A claim follows from one that has all of its conditions (that a layer reads, from one that it reads and is needed)
+    and that lost no gate which it passed itself.
+    """
+    made = [claim for claim in claims if claim.made]
+    each = [frozenset(repr(dataclasses.replace(one, says="")) for one in claim.conditions) for claim in made]
+
+    def follows(number: int, other: int) -> bool:
+        if not set(made[other].lost) <= set(made[number].lost):
+            return False
+        return each[number] < each[other] or (each[number] == each[other] and other < number)
+
+    numbers = range(len(made))
+    return tuple(made[number] for number in numbers if not any(follows(number, other) for other in numbers))
+
+
+def sentences_told(claims: Sequence[Claim]) -> tuple[str, ...]:
+    """The `sentences` of claims, without those that follow from others, of which the last one tells the number."""
+    first, *_ = sentences(claims)
+    shown = told(claims)
+    rest = sum(claim.made for claim in claims) - len(shown)
+    more = (f"{rest} more claims hold that follow from these (claims.json).",) if rest else ()
+    return (first, *(f"{claim}." for claim in shown), *more)
+
+
 def named_without_claim(findings: Sequence[str], claims: Sequence[Claim]) -> list[str]:
     """The sentences that name a layer, block or head, are rendered from no claim, and are about no claim that was made.
 

@@ -140,7 +140,16 @@ def matrix(conditions: Sequence[Condition], result: Result) -> Float[np.ndarray,
 
 
 def least(result: Result, metric: str) -> float:
-    """What a change of a difference of answers must be to count: `SMALLEST`, or `SHARE` of the unedited mean."""
+    """What a change of a difference of answers must be to count: `enough_of` the unedited mean."""
     first = result.table.drop_duplicates("example")[f"{metric}_baseline"]
-    before = float(first.mean())
-    return SMALLEST if np.isnan(before) else max(SMALLEST, SHARE * abs(before))
+    return enough_of(float(first.mean()))
+
+
+def enough_of(whole: float, smallest: float = SMALLEST) -> float:
+    """What a change must be to count beside a whole: `smallest` logits (or nats), or `SHARE` of it where that is more.
+
+    Args:
+        whole: such as the unedited difference; where it is NaN, `smallest` alone counts.
+        smallest: in the unit of the whole.
+    """
+    return smallest if np.isnan(whole) else max(smallest, SHARE * abs(whole))

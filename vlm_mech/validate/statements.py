@@ -6,7 +6,7 @@ from typing import Literal
 import pandas as pd
 
 from vlm_mech.results.claim import LEVEL, SHARE, SMALLEST, Claim
-from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.result import Result
 
 WHOLE = -1
 """Number of the head in cells that concern all heads of a layer."""
@@ -24,8 +24,8 @@ class Claims:
     where all heads are meant), `effect` (mean change in logits) with its 95 % interval `low` to `high`, and `p`,
     corrected over all cells. `strengths` ranks heads: how strong each one is, whichever place it was measured at.
     `readable` has, for each span, the numbers of blocks after which the answer can be read there. That says nothing
-    of its being used, so it is no claim. Of methods whose commands make claims, `told` are those declared and
-    `possible` all that could have been.
+    of its being used, so it is no claim. Of methods that make claims, `told` are those declared and `possible`
+    all that could have been.
     """
 
     cells: pd.DataFrame
@@ -89,15 +89,3 @@ def strengths(cells: pd.DataFrame) -> dict[LayerHead, float]:
     """Size of every head's largest effect, in logits."""
     size = cells["effect"].abs().groupby([cells["layer"], cells["head"]]).max()
     return {(int(layer), int(head)): float(value) for (layer, head), value in size.items()}  # type: ignore[misc]
-
-
-def differences(table: pd.DataFrame) -> Result:
-    """What each layer adds: the value before the next layer less that before the layer itself, example by example.
-
-    Args:
-        table: rows with `example`, `place`, `layer` and `value`, one layer more than there are differences.
-    """
-    wide = table.pivot(index=["place", "example"], columns="layer", values="value").sort_index(axis=1)
-    steps = wide.diff(axis=1).shift(-1, axis=1).iloc[:, :-1]
-    rows = steps.melt(value_name="step", ignore_index=False).reset_index().assign(step_baseline=0.0)
-    return Result("steps", rows, ("place", "layer"), (Metric("step", "logits", "what the layer adds", signed=True),))

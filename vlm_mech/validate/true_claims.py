@@ -1,11 +1,15 @@
 """Which claims about a planted model are true: what was planted says so of single layers, heads and spans."""
 
+from vlm_mech.methods.attribution.claims import LOWERS, RAISES
 from vlm_mech.methods.knockout.claims import HOLDS_BACK, NEEDED
 from vlm_mech.methods.layer_swap.claims import MOVES, NO_LONGER, NOT_YET, TURNS
+from vlm_mech.methods.lens import claims as lens
+from vlm_mech.methods.lens.study import GIVEN
 from vlm_mech.methods.visual_flow import claims as flow
 from vlm_mech.methods.visual_flow.data import LAST, WHOLE
 from vlm_mech.organism.planted_recipe import Edge, Role, Truth, recovered
 from vlm_mech.results.claim import SHARE, Claim
+from vlm_mech.validate.heads import EXCHANGED, ZEROED
 
 HALF, UNSURE = 0.5, 0.05
 """A recovered fraction so near to a half is on neither side of it."""
@@ -19,8 +23,14 @@ def holds(claim: Claim, truth: Truth) -> bool | None:
     than half of what the reading heads pass on is not yet read (image), was written before (last), or is between
     (question): `planted_recipe.recovered`, which knows nothing of dormant paths. A layer reads, writes, carries or
     suppresses where a head, or units, are planted that do. Where the rival leads, and what a probe finds, is not
-    planted.
+    planted. Changing a head's output lowers the answer's lead where it reads or carries and writes there; what those do
+    that bring a prior in is not planted. The lead in the lens rises across the layers that write the answer, and falls
+    over the prior's across those that bring it in; what these do to the lead over another answer is not planted.
     """
+    if "rival" in claim.about:
+        return _of_lens(claim, truth)
+    if claim.kind in (LOWERS, RAISES, EXCHANGED, ZEROED):
+        return _of_head(claim, truth)
     if "direction" in claim.about:
         return _of_swap(claim, truth, claim.kind.removeprefix(f"{claim.about['span']} "))
     if claim.kind in (NEEDED, HOLDS_BACK):
@@ -45,11 +55,39 @@ def _of_flow(claim: Claim, truth: Truth) -> bool | None:
     return any(edge.layer == claim.about["layer"] for edge in truth.of(*roles[claim.kind]) if edge.weight)
 
 
+def _of_lens(claim: Claim, truth: Truth) -> bool | None:
+    if claim.kind not in (lens.RISE, lens.PUSH, lens.SUPPRESS):
+        return None
+    layer = claim.about["layer"]
+    planted = {each.layer for each in (*truth.of("suppress"), *truth.units) if each.role == "suppress"}
+    if layer in planted:
+        return True if claim.kind != lens.RISE and claim.about["rival"] == GIVEN else None
+    writes = truth.of("carry") or truth.of("read")
+    return claim.kind == lens.RISE and any(edge.layer == layer for edge in writes if edge.weight)
+
+
+def _of_head(claim: Claim, truth: Truth) -> bool | None:
+    """Of the output of one head changed; exchanged towards the other picture, or away from it (denoising)."""
+    if not {"place", "layer", "head"} <= set(claim.about):
+        return None
+    layer, head = claim.about["layer"], claim.about["head"]
+    here = [edge for edge in truth.edges if (edge.layer, edge.head) == (layer, head)]
+    here = [edge for edge in here if claim.about["place"] in _places(edge, claim.about["place"])]
+    if any(edge.role in ("suppress", "fetch") for edge in here):
+        return None
+    lowers = (claim.kind == RAISES) == (claim.about.get("direction") == "denoising")
+    return lowers and any(edge.weight for edge in here if edge.role in ("read", "carry"))
+
+
+def _places(edge: Edge, place: str) -> tuple[str, ...]:
+    """The spans at which an edge acts, as a claim about a place calls them."""
+    return tuple(WHOLE if place == WHOLE and each in (LAST, "answer") else each for each in edge.queries)
+
+
 def _is_at(edge: Edge, claim: Claim) -> bool:
     """Whether an edge is the one that a claim is about."""
     query, key = str(claim.about["edge"]).split("<-")
-    queries = edge.queries if query != WHOLE else (WHOLE if each in (LAST, "answer") else each for each in edge.queries)
-    same = query in queries and key == edge.key and claim.about["layer"] == edge.layer
+    same = query in _places(edge, query) and key == edge.key and claim.about["layer"] == edge.layer
     return same and claim.about.get("head", edge.head) == edge.head
 
 

@@ -16,7 +16,9 @@ from vlm_mech.sweeps.engine import engine_of
 from vlm_mech.sweeps.measures import logit_diff
 from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.sweep import Point
-from vlm_mech.validate.adapters import EDITS, Edit, counterfactuals, said_at
+from vlm_mech.validate.adapters import EDITS
+from vlm_mech.validate.commands import said_at
+from vlm_mech.validate.heads import Edit, counterfactuals
 from vlm_mech.validate.statements import WHOLE
 
 
@@ -24,7 +26,7 @@ def planted_points(truth: Truth, method: str, n_layers: int, said: str = "last")
     """The cells of a method at which a planted head acts; empty for a method that edits nothing.
 
     Args:
-        said: the place of the tokens at which the answer is said (see `adapters.said_at`).
+        said: the place of the tokens at which the answer is said (see `commands.said_at`).
     """
     if method not in EDITS:
         return ()

@@ -110,13 +110,22 @@ def check_touched(pairs: Pairs, read: Readings, spots: Sequence[Cell]) -> None:
 # The re-check
 
 
+TOP, RANDOM, TOP_OF_HALF = "top", "random", "top of half"
+"""How a cell was chosen: by the estimates of all pairs, at random from the rest, or by those of half of the pairs."""
+
+
+def top_cells(table: pd.DataFrame, top_k: int | None = None) -> list[int]:
+    """Cells in the order of their mean estimate's size, largest first, `top_k` of them or all."""
+    means = table.groupby("cell")["estimate"].mean().abs()
+    return [int(cell) for cell in means.sort_values(ascending=False, kind="stable").index][:top_k]
+
+
 def chosen_cells(table: pd.DataFrame, top_k: int, n_random: int, seed: int) -> dict[int, str]:
     """Cells to patch in truth: those of the largest mean estimate, and a sample of the rest."""
-    means = table.groupby("cell")["estimate"].mean().abs()
-    order = [int(cell) for cell in means.sort_values(ascending=False, kind="stable").index]
+    order = top_cells(table)
     rest = order[top_k:]
     drawn = random.Random(seed).sample(rest, min(n_random, len(rest)))
-    return dict.fromkeys(order[:top_k], "top") | dict.fromkeys(drawn, "random")
+    return dict.fromkeys(order[:top_k], TOP) | dict.fromkeys(drawn, RANDOM)
 
 
 def exchanged(pairs: Pairs) -> Pairs:

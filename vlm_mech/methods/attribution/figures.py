@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["drawn", "estimate_against_effect"]
 
-LEGENDS = {"top": "largest estimates", "random": "random sample of the rest"}
+LEGENDS = {
+    "top": "largest estimates",
+    "random": "random sample of the rest",
+    "top of half": "largest estimates on half of the pairs",
+}
 
 
 def __dir__() -> list[str]:
@@ -48,6 +52,8 @@ def estimate_against_effect(checked: Result, *, title: str | None = None) -> "go
         for number, (kind, name) in enumerate(LEGENDS.items()):
             rows = effect.loc[(kinds == kind).reindex(effect.index)]
             rows = rows[rows.index.get_level_values("direction") == direction]
+            if rows.empty:
+                continue
             dots = _dots(estimate.loc[rows.index], rows, COLOURS[number])
             figure.add_trace(dots.update(name=name, legendgroup=name, showlegend=column == 1), row=1, col=column)
     figure.update_xaxes(title_text=f"estimated change ({unit})", zeroline=False)

@@ -6,10 +6,21 @@ import numpy as np
 import pandas as pd
 
 from vlm_mech.methods.attribution.agreement import larger_than
+from vlm_mech.results.claim import sentences
 from vlm_mech.results.result import Result
 
 
 def findings(result: Result, agreement: pd.DataFrame) -> tuple[str, ...]:
+    """What the agreement says, one sentence a direction, and the claims, which alone name layers and heads.
+
+    Args:
+        result: what an `Attribution` has `checked`.
+        agreement: of `agreement_of`.
+    """
+    return (*agreement_told(result, agreement), *sentences(result.claims))
+
+
+def agreement_told(result: Result, agreement: pd.DataFrame) -> tuple[str, ...]:
     """What the agreement says, one sentence a direction; cells of the largest estimate are named a selected set.
 
     Args:

@@ -9,9 +9,9 @@ others, are always patched in truth (`sweep`), and the result says how well the 
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,15 +23,29 @@ from torch import Tensor
 from vlm_mech.architectures.site import Site, listed_sites
 from vlm_mech.architectures.traced_model import check_decoder, check_gradients
 from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs
-from vlm_mech.errors import WorkError
+from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.span import Span, listed
 from vlm_mech.interventions.plan import plan
 from vlm_mech.interventions.specification import Activations, Replace
 from vlm_mech.interventions.trace import read
 from vlm_mech.methods.attribution.agreement import NUMBERS, agreement_of
-from vlm_mech.methods.attribution.data import Cell, cells_of, check, check_touched, chosen_cells, exchanged
-from vlm_mech.methods.attribution.findings import findings
+from vlm_mech.methods.attribution.claims import ASKED, LOGARITHMIC, UNEDITED, edit_of, pool, removed_of
+from vlm_mech.methods.attribution.data import (
+    TOP_OF_HALF,
+    Cell,
+    cells_of,
+    check,
+    check_touched,
+    chosen_cells,
+    exchanged,
+    top_cells,
+)
+from vlm_mech.methods.attribution.findings import agreement_told, findings
 from vlm_mech.methods.attribution.gradient import Pass, forward, frozen, gradient
+from vlm_mech.methods.gates.gated import Measured, Options, gated
+from vlm_mech.methods.gates.shuffled import following
+from vlm_mech.results.claim import Claim
+from vlm_mech.results.claiming import halves, parted_like
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.measures import Measure
 from vlm_mech.sweeps.readings import Readings, readings_of
@@ -46,12 +60,15 @@ class Attribution:
     """A screen of all cells, the cells that were patched in truth, and how well the two agree.
 
     `screen` has an `estimate` and the `distance` of the two runs' states for each pair and cell. `checked` has the true
-    `effect` beside both; its column `chosen` says whether a cell is one of the `top` or of the `random` sample of the
-    rest. `agreement` has a row for each direction and kind of cells (`top` is a selected set: its correlation says
-    nothing about the other cells). Its columns, taken over means of examples: n cells; Spearman's `correlation` of
-    estimate and effect with a 95 % bootstrap over examples, and `p` over cells; `n_signed` cells with an effect,
-    `n_same_sign` of them; `slope` of estimate on effect; the correlation of sizes `absolute`, and of distance with size
-    of effect (`absolute_control`); largest and median size of the true effects.
+    `effect` beside both, and what the measure is `unedited`; its column `chosen` says whether a cell is one of the
+    `top` (by the estimates of all pairs), of the `random` sample of the rest, or neither and yet among the largest on
+    the half of the pairs that declares claims (`top of half`). `asked` are all cells of the largest estimates on that
+    half: what is claimed is claimed of them. `agreement` has a row for each direction and kind of cells, `random` and
+    `top` (a selected set: its correlation says nothing about the other cells). Its columns, taken over means of
+    examples: n cells; Spearman's `correlation` of estimate and effect with a 95 % bootstrap over examples, and `p` over
+    cells; `n_signed` cells with an effect, `n_same_sign` of them; `slope` of estimate on effect; the correlation of
+    sizes `absolute`, and of distance with size of effect (`absolute_control`); largest and median size of the true
+    effects.
     """
 
     screen: Result
@@ -60,8 +77,13 @@ class Attribution:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """What was found, in sentences made from the numbers."""
-        return self.screen.findings
+        """What was found, in sentences made from the numbers; those that name layers or heads are claims."""
+        return self.checked.findings
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """What was declared on half of the pairs and tested on the other half, of true effects; `checked` has them."""
+        return self.checked.claims
 
 
 def attribute(
@@ -79,6 +101,8 @@ def attribute(
     engine: str = "fast",
     batch: int = 8,
     seed: int = 0,
+    gates: Literal["none", "quick", "all"] = "quick",
+    null: int = 5,
 ) -> Attribution:
     """Estimated effects of exchanging every site's states between the two images of each pair, re-checked.
 
@@ -97,10 +121,15 @@ def attribute(
             integrated gradients, Sundararajan et al. 2017), at as many forward and backward passes.
         engine: how true effects are measured (see `sweep`).
         batch: pairs that run together.
-        seed: of the random sample.
+        seed: of the random sample, of the halves in which pairs are parted for claims, and of what gates draw.
+        gates: ways in which claims could be lost: "none" but the half of the pairs that did not choose them; "quick":
+            resamples of the pairs too; "all": an attribution of models with shuffled weights, and of shuffled answers,
+            whether states after an exchange are natural ones, and other ways to remove what it exchanges.
+        null: models with shuffled weights, and shuffles of the answers, that "all" compares with.
 
     Raises:
-        UsageError: a site, span or number that does not fit, or a measure that cannot be differentiated.
+        UsageError: a site, span or number that does not fit, gates that are not known, or a measure that cannot be
+            differentiated.
         WorkError: a gradient is NaN.
     """
     check_decoder(vlm, "attribute")
@@ -109,41 +138,84 @@ def attribute(
     several = spans if isinstance(spans, list | tuple) else (spans,)
     spots, directions = cells_of(vlm, listed_sites(sites, "attribute"), several, heads), listed(directions)
     check(pairs, measure, directions, {"top_k": top_k, "n_random": n_random, "steps": steps, "batch": batch})
+    asked = Options(gates, null, seed, batch)
+    plan = _Plan(spots, directions, top_k, n_random, steps, engine, batch, seed)
     began = time.perf_counter()
-    rows = [slice(first, first + batch) for first in range(0, len(pairs), batch)]
-    tables = [_screen(vlm, pairs[each], spots, _of(measure, each), directions, steps) for each in rows]
-    table = pd.concat(tables, ignore_index=True)
+    table = _screened(vlm, pairs, measure, plan)
     halfway = time.perf_counter()
-    checks, proofs = [], {}
-    for direction in directions:
-        chosen = chosen_cells(table[table["direction"] == direction], top_k, n_random, seed)
-        data = pairs if direction == "noising" else exchanged(pairs)
-        options = {"engine": engine, "batch": batch, "seed": seed}
-        found, proofs[direction] = _true_effects(vlm, data, spots, chosen, measure, options)
-        checks.append(found.assign(direction=direction))
-    checked = pd.concat(checks, ignore_index=True).merge(table, on=["example", "group", "direction", "cell"])
+    about: dict[str, Any] = {"model": vlm.identity(), "data": pairs.described}
+    screen = _laid_out("attribution patching", table, plan, measure, about)
+    parts = halves(screen, seed=seed)
+    choosing = set() if parts is None else set(parts[0].table["example"])
+    found, proofs = _rechecked(vlm, pairs, measure, plan, table, choosing)
     seconds = {"screen": halfway - began, "check": time.perf_counter() - halfway}
-    about = {"model": vlm.identity(), "data": pairs.described}
-    return _found(table, checked, spots, measure, about | {"seconds": seconds, "sweeps": proofs}, steps)
+    about |= {"seconds": seconds, "sweeps": proofs}
+    checked = _laid_out("attribution patching, re-checked", found, plan, measure, about)
+    if parts is not None:
+        ways = (edit_of(spots), removed_of(spots) if _compares(measure, pairs) else None)
+        again, of = _again(vlm, pairs, measure, plan), parted_like(checked, parts)
+        claims = gated(asked, vlm, pairs, checked, pool, again, *ways, parts=of, at_once=True)
+        checked = dataclasses.replace(checked, claims=claims)
+    agreement = agreement_of(checked)
+    screen = dataclasses.replace(screen, provenance=about, findings=agreement_told(checked, agreement))
+    checked = dataclasses.replace(checked, findings=findings(checked, agreement))
+    return Attribution(screen, checked, agreement)
 
 
-def _found(
-    table: pd.DataFrame, checked: pd.DataFrame, spots: list[Cell], measure: Measure, about: dict[str, Any], steps: int
-) -> Attribution:
-    axes = ("direction", *spots[0].axes)
+@dataclass(frozen=True)
+class _Plan:
+    """What an attribution is made of: its cells, and the options of `attribute`."""
+
+    spots: list[Cell]
+    directions: tuple[str, ...]
+    top_k: int
+    n_random: int
+    steps: int
+    engine: str
+    batch: int
+    seed: int
+
+
+def _laid_out(name: str, table: pd.DataFrame, plan: _Plan, measure: Measure, about: dict[str, Any]) -> Result:
+    """Numbers of cells as a result; those that were patched in truth have an effect."""
+    axes = ("direction", *plan.spots[0].axes)
     of = f"change of {measure.metric.name} when the states are exchanged"
-    estimate = Metric("estimate", measure.metric.unit, f"estimated {of}", signed=True)
-    effect = Metric("effect", measure.metric.unit, f"true {of}", signed=True)
-    distance = Metric("distance", "norm", "distance of the two runs' states over the span")
-    config = {"measure": measure.metric.name, "steps": steps}
-    places = pd.DataFrame([spot.axes for spot in spots]).rename_axis("cell").reset_index()
-    tables = [each.merge(places, on="cell").drop(columns="cell") for each in (table, checked)]
-    tables = [each.assign(**{f"{name}_baseline": 0.0 for name in NUMBERS if name in each}) for each in tables]
-    truth = Result("attribution patching, re-checked", tables[1], axes, (effect, estimate, distance), config, about)
-    agreement = agreement_of(truth)
-    said = findings(truth, agreement)
-    screen = Result("attribution patching", tables[0], axes, (estimate, distance), config, about, said)
-    return Attribution(screen, dataclasses.replace(truth, findings=said), agreement)
+    metrics = [
+        Metric("effect", measure.metric.unit, f"true {of}", signed=True),
+        Metric("estimate", measure.metric.unit, f"estimated {of}", signed=True),
+        Metric("distance", "norm", "distance of the two runs' states over the span"),
+    ]
+    metrics = tuple(metric for metric in metrics if metric.name in table)
+    config = {"measure": measure.metric.name, "steps": plan.steps}
+    return Result(name, _placed(table, plan), axes, metrics, config, about)
+
+
+def _placed(table: pd.DataFrame, plan: _Plan) -> pd.DataFrame:
+    """The rows with the places of their cells, and a baseline of 0 for each number."""
+    places = pd.DataFrame([spot.axes for spot in plan.spots]).rename_axis("cell").reset_index()
+    placed = table.merge(places, on="cell").drop(columns="cell")
+    return placed.assign(**{f"{name}_baseline": 0.0 for name in NUMBERS if name in placed})
+
+
+def _compares(measure: Measure, pairs: Pairs) -> bool:
+    """Whether a measure compares the two answers of each pair, in logits or nats, as other ways of removal are told."""
+    both = [list(pairs.answer), list(pairs.counterfactual_answer)]
+    return measure.metric.unit in LOGARITHMIC and [list(each) for each in measure.answers] == both
+
+
+def _again(vlm: "VLM", pairs: Pairs, measure: Measure, plan: _Plan) -> Measured:
+    """The same attribution of another model, or of the pairs with other answers: cells chosen anew, on all pairs."""
+    answers_for = following(pairs, list(zip(*measure.answers, strict=True)) or [()] * len(pairs))
+
+    def measured(model: "VLM", some: Pairs) -> pd.DataFrame:
+        if model is vlm and not measure.answers:
+            raise UsageError(f"{measure.metric.name} asks about no answers that could be shuffled")
+        own = dataclasses.replace(measure, answers=tuple(map(list, zip(*answers_for(some), strict=True))))
+        chosen = dataclasses.replace(plan, n_random=0)
+        table = _screened(model, some, own, chosen)
+        return _placed(_rechecked(model, some, own, chosen, table, {pair.id for pair in some})[0], chosen)
+
+    return measured
 
 
 def _of(measure: Measure, rows: slice) -> Measure:
@@ -151,6 +223,13 @@ def _of(measure: Measure, rows: slice) -> Measure:
 
 
 # The screen
+
+
+def _screened(vlm: "VLM", pairs: Pairs, measure: Measure, plan: _Plan) -> pd.DataFrame:
+    """Estimates and distances of every cell for all pairs."""
+    rows = [slice(first, first + plan.batch) for first in range(0, len(pairs), plan.batch)]
+    tables = [_screen(vlm, pairs[each], plan.spots, _of(measure, each), plan.directions, plan.steps) for each in rows]
+    return pd.concat(tables, ignore_index=True)
 
 
 def _screen(
@@ -231,6 +310,31 @@ def _slopes(
     return total
 
 
+# The re-check
+
+
+def _rechecked(
+    vlm: "VLM", pairs: Pairs, measure: Measure, plan: _Plan, table: pd.DataFrame, choosing: Collection[str]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """True effects of the chosen cells beside the estimates, and by direction the provenance of the sweeps.
+
+    Args:
+        table: of the screen.
+        choosing: examples whose estimates choose the cells that claims are about.
+    """
+    checks, proofs = [], {}
+    for direction in plan.directions:
+        own = table[table["direction"] == direction]
+        asked = top_cells(own[own["example"].isin(choosing)], plan.top_k)
+        chosen = chosen_cells(own, plan.top_k, plan.n_random, plan.seed)
+        chosen |= {cell: TOP_OF_HALF for cell in asked if cell not in chosen}
+        data = pairs if direction == "noising" else exchanged(pairs)
+        options = {"engine": plan.engine, "batch": plan.batch, "seed": plan.seed}
+        found, proofs[direction] = _true_effects(vlm, data, plan.spots, chosen, measure, options)
+        checks.append(found.assign(direction=direction, **{ASKED: found["cell"].isin(asked)}))
+    return pd.concat(checks, ignore_index=True).merge(table, on=["example", "group", "direction", "cell"]), proofs
+
+
 def _true_effects(
     vlm: "VLM", data: Pairs, spots: list[Cell], chosen: dict[int, str], measure: Measure, options: dict[str, Any]
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -248,5 +352,6 @@ def _true_effects(
     # The engines compute in other batches, so that what changes nothing differs by rounding; it has no sign or rank.
     effect = effect.where(effect.abs() > limit, 0.0)
     found = table[["example", "group", "cell"]].assign(effect=effect, chosen=table["cell"].map(chosen))
+    found[UNEDITED] = table[f"{name}_baseline"]
     about = {key: value for key, value in result.provenance.items() if key != "model"}
     return found, about | {"rounding": limit}

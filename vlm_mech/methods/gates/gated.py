@@ -78,6 +78,9 @@ def gated(
     measured: Measured | str,
     edit_of: EditOf | None = None,
     removed_of: RemovedOf | None = None,
+    *,
+    parts: tuple[Result, Result] | None = None,
+    at_once: bool = False,
 ) -> tuple[Claim, ...]:
     """What half of the examples declares and the other half tests, with what became of it at each gate.
 
@@ -87,16 +90,18 @@ def gated(
         measured: does the same analysis again, of another model or other pairs; or says why that cannot be done.
         edit_of: makes the edit of a claim, of which it is asked whether it leaves natural states; None where none does.
         removed_of: the states that a claim says are needed, which are then removed in other ways.
+        parts: the result on the half that declares and on the half that tests, where the pool was chosen on the former.
+        at_once: `measured` takes all pairs of a null in one call, as it must where it chooses among them.
     """
     possible = pool(result)
-    found = claimed(possible, result, seed=config.seed)
+    found = claimed(possible, result, seed=config.seed, parts=parts)
     made = tuple(claim for claim in found if claim.made)
     if config.gates == "none" or not made:
         return found
     made = with_stability(made, possible, result, seed=config.seed)
     some, how = pairs[:N_EXAMPLES], {"batch": config.batch}
     if config.gates == "all":
-        asked = (vlm, some, result, pool, measured)
+        asked = (vlm, some, result, pool, measured, len(some) if at_once else config.batch)
         for kind in (TWIN, SHUFFLED) if config.null else ():
             made = _or_untried(made, kind, lambda made, kind=kind: _null(config, made, kind, *asked))
         if edit_of is not None:
@@ -128,6 +133,7 @@ def _null(
     result: Result,
     pool: Pool,
     measured: Measured | str,
+    batch: int,
 ) -> tuple[Claim, ...]:
     """The claims with a gate for one kind of null.
 
@@ -141,7 +147,7 @@ def _null(
     results = []
     for seed in tqdm(range(config.seed + 1, config.seed + 1 + config.null), desc=kind, disable=None):
         of = (twin_of(vlm, seed), pairs) if kind == TWIN else (vlm, with_others_answers(pairs, seed=seed))
-        tables = [measured(of[0], of[1][start : start + config.batch]) for start in range(0, len(pairs), config.batch)]
+        tables = [measured(of[0], of[1][start : start + batch]) for start in range(0, len(pairs), batch)]
         table = pd.concat(tables, ignore_index=True)
         results.append(dataclasses.replace(result, table=table, findings=(), claims=(), known={}))
     return against_nulls(made, pool, {kind: results})

@@ -70,6 +70,16 @@ class LensTraining:
 
 
 @dataclass(frozen=True, eq=False)
+class MadeOf:
+    """What translators were trained on: prompts for training and for stopping, the tokens, and prompts a pass."""
+
+    train: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    span: Span
+    batch_size: int
+
+
+@dataclass(frozen=True, eq=False)
 class TunedLens:
     """Translators of sites, and what is known of their training.
 
@@ -81,6 +91,7 @@ class TunedLens:
     weights: dict[Site, Float[Tensor, "d_model d_model"]]
     biases: dict[Site, Float[Tensor, " d_model"]]
     record: dict[str, Any]
+    made_of: MadeOf | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -220,7 +231,20 @@ def train_tuned_lens(
     about = {"model": _identity(vlm), "training": dataclasses.asdict(training), "span": repr(span), **counts}
     record = {**about, "held_out": held, "used": sorted(used[0] | used[1])}
     weights, biases = ({site: made[site][number].cpu() for site in sites} for number in range(2))
-    return TunedLens(weights, biases, record)
+    return TunedLens(weights, biases, record, MadeOf(tuple(train), tuple(held_out), span, batch_size))
+
+
+def retrained(tuned: TunedLens, vlm: "VLM") -> TunedLens:
+    """A tuned lens of another model, trained as this one was: on the same prompts, tokens and sites, with its seed.
+
+    Raises:
+        UsageError: the lens comes from a file, which keeps fingerprints of its prompts alone.
+    """
+    if tuned.made_of is None:
+        raise UsageError("the tuned lens comes from a file, which keeps no training prompts to train another one on")
+    of, training = tuned.made_of, LensTraining(**tuned.record["training"])
+    how: dict[str, Any] = {"training": training, "batch_size": of.batch_size}
+    return train_tuned_lens(vlm, of.train, of.held_out, tuned.sites, of.span, **how)
 
 
 def _gathered(

@@ -5,7 +5,6 @@ Each is a claim with one or several conditions on the cells of `effects.flow_eff
 and the other half tests (`results.claiming`), so that a layer is never named on the examples that chose it.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,32 +12,30 @@ from typing import Any, Literal
 
 from vlm_mech.methods.knockout.claims import NEEDED, WAYS
 from vlm_mech.methods.knockout.data import Scan
+from vlm_mech.methods.lens.claims import CHANGED, OVERTAKEN, PUSH, RISEN, SUPPRESS, lead_claims
+from vlm_mech.methods.lens.leads import INPUT, depth_named
 from vlm_mech.methods.visual_flow.data import LAST, WHOLE, edges
 from vlm_mech.methods.visual_flow.effects import (
     CUT,
     CUT_AT_RANDOM,
     DECODED,
     EFFECT,
-    LEAD,
     READS,
-    RISE,
-    STEP,
     SWAPPED,
     TURNED,
     WRITES,
     layers_of,
-    least,
     means_of,
 )
-from vlm_mech.methods.visual_flow.study import INPUT
-from vlm_mech.results.claim import SMALLEST, Claim, Condition, Side
+from vlm_mech.results.claim import Claim, Condition, Side
+from vlm_mech.results.claiming import enough_of
 from vlm_mech.results.gates import Pool
 from vlm_mech.results.result import Result
 
 READ, READ_NEEDED, WRITE, CARRY = "reads", "reads and is needed", "writes", "carries"
-PUSH, SUPPRESS, OVERTAKEN = "lead falls", "suppresses", "rival leads"
 TURNS, FOUND = "swap turns", "decoded"
-"""Kinds of claims, beside those of knockouts: `NEEDED` and `HOLDS_BACK`."""
+"""Kinds of claims, beside those of knockouts, `NEEDED` and `HOLDS_BACK`, and of the lens (`OF_THE_LENS`)."""
+OF_THE_LENS = (PUSH, SUPPRESS, OVERTAKEN)
 NAMES_OF = {
     READ: "layers that read the image's answer",
     WRITE: "layers that write it",
@@ -80,24 +77,6 @@ class FlowClaims:
         if not self.layers(READ):
             return "none"
         return "two-hop" if self.layers(CARRY) else "direct"
-
-
-def told(claims: Sequence[Claim]) -> tuple[Claim, ...]:
-    """The made claims that need telling, in the order given: not those that follow from others.
-
-    A claim follows from one that has all of its conditions (that a layer reads, from one that it reads and is needed)
-    and that lost no gate which it passed itself.
-    """
-    made = [claim for claim in claims if claim.made]
-    each = [frozenset(repr(dataclasses.replace(one, says="")) for one in claim.conditions) for claim in made]
-
-    def follows(number: int, other: int) -> bool:
-        if not set(made[other].lost) <= set(made[number].lost):
-            return False
-        return each[number] < each[other] or (each[number] == each[other] and other < number)
-
-    numbers = range(len(made))
-    return tuple(made[number] for number in numbers if not any(follows(number, other) for other in numbers))
 
 
 # The pool
@@ -142,8 +121,8 @@ class _Asked:
         held = effects.table.dropna(subset=[EFFECT])
         counts = held[held["kind"] == CUT_AT_RANDOM].value_counts(["span", "layer"])
         controlled = frozenset(counts[counts > 1].index.tolist())
-        enough = least(means[SWAPPED, "image", INPUT] / 2)
-        of_lead = least(max(abs(means[RISE, said, layer]) for layer in layers[RISE, said]))
+        enough = enough_of(means[SWAPPED, "image", INPUT] / 2)
+        of_lead = enough_of(max(abs(means[RISEN, said, layer]) for layer in layers[RISEN, said]))
         return cls(layers, controlled, said, where, effects.metrics[0].unit, enough, of_lead)
 
     def spans(self, kind: str) -> list[str]:
@@ -211,11 +190,14 @@ def _turning(asked: _Asked) -> list[Claim]:
         layers = layers[1:] if span == "image" else layers
         for layer in layers:
             if span == "image":
-                depths, at = [each for each in layers if each <= layer][::-1], f"at every depth up to {_depth(layer)}"
+                depths, at = (
+                    [each for each in layers if each <= layer][::-1],
+                    f"at every depth up to {depth_named(layer)}",
+                )
             elif span == "question":
-                depths, at = [layer], f"at {_depth(layer)}"
+                depths, at = [layer], f"at {depth_named(layer)}"
             else:
-                depths, at = [each for each in layers if each >= layer], f"at every depth from {_depth(layer)} on"
+                depths, at = [each for each in layers if each >= layer], f"at every depth from {depth_named(layer)} on"
             conditions = tuple(_condition(TURNED, span, each, "below", asked.enough) for each in depths)
             what = TOKENS[said] if span == said else f"the {span}"
             says = f"a swap of {what} turns the answer (more than half of what the other image changes) {at}"
@@ -226,22 +208,12 @@ def _turning(asked: _Asked) -> list[Claim]:
 
 def _leading(asked: _Asked) -> list[Claim]:
     """Layers across which the answer's lead over its rival falls, and depths from which on the rival leads for good."""
-    found, said = [], asked.said
-    layers, falls = asked.layers[STEP, said], "the answer's lead over its rival falls across"
-    for layer in layers:
-        step, about = _condition(STEP, said, layer, "below", asked.enough_of_lead), {"layer": layer}
-        found.append(Claim(PUSH, about, f"{falls} layer {layer}", (step,), asked.unit))
-        if layer > layers[0]:
-            risen = "before it, its rise since the decoder's input:"
-            before = _condition(RISE, said, layer - 1, "above", asked.enough_of_lead, says=risen)
-            says = f"layer {layer} suppresses: {falls} it after it had risen"
-            found.append(Claim(SUPPRESS, about, says, (step, before), asked.unit))
-        # However sure a tie is at the end, the rival does not lead by it.
-        ends = [(each, SMALLEST if each == layers[-1] else 0.0) for each in layers if each >= layer]
-        behind = tuple(_condition(LEAD, said, each, "below", enough) for each, enough in ends)
-        says = f"the answer's lead over its rival is negative at every depth from {_depth(layer)} on"
-        found.append(Claim(OVERTAKEN, about, says, behind, asked.unit))
-    return found
+
+    def on(what: str, layer: int, side: Side, least: float, says: str) -> Condition:
+        return _condition(what, asked.said, layer, side, least, says=says)
+
+    layers = asked.layers[CHANGED, asked.said]
+    return lead_claims(on, layers, asked.enough_of_lead, kinds=OF_THE_LENS, unit=asked.unit)
 
 
 def _decoded(asked: _Asked) -> list[Claim]:
@@ -254,13 +226,9 @@ def _decoded(asked: _Asked) -> list[Claim]:
         likelier = f"decodable: at {PLACES.get(span, span)} P(answer) of a probe is above P(rival) at every depth"
         for layer in layers:
             if span == "object":
-                depths, run = [each for each in layers if each <= layer][::-1], f"up to {_depth(layer)}"
+                depths, run = [each for each in layers if each <= layer][::-1], f"up to {depth_named(layer)}"
             else:
-                depths, run = [each for each in layers if each >= layer], f"from {_depth(layer)} on"
+                depths, run = [each for each in layers if each >= layer], f"from {depth_named(layer)} on"
             conditions = tuple(_condition(DECODED, span, each, "above") for each in depths)
             found.append(Claim(FOUND, {"layer": layer, "span": span}, f"{likelier} {run}", conditions, "there"))
     return found
-
-
-def _depth(layer: int) -> str:
-    return "the decoder's input" if layer == INPUT else f"the output of layer {layer}"

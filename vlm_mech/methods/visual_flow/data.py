@@ -6,18 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from vlm_mech.data.derived_pairs import conflict_first
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.knockout.data import EDGE, Scan, scan_of
 from vlm_mech.methods.knockout.edges import parse_edge, visible_edges
-from vlm_mech.results import metrics
-from vlm_mech.results.metrics import AnswerLogits
-from vlm_mech.sweeps.measures import Comparison, Measure, comparison
+from vlm_mech.sweeps.measures import Comparison, comparison
 from vlm_mech.sweeps.readings import reads_behind
 from vlm_mech.sweeps.recorded_pass import record
 
@@ -85,35 +80,6 @@ def said_at(vlm: "VLM", pairs: Pairs, rivals: Sequence[str], measure: Comparison
     others = pairs.counterfactual_answer, [pairs.written(each) for each in rivals]
     measures = (comparison(measure, pairs.answer, other) for other in others)
     return WHOLE if any(reads_behind(vlm, pairs.base, each) for each in measures) else LAST
-
-
-def against(name: Comparison, answer: Sequence[str], rival: Sequence[str]) -> Measure:
-    """The comparison of that name of an answer with its rival, 0 where the rival is the answer itself.
-
-    Planted models have such rivals; pairs of a user do not (`data.fitting`).
-    """
-    found = comparison(name, answer, rival)
-    if len(found.answers) > 2:
-        return found
-    of = _where_they_part if found.at == "parting" else found.of
-    either = {"at": "whole", "parts": False}
-    return dataclasses.replace(found, of=lambda *both: of(*both).where(~_alike(*both), 0.0), **either)
-
-
-def _alike(answer: AnswerLogits, rival: AnswerLogits) -> Bool[Tensor, "batch"]:
-    """Whether two answers are the same."""
-    n_both = min(answer.ids.shape[1], rival.ids.shape[1])
-    alike = (answer.ids[:, :n_both] == rival.ids[:, :n_both]).all(1)
-    return alike & (answer.present.sum(1) == rival.present.sum(1))
-
-
-def _where_they_part(answer: AnswerLogits, rival: AnswerLogits) -> Float[Tensor, "batch"]:
-    """Logit of one answer less that of another at the first token in which they differ."""
-    n_both = min(answer.ids.shape[1], rival.ids.shape[1])
-    one, other = answer.ids[:, :n_both], rival.ids[:, :n_both]
-    # Of equal values the first is taken.
-    rows, at = torch.arange(len(one), device=one.device), (one != other).int().argmax(1)
-    return metrics.logit_diff(answer.logits[rows, at], *(each[rows, at] for each in (one, other)), apart=False)
 
 
 def flow_edges(vlm: "VLM", cases: Cases) -> tuple[str, ...]:

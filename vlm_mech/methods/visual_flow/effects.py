@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.methods.knockout.data import Scan
+from vlm_mech.methods.lens.claims import CHANGED, LED, RISEN
 from vlm_mech.methods.visual_flow.data import Cases, edges, spans
 from vlm_mech.methods.visual_flow.study import AXES as MAP_AXES
 from vlm_mech.methods.visual_flow.study import (
@@ -22,7 +23,6 @@ from vlm_mech.methods.visual_flow.study import (
     metrics_of,
     said_in,
 )
-from vlm_mech.results.claim import SHARE, SMALLEST
 from vlm_mech.results.result import Metric, Result
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ EFFECT = "effect"
 SWAPPED, TURNED = "swapped", "swapped, beyond half"
 READS, WRITES = "image read", "last written"
 CUT, CUT_AT_RANDOM = "edge cut", "random edges cut"
-STEP, RISE, LEAD = "lead changed", "lead risen", "lead"
 DECODED = "answer decoded"
 
 Columns = dict[tuple[str, str], tuple[Float[np.ndarray, "example layer"], list[int]]]
@@ -79,9 +78,9 @@ def columns_of(result: Result) -> Columns:
         cut = set(result.table.loc[result.table["method"] == method, "span"])
         found |= {(kind, edge): changes_of(result, method, edge) for edge in edges(place) if edge in cut}
     leads, layers = values_of(result, LENS, place, "lead")
-    found[STEP, place] = (np.diff(leads, axis=1), layers[1:])
-    found[RISE, place] = (leads[:, 1:] - leads[:, :1], layers[1:])
-    found[LEAD, place] = (leads[:, 1:], layers[1:])
+    found[CHANGED, place] = (np.diff(leads, axis=1), layers[1:])
+    found[RISEN, place] = (leads[:, 1:] - leads[:, :1], layers[1:])
+    found[LED, place] = (leads[:, 1:], layers[1:])
     read = result.table.loc[result.table["method"] == PROBE, "span"]
     for span in read.drop_duplicates():
         true, layers = values_of(result, PROBE, span, "p_true")
@@ -138,8 +137,3 @@ def layers_of(effects: Result) -> dict[tuple[str, str], list[int]]:
     for kind, span, layer in effects.cells.itertuples(index=False, name=None):
         found.setdefault((kind, span), []).append(int(layer))
     return {key: sorted(layers) for key, layers in found.items()}
-
-
-def least(whole: float) -> float:
-    """What an effect must be to count: `SMALLEST` logits (or nats), or `SHARE` of the whole."""
-    return SMALLEST if np.isnan(whole) else max(SMALLEST, SHARE * abs(whole))

@@ -4,7 +4,7 @@ import html
 from typing import TYPE_CHECKING, Any
 
 from vlm_mech.errors import UsageError
-from vlm_mech.methods.lens.figures import LONGEST_WORD
+from vlm_mech.methods.lens.patch_words import LONGEST_WORD
 from vlm_mech.methods.visual_flow.study import INPUT, PROBE, SWAP, said_in
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.overlays import VEIL

@@ -4,10 +4,10 @@ import pandas as pd
 
 from vlm_mech.errors import TooFewError
 from vlm_mech.methods.layer_swap.study import compared_by, no_gap
-from vlm_mech.methods.visual_flow.claims import NAMES_OF, PLACES, TOKENS, told
+from vlm_mech.methods.visual_flow.claims import NAMES_OF, PLACES, TOKENS
 from vlm_mech.methods.visual_flow.data import Cases, edges, spans
 from vlm_mech.methods.visual_flow.study import INPUT, KNOCKOUT, LENS, PROBE, SHUFFLED, SWAP, difference_of
-from vlm_mech.results.claim import sentences
+from vlm_mech.results.claim import sentences_told
 from vlm_mech.results.result import Result
 
 
@@ -87,11 +87,7 @@ def _few(result: Result, summary: pd.DataFrame, cases: Cases) -> tuple[str, ...]
 
 def _claimed(result: Result) -> tuple[str, ...]:
     """How claims came about, those that follow from no other one, and of what nothing is claimed."""
-    first, *_ = sentences(result.claims)
     held = {claim.kind for claim in result.claims if claim.made}
-    shown, n_made = told(result.claims), sum(claim.made for claim in result.claims)
-    rest = n_made - len(shown)
-    found = [first, *(f"{claim}." for claim in shown)]
-    found += [f"{rest} more claims hold that follow from these (claims.json)."] if rest else []
     none = [name for kind, name in NAMES_OF.items() if kind not in held]
-    return (*found, *([f"Nothing is claimed of: {'; '.join(none)}."] if none else []))
+    unclaimed = [f"Nothing is claimed of: {'; '.join(none)}."] if none else []
+    return (*sentences_told(result.claims), *unclaimed)

@@ -18,11 +18,11 @@ from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.attention_weights import attention_from
 from vlm_mech.interventions.specification import Knockout
+from vlm_mech.methods.lens.leads import INPUT, depth_sites
 from vlm_mech.methods.lens.logit_lens import lens
 from vlm_mech.methods.visual_flow.claims import CARRY, READ, READ_NEEDED, FlowClaims
 from vlm_mech.methods.visual_flow.data import Cases, edges
 from vlm_mech.methods.visual_flow.probes import ProbeExamples, patch_probabilities
-from vlm_mech.methods.visual_flow.study import INPUT, swapped_sites
 from vlm_mech.results.claiming import halves
 from vlm_mech.results.result import Result
 from vlm_mech.sweeps.measures import Comparison, comparison
@@ -69,7 +69,7 @@ def patch_readings(
         raise UsageError(
             f"image tokens of {vlm.name} are no patches, so that there is nothing to lay over a picture; --pages 0"
         )
-    sites = _some(swapped_sites(vlm))
+    sites = _some(depth_sites(vlm))
     words = lens(vlm, shown.pairs.base, sites, "image", top=1)
     probed = None if fitted is None else patch_probabilities(vlm, shown, fitted, sites, folder=folder)
     looks, about = _attention(vlm, cases, shown, effects, (measure, seed))

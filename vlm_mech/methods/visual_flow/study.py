@@ -6,25 +6,19 @@ are in `probes.py`, what follows from all of them in `claims.py`.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float
 
-from vlm_mech.architectures.site import Site
-from vlm_mech.data.pairs import Pairs
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.methods.knockout.data import EDGE, Scan
 from vlm_mech.methods.knockout.study import knock_out, plan_knockout
 from vlm_mech.methods.layer_swap.study import compared_by, plan_swap, swap_states
-from vlm_mech.methods.visual_flow.data import LAST, WHOLE, Cases, against, spans
+from vlm_mech.methods.lens.leads import INPUT, depth_sites, leads_of
+from vlm_mech.methods.visual_flow.data import LAST, WHOLE, Cases, spans
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.measures import Comparison, comparison
-from vlm_mech.sweeps.readings import readings_of
-from vlm_mech.sweeps.recorded_pass import record
 from vlm_mech.sweeps.schedule import SweepPlan
 
 if TYPE_CHECKING:
@@ -33,8 +27,6 @@ if TYPE_CHECKING:
 AXES = ("method", "span", "stream", "layer")
 PROBE, SHUFFLED = "probe", "probe of shuffled labels"
 SWAP, KNOCKOUT, CONTROL, LENS = "swap", "knockout", "knockout of as many random edges", "lens"
-INPUT = -1
-"""Layer that stands for what the decoder receives; other layers of swap, probe and lens are outputs of blocks."""
 
 ACCURACY = Metric(
     "accuracy",
@@ -75,11 +67,6 @@ def said_in(result: Result) -> str:
     return WHOLE if WHOLE in set(result.table["span"]) else LAST
 
 
-def swapped_sites(vlm: "VLM") -> list[Site]:
-    """The decoder's input, and the output of each of its blocks."""
-    return [Site("llm.resid_pre", 0), *(Site("llm.resid_post", layer) for layer in vlm.llm_layers)]
-
-
 def flow(
     vlm: "VLM",
     cases: Cases,
@@ -105,7 +92,7 @@ def flow(
         The table with one row for each example and cell of `AXES`, and the summary of all receipts.
     """
     how: dict[str, Any] = {"only_correct": False, "measure": measure, "engine": engine, "memory": memory}
-    swaps = swapped_sites(vlm), spans(cases.said)
+    swaps = depth_sites(vlm), spans(cases.said)
     swapped, receipts = swap_states(vlm, cases.pairs, *swaps, directions=("noising",), **how)
     cut, cut_receipts = knock_out(vlm, cases.pairs, scan, seed=seed, **how)
     tables = [_of_swap(swapped), _of_knockout(cut, measure), _of_lens(vlm, cases, measure)]
@@ -148,24 +135,6 @@ def _of_lens(vlm: "VLM", cases: Cases, measure: Comparison) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True).assign(method=LENS, span=cases.said, stream="llm", skipped="")
 
 
-def leads_of(
-    vlm: "VLM", pairs: Pairs, rivals: Sequence[str], measure: Comparison = "logit_diff"
-) -> list[Float[np.ndarray, "example"]]:
-    """What the lens makes of an answer against its rival in the decoder's input and after each block.
-
-    The logits are those that the lens reads of the states where the tokens of both are foretold.
-    """
-    written = [pairs.written(each) for each in rivals]
-    asked = readings_of(vlm, vlm.encode(pairs.base), [against(measure, pairs.answer, written)])
-    clean, found = record(vlm, asked.encoded), []
-    with torch.no_grad():
-        for depth in range(len(clean.blocks) + 1):
-            states = clean.hidden(depth)[:, asked.encoded.n_prompt - 1 :]
-            logits = vlm.readout(states.flatten(0, 1)).unflatten(0, states.shape[:2])
-            found.append(asked.value(0, logits).double().cpu().numpy())
-    return found
-
-
 def plan_flow(
     vlm: "VLM",
     cases: Cases,
@@ -182,7 +151,7 @@ def plan_flow(
         TooLargeError: a single edited version of a single example does not fit into the memory.
     """
     how: dict[str, Any] = {"measure": measure, "batch": batch, "memory": memory}
-    swaps = plan_swap(vlm, cases.pairs, swapped_sites(vlm), spans(cases.said), directions=("noising",), **how)
+    swaps = plan_swap(vlm, cases.pairs, depth_sites(vlm), spans(cases.said), directions=("noising",), **how)
     cuts = plan_knockout(vlm, cases.pairs, scan, seed=seed, **how)
     return dataclasses.replace(
         max(swaps, cuts, key=lambda plan: plan.peak_bytes).with_peaks(swaps.peaks, cuts.peaks),
