@@ -88,7 +88,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.interventions.receipt import add_up
     from vlm_mech.methods.gates.gated import gated
     from vlm_mech.methods.knockout import figures, findings, study
-    from vlm_mech.methods.knockout.claims import edit_of, pool_of, removed_of
+    from vlm_mech.methods.knockout.claims import pool_of, ways_of
     from vlm_mech.methods.knockout.follow_up import follow_up
     from vlm_mech.methods.knockout.joint import joint_of
     from vlm_mech.results.generated_answers import examples
@@ -106,7 +106,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     def again(vlm: Any, pairs: Any) -> Any:
         return study.knock_out(vlm, pairs, scan, masks=masks, **how | {"only_correct": False, "part": None})[0]
 
-    claims = gated(config, vlm, pairs, result, pool_of(scan), again, edit_of(scan), removed_of(scan))
+    claims = gated(config, vlm, pairs, result, pool_of(scan), again, *ways_of(scan, vlm, masks))
     result, joint = joint_of(config, vlm, pairs, dataclasses.replace(result, claims=claims), scan, masks)
     more = follow_up(vlm, result, pairs, scan, masks, n_generated=config.generate, seed=config.seed)
     provenance = about(QUESTION, vlm, pairs, add_up([*receipts, *joint.receipts])) | {"generated": more.generated}

@@ -76,7 +76,6 @@ def plan(config: Config) -> Any:
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, the map, the page of single examples, and findings made from the numbers."""
     from vlm_mech.interventions.receipt import add_up
-    from vlm_mech.methods.gates.gated import gated
     from vlm_mech.methods.visual_flow import claims, effects, figures, findings, patch_readings, study
     from vlm_mech.results.result import Result
 
@@ -90,8 +89,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     told = about(QUESTION, vlm, cases.pairs, add_up([each for each in notes if "own" not in each]))
     told |= {"rival": cases.rival, "probes": [each for each in notes if "own" in each], "edges": scan.about}
     result = Result("visual flow", table, study.AXES, study.metrics_of(config.measure))
-    found, again = effects.flow_effects(result), effects.again_of(cases, scan, **how)
-    found = dataclasses.replace(found, claims=gated(config, vlm, cases.pairs, found, claims.pool_of(scan), again))
+    found = claims.with_claims(effects.flow_effects(result), config, vlm, cases, scan, **how)
     options = {"n": config.pages, "folder": work.partial, "measure": config.measure, "seed": config.seed}
     told["pages"] = patch_readings.patch_readings(vlm, cases, found, fitted, **options) if config.pages else []
     result = dataclasses.replace(result, provenance=told, claims=found.claims)

@@ -46,6 +46,7 @@ from vlm_mech.results.claiming import claimed, halves
 from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
 from vlm_mech.results.overlays import DARKEST, laid_over
 from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.rewording import WORDINGS
 from vlm_mech.sweeps.generated_answers import GeneratedPart
 from vlm_mech.sweeps.measures import logprob_diff, prob, said
 from vlm_mech.sweeps.recorded_pass import record
@@ -510,7 +511,7 @@ def test_the_head_scan_shows_where_claimed_heads_look_and_meets_its_gates(tmp_pa
     assert len(result.cells) == 2 * 6 * 4
     made = [claim for claim in result.claims if claim.made]
     assert (1, 1) in [(claim.about["layer"], claim.about["head"]) for claim in made]
-    names = [STABLE, TWIN, SHUFFLED, MANIFOLD, OTHER_WAYS]
+    names = [STABLE, TWIN, SHUFFLED, WORDINGS, MANIFOLD, OTHER_WAYS]
     assert all([gate.name for gate in claim.gates] == names for claim in made)
     assert all(len(gate.numbers["T_null"]) == 2 for claim in made for gate in claim.gates[1:3])
     n_shown = sum("of the attention of last is on the image" in finding for finding in result.findings)

@@ -10,9 +10,12 @@ import torch
 
 from experiments import knockout as experiment
 from tests.helpers import command
+from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.interventions.specification import Knockout
+from vlm_mech.interventions.specification import Ablate, Knockout
 from vlm_mech.interventions.trace import run
+from vlm_mech.methods.gates.manifold import MANIFOLD
+from vlm_mech.methods.gates.removals import OTHER_WAYS
 from vlm_mech.methods.knockout import joint
 from vlm_mech.methods.knockout.claims import pool
 from vlm_mech.methods.knockout.data import CONTROL, EDGE, Scan, scan_of
@@ -24,8 +27,9 @@ from vlm_mech.organism.planted import examples, plant
 from vlm_mech.organism.planted_draw import draw
 from vlm_mech.results.claim import named_without_claim, sentences
 from vlm_mech.results.claiming import claimed, halves
-from vlm_mech.results.gates import STABLE
+from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
 from vlm_mech.results.result import Result
+from vlm_mech.results.rewording import WORDINGS
 from vlm_mech.validate.examination import random_answers
 
 N = 20
@@ -125,6 +129,46 @@ def test_the_numbers_are_those_of_the_cuts_made_by_hand_on_the_half_that_did_not
     assert told[json.dumps(about)].n == N // 2
     (stable,) = joint_claims(made, gates="quick")[1][0].gates
     assert stable.name == STABLE and stable.verdict
+
+
+def test_a_joint_claim_meets_every_gate_with_the_set_as_it_was_chosen(single, monkeypatch):
+    """Twins and shuffled answers lose the same heads; the model knows no other words but one wording's."""
+    made = single("backup", 2)
+    seen, cut = [], joint.knock_out
+
+    def counted(vlm, pairs, scan, **how):
+        seen.append((vlm, tuple(scan.layers.sets)))
+        return cut(vlm, pairs, scan, **how)
+
+    monkeypatch.setattr(joint, "knock_out", counted)
+    found, (claim,) = joint_claims(made, gates="all", null=2)
+    gates = {gate.name: gate for gate in claim.gates}
+    assert list(gates) == [STABLE, TWIN, SHUFFLED, WORDINGS, MANIFOLD, OTHER_WAYS]
+    one, other = planted_heads(made[0].recipe)
+    sets = tuple(label(each) for each in (sorted((one, other)), (sorted((one, other))[1],), (sorted((one, other))[0],)))
+    twins = [names for vlm, names in seen if vlm is not made[0].vlm]
+    assert len(twins) == 2 and set(twins) == {sets}
+    assert len(gates[TWIN].numbers["T_null"]) == len(gates[SHUFFLED].numbers["T_null"]) == 2
+    assert gates[TWIN].verdict is True, "no twin loses as much of its lead"
+    assert gates[WORDINGS].verdict is None and gates[WORDINGS].says.startswith("not tried")
+    zero = gates[OTHER_WAYS].numbers["zero"]["effect"]
+    by_hand = [Ablate(Site("llm.head_out", layer), "last", to="zero", heads=(head,)) for layer, head in (one, other)]
+    assert zero == pytest.approx(change(made, by_hand[0] & by_hand[1]), abs=1e-2)
+    assert sorted(gates[MANIFOLD].numbers["percentiles"])[0] == str(min(one[0], other[0]))
+    assert (gates[OTHER_WAYS].numbers["zero"]["rank"], gates[OTHER_WAYS].numbers["zero"]["of"]) == (1, 1)
+    quick = joint_claims(made, gates="quick")[0]
+    assert [str(each).split("; lost")[0] for each in quick.claims] == [
+        str(each).split("; lost")[0] for each in found.claims
+    ], "gates make no claim and take none away"
+
+
+def change(made, edit):
+    """What an edit does to the mean difference of the answers, by single runs."""
+    planted, pairs, *_ = made
+    encoded, rows = planted.vlm.encode(pairs.base), torch.arange(N)
+    own, rival = (planted.vlm.answer_ids(encoded, each) for each in (pairs.answer, pairs.counterfactual_answer))
+    after, before = (run(planted.vlm, encoded, each).last for each in (edit, None))
+    return ((after - before)[rows, own] - (after - before)[rows, rival]).mean().item()
 
 
 def test_where_the_engine_differs_by_rounding_the_reference_measures(single, monkeypatch):

@@ -4,20 +4,24 @@ import dataclasses
 
 import numpy as np
 import pandas as pd
+import pytest
 
+from vlm_mech.data.fitting import fitting
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.methods.gates.manifold import MANIFOLD
 from vlm_mech.methods.gates.removals import OTHER_WAYS
 from vlm_mech.methods.layer_swap.claims import MOVES, NO_LONGER, NOT_YET, TURNS, kind_of, pool, pool_of
-from vlm_mech.methods.layer_swap.data import open_layers
+from vlm_mech.methods.layer_swap.data import open_layers, swap_sites
 from vlm_mech.methods.layer_swap.findings import takeover
 from vlm_mech.methods.layer_swap.layer_swap import layer_swap
-from vlm_mech.methods.layer_swap.study import METRICS
+from vlm_mech.methods.layer_swap.study import METRICS, swap_states
+from vlm_mech.models.twin import twin_of
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.claim import named_without_claim
 from vlm_mech.results.claiming import claimed
 from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
 from vlm_mech.results.result import Result
+from vlm_mech.results.rewording import WORDINGS
 
 CURVES = {
     "image": [1.0, 0.9, 0.5, 0.1, 0.0, 0.0],
@@ -106,6 +110,21 @@ def test_what_holds_in_any_model_is_not_asked(vlm):
     assert {claim.about["layer"] for claim in asked} == {0, 1, 2}
 
 
+def test_a_twins_fraction_at_the_first_layer_is_near_one_and_moves_no_answer():
+    """Why nulls are compared in logits: a swap of the image in the input recovers any gap, also one by chance."""
+    vlm = VLM.load("organism", check=False)
+    pairs = fitting(vlm, load_pairs("scenes/colour", n=40))[:32]
+    found = []
+    for model in (twin_of(vlm, 2), twin_of(vlm, 4), vlm):
+        sites = swap_sites(model, "llm", "resid_post")[:1]
+        table = swap_states(model, pairs, sites, ("image",), directions=("noising",), only_correct=False)[0]
+        changed = (table["logit_diff"] - table["logit_diff_baseline"]).mean()
+        found.append((int(table["recovered"].count()), float(table["recovered"].mean()), float(changed)))
+    assert [n for n, *_ in found] == [8, 6, 32]
+    assert [fraction for _, fraction, _ in found] == pytest.approx([0.65, 0.985, 0.82], abs=0.02)
+    assert [change for *_, change in found] == pytest.approx([-0.12, 0.14, -17.4], abs=0.05)
+
+
 def test_one_call_claims_with_the_gates_that_are_asked_for():
     vlm, pairs = VLM.load("organism", check=False), load_pairs("scenes/colour", n=24)
     some = {"spans": ("image", "last", "all"), "directions": "noising"}
@@ -113,10 +132,8 @@ def test_one_call_claims_with_the_gates_that_are_asked_for():
     assert layers_of(result, "image", TURNS) == [0] and layers_of(result, "last", TURNS) == [1, 2, 3, 4]
     for claim in result.claims:
         verdicts = {gate.name: gate.verdict for gate in claim.gates}
-        assert list(verdicts) == [STABLE, TWIN, SHUFFLED, MANIFOLD, OTHER_WAYS] and False not in verdicts.values()
-        assert verdicts[STABLE] and verdicts[SHUFFLED]
-        untried = [verdicts[MANIFOLD] is None, verdicts[OTHER_WAYS] is None]
-        assert untried == 2 * [claim.kind.endswith(("no longer", "not yet"))], "what moves nothing is no edit"
+        assert list(verdicts) == [STABLE, TWIN, SHUFFLED, WORDINGS, MANIFOLD, OTHER_WAYS]
+        assert set(verdicts.values()) == {True}, "of every claim every gate is tried"
         # Pairs count although their shuffled answers are wrong.
         (shuffled,) = [gate.numbers["T_null"] for gate in claim.gates if gate.name == SHUFFLED]
         assert len(shuffled) == 2 and None not in shuffled

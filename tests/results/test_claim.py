@@ -21,7 +21,15 @@ from vlm_mech.results.claim import (
 )
 from vlm_mech.results.claim import Tested as Numbers
 from vlm_mech.results.claiming import checked_on, claimed, corrected_together, halves, least, parted_like
-from vlm_mech.results.gates import N_RESAMPLES, SHUFFLED, STABLE, TWIN, against_nulls, with_stability
+from vlm_mech.results.gates import (
+    N_RESAMPLES,
+    SHUFFLED,
+    STABLE,
+    TWIN,
+    against_nulls,
+    interval_of,
+    with_stability,
+)
 from vlm_mech.results.result import Metric, Result
 
 METRIC = Metric("lead", "logits", "a difference of logits", signed=True)
@@ -363,3 +371,97 @@ def test_resamples_draw_groups_and_weigh_them_alike():
         drawn = changes[rng.integers(0, 10, 10)]
         hits += ttest_1samp(drawn, 0).pvalue < LEVEL and drawn.mean() < -0.5
     assert 0 < hits < N_RESAMPLES and told.gates[0].numbers["share"] == pytest.approx(hits / N_RESAMPLES)
+
+
+# Flags, and nulls of fractions
+
+
+def test_a_size_is_sure_where_the_whole_interval_lies_beyond_it():
+    def told(low, high, *, side="below", more=()):
+        conditions = (Condition("lead", {"layer": 1}, side, least=0.5, bound=1.0), *more)
+        numbers = Numbers(12, (low + high) / 2, low, high, 0.01)
+        return Claim("needed", {}, "", conditions, tested=(numbers,) * len(conditions), p=0.01).size_sure
+
+    assert told(-3, 0.4) and not told(-3, 0.6), "a half beyond the bound, which is 1"
+    assert told(1.6, 9, side="above") and not told(1.4, 9, side="above")
+    assert not told(-3, 0.4, more=(Condition("lead", {"layer": 2}, "below", bound=-2.0),)), "of every condition"
+    assert not lowers(1).size_sure, "what was never tested is not sure"
+
+
+def test_the_flag_is_in_the_table_and_in_the_file_and_changes_no_claim():
+    result = measured([0, -3, -0.8], noise=0.4)
+    sure, unsure = (next(c for c in claimed(pool(result), result) if c.about["layer"] == layer) for layer in (1, 2))
+    assert sure.made and unsure.made and sure.size_sure and not unsure.size_sure
+    assert as_rows([sure, unsure])["size sure"].tolist() == ["yes", "no"]
+    rows = as_dicts([sure, unsure])
+    assert [row["size_sure"] for row in rows] == [True, False] and of_dicts(rows) == (sure, unsure)
+
+
+def test_stability_is_told_with_the_exact_interval_of_its_share():
+    from scipy.stats import beta
+
+    low, high = interval_of(0.9)
+    assert low == pytest.approx(beta.ppf(0.025, 180, 21)) and high == pytest.approx(beta.ppf(0.975, 181, 20))
+    assert interval_of(1.0) == (pytest.approx(0.025 ** (1 / N_RESAMPLES)), 1.0)
+    steady = measured([0, -3])
+    (claim,) = with_stability(claimed(pool(steady), steady), pool(steady), steady)
+    numbers = claim.gates[0].numbers
+    assert (numbers["low"], numbers["high"]) == interval_of(1.0) and "100 % (98 to 100 %)" in claim.gates[0].says
+
+
+SHARE = Metric("recovered", "fraction", "how much of a gap", signed=True)
+
+
+def turning(fraction, lowered, *, kind="turns", n=24, seed=0):
+    """A result in which a swap at layer 0 has these means, and what could be said of it; NaN: there is no gap."""
+    table = measured([lowered], n=n, seed=seed, noise=0.1).table
+    table = table.assign(recovered=fraction + 0.0 * table["lead"], recovered_baseline=0.0)
+    result = Result("made", table, ("layer",), (SHARE, METRIC))
+
+    def possible(found):
+        cell = {"layer": 0}
+        half = Condition("recovered", cell, "above", bound=0.5)
+        falls = Condition("lead", cell, "below", 0.5, less="baseline")
+        claims = (Claim(kind, cell, "turns", (half, falls)), Claim("half", cell, "half alone", (half,)))
+        return claims if found.table["recovered"].notna().any() else ()
+
+    return result, possible
+
+
+def test_a_null_is_compared_in_units_of_the_difference_whatever_its_fractions_are():
+    """Fractions of a gap of nothing are anything: they are no reason to lose a claim, and none to keep one."""
+    result, possible = turning(0.9, -4.0)
+    found = claimed(possible(result), result)
+    assert [claim.kind for claim in found if claim.made] == ["turns", "half"]
+    wild, strong = turning(50.0, -0.01)[0], turning(0.0, -9.0)[0]
+    turns, half = against_nulls(found, possible, {TWIN: [wild] * 3, SHUFFLED: [wild, strong]})
+    assert [gate.verdict for gate in turns.gates] == [True, False]
+    assert turns.gates[1].numbers["T_null"] == pytest.approx([0, 9 / 4], abs=0.1)
+    assert "in units of the answers' difference, not as a fraction" in turns.gates[0].says
+    assert half.gates[0].verdict is None and "fractions of a gap alone" in half.gates[0].says
+
+
+def test_a_null_without_any_fraction_is_asked_what_the_result_was_asked():
+    """Its own pool has no such claim; without the result's pool nothing could be compared."""
+    result, possible = turning(0.9, -4.0)
+    found = claimed(possible(result), result)[:1]
+    none = turning(float("nan"), -1.0)[0]
+    (untried,) = against_nulls(found, possible, {TWIN: [none]})
+    assert untried.gates[0].verdict is None
+    (claim,) = against_nulls(found, possible, {TWIN: [none, none]}, possible(result))
+    assert claim.gates[0].verdict is True
+    assert claim.gates[0].numbers["T_null"] == pytest.approx([0.25, 0.25], abs=0.05)
+
+
+def test_of_conditions_at_several_places_the_least_is_compared():
+    """An effect at every one of three depths: a null that has it at the last alone does not reach it."""
+
+    def possible(result):
+        conditions = tuple(Condition("lead", {"layer": layer}, "below", 0.5, less="baseline") for layer in range(3))
+        return (Claim("everywhere", {"layer": 0}, "everywhere", conditions),)
+
+    result = measured([-4, -2, -4], noise=0.1)
+    found = claimed(possible(result), result)
+    at_the_end, all_over = measured([0, 0, -9], noise=0.1), measured([-9, -3, -9], noise=0.1)
+    (claim,) = against_nulls(found, possible, {TWIN: [at_the_end, all_over]})
+    assert claim.gates[0].numbers["T_null"] == pytest.approx([0, 1.5], abs=0.1)

@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
-from vlm_mech.results.manifold import strangeness
+from vlm_mech.results.manifold import Natural, Strangeness
 
 
 def plane(n, seed, *, width=12):
@@ -20,7 +20,8 @@ def plane(n, seed, *, width=12):
 def test_numbers_are_those_of_scikit_learn():
     natural, states = plane(40, 0), plane(6, 1) + 0.3
     owners, own = np.repeat(np.arange(20), 2), np.arange(6)
-    found = strangeness(states, natural, own, owners, neighbours=8, directions=3)
+    known = Natural(natural, owners, neighbours=8, directions=3)
+    found, put = known.strangeness(states, own), known.projected(states, own)
 
     def by_hand(state, owner):
         others = natural[owners != owner]
@@ -39,29 +40,37 @@ def test_numbers_are_those_of_scikit_learn():
         distance, residual, projected = by_hand(states[number], number)
         assert found.distance[number] == pytest.approx(100 * (usual[:, 0] < distance).mean())
         assert found.residual[number] == pytest.approx(100 * (usual[:, 1] < residual).mean())
-        assert found.projected[number] == pytest.approx(projected, abs=1e-3)
+        assert put[number] == pytest.approx(projected, abs=1e-3)
 
 
 def test_what_leaves_the_plane_is_strange_and_what_stays_is_not():
     natural, owners = plane(80, 0), np.repeat(np.arange(40), 2)
-    inside = strangeness(plane(30, 1), natural, np.arange(30), owners)
+    known = Natural(natural, owners)
+    inside = known.strangeness(plane(30, 1), np.arange(30))
     assert np.median(inside.residual) < 80 and np.median(inside.distance) < 80
     out = plane(30, 1)
     out[:, 5] += 1.0
-    outside = strangeness(out, natural, np.arange(30), owners)
-    assert outside.residual.min() == 100 and outside.distance.min() > 90
-    assert np.abs(outside.projected[:, 5]).max() < 0.2, "brought back to the plane"
+    outside = known.strangeness(out, np.arange(30))
+    assert outside.residual.min() == 100 and outside.distance.min() > 90 and outside.beyond(95).all()
+    assert 0 <= inside.beyond(95).mean() < 0.4
+    assert np.abs(known.projected(out, np.arange(30))[:, 5]).max() < 0.2, "brought back to the plane"
 
 
 def test_own_states_are_no_neighbours():
     """Each state's own natural state is the same; the nearest other one is far."""
     natural = 10 * np.eye(20)
-    found = strangeness(natural[:5], natural, np.arange(5), np.arange(20))
+    known = Natural(natural, np.arange(20))
+    found = known.strangeness(natural[:5], np.arange(5))
     assert found.distance.tolist() == [0] * 5, "as far from others as natural states are, not at distance 0"
     moved = natural[:5] * 1.5
-    assert strangeness(moved, natural, np.arange(5), np.arange(20)).distance.tolist() == [100] * 5
+    assert known.strangeness(moved, np.arange(5)).distance.tolist() == [100] * 5
 
 
 def test_too_few_natural_states_are_refused():
     with pytest.raises(ValueError, match="9 natural states of other examples; 10 are needed"):
-        strangeness(np.eye(10)[:1], np.eye(10), np.arange(1), np.arange(10))
+        Natural(np.eye(10), np.arange(10)).strangeness(np.eye(10)[:1], np.arange(1))
+
+
+def test_a_state_is_beyond_a_percentile_by_its_distance_or_by_its_residual():
+    found = Strangeness(np.array([96.0, 10.0, 95.0]), np.array([0.0, 99.0, 95.0]))
+    assert found.beyond(95).tolist() == [True, True, False]

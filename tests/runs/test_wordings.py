@@ -9,12 +9,12 @@ import pytest
 
 from tests.runs import fake_run
 from tests.runs.test_contract import CONTRACT, command, contents
-from vlm_mech.errors import TooFewError, WorkError
+from vlm_mech.errors import TooFewError, UsageError, WorkError
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
 from vlm_mech.results.wordings import LEFT_OUT
 from vlm_mech.runs import contract, workspace
-from vlm_mech.runs.configuration import ASKING
+from vlm_mech.runs.configuration import ASKING, ClaimConfig, as_json, worded
 from vlm_mech.runs.outcome import Outcome
 
 TWO = ("--wording", "{question}", "--wording", "{question} One word.")
@@ -347,3 +347,27 @@ def test_every_experiment_puts_its_questions_in_the_wording():
         for path in (ROOT / "vlm_mech" / room).rglob("*.py"):
             if str(path.relative_to(ROOT / "vlm_mech")) not in OWN:
                 assert not re.search(r"\bPrompt\((?!\))", path.read_text()), f"{path} makes a prompt past its wording"
+
+
+# Wordings in which claims are made again
+
+
+def test_claims_of_each_wording_are_made_again_in_the_others():
+    given = ("{question}", "{question} One word.", "See: {question}")
+    each = worded(ClaimConfig(wording=given, suffix="Please."))
+    asked = [one.asking.template for one in each]
+    assert asked[0] == "{question} Please."
+    assert [one.other_wordings for one in each] == [tuple(a for a in asked if a != own) for own in asked]
+    (alone,) = worded(ClaimConfig(wording=given[:1]))
+    assert alone.other_wordings == () and "other_wordings" not in as_json(alone)
+    own = ("Look: {question}",)
+    assert {one.other_wordings for one in worded(ClaimConfig(wording=given, other_wordings=own))} == {own}
+    assert as_json(ClaimConfig(other_wordings=own))["other_wordings"] == [*own]
+
+
+@pytest.mark.parametrize(
+    ("others", "line"), [(("One word.",), "0 times"), (("See: {question}", "See: {question}"), "is given twice")]
+)
+def test_other_wordings_that_cannot_be_are_refused(others, line):
+    with pytest.raises(UsageError, match=line):
+        worded(ClaimConfig(other_wordings=others))

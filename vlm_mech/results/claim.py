@@ -25,6 +25,9 @@ N_NAMED = 8
 NAMES = re.compile(r"\b(layer|block|head)s?(\(s\))? (\d+)")
 """What names a layer or a head."""
 
+DERIVED = ("made", "size_sure", "lost")
+"""What `claims.json` says of a claim beside its fields, from which it follows."""
+
 Side = Literal["above", "below"]
 
 
@@ -99,13 +102,28 @@ class Claim:
 
     def met(self, found: Sequence[Tested]) -> bool:
         """Whether every mean is on its side of the bound, and far enough from it."""
-        pairs = zip(self.conditions, found, strict=True)
-        return bool(found) and all(each.sign * (told.mean - each.bound) > max(each.least, 0.0) for each, told in pairs)
+        return bool(found) and self.met_by([told.mean for told in found])
+
+    def met_by(self, means: Sequence[float]) -> bool:
+        """The same of means alone, one a condition."""
+        pairs = zip(self.conditions, means, strict=True)
+        return all(each.sign * (mean - each.bound) > max(each.least, 0.0) for each, mean in pairs)
 
     def strength(self, found: Sequence[Tested]) -> float:
         """By how much the conditions are met: the least of the distances from their bounds; NaN if one has no mean."""
         each = [one.sign * (told.mean - one.bound) for one, told in zip(self.conditions, found, strict=True)]
         return float("nan") if any(map(math.isnan, each)) else min(each)
+
+    @property
+    def size_sure(self) -> bool:
+        """Whether, on the examples that tested it, every condition's interval lies wholly beyond the least size.
+
+        A claim needs no more than a mean of that size; this says whether the size is as sure as the direction.
+        """
+        return bool(self.tested) and all(
+            min(one.sign * (end - one.bound) for end in (told.low, told.high)) > max(one.least, 0.0)
+            for one, told in zip(self.conditions, self.tested, strict=True)
+        )
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -207,7 +225,8 @@ def _places(sentence: str) -> list[dict[str, int]]:
 
 def as_dicts(claims: Sequence[Claim]) -> list[dict[str, Any]]:
     """Claims as `claims.json` has them; numbers that there are none of are null."""
-    return [_finite(dataclasses.asdict(claim) | {"made": claim.made, "lost": claim.lost}) for claim in claims]
+    derived = ({name: getattr(claim, name) for name in DERIVED} for claim in claims)
+    return [_finite(dataclasses.asdict(claim) | more) for claim, more in zip(claims, derived, strict=True)]
 
 
 def of_dicts(rows: Sequence[dict[str, Any]]) -> tuple[Claim, ...]:
@@ -216,7 +235,7 @@ def of_dicts(rows: Sequence[dict[str, Any]]) -> tuple[Claim, ...]:
 
 
 def _of_dict(row: dict[str, Any]) -> Claim:
-    for name in ("made", "lost"):
+    for name in DERIVED:
         row.pop(name, None)
     told = {
         name: tuple(
@@ -239,12 +258,12 @@ def _finite(value: Any) -> Any:
 
 
 def as_rows(claims: Sequence[Claim]) -> pd.DataFrame:
-    """A row a claim: what is said, its effect with interval, n, p, and what became of it at each gate."""
+    """A row a claim: what is said, its effect with interval, n, p, whether its size is sure, what each gate said."""
     rows = []
     for claim in claims:
         first = claim.tested[0]
         row = {"claim": claim.says, "effect": first.mean, "low": first.low, "high": first.high, "n": first.n}
-        row |= {"p": claim.p, "other half": _word(claim.made)}
+        row |= {"p": claim.p, "other half": _word(claim.made), "size sure": "yes" if claim.size_sure else "no"}
         rows.append(row | {gate.name: _word(gate.verdict) for gate in claim.gates})
     return pd.DataFrame(rows).fillna({gate.name: "not tried" for claim in claims for gate in claim.gates})
 

@@ -1,6 +1,7 @@
 """How claims come about: declared on one half of the examples of a result, tested on the other."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +108,18 @@ def checked_on(claims: Sequence[Claim], result: Result, *, seed: int = 0) -> lis
         for at, condition in enumerate(distinct)
     }
     return [tuple(found[_same(condition)] for condition in claim.conditions) for claim in claims]
+
+
+def means_on(claims: Sequence[Claim], result: Result) -> list[list[float]]:
+    """The mean of each condition of each claim over the examples of a result; NaN where none has a value."""
+    every = [condition for claim in claims for condition in claim.conditions]
+    if not every:
+        return [[] for _ in claims]
+    values = matrix(every, result)
+    counts = (~np.isnan(values)).sum(0)
+    means = np.where(counts > 0, np.nansum(values, 0) / np.maximum(1, counts), np.nan).tolist()
+    ends = np.cumsum([0, *(len(claim.conditions) for claim in claims)]).tolist()
+    return [means[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _same(condition: Condition) -> str:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import t
+from scipy.stats import binomtest, t
 
 from vlm_mech.results.claim import LEVEL, Claim, Condition, Gate
-from vlm_mech.results.claiming import matrix
+from vlm_mech.results.claiming import matrix, means_on
 from vlm_mech.results.result import Result
 
 TWIN, SHUFFLED, STABLE = "random twin", "shuffled answers", "stability"
@@ -28,11 +28,16 @@ N_COMPARED = 50
 FEWEST_FOR_Z = 5
 """Nulls without which no Z is told."""
 
+FRACTION = "fraction"
+"""The unit of metrics that are shares of a gap between two runs."""
+
 Pool = Callable[[Result], Sequence[Claim]]
 """All that a method could say of a result."""
 
 
-def against_nulls(claims: Sequence[Claim], pool: Pool, nulls: Mapping[str, Sequence[Result]]) -> tuple[Claim, ...]:
+def against_nulls(
+    claims: Sequence[Claim], pool: Pool, nulls: Mapping[str, Sequence[Result]], possible: Sequence[Claim] = ()
+) -> tuple[Claim, ...]:
     """The claims with a gate for each kind of null.
 
     T of a null compares it with the claim, whatever the units of its conditions: for each claim of the same kind that
@@ -43,16 +48,19 @@ def against_nulls(claims: Sequence[Claim], pool: Pool, nulls: Mapping[str, Seque
     their standard deviation. A claim passes if p is below `LEVEL`, or if none of fewer nulls than could say so reaches
     it.
 
+    Conditions on fractions of a gap are left out on both sides: in a null the gap has no meaning. Left is how far the
+    answers' difference moves, in its own unit.
+
     Args:
         nulls: results of the same analysis by the kind of null.
+        possible: all that could be said of the result itself, which is asked of a null too where its own pool lacks it.
     """
     found = list(claims)
     for name, results in nulls.items():
-        met = [_met(pool(result), result) for result in results]
+        met = [_met(_with(pool(result), possible), result) for result in results]
+        kinds = {claim.kind: [each.get(claim.kind, []) for each in met] for claim in claims}
         found = [
-            dataclasses.replace(
-                claim, gates=(*claim.gates, _null_gate(claim, name, [each.get(claim.kind, []) for each in met]))
-            )
+            dataclasses.replace(claim, gates=(*claim.gates, _null_gate(claim, name, kinds[claim.kind], results)))
             for claim in found
         ]
     return tuple(found)
@@ -66,33 +74,49 @@ def _about(condition: Condition) -> str:
     return repr((condition.metric, condition.side, condition.says, condition.less == "baseline"))
 
 
+def _with(pool: Sequence[Claim], possible: Sequence[Claim]) -> list[Claim]:
+    """The pool of a null, and claims of the result's that it lacks."""
+    known = {(claim.kind, repr(claim.about)) for claim in pool}
+    return [*pool, *(claim for claim in possible if (claim.kind, repr(claim.about)) not in known)]
+
+
+def _comparable(claim: Claim, result: Result) -> tuple[Condition, ...]:
+    """The conditions that mean something where there is nothing to be found: not those on fractions of a gap."""
+    return tuple(one for one in claim.conditions if result.metric(one.metric).unit != FRACTION)
+
+
 def _met(pool: Sequence[Claim], result: Result) -> dict[str, list[Met]]:
     """By how much each claim's conditions are met, by the kind of claim; claims without a mean are left out."""
-    conditions = [condition for claim in pool for condition in claim.conditions]
-    values = matrix(conditions, result)
-    counts = (~np.isnan(values)).sum(0)
-    means = np.where(counts > 0, np.nansum(values, 0) / np.maximum(1, counts), np.nan)
-    signs, bounds = (np.array([getattr(one, name) for one in conditions]) for name in ("sign", "bound"))
-    met = signs * (means - bounds)
-    ends = np.cumsum([0, *(len(claim.conditions) for claim in pool)])
+    pool = [dataclasses.replace(claim, conditions=_comparable(claim, result)) for claim in pool]
+    pool = [claim for claim in pool if claim.conditions]
     found: dict[str, list[Met]] = {}
-    for claim, (start, end) in zip(pool, itertools.pairwise(ends), strict=True):
-        if not np.isnan(met[start:end]).any():
-            each = {_about(one): float(value) for one, value in zip(claim.conditions, met[start:end], strict=True)}
-            found.setdefault(claim.kind, []).append(each)
+    for claim, means in zip(pool, means_on(pool, result), strict=True):
+        if not any(map(math.isnan, means)):
+            found.setdefault(claim.kind, []).append(_least(claim.conditions, means))
     return found
 
 
-def _null_gate(claim: Claim, name: str, found: Sequence[Sequence[Met]]) -> Gate:
+def _least(conditions: Sequence[Condition], means: Sequence[float]) -> Met:
+    """By how much conditions are met; the least of those that differ in their place alone."""
+    found: Met = {}
+    for one, mean in zip(conditions, means, strict=True):
+        met = one.sign * (mean - one.bound)
+        found[_about(one)] = min(met, found.get(_about(one), met))
+    return found
+
+
+def _null_gate(claim: Claim, name: str, found: Sequence[Sequence[Met]], results: Sequence[Result]) -> Gate:
     """The gate of a claim.
 
     Args:
         found: for each null, by how much the conditions of each claim of the same kind are met there.
+        results: the nulls.
     """
-    own = {
-        _about(one): one.sign * (told.mean - one.bound)
-        for one, told in zip(claim.conditions, claim.tested, strict=True)
-    }
+    asked = {_about(one) for result in results for one in _comparable(claim, result)}
+    own = _least(claim.conditions, [told.mean for told in claim.tested])
+    whole, own = len(own), {about: met for about, met in own.items() if about in asked}
+    if results and not own:
+        return Gate(name, None, "not tried: it is about fractions of a gap alone, which has no meaning there")
     # A null may lack a control, and so the condition about it.
     each = [
         max(
@@ -112,6 +136,7 @@ def _null_gate(claim: Claim, name: str, found: Sequence[Sequence[Met]]) -> Gate:
     says += ", the least that so few can give" if not reached and len(nulls) < 1 / LEVEL else ""
     says += f"; Z = {z:.1f})" if math.isfinite(z) else ")"
     says += f"; in {len(found) - len(nulls)} more nothing of the kind is measured" if len(nulls) < len(found) else ""
+    says += "; in units of the answers' difference, not as a fraction" if len(own) < whole else ""
     numbers = {"T_null": each, "p": p, "Z": z}
     # Too few nulls cannot give a small p; then none may reach it.
     return Gate(name, p < LEVEL if len(nulls) >= 1 / LEVEL else reached == 0, says, numbers)
@@ -131,17 +156,34 @@ def with_stability(
     made = _made_again(pool, result, seed)
     places = {(claim.kind, repr(claim.about)): number for number, claim in enumerate(pool)}
     kinds = np.array([claim.kind for claim in pool])
-    jaccard = {kind: _jaccard(made[:, kinds == kind]) for kind in {claim.kind for claim in claims}}
+    jaccard = {kind: mean_jaccard(made[:, kinds == kind]) for kind in {claim.kind for claim in claims}}
     found = []
     for claim in claims:
         share = float(made[:, places[claim.kind, repr(claim.about)]].mean())
         index, chance = jaccard[claim.kind]
-        says = f"made again in {100 * share:.0f} % of resamples of the examples"
+        low, high = interval_of(share)
+        says = f"made again in {100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f} %) of resamples of the examples"
         if math.isfinite(index):
             says += f"; sets of such claims have a mean Jaccard index of {index:.2f}, at random {chance:.2f}"
-        numbers = {"share": share, "jaccard": index, "jaccard_at_random": chance, "n_resamples": N_RESAMPLES}
+        numbers = {
+            "share": share,
+            "low": low,
+            "high": high,
+            "jaccard": index,
+            "jaccard_at_random": chance,
+            "n_resamples": N_RESAMPLES,
+        }
         found.append(dataclasses.replace(claim, gates=(*claim.gates, Gate(STABLE, share >= SHARE_MADE, says, numbers))))
     return tuple(found)
+
+
+def interval_of(share: float, n: int = N_RESAMPLES) -> tuple[float, float]:
+    """The exact (Clopper-Pearson) 95 % interval of a share of n resamples.
+
+    It is that of drawing n resamples and no more; what other examples would say is what the resamples themselves ask.
+    """
+    found = binomtest(round(share * n), n).proportion_ci(0.95, method="exact")
+    return float(found.low), float(found.high)
 
 
 def _made_again(pool: Sequence[Claim], result: Result, seed: int) -> Bool[np.ndarray, "resample claim"]:
@@ -175,7 +217,7 @@ def _by_group(
     return sums
 
 
-def _jaccard(made: Bool[np.ndarray, "resample claim"]) -> tuple[float, float]:
+def mean_jaccard(made: Bool[np.ndarray, "resample claim"]) -> tuple[float, float]:
     """Mean Jaccard index of the sets of some pairs of resamples, and what sets of their sizes at random would have.
 
     Two sets of a and b of N share ab/N at random. NaN where a kind has a single claim, or no set has any.

@@ -4,11 +4,12 @@ After arXiv 2511.04638, which compares states under interventions with natural o
 percentiles and the neighbourhood are ours.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from scipy.optimize import nnls
 
 NEIGHBOURS = 10
@@ -22,63 +23,84 @@ DIRECTIONS = 5
 @dataclass(frozen=True, eq=False)
 class Strangeness:
     """For each state: percentiles of its distance to the nearest natural state, and of its residual off the
-    neighbourhood's principal components, among those of natural states; and the nearest point of the convex hull of its
-    neighbourhood."""
+    neighbourhood's principal components, among those of natural states."""
 
     distance: Float[np.ndarray, "state"]
     residual: Float[np.ndarray, "state"]
-    projected: Float[np.ndarray, "state width"]
+
+    def beyond(self, percentile: float) -> Bool[np.ndarray, "state"]:
+        """Which states have a distance or a residual beyond a percentile of natural states."""
+        return np.maximum(self.distance, self.residual) > percentile
 
 
-def strangeness(
-    states: Float[np.ndarray, "state width"],
-    natural: Float[np.ndarray, "natural width"],
-    owners: Shaped[np.ndarray, "state"],
-    natural_owners: Shaped[np.ndarray, "natural"],
-    *,
-    neighbours: int = NEIGHBOURS,
-    directions: int = DIRECTIONS,
-) -> Strangeness:
-    """Compares states with natural ones of other examples, as each natural state is compared with those.
+@dataclass(frozen=True, eq=False)
+class Natural:
+    """Natural states, with which others are compared, and the example of each.
 
-    Args:
-        states: under an intervention.
-        natural: of runs without any.
-        owners, natural_owners: the example of each; a state is compared with those of other examples alone.
-        neighbours: natural states that make a neighbourhood.
-        directions: principal components that count as natural.
-
-    Raises:
-        ValueError: fewer natural states of other examples than neighbours.
+    A state is compared with those of other examples alone, as each natural state is. `neighbours` natural states make a
+    neighbourhood, of which `directions` principal components count as natural.
     """
-    own = [
-        _compared(each, natural[natural_owners != owner], neighbours, directions)
-        for each, owner in zip(states, owners, strict=True)
-    ]
-    usual = [
-        _compared(each, natural[natural_owners != owner], neighbours, directions)
-        for each, owner in zip(natural, natural_owners, strict=True)
-    ]
-    distances, residuals = (np.array([each[at] for each in usual]) for at in (0, 1))
-    return Strangeness(
-        np.array([_percentile(each[0], distances) for each in own]),
-        np.array([_percentile(each[1], residuals) for each in own]),
-        np.stack([each[2] for each in own]),
-    )
 
+    states: Float[np.ndarray, "natural width"]
+    owners: Shaped[np.ndarray, "natural"]
+    neighbours: int = NEIGHBOURS
+    directions: int = DIRECTIONS
 
-def _compared(
-    state: Float[np.ndarray, "width"], others: Float[np.ndarray, "natural width"], neighbours: int, directions: int
-) -> tuple[float, float, Any]:
-    """Distance to the nearest, residual off the components of the nearest ones, nearest point of their convex hull."""
-    if len(others) < neighbours:
-        raise ValueError(f"{len(others)} natural states of other examples; {neighbours} are needed")
-    distances = np.linalg.norm(others - state, axis=1)
-    near = others[np.argsort(distances, kind="stable")[:neighbours]]
-    middle = near.mean(0)
-    axes = np.linalg.svd(near - middle, full_matrices=False)[2][:directions]
-    residual = (state - middle) - (state - middle) @ axes.T @ axes
-    return float(distances.min()), float(np.linalg.norm(residual)), _within(state, near)
+    @functools.cached_property
+    def usual(self) -> Float[np.ndarray, "natural 2"]:
+        """The distance and the residual of each natural state."""
+        return self._compared(self.states, self.owners)
+
+    def strangeness(self, states: Float[np.ndarray, "state width"], owners: Shaped[np.ndarray, "state"]) -> Strangeness:
+        """How far states under an intervention lie from the natural ones.
+
+        Args:
+            owners: the example of each state.
+
+        Raises:
+            ValueError: fewer natural states of other examples than neighbours.
+        """
+        found, usual = self._compared(states, owners), self.usual
+        distance, residual = (
+            np.array([_percentile(value, usual[:, at]) for value in found[:, at]]) for at in range(found.shape[1])
+        )
+        return Strangeness(distance, residual)
+
+    def projected(
+        self, states: Float[np.ndarray, "state width"], owners: Shaped[np.ndarray, "state"]
+    ) -> Float[np.ndarray, "state width"]:
+        """The nearest point of the convex hull of each state's neighbourhood.
+
+        Args:
+            owners: the example of each state.
+
+        Raises:
+            ValueError: fewer natural states of other examples than neighbours.
+        """
+        return np.stack([_within(each, self._near(each, owner)[1]) for each, owner in zip(states, owners, strict=True)])
+
+    def _compared(
+        self, states: Float[np.ndarray, "state width"], owners: Shaped[np.ndarray, "state"]
+    ) -> Float[np.ndarray, "state 2"]:
+        """Distance to the nearest, and residual off the components of the nearest ones."""
+        found = []
+        for state, owner in zip(states, owners, strict=True):
+            nearest, near = self._near(state, owner)
+            middle = near.mean(0)
+            axes = np.linalg.svd(near - middle, full_matrices=False)[2][: self.directions]
+            residual = (state - middle) - (state - middle) @ axes.T @ axes
+            found.append((nearest, float(np.linalg.norm(residual))))
+        return np.array(found)
+
+    def _near(
+        self, state: Float[np.ndarray, "width"], owner: Any
+    ) -> tuple[float, Float[np.ndarray, "neighbour width"]]:
+        """The distance to the nearest state of other examples, and the nearest of these."""
+        others = self.states[self.owners != owner]
+        if len(others) < self.neighbours:
+            raise ValueError(f"{len(others)} natural states of other examples; {self.neighbours} are needed")
+        distances = np.linalg.norm(others - state, axis=1)
+        return float(distances.min()), others[np.argsort(distances, kind="stable")[: self.neighbours]]
 
 
 def _within(state: Float[np.ndarray, "width"], near: Float[np.ndarray, "natural width"]) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ASKING = ("system", "prefix", "suffix", "wording", "wordings")
 """Options that say how questions are put."""
-UNSAID = (*ASKING, "fix_labels", "counterfactual")
+UNSAID = (*ASKING, "fix_labels", "counterfactual", "other_wordings")
 """Options that a run does not mention where they are not given."""
 
 
@@ -150,6 +150,8 @@ class ClaimConfig(SweepConfig):
     all: the same analysis of models with shuffled weights, and of shuffled answers."""
     null: int = 5
     """Models with shuffled weights, and shuffles of the answers, that --gates all compares with."""
+    other_wordings: tuple[str, ...] = ()
+    """Wordings in which --gates all makes claims again: by default the other --wording, then neutral ones."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ def worded(config: ConfigT, *, unasked: str = "") -> list[ConfigT]:
         UsageError: an option that cannot be.
     """
     given = [name for name in ASKING if getattr(config, name) not in (None, ())]
+    _check_others(config)
     if not given:
         return [config]
     if unasked:
@@ -244,7 +247,19 @@ def worded(config: ConfigT, *, unasked: str = "") -> list[ConfigT]:
 
     templates = templates_of(config.wording, config.wordings)
     each = [dataclasses.replace(config, wording=(template,), wordings=None) for template in templates] or [config]
-    for one in each:
-        # What cannot be is said before anything is loaded.
-        _ = one.asking
-    return each
+    # What cannot be is said before anything is loaded.
+    asked = [one.asking.template for one in each]
+    if len(each) < 2 or getattr(config, "other_wordings", None) != ():
+        return each
+    return [
+        dataclasses.replace(one, **{"other_wordings": tuple(other for other in asked if other != own)})
+        for one, own in zip(each, asked, strict=True)
+    ]
+
+
+def _check_others(config: RunConfig) -> None:
+    """Raises `UsageError` where one of the wordings in which claims are made again is none."""
+    if others := getattr(config, "other_wordings", ()):
+        from vlm_mech.runs.asking import templates_of
+
+        templates_of(others, None)

@@ -3,10 +3,10 @@
 import pandas as pd
 
 from vlm_mech.data.pairs import Pairs
-from vlm_mech.methods.gates.gated import Options, gated
-from vlm_mech.methods.visual_flow.claims import CARRY, READ, SUPPRESS, WRITE, FlowClaims, pool_of
+from vlm_mech.methods.gates.gated import Options
+from vlm_mech.methods.visual_flow.claims import CARRY, READ, SUPPRESS, WRITE, FlowClaims, pool_of, with_claims
 from vlm_mech.methods.visual_flow.data import Cases, flow_scan, said_at
-from vlm_mech.methods.visual_flow.effects import CUT, READS, SWAPPED, WRITES, again_of, flow_effects
+from vlm_mech.methods.visual_flow.effects import CUT, READS, SWAPPED, WRITES, flow_effects
 from vlm_mech.methods.visual_flow.study import AXES, METRICS, flow
 from vlm_mech.organism.planted import Planted
 from vlm_mech.results.result import Result
@@ -29,8 +29,8 @@ def flow_map(planted: Planted, pairs: Pairs, *, asked: Options = UNGATED) -> Cla
     cases = Cases(pairs, rivals, "the prior answer", said_at(vlm, pairs, rivals))
     scan = flow_scan(vlm, cases)
     table, _ = flow(vlm, cases, scan)
-    effects = flow_effects(Result("visual flow", table, AXES, METRICS))
-    claims = gated(asked, vlm, pairs, effects, pool_of(scan), again_of(cases, scan))
+    effects = with_claims(flow_effects(Result("visual flow", table, AXES, METRICS)), asked, vlm, cases, scan)
+    claims = effects.claims
     found = FlowClaims.of(claims)
     layers = {kind: tuple(sorted(found.layers(kind))) for kind in (READ, CARRY, WRITE, SUPPRESS)}
     return Claims(

@@ -10,8 +10,11 @@ from vlm_mech.data.derived_pairs import with_others_answers
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.gates import gated as gated_module
-from vlm_mech.methods.gates.gated import N_EXAMPLES, gated
+from vlm_mech.methods.gates.gated import N_EXAMPLES, gated, through_gates
+from vlm_mech.results.claim import Gate
+from vlm_mech.results.claiming import claimed
 from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
+from vlm_mech.results.rewording import WORDINGS
 from vlm_mech.runs.configuration import ClaimConfig
 
 
@@ -34,13 +37,26 @@ def asked(monkeypatch):
         names = {f"e{number}": pair.id for number, pair in enumerate(some)}
         return table.assign(example=table["example"].map(names))
 
-    return measured([0, -3]), pairs, again, seen
+    def reworded(claims, possible, vlm, pairs, *given, **how):
+        asked_in.append(([pair.id for pair in pairs], how["given"]))
+        return tuple(dataclasses.replace(c, gates=(*c.gates, Gate(WORDINGS, True, "made again"))) for c in claims)
+
+    monkeypatch.setattr(gated_module, "in_other_wordings", reworded)
+    asked_in.clear()
+    result = measured([0, -3], n=40)
+    names = {f"e{number}": pair.id for number, pair in enumerate(pairs)}
+    table = result.table.assign(example=result.table["example"].map(names), group=result.table["group"].map(names))
+    return dataclasses.replace(result, table=table, known={}), pairs, again, seen
+
+
+asked_in = []
+"""The pairs that were asked in other wordings, and the wordings given."""
 
 
 def test_all_gates_measure_twins_and_shuffled_answers_again(asked):
     result, pairs, again, seen = asked
     (claim,) = gated(Config(null=2), "the model", pairs, result, pool, again)
-    assert claim.made and [gate.name for gate in claim.gates] == [STABLE, TWIN, SHUFFLED] and not claim.lost
+    assert claim.made and [gate.name for gate in claim.gates] == [STABLE, TWIN, SHUFFLED, WORDINGS] and not claim.lost
     assert [vlm for vlm, *_ in seen] == ["twin 1"] * 3 + ["twin 2"] * 3 + ["the model"] * 6
     names = [pair.id for pair in pairs][:N_EXAMPLES]
     for start in range(0, 12, 3):
@@ -68,6 +84,39 @@ def test_a_null_that_cannot_be_made_is_told(asked, monkeypatch):
     twin = claim.gates[1]
     assert twin.name == TWIN and twin.verdict is None and twin.says == "not tried: no room"
     assert claim.gates[2].verdict is True and not claim.lost
+
+
+def test_pairs_that_the_result_has_values_of_are_asked_in_other_wordings_those_given_first(asked):
+    result, pairs, again, _ = asked
+    left_out = {pair.id for pair in list(pairs)[:5]}
+    table = result.table.copy()
+    table.loc[table["example"].isin(left_out), "lead"] = np.nan
+    result = dataclasses.replace(result, table=table, known={})
+    config = Config(null=0, other_wordings=("see it. {question}",))
+    (claim,) = gated(config, "the model", pairs, result, pool, again)
+    assert [gate.name for gate in claim.gates] == [STABLE, WORDINGS]
+    ((names, given),) = asked_in
+    assert names == [pair.id for pair in pairs][5 : 5 + N_EXAMPLES] and given == ("see it. {question}",)
+
+
+def test_what_cannot_be_measured_again_is_not_tried_in_other_wordings(asked):
+    result, pairs, _, _ = asked
+    (claim,) = gated(Config(null=1), "the model", pairs, result, pool, "there are two checkpoints")
+    assert {gate.name: gate.says for gate in claim.gates[1:]} == dict.fromkeys(
+        (TWIN, SHUFFLED, WORDINGS), "not tried: there are two checkpoints"
+    )
+
+
+def test_claims_that_were_tested_before_go_through_the_same_gates(asked):
+    result, pairs, again, _ = asked
+    found = claimed(pool(result), result)
+    told = through_gates(Config(null=2), found, "the model", pairs, result, pool, again)
+    (one,), (other,) = told, gated(Config(null=2), "the model", pairs, result, pool, again)
+    assert (one.tested, one.p, one.gates[0]) == (other.tested, other.p, other.gates[0])
+    # What is measured again differs from call to call here.
+    assert [gate.name for gate in one.gates] == [gate.name for gate in other.gates]
+    untold = dataclasses.replace(found[0], p=0.5)
+    assert through_gates(Config(), (untold,), "the model", pairs, result, pool, again) == (untold,)
 
 
 def test_what_was_not_made_meets_no_gate(asked):

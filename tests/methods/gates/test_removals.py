@@ -8,6 +8,7 @@ import torch
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.fitting import fitting
 from vlm_mech.data.pairs import load_pairs
+from vlm_mech.inputs.span import Each, Tokens
 from vlm_mech.interventions.specification import Ablate, Replace
 from vlm_mech.interventions.trace import run
 from vlm_mech.methods.gates import removals
@@ -88,3 +89,108 @@ def test_a_removal_that_does_less_than_counts_loses_a_claim_and_the_own_edit_doe
     assert [verdict(large | {way: -0.5}) for way in (*COUNTED, "zero")] == [False, False, False, True]
     own = lambda claim: dataclasses.replace(removed(claim), exchanged=True)  # noqa: E731
     assert [verdict(large | {way: -0.5}, own) for way in (*COUNTED, "zero")] == [True, False, False, True]
+
+
+# What is said of a removal
+
+
+def changes(vlm, pairs, edit, flip=False):
+    """The mean change of the answers' difference by single runs, on the first pictures or on the second."""
+    prompts, answers = (pairs.base, (pairs.answer, pairs.counterfactual_answer))
+    if flip:
+        prompts, answers = pairs.counterfactual, answers[::-1]
+    encoded, rows = vlm.encode(prompts), torch.arange(len(pairs))
+    own, rival = (vlm.answer_ids(encoded, each) for each in answers)
+    after, before = (run(vlm, encoded, each).last for each in (edit, None))
+    return ((after - before)[rows, own] - (after - before)[rows, rival]).mean().item()
+
+
+def test_a_turned_claim_is_about_the_run_on_the_other_picture(organism):
+    vlm, pairs = organism
+    site = Site("llm.resid_post", 1)
+    of = lambda claim: Removed((site,), "last", turned=True)  # noqa: E731
+    (found,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, of)
+    numbers = found.gates[0].numbers
+    swap = Replace(site, "last", source=pairs.base)
+    assert numbers["counterfactual"]["effect"] == pytest.approx(changes(vlm, pairs, swap, flip=True), abs=1e-3)
+    zero = changes(vlm, pairs, Ablate(site, "last", to="zero"), flip=True)
+    assert numbers["zero"]["effect"] == pytest.approx(zero, abs=1e-3)
+
+
+def test_what_is_removed_with_it_is_removed_in_the_same_run(organism):
+    vlm, pairs = organism
+    one, other = (Site("llm.attn_out", layer) for layer in (1, 2))
+    of = lambda claim: Removed((one,), "last", more=(Removed((other,), "question"),))  # noqa: E731
+    (found,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, of)
+    both = Ablate(one, "last", to="zero") & Ablate(other, "question", to="zero")
+    assert found.gates[0].numbers["zero"]["effect"] == pytest.approx(changes(vlm, pairs, both), abs=1e-3)
+
+
+def test_tokens_that_differ_from_example_to_example_are_those_of_each(organism):
+    vlm, pairs = organism
+    spans = tuple(Tokens((3 + number % 2,)) for number in range(len(pairs)))
+    found = []
+    for batch in (2, 6):
+        of = lambda claim: Removed((Site("llm.resid_post", 0),), lambda pairs: Each(spans))  # noqa: E731
+        (each,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, of, batch=batch)
+        found.append(each.gates[0].numbers)
+    edit = Replace(Site("llm.resid_post", 0), Each(spans), source=pairs.counterfactual)
+    assert found[0]["counterfactual"]["effect"] == pytest.approx(changes(vlm, pairs, edit), abs=1e-3)
+    for way in (*COUNTED, "zero"):
+        assert found[0][way]["effect"] == pytest.approx(found[1][way]["effect"], abs=1e-3), way
+    (none,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, lambda claim: Removed((), lambda pairs: "no object"))
+    assert none.gates[0].verdict is None and none.gates[0].says == "not tried: no object"
+    (why,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, lambda claim: "it reads states")
+    assert why.gates[0].says == "not tried: it reads states"
+
+
+def test_a_denied_effect_is_lost_where_a_removal_goes_half_of_the_way(monkeypatch):
+    denied = lambda claim: dataclasses.replace(removed(claim), exchanged=True, denied=True)  # noqa: E731
+    whole = {(removals.WHOLE, "False"): -10.0}
+
+    def verdict(**effects):
+        each = {(0, way): effects.get(way, -1.0) for way in (*COUNTED, "zero")}
+        monkeypatch.setattr(removals, "_effects", lambda *given: each | whole)
+        (found,) = in_other_ways([claim(1)], [claim(1)], None, None, denied)
+        assert "the other picture -10.00, of which none may do half" in found.gates[0].says
+        return found.gates[0].verdict
+
+    assert verdict() is True and verdict(mean=4.0) is True, "what raises the lead does not go that way"
+    assert verdict(mean=-4.9) is True and verdict(mean=-5.1) is False and verdict(resample=-9.0) is False
+    assert verdict(counterfactual=-9.0) is True and verdict(zero=-9.0) is True, "neither counts"
+
+
+def test_the_whole_way_is_what_the_other_picture_changes(organism):
+    vlm, pairs = organism
+    of = lambda claim: dataclasses.replace(removed(claim), denied=True)  # noqa: E731
+    (found,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, of)
+    swap = Replace(Site("llm.resid_pre", 0), "all", source=pairs.counterfactual)
+    assert found.gates[0].numbers[removals.WHOLE]["effect"] == pytest.approx(changes(vlm, pairs, swap), abs=1e-3)
+
+
+def test_the_condition_that_is_named_says_which_way_and_how_much(monkeypatch):
+    effects = {(0, way): -2.0 for way in (*COUNTED, "zero")}
+    monkeypatch.setattr(removals, "_effects", lambda *given: effects)
+    for condition, verdict in ((Condition("x", {}, "above"), False), (Condition("x", {}, "below", 2.5), False)):
+        of = lambda claim, one=condition: dataclasses.replace(removed(claim), condition=one)  # noqa: E731
+        (found,) = in_other_ways([claim(1)], [claim(1)], None, None, of)
+        assert found.gates[0].verdict is verdict
+    (found,) = in_other_ways([claim(1)], [claim(1)], None, None, removed)
+    assert found.gates[0].verdict is True
+
+
+def test_the_same_states_are_removed_once_for_all_claims_about_them(organism, monkeypatch):
+    vlm, pairs = organism
+    counts, whole_sweep = [], removals.sweep
+
+    def counted(vlm, data, points, *given, **how):
+        counts.append(len(points))
+        return whole_sweep(vlm, data, points, *given, **how)
+
+    monkeypatch.setattr(removals, "sweep", counted)
+    kinds = ("needed", "holds back", "reads and is needed")
+    pool = [dataclasses.replace(claim(layer), kind=kind) for kind in kinds for layer in (1, 2)]
+    found = in_other_ways(pool, pool, vlm, pairs, removed)
+    assert counts == [2 * len(removals.WAYS)]
+    assert found[0].gates[0].numbers["mean"]["effect"] == found[2].gates[0].numbers["mean"]["effect"]
+    assert found[0].gates[0].numbers["mean"]["effect"] != found[1].gates[0].numbers["mean"]["effect"]

@@ -11,11 +11,13 @@ from vlm_mech.data.derived_pairs import with_others_answers
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.methods.gates.manifold import MANIFOLD, EditOf, on_manifold
 from vlm_mech.methods.gates.removals import OTHER_WAYS, RemovedOf, in_other_ways
+from vlm_mech.methods.gates.rewording import in_other_wordings
 from vlm_mech.models.twin import twin_of
 from vlm_mech.results.claim import Claim, Gate
 from vlm_mech.results.claiming import claimed
 from vlm_mech.results.gates import SHUFFLED, TWIN, Pool, against_nulls, with_stability
 from vlm_mech.results.result import Result
+from vlm_mech.results.rewording import WORDINGS
 
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
@@ -61,6 +63,8 @@ class Options:
     null: int
     seed: int
     batch: int
+    other_wordings: tuple[str, ...] = ()
+    """Wordings in which claims are made again first; neutral ones where these are fewer than three."""
 
     def __post_init__(self) -> None:
         if self.gates not in ("none", "quick", "all"):
@@ -93,17 +97,44 @@ def gated(
         parts: the result on the half that declares and on the half that tests, where the pool was chosen on the former.
         at_once: `measured` takes all pairs of a null in one call, as it must where it chooses among them.
     """
+    found = claimed(pool(result), result, seed=config.seed, parts=parts)
+    return through_gates(config, found, vlm, pairs, result, pool, measured, edit_of, removed_of, at_once=at_once)
+
+
+def through_gates(
+    config: Asked,
+    found: tuple[Claim, ...],
+    vlm: "VLM",
+    pairs: "Pairs",
+    result: Result,
+    pool: Pool,
+    measured: Measured | str,
+    edit_of: EditOf | None = None,
+    removed_of: RemovedOf | None = None,
+    *,
+    at_once: bool = False,
+) -> tuple[Claim, ...]:
+    """Claims that were declared and tested before, those that are made first and with what became of them at each gate.
+
+    Args:
+        config: how they are tested; wordings that it names under `other_wordings` are tried before neutral ones.
+        found: the claims, of the pool.
+        pairs, result, pool, measured, edit_of, removed_of, at_once: as for `gated`.
+    """
     possible = pool(result)
-    found = claimed(possible, result, seed=config.seed, parts=parts)
     made = tuple(claim for claim in found if claim.made)
     if config.gates == "none" or not made:
         return found
     made = with_stability(made, possible, result, seed=config.seed)
     some, how = pairs[:N_EXAMPLES], {"batch": config.batch}
+    again = {"batch": N_EXAMPLES if at_once else config.batch}
     if config.gates == "all":
-        asked = (vlm, some, result, pool, measured, len(some) if at_once else config.batch)
+        asked = (result, pool, measured)
         for kind in (TWIN, SHUFFLED) if config.null else ():
-            made = _or_untried(made, kind, lambda made, kind=kind: _null(config, made, kind, *asked))
+            made = _or_untried(
+                made, kind, lambda made, kind=kind: _null(config, made, kind, vlm, some, *asked, **again)
+            )
+        made = _or_untried(made, WORDINGS, lambda made: _reworded(config, made, vlm, pairs, *asked, **again))
         if edit_of is not None:
             made = _or_untried(made, MANIFOLD, lambda made: on_manifold(made, vlm, some, edit_of, **how))
         if removed_of is not None:
@@ -133,6 +164,7 @@ def _null(
     result: Result,
     pool: Pool,
     measured: Measured | str,
+    *,
     batch: int,
 ) -> tuple[Claim, ...]:
     """The claims with a gate for one kind of null.
@@ -150,4 +182,29 @@ def _null(
         tables = [measured(of[0], of[1][start : start + batch]) for start in range(0, len(pairs), batch)]
         table = pd.concat(tables, ignore_index=True)
         results.append(dataclasses.replace(result, table=table, findings=(), claims=(), known={}))
-    return against_nulls(made, pool, {kind: results})
+    return against_nulls(made, pool, {kind: results}, pool(result))
+
+
+def _reworded(
+    config: Asked,
+    made: tuple[Claim, ...],
+    vlm: "VLM",
+    pairs: "Pairs",
+    result: Result,
+    pool: Pool,
+    measured: Measured | str,
+    *,
+    batch: int,
+) -> tuple[Claim, ...]:
+    """The claims with the gate of other wordings, on the first pairs of which the result has a value.
+
+    Raises:
+        UsageError: the analysis cannot be done again, of these or of any pairs.
+    """
+    if isinstance(measured, str):
+        raise UsageError(measured)
+    columns = [metric.name for metric in result.metrics]
+    held = set(result.table.loc[result.table[columns].notna().any(axis=1), "example"])
+    some = dataclasses.replace(pairs, pairs=tuple(pair for pair in pairs if pair.id in held)[:N_EXAMPLES])
+    given: tuple[str, ...] = getattr(config, "other_wordings", ())
+    return in_other_wordings(made, pool(result), vlm, some, result, pool, measured, given=given, batch=batch)

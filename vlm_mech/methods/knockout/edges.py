@@ -3,7 +3,7 @@
 Groups are given as numbers of tokens (padding left out), so that they mean the same in every batch.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,12 @@ from vlm_mech.data.render import masks
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.inputs.span import LLM_SPANS, Patches, Span, Words
-from vlm_mech.sweeps.recorded_pass import RecordedPass
+from vlm_mech.inputs.span import LLM_SPANS, Each, Patches, Span, Tokens, Words
+from vlm_mech.sweeps.recorded_pass import RecordedPass, record
 
 if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
+    from vlm_mech.models.vlm import VLM
 
 ARROW = "<-"
 OF_OBJECT = ("object", "rest")
@@ -162,6 +163,42 @@ def ends_of(
         hint = f"; is {edge.key}{ARROW}{edge.query} meant?" if reason == FUTURE else ""
         raise UsageError(f"{edge}: {reason}{hint}")
     return Ends(query, key, edge.of_answer)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Both ends of an edge in some examples, and the layers in which all of them have it; None where that is all."""
+
+    query: Span
+    key: Span
+    layers: frozenset[int] | None = None
+
+
+def cut_of(
+    vlm: "VLM", pairs: "Pairs", edge: Edge, masks: Mapping[str, Bool[np.ndarray, "height width"]]
+) -> "Cut | str":
+    """An edge in each of some examples, those answered wrongly too, or why one of them does not have it.
+
+    Edges from an answer's own tokens are of no prompt, and so of none.
+
+    Args:
+        masks: pixels of the object by pair, for the groups `object` and `rest`.
+
+    Raises:
+        UsageError: it does not fit (see `edges.ends_of`).
+    """
+    if edge.of_answer:
+        return "tokens of answers are in no prompt"
+    clean, parts, layers = record(vlm, vlm.encode(pairs.base)), [], None
+    for number, pair in enumerate(pairs):
+        ends = ends_of(clean.encoded, number, edge, visible_edges(clean, number), masks.get(pair.id))
+        if isinstance(ends, str):
+            return f"pair {pair.id} does not have the edge: {ends}"
+        here = layers_with(clean, number, (ends,))
+        layers = here if layers is None else layers & here
+        parts.append(ends)
+    query, key = (Each(tuple(Tokens(getattr(ends, end)) for ends in parts)) for end in ("query", "key"))
+    return Cut(query, key, layers)
 
 
 def control_of(

@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 
 from vlm_mech.errors import UsageError, WorkError
-from vlm_mech.methods.knockout.claims import RANDOM
+from vlm_mech.methods.gates.gated import Options, through_gates
+from vlm_mech.methods.knockout.claims import RANDOM, ways_of
 from vlm_mech.methods.knockout.data import CONTROL, EDGE, SPARED, Masks, Place, Scan, kind_of_control
 from vlm_mech.methods.knockout.edges import Edge
 from vlm_mech.methods.knockout.layers import Layers
 from vlm_mech.methods.knockout.study import knock_out
 from vlm_mech.results.claim import Claim, Condition
 from vlm_mech.results.claiming import claimed, corrected_together, halves, least, parted_like
-from vlm_mech.results.gates import with_stability
 from vlm_mech.results.result import Result
 from vlm_mech.sweeps.measures import Comparison
 from vlm_mech.sweeps.schedule import SweepPlan
@@ -120,6 +120,8 @@ def joint_cuts(
     seed: int = 0,
     batch: int = 32,
     gates: Literal["none", "quick", "all"] = "none",
+    null: int = 5,
+    other_wordings: Sequence[str] = (),
     **how: Any,
 ) -> Joint:
     """The claims of a result with those of cuts of several places at once, one an edge at most.
@@ -136,7 +138,9 @@ def joint_cuts(
         size: places of a set at most; 0 for no joint cuts.
         seed: parts the examples as for the claims of single cuts, and draws controls.
         batch: examples a forward pass.
-        gates: `none`; else resamples of the examples are tried (the other gates are not).
+        gates: which are tried, as for claims of single cuts; the set stays as it was chosen.
+        null: models with shuffled weights, and shuffles of the answers, that `all` compares with.
+        other_wordings: in which claims are made again first.
         how: further options of `knock_out`: `measure`, `engine`, `memory`.
 
     Raises:
@@ -151,25 +155,33 @@ def joint_cuts(
     held = result.table[result.table[metric].notna()]
     known = _named(pairs, set(held["example"]))
     enough = least(result, metric)
-    tables, notes, pool = [], [], []
-    for edge in scan.edges:
-        chosen = _chosen(cutter, known, parts[0], edge, size, enough)
-        if len(chosen) < 2:
-            continue
-        cuts = [EDGE, *(cut for cut in scan.cuts if kind_of_control(cut) == CONTROL)]
-        table, receipts = cutter.tested(known, edge, [chosen, *_smaller(chosen)], cuts)
-        tables.append(table)
-        notes += receipts
-        pool.append(_claim(result, scan, edge, chosen, table, enough))
-    if not tables:
+    chosen = {edge: _chosen(cutter, known, parts[0], edge, size, enough) for edge in scan.edges}
+    chosen = {edge: places for edge, places in chosen.items() if len(places) > 1}
+    if not chosen:
         return Joint(result.claims)
-    table = pd.concat(tables, ignore_index=True)
+    table, notes = _measured(cutter, known, chosen)
     measured = Result("joint cuts", table, ("edge", "cut", "layer"), result.metrics)
-    found = claimed(pool, measured, seed=seed, parts=parted_like(measured, parts))
-    if gates != "none":
-        made = with_stability([claim for claim in found if claim.made], pool, measured, seed=seed)
-        found = (*made, *(claim for claim in found if not claim.made))
+
+    def pool(found: Result) -> tuple[Claim, ...]:
+        counts = enough if found is measured else least(found, metric)
+        of = {edge: found.table[found.table["edge"] == str(edge)] for edge in chosen}
+        return tuple(_claim(result, scan, edge, chosen[edge], of[edge], counts) for edge in chosen)
+
+    def again(vlm: "VLM", pairs: "Pairs") -> pd.DataFrame:
+        return _measured(dataclasses.replace(cutter, vlm=vlm), pairs, chosen)[0]
+
+    asked = Options(gates, null, seed, batch, tuple(other_wordings))
+    found = claimed(pool(measured), measured, seed=seed, parts=parted_like(measured, parts))
+    ways = ways_of(scan, vlm, masks or {})
+    found = through_gates(asked, found, vlm, known, measured, pool, again, *ways)
     return Joint(corrected_together(result.claims, found), table, tuple(notes))
+
+
+def _measured(cutter: _Cutter, pairs: "Pairs", chosen: dict[Edge, Set]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """What the cuts of each edge's set, of its smaller ones and of their controls do, with summaries of receipts."""
+    cuts = [EDGE, *(cut for cut in cutter.wanted.cuts if kind_of_control(cut) == CONTROL)]
+    made = [cutter.tested(pairs, edge, [places, *_smaller(places)], cuts) for edge, places in chosen.items()]
+    return pd.concat([table for table, _ in made], ignore_index=True), [note for _, notes in made for note in notes]
 
 
 @runtime_checkable
@@ -189,6 +201,11 @@ class Asked(Protocol):
     @property
     def gates(self) -> Literal["none", "quick", "all"]:
         """Which gates are tried."""
+        ...
+
+    @property
+    def null(self) -> int:
+        """Random twins, and shuffles of the answers."""
         ...
 
     @property
@@ -221,7 +238,8 @@ def joint_of(
     config: Asked, vlm: "VLM", pairs: "Pairs", result: Result, scan: Scan, masks: Masks
 ) -> tuple[Result, Joint]:
     """The result with the claims of `joint_cuts` too, as a command's options ask for them, and what these rest on."""
-    how = {"seed": config.seed, "batch": config.batch, "gates": config.gates, "measure": config.measure}
+    how = {"seed": config.seed, "batch": config.batch, "gates": config.gates, "null": config.null}
+    how |= {"other_wordings": getattr(config, "other_wordings", ()), "measure": config.measure}
     how |= {"engine": config.engine, "memory": config.memory}
     size = config.joint_size if config.joint else 0
     joint = joint_cuts(vlm, pairs, result, scan, masks, size=size, **how)

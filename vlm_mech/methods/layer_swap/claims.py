@@ -13,7 +13,7 @@ import pandas as pd
 from vlm_mech.architectures.site import Site
 from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.specification import Replace
-from vlm_mech.methods.gates.manifold import EditOf
+from vlm_mech.methods.gates.manifold import ClaimEdit, EditOf
 from vlm_mech.methods.gates.removals import Removed, RemovedOf
 from vlm_mech.methods.layer_swap.controls import COUNTERFACTUAL, DONOR, OTHER, SAME
 from vlm_mech.results.claim import Claim, Condition
@@ -70,28 +70,33 @@ def words_of(span: str, donor: str = COUNTERFACTUAL) -> str:
 
 
 def edit_of(sites: Sequence[Site]) -> EditOf:
-    """The swap of a claim that says what one does, towards the other picture, in the decoder."""
+    """The swap of a claim in the decoder; one towards the own picture (denoising) is that of the pairs turned."""
 
-    def made(claim: Claim, pairs: "Pairs") -> Replace | None:
-        removed = removed_of(sites)(claim)
-        return None if removed is None else Replace(removed.sites, removed.span, source=pairs.counterfactual)
+    def made(claim: Claim, pairs: "Pairs") -> ClaimEdit | str:
+        removed = _swapped(sites, claim)
+        if isinstance(removed, str):
+            return removed
+        edit = Replace(removed.sites, joined(claim.about["span"]), source=pairs.counterfactual)
+        return ClaimEdit(edit, removed.turned, removed.denied)
 
     return made
 
 
 def removed_of(sites: Sequence[Site]) -> RemovedOf:
     """The states that such a swap exchanges."""
+    return partial(_swapped, sites)
+
+
+def _swapped(sites: Sequence[Site], claim: Claim) -> Removed | str:
+    """The states that the swap of a claim exchanges, or why these are not asked about."""
     known = {site.layer: site for site in sites if site.stream == "llm"}
-
-    def found(claim: Claim) -> Removed | None:
-        does, about = claim.kind.removeprefix(f"{claim.about['span']} "), claim.about
-        asked = does in (TURNS, MOVES) and about["direction"] == "noising"
-        # Tokens of answers are in no prompt.
-        if not asked or about["layer"] not in known or "answer" in about["span"].split("+"):
-            return None
-        return Removed((known[about["layer"]],), joined(about["span"]), exchanged=True)
-
-    return found
+    does, about = claim.kind.removeprefix(f"{claim.about['span']} "), claim.about
+    if about["layer"] not in known:
+        return "the swap is not in the decoder"
+    if "answer" in about["span"].split("+"):
+        return "tokens of answers are in no prompt"
+    how = {"turned": about["direction"] == "denoising", "denied": does in (NO_LONGER, NOT_YET)}
+    return Removed((known[about["layer"]],), joined(about["span"]), exchanged=True, **how)
 
 
 def pool(result: Result, *, layers: Sequence[int] | None = None) -> tuple[Claim, ...]:

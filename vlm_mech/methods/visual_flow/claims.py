@@ -5,16 +5,24 @@ Each is a claim with one or several conditions on the cells of `effects.flow_eff
 and the other half tests (`results.claiming`), so that a layer is never named on the examples that chose it.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from vlm_mech.architectures.site import Site
+from vlm_mech.inputs.span import joined
+from vlm_mech.interventions.specification import Intervention, Replace
+from vlm_mech.methods.gates.gated import Asked, gated
+from vlm_mech.methods.gates.manifold import ClaimEdit, EditOf
+from vlm_mech.methods.gates.removals import Removed, RemovedOf
+from vlm_mech.methods.knockout import claims as knockout
 from vlm_mech.methods.knockout.claims import NEEDED, WAYS
 from vlm_mech.methods.knockout.data import Scan
 from vlm_mech.methods.lens.claims import CHANGED, OVERTAKEN, PUSH, RISEN, SUPPRESS, lead_claims
-from vlm_mech.methods.lens.leads import INPUT, depth_named
-from vlm_mech.methods.visual_flow.data import LAST, WHOLE, edges
+from vlm_mech.methods.lens.leads import INPUT, depth_named, depth_sites
+from vlm_mech.methods.visual_flow.data import LAST, WHOLE, Cases, edges
 from vlm_mech.methods.visual_flow.effects import (
     CUT,
     CUT_AT_RANDOM,
@@ -24,6 +32,7 @@ from vlm_mech.methods.visual_flow.effects import (
     SWAPPED,
     TURNED,
     WRITES,
+    again_of,
     layers_of,
     means_of,
 )
@@ -32,10 +41,23 @@ from vlm_mech.results.claiming import enough_of
 from vlm_mech.results.gates import Pool
 from vlm_mech.results.result import Result
 
+if TYPE_CHECKING:
+    from vlm_mech.data.pairs import Pairs
+    from vlm_mech.models.vlm import VLM
+
 READ, READ_NEEDED, WRITE, CARRY = "reads", "reads and is needed", "writes", "carries"
 TURNS, FOUND = "swap turns", "decoded"
 """Kinds of claims, beside those of knockouts, `NEEDED` and `HOLDS_BACK`, and of the lens (`OF_THE_LENS`)."""
 OF_THE_LENS = (PUSH, SUPPRESS, OVERTAKEN)
+WHY_NOT = {
+    READ: "it compares swaps at two depths, and edits no one place",
+    WRITE: "it compares swaps at two depths, and edits no one place",
+    PUSH: "it reads states, and edits none",
+    SUPPRESS: "it reads states, and edits none",
+    OVERTAKEN: "it reads states, and edits none",
+    FOUND: "it reads states, and edits none",
+}
+"""Why claims that rest on no cut and no single swap have no edit."""
 NAMES_OF = {
     READ: "layers that read the image's answer",
     WRITE: "layers that write it",
@@ -77,6 +99,83 @@ class FlowClaims:
         if not self.layers(READ):
             return "none"
         return "two-hop" if self.layers(CARRY) else "direct"
+
+
+# What is edited
+
+
+def edit_of(scan: Scan, sites: Sequence[Site]) -> EditOf:
+    """The edit of a claim: the cut that it is about, or the swap that turns the answer; others edit nothing by name.
+
+    Args:
+        scan: what is cut.
+        sites: where states are swapped: the decoder's input, and the output of each block (`leads.depth_sites`).
+    """
+    cut = knockout.edit_of(scan)
+
+    def made(claim: Claim, pairs: "Pairs") -> Intervention | ClaimEdit | str | None:
+        if claim.kind == TURNS:
+            removed = _swapped(sites, claim)
+            if isinstance(removed, str):
+                return removed
+            return Replace(removed.sites, joined(claim.about["span"]), source=pairs.counterfactual)
+        one = _cut_condition(claim)
+        return WHY_NOT.get(claim.kind) if one is None else cut(_about_cut(claim, one), pairs)
+
+    return made
+
+
+def removed_of(scan: Scan, sites: Sequence[Site]) -> RemovedOf:
+    """The states that such a swap exchanges, or what attention adds at the queries of such a cut.
+
+    Args:
+        scan, sites: as for `edit_of`.
+    """
+    cut = knockout.removed_of(scan)
+
+    def found(claim: Claim) -> Removed | str | None:
+        if claim.kind == TURNS:
+            return _swapped(sites, claim)
+        one = _cut_condition(claim)
+        if one is None:
+            return WHY_NOT.get(claim.kind)
+        removed = cut(_about_cut(claim, one))
+        return dataclasses.replace(removed, condition=one) if isinstance(removed, Removed) else removed
+
+    return found
+
+
+def _swapped(sites: Sequence[Site], claim: Claim) -> Removed | str:
+    """The states that the swap of a claim exchanges at its own depth, or why these are not asked about."""
+    if "answer" in claim.about["span"].split("+"):
+        return knockout.OF_ANSWERS
+    site = sites[claim.about["layer"] - INPUT]
+    # Beyond half of what the other image changes is the claim; that the answer moves is what other removals are asked.
+    return Removed((site,), joined(claim.about["span"]), exchanged=True, condition=claim.conditions[0])
+
+
+def _cut_condition(claim: Claim) -> Condition | None:
+    """The condition about an edge that is cut, which is not about less than its control; None where there is none."""
+    return next((one for one in claim.conditions if one.cell["kind"] == CUT and one.less is None), None)
+
+
+def _about_cut(claim: Claim, cut: Condition) -> Claim:
+    """The claim as a knockout would have it."""
+    return dataclasses.replace(claim, about={"edge": cut.cell["span"], "layer": cut.cell["layer"]})
+
+
+def with_claims(effects: Result, asked: Asked, vlm: "VLM", cases: Cases, scan: Scan, **how: Any) -> Result:
+    """The effects of a map (`effects.flow_effects`) with what is claimed of them.
+
+    Args:
+        asked: how claims are tested.
+        how: options of `study.flow`.
+    """
+    ways, again = (
+        (edit_of(scan, depth_sites(vlm)), removed_of(scan, depth_sites(vlm))),
+        again_of(cases, scan, **how),
+    )
+    return dataclasses.replace(effects, claims=gated(asked, vlm, cases.pairs, effects, pool_of(scan), again, *ways))
 
 
 # The pool
