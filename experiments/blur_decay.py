@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.configuration import GatedConfig
 from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import about
@@ -24,7 +24,7 @@ PROBES = "probes"
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(GatedConfig):
     """Options of the decay."""
 
     data: str = CONFLICT
@@ -61,6 +61,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     """The result, curves by level and by layer, and the ladder of pictures."""
     from vlm_mech.behaviour.blur_decay import figures, findings, study
     from vlm_mech.behaviour.blur_decay.blur import levels_of, scale_of
+    from vlm_mech.behaviour.blur_decay.claims import with_claims
     from vlm_mech.behaviour.blur_decay.data import batches_of, ladder, load_decaying, swapped_levels
     from vlm_mech.data.fitting import fitting
     from vlm_mech.methods.probing.data import with_objects
@@ -85,6 +86,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     # Without swaps or probes their columns do not exist.
     metrics = tuple(metric for metric in study.METRICS if metric.name in table)
     result = Result("visual decay", table, study.AXES, metrics, {}, told)
+    result = with_claims(result, config, vlm, pairs, mechanism, scale, config.memory)
     result = dataclasses.replace(result, findings=findings.findings(result, pairs, levels))
     return Outcome(result, figures.drawn(result), figures.pictures(ladder(pairs, levels, scale)))
 

@@ -6,14 +6,14 @@ Linear and MLP probes on every block of tower, projector and language model, wit
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_mech.runs.configuration import RunConfig
+from vlm_mech.runs.configuration import GatedConfig
 from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(GatedConfig):
     """Options of the probes."""
 
     model: tuple[str, ...] = ("organism",)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -50,28 +50,34 @@ class Config(RunConfig):
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, accuracy over depth, conflict, confusion, and the map of a picture's patches."""
-    import dataclasses
-
-    from vlm_mech.data.nouns import nouns_in
-    from vlm_mech.methods.probing import figures, findings
-    from vlm_mech.methods.probing.crossfit import metrics_of
-    from vlm_mech.methods.probing.probe import QUESTION
-    from vlm_mech.methods.probing.study import AXES, ELSEWHERE, completed, study
-    from vlm_mech.results.result import Result
+    from vlm_mech.methods.probing import figures
+    from vlm_mech.methods.probing.probe import probe_result, told
+    from vlm_mech.methods.probing.study import study
 
     about: dict[str, Any] = {}
     for number, name in enumerate(config.model):
         vlm, examples, conflicts, design, known = _loaded(config, name)
         about = about | known | {"model": [*about.get("model", []), vlm.identity()]}
-        folder = work.partial / f"states-{number:02d}"
         steps = {f"{number:02d}-{at:02d}": step for at, step in enumerate(design.steps)}
         for key, step in work.batches(steps, f"probes of {name}"):
-            work.keep(key, *study(vlm, examples, conflicts, design, step, folder=folder))
+            work.keep(key, *study(vlm, examples, conflicts, design, step, folder=_states(work, number)))
     table, notes = work.collect()
-    about |= {"question": nouns_in(about).put(QUESTION), "steps": notes}
-    result = Result("probes", completed(table), AXES, metrics_of(table), {}, about, elsewhere=ELSEWHERE)
-    result = dataclasses.replace(result, findings=findings.findings(result, notes))
+    result = told(probe_result(table, about | {"steps": notes}, config, _probed(config, work)))
     return Outcome(result, figures.drawn(result))
+
+
+def _probed(config: Config, work: Workspace) -> Any:
+    """The models once more, one after the other, for the nulls."""
+    from vlm_mech.methods.probing.gating import Probed
+
+    for number, name in enumerate(config.model):
+        vlm, examples, _, design, _ = _loaded(config, name)
+        yield Probed(vlm, examples, design, _states(work, number))
+
+
+def _states(work: Workspace, number: int) -> Any:
+    """The folder for the states of a model."""
+    return work.partial / f"states-{number:02d}"
 
 
 def _loaded(config: Config, name: str) -> tuple[Any, ...]:

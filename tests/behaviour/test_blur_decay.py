@@ -232,7 +232,7 @@ def test_behaviour_alone(tmp_path, capsys):
     capsys.readouterr()
     names = [[metric.name for metric in Result.load(tmp_path / name).metrics] for name in ("plain", "swapped")]
     behaviour = ["unchanged", "same", "correct", "correct_unchanged"]
-    assert names == [behaviour, [*behaviour, "recovered"]]
+    assert names == [behaviour, [*behaviour, "recovered", "logit_diff"]]
 
 
 def test_wrong_use_is_one_line(model_folder, tmp_path, capsys):

@@ -35,6 +35,8 @@ from vlm_mech.methods.probing.figures import confusion, depth_lines
 from vlm_mech.methods.probing.probe import probe
 from vlm_mech.methods.probing.splits import check_leaks, grouped, make_splits
 from vlm_mech.models.vlm import VLM
+from vlm_mech.results.claim import named_without_claim
+from vlm_mech.results.gates import STABLE
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw
 
@@ -240,7 +242,7 @@ def test_numbers_in_the_table_are_the_seeds_means(finished):
     assert means["object"] == pytest.approx(seeds["projector.out at object"]["mean"])
     assert seeds["projector.out at object"]["n_seeds"] == 2
     assert 0 < notes["linear"]["bits"]["projector.out at object"] < 3 * notes["linear"]["uniform_bits"]
-    assert any("selectivity" in sentence and "over 2 seeds" in sentence for sentence in result.findings)
+    assert named_without_claim(result.findings, result.claims) == []
 
 
 def test_one_call_gives_the_table_of_the_experiment(model_folder, data_folder, finished):
@@ -252,7 +254,9 @@ def test_one_call_gives_the_table_of_the_experiment(model_folder, data_folder, f
     )  # fmt: skip
     expected = saved.table[saved.table["control"].isin(["none", *controls])].reset_index(drop=True)
     pd.testing.assert_frame_equal(result.table, expected)
-    assert result.axes == saved.axes and any("selectivity" in sentence for sentence in result.findings)
+    assert result.axes == saved.axes
+    with pytest.raises(UsageError, match="null is -1 and seed 0; numbers from 0 on are needed"):
+        probe(VLM.load(model_folder), pairs, null=-1)
     with pytest.raises(UsageError, match="probe 'tree' is not known; linear, mlp or a ProbeRecipe is"):
         probe(VLM.load(model_folder), pairs, probes=("tree",))
 
@@ -272,6 +276,10 @@ def test_one_call_leaves_out_and_tells_what_the_experiment_does(model_folder, da
     )  # fmt: skip
     expected = saved.table[saved.table["control"] == "none"].reset_index(drop=True)
     pd.testing.assert_frame_equal(result.table, expected)
+    made = [claim for claim in result.claims if claim.made]
+    assert any(claim.about["span"] == "object" and claim.kind.endswith(": can be read") for claim in made)
+    assert all([gate.name for gate in claim.gates] == [STABLE] for claim in made)
+    assert named_without_claim(result.findings, result.claims) == []
     for key in ("question", "model", "data"):
         assert result.provenance[key] == saved.provenance[key]
     assert saved.provenance["refused"] == []

@@ -122,17 +122,6 @@ def test_contrast_of_two_cells_is_paired():
         result.contrast({"direction": "noising"}, other)
 
 
-def test_crossings():
-    result = made()
-    image = {"direction": "noising", "span": "image"}
-    assert result.crossing(image, "layer", 0.5, rising=False) == {"at": 3, "low": 3, "high": 3}
-    last = {"direction": "noising", "span": "last"}
-    assert result.crossing(last, "layer", 0.5, rising=True)["at"] == 4
-    assert result.crossing(last, "layer", 1.5, rising=True) == {"at": None, "low": None, "high": None}
-    with pytest.raises(UsageError, match="no cell"):
-        result.crossing({"span": "tail"}, "layer", 0.5, rising=True)
-
-
 def test_tables_that_are_none():
     table = made().table
     for change, message in (
@@ -234,15 +223,3 @@ def test_numbers_and_groups_are_checked():
     ):
         with pytest.raises(UsageError, match=message):
             made(table=table.assign(**change))
-
-
-def test_a_crossing_of_several_curves_at_once_is_refused():
-    with pytest.raises(UsageError, match="names several cells for one layer; say which span"):
-        made(n=3).crossing({"direction": "noising"}, "layer", 0.5, rising=True)
-
-
-def test_a_curve_without_values_crosses_nothing():
-    table = made(n=4).table
-    table.loc[(table["span"] == "image") & (table["layer"] == 2), "recovered"] = np.nan
-    with pytest.raises(UsageError, match="has cells without any value"):
-        made(table=table).crossing({"direction": "noising", "span": "image"}, "layer", 0.5, rising=False)

@@ -1,7 +1,5 @@
 """Names of axes and metrics, what is asked of them, and what can be saved: refused in one line where they are none."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -40,24 +38,12 @@ def test_two_metrics_or_axes_of_one_column_are_refused():
         made(metrics=())
 
 
-def test_a_crossing_does_not_depend_on_the_order_of_the_table():
-    """Layers given as 5, 0, 1, 2, 3, 4 crossed at 5."""
-    result = made()
-    order = result.table["layer"].map({5: 0, 0: 1, 1: 2, 2: 3, 3: 4, 4: 5}).sort_values(kind="stable").index
-    shuffled = dataclasses.replace(result, table=result.table.loc[order].reset_index(drop=True))
-    assert shuffled.cells["layer"].iloc[0] == 5
-    for where, rising in (({"span": "image"}, False), ({"span": "last"}, True)):
-        asked = ({"direction": "noising"} | where, "layer", 0.5)
-        assert shuffled.crossing(*asked, rising=rising) == result.crossing(*asked, rising=rising)
-
-
 @pytest.mark.usefixtures("untyped")
 def test_axes_that_are_none_are_named():
     result, cell = made(), {"direction": "noising", "span": "image", "layer": 0}
     for call in (
         lambda: result.contrast(cell | {"head": 1}, cell),
-        lambda: result.crossing({"head": 1}, "layer", 0.5, rising=True),
-        lambda: result.crossing({"span": "image"}, "head", 0.5, rising=True),
+        lambda: result.contrast(cell, cell | {"head": 1}),
     ):
         with pytest.raises(UsageError, match="swap has no axis 'head'; it has direction, span, layer"):
             call()

@@ -12,6 +12,8 @@ from vlm_mech.methods.knockout.claims import HOLDS_BACK, NEEDED
 from vlm_mech.methods.layer_swap.claims import MOVES, NO_LONGER, NOT_YET, TURNS, kind_of
 from vlm_mech.methods.lens import claims as lens
 from vlm_mech.methods.lens.study import GIVEN, OTHER_IMAGE
+from vlm_mech.methods.probing.claims import CANNOT
+from vlm_mech.methods.probing.claims import READS as CAN
 from vlm_mech.methods.visual_flow import claims as flow
 from vlm_mech.organism.planted import plant
 from vlm_mech.organism.planted_draw import draw
@@ -105,6 +107,24 @@ def test_answers_of_two_tokens_are_said_at_both():
     pieces = dataclasses.replace(MADE_UP, edges=(Edge("read", "last", "image", 2, 1, 1.0, ("answer",)),))
     for place, wanted in (("last+answer", True), ("last", True), ("question", False)):
         assert holds(claim(EXCHANGED, place=place, layer=2, head=1), pieces) is wanted
+
+
+def reads(span: str, layer: int, does: str = CAN, point: str = "resid_post") -> Claim:
+    return claim(f"linear probe, {span}, decoder: {does}", probe="linear", span=span, layer=layer, point=point)
+
+
+def test_a_probe_can_read_what_is_planted_and_of_traces_nothing_is_known():
+    """Carried to the last position at layer 4, copied nowhere."""
+    assert holds(reads("image", 0, point="resid_pre"), MADE_UP) is holds(reads("image", 5), MADE_UP) is True
+    assert holds(reads("image", 0, CANNOT), MADE_UP) is False
+    assert [holds(reads("last", layer), MADE_UP) for layer in (0, 3, 4, 5)] == [None, None, True, True]
+    assert [holds(reads("last", layer, CANNOT), MADE_UP) for layer in (3, 4)] == [None, False]
+    copied = dataclasses.replace(MADE_UP, edges=(*MADE_UP.edges, Edge("copy", "last", "image", 2, 0, 1.0)))
+    assert [holds(reads("last", layer), copied) for layer in (1, 2)] == [None, True]
+    drowned = dataclasses.replace(MADE_UP, edges=(*MADE_UP.edges, Edge("suppress", "last", "question", 5, 0, 1.0)))
+    assert [holds(reads("last", layer), drowned) for layer in (4, 5)] == [True, None]
+    blind = dataclasses.replace(MADE_UP, edges=(Edge("read", "last", "image", 1, 0, 0.0),))
+    assert holds(reads("last", 5), blind) is None
 
 
 def test_a_swap_turns_the_answer_where_more_than_half_of_it_passes():

@@ -57,7 +57,7 @@ def told(name: str, method: str) -> Claims:
     planted = made(name)
     # Of 16 pairs 8 test claims, too few for as many as these methods declare.
     many = ("layer swap", "visual flow", "logit lens", "attribution", "head interchange", "zero ablation")
-    return METHODS[method](planted, planted.pairs(32 if method in many else 16, seed=1))
+    return METHODS[method](planted, planted.pairs(32 if method in many or method.startswith("probe") else 16, seed=1))
 
 
 def scores(name: str, found: Claims, kind: str = "plain", true: pd.DataFrame | None = None) -> dict[str, float]:
@@ -235,7 +235,8 @@ def test_probes_name_the_block_that_writes_the_answer_when_traces_are_blurred():
         found = told(name, "probe, 1 % noise")
         assert found.readable["last"][0] == first and found.readable["image"] == tuple(range(7))
         graded = scores(name, found)
-        assert (graded[READ_LAST], graded[READ_IMAGE]) == (1, 1) and set(graded) == {READ_LAST, READ_IMAGE}
+        assert (graded[READ_LAST], graded[READ_IMAGE], graded[grading.POWER], graded[grading.FALSE_RUN]) == (1, 1, 1, 0)
+        assert all(claim.made for claim in found.told or ()), "what is graded is what is claimed"
         assert told(name, "probe").readable["last"][0] < first
         assert scores(name, told(name, "probe"))[READ_LAST] == 0
     null = scores("null", told("null", "probe, 1 % noise"), MATCHED)

@@ -54,6 +54,6 @@ def numbers(claims: Sequence[Claim], label: str, *, strongest: bool = False) -> 
     where = f" at layer {told.about['layer']}" if len(claims) > 1 else ""
     text = f"{label} {told.tested[0]}{where}, p = {p:.2g}"
     for gate in dict.fromkeys(name for claim in claims for name in claim.lost):
-        lost = " and ".join(f"layer {claim.about['layer']}" for claim in claims if gate in claim.lost)
-        text += f"; lost at {gate}: {lost}"
+        lost = [f"layer {claim.about['layer']}" for claim in claims if gate in claim.lost and "layer" in claim.about]
+        text += f"; lost at {gate}: {' and '.join(lost)}" if lost else f"; lost at {gate}"
     return text

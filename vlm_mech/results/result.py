@@ -30,7 +30,6 @@ from vlm_mech.results.result_checks import (
 )
 from vlm_mech.results.statistics import (
     Estimate,
-    bootstrap_means,
     corrected,
     groups_with_values,
     percentile_interval,
@@ -232,38 +231,6 @@ class Result:
         p = sign_flip_p(difference, self.groups(), n_resamples=N_SIGN_FLIPS, seed=seed)
         n = int((~np.isnan(difference)).sum())
         return {"n": n, "mean": float(_mean(difference)[0]), "ci_low": low[0], "ci_high": high[0], "p": p[0]}
-
-    def crossing(
-        self, where: dict[str, Any], axis: str, threshold: float, *, rising: bool, metric: str | None = None
-    ) -> dict[str, Any]:
-        """The first value of an ordered axis at which the mean is above a threshold (below it unless `rising`).
-
-        Numbers are taken from the lowest on, whatever the order of the table, and text in its order. Returns `at` with
-        a 95 % bootstrap interval `low` to `high`; None stands for beyond the last value.
-
-        Raises:
-            UsageError: no axis or cell is so named, several are for one value of the axis, or one has no value.
-        """
-        cells = self.cells
-        self._check_named([*where, axis])
-        rows = [index for index, row in cells.iterrows() if all(row[name] == value for name, value in where.items())]
-        if not rows:
-            raise UsageError(f"no cell of {self.name} has {where}")
-        if cells.loc[rows, axis].duplicated().any():
-            free = sorted(set(self.axes) - set(where) - {axis})
-            raise UsageError(f"{where} names several cells for one {axis}; say which {' and '.join(free)}")
-        if pd.api.types.is_numeric_dtype(cells[axis]):
-            rows = cells.loc[rows, axis].sort_values(kind="stable").index.tolist()
-        values = self.matrix(self.metric(metric).name)[:, rows]
-        if np.isnan(values).all(0).any():
-            raise UsageError(f"{where} has cells without any value; their mean is neither above nor below {threshold}")
-        steps = [*cells.loc[rows, axis].tolist(), None]
-        resampled = bootstrap_means(values, self.groups(), n_resamples=N_RESAMPLES, seed=0)
-        means = np.vstack([_mean(values)[None], resampled])
-        over = means > threshold if rising else means < threshold
-        first = np.hstack([over, np.ones((len(over), 1), bool)]).argmax(1)
-        low, high = np.percentile(first[1:], [2.5, 97.5], method="nearest").astype(int)
-        return {"at": steps[first[0]], "low": steps[low], "high": steps[high]}
 
     def _check_named(self, names: Sequence[str]) -> None:
         for name in names:

@@ -142,7 +142,7 @@ class SweepConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class ClaimConfig(SweepConfig):
+class GatedConfig(RunConfig):
     """Options of experiments that make claims (see `results.claim`)."""
 
     gates: Literal["none", "quick", "all"] = "all"
@@ -152,6 +152,11 @@ class ClaimConfig(SweepConfig):
     """Models with shuffled weights, and shuffles of the answers, that --gates all compares with."""
     other_wordings: tuple[str, ...] = ()
     """Wordings in which --gates all makes claims again: by default the other --wording, then neutral ones."""
+
+
+@dataclass(frozen=True)
+class ClaimConfig(GatedConfig, SweepConfig):
+    """Options of experiments that make claims of what they sweep over."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from vlm_mech.errors import TooFewError, UsageError, WorkError, one_line_errors
 from vlm_mech.runs.command_line import parse
 from vlm_mech.runs.configuration import (
-    ClaimConfig,
     ConfigT,
+    GatedConfig,
     RunConfig,
     as_json,
     check_fixed,
@@ -190,7 +190,7 @@ def _finished(work: Workspace, config: RunConfig, outcome: Outcome, provenance: 
     from vlm_mech.results.claim import named_without_claim
 
     findings = (*outcome.result.findings, *remarks(provenance))
-    if isinstance(config, ClaimConfig):
+    if isinstance(config, GatedConfig):
         for each in named_without_claim(findings, outcome.result.claims):
             warnings.warn(f"left out, since it names a layer or a head and is no tested claim: {each!r}", stacklevel=2)
             findings = tuple(finding for finding in findings if finding != each)

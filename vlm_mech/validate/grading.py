@@ -14,7 +14,7 @@ from vlm_mech.organism.planted_recipe import Truth
 from vlm_mech.results.claim import Claim
 from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
 from vlm_mech.validate.statements import LEVEL, SHARE, Claims, LayerHead
-from vlm_mech.validate.true_claims import holds, on_dormant_path
+from vlm_mech.validate.true_claims import holds, on_dormant_path, written_from
 
 MATCHED, SHARP = "matched null", "matched null, random answers"
 NULLS = (MATCHED, SHARP)
@@ -52,7 +52,8 @@ GRADES = {
     FALSE: "any cell is significant after correction, though the answers have nothing to do with the pictures",
     TRACE: "any cell is significant in a null with true answers: there are true effects of the size of the noise",
     BEYOND: "in a model with nothing to find, an effect is significantly larger than a twentieth of a planted one",
-    CLAIMS: "in a model with nothing to find, any layer or head is said to matter; any false claim is made",
+    CLAIMS: "in a model with nothing to find, any layer or head is said to matter; any false claim is made; "
+    "of probes, with random answers: these are said to be readable somewhere",
     FALSE_RUN: "among all claims of a run on one model any is false",
     FALSE_CLAIMS: "share of the claims made that are false",
     POWER: "share of the true claims that a method could make which are made",
@@ -106,7 +107,8 @@ def _in_null(found: Claims, truth: Truth, kind: str) -> dict[str, Score]:
     trace of the picture, which is an effect. What can be read is one with true answers too, so that it has no null.
     """
     if found.readable is not None:
-        return {FALSE: _flag(found.significant, LEVEL)} if kind == SHARP else {}
+        read = any(found.readable.values())
+        return {FALSE: _flag(found.significant, LEVEL), CLAIMS: _flag(read, LEVEL)} if kind == SHARP else {}
     first = {FALSE: _flag(found.significant, LEVEL)} if kind == SHARP else {TRACE: _flag(found.significant, math.nan)}
     claims = found.claims or any(holds(claim, truth) is False for claim in made(found))
     return first | {BEYOND: _flag(found.beyond(LEAST), LEVEL), CLAIMS: _flag(claims, LEVEL)}
@@ -147,9 +149,8 @@ def _of_readable(found: Claims, truth: Truth, kind: str, n_layers: int) -> dict[
     """Whether it is read where it is: after the first block with a head that writes it there; nowhere in a null."""
     if found.readable is None:
         return {}
-    # A copy is readable too, though nothing uses it.
-    first = min(edge.layer for edge in (truth.of("carry") or truth.of("read")) + truth.of("copy")) + 1
-    told, wanted = found.readable["last"][:1], () if kind in NULLS else (first,)
+    first = written_from(truth)
+    told, wanted = found.readable["last"][:1], () if kind in NULLS or first is None else (first,)
     every = found.readable["image"] == tuple(range(n_layers + 1))
     # By chance: any of the states, or none.
     chance = 1 / (n_layers + 2)

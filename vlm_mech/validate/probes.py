@@ -5,6 +5,7 @@ A probe standardises its features, so that it reads a trace of a thousandth as w
 can be read therefore depends on how closely one looks: states are probed as they are, and seen through noise.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,14 +18,20 @@ from torch import Tensor
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.interventions.trace import read
-from vlm_mech.methods.probing.crossfit import crossfit
+from vlm_mech.methods.probing.claims import READS, about_place, does_of, pool
+from vlm_mech.methods.probing.controls import NONE, SHUFFLED, shuffled
+from vlm_mech.methods.probing.crossfit import ACCURACY, crossfit
 from vlm_mech.methods.probing.data import Features, Spot
 from vlm_mech.methods.probing.descent import ProbeRecipe
 from vlm_mech.methods.probing.splits import make_splits, numbered
+from vlm_mech.methods.probing.study import AXES, TEST
 from vlm_mech.methods.probing.training import Split
 from vlm_mech.organism.planted import Planted
-from vlm_mech.results.result import Metric, Result
-from vlm_mech.validate.statements import LEVEL, Claims, cells_of
+from vlm_mech.results.claim import Claim
+from vlm_mech.results.claiming import claimed
+from vlm_mech.results.result import Result
+from vlm_mech.validate.statements import Claims, cells_of
+from vlm_mech.validate.true_claims import depth_of
 
 SPANS = ("last", "image")
 RECIPE = ProbeRecipe(l2=(1e-2,), learning_rate=3e-2, max_epochs=20)
@@ -34,16 +41,13 @@ DRAWS = 20
 """Divisions into folds that are tried."""
 NOISE = 0.01
 """Noise through which states are seen, relative to their norm."""
-HALF = 0.5
-"""A label can be read where the probe is right in more than this share of what the commonest label leaves."""
-ACCURACY = Metric("accuracy", "share", "share of test examples whose label the probe finds most probable")
 
 
 def probes(planted: Planted, pairs: Pairs, *, noise: float = 0.0) -> Claims:
     """Linear probes for the answer on every block's input and on the last one's output.
 
-    The layer in the cells counts the blocks before the state. Both pictures of every pair are examples, held out
-    together.
+    Where it can be read is what the command claims; shuffled labels are the control. The layer in the cells counts the
+    blocks before the state. Both pictures of every pair are examples, held out together.
 
     Args:
         noise: standard deviation of what is added to the states, relative to their norm.
@@ -52,18 +56,36 @@ def probes(planted: Planted, pairs: Pairs, *, noise: float = 0.0) -> Claims:
     features = mean_states(planted, [*pairs.base, *pairs.counterfactual])
     if noise:
         features = blurred(features, noise)
-    readings = crossfit(features, numbers[None], splits, RECIPE, groups=groups.tolist())
-    told = readings.hits[:, 0, 0].astype(float)
-    baseline = (readings.majority[0, 0] == numbers).astype(float)
+    labels = np.stack([numbers, shuffled(numbers, seed=0, splits=splits)])
+    readings = crossfit(features, labels, splits, RECIPE, groups=groups.tolist())
     tables = []
-    for number, spot in enumerate(readings.spots):
-        about = {"example": [str(each) for each in range(len(numbers))], "group": groups, "place": spot.span}
-        # Within each span, spots come in the order of the blocks.
-        depth = number % (len(readings.spots) // len(SPANS))
-        values = {"layer": depth, "accuracy": told[number], "accuracy_baseline": baseline}
-        tables.append(pd.DataFrame(about | values))
-    cells = cells_of(Result("probes", pd.concat(tables, ignore_index=True), ("place", "layer"), (ACCURACY,)))
-    return Claims(cells, readable=_readable(cells, baseline.mean()))
+    for variant, control in enumerate((NONE, SHUFFLED)):
+        majority = (readings.majority[variant, 0] == labels[variant]).astype(float)
+        for number, spot in enumerate(readings.spots):
+            about = {"example": [str(each) for each in range(len(numbers))], "group": groups}
+            about |= {"model": planted.vlm.name, "probe": RECIPE.name, "control": control, "read_on": TEST}
+            values = {"accuracy": readings.hits[number, variant, 0].astype(float), "accuracy_baseline": majority}
+            tables.append(pd.DataFrame(about | {"span": spot.span, "place": str(spot.site)} | values))
+    result = Result("probes", pd.concat(tables, ignore_index=True), AXES, (ACCURACY,))
+    possible = pool(result)
+    told = claimed(possible, result)
+    return Claims(_cells(result), readable=readable(told), told=told, possible=possible)
+
+
+def _cells(result: Result) -> pd.DataFrame:
+    """The cells of the probe itself, by span and the number of blocks before."""
+    table = result.table[result.table["control"] == NONE]
+    table = table.assign(layer=table["place"].map(lambda place: depth_of(about_place(place))))
+    table = table.drop(columns="place").rename(columns={"span": "place"}).reset_index(drop=True)
+    return cells_of(Result("probes", table, ("place", "layer"), (ACCURACY,)))
+
+
+def readable(told: Sequence[Claim]) -> dict[str, tuple[int, ...]]:
+    """The numbers of blocks after which the label is claimed to be readable at each span."""
+    some = [claim for claim in told if claim.made and does_of(claim) == READS]
+    return {
+        span: tuple(sorted(depth_of(claim.about) for claim in some if claim.about["span"] == span)) for span in SPANS
+    }
 
 
 def dealt(
@@ -84,12 +106,6 @@ def dealt(
         rarest = min(sorted(set(labels)), key=labels.count)
         kept = tuple(pair for pair in pairs if rarest not in (pair.answer, pair.counterfactual_answer))
         pairs = replace(pairs, pairs=kept)
-
-
-def _readable(cells: pd.DataFrame, baseline: float) -> dict[str, tuple[int, ...]]:
-    """The numbers of blocks after which the label can be read at each span."""
-    enough = cells[(cells["p"] < LEVEL) & (cells["effect"] > HALF * (1 - baseline))]
-    return {span: tuple(sorted(int(each) for each in enough[enough["place"] == span]["layer"])) for span in SPANS}
 
 
 def mean_states(planted: Planted, prompts: list) -> Features:

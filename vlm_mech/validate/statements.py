@@ -23,9 +23,9 @@ class Claims:
     `cells` has a row for every cell that the method measured: `place` (a span, or an edge), `layer`, `head` (`WHOLE`
     where all heads are meant), `effect` (mean change in logits) with its 95 % interval `low` to `high`, and `p`,
     corrected over all cells. `strengths` ranks heads: how strong each one is, whichever place it was measured at.
-    `readable` has, for each span, the numbers of blocks after which the answer can be read there. That says nothing
-    of its being used, so it is no claim. Of methods that make claims, `told` are those declared and `possible`
-    all that could have been.
+    `readable` has, for each span, the numbers of blocks after which the answer can be read there, which says nothing
+    of its being used. Of methods that make claims, `told` are those declared and `possible` all that could
+    have been.
     """
 
     cells: pd.DataFrame

@@ -1,10 +1,14 @@
 """Which claims about a planted model are true: what was planted says so of single layers, heads and spans."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from vlm_mech.methods.attribution.claims import LOWERS, RAISES
 from vlm_mech.methods.knockout.claims import HOLDS_BACK, NEEDED
 from vlm_mech.methods.layer_swap.claims import MOVES, NO_LONGER, NOT_YET, TURNS
 from vlm_mech.methods.lens import claims as lens
 from vlm_mech.methods.lens.study import GIVEN
+from vlm_mech.methods.probing.claims import READS, does_of
 from vlm_mech.methods.visual_flow import claims as flow
 from vlm_mech.methods.visual_flow.data import LAST, WHOLE
 from vlm_mech.organism.planted_recipe import Edge, Role, Truth, recovered
@@ -22,11 +26,15 @@ def holds(claim: Claim, truth: Truth) -> bool | None:
     one, in that head; cuts of what brings a prior in go either way, as answers fall. A swap turns the answer where more
     than half of what the reading heads pass on is not yet read (image), was written before (last), or is between
     (question): `planted_recipe.recovered`, which knows nothing of dormant paths. A layer reads, writes, carries or
-    suppresses where a head, or units, are planted that do. Where the rival leads, and what a probe finds, is not
-    planted. Changing a head's output lowers the answer's lead where it reads or carries and writes there; what those do
-    that bring a prior in is not planted. The lead in the lens rises across the layers that write the answer, and falls
-    over the prior's across those that bring it in; what these do to the lead over another answer is not planted.
+    suppresses where a head, or units, are planted that do. Where the rival leads, and what the probe of a map finds, is
+    not planted. Changing a head's output lowers the answer's lead where it reads or carries and writes there; what
+    those do that bring a prior in is not planted. The lead in the lens rises across the layers that write the answer,
+    and falls over the prior's across those that bring it in; what these do to the lead over another answer is not
+    planted. A probe can read the answer in the image, and at the last position after the first layer that writes there;
+    traces that it may read before are not planted.
     """
+    if "probe" in claim.about:
+        return _of_probe(claim, truth)
     if "rival" in claim.about:
         return _of_lens(claim, truth)
     if claim.kind in (LOWERS, RAISES, EXCHANGED, ZEROED):
@@ -40,12 +48,39 @@ def holds(claim: Claim, truth: Truth) -> bool | None:
     return _of_flow(claim, truth)
 
 
+def _of_probe(claim: Claim, truth: Truth) -> bool | None:
+    """Whether the answer is planted where a probe is claimed to read it, or not to; None where it need not be.
+
+    Behind what suppresses it, it may be drowned.
+    """
+    written, depth, span = written_from(truth), depth_of(claim.about), claim.about["span"]
+    drowned = min((each + 1 for each in _suppressing(truth)), default=depth + 1)
+    planted = span == "image" or (span == LAST and written is not None and written <= depth < drowned)
+    return does_of(claim) == READS if planted else None
+
+
+def _suppressing(truth: Truth) -> set[int]:
+    """The layers that bring a prior in."""
+    return {each.layer for each in (*truth.of("suppress"), *truth.units) if each.role == "suppress"}
+
+
+def written_from(truth: Truth) -> int | None:
+    """The number of blocks after which the answer is first planted at the last position; None where nothing writes."""
+    # A copy is readable too, though nothing uses it.
+    edges = [*(truth.of("carry") or truth.of("read")), *truth.of("copy")]
+    return min((edge.layer + 1 for edge in edges if edge.weight), default=None)
+
+
+def depth_of(about: Mapping[str, Any]) -> int:
+    """The number of blocks before the states that a claim of a probe is about."""
+    return about["layer"] + (about["point"] == "resid_post")
+
+
 def _of_flow(claim: Claim, truth: Truth) -> bool | None:
     if claim.kind == flow.TURNS:
         return _of_swap(claim, truth, TURNS)
     if claim.kind in (flow.SUPPRESS, flow.PUSH):
-        planted = {each.layer for each in (*truth.of("suppress"), *truth.units) if each.role == "suppress"}
-        return claim.about["layer"] in planted
+        return claim.about["layer"] in _suppressing(truth)
     if claim.kind == flow.READ_NEEDED:
         return any(_is_at(edge, claim) for edge in truth.of("read") if edge.weight)
     roles: dict[str, tuple[Role, ...]] = {flow.READ: ("read",), flow.CARRY: ("carry",)}

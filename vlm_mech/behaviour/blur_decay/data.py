@@ -7,6 +7,7 @@ the image before the blur, and how answers are compared were not found and are o
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,38 @@ def with_images(pairs: Pairs, level: str, scale: Scale = AS_USUAL) -> Pairs:
         for pair in pairs
     ]
     return dataclasses.replace(pairs, pairs=tuple(changed))
+
+
+@dataclass(eq=False)
+class KeptImages:
+    """Pairs brought to levels as `with_images` does it, each pair once at each level as long as there is room.
+
+    Pairs are told apart by their ids; those asked about again may have other answers, but must have the same pictures.
+    """
+
+    scale: Scale = AS_USUAL
+    room: int = 2**28
+    """Bytes of pixels that are kept at most."""
+    kept: dict[tuple[str, str], Pair] = field(default_factory=dict)
+
+    def __call__(self, pairs: Pairs, level: str) -> Pairs:
+        """The pairs at a level."""
+        shown = []
+        for pair in pairs:
+            at = self.kept.get((level, pair.id))
+            if at is None:
+                (at,) = with_images(dataclasses.replace(pairs, pairs=(pair,)), level, self.scale)
+                taken = sum(3 * each.width * each.height for each in map(load_image, _both(at)))
+                if taken <= self.room:
+                    self.room -= taken
+                    self.kept[level, pair.id] = at
+            pictures = {"image": at.image, "counterfactual_image": at.counterfactual_image}
+            shown.append(dataclasses.replace(pair, **pictures))
+        return dataclasses.replace(pairs, pairs=tuple(shown))
+
+
+def _both(pair: Pair) -> tuple[ImageLike, ...]:
+    return (*pair.images, *pair.counterfactual_images)
 
 
 def asked_at(pairs: Pairs, level: str, scale: Scale = AS_USUAL) -> list[Prompt]:

@@ -5,10 +5,15 @@ from collections.abc import Sequence
 import pandas as pd
 
 from vlm_mech.behaviour.blur_decay.blur import level_name
+from vlm_mech.behaviour.blur_decay.claims import SPANS, swaps_of
 from vlm_mech.behaviour.blur_decay.probes import CONTROLS, DECODED, PROBES
-from vlm_mech.behaviour.blur_decay.study import COUNTERFACTUAL, FLOORS, OWN, SWAPS, WHOLE
+from vlm_mech.behaviour.blur_decay.study import COUNTERFACTUAL, FLOORS, OWN, WHOLE
 from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pairs import Pairs
+from vlm_mech.methods.layer_swap.claims import words_of
+from vlm_mech.methods.layer_swap.findings import what_it_does
+from vlm_mech.methods.layer_swap.study import LOGIT_DIFF
+from vlm_mech.results.claim import sentences
 from vlm_mech.results.result import Result, told_share
 
 
@@ -31,7 +36,7 @@ def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, 
         )
     if pairs.made == "none":
         found.append("items have no counterfactual picture, and no states were swapped (--counterfactual makes one).")
-    return (*found, *_reading(result), *_decoded(result))
+    return (*found, *reading(result), *_decoded(result))
 
 
 def _unchanged(
@@ -62,27 +67,27 @@ def _unchanged(
     return tuple(found)
 
 
-def _reading(result: Result) -> tuple[str, ...]:
-    """From which layer on the last token holds the answer, and until which the image does, at each level."""
-    found = []
-    table = pd.DataFrame(result.table[result.table["view"].isin(list(SWAPS.values()))])
-    for level in table["level"].drop_duplicates():
-        held = table[(table["level"] == level) & table["recovered"].notna()]
+def reading(result: Result) -> tuple[str, ...]:
+    """At which layers a swap of the image, or of the last token, turns the answer, at each level: what is claimed."""
+    swaps = swaps_of(result)
+    if swaps is None:
+        return ()
+    found, made = [sentences(result.claims)[0]], [claim for claim in result.claims if claim.made]
+    layers = swaps.table["layer"].unique().tolist()
+    for level in swaps.table["level"].drop_duplicates():
+        held = swaps.table[(swaps.table["level"] == level) & swaps.table["recovered"].notna()]
         n = len(set(held["example"]))
         if n < 2:
-            found.append(
-                f"at {level_name(level)} the two pictures of {n} pair(s) are told apart; nothing is said of layers."
-            )
-            continue
-        ends = []
-        for view, rising in ((SWAPS["image"], False), (SWAPS["last"], True)):
-            at = result.crossing({"view": view, "level": level}, "layer", 0.5, rising=rising, metric="recovered")
-            ends.append(" to ".join("none" if at[end] is None else str(at[end]) for end in ("low", "high")))
-            ends[-1] = f"{'none' if at['at'] is None else at['at']} ({ends[-1]})"
-        found.append(
-            f"at {level_name(level)} (n = {n}): a swap of the image no longer turns the answer from layer {ends[0]} "
-            f"on, one of the last token does from layer {ends[1]} on."
-        )
+            found.append(f"at {level_name(level)} the two pictures of {n} pair(s) are told apart.")
+        told, silent = [], []
+        for span in SPANS.values():
+            some = [claim for claim in made if (claim.about["level"], claim.about["span"]) == (level, span)]
+            if some:
+                told.append(f"swapping {words_of(span)} {what_it_does(some, layers, LOGIT_DIFF.name)}")
+            else:
+                silent.append(words_of(span))
+        told += [f"of a swap of {', or of '.join(silent)} nothing is claimed"] if silent else []
+        found.append(f"at {level_name(level)} (n = {n}): {'; '.join(told)}.")
     return tuple(found)
 
 
@@ -97,7 +102,9 @@ def _decoded(result: Result) -> tuple[str, ...]:
         rows = held[held["level"] == level]
         ends = {view: rows[rows["view"] == view].sort_values("layer").iloc[[0, -1]] for view in PROBES.values()}
         told = "; ".join(
-            f"{view} after block {row['layer']} {_told(row)}" for view, two in ends.items() for _, row in two.iterrows()
+            f"{view} after the {end} block: {_told(row)}"
+            for view, two in ends.items()
+            for end, (_, row) in zip(("first", "last"), two.iterrows(), strict=True)
         )
         worst = rows[rows["view"].isin(list(CONTROLS.values()))]["mean"].max()
         found.append(

@@ -1,7 +1,7 @@
 """What blurring does to answers, and to where they are read, as the rows of a table."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import Reading, letters_of, read_answer
 from vlm_mech.inputs.image import ImageLike
 from vlm_mech.interventions.trace import generate
-from vlm_mech.methods.layer_swap.study import RECOVERED, swap_states
+from vlm_mech.methods.layer_swap.study import LOGIT_DIFF, RECOVERED, swap_states
 from vlm_mech.results.result import Metric
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ FLOORS = {OWN: STRANGER, COUNTERFACTUAL: STRANGE_COUNTERFACTUAL}
 OF_ITEMS = {OWN: STRANGER}
 """The same of single items: what is true of their counterfactual pictures is not known."""
 SWAPS = {"image": "swap of image", "last": "swap of last"}
+SWAP_METRICS = (RECOVERED.name, LOGIT_DIFF.name)
 WHOLE = -1
 """Layer of what is asked of the whole model."""
 SAME = Metric(
@@ -44,7 +45,7 @@ CORRECT = Metric("correct", "share", "share of right answers", against="clear pi
 CORRECT_UNCHANGED = Metric(
     "correct_unchanged", "share", "share of right answers among those unchanged so far", against="clear picture"
 )
-METRICS = (UNCHANGED, SAME, CORRECT, CORRECT_UNCHANGED, RECOVERED, DECODED)
+METRICS = (UNCHANGED, SAME, CORRECT, CORRECT_UNCHANGED, RECOVERED, LOGIT_DIFF, DECODED)
 
 
 def decay(
@@ -113,8 +114,29 @@ def decay(
 def _swapped(vlm: "VLM", pairs: Pairs, memory: int | str | None) -> pd.DataFrame:
     sites = [Site("llm.resid_post", layer) for layer in vlm.llm_layers]
     table, _ = swap_states(vlm, pairs, sites, tuple(SWAPS), directions=("noising",), only_correct=False, memory=memory)
-    kept = table[["example", "layer", "recovered", "recovered_baseline", "skipped"]]
-    return kept.assign(view=table["span"].map(SWAPS))
+    kept = ["example", "layer", *(f"{name}{end}" for name in SWAP_METRICS for end in ("", "_baseline")), "skipped"]
+    return table[kept].assign(view=table["span"].map(SWAPS))
+
+
+def swapped_at(
+    vlm: "VLM",
+    pairs: Pairs,
+    levels: Sequence[str],
+    shown: Callable[[Pairs, str], Pairs] = with_images,
+    *,
+    memory: int | str | None = None,
+) -> pd.DataFrame:
+    """The rows of `decay` that are about swaps, alone.
+
+    Args:
+        levels: those at which states of one picture of each pair are swapped into the run on the other.
+        shown: brings pairs to a level.
+        memory: bytes that it may take beyond the model, such as "2GiB".
+    """
+    each = [_swapped(vlm, shown(pairs, level), memory).assign(level=level) for level in levels]
+    groups = {pair.id: pair.group or pair.id for pair in pairs}
+    table = pd.concat(each, ignore_index=True)
+    return table.assign(group=table["example"].map(groups))
 
 
 def answers_at(

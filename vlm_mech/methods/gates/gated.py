@@ -32,7 +32,7 @@ Measured = Callable[["VLM", "Pairs"], pd.DataFrame]
 
 @runtime_checkable
 class Asked(Protocol):
-    """How claims are tested, as a `ClaimConfig` says it that has a `batch`."""
+    """How claims are tested, as a `GatedConfig` says it that has a `batch`."""
 
     @property
     def gates(self) -> Literal["none", "quick", "all"]:
@@ -57,7 +57,7 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How claims are tested where no command line says it (see `ClaimConfig`)."""
+    """How claims are tested where no command line says it (see `GatedConfig`)."""
 
     gates: Literal["none", "quick", "all"]
     null: int
@@ -131,20 +131,18 @@ def through_gates(
     if config.gates == "all":
         asked = (result, pool, measured)
         for kind in (TWIN, SHUFFLED) if config.null else ():
-            made = _or_untried(
-                made, kind, lambda made, kind=kind: _null(config, made, kind, vlm, some, *asked, **again)
-            )
-        made = _or_untried(made, WORDINGS, lambda made: _reworded(config, made, vlm, pairs, *asked, **again))
+            made = or_untried(made, kind, lambda made, kind=kind: _null(config, made, kind, vlm, some, *asked, **again))
+        made = or_untried(made, WORDINGS, lambda made: _reworded(config, made, vlm, pairs, *asked, **again))
         if edit_of is not None:
-            made = _or_untried(made, MANIFOLD, lambda made: on_manifold(made, vlm, some, edit_of, **how))
+            made = or_untried(made, MANIFOLD, lambda made: on_manifold(made, vlm, some, edit_of, **how))
         if removed_of is not None:
-            made = _or_untried(
+            made = or_untried(
                 made, OTHER_WAYS, lambda made: in_other_ways(made, possible, vlm, some, removed_of, **how)
             )
     return (*made, *(claim for claim in found if not claim.made))
 
 
-def _or_untried(
+def or_untried(
     made: tuple[Claim, ...], name: str, gate: Callable[[tuple[Claim, ...]], tuple[Claim, ...]]
 ) -> tuple[Claim, ...]:
     """The claims behind a gate; where it cannot be tried that is said, and what was measured is not lost for it."""

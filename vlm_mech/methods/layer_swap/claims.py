@@ -63,6 +63,11 @@ def kind_of(span: str, kind: str) -> str:
     return f"{span} {kind}"
 
 
+def does_of(claim: Claim) -> str:
+    """What a claim says that a swap does: one of `DOES`."""
+    return next(does for does in DOES if claim.kind.endswith(f" {does}"))
+
+
 def words_of(span: str, donor: str = COUNTERFACTUAL) -> str:
     """What is swapped, in words, and for whose states where these are of no counterfactual."""
     words = WORDS.get(span, f"the tokens of {span}")

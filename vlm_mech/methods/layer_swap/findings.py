@@ -7,7 +7,7 @@ import pandas as pd
 from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import TooFewError
-from vlm_mech.methods.layer_swap.claims import DOES, MOVES, RECOVERED, TURNS, claimable, kind_of, words_of
+from vlm_mech.methods.layer_swap.claims import DOES, MOVES, RECOVERED, TURNS, claimable, does_of, words_of
 from vlm_mech.methods.layer_swap.controls import COUNTERFACTUAL, DONOR, OTHER, SAME, WRONG_DONOR
 from vlm_mech.methods.layer_swap.study import NOTHING_BEFORE, WRONG, WRONG_ALONE
 from vlm_mech.results.claim import Claim, sentences
@@ -118,16 +118,25 @@ def _sentence(result: Result, claims: Sequence[Claim], words: str) -> str:
         claims: made claims of one direction, span and donor.
         words: what is swapped.
     """
-    direction, span = claims[0].about["direction"], claims[0].about["span"]
-    by_kind = {kind: [claim for claim in claims if claim.kind == kind_of(span, kind)] for kind in DOES}
+    does = what_it_does(claims, result.table["layer"].unique().tolist(), result.metrics[1].name)
+    return f"{claims[0].about['direction']}: swapping {words} {does}."
+
+
+def what_it_does(claims: Sequence[Claim], layers: Sequence[int], moved: str) -> str:
+    """Where swaps turn the answer and where they do not, as verbs with numbers, from claims about one span.
+
+    Args:
+        layers: all at which there is a swap.
+        moved: the name of what is told where a swap moves the answer without turning it.
+    """
+    by_kind = {does: [claim for claim in claims if does_of(claim) == does] for does in DOES}
     if by_kind[TURNS]:
         # What turns the answer moves it.
         by_kind[MOVES] = []
-    every = sorted(result.table["layer"].unique().tolist())
-    texts = []
-    for kind, some in by_kind.items():
+    every, texts = sorted(layers), []
+    for does, some in by_kind.items():
         if some:
             at = placed(runs([claim.about["layer"] for claim in some], every), first=every[0], last=every[-1])
-            label = f"{result.metrics[1].name} by" if kind == MOVES else RECOVERED
-            texts.append(f"{DOES[kind]} {at} ({numbers(some, label, strongest=kind == MOVES)})")
-    return f"{direction}: swapping {words} {'; it '.join(texts)}."
+            label = f"{moved} by" if does == MOVES else RECOVERED
+            texts.append(f"{DOES[does]} {at} ({numbers(some, label, strongest=does == MOVES)})")
+    return "; it ".join(texts)

@@ -14,6 +14,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.methods.probing.data import OBJECT, Examples, Features, Spot, read_states
+from vlm_mech.methods.probing.training import Split
 from vlm_mech.models.vlm import VLM
 
 NONE, SHUFFLED, TASK, NO_IMAGE, RANDOM = "none", "shuffled", "control task", "no image", "random weights"
@@ -22,9 +23,24 @@ TEXT_SPANS = ("all", "system", "question", "answer_prompt", "last")
 """Spans of the decoder that a prompt without an image has too."""
 
 
-def shuffled(labels: Int[np.ndarray, "example"], *, seed: int) -> Int[np.ndarray, "example"]:
-    """The labels dealt out anew over the examples: what overfitting and the share of the classes can give."""
-    return np.random.default_rng(seed).permutation(labels)
+DRAWS = 100
+"""Orders of the labels that are tried."""
+
+
+def shuffled(
+    labels: Int[np.ndarray, "example"], *, seed: int, splits: Sequence[Split] = ()
+) -> Int[np.ndarray, "example"]:
+    """The labels dealt out anew over the examples: what overfitting and the share of the classes can give.
+
+    Args:
+        splits: the labels are dealt again where a training part of these would lack one that is rare.
+    """
+    rng, n_labels = np.random.default_rng(seed), len(np.unique(labels))
+    for _ in range(DRAWS):
+        dealt = rng.permutation(labels)
+        if all(len(np.unique(dealt[split.train])) == n_labels for split in splits):
+            break
+    return dealt
 
 
 def control_task(labels: Int[np.ndarray, "example"], types: Sequence[str], *, seed: int) -> Int[np.ndarray, "example"]:

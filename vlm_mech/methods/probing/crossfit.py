@@ -7,7 +7,7 @@ controls. All probes are trained at once by `training.train`; scikit-learn is th
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,13 @@ class Readings:
     def hits(self) -> Bool[np.ndarray, "spot variant repeat example"]:
         """Whether the true class is more probable than every other one; a tie is a miss."""
         return is_first(self.tested, self.labels[None, :, None])
+
+    def of(self, variant: int) -> "Readings":
+        """The readings of one label set alone, without those of another data set; `fits` are still those of all."""
+        one = [variant]
+        return replace(
+            self, labels=self.labels[one], tested=self.tested[:, one], majority=self.majority[one], elsewhere=None
+        )
 
 
 def is_first(

@@ -2,9 +2,9 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -14,6 +14,7 @@ from vlm_mech.data.nouns import nouns_in
 from vlm_mech.data.pairs import Pairs, check_pairs, linked
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
+from vlm_mech.methods.gates.gated import Asked, Options
 from vlm_mech.methods.probing.crossfit import metrics_of
 from vlm_mech.methods.probing.data import (
     conflicts_of,
@@ -26,6 +27,7 @@ from vlm_mech.methods.probing.data import (
 )
 from vlm_mech.methods.probing.descent import LINEAR, ProbeRecipe, small_mlp
 from vlm_mech.methods.probing.findings import findings
+from vlm_mech.methods.probing.gating import Probed, gated
 from vlm_mech.methods.probing.study import AXES, ELSEWHERE, Design, completed, study
 from vlm_mech.results.result import Result
 from vlm_mech.runs.provenance import remarks
@@ -55,6 +57,8 @@ def probe(
     seed: int = 0,
     batch: int = 32,
     device: str = "cpu",
+    gates: Literal["none", "quick", "all"] = "quick",
+    null: int = 5,
 ) -> Result:
     """What can be read at every layer of tower, projector and decoder: probes cross-fitted on the pairs' answers.
 
@@ -74,15 +78,20 @@ def probe(
         grouping: what never stands on both sides of a split: `scene`, `template`, or `both`.
         n_folds: parts into which the examples are cut, at least 3; in turn one is for testing, the next for stopping.
         n_seeds: times that the folds are drawn and the probes fitted anew.
-        seed: of the first of these, and of controls.
+        seed: of the first of these, and of controls; parts the examples in halves, and draws what is random in gates.
         batch: prompts a forward pass.
         device: where the probes are fitted.
+        gates: ways in which claims could be lost: "none" but the half of the examples that did not choose them;
+            "quick": resamples of the examples too; "all", as the command has it by default: probes of models with
+            shuffled weights, and of shuffled labels.
+        null: models with shuffled weights, and shuffles of the labels, that "all" compares with.
 
     Returns:
         A row per example and cell of model, probe, control, data set, span and place; `probe_figures` draws it.
+        `claims` says where the answer can be read and where it cannot, with all numbers, `findings` the same in words.
 
     Raises:
-        UsageError: a span, probe or control that is not known, or too few examples for the folds.
+        UsageError: a span, probe, control or gates that are not known, or too few examples for the folds.
     """
     check_decoder(vlm, "probe")
     check_gradients("probe")
@@ -93,15 +102,33 @@ def probe(
     examples, conflicts = examples_of(vlm, data[0]), None if conflict is None else conflicts_of(vlm, data[1])
     spots = spots_of(probe_sites(vlm, every=every), spread(vlm, listed(spans), examples))
     recipes = tuple(map(recipe_of, listed(probes)))
+    asked = Options(gates, null, seed, batch)
     design = Design(spots, recipes, listed(controls), grouping, n_folds, n_seeds, seed, batch, device=device)
     with tempfile.TemporaryDirectory() as folder:
         steps = [study(vlm, examples, conflicts, design, step, folder=Path(folder)) for step in design.steps]
-    notes = [note for _, note in steps]
-    table = completed(pd.concat([table for table, _ in steps], ignore_index=True))
-    provenance = {"model": [vlm.identity()], **data_provenance(data), "steps": notes}
-    provenance["question"] = nouns_in(provenance).put(QUESTION)
-    result = Result("probes", table, AXES, metrics_of(table), {}, provenance, elsewhere=ELSEWHERE)
-    return dataclasses.replace(result, findings=(*findings(result, notes), *remarks(provenance)))
+        provenance = {"model": [vlm.identity()], **data_provenance(data), "steps": [note for _, note in steps]}
+        table = pd.concat([table for table, _ in steps], ignore_index=True)
+        result = told(probe_result(table, provenance, asked, [Probed(vlm, examples, design, Path(folder))]))
+    return dataclasses.replace(result, findings=(*result.findings, *remarks(provenance)))
+
+
+def probe_result(table: pd.DataFrame, provenance: dict[str, Any], asked: Asked, models: Iterable[Probed]) -> Result:
+    """The rows of `study` as a result, with what is claimed of it.
+
+    Args:
+        table: the rows of all models and steps.
+        provenance: what is known of models and data, with the notes of all steps; the question is added.
+        asked: how claims are tested.
+        models: those that were probed, in the order of the rows.
+    """
+    about = provenance | {"question": nouns_in(provenance).put(QUESTION)}
+    result = Result("probes", completed(table), AXES, metrics_of(table), {}, about, elsewhere=ELSEWHERE)
+    return dataclasses.replace(result, claims=gated(asked, result, models))
+
+
+def told(result: Result) -> Result:
+    """The result with what it says."""
+    return dataclasses.replace(result, findings=findings(result, result.provenance["steps"]))
 
 
 def recipe_of(name: str | ProbeRecipe, *, hidden: Sequence[int] = (64, 32)) -> ProbeRecipe:

@@ -33,6 +33,7 @@ from vlm_mech.methods.probing.descent import ProbeRecipe
 from vlm_mech.methods.probing.description_length import online_code
 from vlm_mech.methods.probing.patch_map import patch_map
 from vlm_mech.methods.probing.splits import check_answers, grouped, make_splits, numbered
+from vlm_mech.methods.probing.training import Split
 from vlm_mech.results.result import Result
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def study(
     groups = grouped(examples, grouping)
     splits = make_splits(labels, groups, n_folds=design.n_folds, n_seeds=design.n_seeds, seed=design.seed)
     check_answers(labels, classes, splits)
-    wanted = _labels(step, labels, examples, design.seed)
+    wanted = _labels(step, labels, examples, splits, design.seed)
     elsewhere = None
     if step == NONE and conflicts is not None:
         _check_known(conflicts, classes)
@@ -114,6 +115,31 @@ def study(
     return pd.concat(tables, ignore_index=True), notes
 
 
+def null_rows(
+    vlm: "VLM", examples: Examples, design: Design, *, folder: Path, seeds: Sequence[int] | None = None
+) -> list[pd.DataFrame]:
+    """The rows of the probe itself, without notes, where there is nothing to be read.
+
+    Args:
+        vlm: the model; a random twin where labels are not shuffled.
+        folder: where its states are, or go.
+        seeds: each shuffles the labels for a table of its own; by default one table of the real ones.
+    """
+    classes, labels = numbered(examples.labels)
+    features, _ = _features(vlm, examples, design, NONE, folder)
+    groups = grouped(examples, design.grouping)
+    splits = make_splits(labels, groups, n_folds=design.n_folds, n_seeds=design.n_seeds, seed=design.seed)
+    dealt = [labels] if seeds is None else [shuffled(labels, seed=seed, splits=splits) for seed in seeds]
+    options = {"groups": groups.tolist(), "memory": design.memory, "device": design.device}
+    tables: list[list[pd.DataFrame]] = [[] for _ in dealt]
+    for recipe in design.recipes:
+        found = crossfit(features, np.stack(dealt), splits, recipe, classes=classes, **options)
+        where = {"model": vlm.name, "probe": recipe.name, "control": NONE}
+        for number, rows in enumerate(tables):
+            rows.append(_test_rows(found.of(number), examples, classes, where))
+    return [pd.concat(rows, ignore_index=True) for rows in tables]
+
+
 def _features(
     vlm: "VLM", examples: Examples, design: Design, step: str, folder: Path
 ) -> tuple[Features, dict[str, str]]:
@@ -125,9 +151,11 @@ def _features(
     return read_states(vlm, examples.prompts, examples.objects, design.spots, **options), {}
 
 
-def _labels(step: str, labels: Int[np.ndarray, "example"], examples: Examples, seed: int) -> np.ndarray:
+def _labels(
+    step: str, labels: Int[np.ndarray, "example"], examples: Examples, splits: Sequence[Split], seed: int
+) -> np.ndarray:
     if step == SHUFFLED:
-        return shuffled(labels, seed=seed)
+        return shuffled(labels, seed=seed, splits=splits)
     return control_task(labels, examples.templates, seed=seed) if step == TASK else labels
 
 
