@@ -20,6 +20,7 @@ from vlm_mech.results.claim import named_without_claim
 from vlm_mech.results.claiming import claimed, halves
 from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
 from vlm_mech.results.result import Result
+from vlm_mech.results.rewording import WORDINGS
 
 OPTIONS = Options("none", 0, 0, 8)
 CURVES = {
@@ -51,7 +52,7 @@ def swaps(result):
     return found
 
 
-def tested_half(result):
+def half_that_tests(result):
     parts = halves(result)
     assert parts is not None
     return parts[1].table
@@ -82,7 +83,7 @@ def test_every_level_is_asked_what_a_layer_swap_is():
 def test_numbers_are_those_of_the_other_half_of_the_swaps_alone():
     own = swaps(made())
     assert set(own.table["view"]) == set(study.SWAPS.values()) and own.metrics == (RECOVERED, LOGIT_DIFF)
-    other = tested_half(own)
+    other = half_that_tests(own)
     found = claimed(pool(own, layers=range(3)), own)
     turns = next(
         claim for claim in found if claim.says == "at kernel 1, swapping the image tokens at layer 1 turns the answer"
@@ -158,7 +159,7 @@ def test_swaps_meet_nulls_at_every_level(vlm, monkeypatch):
     monkeypatch.setattr(claims, "swapped_at", measured)
     found = with_claims(result, Options("all", 1, 0, 32), vlm, pairs, ("1", "61"), Scale(64))
     made_ = [claim for claim in found.claims if claim.made]
-    assert made_ and all([gate.name for gate in claim.gates] == [STABLE, TWIN, SHUFFLED] for claim in made_)
+    assert made_ and all([gate.name for gate in claim.gates] == [STABLE, TWIN, SHUFFLED, WORDINGS] for claim in made_)
     assert [levels for _, levels, _ in asked] == [("1", "61")] * 2
     assert all(set(claim.lost) >= {TWIN, SHUFFLED} for claim in made_ if does_of(claim) == TURNS)
     plain = with_claims(result, OPTIONS, vlm, pairs, ("1", "61"), Scale(64))

@@ -119,7 +119,7 @@ def test_a_probe_can_read_what_is_planted_and_of_traces_nothing_is_known():
     assert holds(reads("image", 0, CANNOT), MADE_UP) is False
     assert [holds(reads("last", layer), MADE_UP) for layer in (0, 3, 4, 5)] == [None, None, True, True]
     assert [holds(reads("last", layer, CANNOT), MADE_UP) for layer in (3, 4)] == [None, False]
-    copied = dataclasses.replace(MADE_UP, edges=(*MADE_UP.edges, Edge("copy", "last", "image", 2, 0, 1.0)))
+    copied = dataclasses.replace(MADE_UP, edges=(*MADE_UP.edges, Edge("copy", "last", "image", 2, 0, 0.0)))
     assert [holds(reads("last", layer), copied) for layer in (1, 2)] == [None, True]
     drowned = dataclasses.replace(MADE_UP, edges=(*MADE_UP.edges, Edge("suppress", "last", "question", 5, 0, 1.0)))
     assert [holds(reads("last", layer), drowned) for layer in (4, 5)] == [True, None]

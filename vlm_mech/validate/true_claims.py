@@ -66,9 +66,9 @@ def _suppressing(truth: Truth) -> set[int]:
 
 def written_from(truth: Truth) -> int | None:
     """The number of blocks after which the answer is first planted at the last position; None where nothing writes."""
+    writers = [edge for edge in truth.of("carry") or truth.of("read") if edge.weight]
     # A copy is readable too, though nothing uses it.
-    edges = [*(truth.of("carry") or truth.of("read")), *truth.of("copy")]
-    return min((edge.layer + 1 for edge in edges if edge.weight), default=None)
+    return min((edge.layer + 1 for edge in (*writers, *truth.of("copy"))), default=None)
 
 
 def depth_of(about: Mapping[str, Any]) -> int:

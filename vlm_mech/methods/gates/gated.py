@@ -204,5 +204,7 @@ def _reworded(
     columns = [metric.name for metric in result.metrics]
     held = set(result.table.loc[result.table[columns].notna().any(axis=1), "example"])
     some = dataclasses.replace(pairs, pairs=tuple(pair for pair in pairs if pair.id in held)[:N_EXAMPLES])
+    if not some:
+        raise UsageError("the result has a value of none of the pairs")
     given: tuple[str, ...] = getattr(config, "other_wordings", ())
     return in_other_wordings(made, pool(result), vlm, some, result, pool, measured, given=given, batch=batch)
