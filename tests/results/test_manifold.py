@@ -56,6 +56,32 @@ def test_what_leaves_the_plane_is_strange_and_what_stays_is_not():
     assert np.abs(known.projected(out, np.arange(30))[:, 5]).max() < 0.2, "brought back to the plane"
 
 
+def test_a_mean_difference_that_wakes_a_silent_unit_is_flagged_and_what_needs_the_unit_is_gone():
+    """States of one answer lie on one axis, those of the other on another; a unit is silent on both.
+
+    Moved by the difference of the means, states of the first come to lie beside the second axis, as far from it as they
+    lay from their own mean: half of them wake the unit. Put among natural states, what they say of the second axis is
+    left, and the unit sleeps.
+    """
+    rng = np.random.default_rng(0)
+    sizes, noise = rng.uniform(1, 2, (2, 40)), 0.02 * rng.normal(size=(80, 8))
+    states = np.zeros((80, 8))
+    states[:40, 0], states[40:, 1] = sizes
+    states += noise
+    one, other = states[:40], states[40:]
+    unit = lambda given: np.maximum(0, -given[:, 0] - 0.15)  # noqa: E731
+    assert unit(states).max() == 0, "silent on all natural states"
+    moved = one + (other.mean(0) - one.mean(0))
+    assert (unit(moved) > 0).mean() > 0.3
+    known = Natural(states, np.tile(np.arange(40), 2), directions=2)
+    found, put = known.strangeness(moved, np.arange(40)), known.projected(moved, np.arange(40))
+    awake = unit(moved) > 0
+    assert np.median(found.distance) > 95 and found.beyond(95)[awake].all()
+    assert unit(put).max() == 0 and put[:, 1].mean() == pytest.approx(moved[:, 1].mean(), abs=0.1)
+    exchanged = known.strangeness(other[rng.permutation(40)], np.arange(40))
+    assert np.median(exchanged.distance) < 80 and np.median(exchanged.residual) < 80, "an exchange stays natural"
+
+
 def test_own_states_are_no_neighbours():
     """Each state's own natural state is the same; the nearest other one is far."""
     natural = 10 * np.eye(20)
