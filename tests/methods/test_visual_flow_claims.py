@@ -231,7 +231,7 @@ def test_sentences_follow_from_the_claims():
     text = " ".join(said)
     lost = "what a swap of the image does to the answer's lead is lost across it, by"
     for each in (
-        rf"layer 2 reads and is needed: {lost} \+[89]\.\d\d \(.*?; cutting last<-image at it: -[78]\.\d\d \(",
+        rf"layer 2 reads and is needed, by last<-image: {lost} \+[89]\.\d\d \(.*?; cutting last<-image at it: -[78]\.",
         rf"layer 3 reads: {lost} \+[01]\.\d\d \(.*?, n = 12\) logits \(p = ",
         r"layer 3 suppresses: the answer's lead over its rival falls across it after it had risen, by -1[01]\.",
         r"is negative at every depth from the output of layer 3 on, by -[56]\.",

@@ -81,3 +81,20 @@ def test_a_null_reaches_a_claim_that_it_meets_in_every_condition():
     assert verdict(0.9, 2.0) == (True, 0.5)
     assert verdict(0.7, 20.0) == (True, 0.5)
     assert verdict(0.9, 20.0) == (False, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "left_out"),
+    [
+        ("Layer 9 writes.", True),
+        ("layers 1, 9 and 2 read.", True),
+        ("layers 1 and 2 read.", False),
+        ("L9H1 matters.", True),
+        ("after the last block: 1.000 of 9.", False),
+        ("in block 1.000 of them", False),
+        ("layer 12.", True),
+    ],
+)
+def test_names_are_found_in_lists_and_however_they_are_written(text, left_out):
+    claims = [made({"layer": 1}), made({"layer": 2})]
+    assert bool(named_without_claim([text], claims)) is left_out

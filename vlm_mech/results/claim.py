@@ -20,10 +20,15 @@ SMALLEST = 0.1
 """Logits. A smaller change of the logit difference is no effect: it changes the odds of two answers by under 11 %."""
 SHARE = 0.05
 """Share of the unedited difference. A smaller change is no effect either."""
+FEWEST_GROUPS = 12
+"""Groups without which no half can declare anything: the least p of five is above `LEVEL`."""
 N_NAMED = 8
 """Claims that did not hold, of which a sentence tells."""
-NAMES = re.compile(r"\b(layer|block|head)s?(\(s\))? (\d+)")
-"""What names a layer or a head."""
+_NUMBER = r"\d+(?!\.?\d)"
+NAMES = re.compile(rf"\b(layer|block|head)s?(?:\(s\))? ({_NUMBER}(?:,? (?:and )?{_NUMBER})*)", re.IGNORECASE)
+"""What names a layer or a head, or several."""
+_SHORT = re.compile(r"\bL(\d+)H(\d+)\b")
+"""The short name of a head."""
 
 DERIVED = ("made", "size_sure", "lost")
 """What `claims.json` says of a claim beside its fields, from which it follows."""
@@ -154,7 +159,10 @@ def sentences(claims: Sequence[Claim]) -> tuple[str, ...]:
     """
     made, failed = [claim for claim in claims if claim.made], [claim for claim in claims if not claim.made]
     if not claims:
-        return ("No claim was declared: nothing was large and significant on half of the examples.",)
+        return (
+            "No claim was declared: nothing was large and significant on half of the examples "
+            f"(of fewer than {FEWEST_GROUPS} groups nothing can be).",
+        )
     least = f"{len(claims)} declared on half of the examples, {len(made)} hold on the other half"
     text = f"Claims: {least} (sign-flip test, p < {LEVEL}, Holm over those declared)"
     n = max((claim.tested[0].n for claim in claims), default=0)
@@ -216,10 +224,12 @@ def named_without_claim(findings: Sequence[str], claims: Sequence[Claim]) -> lis
 def _places(sentence: str) -> list[dict[str, int]]:
     """The places that a sentence names, in its order; the next begins where a word comes again."""
     found: list[dict[str, int]] = []
-    for word, _, number in NAMES.findall(sentence):
-        if not found or word in found[-1]:
-            found.append({})
-        found[-1][word] = int(number)
+    for name, numbers in NAMES.findall(_SHORT.sub(r"layer \1 head \2", sentence)):
+        word = name.lower()
+        for number in map(int, re.findall(r"\d+", numbers)):
+            if not found or word in found[-1]:
+                found.append({})
+            found[-1][word] = number
     return found
 
 

@@ -57,7 +57,7 @@ def against_nulls(
     """
     found = list(claims)
     for name, results in nulls.items():
-        met = [_met(_with(pool(result), possible), result) for result in results]
+        met = [_met(pool_with(pool(result), possible), result) for result in results]
         kinds = {claim.kind: [each.get(claim.kind, []) for each in met] for claim in claims}
         found = [
             dataclasses.replace(claim, gates=(*claim.gates, _null_gate(claim, name, kinds[claim.kind], results)))
@@ -74,8 +74,8 @@ def _about(condition: Condition) -> str:
     return repr((condition.metric, condition.side, condition.says, condition.less == "baseline"))
 
 
-def _with(pool: Sequence[Claim], possible: Sequence[Claim]) -> list[Claim]:
-    """The pool of a null, and claims of the result's that it lacks."""
+def pool_with(pool: Sequence[Claim], possible: Sequence[Claim]) -> list[Claim]:
+    """A pool, and those of other possible claims that it lacks, told apart by kind and by what they are about."""
     known = {(claim.kind, repr(claim.about)) for claim in pool}
     return [*pool, *(claim for claim in possible if (claim.kind, repr(claim.about)) not in known)]
 

@@ -152,13 +152,12 @@ def _over(result: Result, over: Result | None) -> tuple[str, ...]:
     if rows.empty:
         return (*told, f"No cell has {metric.name} of the same example in all wordings.")
     widest = rows.loc[rows["wording_sd"].idxmax()]
-    where = ", ".join(f"{axis} {widest[axis]}" for axis in over.axes)
     ends = [f"{widest[f'wording_{end}']:.3f} ({_short(widest[f'{end}est_wording'])})" for end in ("low", "high")]
     interval = "" if np.isnan(widest["ci_low"]) else f" (interval over examples {_span(widest)})"
     told.append(
-        f"{metric.name} depends most on the wording at {where}: standard deviation over wordings "
+        f"In the cell where {metric.name} depends most on the wording its standard deviation over wordings is "
         f"{widest['wording_sd']:.3f}, from {ends[0]} to {ends[1]}, mean {widest['mean']:.3f}{interval}; in the median "
-        f"cell the standard deviation is {rows['wording_sd'].median():.3f}."
+        f"cell {rows['wording_sd'].median():.3f}."
     )
     width, reach = rows["ci_high"] - rows["ci_low"], rows["wording_high"] - rows["wording_low"]
     n_wider, n_known = int((reach > width).sum()), int(width.notna().sum())

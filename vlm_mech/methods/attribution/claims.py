@@ -63,24 +63,24 @@ def _named(about: dict[str, Any]) -> str:
     return f"{about['site']}{place}, span {about['span']},"
 
 
-def edit_of(spots: Sequence[Cell]) -> "Callable[[Claim, Pairs], Replace | None]":
-    """The exchange of a claim, towards the other picture, in the decoder; None for others."""
+def edit_of(spots: Sequence[Cell]) -> "Callable[[Claim, Pairs], Replace | str]":
+    """The exchange of a claim, towards the other picture, in the decoder; why there is none for others."""
 
-    def made(claim: Claim, pairs: "Pairs") -> Replace | None:
+    def made(claim: Claim, pairs: "Pairs") -> Replace | str:
         spot = _spot(spots, claim)
-        if spot is None:
-            return None
+        if isinstance(spot, str):
+            return spot
         return Replace(spot.site, spot.span, heads=_heads(spot), source=pairs.counterfactual)
 
     return made
 
 
-def removed_of(spots: Sequence[Cell]) -> Callable[[Claim], Removed | None]:
+def removed_of(spots: Sequence[Cell]) -> Callable[[Claim], Removed | str]:
     """The states that such a claim's own edit exchanges."""
 
-    def found(claim: Claim) -> Removed | None:
+    def found(claim: Claim) -> Removed | str:
         spot = _spot(spots, claim)
-        return None if spot is None else Removed((spot.site,), spot.span, _heads(spot), exchanged=True)
+        return spot if isinstance(spot, str) else Removed((spot.site,), spot.span, _heads(spot), exchanged=True)
 
     return found
 
@@ -89,11 +89,14 @@ def _heads(spot: Cell) -> tuple[int, ...] | None:
     return None if spot.head is None else (spot.head,)
 
 
-def _spot(spots: Sequence[Cell], claim: Claim) -> Cell | None:
-    """The cell of a claim about noising in the decoder, of tokens that prompts have."""
+def _spot(spots: Sequence[Cell], claim: Claim) -> Cell | str:
+    """The cell of a claim about noising in the decoder, of tokens that prompts have; why another is not asked about."""
     here = next(spot for spot in spots if spot.axes.items() <= claim.about.items())
-    inside = claim.about["direction"] == "noising" and here.site.stream == "llm" and here.site.layer is not None
-    return here if inside and not _of_answer(here.span) else None
+    if claim.about["direction"] != "noising":
+        return "the exchange is made in the run on the other picture"
+    if here.site.stream != "llm" or here.site.layer is None:
+        return "the exchange is not in the decoder"
+    return "the tokens of answers are in no prompt" if _of_answer(here.span) else here
 
 
 def _of_answer(span: Span) -> bool:

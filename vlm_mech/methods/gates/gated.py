@@ -14,8 +14,8 @@ from vlm_mech.methods.gates.removals import OTHER_WAYS, RemovedOf, in_other_ways
 from vlm_mech.methods.gates.rewording import in_other_wordings
 from vlm_mech.models.twin import twin_of
 from vlm_mech.results.claim import Claim, Gate
-from vlm_mech.results.claiming import claimed
-from vlm_mech.results.gates import SHUFFLED, TWIN, Pool, against_nulls, with_stability
+from vlm_mech.results.claiming import claimed, halves
+from vlm_mech.results.gates import SHUFFLED, TWIN, Pool, against_nulls, pool_with, with_stability
 from vlm_mech.results.result import Result
 from vlm_mech.results.rewording import WORDINGS
 
@@ -97,7 +97,9 @@ def gated(
         parts: the result on the half that declares and on the half that tests, where the pool was chosen on the former.
         at_once: `measured` takes all pairs of a null in one call, as it must where it chooses among them.
     """
-    found = claimed(pool(result), result, seed=config.seed, parts=parts)
+    parts = parts or halves(result, seed=config.seed)
+    # What counts as large is read off the half that declares.
+    found = () if parts is None else claimed(pool(parts[0]), result, parts=parts)
     return through_gates(config, found, vlm, pairs, result, pool, measured, edit_of, removed_of, at_once=at_once)
 
 
@@ -121,7 +123,7 @@ def through_gates(
         found: the claims, of the pool.
         pairs, result, pool, measured, edit_of, removed_of, at_once: as for `gated`.
     """
-    possible = pool(result)
+    possible = pool_with(pool(result), found)
     made = tuple(claim for claim in found if claim.made)
     if config.gates == "none" or not made:
         return found
@@ -130,7 +132,7 @@ def through_gates(
     again = {"batch": N_EXAMPLES if at_once else config.batch}
     if config.gates == "all":
         asked = (result, pool, measured)
-        for kind in (TWIN, SHUFFLED) if config.null else ():
+        for kind in (TWIN, SHUFFLED):
             made = or_untried(made, kind, lambda made, kind=kind: _null(config, made, kind, vlm, some, *asked, **again))
         made = or_untried(made, WORDINGS, lambda made: _reworded(config, made, vlm, pairs, *asked, **again))
         if edit_of is not None:
@@ -174,6 +176,8 @@ def _null(
 
     if isinstance(measured, str):
         raise UsageError(measured)
+    if not config.null:
+        raise UsageError("no null is asked for")
     results = []
     for seed in tqdm(range(config.seed + 1, config.seed + 1 + config.null), desc=kind, disable=None):
         of = (twin_of(vlm, seed), pairs) if kind == TWIN else (vlm, with_others_answers(pairs, seed=seed))

@@ -171,7 +171,8 @@ def joint_cuts(
         return _measured(dataclasses.replace(cutter, vlm=vlm), pairs, chosen)[0]
 
     asked = Options(gates, null, seed, batch, tuple(other_wordings))
-    found = claimed(pool(measured), measured, seed=seed, parts=parted_like(measured, parts))
+    both = parted_like(measured, parts)
+    found = claimed(pool(both[0]), measured, seed=seed, parts=both)
     ways = ways_of(scan, vlm, masks or {})
     found = through_gates(asked, found, vlm, known, measured, pool, again, *ways)
     return Joint(corrected_together(result.claims, found), table, tuple(notes))

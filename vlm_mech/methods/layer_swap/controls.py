@@ -59,6 +59,17 @@ class Donors:
     chosen: dict[tuple[str, str, str], Donor]
     told: dict[str, dict[str, dict[str, int]]]
     """By control and direction: pairs, those with a donor, and those whose donor is asked the same question."""
+    directions: tuple[str, ...]
+    seed: int
+
+    def afresh(self, vlm: "VLM", pairs: Pairs) -> "Donors | None":
+        """Donors drawn in the same way among other pairs.
+
+        Raises:
+            UsageError: fewer than two of these have one.
+        """
+        asked = [control for control, name in NAMES.items() if name in self.names]
+        return donors_of(vlm, pairs, asked, directions=self.directions, seed=self.seed)
 
     def of(self, name: str, direction: str, pairs: Pairs) -> list[Donor | None]:
         """The donor of each pair, or None where it has none."""
@@ -112,7 +123,7 @@ def donors_of(
             chosen |= {(name, direction, pair): donor for pair, donor in found.items()}
             same = sum(donor.asks_the_same for donor in found.values())
             told[name][direction] = {"pairs": len(pairs), "with donor": len(found), "same question": same}
-    return Donors(names, chosen, told)
+    return Donors(names, chosen, told, tuple(directions), seed)
 
 
 def _answers(pair: Pair) -> tuple[str, str]:

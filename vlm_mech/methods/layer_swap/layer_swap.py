@@ -164,11 +164,15 @@ def with_claims(
     layers = open_layers(vlm, stream, point)
     again = how | {"only_correct": False, "part": None}
 
-    def measured(vlm: "VLM", pairs: Pairs) -> pd.DataFrame:
-        return swap_states(vlm, pairs, sites, claimable(spans), **again)[0]
+    controls: Donors | None = how.get("controls")
 
-    ways = (edit_of(sites), removed_of(sites))
-    return dataclasses.replace(result, claims=gated(asked, vlm, pairs, result, pool_of(layers), measured, *ways))
+    def measured(vlm: "VLM", pairs: Pairs) -> pd.DataFrame:
+        # Pairs in other words, or with the answers of others, have other donors.
+        drawn = None if controls is None else controls.afresh(vlm, pairs)
+        return swap_states(vlm, pairs, sites, claimable(spans), **again | {"controls": drawn})[0]
+
+    what = (result, pool_of(layers), measured, edit_of(sites), removed_of(sites))
+    return dataclasses.replace(result, claims=gated(asked, vlm, pairs, *what, at_once=controls is not None))
 
 
 def told(result: Result, pairs: Pairs) -> Result:

@@ -23,6 +23,10 @@ LEAST = 0.05
 Fixed before any model was looked at: the twentieth that counts for effects too (`claim.SHARE`). Probes of shuffled
 labels stray by less between places, on a hundred examples and more."""
 READS, CANNOT = "can be read", "cannot be read"
+FEWEST_TO_DENY = 128
+"""Groups of examples from which on it is asked whether something cannot be read: a probe that always names the
+commonest label differs from it in no example, and the sign-flip test of so few numbers that are all alike says little.
+"""
 STREAMS = {"vision": "tower", "projector": "projector", "llm": "decoder"}
 """What claims call the streams."""
 LESS = {
@@ -48,22 +52,22 @@ def pool(result: Result) -> tuple[Claim, ...]:
 
     The answer can be read where accuracy lies `LEAST` above that of always naming the commonest label, and as much
     above that of every fair control that the result has (`fair_controls`). It cannot be read where accuracy lies less
-    than `LEAST` above that of the commonest label.
+    than `LEAST` above that of the commonest label, which is asked from `FEWEST_TO_DENY` groups on.
 
     Args:
         result: of probes, of test examples at least (see `of_test`).
     """
-    cells, found = result.cells, []
+    cells, found, n_groups = result.cells, [], len(set(result.groups().tolist()))
     held = result.table[result.table["accuracy"].notna()].groupby(list(result.axes), sort=False).size().to_dict()
     fair = {model: fair_controls(result, model) for model in cells["model"].drop_duplicates()}
     for cell in cells[(cells["control"] == NONE) & (cells["read_on"] == TEST)].to_dict("records"):
         others = [cell | {"control": control} for control in fair[cell["model"]]]
         others = [each for each in others if held.get(tuple(each[axis] for axis in result.axes), 0) > 1]
-        found += _claims(cell, others)
+        found += _claims(cell, others, deny=n_groups >= FEWEST_TO_DENY)
     return tuple(found)
 
 
-def _claims(cell: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[Claim]:
+def _claims(cell: dict[str, Any], others: Sequence[dict[str, Any]], *, deny: bool) -> list[Claim]:
     """That the answer can be read in a cell, beyond what controls give, and that it cannot."""
     about = about_place(cell["place"])
     said = {name: cell[name] for name in ("model", "probe", "span", "place")} | about
@@ -73,10 +77,8 @@ def _claims(cell: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[Clai
         Condition(ACCURACY.name, cell, "above", LEAST, less=each, says=f"{LESS[each['control']]}:") for each in others
     ]
     cannot = Condition(ACCURACY.name, cell, "below", bound=LEAST, less="baseline")
-    return [
-        Claim(kind_of(said, kind), said, f"{where} {kind}", tuple(conditions), ABOVE)
-        for kind, conditions in ((READS, reads), (CANNOT, [cannot]))
-    ]
+    kinds = ((READS, reads), (CANNOT, [cannot])) if deny else ((READS, reads),)
+    return [Claim(kind_of(said, kind), said, f"{where} {kind}", tuple(conditions), ABOVE) for kind, conditions in kinds]
 
 
 def kind_of(about: dict[str, Any], does: str) -> str:

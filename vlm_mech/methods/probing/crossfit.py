@@ -186,8 +186,8 @@ def _check_classes(
         if len(missing):
             lacking = f"class {names[missing[0]]!r}" if names else f"class number {missing[0]}"
             raise UsageError(
-                f"{lacking} is in no training example of split {number}; give more examples, fewer folds (n_folds, at "
-                'least 3), or the grouping "scene", which may tear apart those with the same question'
+                f"{lacking} is in no training example of split {number}; give more examples, fewer folds (at least 3), "
+                'or, if it is another, the grouping "scene", which may tear apart those with the same question'
             )
 
 

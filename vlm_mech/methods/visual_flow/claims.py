@@ -254,7 +254,7 @@ def _layers(asked: _Asked) -> list[Claim]:
         found.append(Claim(READ, about, f"layer {layer} reads: {lost}", (reads,), asked.unit))
         for edge in (of_last, of_question):
             if cut := asked.cut(edge, layer, "below"):
-                says = f"layer {layer} reads and is needed: {lost}"
+                says = f"layer {layer} reads and is needed, by {edge}: {lost}"
                 found.append(Claim(READ_NEEDED, about | {"edge": edge}, says, (reads, *cut), asked.unit))
         writes = _condition(WRITES, said, layer, "below", asked.enough)
         found.append(Claim(WRITE, about, f"layer {layer} writes: {grows}", (writes,), asked.unit))
