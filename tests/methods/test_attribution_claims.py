@@ -22,6 +22,7 @@ from vlm_mech.results.claim import named_without_claim, sentences
 from vlm_mech.results.claiming import claimed, halves
 from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
 from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.rewording import WORDINGS
 from vlm_mech.sweeps.measures import Measure, logit_diff, prob
 from vlm_mech.validate.examination import random_answers
 
@@ -187,7 +188,7 @@ def test_gates_tell_their_numbers():
     made_ = [claim for claim in found("all").claims if claim.made]
     for claim in made_:
         gates = {gate.name: gate for gate in claim.gates}
-        assert set(gates) == {STABLE, TWIN, SHUFFLED, MANIFOLD, OTHER_WAYS}
+        assert set(gates) == {STABLE, TWIN, SHUFFLED, WORDINGS, MANIFOLD, OTHER_WAYS}
         for name in (TWIN, SHUFFLED):
             assert len(gates[name].numbers["T_null"]) == 2 and gates[name].numbers["p"] == pytest.approx(1 / 3)
             assert gates[name].verdict is True and max(gates[name].numbers["T_null"]) < 1
@@ -221,7 +222,7 @@ def test_a_probability_of_answers_is_shuffled_too():
     lowered = [claim for claim in result.claims if claim.made]
     assert {(claim.about["layer"], claim.about["head"]) for claim in lowered} == {(2, 1), (4, 3)}
     for claim in lowered:
-        assert {gate.name for gate in claim.gates} == {STABLE, TWIN, SHUFFLED, MANIFOLD}
+        assert {gate.name for gate in claim.gates} == {STABLE, TWIN, SHUFFLED, WORDINGS, MANIFOLD}
         (gate,) = (gate for gate in claim.gates if gate.name == SHUFFLED)
         assert len(gate.numbers["T_null"]) == 1 and gate.verdict is True
 
@@ -242,8 +243,8 @@ def test_edits_by_name_are_those_of_noising_in_the_decoder(site: Site, span: Spa
     claim = dataclasses.replace(pool(by_hand({0: 1.0}))[0], about=about)
     pairs = made("two-hop").pairs(2)
     edit, removed = edit_of(spots)(claim, pairs), removed_of(spots)(claim)
-    assert (edit is not None) is (removed is not None) is wanted
-    if edit is not None and removed is not None:
+    assert isinstance(edit, str) is isinstance(removed, str) is not wanted
+    if not isinstance(edit, str) and not isinstance(removed, str):
         assert edit.sites == removed.sites == (site,) and removed.exchanged and removed.heads is None
 
 

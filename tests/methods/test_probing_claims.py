@@ -12,6 +12,7 @@ from scipy.stats import permutation_test
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.gates.gated import Options
+from vlm_mech.methods.probing import claims as probing_claims
 from vlm_mech.methods.probing import gating
 from vlm_mech.methods.probing.claims import (
     CANNOT,
@@ -64,10 +65,16 @@ def made(shares, controls=None, **about):
     return Result("probes", pd.concat(tables, ignore_index=True), AXES, METRICS[:1], elsewhere=ELSEWHERE)
 
 
-def tested_half(result):
+def half_that_tests(result):
     parts = halves(result)
     assert parts is not None
     return parts[1].table
+
+
+@pytest.fixture(autouse=True)
+def few_groups_deny(monkeypatch):
+    """These tables have fewer groups than are asked for before it is said that something cannot be read."""
+    monkeypatch.setattr(probing_claims, "FEWEST_TO_DENY", 2)
 
 
 def said(claims, does=READS):
@@ -91,7 +98,7 @@ def test_planted_places_are_claimed_with_the_numbers_of_the_other_half():
     result = made({PLACES[2]: CHANCE, PLACES[3]: 0.9, PLACES[4]: 0.9, PLACES[5]: 0.6}, {SHUFFLED: CHANCE})
     found = claimed(pool(result), result)
     assert said(found) == [1, 2, 3]
-    other = tested_half(result)
+    other = half_that_tests(result)
     own, control = (other[other["control"] == name].set_index(["place", "example"]) for name in (NONE, SHUFFLED))
     p = []
     for claim in (claim for claim in found if does_of(claim) == READS):
@@ -110,6 +117,14 @@ def test_planted_places_are_claimed_with_the_numbers_of_the_other_half():
     n_declared = len(found)
     # The smallest p of all is multiplied by the number declared.
     assert min(claim.p for claim in found) == pytest.approx(n_declared * min(p), rel=0.5, abs=1e-4 * n_declared)
+
+
+def test_of_few_groups_it_is_not_asked_what_cannot_be_read(monkeypatch):
+    result = made(dict.fromkeys(PLACES[2:], 0.0))
+    n_groups = len(set(result.groups()))
+    for fewest, asked in ((n_groups, True), (n_groups + 1, False)):
+        monkeypatch.setattr(probing_claims, "FEWEST_TO_DENY", fewest)
+        assert any(does_of(claim) == CANNOT for claim in pool(result)) is asked
 
 
 def test_a_sure_but_small_accuracy_is_no_reading():

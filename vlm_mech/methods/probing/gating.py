@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from vlm_mech.errors import UsageError
 from vlm_mech.methods.gates.gated import Asked, or_untried
 from vlm_mech.methods.probing.claims import READS, does_of, of_test, pool
 from vlm_mech.methods.probing.controls import NONE, RANDOM, SHUFFLED
@@ -59,7 +60,7 @@ def gated(asked: Asked, result: Result, models: Iterable[Probed]) -> tuple[Claim
     if asked.gates == "none" or not made:
         return found
     made = with_stability(made, possible, tested, seed=asked.seed)
-    if asked.gates == "all" and asked.null:
+    if asked.gates == "all":
         names = {claim.about["model"] for claim in made}
         made = tuple(
             claim for model in models if model.vlm.name in names for claim in _of_model(asked, made, tested, model)
@@ -80,7 +81,13 @@ def _of_model(asked: Asked, made: Sequence[Claim], tested: Result, model: Probed
 
 
 def _null(asked: Asked, claims: tuple[Claim, ...], kind: str, tested: Result, model: Probed) -> tuple[Claim, ...]:
-    """The claims with a gate for one kind of null."""
+    """The claims with a gate for one kind of null.
+
+    Raises:
+        UsageError: none is asked for.
+    """
+    if not asked.null:
+        raise UsageError("no null is asked for")
     control = OWN_NULLS[kind]
     rows = tested.table[(tested.table["model"] == model.vlm.name) & (tested.table["control"] == control)]
     tables = [] if rows.empty else [rows.assign(control=NONE)]
