@@ -28,6 +28,7 @@ from vlm_mech.results.claim import Condition, named_without_claim, sentences
 from vlm_mech.results.claiming import claimed
 from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
 from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.rewording import WORDINGS
 from vlm_mech.validate.examination import random_answers
 
 N = 24
@@ -187,6 +188,7 @@ def test_gates_tell_their_numbers():
     result = lens_lead(planted.vlm, planted.pairs(32, seed=1), gates="all", null=2)
     (claim,) = (claim for claim in result.claims if claim.kind == RISE)
     gates = {gate.name: gate for gate in claim.gates}
+    assert gates.pop(WORDINGS).verdict is None, "planted models know no other words"
     assert set(gates) == {STABLE, TWIN, SHUFFLED} and all(gate.verdict for gate in gates.values())
     for name in (TWIN, SHUFFLED):
         assert len(gates[name].numbers["T_null"]) == 2 and max(gates[name].numbers["T_null"]) < 1
@@ -241,7 +243,12 @@ def test_a_twin_has_a_tuned_lens_of_its_own(tuned, tmp_path, monkeypatch):
     assert len(seen) == 2, "once a twin, however many batches"
     assert all(vlm is not planted.vlm and own.sites == tuned.sites for vlm, own in seen)
     (claim,) = (claim for claim in result.claims if claim.kind == RISE)
-    assert {gate.name: gate.verdict for gate in claim.gates} == {STABLE: True, TWIN: True, SHUFFLED: True}
+    assert {gate.name: gate.verdict for gate in claim.gates} == {
+        STABLE: True,
+        TWIN: True,
+        SHUFFLED: True,
+        WORDINGS: None,
+    }
     tuned.save(tmp_path / "lens")
     loaded = TunedLens.load(tmp_path / "lens")
     result = lens_lead(planted.vlm, pairs, tuned=loaded, gates="all", null=1)
