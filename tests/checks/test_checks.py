@@ -13,10 +13,11 @@ from tests.zoo import ZOO
 from tests.zoo.tiny import tiny_model, tiny_processor
 from vlm_mech.architectures import families
 from vlm_mech.architectures.families import FAMILIES, LLAVA, family_of
-from vlm_mech.checks import vlm as checks
+from vlm_mech.checks import asked as checks
+from vlm_mech.checks.asked import example
 from vlm_mech.checks.finding import refuse_unless_all_hold
 from vlm_mech.checks.structure import find_structure
-from vlm_mech.checks.vlm import example, find_vlm
+from vlm_mech.checks.vlm import find_vlm
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.models.loading import skeleton
 from vlm_mech.models.vlm import VLM
@@ -134,7 +135,9 @@ def test_a_deep_decoder_runs_its_first_blocks_over_a_picture_and_all_over_words(
     assert len({finding.name for finding in findings}) == len(findings) >= 45
     n_picture = max(lengths[0])
     assert (
-        lengths[0].count(n_picture) == 2 and n_picture not in lengths[n_layers - 1] and len(lengths[n_layers - 1]) == 3
+        lengths[0].count(n_picture) == 2
+        and n_picture not in lengths[n_layers - 1]
+        and len(lengths[n_layers - 1]) in (2, 3)
     )
 
 

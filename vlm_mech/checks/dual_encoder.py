@@ -6,9 +6,10 @@ import torch
 
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
 from vlm_mech.architectures.traced_model import TracedModel
+from vlm_mech.checks.asked import noise_picture
 from vlm_mech.checks.finding import Finding, find_close
 from vlm_mech.checks.structure import find_module, find_stack
-from vlm_mech.checks.vlm import noise_picture, project_heads
+from vlm_mech.checks.vlm import project_heads
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.span import Each, Positions
 from vlm_mech.interventions.receipt import ReceiptError

@@ -14,8 +14,9 @@ from vlm_mech.architectures.families import Blocks, Family, family_of
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import device_of, kept_in_place
+from vlm_mech.checks.asked import example, words
 from vlm_mech.checks.verdict import checked
-from vlm_mech.checks.vlm import example, find_vlm, words
+from vlm_mech.checks.vlm import find_vlm
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.answer import Attached
 from vlm_mech.inputs.image import ImageLike
