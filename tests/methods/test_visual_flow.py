@@ -286,7 +286,9 @@ def test_a_run_leaves_a_map_and_a_page(finished):
     }
     found = FlowClaims.of(result.claims)
     assert (found.layers(READ), found.layers(CARRY)) == ((2,), (4,)) and found.layers(FOUND)
-    text = "layer 2 reads and is needed, by last<-image: what a swap of the image does to the answer's lead is lost "
+    text = (
+        "layer 2 reads and is needed, by question<-image: what a swap of the image does to the answer's lead is lost "
+    )
     assert any(each.startswith(text) for each in result.findings)
     assert not named_without_claim(result.findings, result.claims)
     drawn = redraw(finished)

@@ -255,6 +255,5 @@ def test_claims_of_a_kind_are_about_different_things():
     found = pool(flow_effects(made_up(probed=(0.9,) * 5)))
     keys = [(claim.kind, repr(claim.about)) for claim in found]
     assert len(set(keys)) == len(keys) and all(claim.conditions for claim in found)
-    # That a layer is needed says by which edge in its second condition.
-    assert len({claim.says for claim in found}) == len(found) - 4
+    assert len({claim.says for claim in found}) == len(found)
     assert sum(claim.kind == FOUND for claim in found) == 10
