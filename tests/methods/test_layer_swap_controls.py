@@ -13,8 +13,10 @@ from tests.zoo.tiny import picture
 from vlm_mech.data.derived_pairs import with_others_answers
 from vlm_mech.data.pairs import DIRECTIONS, Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.wording import Wording
 from vlm_mech.interventions.specification import Replace
 from vlm_mech.interventions.trace import run
+from vlm_mech.methods.layer_swap import layer_swap as layer_swap_module
 from vlm_mech.methods.layer_swap import study
 from vlm_mech.methods.layer_swap.claims import CARRIES, MOVES, NOT_YET, TURNS, kind_of, pool
 from vlm_mech.methods.layer_swap.controls import (
@@ -343,3 +345,36 @@ def test_the_other_sites_take_controls_too(organism, scenes):
         assert result.axes == ("direction", "span", DONOR, axis)
         values = result.table[result.table[DONOR] == SAME]["logit_diff"]
         assert values.notna().sum() > 0.5 * len(values)
+
+
+def test_nulls_and_other_wordings_draw_donors_among_their_own_pairs(organism, scenes, monkeypatch):
+    """What is measured again is what a run of those pairs measures: donors are asked and answered likewise."""
+    caught = {}
+
+    def caught_gated(asked, vlm, pairs, result, pool, measured, *ways, at_once):
+        caught.update(measured=measured, at_once=at_once)
+        return ()
+
+    monkeypatch.setattr(layer_swap_module, "gated", caught_gated)
+    how = {"spans": ("last",), "only_correct": False, "variants": "as-written", "control": CONTROLS, "gates": "none"}
+    own = layer_swap(organism, scenes, **how)
+    measured, tables = caught["measured"], {}
+    assert caught["at_once"], "donors are drawn among all pairs of a null"
+    worded = scenes.worded(Wording("answer : {question}"))
+    for name, pairs in (("own", scenes), ("worded", worded), ("shuffled", with_others_answers(scenes, seed=1))):
+        tables[name] = measured(organism, pairs)
+        expected = (own if name == "own" else layer_swap(organism, pairs, **how)).table
+        keys = ["example", "direction", "span", DONOR, "layer"]
+        both = tables[name].merge(expected, on=keys, suffixes=("", "_expected"), validate="one_to_one")
+        assert len(both) == len(expected)
+        np.testing.assert_allclose(both["logit_diff"], both["logit_diff_expected"], atol=1e-4)
+    apart = [tables[name].loc[tables[name][DONOR] == SAME, "logit_diff"].to_numpy() for name in ("own", "worded")]
+    assert np.nanmax(np.abs(apart[0] - apart[1])) > 0.1
+    for number, donors in enumerate((caught_donors(organism, scenes), caught_donors(organism, worded))):
+        asked = {donor.prompt.question for donor in donors.chosen.values()}
+        assert all(each.startswith("answer :") is bool(number) for each in asked)
+
+
+def caught_donors(vlm, pairs):
+    """Donors of the scenes, drawn again for other pairs."""
+    return donors_of(vlm, load_pairs("scenes/colour", n=24), CONTROLS).afresh(vlm, pairs)

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from vlm_mech.errors import UsageError
+from vlm_mech.results.claim import named_without_claim
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.results.wording_figure import MOST_PANELS, REACH, wording_dots
 from vlm_mech.results.wordings import findings, over_wordings, side_by_side, spread
@@ -55,6 +56,7 @@ def test_only_examples_that_all_wordings_have_count():
         "n_wordings", "wording_sd", "wording_low", "lowest_wording", "wording_high", "highest_wording",
     ]  # fmt: skip
     told = findings(joined, over)
+    assert not named_without_claim(told, ()), told
     assert told[0] == (
         "3 wordings; numbers over them are of the 2 examples that have a value in each; 2 others lack a value in a "
         "wording and do not count."

@@ -12,7 +12,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.methods.gates import gated as gated_module
 from vlm_mech.methods.gates.gated import N_EXAMPLES, gated, through_gates
 from vlm_mech.results.claim import Gate
-from vlm_mech.results.claiming import claimed
+from vlm_mech.results.claiming import claimed, halves
 from vlm_mech.results.gates import SHUFFLED, STABLE, TWIN
 from vlm_mech.results.rewording import WORDINGS
 from vlm_mech.runs.configuration import ClaimConfig
@@ -137,3 +137,32 @@ def test_shuffled_answers_are_both_of_another_pair():
     assert both(with_others_answers(pairs, seed=1)) == both(made) != both(with_others_answers(pairs, seed=2))
     with pytest.raises(UsageError):
         with_others_answers(pairs[:1], seed=0)
+
+
+def test_what_counts_as_large_is_read_off_the_half_that_declares(asked):
+    """A pool whose threshold is the mean of all examples that it is shown."""
+    result, pairs, again, _ = asked
+    for seed in (0, 3):
+        shown = []
+
+        def sized(some, shown=shown):
+            shown.append(set(some.table["example"]))
+            return [
+                dataclasses.replace(claim, conditions=tuple(wide(one, some) for one in claim.conditions))
+                for claim in pool(some)
+            ]
+
+        (claim,) = gated(Config(gates="none", seed=seed), "the model", pairs, result, sized, again)
+        one, other = halves(result, seed=seed)
+        assert shown[0] == set(one.table["example"]) != set(other.table["example"])
+        assert (
+            claim.conditions[0].least == wide(claim.conditions[0], one).least != wide(claim.conditions[0], other).least
+        )
+        (by_hand,) = claimed(
+            [dataclasses.replace(claim, declared=(), tested=())], result, seed=seed, parts=(one, other)
+        )
+        assert claim.tested == by_hand.tested, "intervals and tests are drawn with the seed of the run"
+
+
+def wide(condition, some):
+    return dataclasses.replace(condition, least=abs(float(some.table["lead"].mean())) / 10)

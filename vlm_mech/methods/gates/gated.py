@@ -99,7 +99,7 @@ def gated(
     """
     parts = parts or halves(result, seed=config.seed)
     # What counts as large is read off the half that declares.
-    found = () if parts is None else claimed(pool(parts[0]), result, parts=parts)
+    found = () if parts is None else claimed(pool(parts[0]), result, seed=config.seed, parts=parts)
     return through_gates(config, found, vlm, pairs, result, pool, measured, edit_of, removed_of, at_once=at_once)
 
 
@@ -129,12 +129,11 @@ def through_gates(
         return found
     made = with_stability(made, possible, result, seed=config.seed)
     some, how = pairs[:N_EXAMPLES], {"batch": config.batch}
-    again = {"batch": N_EXAMPLES if at_once else config.batch}
     if config.gates == "all":
-        asked = (result, pool, measured)
+        again = _Again(config, vlm, pairs, result, pool, measured, N_EXAMPLES if at_once else config.batch)
         for kind in (TWIN, SHUFFLED):
-            made = or_untried(made, kind, lambda made, kind=kind: _null(config, made, kind, vlm, some, *asked, **again))
-        made = or_untried(made, WORDINGS, lambda made: _reworded(config, made, vlm, pairs, *asked, **again))
+            made = or_untried(made, kind, lambda made, kind=kind: again.of_null(made, kind))
+        made = or_untried(made, WORDINGS, again.in_other_words)
         if edit_of is not None:
             made = or_untried(made, MANIFOLD, lambda made: on_manifold(made, vlm, some, edit_of, **how))
         if removed_of is not None:
@@ -155,60 +154,60 @@ def or_untried(
         return tuple(dataclasses.replace(claim, gates=(*claim.gates, untried)) for claim in made)
 
 
-def _null(
-    config: Asked,
-    made: tuple[Claim, ...],
-    kind: str,
-    vlm: "VLM",
-    pairs: "Pairs",
-    result: Result,
-    pool: Pool,
-    measured: Measured | str,
-    *,
-    batch: int,
-) -> tuple[Claim, ...]:
-    """The claims with a gate for one kind of null.
+@dataclass(frozen=True, eq=False)
+class _Again:
+    """An analysis with its result, and how it is done again: so many pairs a call of `measured` (see `gated`)."""
 
-    Raises:
-        UsageError: the analysis cannot be done again, of these or of any pairs.
-    """
-    from tqdm import tqdm
+    config: Asked
+    vlm: "VLM"
+    pairs: "Pairs"
+    result: Result
+    pool: Pool
+    measured: Measured | str
+    batch: int
 
-    if isinstance(measured, str):
-        raise UsageError(measured)
-    if not config.null:
-        raise UsageError("no null is asked for")
-    results = []
-    for seed in tqdm(range(config.seed + 1, config.seed + 1 + config.null), desc=kind, disable=None):
-        of = (twin_of(vlm, seed), pairs) if kind == TWIN else (vlm, with_others_answers(pairs, seed=seed))
-        tables = [measured(of[0], of[1][start : start + batch]) for start in range(0, len(pairs), batch)]
-        table = pd.concat(tables, ignore_index=True)
-        results.append(dataclasses.replace(result, table=table, findings=(), claims=(), known={}))
-    return against_nulls(made, pool, {kind: results}, pool(result))
+    @property
+    def measure(self) -> Measured:
+        """What does it again.
 
+        Raises:
+            UsageError: it cannot be done again.
+        """
+        if isinstance(self.measured, str):
+            raise UsageError(self.measured)
+        return self.measured
 
-def _reworded(
-    config: Asked,
-    made: tuple[Claim, ...],
-    vlm: "VLM",
-    pairs: "Pairs",
-    result: Result,
-    pool: Pool,
-    measured: Measured | str,
-    *,
-    batch: int,
-) -> tuple[Claim, ...]:
-    """The claims with the gate of other wordings, on the first pairs of which the result has a value.
+    def of_null(self, made: tuple[Claim, ...], kind: str) -> tuple[Claim, ...]:
+        """The claims with a gate for one kind of null.
 
-    Raises:
-        UsageError: the analysis cannot be done again, of these or of any pairs.
-    """
-    if isinstance(measured, str):
-        raise UsageError(measured)
-    columns = [metric.name for metric in result.metrics]
-    held = set(result.table.loc[result.table[columns].notna().any(axis=1), "example"])
-    some = dataclasses.replace(pairs, pairs=tuple(pair for pair in pairs if pair.id in held)[:N_EXAMPLES])
-    if not some:
-        raise UsageError("the result has a value of none of the pairs")
-    given: tuple[str, ...] = getattr(config, "other_wordings", ())
-    return in_other_wordings(made, pool(result), vlm, some, result, pool, measured, given=given, batch=batch)
+        Raises:
+            UsageError: none is asked for, or the analysis cannot be done again, of these or of any pairs.
+        """
+        from tqdm import tqdm
+
+        measure, first = self.measure, self.config.seed + 1
+        if not self.config.null:
+            raise UsageError("no null is asked for")
+        own, results = self.pairs[:N_EXAMPLES], []
+        for seed in tqdm(range(first, first + self.config.null), desc=kind, disable=None):
+            twin = kind == TWIN
+            vlm, pairs = (twin_of(self.vlm, seed), own) if twin else (self.vlm, with_others_answers(own, seed=seed))
+            tables = [measure(vlm, pairs[start : start + self.batch]) for start in range(0, len(pairs), self.batch)]
+            table = pd.concat(tables, ignore_index=True)
+            results.append(dataclasses.replace(self.result, table=table, findings=(), claims=(), known={}))
+        return against_nulls(made, self.pool, {kind: results}, self.pool(self.result))
+
+    def in_other_words(self, made: tuple[Claim, ...]) -> tuple[Claim, ...]:
+        """The claims with the gate of other wordings, on the first pairs of which the result has a value.
+
+        Raises:
+            UsageError: the analysis cannot be done again, of these or of any pairs.
+        """
+        measure, columns = self.measure, [metric.name for metric in self.result.metrics]
+        held = set(self.result.table.loc[self.result.table[columns].notna().any(axis=1), "example"])
+        some = tuple(pair for pair in self.pairs if pair.id in held)[:N_EXAMPLES]
+        if not some:
+            raise UsageError("the result has a value of none of the pairs")
+        asked = (self.vlm, dataclasses.replace(self.pairs, pairs=some), self.result, self.pool, measure)
+        given: tuple[str, ...] = getattr(self.config, "other_wordings", ())
+        return in_other_wordings(made, self.pool(self.result), *asked, given=given, batch=self.batch)
