@@ -154,16 +154,17 @@ def joint_cuts(
     metric = result.metrics[1].name
     held = result.table[result.table[metric].notna()]
     known = _named(pairs, set(held["example"]))
-    enough = least(result, metric)
+    enough = least(parts[0], metric)
     chosen = {edge: _chosen(cutter, known, parts[0], edge, size, enough) for edge in scan.edges}
     chosen = {edge: places for edge, places in chosen.items() if len(places) > 1}
     if not chosen:
         return Joint(result.claims)
     table, notes = _measured(cutter, known, chosen)
     measured = Result("joint cuts", table, ("edge", "cut", "layer"), result.metrics)
+    both = parted_like(measured, parts)
 
     def pool(found: Result) -> tuple[Claim, ...]:
-        counts = enough if found is measured else least(found, metric)
+        counts = enough if found is measured or found is both[0] else least(found, metric)
         of = {edge: found.table[found.table["edge"] == str(edge)] for edge in chosen}
         return tuple(_claim(result, scan, edge, chosen[edge], of[edge], counts) for edge in chosen)
 
@@ -171,7 +172,6 @@ def joint_cuts(
         return _measured(dataclasses.replace(cutter, vlm=vlm), pairs, chosen)[0]
 
     asked = Options(gates, null, seed, batch, tuple(other_wordings))
-    both = parted_like(measured, parts)
     found = claimed(pool(both[0]), measured, seed=seed, parts=both)
     ways = ways_of(scan, vlm, masks or {})
     found = through_gates(asked, found, vlm, known, measured, pool, again, *ways)
@@ -366,7 +366,8 @@ def _claim(result: Result, scan: Scan, edge: Edge, chosen: Set, table: pd.DataFr
     conditions = [Condition(metric.name, cell, "below", least=enough, less="baseline")]
     for each in _smaller(chosen):
         one = {**cell, "layer": label(each)}
-        says = "" if len(each) < len(chosen) - 1 else f"less what {_told(each, scan)} {_does(each)}:"
+        does = "does alone" if len(each) == 1 else "do together"
+        says = "" if len(each) < len(chosen) - 1 else f"less what {_told(each, scan)} {does}:"
         conditions.append(Condition(metric.name, cell, "below", least=enough, less=one, says=says))
     rows = table[(table["layer"] == label(chosen)) & table[metric.name].notna()]
     for cut, n in rows["cut"].value_counts(sort=False).items():
@@ -384,10 +385,6 @@ def _told(places: Set, scan: Scan) -> str:
     axes = scan.axes[2:]
     each = [" ".join(f"{axis} {value}" for axis, value in zip(axes, place, strict=True)) for place in places]
     return " and ".join([", ".join(each[:-1]), each[-1]] if len(each) > 1 else each)
-
-
-def _does(places: Set) -> str:
-    return "does alone" if len(places) == 1 else "do together"
 
 
 def _at(rows: pd.DataFrame, result: Result, place: Place) -> pd.DataFrame:
