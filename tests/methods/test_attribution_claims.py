@@ -111,19 +111,19 @@ def test_sentences_name_the_cell():
 
 
 def test_the_half_that_declares_chooses_and_the_other_half_tests():
-    pairs = made("two-hop").pairs(12, seed=3)
-    result = attributed("two-hop", pairs, top_k=3, directions=("noising",), gates="none")
+    pairs = made("two-hop").pairs(12, seed=4)
+    result = attributed("two-hop", pairs, top_k=4, directions=("noising",), gates="none")
     parts = halves(result.screen, seed=0)
     assert parts is not None
     cells, numbers = ["site", "span", "layer", "head"], {}
     for name, table in (("half", parts[0].table), ("all", result.screen.table), ("other", parts[1].table)):
         table = table.assign(cell=table.groupby(cells).ngroup())
         named = dict(zip(table["cell"], table[cells].itertuples(index=False, name=None), strict=True))
-        numbers[name] = {named[cell] for cell in top_cells(table, 3)}
+        numbers[name] = {named[cell] for cell in top_cells(table, 4)}
     kinds = result.checked.table.drop_duplicates(cells)
     asked = set(kinds.loc[kinds["asked"], cells].itertuples(index=False, name=None))
     top = set(kinds.loc[kinds["chosen"] == "top", cells].itertuples(index=False, name=None))
-    assert asked == numbers["half"] and top == numbers["all"]
+    assert asked == numbers["half"] != numbers["all"] == top, "here the halves choose otherwise"
     assert set(kinds.loc[kinds["chosen"] == "top of half", cells].itertuples(index=False, name=None)) <= asked - top
     assert {tuple(claim.about[axis] for axis in cells) for claim in pool(result.checked)} == asked
     assert result.claims

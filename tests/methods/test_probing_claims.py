@@ -119,6 +119,16 @@ def test_planted_places_are_claimed_with_the_numbers_of_the_other_half():
     assert min(claim.p for claim in found) == pytest.approx(n_declared * min(p), rel=0.5, abs=1e-4 * n_declared)
 
 
+def test_every_control_must_be_beaten():
+    """The first is, the second reads as well as the probe itself at one of two places."""
+    result = made({PLACES[2]: 0.9, PLACES[3]: 0.9}, {SHUFFLED: CHANCE, RANDOM: CHANCE})
+    assert said(claimed(pool(result), result)) == [0, 1]
+    here = (result.table["control"] == RANDOM) & (result.table["place"] == PLACES[3])
+    table = result.table.assign(accuracy=result.table["accuracy"].where(~here, 0.88))
+    found = claimed(pool(one := dataclasses.replace(result, table=table, known={})), one)
+    assert said(found) == [0]
+
+
 def test_of_few_groups_it_is_not_asked_what_cannot_be_read(monkeypatch):
     result = made(dict.fromkeys(PLACES[2:], 0.0))
     n_groups = len(set(result.groups()))
