@@ -173,7 +173,7 @@ def sentences(claims: Sequence[Claim]) -> tuple[str, ...]:
     untried = sum(not claim.lost and any(gate.verdict is None for gate in claim.gates) for claim in made)
     text += f"; {passed} of these pass all gates that were tried" if gated else ""
     text += f" (of {untried} not all could be)" if untried else ""
-    lost = f" Not held: {', '.join(claim.says for claim in failed[:N_NAMED])}" if failed else ""
+    lost = f" Not held: {'; '.join(claim.says for claim in failed[:N_NAMED])}" if failed else ""
     lost += f" and {len(failed) - N_NAMED} more." if len(failed) > N_NAMED else "." if lost else ""
     return (f"{text}.{lost}", *(f"{claim}." for claim in made))
 
