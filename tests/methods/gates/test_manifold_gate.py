@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from tests.methods.gates.single_runs import moved
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.derived_pairs import turned
 from vlm_mech.data.fitting import fitting
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.interventions.specification import Knockout, Replace, Steer
-from vlm_mech.interventions.trace import read, run
+from vlm_mech.interventions.trace import read
 from vlm_mech.methods.gates import manifold
 from vlm_mech.methods.gates.manifold import MANIFOLD, ClaimEdit, on_manifold, share_left
 from vlm_mech.models.vlm import VLM
@@ -102,17 +103,6 @@ def test_too_few_pairs_or_an_edit_that_there_is_none_of_are_not_tried(organism):
 
 
 # What is said of an edit
-
-
-def moved(vlm, pairs, edit, flip=False):
-    """The mean change of the answers' difference on the pairs' first pictures, or on their second, by single runs."""
-    prompts, answers = (pairs.base, (pairs.answer, pairs.counterfactual_answer))
-    if flip:
-        prompts, answers = pairs.counterfactual, answers[::-1]
-    encoded, rows = vlm.encode(prompts), torch.arange(len(pairs))
-    own, rival = (vlm.answer_ids(encoded, each) for each in answers)
-    after, before = (run(vlm, encoded, each).last for each in (edit, None))
-    return ((after - before)[rows, own] - (after - before)[rows, rival]).mean().item()
 
 
 def test_states_of_the_other_picture_are_natural_from_either_side(organism):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.methods.gates.single_runs import moved
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.fitting import fitting
 from vlm_mech.data.pairs import load_pairs
@@ -94,17 +95,6 @@ def test_a_removal_that_does_less_than_counts_loses_a_claim_and_the_own_edit_doe
 # What is said of a removal
 
 
-def changes(vlm, pairs, edit, flip=False):
-    """The mean change of the answers' difference by single runs, on the first pictures or on the second."""
-    prompts, answers = (pairs.base, (pairs.answer, pairs.counterfactual_answer))
-    if flip:
-        prompts, answers = pairs.counterfactual, answers[::-1]
-    encoded, rows = vlm.encode(prompts), torch.arange(len(pairs))
-    own, rival = (vlm.answer_ids(encoded, each) for each in answers)
-    after, before = (run(vlm, encoded, each).last for each in (edit, None))
-    return ((after - before)[rows, own] - (after - before)[rows, rival]).mean().item()
-
-
 def test_a_turned_claim_is_about_the_run_on_the_other_picture(organism):
     vlm, pairs = organism
     site = Site("llm.resid_post", 1)
@@ -112,8 +102,8 @@ def test_a_turned_claim_is_about_the_run_on_the_other_picture(organism):
     (found,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, of)
     numbers = found.gates[0].numbers
     swap = Replace(site, "last", source=pairs.base)
-    assert numbers["counterfactual"]["effect"] == pytest.approx(changes(vlm, pairs, swap, flip=True), abs=1e-3)
-    zero = changes(vlm, pairs, Ablate(site, "last", to="zero"), flip=True)
+    assert numbers["counterfactual"]["effect"] == pytest.approx(moved(vlm, pairs, swap, flip=True), abs=1e-3)
+    zero = moved(vlm, pairs, Ablate(site, "last", to="zero"), flip=True)
     assert numbers["zero"]["effect"] == pytest.approx(zero, abs=1e-3)
 
 
@@ -123,7 +113,7 @@ def test_what_is_removed_with_it_is_removed_in_the_same_run(organism):
     of = lambda claim: Removed((one,), "last", more=(Removed((other,), "question"),))  # noqa: E731
     (found,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, of)
     both = Ablate(one, "last", to="zero") & Ablate(other, "question", to="zero")
-    assert found.gates[0].numbers["zero"]["effect"] == pytest.approx(changes(vlm, pairs, both), abs=1e-3)
+    assert found.gates[0].numbers["zero"]["effect"] == pytest.approx(moved(vlm, pairs, both), abs=1e-3)
 
 
 def test_tokens_that_differ_from_example_to_example_are_those_of_each(organism):
@@ -135,7 +125,7 @@ def test_tokens_that_differ_from_example_to_example_are_those_of_each(organism):
         (each,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, of, batch=batch)
         found.append(each.gates[0].numbers)
     edit = Replace(Site("llm.resid_post", 0), Each(spans), source=pairs.counterfactual)
-    assert found[0]["counterfactual"]["effect"] == pytest.approx(changes(vlm, pairs, edit), abs=1e-3)
+    assert found[0]["counterfactual"]["effect"] == pytest.approx(moved(vlm, pairs, edit), abs=1e-3)
     for way in (*COUNTED, "zero"):
         assert found[0][way]["effect"] == pytest.approx(found[1][way]["effect"], abs=1e-3), way
     (none,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, lambda claim: Removed((), lambda pairs: "no object"))
@@ -165,7 +155,7 @@ def test_the_whole_way_is_what_the_other_picture_changes(organism):
     of = lambda claim: dataclasses.replace(removed(claim), denied=True)  # noqa: E731
     (found,) = in_other_ways([claim(1)], [claim(1)], vlm, pairs, of)
     swap = Replace(Site("llm.resid_pre", 0), "all", source=pairs.counterfactual)
-    assert found.gates[0].numbers[removals.WHOLE]["effect"] == pytest.approx(changes(vlm, pairs, swap), abs=1e-3)
+    assert found.gates[0].numbers[removals.WHOLE]["effect"] == pytest.approx(moved(vlm, pairs, swap), abs=1e-3)
 
 
 def test_the_condition_that_is_named_says_which_way_and_how_much(monkeypatch):
