@@ -233,7 +233,7 @@ def test_fitted_probes_of_states_that_have_nothing_to_do_with_the_labels_claim_n
         )
         result = Result("probes", table, AXES, METRICS[:1])
         n_false += bool(said(claimed(pool(result), result)))
-    assert n_false <= 2, "a rate of 5 % gives 3 or more in one of 13 such tests; in 800 drawn so, at most 0.5 % had any"
+    assert n_false <= 2, "a rate of 5 % gives 3 or more in one of 13 such tests"
 
 
 def test_shuffled_labels_are_dealt_again_where_a_part_would_lack_a_rare_one():
