@@ -1,6 +1,7 @@
 """Attention knockout: at which layers must the last token read the picture?
 
-Windows of three layers lose the edges last <- image (Geva et al. 2023); the answer's lead over the counterfactual answer falls where they were needed.
+Windows of three layers lose the edges last <- image (Geva et al. 2023); the answer's lead over the counterfactual
+answer falls where they were needed.
 """
 
 from vlm_mech import VLM, Knockout, grid, load_pairs, logit_diff, sweep, window

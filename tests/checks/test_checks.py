@@ -20,6 +20,7 @@ from vlm_mech.checks.finding import refuse_unless_all_hold
 from vlm_mech.checks.structure import find_structure
 from vlm_mech.checks.vlm import find_vlm
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.inputs.image_layout import flattened
 from vlm_mech.models.loading import skeleton
 from vlm_mech.models.vlm import VLM
 
@@ -140,6 +141,37 @@ def test_a_deep_decoder_runs_its_first_blocks_over_a_picture_and_all_over_words(
         and n_picture not in lengths[n_layers - 1]
         and len(lengths[n_layers - 1]) in (2, 3)
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES_TRIED)
+def test_of_a_deep_tower_equal_rows_are_computed_once(family, monkeypatch):
+    monkeypatch.setattr(checks, "DEEP", 1)
+    vlm = VLM(*ZOO[family]("sdpa", 0), check=False)
+    assert checks.has_deep_tower(vlm)
+    inside = vlm.model.get_submodule(
+        f"{vlm.family.vision.path}.0.{vlm.family.vision.attention}.{vlm.family.vision.out}"
+    )
+    sizes: list[int] = []
+    hook = inside.register_forward_hook(lambda _, given, out: sizes.append(out.numel()))
+    with torch.no_grad():
+        vlm.model(**vlm.encode([example(vlm)]).inputs)
+    one = sizes.pop()
+    assert all(finding.holds for finding in find_vlm(vlm))
+    hook.remove()
+    # Writes in the first blocks are rows of one pass; those after the last block are, where a mask spans all pictures.
+    assert sum(size > 4 * one for size in sizes) == 1 + (vlm.family.layout is flattened)
+
+
+@pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl"])
+def test_a_tower_read_through_the_wrong_tokens_is_found_where_equal_rows_are_computed_once(family, monkeypatch):
+    monkeypatch.setattr(checks, "DEEP", 1)
+    vlm = VLM(*ZOO[family]("sdpa", 0), check=False)
+    projector = vlm.model.get_submodule(vlm.family.projector)
+    # Token by token, the projector's output goes to the next place.
+    hook = projector.register_forward_hook(lambda _, given, out: out.roll(1, dims=-2))
+    wrong = [finding.name for finding in find_vlm(vlm) if not finding.holds]
+    hook.remove()
+    assert sum("make it and no other" in name for name in wrong) >= 2
 
 
 @pytest.mark.parametrize("layer", [1, 3])

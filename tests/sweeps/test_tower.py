@@ -10,6 +10,7 @@ from tests.zoo import BACKENDS
 from tests.zoo.batches import batch, pairs_of, wrapped
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import WorkError
+from vlm_mech.interventions.module_hooks import forward_through, narrowed
 from vlm_mech.interventions.plan import plan
 from vlm_mech.interventions.receipt import ReceiptError
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace
@@ -18,9 +19,8 @@ from vlm_mech.sweeps import engine
 from vlm_mech.sweeps.cost import sizes, tower_flops
 from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.measures import prob
-from vlm_mech.sweeps.module_hooks import forward_through
 from vlm_mech.sweeps.sweep import grid, sweep
-from vlm_mech.sweeps.tower import TowerPass, narrowed, tower_outputs
+from vlm_mech.sweeps.tower import TowerPass, tower_outputs
 
 POINTS = ("resid_pre", "head_out", "attn_out", "mlp_out", "resid_post")
 

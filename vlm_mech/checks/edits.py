@@ -10,15 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.checks.asked import FIRST_BLOCKS, example, has_deep_tower, noise_picture, shallow, words
 from vlm_mech.checks.finding import Finding
+from vlm_mech.inputs.image_layout import flattened
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
 from vlm_mech.interventions.by_example import plan_by_example
+from vlm_mech.interventions.module_hooks import computed_once
+from vlm_mech.interventions.plan import Plan
 from vlm_mech.interventions.receipt import Receipt, ReceiptError, verify
 from vlm_mech.interventions.specification import Ablate, Intervention, Knockout, Steer
 from vlm_mech.interventions.trace import carry_out, read
@@ -109,22 +112,39 @@ def _moved(asked: _Question, answered: _Answered, row: int, what: str) -> Findin
 def _before_the_decoder(vlm: TracedModel) -> Iterator[Finding]:
     """Joints, image tokens, and writes in tower and projector, by what the decoder receives; no block of it is run."""
     encoded = vlm.encode([example(vlm)])
+    yield from _pixels(vlm, encoded)
     asked = [*_joints(vlm), *_image_tokens(vlm, encoded), *_writes_before(vlm)]
     if not has_deep_tower(vlm):
         asked += _writes_in_tower(vlm, max(0, vlm.vision_depth - 2))
-    original = encoded.prompts[0]
-    pictures = [original.image, *(each.picture or original.image for each in asked), original.image]
-    rows = vlm.encode([Prompt(original.question, picture, text=original.text) for picture in pictures])
+    rows = vlm.encode([example(vlm)] * (len(asked) + 2))
     made = plan_by_example(vlm, rows, [None, *(each.done for each in asked), None], lambda *given: read(vlm, *given))
-    states, _, receipts = carry_out(vlm, rows, made, (INTO_TOWER, INTO_DECODER), to_the_end=False)
+    # What is asked of a deep tower here is written after its last block, so that all rows are equal below.
+    with computed_once(_alike(vlm), len(rows)):
+        states, _, receipts = carry_out(vlm, rows, made, (INTO_DECODER,), to_the_end=False)
     answered = _answered(states[INTO_DECODER], receipts)
     for row, each in enumerate(asked, 1):
-        if each.picture is not None:
-            yield _pixels_are_seen(encoded, rows, row, each, states[INTO_TOWER])
-        elif each.patches is not None:
+        if each.patches is not None:
             yield _patches_make_token(vlm, encoded, each, answered, row)
         else:
             yield _moved(each, answered, row, "what the decoder receives")
+
+
+def _alike(vlm: TracedModel) -> list[nn.Module]:
+    """Blocks of a deep tower below the last one that is read; none where one mask spans a whole pack, as it cannot be
+    narrowed to a picture."""
+    if vlm.family.layout is flattened or not has_deep_tower(vlm):
+        return []
+    return list(vlm.model.get_submodule(vlm.family.vision.path).children())[: vlm.vision_depth - 1]
+
+
+def _pixels(vlm: TracedModel, encoded: Encoded) -> Iterator[Finding]:
+    """Where the tower begins, a token's patches see its pixels."""
+    asked, original = list(_image_pixels(encoded)), encoded.prompts[0]
+    pictures = [original.image, *(each.picture for each in asked)]
+    rows = vlm.encode([Prompt(original.question, picture, text=original.text) for picture in pictures])
+    states, _, _ = carry_out(vlm, rows, Plan({}, {}), (INTO_TOWER,), to_the_end=False)
+    for row, each in enumerate(asked, 1):
+        yield _pixels_are_seen(encoded, rows, row, each, states[INTO_TOWER])
 
 
 def _joints(vlm: TracedModel) -> Iterator[_Question]:
@@ -135,7 +155,7 @@ def _joints(vlm: TracedModel) -> Iterator[_Question]:
 
 
 def _image_tokens(vlm: TracedModel, encoded: Encoded) -> Iterator[_Question]:
-    """The patches of a token make that token and no other; its pixels are what its patches see."""
+    """The patches of a token make that token and no other."""
     into = Site("vision.resid_post", vlm.vision_depth - 1)
     vector = torch.randn(vlm.width(into), generator=torch.Generator().manual_seed(0))
     for view, shown in enumerate(encoded.rows[0].images[0].layout.views):
@@ -144,7 +164,12 @@ def _image_tokens(vlm: TracedModel, encoded: Encoded) -> Iterator[_Question]:
             span = Patches((cell,), view=view)
             name = f"view {view}: the patches of token {cell} make it and no other"
             yield _Question(name, Steer(into, span, vector=vector), patches=span)
-        cell = (rows // 2, columns // 2)
+
+
+def _image_pixels(encoded: Encoded) -> Iterator[_Question]:
+    """A picture for each view, with the pixels of a token in its middle inverted."""
+    for view, shown in enumerate(encoded.rows[0].images[0].layout.views):
+        cell = (shown.grid[0] // 2, shown.grid[1] // 2)
         span = Patches((cell,), view=view)
         yield _Question(f"view {view}: token {cell} sees its pixels", picture=_inverted(encoded, span), patches=span)
 
@@ -248,7 +273,8 @@ def _in_the_decoder(vlm: TracedModel) -> Iterator[Finding]:
         asked.append(_Question(f"cut last<-all at llm {layer}", Knockout("last", "all", layer, keep_self=True)))
     rows = vlm.encode([alone or example(vlm)] * (len(asked) + 2))
     made = plan_by_example(vlm, rows, [None, *(each.done for each in asked), None], lambda *given: read(vlm, *given))
-    states, logits, receipts = carry_out(vlm, rows, made, () if into is None else (into,), to_the_end=into is None)
+    with computed_once(_alike(vlm) if alone is None else [], len(rows)):
+        states, logits, receipts = carry_out(vlm, rows, made, () if into is None else (into,), to_the_end=into is None)
     found = logits if into is None else states[into]
     assert found is not None, "a pass that runs to its end has logits"
     answered = _answered(found[:, -1], receipts)

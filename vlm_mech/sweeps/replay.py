@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from vlm_mech.architectures.site import Site
 from vlm_mech.inputs.span import Cells
 from vlm_mech.interventions.attention import attending
+from vlm_mech.interventions.module_hooks import passed
 from vlm_mech.interventions.plan import Cut, Write
 from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.timeline import Seen
 from vlm_mech.interventions.verification import write_receipt
 from vlm_mech.sweeps.branching import alike
-from vlm_mech.sweeps.module_hooks import passed
 from vlm_mech.sweeps.recorded_pass import RecordedPass, position_axis, read_out
 from vlm_mech.sweeps.suffix_attention import SuffixAttention
 

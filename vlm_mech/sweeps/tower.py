@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlm_mech.architectures.site import Site
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.attention import cutting
+from vlm_mech.interventions.module_hooks import forward_through, narrowed, passed
 from vlm_mech.interventions.passes import prompt_pass
 from vlm_mech.interventions.plan import Plan
 from vlm_mech.interventions.receipt import Receipt, ReceiptError
@@ -25,7 +26,6 @@ from vlm_mech.interventions.timeline import beside_of, witness_of
 from vlm_mech.interventions.trace import cuttings_of
 from vlm_mech.interventions.verification import Proofs, receipts_of
 from vlm_mech.sweeps.branching import tower_blocks
-from vlm_mech.sweeps.module_hooks import forward_through, passed
 from vlm_mech.sweeps.shares import block_devices
 
 if TYPE_CHECKING:
@@ -255,20 +255,3 @@ def in_rows(states: Tensor) -> Tensor:
     What a receiver arranges otherwise (rows x width x height x width, say) stays as it is.
     """
     return states[None] if states.ndim == 2 else states
-
-
-def narrowed(value: Any, *, n_rows: int, kept: int) -> Any:
-    """An argument of a block for the first of several equal copies.
-
-    Args:
-        n_rows: rows, or positions of a pack, of all copies together.
-        kept: those of the copies that stay.
-    """
-    if isinstance(value, tuple | list):
-        return type(value)(narrowed(each, n_rows=n_rows, kept=kept) for each in value)
-    if not isinstance(value, Tensor) or value.ndim == 0 or kept == n_rows:
-        return value
-    if value.ndim == 1 and not value.is_floating_point() and value[-1] == n_rows:
-        # Where in a pack one picture, or window, ends and the next begins.
-        return value[value <= kept]
-    return value[:kept] if len(value) == n_rows else value

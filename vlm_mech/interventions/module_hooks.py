@@ -1,10 +1,10 @@
 """What passes into and out of the modules of a model, looked at or changed within a block of code."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -50,3 +50,39 @@ def forward_through(module: nn.Module, around: Callable[..., Any]) -> Iterator[N
             del module.forward
         else:
             module.forward = before
+
+
+def narrowed(value: Any, *, n_rows: int, kept: int) -> Any:
+    """An argument of a block for the first of several equal copies.
+
+    Args:
+        n_rows: rows, or positions of a pack, of all copies together.
+        kept: those of the copies that stay.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(narrowed(each, n_rows=n_rows, kept=kept) for each in value)
+    if not isinstance(value, Tensor) or value.ndim == 0 or kept == n_rows:
+        return value
+    if value.ndim == 1 and not value.is_floating_point() and value[-1] == n_rows:
+        # Where in a pack one picture, or window, ends and the next begins.
+        return value[value <= kept]
+    return value[:kept] if len(value) == n_rows else value
+
+
+@contextmanager
+def computed_once(blocks: Iterable[nn.Module], n_copies: int) -> Iterator[None]:
+    """Within the block, each of these modules computes one of `n_copies` equal copies and gives it for all.
+
+    For blocks of a tower whose rows (or positions of a pack) are copies of one batch that nothing has changed so far.
+    """
+
+    def around(own: Callable[..., Tensor], states: Tensor, *given: Any, **named: Any) -> Tensor:
+        rows = {"n_rows": len(states), "kept": len(states) // n_copies}
+        others = {name: narrowed(value, **rows) for name, value in named.items()}
+        out = own(states[: rows["kept"]], *(narrowed(value, **rows) for value in given), **others)
+        return out.repeat(n_copies, *[1] * (out.ndim - 1))
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(forward_through(block, around))
+        yield
