@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +15,15 @@ from tests.zoo import ZOO
 from tests.zoo.tiny import tiny_model, tiny_processor
 from vlm_mech.architectures import families
 from vlm_mech.architectures.families import FAMILIES, LLAVA, family_of
+from vlm_mech.benchmark.model_shapes import Tower, build, geometry
 from vlm_mech.checks import asked as checks
-from vlm_mech.checks.asked import example
+from vlm_mech.checks.asked import between, example
 from vlm_mech.checks.finding import refuse_unless_all_hold
 from vlm_mech.checks.structure import find_structure
 from vlm_mech.checks.vlm import find_vlm
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.image_layout import flattened
+from vlm_mech.interventions.module_hooks import left_out
 from vlm_mech.models.loading import skeleton
 from vlm_mech.models.vlm import VLM
 
@@ -158,8 +161,49 @@ def test_of_a_deep_tower_equal_rows_are_computed_once(family, monkeypatch):
     one = sizes.pop()
     assert all(finding.holds for finding in find_vlm(vlm))
     hook.remove()
-    # Writes in the first blocks are rows of one pass; those after the last block are, where a mask spans all pictures.
-    assert sum(size > 4 * one for size in sizes) == 1 + (vlm.family.layout is flattened)
+    # Writes in the first blocks are rows of one pass, parted at the second block but where a mask spans all pictures.
+    assert sum(size > 4 * one for size in sizes) == (vlm.family.layout is flattened)
+
+
+@pytest.mark.parametrize("shape", ["llava15", "next", "qwen"])
+def test_of_deep_stacks_the_blocks_in_between_are_not_run(shape):
+    tower = Tower(16, 64, 4, 128)
+    small = dataclasses.replace(geometry(shape, width=128), n_layers=16, intermediate=128, tower=tower)
+    vlm = build(small)
+    ran: dict[str, Counter[int]] = {"vision": Counter(), "llm": Counter()}
+    hooks = []
+    for stream, seen in ran.items():
+        for layer in range(16):
+            inside = vlm.model.get_submodule(f"{vlm.blocks(stream).path}.{layer}.{vlm.blocks(stream).mlp}")
+            hooks.append(inside.register_forward_hook(lambda *_, seen=seen, layer=layer: seen.update([layer])))
+    findings = refuse_unless_all_hold(shape, find_vlm(vlm))
+    for hook in hooks:
+        hook.remove()
+    assert len(findings) >= 45
+    for stream, seen in ran.items():
+        others = {vlm.vision_depth - 1, 15} if stream == "vision" else {2, 15}
+        assert set(seen) == {0, 1, 8, 9} | others, f"{stream}: {seen}"
+    # Afterwards all of them are run again.
+    plain = vlm.model(**vlm.encode([example(vlm)]).inputs).logits
+    with left_out(between(vlm, "llm", (0, 15))):
+        assert not torch.equal(plain, vlm.model(**vlm.encode([example(vlm)]).inputs).logits)
+    assert torch.equal(plain, vlm.model(**vlm.encode([example(vlm)]).inputs).logits)
+
+
+def test_a_block_of_another_kind_in_between_is_run():
+    vlm = build(dataclasses.replace(geometry("llava15", width=128), n_layers=16, intermediate=128))
+    blocks = vlm.model.get_submodule(vlm.blocks("llm").path)
+    blocks[5].__class__ = type("Other", (type(blocks[5]),), {})
+    assert blocks[5] not in between(vlm, "llm", (0, 15)) and blocks[6] in between(vlm, "llm", (0, 15))
+    n_passes = [0]
+
+    def differs(_, __, out):
+        n_passes[0] += 1
+        return out + n_passes[0] / 8
+
+    blocks[5].register_forward_hook(differs)
+    wrong = [finding.name for finding in find_vlm(vlm) if not finding.holds]
+    assert "logits equal the plain forward" in wrong
 
 
 @pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl"])

@@ -1,7 +1,10 @@
 """What a loaded model is asked with: the picture, the words, and how much of a deep model is run over them."""
 
+from collections.abc import Collection
+
 import numpy as np
 from PIL import Image
+from torch import nn
 
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.errors import UsageError
@@ -10,7 +13,7 @@ from vlm_mech.inputs.prompt import Prompt
 QUESTION = "What is in the picture?"
 """Words that any tokenizer takes."""
 DEEP = 4
-"""A decoder at least so many times as deep as what has to be run over a picture is not run whole over it."""
+"""A stack at least so many times as deep as what has to be run of it is not run whole."""
 FIRST_BLOCKS = (0, 1, 2)
 """Blocks that are run of a deep tower, where its own writes are asked about: the second of them is written to."""
 
@@ -53,3 +56,16 @@ def shallow(vlm: TracedModel) -> int | None:
 def has_deep_tower(vlm: TracedModel) -> bool:
     """Whether writes in the tower are asked about in its first blocks alone."""
     return vlm.vision_depth >= DEEP * len(FIRST_BLOCKS)
+
+
+def between(vlm: TracedModel, stream: str, asked: Collection[int]) -> list[nn.Module]:
+    """Blocks of a deep stack that passes leave out: none that is asked about or the next, none the first of its kind.
+
+    That they are made like the others is a question about the structure. None of a stack that is not deep.
+    """
+    blocks = list(vlm.model.get_submodule(vlm.blocks(stream).path).children())
+    if len(blocks) < DEEP * len(FIRST_BLOCKS) or (stream == "llm" and shallow(vlm) is None):
+        return []
+    kinds = [type(block) for block in blocks]
+    kept = {*asked, *(layer + 1 for layer in asked), *(kinds.index(kind) for kind in kinds)}
+    return [block for layer, block in enumerate(blocks) if layer not in kept]

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
 from vlm_mech.architectures.traced_model import TracedModel
-from vlm_mech.checks.asked import FIRST_BLOCKS, example, has_deep_tower, noise_picture, shallow, words
+from vlm_mech.checks.asked import FIRST_BLOCKS, between, example, has_deep_tower, noise_picture, shallow, words
 from vlm_mech.checks.finding import Finding
 from vlm_mech.inputs.image_layout import flattened
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Patches
 from vlm_mech.interventions.by_example import plan_by_example
-from vlm_mech.interventions.module_hooks import computed_once
+from vlm_mech.interventions.module_hooks import computed_once, left_out
 from vlm_mech.interventions.plan import Plan
 from vlm_mech.interventions.receipt import Receipt, ReceiptError, verify
 from vlm_mech.interventions.specification import Ablate, Intervention, Knockout, Steer
@@ -118,8 +118,8 @@ def _before_the_decoder(vlm: TracedModel) -> Iterator[Finding]:
         asked += _writes_in_tower(vlm, max(0, vlm.vision_depth - 2))
     rows = vlm.encode([example(vlm)] * (len(asked) + 2))
     made = plan_by_example(vlm, rows, [None, *(each.done for each in asked), None], lambda *given: read(vlm, *given))
-    # What is asked of a deep tower here is written after its last block, so that all rows are equal below.
-    with computed_once(_alike(vlm), len(rows)):
+    # What is asked of a deep tower here is written after the last block that is read.
+    with left_out(_all_but_the_last_read(vlm)):
         states, _, receipts = carry_out(vlm, rows, made, (INTO_DECODER,), to_the_end=False)
     answered = _answered(states[INTO_DECODER], receipts)
     for row, each in enumerate(asked, 1):
@@ -129,12 +129,12 @@ def _before_the_decoder(vlm: TracedModel) -> Iterator[Finding]:
             yield _moved(each, answered, row, "what the decoder receives")
 
 
-def _alike(vlm: TracedModel) -> list[nn.Module]:
-    """Blocks of a deep tower below the last one that is read; none where one mask spans a whole pack, as it cannot be
-    narrowed to a picture."""
-    if vlm.family.layout is flattened or not has_deep_tower(vlm):
+def _all_but_the_last_read(vlm: TracedModel) -> list[nn.Module]:
+    """Blocks of a deep tower that need not run where nothing is asked of them; none of another tower."""
+    if not has_deep_tower(vlm):
         return []
-    return list(vlm.model.get_submodule(vlm.family.vision.path).children())[: vlm.vision_depth - 1]
+    blocks = list(vlm.model.get_submodule(vlm.family.vision.path).children())
+    return [block for layer, block in enumerate(blocks) if layer != vlm.vision_depth - 1]
 
 
 def _pixels(vlm: TracedModel, encoded: Encoded) -> Iterator[Finding]:
@@ -235,13 +235,17 @@ def _writes_before(vlm: TracedModel) -> Iterator[_Question]:
 
 
 def _in_the_first_blocks_of_the_tower(vlm: TracedModel) -> Iterator[Finding]:
-    """Writes in a deep tower, by what a block soon after receives; nothing above is run."""
+    """Writes in a deep tower, by what the next block receives; nothing above is run."""
     if not has_deep_tower(vlm):
         return
-    asked, into = list(_writes_in_tower(vlm, FIRST_BLOCKS[1])), Site("vision.resid_pre", len(FIRST_BLOCKS))
+    below, layer, above = FIRST_BLOCKS
+    asked, into = list(_writes_in_tower(vlm, layer)), Site("vision.resid_pre", above)
     rows = vlm.encode([example(vlm)] * (len(asked) + 2))
     made = plan_by_example(vlm, rows, [None, *(each.done for each in asked), None], lambda *given: read(vlm, *given))
-    states, _, receipts = carry_out(vlm, rows, made, (into,), to_the_end=False)
+    # Rows are equal below; where one mask spans a whole pack it cannot be narrowed to a picture.
+    blocks = list(vlm.model.get_submodule(vlm.family.vision.path).children())
+    with computed_once([] if vlm.family.layout is flattened else [blocks[below]], len(rows)):
+        states, _, receipts = carry_out(vlm, rows, made, (into,), to_the_end=False)
     cells = rows.cells("all", place="vision")
     answered = _answered(torch.stack(states[into][cells.rows, cells.positions].split(list(cells.counts))), receipts)
     for row, each in enumerate(asked, 1):
@@ -273,7 +277,9 @@ def _in_the_decoder(vlm: TracedModel) -> Iterator[Finding]:
         asked.append(_Question(f"cut last<-all at llm {layer}", Knockout("last", "all", layer, keep_self=True)))
     rows = vlm.encode([alone or example(vlm)] * (len(asked) + 2))
     made = plan_by_example(vlm, rows, [None, *(each.done for each in asked), None], lambda *given: read(vlm, *given))
-    with computed_once(_alike(vlm) if alone is None else [], len(rows)):
+    # Asked over a picture, or of a decoder that is not deep, the whole pass is run.
+    apart = [] if into is not None else [*_all_but_the_last_read(vlm), *between(vlm, "llm", (layer,))]
+    with left_out(apart):
         states, logits, receipts = carry_out(vlm, rows, made, () if into is None else (into,), to_the_end=into is None)
     found = logits if into is None else states[into]
     assert found is not None, "a pass that runs to its end has logits"

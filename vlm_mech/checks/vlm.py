@@ -1,9 +1,10 @@
 """Does each name mean what it says in this model? Asked once when a model is loaded; a model that fails is refused.
 
 Two passes are over a picture, the model's own and a traced one; of a deep decoder they run the first blocks alone, and
-all of it is run over a few words, plainly and traced. What is edited before the decoder is a row each of one pass that
-ends where the decoder begins; what is edited in it, a row each of one over a few words. In deep towers and decoders
-edits are asked about in the first blocks alone.
+two more, over a few words, run to its end. Deep stacks are run without the blocks in between: the first, the middle one
+and the last stay, and the first of each kind. What is edited before the decoder is a row each of one pass that ends
+where the decoder begins; what is edited in it, a row each of one over a few words. In deep towers and decoders edits
+are asked about in the first blocks alone.
 
 `python -m vlm_mech.models.check MODEL` prints the answers for any Hugging Face id, folder or embedded model.
 """
@@ -17,11 +18,12 @@ from torch import Tensor
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import weight_of
-from vlm_mech.checks.asked import example, shallow, words
+from vlm_mech.checks.asked import between, example, shallow, words
 from vlm_mech.checks.edits import find_edits
 from vlm_mech.checks.finding import Finding, find_close
 from vlm_mech.checks.structure import find_structure
 from vlm_mech.inputs.prompt import Encoded
+from vlm_mech.interventions.module_hooks import left_out
 from vlm_mech.interventions.plan import Plan
 from vlm_mech.interventions.trace import carry_out
 
@@ -51,12 +53,13 @@ def _as_it_is(vlm: TracedModel) -> Iterator[Finding]:
 
 
 def _to_the_end(vlm: TracedModel, encoded: Encoded, streams: tuple[str, ...]) -> Iterator[Finding]:
-    """What is asked of a pass through the whole decoder."""
+    """What is asked of a pass to the end of the decoder; of deep stacks without the blocks in between."""
     last = Site("llm.resid_post", vlm.n_layers("llm") - 1)
     wanted = {last, *(site for stream in streams for site in _sites_of(vlm, stream, _layers(vlm, stream)))}
-    states, logits, _ = carry_out(vlm, encoded, Plan({}, {}), sorted(wanted, key=lambda site: site.order))
-    assert logits is not None, "the pass runs to its end"
-    with torch.no_grad():
+    apart = [block for stream in streams for block in between(vlm, stream, _layers(vlm, stream))]
+    with torch.no_grad(), left_out(apart):
+        states, logits, _ = carry_out(vlm, encoded, Plan({}, {}), sorted(wanted, key=lambda site: site.order))
+        assert logits is not None, "the pass runs to its end"
         plain = vlm.model(**encoded.inputs).logits
         norm = vlm.model.get_submodule(str(vlm.family.llm.after))
         through_head = vlm.model.get_submodule(vlm.family.head)(norm(states[last]))
@@ -73,8 +76,9 @@ def _over_a_picture(vlm: TracedModel, encoded: Encoded, depth: int) -> Iterator[
     asked = {"vision": _layers(vlm, "vision"), "llm": [depth - 1]}
     wanted = {into, *(site for stream, layers in asked.items() for site in _sites_of(vlm, stream, layers))}
     in_order = sorted(wanted, key=lambda site: site.order)
-    states, _, _ = carry_out(vlm, encoded, Plan({}, {}), in_order, to_the_end=False)
-    difference = (_plainly(vlm, encoded, depth) - states[into]).abs().max().item()
+    with left_out(between(vlm, "vision", asked["vision"])):
+        states, _, _ = carry_out(vlm, encoded, Plan({}, {}), in_order, to_the_end=False)
+        difference = (_plainly(vlm, encoded, depth) - states[into]).abs().max().item()
     name = f"over a picture, what llm[{depth}] receives equals the plain forward"
     yield Finding(name, difference == 0.0, f"largest difference {difference:.3g}")
     yield from _residual_algebra(vlm, encoded, "vision", states, asked["vision"])

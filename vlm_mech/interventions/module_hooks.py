@@ -86,3 +86,16 @@ def computed_once(blocks: Iterable[nn.Module], n_copies: int) -> Iterator[None]:
         for block in blocks:
             stack.enter_context(forward_through(block, around))
         yield
+
+
+@contextmanager
+def left_out(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, each of these modules hands on the states that it is given; a trace sees none of them."""
+
+    def around(_: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        return given[0] if given else named["hidden_states"]
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(forward_through(block, around))
+        yield

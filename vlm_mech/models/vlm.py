@@ -14,7 +14,7 @@ from vlm_mech.architectures.families import Blocks, Family, family_of
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import device_of, kept_in_place
-from vlm_mech.checks.asked import example, words
+from vlm_mech.checks.asked import between, example, words
 from vlm_mech.checks.verdict import checked
 from vlm_mech.checks.vlm import find_vlm
 from vlm_mech.errors import UsageError, WorkError
@@ -25,6 +25,7 @@ from vlm_mech.inputs.prompt import Encoded, Prompt, encode
 from vlm_mech.inputs.special_tokens import check_plain, ids_after, unknown_word
 from vlm_mech.inputs.teacher_forcing import followed
 from vlm_mech.interventions.generating import set_aside
+from vlm_mech.interventions.module_hooks import left_out
 from vlm_mech.interventions.trace import read
 from vlm_mech.models.describe import describe, describe_html
 from vlm_mech.models.loading import DeviceMap, check_processor, folder_of, load, unwrapped
@@ -225,7 +226,8 @@ class VLM(TracedModel):
     @functools.cached_property
     def _projector_widths(self) -> dict[str, int]:
         """Widths that no configuration gives in all families, read from one pass."""
-        states = read(self, [example(self)], [Site("projector.in"), Site("projector.out")])
+        with left_out(between(self, "vision", ())):
+            states = read(self, [example(self)], [Site("projector.in"), Site("projector.out")])
         return {site.point: value.shape[-1] for site, value in states.values.items()}
 
     @functools.cached_property
