@@ -41,8 +41,8 @@ class Config(SpokenConfig):
     """Heads, or layers, that --joint cuts at once at most."""
     control: tuple[Literal["size", "mass", "distance"], ...] = ("size",)
     """Random edges to compare with: as many, of equal attention mass, or of equal distance; one or several."""
-    sinks: Literal["include", "exclude"] = "include"
-    """Whether controls may cut attention to sinks: the first token, and tokens with states like its own."""
+    sinks: Literal["include", "exclude", "match"] = "include"
+    """Controls may cut attention to sinks (the first token, and others with states like its own), none, or as many."""
     generate: int = 0
     """Number of examples whose answers are written out without each edge, cut at all layers."""
     split: Literal["test", "validation", "train"] = "test"
@@ -67,7 +67,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     vlm = config.load()
     pairs = fitting(vlm, pairs, **config.fits, alone=True)
     options = {"layers": config.layers, "size": config.window, "heads": config.heads, "during": config.during}
-    options |= {"controls": config.control, "sinks": config.sinks == "include"}
+    options |= {"controls": config.control, "sinks": config.sinks}
     return vlm, pairs, scan_of(vlm, pairs, masks, config.edges, **options), masks
 
 

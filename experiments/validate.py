@@ -35,12 +35,13 @@ class Config(RunConfig):
     """Models of each set; 20 by default."""
     first_seed: int = 1000
     """Seed of the first model; what is below 1000 served to develop the methods' rules."""
-    sets: tuple[str, ...] = ("plain", "matched null, random answers", "hard")
-    """Kinds of models; also: matched null, backup, two backups, dormant path, sink, mlp prior, neighbouring readers."""
+    sets: tuple[str, ...] = ()
+    """Kinds of models: plain, "matched null, random answers" and hard by default; also: matched null, backup, two
+    backups, dormant path, sink, mlp prior, neighbouring readers. Of arbitration: "arbiter: route" and its like, all."""
     answer: Literal["word", "pieces", "article"] = "word"
     """How answers are written: as one token, as two that both tell, or behind a token that all share."""
     methods: tuple[str, ...] = ()
-    """Methods to grade; all by default, and with answers of two tokens controls that read the next token alone."""
+    """Methods to grade; by default all but arbitration, and with answers of two tokens controls that read one alone."""
     gates: Literal["none", "all"] = "none"
     """Gates that the claims of commands must pass, which are graded too; all take time."""
     null: int = 5
@@ -77,18 +78,17 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 def _jobs(config: Config) -> "list[Job]":
     from vlm_mech.errors import UsageError
-    from vlm_mech.validate.adapters import CONTROLS, METHODS
-    from vlm_mech.validate.examination import Job
+    from vlm_mech.validate.examination import Job, methods_for, sets_for
 
-    n = 20 if config.n is None else config.n
+    n, sets = 20 if config.n is None else config.n, config.sets or sets_for(config.methods)
     if config.model != "planted" or config.data != "planted" or config.device != "cpu":
         raise UsageError("only planted models are examined, on cpu; leave out --model, --data and --device")
-    if n < 1 or len(set(config.sets)) < max(1, len(config.sets)):
-        raise UsageError(f"n is {n} and sets are {', '.join(config.sets) or 'none'}; at least one of each, none twice")
+    if n < 1 or len(set(sets)) < max(1, len(sets)):
+        raise UsageError(f"n is {n} and sets are {', '.join(sets) or 'none'}; at least one of each, none twice")
     how = {"n_examples": config.examples, "n_population": config.population, "seed": config.seed}
     how |= {"answer": config.answer, "gates": config.gates, "null": config.null}
-    methods = config.methods or (*METHODS, *(CONTROLS if config.answer != "word" else ()))
-    return [Job(kind, config.first_seed + number, methods, **how) for number in range(n) for kind in config.sets]
+    asked = {kind: methods_for(kind, config.methods, config.answer) for kind in sets}
+    return [Job(kind, config.first_seed + number, asked[kind], **how) for number in range(n) for kind in sets]
 
 
 if __name__ == "__main__":

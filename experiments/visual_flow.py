@@ -5,9 +5,9 @@ that read what is shown and those that suppress it. Afterwards single examples, 
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
-from vlm_mech.runs.configuration import ClaimConfig
+from experiments._flow_config import CONFLICT, Config
 from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import about
@@ -19,33 +19,7 @@ QUESTION = (
     "attention is cut there? Preferred: does the residual stream favour the answer or its rival? What is decodable "
     "need not be used, and what is used need not be needed."
 )
-CONFLICT, COLOURS, PROBES = "scenes/colour-conflict", "scenes/colour", "probes"
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(ClaimConfig):
-    """Options of the map."""
-
-    data: str = CONFLICT
-    """Pairs; where one says which picture is in conflict, it is asked about, and its rival is the usual answer."""
-    probe: bool = True
-    """Fit probes (--no-probe leaves them out); never in the models and shuffles that --gates all compares with."""
-    probe_data: str | None = None
-    """Pairs to fit probes on; scenes/colour for scenes/colour-conflict, otherwise other folds of the data itself."""
-    n_probe: int | None = None
-    """Number of these; 96 scenes by default, all of a folder."""
-    every: int = 1
-    """Probe every so-many-th block."""
-    window: int | None = None
-    """Layers cut around each; by default 9, in models of fewer than 27 layers 1."""
-    pages: int = 8
-    """Examples to look at patch by patch."""
-    split: Literal["test", "validation", "train"] = "test"
-    """Split of the generated scenes."""
-    batch: int = 32
-    """Examples a forward pass."""
-    engine: Literal["fast", "trace"] = "fast"
-    """The fast one computes only what can change; trace runs a whole pass for every cell."""
+COLOURS, PROBES = "scenes/colour", "probes"
 
 
 def _loaded(config: Config) -> tuple[Any, ...]:
@@ -76,7 +50,7 @@ def plan(config: Config) -> Any:
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, the map, the page of single examples, and findings made from the numbers."""
     from vlm_mech.interventions.receipt import add_up
-    from vlm_mech.methods.visual_flow import claims, effects, figures, findings, patch_readings, study
+    from vlm_mech.methods.visual_flow import claims, effects, figures, findings, lenses, patch_readings, study
     from vlm_mech.results.result import Result
 
     vlm, cases, scan = _loaded(config)
@@ -90,11 +64,16 @@ def run(config: Config, work: Workspace) -> Outcome:
     told |= {"rival": cases.rival, "probes": [each for each in notes if "own" in each], "edges": scan.about}
     result = Result("visual flow", table, study.AXES, study.metrics_of(config.measure))
     found = claims.with_claims(effects.flow_effects(result), config, vlm, cases, scan, **how)
+    asked = {"bank": config.context_bank, "tuned": config.tuned_lens}
+    others = lenses.lenses_asked(vlm, **asked, folder=work.partial, seed=config.seed)
+    named, tables = lenses.named_by(vlm, others, seed=config.seed) if others else ({}, {})
+    told |= {"named": named} if named else {}
     options = {"n": config.pages, "folder": work.partial, "measure": config.measure, "seed": config.seed}
+    options |= {"lenses": others}
     told["pages"] = patch_readings.patch_readings(vlm, cases, found, fitted, **options) if config.pages else []
     result = dataclasses.replace(result, provenance=told, claims=found.claims)
     result = dataclasses.replace(result, findings=findings.findings(result, cases))
-    return Outcome(result, figures.drawn(result))
+    return Outcome(result, figures.drawn(result), tables=tables)
 
 
 def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:

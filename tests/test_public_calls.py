@@ -7,8 +7,10 @@ import torch
 from tests.zoo.tiny import picture
 from vlm_mech import (
     VLM,
+    Direction,
     DualEncoder,
     Each,
+    HeadInput,
     LensTraining,
     Measure,
     Metric,
@@ -19,23 +21,37 @@ from vlm_mech import (
     Site,
     TunedLens,
     UsageError,
+    WorkError,
     attribute,
     compare_lenses,
+    context_words,
+    dose_response,
     extract,
+    find_arbiter,
+    find_direction,
+    find_sinks,
+    frozen,
     generate,
     grid,
+    head_roles,
+    horizon,
     identifiability,
     layer_swap,
     lens,
     lens_lead,
     load_pairs,
     logit_diff,
+    matched_tokens,
+    named_patches,
+    path_patching,
     plan_sweep,
     prob,
     probe,
     read,
+    run,
     sites,
     sweep,
+    train_das,
     train_tuned_lens,
     weights_folder,
 )
@@ -125,15 +141,43 @@ def test_a_layer_may_be_a_number_of_numpy():
 
 # Pairs and models
 
+DIRECTION = Direction(torch.ones(128), LAST, "last", norm=1.0, dose=1.0, n=2)
 MEASURE = Measure(Metric("first", "logits", "first logit", signed=True), lambda logits: logits[:, 0])
 TAKE_PAIRS = {
     "layer_swap": layer_swap,
     "probe": probe,
     "attribute": lambda vlm, pairs: attribute(vlm, pairs, LAST, "last", MEASURE),
     "lens_lead": lens_lead,
+    "head_roles": head_roles,
+    "find_direction": find_direction,
+    "dose_response": lambda vlm, pairs: dose_response(vlm, DIRECTION, pairs),
+    "find_arbiter": find_arbiter,
+    "horizon": horizon,
+    "train_das": lambda vlm, pairs: train_das(vlm, pairs, LAST, "last"),
+    "path_patching": lambda vlm, pairs: path_patching(vlm, pairs, Site("llm.resid_pre", 1)),
+}
+NOTHING_GIVEN = {
+    "find_sinks": "find_sinks: no pairs were given",
+    "sweep": "a sweep needs prompts",
+    "plan_sweep": "a sweep needs prompts",
+    "lens": "0 prompts and 1 sites were given",
+    "train_tuned_lens": "0 training and 0 held-out images",
+    "generate": "no prompts were given",
+    "extract": "no prompts were given",
+}
+OF_ONE_PAIR = {
+    "layer_swap": "at least two are needed",
+    "probe": "give more examples or fewer folds",
+    "head_roles": "at least 4 are needed",
+    "find_direction": "1 groups of pairs; too few for 3 parts",
+    "dose_response": "1 pairs in 1 groups; slopes need two groups at least",
+    "find_arbiter": "none of the 1 pairs of scenes/colour says which picture is in conflict",
+    "horizon": "at least two are needed",
+    "train_das": "1 groups of pairs; too few for 3 parts",
 }
 TAKE_A_DECODER = {
     **TAKE_PAIRS,
+    "find_sinks": find_sinks,
     "sweep": lambda vlm, pairs: sweep(vlm, pairs, grid(layer=[0]), lambda _: None, MEASURE),
     "plan_sweep": lambda vlm, pairs: plan_sweep(vlm, pairs, grid(layer=[0]), lambda _: None),
     "lens": lambda vlm, pairs: lens(vlm, pairs.base, LAST, "last"),
@@ -154,8 +198,33 @@ def test_prompts_are_no_pairs(name, organism, pairs):
         )
 
 
+@pytest.mark.parametrize("name", TAKE_PAIRS)
+def test_no_pairs_are_told(name, organism):
+    message = refused(lambda: TAKE_PAIRS[name](organism, Pairs("mine", ())))
+    assert message == f"{name}: no pairs were given ('mine' is empty); at least one is needed"
+
+
+@pytest.mark.parametrize("name", NOTHING_GIVEN)
+def test_no_prompts_are_told(name, organism):
+    assert NOTHING_GIVEN[name] in refused(lambda: TAKE_A_DECODER[name](organism, Pairs("mine", ())))
+
+
+@pytest.mark.parametrize("name", OF_ONE_PAIR)
+def test_one_pair_is_too_few_where_something_is_told_of_many(name, organism):
+    with pytest.raises((UsageError, WorkError)) as caught:
+        TAKE_PAIRS[name](organism, load_pairs("scenes/colour", n=1))
+    assert OF_ONE_PAIR[name] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(TAKE_PAIRS.keys() - OF_ONE_PAIR.keys() - {"attribute"}))
+def test_one_pair_is_enough_for_a_table(name, organism):
+    result = TAKE_PAIRS[name](organism, load_pairs("scenes/colour", n=1))
+    assert set(result.table["example"]) == {load_pairs("scenes/colour", n=1)[0].id}
+
+
 def test_conflict_pairs_of_a_probe_are_pairs(organism, pairs):
     assert refused(lambda: probe(organism, pairs, conflict=pairs.base)).startswith("probe takes Pairs, not a list")
+    assert "probe: no pairs were given" in refused(lambda: probe(organism, pairs, conflict=Pairs("mine", ())))
 
 
 @pytest.mark.parametrize("name", TAKE_A_DECODER)
@@ -168,6 +237,28 @@ def test_a_contrastive_model_has_no_decoder(name, clip, pairs):
 def test_a_name_is_no_model(name, pairs):
     message = refused(lambda: TAKE_A_DECODER[name]("organism", pairs))
     assert message == f"{name} takes a loaded model, not a str; VLM.load(name or folder) gives one"
+
+
+def test_a_folder_is_no_bank_and_a_number_no_sinks(organism, pairs):
+    calls = {
+        "context_words": lambda given: context_words(organism, pairs.base, given),
+        "named_patches": lambda given: named_patches(organism, bank=given, n=2),
+    }
+    for name, call in calls.items():
+        told = f"{name} takes a ContextBank, not a str; ContextBank.open('/folder') gives one"
+        assert refused(lambda call=call: call("/folder")) == told
+        assert refused(lambda call=call: call(3)).endswith("not a int; build_bank gives one")
+    assert refused(lambda: matched_tokens(3)) == "matched_tokens takes Sinks, not a int; find_sinks gives them"
+    assert "dims names no dimension" in refused(lambda: find_sinks(organism, pairs, dims=[]))
+
+
+def test_layers_and_heads_are_told_by_what_they_are(organism, pairs):
+    assert refused(lambda: frozen("image", 1, n_layers="6")).startswith("n_layers of frozen is '6'; a whole number")
+    assert "(0, 2)" in refused(lambda: HeadInput("q", 2, 0))
+    assert refused(lambda: HeadInput("q", 2, ())) == "HeadInput('q', 2, ()) names no head"
+    made = [frozen("image", 1, n_layers=n) for n in (4, 99)]
+    assert "n_layers=4; the decoder of organism has 6" in refused(lambda: run(organism, pairs.base, made[0]))
+    assert "n_layers=99; the decoder of organism has 6" in refused(lambda: run(organism, pairs.base, made[1]))
 
 
 # The rest
@@ -231,3 +322,34 @@ def test_gradients_are_not_asked_for_where_there_are_none(organism, pairs):
 def test_spans_of_their_own_are_no_spans_of_an_attribution(organism, pairs):
     measure, own = logit_diff(pairs.answer, pairs.counterfactual_answer), Each(("last",) * len(pairs))
     assert "not Each" in refused(lambda: attribute(organism, pairs, [LAST], [("image", own)], measure))
+
+
+def test_a_vector_is_no_direction(organism, pairs):
+    message = refused(lambda: dose_response(organism, torch.ones(2), pairs))
+    assert message == "dose_response takes a Direction, not a Tensor; find_direction gives one"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"vector": [1.0, 2.0]}, "a tensor of real numbers, of shape (width,)"),
+        ({"vector": torch.ones(2, 2)}, "a tensor of real numbers, of shape (width,)"),
+        ({"vector": torch.zeros(2)}, "has norm 0; a finite one above 0"),
+        ({"norm": float("inf")}, "norm of a Direction is inf"),
+        ({"dose": float("nan")}, "dose of a Direction is nan"),
+    ],
+    ids=range(5),
+)
+def test_a_direction_is_a_vector_with_its_place(given, told):
+    how = {"vector": torch.ones(2), "site": LAST, "span": "last", "norm": 1.0, "dose": 1.0, "n": 2}
+    assert told in refused(lambda: Direction(**(how | given)))
+
+
+@pytest.mark.parametrize(
+    ("dose", "told"),
+    [("2", "'2'"), (torch.tensor([1.0, 2.0]), "a Tensor"), (float("nan"), "nan"), (True, "True")],
+    ids=range(4),
+)
+def test_a_dose_is_one_finite_number(dose, told):
+    assert refused(lambda: DIRECTION.edit(dose)) == f"the dose of an edit is {told}; one finite number is needed"
+    assert DIRECTION.edit(np.float32(2)).scale == 2.0 == DIRECTION.edit(2).scale

@@ -10,6 +10,8 @@ import vlm_mech
 
 FOLDER = Path(__file__).parents[1] / "docs" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.py"))
+REAL = ("capitals",)
+"""Those that need the package of a real language model (`make test-real`)."""
 
 
 def of_the_library(tree):
@@ -21,7 +23,11 @@ def of_the_library(tree):
             yield from ((node.module, each.name) for each in node.names)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.real) if path.stem in REAL else path for path in RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_a_recipe_is_short_public_and_runs(path, tmp_path, monkeypatch, capsys):
     text = path.read_text()
     tree = ast.parse(text)

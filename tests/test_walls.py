@@ -81,10 +81,12 @@ def test_one_file_opens_traces():
 
 
 def test_only_the_records_of_families_ask_which_architecture_it_is():
-    """Descriptions print it, loading asks the records which wrapper it needs, the embedded models are LLaVAs."""
+    """Descriptions print it, loading asks the records which wrapper it needs, the embedded models are LLaVAs; what is
+    asked of a language model is whether it can be a part of one."""
     found = {path for path in files(asks_for_an_architecture) if not path.startswith("vlm_mech/architectures/")}
     found = {path for path in found if not path.startswith("vlm_mech/organism/")}
-    assert found == {"vlm_mech/models/describe.py", "vlm_mech/models/loading.py"}
+    models = {"describe", "language_models", "loading"}
+    assert found == {f"vlm_mech/models/{name}.py" for name in models}
 
 
 def test_rooms_do_not_come_in_by_the_front_door():

@@ -9,8 +9,9 @@ from tests.data.readers.test_llava import turns
 from tests.helpers import assert_help_is_light, command, killed_at
 from vlm_mech.behaviour.classify.frequency import read_counts
 from vlm_mech.behaviour.frequency import study
-from vlm_mech.behaviour.frequency.data import cuts_within, exchanges, sentences, texts
+from vlm_mech.behaviour.frequency.data import cuts_within, sentences, texts
 from vlm_mech.data.readers.llava import Entry
+from vlm_mech.data.text_sources import exchanges
 from vlm_mech.data.words import words_of
 from vlm_mech.results.result import Result
 from vlm_mech.results.saved_figures import redraw

@@ -14,10 +14,12 @@ from experiments import (
     debias,
     decode,
     erroneous_agreement,
+    horizon,
     knockout,
     layer_swap,
     probing,
     score,
+    steer,
     visual_flow,
 )
 from tests.helpers import as_folder, command
@@ -45,12 +47,18 @@ RUNS = {
     "layer_swap": (layer_swap, ("--spans", "image", "last", "--all", *WHOLE), "logprob_diff"),
     "weights": (layer_swap, ("--swap", "weights", "--schedules", "suffix", *PER_TOKEN), "lead"),
     "knockout": (knockout, ("--layers", "all", "--edges", "last<-image", "--during", "answer", "--all"), "logit_diff"),
+    "horizon": (horizon, ("--exchange", "none", "--all", "--gates", "none", *WHOLE), "logprob_diff"),
     "visual_flow": (visual_flow, ("--no-probe", "--pages", "2", *WHOLE), "logprob_diff"),
     "visual_flow, logits": (visual_flow, ("--no-probe", "--pages", "0"), "lead"),
     "blur_decay": (blur_decay, ("--kernels", "1", "61", "--mechanism", "61", "--no-probe"), "recovered"),
     "erroneous_agreement": (erroneous_agreement, (), "individual"),
     "compensation": (
         compensation, ("--site", "projector.out", "--layers", "all", "--cuts", "V-part", "L-part", "V+L-part", *WHOLE),
+        "logprob_diff",
+    ),
+    "steer": (
+        steer, ("--layers", "3", "--doses", "-2", "0", "2", "--n-random", "2", "--n-others", "0", "--n-side", "4",
+                "--gates", "none", *WHOLE),
         "logprob_diff",
     ),
     "decode": (decode, ("--methods", "VCD", "--strengths", "1"), "truth"),

@@ -12,8 +12,10 @@ from experiments import (
     debias,
     decode,
     erroneous_agreement,
+    horizon,
     layer_swap,
     score,
+    steer,
     visual_flow,
 )
 from tests.helpers import command
@@ -78,7 +80,12 @@ RUNS = {
     decode: ("--alphas", "1", "--rates", "0.5", "--strengths", "1", "--methods", "M3ID"),
     blur_decay: ("--kernels", "1", "61", "--mechanism", "none"),
     visual_flow: ("--no-probe", "--pages", "0"),
+    horizon: ("--exchange", "none", "--all", "--gates", "none"),
     layer_swap: ("--swap", "weights", "--schedules", "suffix"),
+    steer: (
+        "--shares", "0.33", "0.33", "--layers", "3", "--doses", "-2", "0", "2", "--n-random", "1", "--n-others", "0",
+        "--n-side", "0", "--generate", "0", "--gates", "none",
+    ),
     contrastive_tuning: (
         "--caption", "a {answer} circle", "--train", "scenes/left-right", "--n-train", "12", "--n-validation", "4",
         "--variants", "locked: captions", "--steps", "1", "--batch", "4", "--rates", "1e-3",

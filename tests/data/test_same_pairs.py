@@ -12,10 +12,12 @@ from experiments import (
     debias,
     decode,
     erroneous_agreement,
+    horizon,
     knockout,
     layer_swap,
     probing,
     score,
+    steer,
     visual_flow,
 )
 from tests.helpers import as_folder, command
@@ -31,13 +33,17 @@ CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
 N = 8
 SWAP = ("--swap", "weights", "--schedules", "suffix")
 PROBES = ("--probes", "linear", "--controls", "shuffled", "--folds", "4", "--seeds", "1", "--grouping", "scene")
+STEER = ("--shares", "0.35", "0.25", "--layers", "3", "--spans", "last", "--doses", "-2", "0", "2", "--n-random", "1",
+         "--n-others", "0", "--n-side", "0", "--generate", "0", "--gates", "none")  # fmt: skip
 RUNS = {
     "layer_swap": (layer_swap, CONFLICT, ("--spans", "image", "--all")),
     "layer_swap of weights": (layer_swap, CONFLICT, SWAP),
     "knockout": (knockout, CONFLICT, ("--layers", "all", "--edges", "last<-image", "--all")),
+    "horizon": (horizon, CONFLICT, ("--exchange", "none", "--all", "--gates", "none")),
     "visual_flow": (visual_flow, CONFLICT, ("--no-probe", "--pages", "0")),
     "blur_decay": (blur_decay, CONFLICT, ("--kernels", "1", "61", "--mechanism", "61", "--no-probe")),
     "erroneous_agreement": (erroneous_agreement, CONFLICT, ("--n", f"{N}")),
+    "steer": (steer, CONFLICT, STEER),
 }
 """Commands that ask about the pairs as they come, with small options."""
 
@@ -66,7 +72,7 @@ def test_commands_over_pairs(name, tmp_path):
     pd.testing.assert_frame_equal(own, table_of(experiment, folder, tmp_path / "folder", *more), check_exact=True)
 
 
-@pytest.mark.parametrize("side", ["second", "first"])
+@pytest.mark.parametrize("side", ["second", pytest.param("first", marks=pytest.mark.long)])
 def test_the_picture_in_conflict_is_found_on_either_side(side, tmp_path):
     """Weights and map ask the pair, not the set's name; `first` writes the pairs the other way round."""
     pairs = load_pairs(CONFLICT, n=N)

@@ -316,7 +316,7 @@ def test_what_is_no_intervention_is_refused_where_it_is_made(vlm, prompts, donor
         (lambda: Ablate(site, "image") & two, together),
         (lambda: run(vlm, prompts, two), f"a list {together}"),
         (lambda: generate(vlm, prompts, tuple(two)), f"a tuple {together}"),
-        (lambda: read(vlm, prompts, site, "zero"), "'zero' is no intervention; Replace, Ablate, Steer, Knockout are"),
+        (lambda: read(vlm, prompts, site, "zero"), "'zero' is no intervention; Replace, Ablate, Steer, Project"),
     ]  # fmt: skip
     for make, message in cases:
         with pytest.raises(UsageError, match=message):

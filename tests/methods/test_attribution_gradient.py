@@ -8,10 +8,11 @@ import torch
 from tests.zoo import FAMILIES, ZOO
 from tests.zoo.batches import batch
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
+from vlm_mech.architectures.weights import untrained
 from vlm_mech.errors import UsageError
 from vlm_mech.interventions.specification import Activations, Replace
 from vlm_mech.interventions.trace import read, run
-from vlm_mech.methods.attribution.gradient import forward, frozen, gradient
+from vlm_mech.methods.attribution.gradient import forward, gradient
 from vlm_mech.models.vlm import VLM
 from vlm_mech.sweeps.engine import Engine
 from vlm_mech.sweeps.measures import Measure, logit_diff, logprob_diff, prob
@@ -31,7 +32,7 @@ def wrapped(family: str) -> VLM:
 def tracked(vlm: VLM, encoded, sites, measure):
     """A pass with its gradients."""
     read = readings_of(vlm, encoded, [measure])
-    with frozen(vlm.model):
+    with untrained(vlm.model):
         found = forward(vlm, read.encoded, sites, track=True)
         return found, gradient(found, read)
 
@@ -173,7 +174,7 @@ def test_nothing_is_left_behind():
     encoded = vlm.encode(batch(1))
     run(vlm, encoded)
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in vlm.model.modules()]
-    with frozen(vlm.model):
+    with untrained(vlm.model):
         assert not any(parameter.requires_grad for parameter in parameters)
         found = forward(vlm, encoded, [Site("llm.resid_post", 1)], track=True)
         gradient(found, readings_of(vlm, encoded, [prob(["red", "left"])]))
@@ -189,7 +190,7 @@ def test_nothing_is_propagated_into_a_tower_that_was_not_asked_for():
     encoded, inside = vlm.encode(batch(1)), []
     tower = vlm.model.get_submodule(f"{vlm.family.vision.path}.0")
     hook = tower.register_forward_hook(lambda _, __, output: inside.append(output.requires_grad))
-    with frozen(vlm.model):
+    with untrained(vlm.model):
         forward(vlm, encoded, [Site("llm.resid_post", 1)], track=True)
         forward(vlm, encoded, [Site("projector.out")], track=True)
     hook.remove()
@@ -211,7 +212,7 @@ def test_a_measure_without_gradient_is_refused():
     vlm = wrapped("llava_clip")
     encoded = vlm.encode(batch(1))
     ranks = Measure(prob(["red", "left"]).metric, lambda logits, ids: logits.argmax(-1), (["red", "left"],))
-    with frozen(vlm.model):
+    with untrained(vlm.model):
         found = forward(vlm, encoded, [Site("llm.resid_post", 1)], track=True)
         with pytest.raises(UsageError, match="prob has no gradient; logit_diff, logprob_diff and prob have one"):
             gradient(found, readings_of(vlm, encoded, [ranks]))

@@ -8,6 +8,7 @@ from tests.behaviour.test_debias import fresh, some_pairs
 from tests.zoo.batches import batch
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
+from vlm_mech.architectures.weights import untrained
 from vlm_mech.behaviour.classify.tuning import Tuning, tune
 from vlm_mech.behaviour.contrastive_tuning import training as contrastive
 from vlm_mech.behaviour.debias.adapter import trained_of, with_adapter
@@ -15,7 +16,7 @@ from vlm_mech.behaviour.debias.training import Recipe, train
 from vlm_mech.behaviour.erroneous_agreement.data import load_cases
 from vlm_mech.data.image_classes import Labelled
 from vlm_mech.inputs.prompt import Prompt
-from vlm_mech.methods.attribution.gradient import forward, frozen, gradient
+from vlm_mech.methods.attribution.gradient import forward, gradient
 from vlm_mech.methods.lens.tuned_lens import LensTraining, train_tuned_lens
 from vlm_mech.methods.probing.descent import LINEAR, ProbeRecipe
 from vlm_mech.methods.probing.training import Split
@@ -30,7 +31,7 @@ SITE = Site("llm.resid_post", 1)
 def of_gradient(_):
     vlm = fresh()
     encoded, measure = vlm.encode(batch()), logit_diff(["red", "red"], ["blue", "blue"])
-    with frozen(vlm.model):
+    with untrained(vlm.model):
         made = forward(vlm, encoded, [SITE], track=True)
         return list(gradient(made, readings_of(vlm, encoded, [measure])).values())
 

@@ -447,6 +447,12 @@ def test_patches_are_as_bright_as_their_weights():
     shown = np.asarray(laid_over(white, boxes, np.array([0.4, 0.0]), most=0.8, outlined=[False, True]))
     assert shown.shape[1] >= 288 and abs(int(shown[20, 20, 0]) - 255 * (DARKEST + (1 - DARKEST) / 2)) <= 1
     assert abs(int(shown[150, 250, 0]) - 255 * DARKEST) <= 1 and tuple(shown[0, -1]) == (213, 94, 0)
+    crossed = np.asarray(laid_over(white, boxes, np.array([0.4, 0.0]), most=0.8, marked=[True, False]))
+    blue = (crossed == (0, 114, 178)).all(-1)
+    half = crossed.shape[1] // 2
+    assert blue[:, :half].sum() > half and not blue[:, half + 2 :].any()
+    with pytest.raises(UsageError, match="1 marks for 2 patches"):
+        laid_over(white, boxes, np.array([0.4, 0.0]), most=0.8, marked=[True])
     with pytest.raises(UsageError, match="cannot be shown as shares of"):
         laid_over(white, boxes, np.array([0.4, 0.9]), most=0.8)
     with pytest.raises(UsageError, match="1 weights and 0 outlines for 2 patches"):

@@ -28,6 +28,7 @@ from vlm_mech.methods.visual_flow.claims import (
 )
 from vlm_mech.methods.visual_flow.data import Cases, cases_of, edges, flow_edges, flow_scan
 from vlm_mech.methods.visual_flow.effects import EFFECT, again_of, flow_effects
+from vlm_mech.methods.visual_flow.example_pages import example_pages
 from vlm_mech.methods.visual_flow.probes import patch_probabilities, probe_examples, probe_rows
 from vlm_mech.methods.visual_flow.study import (
     AXES,
@@ -315,10 +316,23 @@ def test_the_page_shows_one_example_at_a_time_and_knows_the_reading_head(finishe
     assert pages[0]["head"].endswith("logits on 22 examples that did not choose it)")
     figure = redraw(finished)["examples"]
     buttons, steps = figure.layout.updatemenus[0].buttons, figure.layout.sliders[0].steps
-    assert [sum(button.args[0]["visible"]) for button in buttons] == [8, 8] and len(steps) == 7
+    assert [sum(button.args[0]["visible"]) for button in buttons] == [11, 11] and len(steps) == 7
     assert not any(one and other for one, other in zip(*(b.args[0]["visible"] for b in buttons), strict=True))
     restyled, targets = steps[3].args
-    assert np.allclose(np.ravel(restyled["z"][0]), pages[0]["probed"][3]) and list(targets) == [0, 1, 8, 9]
+    assert np.allclose(np.ravel(restyled["z"][0]), pages[0]["probed"][3]) and list(targets) == [0, 1, 11, 12]
+
+
+def test_pages_mark_the_patches_that_are_sinks(finished):
+    result = Result.load(finished)
+    pages = result.provenance["pages"]
+    assert all(page["sinks"] == [""] * 16 for page in pages), "none is planted"
+    labels = ["L" if number == 5 else "V" if number == 9 else "" for number in range(16)]
+    marked = [page | {"sinks": labels} for page in pages]
+    figure = example_pages(dataclasses.replace(result, provenance=result.provenance | {"pages": marked}))
+    crosses = [trace for trace in figure.data if trace.type == "scatter" and trace.marker.symbol == "x-thin"]
+    assert len(crosses) == 6 and {tuple(trace.text) for trace in crosses} == {("L", "V")}
+    boxes = [pages[0]["boxes"][number] for number in (5, 9)]
+    assert list(crosses[0].x) == [(box[0] + box[2]) / 2 for box in boxes]
 
 
 def test_a_run_killed_on_the_way_resumes_to_the_same_bytes(folders, finished, monkeypatch):

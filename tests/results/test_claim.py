@@ -397,6 +397,43 @@ def test_the_flag_is_in_the_table_and_in_the_file_and_changes_no_claim():
     assert [row["size_sure"] for row in rows] == [True, False] and of_dicts(rows) == (sure, unsure)
 
 
+def test_a_row_has_the_numbers_of_one_condition_and_names_it():
+    """That with the largest p; of equal ones the first that is not met."""
+    falls = Condition("logprob", {"arm": "removed", "layer": 2}, "below", 0.1, less="baseline")
+    apart = Condition("kl", {"arm": "removed", "layer": 2}, "above", bound=0.1)
+    other = Condition("logprob", {"arm": "removed", "layer": 2}, "below", less={"arm": "frozen", "layer": 2})
+    sure, vague = Numbers(12, -2.466, -3.181, -1.796, 0.0005), Numbers(11, 0.2, -0.1, 0.5, 0.39)
+
+    def row(conditions, tested, **more):
+        about = {"arm": "removed", "layer": 2}
+        claim = Claim("costs", about, "less probable", conditions, tested=tested, **more)
+        return as_rows([claim, dataclasses.replace(claim, conditions=(falls,), tested=(sure,))]).iloc
+
+    shown, single = (row((falls, apart), (sure, vague), p=0.39)[number] for number in (0, 1))
+    assert shown[["effect", "low", "high", "n", "p"]].tolist() == [0.2, -0.1, 0.5, 11, 0.39]
+    assert shown["condition that decides"] == "kl above 0.1" and single["condition that decides"] == ""
+    assert single["effect"] == -2.466
+    shown = row((apart, falls), (vague, sure), p=0.39)[0]
+    assert (shown["effect"], shown["condition that decides"]) == (0.2, "kl above 0.1")
+    # As small a p of both, of which the second is not met.
+    near = dataclasses.replace(sure, mean=0.05, low=0.01, high=0.09)
+    shown = row((falls, apart), (sure, near), p=0.001)[0]
+    assert (shown["effect"], shown["other half"]) == (0.05, "failed")
+    # A larger p of the first, and of the second a mean on the wrong side: both are told.
+    shown = row((falls, other), (dataclasses.replace(sure, p=0.01), near), p=0.01)[0]
+    assert shown["effect"] == -2.466 and shown["condition that decides"] == (
+        "logprob less its baseline below 0 by 0.1 at least; not met: logprob less that of (arm frozen) below 0, "
+        "which is +0.05 (+0.01 to +0.09, n = 12)"
+    )
+    never = Numbers(0, *(float("nan"),) * 4)
+    assert row((falls, apart), (sure, never))[0]["n"] == 0, "a condition without a mean decides"
+
+
+def test_a_table_of_claims_with_one_condition_has_no_column_more():
+    claim = dataclasses.replace(lowers(1), tested=(Numbers(10, -0.8, -1, -0.2, 0.01),), p=0.01)
+    assert list(as_rows([claim])) == ["claim", "effect", "low", "high", "n", "p", "other half", "size sure"]
+
+
 def test_stability_is_told_with_the_exact_interval_of_its_share():
     from scipy.stats import beta
 

@@ -21,7 +21,9 @@ EXPERIMENTS = {
     "layer_swap": ("--n", "24", "--batch", "4"),
     "erroneous_agreement": ("--n", "24", "--batch", "4"),
     "blur_decay": ("--n", "12", "--batch", "4", "--no-probe"),
+    "horizon": ("--n", "24", "--batch", "4", "--gates", "none"),
     "compensation": ("--n", "16", "--batch", "4"),
+    "steer": ("--n", "40", "--batch", "4", "--gates", "none"),
 }
 FILES = ("result.parquet", "summary.csv", "config.json")
 AFTER = 3.0

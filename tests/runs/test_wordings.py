@@ -326,13 +326,17 @@ OWN = {
     "behaviour/erroneous_agreement/similarity.py",
     "behaviour/contrastive_tuning/captions.py",
     "behaviour/contrastive_tuning/training.py",
+    "data/text_sources.py",
+    "methods/lens/build_bank.py",
+    "methods/lens/named_patches.py",
 }
-"""They ask what no user words: whether a family can do without a picture, states of a tower, captions read as text."""
+"""They ask what no user words: whether a family can do without a picture, states of a tower, captions and other texts
+read as text, image tokens, which no question before them words."""
 
 
 def test_every_experiment_puts_its_questions_in_the_wording():
     paths = [path for path in (ROOT / "experiments").glob("[a-z]*.py") if "main(Config" in path.read_text()]
-    assert len(paths) == 15
+    assert len(paths) == 18
     for path in paths:
         code = path.read_text() + ((path.parent / "_weight_swap.py").read_text() if path.stem == "layer_swap" else "")
         if path.stem in ("benchmark", "frequency", "validate"):

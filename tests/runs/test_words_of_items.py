@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from experiments import blur_decay, compensation, debias, decode, knockout, layer_swap, probing, score
+from experiments import blur_decay, compensation, debias, decode, horizon, knockout, layer_swap, probing, score
 from tests.helpers import command
 from vlm_mech import redraw
 from vlm_mech.data.export.__main__ import export
@@ -73,6 +73,7 @@ RUNS = {
         ("--probes", "linear", "--controls", "shuffled", "--seeds", "1", "--every", "3", "--grouping", "scene"),
     ),
     "knockout": (knockout, "open", ("--all", "--edges", "last<-image", *SMALL)),
+    "horizon": (horizon, "open", ("--all", "--exchange", "none", *SMALL)),
     "layer_swap": (layer_swap, "open", ("--all", "--counterfactual", "other", "--spans", "image", "last", *SMALL)),
     "layer_swap --swap weights": (layer_swap, "open", ("--swap", "weights", "--schedules", "suffix", *SMALL)),
     "compensation": (compensation, "paco", ("--site", "projector.out", "--layers", "all", "--cuts", "V-part")),

@@ -142,7 +142,7 @@ def test_without_an_address_ray_is_started_for_the_run_and_this_process_works_to
     assert (tmp_path / "run/result.parquet").read_bytes() == whole
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGSTOP])
 def test_the_process_that_began_ends_the_run_when_others_die_or_stop(tmp_path, whole, how):
     run = alone(tmp_path / "run", "--slow", "0.5", "--hold")
     lost, started = set(), time.monotonic()

@@ -77,7 +77,7 @@ def cut(vlm, pairs, part):
     return seen, plan_knockout(vlm, pairs, scan, part=part)
 
 
-@pytest.mark.parametrize(("method", "n_read"), [(swapped, 1), (cut, 0)])
+@pytest.mark.parametrize(("method", "n_read"), [(swapped, 1), pytest.param(cut, 0, marks=pytest.mark.long)])
 @pytest.mark.parametrize("check", [0, 1])
 def test_passes_and_operations_of_what_is_generated_are_foreseen(method, n_read, check):
     """torch counts no fused attention, hence eager."""

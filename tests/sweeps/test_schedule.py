@@ -13,6 +13,7 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.benchmark.model_shapes import Tower, build, geometry, prompts
 from vlm_mech.errors import TooLargeError, UsageError
 from vlm_mech.inputs.teacher_forcing import followed
+from vlm_mech.interventions.attention_edits import Remove, Reweight
 from vlm_mech.interventions.plan import plan
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace, window
 from vlm_mech.interventions.trace import read
@@ -64,6 +65,12 @@ def kinds(vlm, donors):
             Ablate(Site("projector.in"), "image", to="mean"),
             Ablate(Site("projector.out"), "image"),
         ],
+        "removed": [Remove("image", layer) for layer in layers],
+        "moved": [
+            Reweight("image", "system", layer, scale=0.5, to="image")
+            & Knockout("image", "image", layer, heads=(0,), keep_self=True)
+            for layer in layers
+        ],
         "tower alone": [Ablate(Site("vision.attn_out", 1), "image")],
         "tower cut": [
             Knockout("image", "image", range(layer, vlm.vision_depth), stream="vision", keep_self=True)
@@ -72,7 +79,9 @@ def kinds(vlm, donors):
     }
 
 
-@pytest.mark.parametrize("kind", ["cut", "cut long", "swap", "write", "read", "tower", "tower alone", "tower cut"])
+@pytest.mark.parametrize(
+    "kind", ["cut", "cut long", "removed", "moved", "swap", "write", "read", "tower", "tower alone", "tower cut"]
+)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_the_predicted_peak_is_within_20_percent_of_the_measured_one(attn, kind):
     vlm, encoded, donors = middling(attn)

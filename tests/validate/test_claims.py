@@ -212,7 +212,9 @@ def test_a_claim_rests_on_a_dormant_path_only_where_one_is_planted():
         assert grading.DORMANT not in each
 
 
-@pytest.mark.parametrize("seed", [30000, 30001, 30002])
+@pytest.mark.parametrize(
+    "seed", [30000, pytest.param(30001, marks=pytest.mark.long), pytest.param(30002, marks=pytest.mark.long)]
+)
 def test_natural_states_flag_dormant_paths_and_nothing_true(seed):
     planted = plant(draw(seed, "dormant path"), check=False, n=16)
     found = layer_swap(planted, planted.pairs(32, seed=1), asked=Options("all", 0, 0, 32))

@@ -60,6 +60,14 @@ BACKENDS = [
     for family in ZOO
 ]
 """The same under both back ends: in `make test` one of each kind under SDPA, and three under eager attention."""
+FEW = [_long(family, always=family in OF_EACH_KIND[:3]) for family in ZOO]
+"""Every family, for what other tests ask of one of each kind too: `make test` takes three."""
+FEW_AND_EAGER = [
+    _long((family, attn), always=family in OF_EACH_KIND[: 3 if attn == "sdpa" else 1])
+    for attn in ("sdpa", "eager")
+    for family in ZOO
+]
+"""The same under both back ends: in `make test` three under SDPA, and one under eager attention."""
 ALL_AND_EAGER = [
     _long((family, attn), always=attn == "sdpa" or family in OF_EACH_KIND)
     for attn in ("sdpa", "eager")

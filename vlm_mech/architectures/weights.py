@@ -1,5 +1,6 @@
 """Weights and inputs of a model, wherever accelerate keeps them."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -33,6 +34,19 @@ def device_of(module: Any) -> torch.device:
     found = torch.device(next((device for device in devices if device is not None), "cpu"))
     # A hook may say "cuda", which is the same device as the "cuda:0" of weights.
     return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
+
+
+@contextlib.contextmanager
+def untrained(model: Any) -> Iterator[None]:
+    """Within the block no parameter takes part in gradients."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def weight_of(model: Any, path: str) -> torch.Tensor:

@@ -190,6 +190,7 @@ def with_others_answers(pairs: Pairs, *, seed: int) -> Pairs:
             counterfactual_answer=pairs[at].counterfactual_answer,
             options=(),
             prior=None,
+            prior_question=None,
             captions=None,
         )
         for pair, at in zip(pairs, other, strict=True)

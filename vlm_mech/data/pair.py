@@ -26,7 +26,7 @@ class Pair:
     shows all of them. `wording` says how the question is put to a model. `conflict` says which of the two pictures,
     first or second, shows something that contradicts the usual answer; the answer to the other picture is the usual
     one. None: neither does, or it is not known. `options` are the texts among which both answers are; `prior` is the
-    usual answer, whatever is shown; `captions` describe the two pictures.
+    usual answer, whatever is shown, and `prior_question` asks for it; `captions` describe the two pictures.
 
     A single item stands as a pair too (`data.examples`): `made` then says how its counterfactual picture was made
     (`none`: there is no picture), what is true of that picture is not known, and `counterfactual_answer` is a wrong
@@ -50,6 +50,7 @@ class Pair:
     category: str | None = None
     captions: tuple[str, str] | None = None
     made: Made | None = None
+    prior_question: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("id", "question", "answer", "counterfactual_answer"):
@@ -69,7 +70,7 @@ class Pair:
             )
         of, answers = f"pair {self.id}", [self.answer, *self.foils]
         object.__setattr__(self, "options", checked_options(self.options, answers, of=of))
-        for name in ("prior", "category"):
+        for name in ("prior", "category", "prior_question"):
             checked_text(getattr(self, name), name, of=of)
 
     @property

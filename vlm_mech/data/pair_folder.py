@@ -3,8 +3,8 @@
 A line has `image`, `counterfactual_image` (paths from the folder, addresses, or pictures in base64), `question`,
 `answer` and `counterfactual_answer`. A prompt with several pictures has the lists `images` and `counterfactual_images`
 instead, of equal length; each picture stands in the place of its counterfactual. A line may also have `id`, `group`
-(pairs of one group share a scene), `conflict`, `options`, `prior`, `category`, `caption` and `counterfactual_caption`
-(see `Pair`). Some methods read further fields (`pair_fields`).
+(pairs of one group share a scene), `conflict`, `options`, `prior`, `prior_question`, `category`, `caption` and
+`counterfactual_caption` (see `Pair`). Some methods read further fields (`pair_fields`).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,7 +27,7 @@ TEXTS = ("question", "answer", "counterfactual_answer")
 CAPTIONS = ("caption", "counterfactual_caption")
 READ_BY_METHODS = ("object", "part_mask", "object_mask")
 FIELDS = (*PICTURES, *PICTURES.values(), *TEXTS, *CAPTIONS, "id", "group", "conflict", "options", "prior", "category")
-FIELDS += READ_BY_METHODS
+FIELDS += ("prior_question", *READ_BY_METHODS)
 """All fields that are read, some by methods alone."""
 PartT = TypeVar("PartT")
 
@@ -143,6 +143,7 @@ def _pair(folder: Path, row: Row, keep_pixels: bool) -> tuple[Pair, list[str]]:
         prior=told_of(row, "prior"),
         category=told_of(row, "category"),
         captions=captions_of(row),
+        prior_question=told_of(row, "prior_question"),
     )
     return pair, [*shown[0], *shown[1]]
 

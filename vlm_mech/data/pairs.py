@@ -174,7 +174,7 @@ class Pairs:
 
 
 def check_pairs(given: Any, call: str) -> None:
-    """Raises `UsageError` unless pairs are given.
+    """Raises `UsageError` unless pairs are given, one at least.
 
     Args:
         call: that they are given to, for the error.
@@ -184,6 +184,8 @@ def check_pairs(given: Any, call: str) -> None:
             f"{call} takes Pairs, not a {type(given).__name__}; load_pairs(name or folder) gives some, or Pairs(name, "
             "[Pair(...), ...])"
         )
+    if not len(given):
+        raise UsageError(f"{call}: no pairs were given ({given.name!r:.60} is empty); at least one is needed")
 
 
 def load_pairs(

@@ -256,11 +256,11 @@ def add_shard(folder: Path, record: dict[str, Any], pieces: dict[str, list[Tenso
     name = f"shard-{len(record['shards']):05d}.safetensors"
     # Each list goes when it is joined, so that the shard is not held twice.
     joined = {key: torch.cat(pieces.pop(key)) for key in list(pieces)}
-    with _fresh(folder / name) as path:
+    with fresh_file(folder / name) as path:
         save_file(joined, path)
     refused = {str(number): why for number, why in about["refused"].items()}
     record["shards"].append(about | {"file": name, "refused": refused, "sha256": file_hash(folder / name)})
-    with _fresh(folder / RECORD) as path:
+    with fresh_file(folder / RECORD) as path:
         path.write_text(json.dumps(record, indent=1))
 
 
@@ -296,7 +296,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fresh(path: Path) -> Iterator[Path]:
+def fresh_file(path: Path) -> Iterator[Path]:
     """A temporary path, renamed to the given one when the block has ended well."""
     fresh = path.with_name(path.name + ".new")
     yield fresh

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.following import Answers
 from vlm_mech.inputs.prompt import Encoded
@@ -39,7 +40,9 @@ def with_answers(vlm: Any, encoded: Batch, intervention: Intervention, given: Gi
 
 
 def _part(part: Intervention, after: Callable[[Source], Source]) -> Intervention:
-    if not isinstance(part, Replace) or not _names_answer(part.span if part.source_span is None else part.source_span):
+    if not isinstance(part, Replace) or part.source is None:
+        return part
+    if not _names_answer(part.span if part.source_span is None else part.source_span):
         return part
     source = after(part.source)
     return part if source is part.source else dataclasses.replace(part, source=source)
@@ -84,3 +87,24 @@ def _generated_in(span: Span) -> Span:
     if isinstance(span, tuple):
         return tuple(_generated_in(part) for part in span)
     return GENERATED if span == "answer" else span
+
+
+def split_generated(span: Span) -> tuple[Span | None, bool]:
+    """What a span names of the prompt (None: nothing), and whether it names generated tokens.
+
+    Raises:
+        UsageError: an `Each` names generated tokens for some examples alone.
+    """
+    if span == GENERATED:
+        return None, True
+    if isinstance(span, tuple) and GENERATED in span:
+        left = tuple(part for part in span if part != GENERATED)
+        return left or None, True
+    if isinstance(span, Each):
+        parts = [split_generated(part) for part in span.spans]
+        of_prompt = [part for part, _ in parts if part is not None]
+        generated = {generated for _, generated in parts}
+        if len(generated) > 1 or len(of_prompt) not in (0, len(parts)):
+            raise UsageError("generated tokens are edited for every example of an Each, or for none")
+        return Each(tuple(of_prompt)) if of_prompt else None, generated == {True}
+    return span, False

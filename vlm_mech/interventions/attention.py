@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.interventions.attention_plan import Cut, kinds_of
 from vlm_mech.interventions.passes import Passes
-
-if TYPE_CHECKING:
-    from vlm_mech.interventions.plan import Cut
+from vlm_mech.interventions.reweighting import Shift, added_to_scores, named_queries, shifts_of
 
 BACKENDS = ("sdpa", "eager")
 
@@ -85,9 +84,9 @@ def in_form(edges: Bool[Tensor, "rows heads query key"], backend: str, dtype: to
 
 @dataclass(eq=False)
 class AttentionCall:
-    """One call of the attention function on which edges were cut, as the kernel got it.
+    """One call of the attention function on which edges were cut or given other weights, as the kernel got it.
 
-    `allowed` are the edges under the model's own mask, `blocked` those cut.
+    `allowed` are the edges under the model's own mask, `blocked` those cut, `shifts` what is asked of weights.
     """
 
     query: Float[Tensor, "rows heads query d_head"]
@@ -99,10 +98,20 @@ class AttentionCall:
     output: Float[Tensor, "rows query heads d_head"]
     allowed: Bool[Tensor, "mask_rows mask_heads query key"]
     blocked: Bool[Tensor, "rows cut_heads query key"]
+    shifts: Sequence[Shift] = ()
+
+    def scores(self, row: int, queries: Tensor) -> Float[Tensor, "heads chosen key"]:
+        """Scores at some query positions of one row before any mask, in fp32."""
+        return self.query[row][:, queries].float() @ self.key[row].float().mT * self.scaling
+
+    def left(self, row: int, queries: Tensor) -> Bool[Tensor, "left_heads chosen key"]:
+        """Edges of some query positions of one row that attention allows and that are not cut."""
+        edges = self.allowed[row if self.allowed.shape[0] > 1 else 0][:, queries]
+        return edges & ~self.blocked[row][:, queries]
 
     def weights(self, row: int, queries: Tensor) -> Float[Tensor, "heads chosen key"]:
         """Attention after the softmax at some query positions of one row, in fp32."""
-        scores = self.query[row][:, queries].float() @ self.key[row].float().mT * self.scaling
+        scores = self.scores(row, queries)
         n_query, n_key = self.query.shape[-2], self.key.shape[-2]
         if self.mask is None or self.mask.dtype == torch.bool:
             edges = allowed_edges(self.mask, n_query=n_query, n_key=n_key, causal=self.causal, device=self.query.device)
@@ -114,14 +123,14 @@ class AttentionCall:
 
 @dataclass(eq=False)
 class Cutting:
-    """The cuts at one attention module, and what has passed through it.
+    """The edits of edges at one attention module, and what has passed through it.
 
     A pass has `n_rows` rows of `n_pos` positions; packed towers take it in several calls. `passes` says of the passes
     of a generation which rows and positions they hold. `calls` are those in which an edge was named, `n_calls` counts
     all.
     """
 
-    cuts: "Sequence[Cut]"
+    cuts: Sequence[Cut]
     backend: str
     n_rows: int
     n_pos: int
@@ -130,8 +139,12 @@ class Cutting:
     n_calls: int = 0
     calls: list[AttentionCall] = field(default_factory=list)
 
-    def blocked(self, query: Tensor, key: Tensor) -> Bool[Tensor, "rows heads query key"]:
-        """Edges to cut in a call, given its queries and keys (rows x heads x positions x d_head)."""
+    def edits(self, query: Tensor, key: Tensor) -> tuple[Bool[Tensor, "rows heads query key"], list[Shift]]:
+        """Edges to cut in a call, and what is asked of the weights of others.
+
+        Args:
+            query, key: those of the call (rows x heads x positions x d_head).
+        """
         n_query, n_key = query.shape[2], key.shape[2]
         window = None if self.passes is None else self.passes.now
         if window is None:
@@ -150,11 +163,14 @@ class Cutting:
         self.seen, self.n_calls = self.seen + n_query, self.n_calls + 1
         queries, keys = range(first, first + n_query), range(first_key, first_key + n_key)
         at = {"n_pos": self.n_pos, "device": query.device}
-        blocked = [cut.blocked(prompts, queries, keys, **at) for cut in self.cuts]
+        cut, others = kinds_of(self.cuts)
+        blocked = [each.blocked(prompts, queries, keys, **at) for each in cut]
+        if not blocked:
+            blocked = [torch.zeros(len(prompts), 1, n_query, n_key, dtype=torch.bool, device=query.device)]
         total = blocked[0]
         for more in blocked[1:]:
             total = total | more
-        return total
+        return total, [each for each in shifts_of(others, prompts, queries, keys, **at) if each.keys.any()]
 
 
 Attend = Callable[..., tuple[Tensor, Any]]
@@ -242,21 +258,40 @@ def _cutter(function: Attend, modules: dict[nn.Module, Cutting]) -> Attend:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> tuple[Tensor, Any]:
         here = modules[module]
-        blocked = here.blocked(query, key)
-        if not blocked.any():
+        blocked, shifts = here.edits(query, key)
+        if not blocked.any() and not shifts:
             return function(module, query, key, value, attention_mask, **options)
         causal = is_causal(module, query, here.backend, options)
         n_query, n_key = query.shape[2], key.shape[2]
         allowed = allowed_edges(attention_mask, n_query=n_query, n_key=n_key, causal=causal, device=query.device)
         mask = masked(attention_mask, blocked, causal=causal, backend=here.backend, dtype=query.dtype)
+        groups, scaling = query.shape[1] // key.shape[1], options["scaling"]
+        if shifts:
+            mask = shifted(allowed & ~blocked, shifts, query, key.repeat_interleave(groups, dim=1), scaling)
         output, weights = function(module, query, key, value, mask, **options)
-        groups = query.shape[1] // key.shape[1]
         keys, values = (each.repeat_interleave(groups, dim=1) for each in (key, value))
-        scaling = options["scaling"]
-        here.calls.append(AttentionCall(query, keys, values, mask, scaling, causal, output, allowed, blocked))
+        here.calls.append(AttentionCall(query, keys, values, mask, scaling, causal, output, allowed, blocked, shifts))
         return output, weights
 
     return attend
+
+
+def shifted(
+    left: Bool[Tensor, "mask_rows mask_heads query key"],
+    shifts: Sequence[Shift],
+    query: Float[Tensor, "rows heads query d_head"],
+    key: Float[Tensor, "rows heads key d_head"],
+    scaling: float,
+) -> Float[Tensor, "rows heads query key"]:
+    """An additive mask that allows the edges left, and gives some of them the weights that are asked for."""
+    lowest, at = torch.finfo(query.dtype).min, named_queries(shifts)
+    mask = torch.zeros(*query.shape[:3], key.shape[2], dtype=query.dtype, device=query.device)
+    mask.masked_fill_(~left, lowest)
+    scores = (query[:, :, at].float() @ key.float().mT * scaling).masked_fill(~left[:, :, at], -torch.inf)
+    added = added_to_scores(scores, [each.within(at) for each in shifts]).to(mask.dtype)
+    # What is allowed no weight at all is as good as masked.
+    mask[:, :, at] = (mask[:, :, at] + added).clamp(min=lowest)
+    return mask
 
 
 def is_causal(module: nn.Module, query: Tensor, backend: str, options: dict[str, Any]) -> bool:

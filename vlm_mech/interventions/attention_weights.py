@@ -11,10 +11,19 @@ from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.attention import Attend, AttentionCall, allowed_edges, attending, is_causal
+from vlm_mech.interventions.plan import Plan, plan
+from vlm_mech.interventions.receipt import verify
+from vlm_mech.interventions.specification import Intervention
+from vlm_mech.interventions.trace import carry_out, read
 
 
 def attention_from(
-    vlm: TracedModel, encoded: Encoded, queries: Sequence[Sequence[int]], layers: Sequence[int]
+    vlm: TracedModel,
+    encoded: Encoded,
+    queries: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    intervention: Intervention | None = None,
 ) -> dict[int, Float[Tensor, "batch head pos"]]:
     """Attention after the softmax at some layers of the decoder, as the mean over query positions of each example.
 
@@ -23,12 +32,17 @@ def attention_from(
 
     Args:
         queries: query positions of each example.
+        intervention: what to do during the pass; without it nothing is edited.
 
     Raises:
-        UsageError: a layer out of range, or another number of examples.
+        UsageError: a layer out of range, another number of examples, or an intervention that does not fit.
+        ReceiptError: the intervention did not take effect.
         WorkError: the attention of this model is more than a softmax of scaled scores.
     """
-    found = _watched(vlm, encoded, queries, layers, lambda weights: weights.mean(1))
+    made = None
+    if intervention is not None:
+        made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
+    found = _watched(vlm, encoded, queries, layers, lambda weights: weights.mean(1), made=made)
     return {layer: torch.stack(rows) for layer, rows in found.items()}
 
 
@@ -52,27 +66,52 @@ def attention_rows(
     return _watched(vlm, encoded, queries, layers, lambda weights: weights if by_head else weights.sum(0))
 
 
+def tower_attention(vlm: TracedModel, encoded: Encoded, layer: int) -> Float[Tensor, "row pos"]:
+    """Attention that each position of the tower gets at one layer: the mean over heads and queries of its row.
+
+    Args:
+        layer: a block of the vision tower.
+
+    Raises:
+        UsageError: a layer out of range.
+        WorkError: the tower packs its pictures, so that rows have no attention of their own, or its attention is more
+            than a softmax of scaled scores.
+    """
+    if layer not in vlm.vision_layers:
+        raise UsageError(f"layer {layer} of the tower given; layers are 0..{vlm.vision_layers[-1]}")
+    n_rows, n_pos = encoded.shape("vision")
+    everything = [range(n_pos)] * n_rows
+    found = _watched(vlm, encoded, everything, [layer], lambda weights: weights.mean((0, 1)), stream="vision")
+    return torch.stack(found[layer])
+
+
 def _watched(
     vlm: TracedModel,
     encoded: Encoded,
     queries: Sequence[Sequence[int]],
     layers: Sequence[int],
     kept: Callable[[Tensor], Tensor],
+    *,
+    stream: str = "llm",
+    made: Plan | None = None,
 ) -> dict[int, list[Tensor]]:
-    """What is kept of the weights (head x query x position) of each example, by layer."""
-    outside = [layer for layer in layers if layer not in vlm.llm_layers]
-    if outside or len(queries) != len(encoded):
+    """What is kept of the weights (head x query x position) of each example (of the tower: each row), by layer."""
+    outside = [layer for layer in layers if stream == "llm" and layer not in vlm.llm_layers]
+    if outside or len(queries) != encoded.shape(stream)[0]:
         given = f"layer {outside[0]}" if outside else f"queries of {len(queries)} examples"
         raise UsageError(f"{given} given; layers are 0..{vlm.llm_layers[-1]}, examples {len(encoded)}")
-    vlm.check_maskable("llm")
-    blocks = vlm.blocks("llm")
+    vlm.check_maskable(stream)
+    blocks = vlm.blocks(stream)
     modules = {
         vlm.model.get_submodule(f"{blocks.path}.{layer}.{blocks.attention}"): layer for layer in sorted(set(layers))
     }
     found: dict[int, list[Tensor]] = {}
-    watcher = _watcher(modules, queries, vlm.backend, kept, found)
+    watcher = _watcher(modules, queries, vlm.backend_of(stream), kept, found)
     with torch.no_grad(), vlm.passing(), attending(set(modules), watcher):
-        vlm.model(**encoded.inputs)
+        if made is None:
+            vlm.model(**encoded.inputs)
+        else:
+            verify(carry_out(vlm, encoded, made)[2])
     missing = set(modules.values()) - set(found)
     if missing:
         raise WorkError(f"{vlm.name}: the attention of layer {min(missing)} was not seen in the pass")
@@ -91,6 +130,8 @@ def _watcher(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
         ) -> tuple[Tensor, Any]:
             output, weights = function(module, query, key, value, mask, **options)
+            if query.shape[0] != len(queries) or modules[module] in found:
+                raise WorkError("this model packs its pictures into one row of the tower; attention there is not shown")
             groups = query.shape[1] // key.shape[1]
             keys, values = (each.repeat_interleave(groups, dim=1) for each in (key, value))
             causal = is_causal(module, query, backend, options)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.inputs.span import Cells
+from vlm_mech.interventions.attention_plan import Cut
 from vlm_mech.interventions.passes import Batch
-from vlm_mech.interventions.plan import Cut, Plan, ReadStates, Write, plan
+from vlm_mech.interventions.plan import Plan, Write, plan
 from vlm_mech.interventions.specification import Intervention
+from vlm_mech.interventions.state_plan import ReadStates
 
 
 def plan_by_example(vlm: TracedModel, encoded: Batch, edits: Sequence[Intervention | None], read: ReadStates) -> Plan:
@@ -38,7 +40,7 @@ def _cut_in(cut: Cut, held: Mapping[int, Sequence[int]]) -> Cut:
     """The cut at queries of an example; some towers have all pictures in one row, so that positions tell them apart."""
     own = {row: set(positions) for row, positions in held.items()}
     queries = {row: tuple(each for each in at if each in own[row]) for row, at in cut.queries.items() if row in own}
-    return dataclasses.replace(cut, queries=queries)
+    return dataclasses.replace(cut, queries=queries, named=None)
 
 
 def _of_example(cells: Cells, example: int) -> Cells:

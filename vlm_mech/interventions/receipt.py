@@ -69,20 +69,45 @@ class KnockoutReceipt:
     rows: tuple[tuple[int, int], ...] = ()
 
 
-Receipt = Union[WriteReceipt, KnockoutReceipt]  # noqa: UP007 - this kind of union can have a text of its own
+@dataclass(frozen=True)
+class ReweightReceipt:
+    """Proof of attention edges that were given other weights at one layer.
+
+    `natural_mass` is the mean attention that the query positions gave to the scaled keys, without what is cut in the
+    same layer, `mass` what they give now. `weight_error` is the largest difference between a weight recomputed from
+    what the kernel got and the one that was asked for; the other fields are as for `KnockoutReceipt`.
+    """
+
+    intervention: str
+    site: str
+    n_edges: int
+    natural_mass: float
+    mass: float
+    weight_error: float
+    row_sum_error: float
+    kernel_error: float
+    tolerance: float
+    reaches: bool
+    reason: str
+    pass_readout_change: float
+    own_readout_change: float | None = None
+    rows: tuple[tuple[int, int], ...] = ()
+
+
+Receipt = Union[WriteReceipt, KnockoutReceipt, ReweightReceipt]  # noqa: UP007 - this kind of union can have a text of its own
 """What one part of an intervention proved."""
 with contextlib.suppress(AttributeError, TypeError):  # from Python 3.14 on none can
     Receipt.__doc__ = """What one part of an intervention proved, at one site or layer.
 
-    WriteReceipt for states that were edited (Replace, Ablate, Steer), KnockoutReceipt for attention edges that were
-    cut. receipts_table puts them in a table.
+    WriteReceipt for edited states (Replace, Ablate, Steer, Project), KnockoutReceipt for attention edges that were
+    cut (Knockout, Remove), ReweightReceipt for those given other weights. receipts_table puts them in a table.
     """
 
 
 def verify(receipts: Sequence[Receipt]) -> None:
     """Raise `ReceiptError` for the first receipt that does not hold."""
     for receipt in receipts:
-        fault = _write_fault(receipt) if isinstance(receipt, WriteReceipt) else _knockout_fault(receipt)
+        fault = _write_fault(receipt) if isinstance(receipt, WriteReceipt) else _attention_fault(receipt)
         if fault:
             raise ReceiptError(f"{receipt.intervention} at {receipt.site}: {fault}")
     if receipts and not any(receipt.reaches for receipt in receipts):
@@ -107,8 +132,11 @@ def _write_fault(receipt: WriteReceipt) -> str:
     return ""
 
 
-def _knockout_fault(receipt: KnockoutReceipt) -> str:
-    if receipt.blocked_mass != 0:
+def _attention_fault(receipt: KnockoutReceipt | ReweightReceipt) -> str:
+    if isinstance(receipt, ReweightReceipt):
+        if not receipt.weight_error <= receipt.tolerance:
+            return f"attention weights differ by {receipt.weight_error:.3g} from those asked for"
+    elif receipt.blocked_mass != 0:
         return f"blocked edges still carry attention of up to {receipt.blocked_mass:.3g}; it must be exactly 0"
     if not receipt.row_sum_error <= receipt.tolerance:
         return f"attention rows sum to one only within {receipt.row_sum_error:.3g}"
@@ -126,6 +154,7 @@ def summarise(receipts: Sequence[Receipt]) -> dict[str, float | int]:
     """Counts and extremes over receipts that hold, for the provenance of a result."""
     writes = [receipt for receipt in receipts if isinstance(receipt, WriteReceipt)]
     cuts = [receipt for receipt in receipts if isinstance(receipt, KnockoutReceipt)]
+    shifts = [receipt for receipt in receipts if isinstance(receipt, ReweightReceipt)]
     return {
         "receipts": len(receipts),
         "writes": len(writes),
@@ -134,6 +163,8 @@ def summarise(receipts: Sequence[Receipt]) -> dict[str, float | int]:
         "largest_readback_error": max((receipt.readback_error for receipt in writes), default=0.0),
         "knockouts": len(cuts),
         "largest_blocked_mass": max((receipt.blocked_mass for receipt in cuts), default=0.0),
+        "reweightings": len(shifts),
+        "largest_weight_error": max((receipt.weight_error for receipt in shifts), default=0.0),
     }
 
 

@@ -15,9 +15,12 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Span, settled
+from vlm_mech.interventions.subspace import check_rows
 
 if TYPE_CHECKING:
     import torch
+
+    from vlm_mech.architectures.traced_model import TracedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +77,13 @@ def as_intervention(given: object) -> Intervention:
         return given
     if isinstance(given, list | tuple) and given and all(isinstance(each, Intervention) for each in given):
         raise UsageError(f"a {type(given).__name__} of {len(given)} interventions was given; a & b does both in a pass")
-    raise UsageError(f"{_shown(given)} is no intervention; Replace, Ablate, Steer, Knockout are, and a & b of them")
+    raise UsageError(
+        f"{shown(given)} is no intervention; Replace, Ablate, Steer, Project, Knockout, Remove, Reweight are, and a & b"
+    )
 
 
-def _shown(given: object) -> str:
+def shown(given: object) -> str:
+    """What was given, on one short line."""
     text = " ".join(repr(given).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -98,29 +104,41 @@ class StateEdit(Intervention):
         for site in listed_sites(self.sites, name):
             if self.heads is not None and site.point != "head_out":
                 raise UsageError(f"heads can be chosen at head_out sites only, not at {site}")
-        _check_heads(name, self.heads)
+        check_heads(name, self.heads)
         object.__setattr__(self, "span", settled(self.span))
+
+    def check(self, vlm: "TracedModel") -> None:
+        """Raise `UsageError` where a model does not have one of the sites or layers."""
+        for site in self.sites:
+            vlm.check_site(site)
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The sites as a tuple."""
         return tuple(self.site) if isinstance(self.site, list | tuple) else (self.site,)
 
+    @property
+    def source_sites(self) -> tuple[Site, ...]:
+        """Where states for each of the sites are taken, if any are."""
+        return self.sites
 
-def _check_heads(name: str, heads: object) -> None:
+
+def check_heads(name: str, heads: object) -> None:
+    """Raise `UsageError` unless heads are whole numbers, at least one, or None."""
     if heads is None:
         return
-    _whole_numbers(f"heads of {name}", heads)
+    whole_numbers(f"heads of {name}", heads)
     if not tuple(cast(Iterable[int], heads)):
         raise UsageError(f"{name} names no head; leave heads out for all of them")
 
 
-def _whole_numbers(what: str, given: object) -> None:
+def whole_numbers(what: str, given: object) -> None:
+    """Raise `UsageError` unless several whole numbers are given."""
     whole = isinstance(given, Iterable) and all(
         isinstance(each, Integral) and not isinstance(each, bool) for each in given
     )
     if not whole:
-        raise UsageError(f"{what} are {_shown(given)}; whole numbers are needed, such as (0, 1)")
+        raise UsageError(f"{what} are {shown(given)}; whole numbers are needed, such as (0, 1)")
 
 
 def _check_source(what: str, given: object) -> None:
@@ -141,16 +159,60 @@ class Replace(StateEdit):
     Example by example, the states of `source` at `source_span` (by default the same span) are written at `span`; both
     must have the same number of tokens. `Patches`, `Positions` and `Tokens` are paired in the order given, as are
     images and words of two tuples; other tokens from the first to the last.
+
+    Args:
+        source: the other run; None is the unedited run of this very batch, whose states then come from another
+            `source_site` (back-patching, freezing) or another `source_span`.
+        source_site: where in the source's run the states are taken: a site, or one for each of `site`, of the same
+            stream and width; the site itself unless given.
+        subspace: k x width, any independent rows: only what lies in the subspace that they span is replaced, so that
+            a state b becomes b + P(s - b). With `heads` the width is that of these heads together, in their order.
     """
 
-    source: Source = field(kw_only=True)
+    source: Source | None = field(default=None, kw_only=True)
     source_span: Span | None = field(default=None, kw_only=True)
+    source_site: Site | tuple[Site, ...] | None = field(default=None, kw_only=True)
+    subspace: "torch.Tensor | None" = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_source("the source of Replace", self.source)
+        if self.source is not None:
+            _check_source("the source of Replace", self.source)
         if self.source_span is not None:
             object.__setattr__(self, "source_span", settled(self.source_span))
+        if self.source_site is not None:
+            self._check_source_sites()
+        if self.source is None and self.source_sites == self.sites and self.source_span in (None, self.span):
+            raise UsageError(
+                "Replace without a source takes states of the same run, and without another source_site changes "
+                "nothing; give source=, or the site that they come from as source_site="
+            )
+        if self.subspace is not None:
+            check_rows("the subspace of Replace", self.subspace)
+
+    @property
+    def source_sites(self) -> tuple[Site, ...]:
+        """Where in the source's run the states for each of the sites are taken."""
+        given = self.sites if self.source_site is None else self.source_site
+        return (given,) if isinstance(given, Site) else tuple(given)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether whole states of another run are put where they were in that run."""
+        plain = self.source is not None and self.source_span is None and self.subspace is None
+        return plain and self.source_sites == self.sites
+
+    def _check_source_sites(self) -> None:
+        taken = listed_sites(self.source_site, "source_site of Replace")
+        if len(taken) != len(self.sites):
+            raise UsageError(
+                f"Replace has {len(self.sites)} site(s) and {len(taken)} source_site(s); one each is needed"
+            )
+        for site, other in zip(self.sites, taken, strict=True):
+            if site.place != other.place:
+                raise UsageError(f"Replace at {site} cannot take states of {other}: their positions are not the same")
+            if self.heads is not None and other.point != "head_out":
+                raise UsageError(f"heads can be chosen at head_out sites only, not at {other}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,11 +251,30 @@ class Steer(StateEdit):
         if self.vector.is_complex():
             raise UsageError("the vector of Steer is complex; a real one is needed")
         if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not math.isfinite(self.scale):
-            raise UsageError(f"the scale of Steer is {_shown(self.scale)}; a finite number is needed")
+            raise UsageError(f"the scale of Steer is {shown(self.scale)}; a finite number is needed")
+
+
+Stream = Literal["vision", "text", "llm"]
+
+
+class AttentionEdit(Intervention):
+    """An intervention on what positions read of each other: `Knockout`, `Remove`, `Reweight`."""
+
+    stream: Stream
+
+    @property
+    def first_layer(self) -> int:
+        """The first block in which anything is edited."""
+        raise NotImplementedError
+
+    def check_stream(self) -> None:
+        """Raise `UsageError` unless the stream is one with attention."""
+        if self.stream not in ("vision", "text", "llm"):
+            raise UsageError(f"{type(self).__name__}(stream={self.stream!r}) is not known; vision, text or llm is")
 
 
 @dataclass(frozen=True, eq=False)
-class Knockout(Intervention):
+class Knockout(AttentionEdit):
     """Cuts attention edges: at these layers, `query` positions cannot attend to `key` positions (Geva et al. 2023).
 
     The mask is built anew for the attention back end in use, so that after the softmax the blocked edges carry exactly
@@ -205,26 +286,39 @@ class Knockout(Intervention):
     key: Span
     layers: int | Iterable[int]
     heads: tuple[int, ...] | None = field(default=None, kw_only=True)
-    stream: Literal["vision", "text", "llm"] = field(default="llm", kw_only=True)
+    stream: Stream = field(default="llm", kw_only=True)
     keep_self: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        # An iterator would be used up by the first look.
-        given = tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,)
-        _whole_numbers("layers of Knockout", self.layers if isinstance(self.layers, str) else given)
-        _check_heads("Knockout", self.heads)
+        check_heads("Knockout", self.heads)
         object.__setattr__(self, "query", settled(self.query))
         object.__setattr__(self, "key", settled(self.key))
-        object.__setattr__(self, "layers", given)
-        if not self.each_layer:
-            raise UsageError("Knockout names no layer")
-        if self.stream not in ("vision", "text", "llm"):
-            raise UsageError(f"Knockout(stream={self.stream!r}) is not known; vision, text or llm is")
+        object.__setattr__(self, "layers", listed_layers("Knockout", self.layers))
+        self.check_stream()
 
     @property
     def each_layer(self) -> tuple[int, ...]:
         """The layers as a tuple."""
         return (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+
+    @property
+    def first_layer(self) -> int:
+        """The first block in which edges are cut."""
+        return min(self.each_layer)
+
+
+def listed_layers(name: str, layers: object) -> tuple[int, ...]:
+    """One layer or several, as a tuple.
+
+    Raises:
+        UsageError: there is none, or one is no whole number.
+    """
+    # An iterator would be used up by the first look.
+    given = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    whole_numbers(f"layers of {name}", layers if isinstance(layers, str) else given)
+    if not given:
+        raise UsageError(f"{name} names no layer")
+    return cast(tuple[int, ...], given)
 
 
 def window(center: int, size: int, *, n_layers: int) -> tuple[int, ...]:

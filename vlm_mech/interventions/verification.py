@@ -9,17 +9,16 @@ from torch import Tensor
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.architectures.weights import weight_of
-from vlm_mech.errors import UsageError
-from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.span import Cells
-from vlm_mech.interventions.attention import AttentionCall, Cutting, aside
+from vlm_mech.interventions.attention import Cutting, aside
+from vlm_mech.interventions.attention_proof import attention_receipts, rounding
 from vlm_mech.interventions.passes import Batch, Window, prompt_pass
 from vlm_mech.interventions.plan import Plan, Write
-from vlm_mech.interventions.receipt import KnockoutReceipt, Receipt, ReceiptError, WriteReceipt
+from vlm_mech.interventions.reaching import reaches_from, reaches_nothing
+from vlm_mech.interventions.receipt import Receipt, ReceiptError, WriteReceipt
 from vlm_mech.interventions.timeline import Seen, witness_of
 
-NONE_GIVEN = "no token of an answer is given to the model, since what is read is foretold by the prompt alone"
 NONE_GENERATED = "every answer ended with its first token, so no pass had a generated token to edit"
 
 
@@ -75,10 +74,10 @@ def receipts_of(proofs: Proofs, cuttings: Sequence[Cutting], moved: float) -> tu
         receipts.append(dataclasses.replace(proofs.receipts[site], pass_readout_change=moved))
     layers = zip(made.cuts, cuttings, strict=True)
     for where, cutting in sorted(layers, key=lambda item: item[0]):
-        receipt = _knockout_receipt(vlm, encoded, where, cutting, moved)
-        if not proofs.saw_generated and all(cut.generated and not cut.queries for cut in cutting.cuts):
-            receipt = dataclasses.replace(receipt, reaches=False, reason=NONE_GENERATED)
-        receipts.append(receipt)
+        for receipt in attention_receipts(vlm, encoded, where, cutting, moved):
+            if not proofs.saw_generated and all(cut.generated and not cut.queries for cut in cutting.cuts):
+                receipt = dataclasses.replace(receipt, reaches=False, reason=NONE_GENERATED)
+            receipts.append(receipt)
     return tuple(receipts)
 
 
@@ -103,7 +102,7 @@ def write_receipt(
     if witness is not None:
         expected, exact = _expected(vlm, encoded, site, seen, window)
         error = _difference(_received(vlm, encoded, site, seen.received[site], window), expected)
-        tolerance = 0.0 if exact else _rounding(expected)
+        tolerance = 0.0 if exact else rounding(expected)
     cells = [write.cells for write in writes if write.cells is not None]
     reaches, reason = _write_reaches(vlm, encoded, site, writes)
     return WriteReceipt(
@@ -132,12 +131,6 @@ def _rows(site: Site, writes: Sequence[Write], window: Window) -> tuple[tuple[in
     if site.stream != "llm":
         return tuple(sorted(found))
     return tuple((row, prompt) for row, prompt in enumerate(window.prompts) if (prompt, prompt) in found)
-
-
-def _rounding(states: Tensor) -> float:
-    """Allowance for the same sum done in another order, in the data type of the states."""
-    steps = 64 if states.dtype == torch.float32 else 4
-    return steps * torch.finfo(states.dtype).eps * max(1.0, states.float().abs().max().item())
 
 
 def _difference(received: Tensor, expected: Tensor) -> float:
@@ -231,126 +224,5 @@ def _write_reaches(vlm: TracedModel, encoded: Batch, site: Site, writes: list[Wr
         for cell in zip(write.cells.rows.tolist(), write.cells.positions.tolist(), strict=True)
     }
     if not cells:
-        return _reaches_nothing(encoded, all(not write.generated for write in writes))
-    return _reaches(vlm, encoded, site.stream, site.layer, cells, mixes=site.point == "resid_pre")
-
-
-def _reaches(
-    vlm: TracedModel, encoded: Batch, stream: str, layer: int | None, cells: set[tuple[int, int]], *, mixes: bool
-) -> tuple[bool, str]:
-    """Whether states of a layer at these cells can matter; `mixes`: they still pass this layer's attention."""
-    if isinstance(encoded, DualEncoded):
-        return _reaches_embedding(vlm, encoded, stream, layer, cells, mixes=mixes)
-    if stream == "vision":
-        depth = vlm.vision_depth
-        if layer is not None and layer >= depth:
-            return False, f"the projector reads the output of vision block {depth - 1}; later blocks never matter"
-        if layer == depth - 1 and not mixes and not cells & encoded.read_cells:
-            if all(position < vlm.n_class_tokens for _, position in cells):
-                return False, "the class token is dropped before the projector"
-            return False, "no image token is made from these positions of the tower"
-    last_layer = stream == "llm" and layer == vlm.n_layers("llm") - 1
-    # The prompt's last token and those of an answer are read.
-    if last_layer and not mixes and all(position < encoded.n_prompt - 1 for _, position in cells):
-        return False, "after the last attention nothing flows from these positions to the last one"
-    return True, ""
-
-
-def _reaches_embedding(
-    vlm: TracedModel, encoded: DualEncoded, stream: str, layer: int | None, cells: set[tuple[int, int]], *, mixes: bool
-) -> tuple[bool, str]:
-    pooled = encoded.pooled_cells(stream)
-    if layer == vlm.n_layers(stream) - 1 and not mixes and not cells & pooled:
-        return False, "after the last attention nothing flows from these positions to those that are pooled"
-    if layer is not None and stream == "text" and vlm.family.causal:
-        ends = dict(pooled)
-        if all(position > ends[row] for row, position in cells):
-            return False, "the tower is causal: the pooled position does not see what comes after it"
-    return True, ""
-
-
-def _knockout_receipt(
-    vlm: TracedModel, encoded: Batch, where: tuple[str, int], cutting: Cutting, moved: float
-) -> KnockoutReceipt:
-    stream, layer = where
-    what = " & ".join(cut.what for cut in cutting.cuts)
-    site = f"{stream}.attention[{layer}]"
-    if not cutting.n_calls:
-        raise ReceiptError(
-            f"{what} at {site}: no attention call was seen; the model's attention does not pass through "
-            "transformers' attention interface"
-        )
-    n_edges = sum(int((call.allowed & call.blocked).sum()) for call in cutting.calls)
-    queries = {(row, query) for cut in cutting.cuts for row, positions in cut.queries.items() for query in positions}
-    if not n_edges and queries:
-        name = cutting.cuts[0].what
-        raise UsageError(f"{name} at {stream} layer {layer} cuts no edge: attention allows none of them")
-    measures = [_measure(call) for call in cutting.calls] or [_Measure(0.0, 0.0, 0.0, 0.0)]
-    reaches, reason = knockout_reaches(vlm, encoded, stream, layer, queries)
-    return KnockoutReceipt(
-        intervention=what,
-        site=site,
-        n_edges=n_edges,
-        natural_mass=sum(measure.natural for measure in measures) / len(measures),
-        blocked_mass=max(measure.blocked for measure in measures),
-        row_sum_error=max(measure.row_sum_error for measure in measures),
-        kernel_error=max(measure.kernel_error for measure in measures),
-        tolerance=_rounding(cutting.calls[0].output) if cutting.calls else 0.0,
-        reaches=reaches,
-        reason=reason,
-        pass_readout_change=moved,
-        rows=_cut_rows(stream, cutting),
-    )
-
-
-def _cut_rows(stream: str, cutting: Cutting) -> tuple[tuple[int, int], ...]:
-    """The rows of the decoder's passes in which edges are cut, each with the number of its prompt."""
-    if stream != "llm":
-        return ()
-    window = None if cutting.passes is None else cutting.passes.now
-    prompts = tuple(range(cutting.n_rows)) if window is None else window.prompts
-    named = {prompt for cut in cutting.cuts for prompt in cut.keys if cut.generated or prompt in cut.queries}
-    return tuple((row, prompt) for row, prompt in enumerate(prompts) if prompt in named)
-
-
-def knockout_reaches(
-    vlm: TracedModel, encoded: Batch, stream: str, layer: int, queries: set[tuple[int, int]]
-) -> tuple[bool, str]:
-    """Whether a cut at these (row, position) queries of a layer can matter, and why not."""
-    if not queries:
-        return _reaches_nothing(encoded, isinstance(encoded, Encoded) and encoded.answers is not None)
-    return _reaches(vlm, encoded, stream, layer, queries, mixes=False)
-
-
-def _reaches_nothing(encoded: Batch, none_given: bool) -> tuple[bool, str]:
-    """Whether an edit of no position of the prompt can matter: of generated tokens it can."""
-    return (False, NONE_GIVEN) if none_given and isinstance(encoded, Encoded) and encoded.answers else (True, "")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Measure:
-    natural: float
-    blocked: float
-    row_sum_error: float
-    kernel_error: float
-
-
-def _measure(call: AttentionCall) -> _Measure:
-    """Attention on the cut edges of one call: meant by the model, left over, and whether the kernel obeyed."""
-    allowed, blocked = call.allowed, call.blocked
-    natural, left, row_sum, kernel = [], [0.0], [0.0], [0.0]
-    meant = dataclasses.replace(call, mask=allowed)
-    for row in range(blocked.shape[0]):
-        queries = blocked[row].any(dim=(0, -1)).nonzero().flatten()
-        if not len(queries):
-            continue
-        cut = blocked[row][:, queries]
-        weights = call.weights(row, queries)
-        cut_everywhere = cut.expand_as(weights)
-        natural.append(meant.weights(row, queries)[cut_everywhere].sum() / cut_everywhere.any(-1).sum())
-        left.append(weights[cut_everywhere].max().item())
-        row_sum.append((weights.sum(-1) - 1).abs().max().item())
-        output = (weights @ call.value[row].float()).transpose(0, 1)
-        kernel.append((call.output[row, queries].float() - output).abs().max().item())
-    mean = torch.stack(natural).mean().item() if natural else 0.0
-    return _Measure(mean, max(left), max(row_sum), max(kernel))
+        return reaches_nothing(encoded, all(not write.generated for write in writes))
+    return reaches_from(vlm, encoded, site.stream, site.layer, cells, mixes=site.point == "resid_pre")

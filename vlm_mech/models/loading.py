@@ -1,4 +1,4 @@
-"""Models and processors by embedded name, folder or Hugging Face id, wherever their weights are to live."""
+"""Models and processors by embedded name, folder, GGUF file or Hugging Face id, wherever their weights are to live."""
 
 import sys
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from vlm_mech.checks.finding import refuse_unless_all_hold
 from vlm_mech.checks.structure import find_structure
 from vlm_mech.errors import UsageError
 from vlm_mech.models.embedded import NAMES, weights_folder
+from vlm_mech.models.language_models import SMOLLM2, folder_of_gguf, smollm2_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,10 +107,14 @@ def check_device(device: str | int) -> None:
 
 
 def locate(name_or_folder: str | Path) -> str:
-    """A path for embedded names and folders, a hub id otherwise."""
+    """A path for embedded names, folders, and what is made of GGUF files; a hub id otherwise."""
     if str(name_or_folder) in NAMES:
         return str(weights_folder(str(name_or_folder)))
+    if str(name_or_folder) == SMOLLM2:
+        return str(smollm2_folder())
     path = Path(name_or_folder)
+    if path.suffix == ".gguf":
+        return str(folder_of_gguf(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"folder {str(path)!r} holds no model: config.json is missing")
@@ -117,7 +122,7 @@ def locate(name_or_folder: str | Path) -> str:
     if path.is_absolute() or str(name_or_folder).startswith(".") or str(name_or_folder).count("/") != 1:
         raise UsageError(
             f"model {str(name_or_folder)!r} is neither an embedded model ({', '.join(NAMES)}), "
-            "nor a folder, nor a Hugging Face id (owner/name)"
+            f"nor {SMOLLM2}, nor a folder or GGUF file, nor a Hugging Face id (owner/name)"
         )
     return str(name_or_folder)
 

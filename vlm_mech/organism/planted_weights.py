@@ -70,17 +70,19 @@ def weights(recipe: Recipe, vocabulary: dict[str, int]) -> dict[str, Tensor]:
     jobs = _jobs(recipe, codes, random)
     for layer in range(recipe.n_layers):
         found |= _attention(recipe, layer, jobs, random) | _feed_forward(recipe, layer, random)
-    return _rotated(found, recipe.d_model, random) if recipe.rotated else found
+    if not recipe.rotated:
+        return found
+    return turned(found, torch.linalg.qr(torch.randn(recipe.d_model, recipe.d_model, generator=random)).Q)
 
 
-def _normal(random: torch.Generator, *shape: int) -> Tensor:
+def normal(random: torch.Generator, *shape: int) -> Tensor:
     """Random weights that keep the scale of normed inputs: standard deviation 1 / sqrt(fan in)."""
     return torch.randn(*shape, generator=random) * shape[-1] ** -0.5
 
 
-def _noisy(planted: Tensor, recipe: Recipe, random: torch.Generator) -> Tensor:
+def noisy(planted: Tensor, recipe: Recipe, random: torch.Generator) -> Tensor:
     """Planted weights plus noise relative to the largest of them."""
-    return planted + recipe.noise * planted.abs().max() * _normal(random, *planted.shape)
+    return planted + recipe.noise * planted.abs().max() * normal(random, *planted.shape)
 
 
 def _colour_codes(recipe: Recipe, random: torch.Generator) -> Float[Tensor, "colour code"]:
@@ -139,7 +141,7 @@ def _tower(recipe: Recipe, random: torch.Generator) -> dict[str, Tensor]:
     found = {
         "embeddings.class_embedding": torch.randn(TOWER_WIDTH, generator=random),
         "embeddings.patch_embedding.weight": patch,
-        "embeddings.position_embedding.weight": _noisy(positions, recipe, random),
+        "embeddings.position_embedding.weight": noisy(positions, recipe, random),
     }
     found = {_TOWER + name: value for name, value in found.items()}
     for name in ("pre_layrnorm", "post_layernorm"):
@@ -159,7 +161,7 @@ def _tower_block(recipe: Recipe, name: str, random: torch.Generator) -> dict[str
     shapes |= {"mlp.fc1": (FEED_FORWARD, TOWER_WIDTH), "mlp.fc2": (TOWER_WIDTH, FEED_FORWARD)}
     for part, shape in shapes.items():
         size = TOWER_NOISE * recipe.noise if part in ("self_attn.out_proj", "mlp.fc2") else 1.0
-        found[f"{name}{part}.weight"] = size * _normal(random, *shape)
+        found[f"{name}{part}.weight"] = size * normal(random, *shape)
         found[f"{name}{part}.bias"] = torch.zeros(shape[0])
     return found
 
@@ -192,9 +194,9 @@ def _projector(recipe: Recipe, codes: Float[Tensor, "colour code"], random: torc
         second[AT["marked"], 18] = 2 / (SHARPNESS * MARK)
     name = "model.multi_modal_projector."
     return {
-        name + "linear_1.weight": _noisy(first, recipe, random),
+        name + "linear_1.weight": noisy(first, recipe, random),
         name + "linear_1.bias": bias,
-        name + "linear_2.weight": _noisy(second, recipe, random),
+        name + "linear_2.weight": noisy(second, recipe, random),
         name + "linear_2.bias": constants,
     }
 
@@ -218,9 +220,9 @@ def _ends(recipe: Recipe, vocabulary: dict[str, int], random: torch.Generator) -
     else:
         _set_two_tokens(recipe, vocabulary, embedding, head)
     return {
-        "model.language_model.embed_tokens.weight": _noisy(embedding, recipe, random),
+        "model.language_model.embed_tokens.weight": noisy(embedding, recipe, random),
         "model.language_model.norm.weight": torch.ones(recipe.d_model),
-        "lm_head.weight": _noisy(head, recipe, random),
+        "lm_head.weight": noisy(head, recipe, random),
     }
 
 
@@ -299,13 +301,13 @@ def _attention(
 ) -> dict[str, Tensor]:
     """One layer's attention: planted heads, and random ones that write little."""
     shape = (recipe.n_heads, HEAD_SIZE, recipe.d_model)
-    made = {part: _normal(random, *shape) for part in ("q", "k", "v")}
-    made["o"] = recipe.noise * rearrange(_normal(random, *shape), "head value d_model -> head d_model value")
+    made = {part: normal(random, *shape) for part in ("q", "k", "v")}
+    made["o"] = recipe.noise * rearrange(normal(random, *shape), "head value d_model -> head d_model value")
     for head in range(recipe.n_heads):
         if (layer, head) in jobs:
             for part, planted in _head(recipe, jobs[layer, head]).items():
-                made[part][head] = _noisy(planted, recipe, random)
-            made["o"][head] += recipe.noise * _normal(random, HEAD_SIZE, recipe.d_model).T
+                made[part][head] = noisy(planted, recipe, random)
+            made["o"][head] += recipe.noise * normal(random, HEAD_SIZE, recipe.d_model).T
     made["o"] = rearrange(made["o"], "head d_model value -> d_model (head value)")
     name = _LAYER.format(layer) + "self_attn."
     return {f"{name}{part}_proj.weight": _stacked(value) for part, value in made.items()}
@@ -338,12 +340,12 @@ def _head(recipe: Recipe, reading: Reading) -> dict[str, Tensor]:
 def _feed_forward(recipe: Recipe, layer: int, random: torch.Generator) -> dict[str, Tensor]:
     """One layer's norms and gated MLP: random units that write little, and planted ones."""
     d_model = recipe.d_model
-    gate, up = _normal(random, FEED_FORWARD, d_model), _normal(random, FEED_FORWARD, d_model)
-    down = recipe.noise * _normal(random, d_model, FEED_FORWARD)
+    gate, up = normal(random, FEED_FORWARD, d_model), normal(random, FEED_FORWARD, d_model)
+    down = recipe.noise * normal(random, d_model, FEED_FORWARD)
     for planted in unit_weights(recipe, layer):
         numbers = list(planted.numbers)
-        gate[numbers] = _noisy(planted.gate, recipe, random)
-        up[numbers] = _noisy(planted.up, recipe, random)
+        gate[numbers] = noisy(planted.gate, recipe, random)
+        up[numbers] = noisy(planted.up, recipe, random)
         down[:, numbers] += planted.down
     name = _LAYER.format(layer)
     found = {f"{name}mlp.{part}_proj.weight": value for part, value in (("gate", gate), ("up", up), ("down", down))}
@@ -351,9 +353,8 @@ def _feed_forward(recipe: Recipe, layer: int, random: torch.Generator) -> dict[s
     return found | {f"{name}{norm}.weight": torch.ones(d_model) for norm in norms}
 
 
-def _rotated(found: dict[str, Tensor], d_model: int, random: torch.Generator) -> dict[str, Tensor]:
-    """The same decoder in a random orthonormal basis of its residual stream."""
-    turn = torch.linalg.qr(torch.randn(d_model, d_model, generator=random)).Q
+def turned(found: dict[str, Tensor], turn: Float[Tensor, "d_model direction"]) -> dict[str, Tensor]:
+    """The same decoder in another orthonormal basis of its residual stream, whose columns are the old axes."""
     reading = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
     reading += ("embed_tokens.weight", "lm_head.weight")
     writing = ("o_proj.weight", "down_proj.weight", "linear_2.weight", "linear_2.bias")

@@ -268,14 +268,60 @@ def _finite(value: Any) -> Any:
 
 
 def as_rows(claims: Sequence[Claim]) -> pd.DataFrame:
-    """A row a claim: what is said, its effect with interval, n, p, whether its size is sure, what each gate said."""
-    rows = []
+    """A row a claim: what is said, effect, interval, n and p, whether its size is sure, what each gate said.
+
+    Of a claim with several conditions the numbers are those of the one that `decides`, which has a column where any
+    claim has several; it also names others whose means are not far enough beyond their bounds.
+    """
+    rows, several = [], any(len(claim.conditions) > 1 for claim in claims)
     for claim in claims:
-        first = claim.tested[0]
-        row = {"claim": claim.says, "effect": first.mean, "low": first.low, "high": first.high, "n": first.n}
+        number = decides(claim)
+        own = claim.tested[number]
+        row: dict[str, Any] = {"claim": claim.says}
+        if several:
+            row |= {"condition that decides": _decided(claim, number) if len(claim.conditions) > 1 else ""}
+        row |= {"effect": own.mean, "low": own.low, "high": own.high, "n": own.n}
         row |= {"p": claim.p, "other half": _word(claim.made), "size sure": "yes" if claim.size_sure else "no"}
         rows.append(row | {gate.name: _word(gate.verdict) for gate in claim.gates})
     return pd.DataFrame(rows).fillna({gate.name: "not tried" for claim in claims for gate in claim.gates})
+
+
+def decides(claim: Claim) -> int:
+    """The number of the condition that gives a claim its p: the largest; of several the first that is not met.
+
+    `claim` has been tested.
+    """
+    unmet = _unmet(claim)
+    order = [(p_of([each]), number in unmet, -number) for number, each in enumerate(claim.tested)]
+    return -max(order)[2]
+
+
+def _unmet(claim: Claim) -> list[int]:
+    pairs = enumerate(zip(claim.conditions, claim.tested, strict=True))
+    return [number for number, (one, told) in pairs if not one.sign * (told.mean - one.bound) > max(one.least, 0.0)]
+
+
+def _decided(claim: Claim, number: int) -> str:
+    others = [f"{named(claim, other)}, which is {claim.tested[other]}" for other in _unmet(claim) if other != number]
+    return named(claim, number) + (f"; not met: {'; '.join(others)}" if others else "")
+
+
+def named(claim: Claim, number: int) -> str:
+    """A condition of a claim in words, such as `kl (layer 3) above 0.1`: of its cell what the claim does not say."""
+    one = claim.conditions[number]
+    more = {name: value for name, value in one.cell.items() if claim.about.get(name, value) != value}
+    for other in claim.conditions:
+        more |= {name: one.cell[name] for name in one.cell if other.cell.get(name) != one.cell[name]}
+    text = one.metric + _in_words(more)
+    if isinstance(one.less, dict):
+        text += f" less that of{_in_words({k: v for k, v in one.less.items() if one.cell.get(k) != v})}"
+    elif one.less is not None:
+        text += f" less its {one.less}"
+    return f"{text} {one.side} {one.bound:g}" + (f" by {one.least:.3g} at least" if one.least > 0 else "")
+
+
+def _in_words(cell: dict[str, Any]) -> str:
+    return f" ({', '.join(f'{name} {value}' for name, value in cell.items())})" if cell else ""
 
 
 def _word(verdict: bool | None) -> str:

@@ -19,6 +19,7 @@ class Outcome:
 
     `links` are other reports by what is said of them, `tables` more tables by the name of their csv, which the run's
     folder and its report have. `said` are examples of generated answers, a row each, which the report shows.
+    `first` are headings, by the name of a table that stands whole above the figures.
 
     Raises:
         ValueError: a table whose csv would be a file of the run itself, or lie in another folder.
@@ -30,6 +31,7 @@ class Outcome:
     links: dict[str, str] = field(default_factory=dict)
     tables: "dict[str, pd.DataFrame]" = field(default_factory=dict)
     said: "pd.DataFrame | None" = None
+    first: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.tables:

@@ -23,6 +23,8 @@ ELSEWHERE = ("receipts", "question", "seconds", "resumed", "finished")
 """Of the provenance, what has a place of its own, and what differs each time: that is in provenance.json alone."""
 MISSING = "–"
 """What stands for a number that there is none of."""
+LONG = 80
+"""Characters from which on a cell is a sentence, not a name."""
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 Helvetica, Arial, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1.5em;
@@ -52,8 +54,17 @@ def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
         "<ul class='findings'>" + "".join(f"<li>{html.escape(finding)}</li>" for finding in result.findings) + "</ul>",
         _claims(result),
         _links(outcome.links),
+        *(
+            f"<h2>{html.escape(heading)}</h2>"
+            + _table(_rounded(outcome.tables[name]), style=_style(outcome.tables[name]), whole=True)
+            for name, heading in outcome.first.items()
+        ),
         figures,
-        *(f"<h2>{html.escape(name)}.csv</h2>{_table(_rounded(table))}" for name, table in outcome.tables.items()),
+        *(
+            f"<h2>{html.escape(name)}.csv</h2>{_table(_rounded(table), style=_style(table))}"
+            for name, table in outcome.tables.items()
+            if name not in outcome.first
+        ),
         _said(outcome.said),
         _gallery(outcome.pictures),
         "<h2>Summary</h2>" + _table(_rounded(result.summary())),
@@ -79,8 +90,14 @@ def _claims(result: Result) -> str:
         return ""
     told = (
         "A claim was declared on half of the examples (chosen by groups, with the seed) and tested on the other half, "
-        "to which its numbers belong. claims.json has everything."
+        "to which its numbers belong. "
     )
+    if any(len(claim.conditions) > 1 for claim in result.claims):
+        told += (
+            "Of a claim with several conditions the row has the numbers of the one that decides, that with the "
+            "largest p; p is corrected over the claims. "
+        )
+    told += "claims.json has everything."
     gates = [f"{claim.says}: {gate.name}: {gate.says}" for claim in result.claims for gate in claim.gates]
     listed = "".join(f"<li>{html.escape(each)}</li>" for each in gates)
     more = f"<details><summary>Each gate</summary><ul class='findings'>{listed}</ul></details>" if gates else ""
@@ -133,11 +150,18 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
 
 
-def _table(table: pd.DataFrame, *, style: str = "numbers") -> str:
-    """The table without columns in which nothing stands."""
+def _table(table: pd.DataFrame, *, style: str = "numbers", whole: bool = False) -> str:
+    """The table without columns in which nothing stands; in a box to scroll unless it is to be seen whole."""
     held = (table.notna() & ~table.isin(["", "-", MISSING])).any()
     shown = table.loc[:, held] if held.any() else table
-    return f"<div class='scroll'>{shown.to_html(index=False, border=0, escape=True, classes=style)}</div>"
+    made = shown.to_html(index=False, border=0, escape=True, classes=style)
+    return made if whole else f"<div class='scroll'>{made}</div>"
+
+
+def _style(table: pd.DataFrame) -> str:
+    """How a table is set: one with sentences in it as words, whose lines are broken."""
+    longest = max((len(str(each)) for name in table.select_dtypes(exclude="number") for each in table[name]), default=0)
+    return "words" if longest > LONG else "numbers"
 
 
 def _metrics(result: Result) -> str:

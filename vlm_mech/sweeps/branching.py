@@ -12,7 +12,8 @@ import torch
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.interventions.plan import Cut, Plan, Write
+from vlm_mech.interventions.attention_plan import Cut, Reweighing
+from vlm_mech.interventions.plan import Plan, Write
 from vlm_mech.interventions.specification import Activations, Intervention, Replace, Source
 from vlm_mech.sweeps.recorded_pass import RecordedPass
 
@@ -126,6 +127,12 @@ class Branch:
         return not self.left and self.tower is None
 
     @property
+    def score_copies(self) -> int:
+        """Copies of one cell's scores that are made at once to edit and prove attention edges; 0 without any."""
+        moved = any(isinstance(cut, Reweighing) for cuts in self.cuts.values() for cut in cuts)
+        return 4 if moved else 2 * bool(self.cuts)
+
+    @property
     def left(self) -> dict[Site, list[Write]]:
         """The writes that are still to be made."""
         return {site: each for site, each in self.writes.items() if site != self.taken}
@@ -183,10 +190,11 @@ def _donor(
     differ up to some position: from there on these positions are as in the run the states come from.
     """
     parts = [part for part in intervention.flat() if isinstance(part, Replace)]
-    if len(parts) != 1 or len(parts[0].sites) != 1 or isinstance(parts[0].source, Activations):
+    if len(parts) != 1 or len(parts[0].sites) != 1 or not parts[0].is_plain:
         return None
-    part, site = parts[0], parts[0].sites[0]
-    if site.name not in RESIDUAL or part.source_span is not None:
+    # States of another layer, or a part of them, leave positions that no run has had.
+    site, source = parts[0].sites[0], parts[0].source
+    if site.name not in RESIDUAL or source is None or isinstance(source, Activations):
         return None
     entry = _entry(site, 0)
     if site.depth < clean.n_added or len(writes[site]) != 1 or any(layer < entry for layer in cuts):
@@ -198,10 +206,10 @@ def _donor(
     others = [each for other, each in writes.items() if other != site]
     if any(_first(each) < end for each in others) or any(_first_cut(each) < end for each in cuts.values()):
         return None
-    other = encoded_of(part.source)
+    other = encoded_of(source)
     if clean.widened(end) != end or end >= clean.encoded.n_prompt or not alike_before(clean.encoded, other, begin):
         return None
-    return part.source, end, site
+    return source, end, site
 
 
 def alike_before(encoded: Encoded, other: Encoded, position: int) -> bool:

@@ -290,13 +290,13 @@ def kept_bytes(size: Sizes, n_versions: int) -> PerDevice:
 
 
 def in_block(
-    size: Sizes, n_cells: Bytes, n_suffix: int, *, joined: bool, cut: bool = False, in_parts: bool = False
+    size: Sizes, n_cells: Bytes, n_suffix: int, *, joined: bool, cut: int = 0, in_parts: bool = False
 ) -> PerDevice:
     """Bytes at the worst moment inside a decoder block that runs some cells (here, or on each device) over a suffix.
 
     Args:
         joined: whether each cell has a copy of the keys and values before the suffix.
-        cut: whether edges are cut.
+        cut: copies of a cell's scores that are made to edit edges; none where none are edited.
         in_parts: whether attention is computed for some queries at a time, as it is unless edges are cut.
     """
     n_query = min(n_suffix, QUERIES) if in_parts and not cut else n_suffix
@@ -314,20 +314,19 @@ def in_block(
         attention = np.minimum(n_cells, max(1, FAST_BYTES[size.device] // per_cell)) * per_cell
         # A copy of the queries, or the two halves of the output.
         attention += 2 * rows * heads * size.itemsize
-    if cut:
-        # Weights of one cell after the other are looked at: a copy, and those of the queries that lose an edge.
-        attention += 2 * size.batch * size.n_heads * n_suffix * size.n_pos * FLOAT
+    # Weights of one cell after the other are looked at: of cuts a copy, and those of the queries that lose an edge.
+    attention += cut * size.batch * size.n_heads * n_suffix * size.n_pos * FLOAT
     mlp = rows * size.n_wide * size.d_mlp * size.itemsize
     within = np.maximum(projected + attention, rows * size.d_model * size.itemsize + mlp)
     return size.shares.decodes * (streams + within)
 
 
-def wave_bytes(size: Sizes, entries: Sequence[int], n_suffix: int, *, cut: bool, written: bool, own: bool) -> PerDevice:
+def wave_bytes(size: Sizes, entries: Sequence[int], n_suffix: int, *, cut: int, written: bool, own: bool) -> PerDevice:
     """Bytes that some cells need at their peak beyond the recorded passes.
 
     Args:
         entries: the blocks before which they enter the decoder.
-        cut: whether edges are cut.
+        cut: as for `in_block`.
         written: whether states are written.
         own: whether each cell brings states of its own, because its image was edited before the decoder.
     """

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlm_mech.interventions.attention import Attend, allowed_edges, attending
-from vlm_mech.interventions.receipt import KnockoutReceipt
+from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.sweeps.recorded_pass import RecordedPass, last_states, read_out
 from vlm_mech.sweeps.tracks import Track
 
@@ -48,7 +48,7 @@ class Decoding:
     """Greedy decoding of all rows of some tracks, whose versions have the numbers from 0 on, after a clean pass.
 
     `ends` are the tokens that end an answer, `fill` is the one that fills up what has ended. `proofs` are the receipts
-    of edges that generated tokens lose, by layer and version.
+    of edits of generated tokens' edges, by layer and version.
     """
 
     vlm: "VLM"
@@ -56,7 +56,7 @@ class Decoding:
     tracks: list[Track]
     ends: tuple[int, ...]
     fill: int
-    proofs: dict[tuple[int, int], KnockoutReceipt] = field(default_factory=dict)
+    proofs: dict[tuple[int, int], list[Receipt]] = field(default_factory=dict)
 
     def run(self, first: Float[Tensor, "version batch vocab"], n_new: int) -> Int[Tensor, "version batch new"]:
         """The tokens of all answers, `n_new` at most.

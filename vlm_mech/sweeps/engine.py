@@ -20,7 +20,7 @@ from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.answered import Given, with_answers
 from vlm_mech.interventions.plan import Plan, Write, plan
 from vlm_mech.interventions.receipt import Receipt, WriteReceipt, verify
-from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Source
+from vlm_mech.interventions.specification import Activations, AttentionEdit, Intervention, Source
 from vlm_mech.sweeps.branching import Branch, branch_of
 from vlm_mech.sweeps.cost import Sizes, copies_at_once, kept_bytes, pass_bytes, sizes
 from vlm_mech.sweeps.memory import is_out_of_memory
@@ -217,7 +217,7 @@ class Engine:
     def provable(self, interventions: Sequence[Intervention]) -> bool:
         """Whether cut edges can be proved here: not where attention is more than a softmax of scaled scores."""
         cuts = any(
-            isinstance(part, Knockout) and part.stream == "llm" for each in interventions for part in each.flat()
+            isinstance(part, AttentionEdit) and part.stream == "llm" for each in interventions for part in each.flat()
         )
         return not cuts or all(block.plain for block in self.clean.blocks)
 
@@ -225,7 +225,7 @@ class Engine:
         self, interventions: Sequence[Intervention], keep: Keep | None
     ) -> tuple[Tensor, list[tuple[Receipt, ...]]]:
         warnings.warn(
-            f"{self.vlm.name}: attention that is no plain softmax; knockouts run through the reference, one by one",
+            f"{self.vlm.name}: attention that is no plain softmax; its edits run through the reference, one by one",
             stacklevel=3,
         )
         return Reference(self.vlm, self.encoded).answers(interventions, keep=keep)

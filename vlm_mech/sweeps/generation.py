@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlm_mech.errors import WorkError, shortened
-from vlm_mech.interventions.plan import Cut, Plan
+from vlm_mech.interventions.attention_plan import Cut
+from vlm_mech.interventions.plan import Plan
 from vlm_mech.interventions.receipt import Receipt, verify
 from vlm_mech.interventions.specification import Intervention
 from vlm_mech.interventions.trace import Generation, generate
@@ -24,7 +25,7 @@ from vlm_mech.sweeps.generation_cost import Place, meant_of, parts_of, place_of,
 from vlm_mech.sweeps.reference import Reference, next_token
 from vlm_mech.sweeps.replay import Wave
 from vlm_mech.sweeps.sweep import rounding
-from vlm_mech.sweeps.tracks import Track, Version, receipt_of_generated, track_of
+from vlm_mech.sweeps.tracks import Track, Version, receipts_of_nothing, track_of
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -98,8 +99,9 @@ def _said(
     for version, ids, proved in zip(versions, decoding.run(first, n_new), proofs, strict=True):
         ids = ids[:, : _length(ids, ends)]
         later = tuple(
-            decoding.proofs.get((layer, version.number)) or receipt_of_generated(cuts)
-            for layer, cuts in version.during.items()
+            receipt
+            for layer, edits in version.during.items()
+            for receipt in decoding.proofs.get((layer, version.number)) or receipts_of_nothing(edits)
         )
         verify(later)
         texts = tuple(text.strip() for text in vlm.processor.batch_decode(ids, skip_special_tokens=True))

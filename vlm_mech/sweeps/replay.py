@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from vlm_mech.architectures.site import Site
 from vlm_mech.inputs.span import Cells
 from vlm_mech.interventions.attention import attending
+from vlm_mech.interventions.attention_plan import Cut, kinds_of
 from vlm_mech.interventions.module_hooks import passed
-from vlm_mech.interventions.plan import Cut, Write
+from vlm_mech.interventions.plan import Write
 from vlm_mech.interventions.receipt import Receipt
 from vlm_mech.interventions.timeline import Seen
 from vlm_mech.interventions.verification import write_receipt
@@ -201,10 +202,12 @@ class Wave:
             out = block(states.flatten(0, 1), attention_mask=None, past_key_values=None, use_cache=False, **arguments)
         out = out[0] if isinstance(out, tuple) else out
         out = out.unflatten(0, (-1, self.batch))
-        for row, receipt in attention.receipts.items():
+        for row, receipts in attention.receipts.items():
             for number in self.active[row].numbers:
-                meant = " & ".join(cut.what for cut in self.cells[number].cuts[layer])
-                self.receipts[number].append(replace(receipt, intervention=meant))
+                kinds = [each for each in kinds_of(self.cells[number].cuts[layer]) if each]
+                for receipt, edits in zip(receipts, kinds, strict=True):
+                    meant = " & ".join(edit.what for edit in edits)
+                    self.receipts[number].append(replace(receipt, intervention=meant))
         if heard:
             self._prove(Site("llm.resid_pre", layer), heard["norm_1"])
             self._prove(Site("llm.head_out", layer), heard["out"])

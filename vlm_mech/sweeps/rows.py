@@ -39,7 +39,7 @@ class Rows:
     def _part(self, part: Intervention) -> Intervention:
         changes: dict[str, Any] = {
             name: _step(getattr(part, name), list(range(len(self.prompts)))[self.rows])
-            for name in ("span", "source_span", "query", "key")
+            for name in ("span", "source_span", "query", "key", "to")
             if _has_each(getattr(part, name, None))
         }
         if isinstance(part, Replace):
@@ -51,6 +51,8 @@ class Rows:
         return dataclasses.replace(part, **changes) if changes else part
 
     def _source(self, source: Any) -> Any:
+        if source is None:
+            return None
         if not isinstance(source, list | tuple):
             if not self.whole:
                 raise UsageError("in a sweep of several batches a source is given as prompts, one for each example")

@@ -11,8 +11,9 @@ from vlm_mech.architectures.site import Site
 from vlm_mech.errors import TooLargeError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.answered import Given, with_answers
-from vlm_mech.interventions.plan import ReadStates, plan, prompts_of
-from vlm_mech.interventions.specification import Activations, Intervention, Replace, Source
+from vlm_mech.interventions.plan import plan
+from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Replace, Source, StateEdit
+from vlm_mech.interventions.state_plan import ReadStates, prompts_of
 from vlm_mech.sweeps.branching import RESIDUAL, Branch, branch_of, outline, tower_blocks
 from vlm_mech.sweeps.cost import (
     Sizes,
@@ -148,12 +149,15 @@ def sources_of(
 ) -> dict[int, tuple[Encoded | Sequence, set[Site]]]:
     """What has to be run besides the batch, and the sites that are read there, by identity of the source."""
     wanted: dict[int, tuple[Encoded | Sequence, set[Site]]] = {}
-    for part in (part for each in interventions for part in each.flat()):
-        source = getattr(part, "source", None) if isinstance(part, Replace) else getattr(part, "reference", None)
-        if source is None and getattr(part, "to", "zero") != "zero":
-            source = prompts_of(encoded)
-        if source is not None and not isinstance(source, Activations):
-            wanted.setdefault(id(source), (source, set()))[1].update(part.sites)
+    for part in (part for each in interventions for part in each.flat() if isinstance(part, StateEdit)):
+        if isinstance(part, Replace):
+            source = encoded if part.source is None else part.source
+        elif isinstance(part, Ablate) and part.to != "zero":
+            source = prompts_of(encoded) if part.reference is None else part.reference
+        else:
+            continue
+        if not isinstance(source, Activations):
+            wanted.setdefault(id(source), (source, set()))[1].update(part.source_sites)
     return wanted
 
 
@@ -179,7 +183,7 @@ def waves(
     made, peak = [], held + 0 * size.shares.inputs
     for (_, start, own), numbers in groups.items():
         numbers.sort(key=lambda number: _entry(size, places[number]))
-        cut = any(places[number].cuts for number in numbers)
+        cut = max(places[number].score_copies for number in numbers)
         kinds = {"cut": cut, "written": any(places[number].left for number in numbers), "own": own}
         # Of so many cells that follow each other the first have the most blocks before them.
         entries = [places[number].entry for number in numbers]

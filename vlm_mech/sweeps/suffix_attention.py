@@ -3,7 +3,7 @@
 Rows of a call are cell x batch. Queries are the positions from `start` on; keys before it are the same for all cells.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from vlm_mech.errors import UsageError
 from vlm_mech.interventions.attention import Attend, in_form
-from vlm_mech.interventions.plan import Cut
-from vlm_mech.interventions.receipt import KnockoutReceipt
-from vlm_mech.interventions.verification import knockout_reaches
+from vlm_mech.interventions.attention_plan import Cut, kinds_of
+from vlm_mech.interventions.attention_proof import check_any_edge, queries_of
+from vlm_mech.interventions.reaching import attention_reaches
+from vlm_mech.interventions.receipt import KnockoutReceipt, ReweightReceipt
+from vlm_mech.interventions.reweighting import asked_weights, keys_of, mean_mass, over_examples, shifts_of, weights_of
+from vlm_mech.sweeps.edge_groups import Group, by_group, grouped, lowered_by, without
 from vlm_mech.sweeps.recorded_pass import Block, RecordedPass
 
 if TYPE_CHECKING:
@@ -28,8 +31,6 @@ FAST_BYTES = {"cpu": 2**23, "cuda": 2**28}
 """Scores that are worked on at once: little enough not to count, and enough to keep the machine busy."""
 QUERIES = 128
 """Queries whose attention is computed at once: of the keys after the first of them it may see none."""
-NEAR = 5.0
-"""Scores this far below the largest lose no precision to speak of when they are lowered by it."""
 
 
 @dataclass(eq=False)
@@ -47,7 +48,7 @@ class SuffixAttention:
     start: int
     cuts: list[list[Cut]]
     listen: Callable[[Tensor, Tensor], None] | None = None
-    receipts: dict[int, KnockoutReceipt] = field(default_factory=dict)
+    receipts: dict[int, list[KnockoutReceipt | ReweightReceipt]] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -76,25 +77,32 @@ class SuffixAttention:
 
         return attend
 
-    def _groups(self, allowed: Bool[Tensor, "rows heads query pos"]) -> "list[Group]":
-        """Cells with cuts here, those with the same edges together.
+    def _groups(self, allowed: Bool[Tensor, "rows heads query pos"]) -> list[Group]:
+        """Cells with edits here, those of the same edges together.
 
         Raises:
             UsageError: a query would be left with nothing to attend to, or no edge is cut.
         """
+        queries, keys = range(self.start, self.start + allowed.shape[-2]), range(allowed.shape[-1])
+        at = {"n_pos": allowed.shape[-1], "device": allowed.device}
         numbers: dict[tuple, list[int]] = {}
         for number, cuts in enumerate(self.cuts):
             if cuts:
                 numbers.setdefault(tuple(cut.edges for cut in cuts), []).append(number)
-        return [Group(each, self._blocked(self.cuts[each[0]], allowed)) for each in numbers.values()]
+        groups = []
+        for each in numbers.values():
+            cut, others = kinds_of(self.cuts[each[0]])
+            blocked = [one.blocked(range(self.batch), queries, keys, **at) for one in cut]
+            shifts = shifts_of(others, range(self.batch), queries, keys, **at)
+            groups.append(Group(each, self._blocked(cut, blocked, allowed), shifts))
+        return groups
 
     def _blocked(
-        self, cuts: list[Cut], allowed: Bool[Tensor, "rows heads query pos"]
-    ) -> Bool[Tensor, "batch cut_heads query pos"]:
-        """The edges that some cuts name; heads of size 1 where all lose the same."""
-        queries, keys = range(self.start, self.start + allowed.shape[-2]), range(allowed.shape[-1])
-        at = {"n_pos": allowed.shape[-1], "device": allowed.device}
-        each = [cut.blocked(range(self.batch), queries, keys, **at) for cut in cuts]
+        self, cuts: list[Cut], each: list[Tensor], allowed: Bool[Tensor, "rows heads query pos"]
+    ) -> Bool[Tensor, "batch cut_heads query pos"] | None:
+        """The edges that some cuts name; heads of size 1 where all lose the same, None without cuts."""
+        if not cuts:
+            return None
         blocked = torch.stack(torch.broadcast_tensors(*each)).any(0)
         left = allowed & ~blocked
         emptied = (allowed.any(-1) & ~left.any(-1)).nonzero()
@@ -103,8 +111,7 @@ class SuffixAttention:
             raise UsageError(
                 f"the knockout leaves position {query} of example {row} nothing to attend to; narrow its keys"
             )
-        if not (allowed & blocked).any() and any(cut.queries for cut in cuts):
-            raise UsageError(f"{cuts[0].what} at llm layer {self.layer} cuts no edge: attention allows none of them")
+        check_any_edge(cuts, int((allowed & blocked).any()), f"llm layer {self.layer}", "cuts")
         return blocked
 
     def _shared(
@@ -114,7 +121,7 @@ class SuffixAttention:
         value: Float[Tensor, "rows group query d_head"],
         before: Block,
         allowed: Bool[Tensor, "mask_rows mask_heads query pos"],
-        cut: "list[Group]",
+        cut: list[Group],
     ) -> Float[Tensor, "rows query head d_head"]:
         """Softmax attention of all cells, as many at a time as have their scores in fast memory."""
         n_query = query.shape[2]
@@ -140,7 +147,7 @@ class SuffixAttention:
         value: Float[Tensor, "rows group own d_head"],
         before: Block,
         allowed: Bool[Tensor, "mask_rows mask_heads query pos"],
-        cut: "list[Group]",
+        cut: list[Group],
     ) -> Float[Tensor, "rows query head d_head"]:
         """Softmax attention over the shared prefix, in one product for all rows, and over each row's own keys.
 
@@ -170,7 +177,7 @@ class SuffixAttention:
         parts: list[Tensor],
         edges: Bool[Tensor, "mask_rows mask_groups 1 mask_shared query pos"],
         allowed: Bool[Tensor, "mask_rows mask_heads query pos"],
-        cut: "list[Group]",
+        cut: list[Group],
     ) -> Float[Tensor, "batch group cell shared query 1"]:
         """Turns scores over prefix and suffix into unnormalised weights, in place, and returns their sums."""
         sides = (slice(0, self.start), slice(self.start, None))
@@ -178,9 +185,16 @@ class SuffixAttention:
             if not edges[..., side].all():
                 part.masked_fill_(~edges[..., side], -torch.inf)
         held = [(part, side) for part, side in zip(parts, sides, strict=True) if part.shape[-1]]
-        top = torch.stack([part.amax(-1, keepdim=True) for part, _ in held]).amax(0)
         for group in cut:
-            top[:, :, group.cells] = _shift(held, group, top[:, :, group.cells])
+            for number in group.numbers if group.shifts else ():
+                # Scores of which the softmax makes what is asked for.
+                moved = self._moved(parts, group, number, allowed).log()
+                for part, side in held:
+                    part[:, :, number] = moved[..., side]
+        top = torch.stack([part.amax(-1, keepdim=True) for part, _ in held]).amax(0)
+        cut = [group for group in cut if not group.shifts]
+        for group in cut:
+            top[:, :, group.cells] = lowered_by(held, group, top[:, :, group.cells])
         # A padding position may have nothing to attend to; what it holds is never used.
         top = top.where(top > -torch.inf, 0.0)
         total = torch.zeros_like(top)
@@ -188,15 +202,42 @@ class SuffixAttention:
             total += part.sub_(top).exp_().sum(-1, keepdim=True)
         total = total.where(total > 0, 1.0)
         for group in cut:
-            left = _without(held, group)
+            left = without(held, group)
             natural = 1 - left / total[:, :, group.cells]
             total[:, :, group.cells] = left
             self._prove(group, held, left, natural=natural, allowed=allowed)
         return total
 
+    def _moved(
+        self, parts: list[Tensor], group: Group, number: int, allowed: Bool[Tensor, "mask_rows mask_heads query pos"]
+    ) -> Float[Tensor, "batch group shared query pos"]:
+        """The attention of one cell in which weights are moved, with its receipts.
+
+        Args:
+            parts: scores over prefix and suffix, -inf where nothing is attended to.
+        """
+        scores = torch.cat([part[:, :, number] for part in parts], -1)
+        n_groups, of_wave = scores.shape[1], group.first + number
+        cut, others = kinds_of(self.cuts[of_wave])
+        proved: list[KnockoutReceipt | ReweightReceipt] = []
+        if group.blocked is not None:
+            lost, n_edges = by_group(group.blocked, n_groups), int((allowed & group.blocked).sum())
+            natural = over_examples(mean_mass(weights_of(scores), lost))
+            scores, allowed = scores.masked_fill(lost, -torch.inf), allowed & ~group.blocked
+            common = self._common(cut, scores.dtype)
+            proved.append(KnockoutReceipt(n_edges=n_edges, natural_mass=natural, blocked_mass=0.0, **common))
+        shifts = group.by_group(n_groups)
+        weights, n_edges = asked_weights(scores, shifts), int((keys_of(group.shifts) & allowed).sum())
+        check_any_edge(others, n_edges, f"llm layer {self.layer}", "reweights")
+        before, after = (over_examples(mean_mass(each, keys_of(shifts))) for each in (weights_of(scores), weights))
+        masses = {"natural_mass": before, "mass": after, "weight_error": 0.0}
+        proved.append(ReweightReceipt(n_edges=n_edges, **masses, **self._common(others, scores.dtype)))
+        self.receipts[of_wave] = proved
+        return weights
+
     def _prove(
         self,
-        group: "Group",
+        group: Group,
         held: "list[tuple[Tensor, slice]]",
         total: Float[Tensor, "batch group cell shared query 1"],
         *,
@@ -208,6 +249,7 @@ class SuffixAttention:
         Args:
             natural: the attention that went over these edges before they were cut.
         """
+        assert group.blocked is not None, "edges are cut"
         blocked = grouped(group.blocked, total.shape[1])
         each = "b g c r n p -> c"
         left = torch.zeros(len(group.numbers), device=total.device)
@@ -220,25 +262,25 @@ class SuffixAttention:
         taken = reduce(natural.where(losing, 0.0), "b g c r n p -> c b", "sum") / per_example.clamp(min=1)
         meant = taken.sum(1) / (per_example > 0).sum(1)
         n_edges = int((allowed & group.blocked).sum())
-        rows = zip(group.of_wave, meant.tolist(), left.tolist(), strict=True)
-        cuts = self.cuts[group.of_wave[0]]
-        queries = {(row, query) for each in cuts for row, positions in each.queries.items() for query in positions}
-        reaches, reason = knockout_reaches(self.vlm, self.clean.encoded, "llm", self.layer, queries)
-        for number, mass, most in rows:
-            self.receipts[number] = KnockoutReceipt(
-                intervention=" & ".join(each.what for each in self.cuts[number]),
-                site=f"llm.attention[{self.layer}]",
-                n_edges=n_edges,
-                natural_mass=mass,
-                blocked_mass=most,
-                # Nothing is recomputed: these are the weights that are used, divided by their own sum.
-                row_sum_error=0.0,
-                kernel_error=0.0,
-                tolerance=64 * torch.finfo(total.dtype).eps,
-                reaches=reaches,
-                reason=reason,
-                pass_readout_change=0.0,
-            )
+        common = self._common(self.cuts[group.of_wave[0]], total.dtype)
+        for number, mass, most in zip(group.of_wave, meant.tolist(), left.tolist(), strict=True):
+            receipt = KnockoutReceipt(n_edges=n_edges, natural_mass=mass, blocked_mass=most, **common)
+            self.receipts[number] = [receipt]
+
+    def _common(self, cuts: Sequence[Cut], dtype: torch.dtype) -> dict[str, Any]:
+        """What all receipts of edges here say."""
+        reaches, reason = attention_reaches(self.vlm, self.clean.encoded, "llm", self.layer, queries_of(cuts))
+        return {
+            "intervention": " & ".join(each.what for each in cuts),
+            "site": f"llm.attention[{self.layer}]",
+            # Nothing is recomputed: these are the weights that are used, divided by their own sum.
+            "row_sum_error": 0.0,
+            "kernel_error": 0.0,
+            "tolerance": 64 * torch.finfo(dtype).eps,
+            "reaches": reaches,
+            "reason": reason,
+            "pass_readout_change": 0.0,
+        }
 
     def _joined(
         self,
@@ -291,65 +333,3 @@ def shares_prefix(query: tuple[int, ...], n_groups: int) -> bool:
     """
     n_heads, n_suffix, d_head = query
     return n_heads * n_suffix <= 2 * (n_heads + n_groups) * d_head
-
-
-def grouped(
-    edges: Bool[Tensor, "rows heads query pos"], n_groups: int
-) -> Bool[Tensor, "rows groups 1 shared query pos"]:
-    """Edges by key/value group, with an axis for cells; heads of size 1 stay so."""
-    if edges.shape[1] == 1:
-        return edges[:, :, None, None]
-    return rearrange(edges, "b (g r) n p -> b g 1 r n p", g=n_groups)
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Numbers of cells that lose the same edges at a layer, in ascending order, counted from cell `first`."""
-
-    numbers: list[int]
-    blocked: Bool[Tensor, "batch cut_heads query pos"]
-    first: int = 0
-
-    @property
-    def of_wave(self) -> list[int]:
-        """The same numbers counted over all cells."""
-        return [self.first + number for number in self.numbers]
-
-    def within(self, first: int, stop: int) -> "Group":
-        """Those of the cells from `first` on and before `stop`."""
-        return Group([number - first for number in self.numbers if first <= number < stop], self.blocked, first)
-
-    @property
-    def cells(self) -> slice | list[int]:
-        """What selects these cells: a slice where they follow one another, so that nothing is copied."""
-        first, last = self.numbers[0], self.numbers[-1]
-        return slice(first, last + 1) if last - first == len(self.numbers) - 1 else self.numbers
-
-
-def _shift(
-    held: list[tuple[Tensor, slice]], group: Group, top: Float[Tensor, "batch group cell shared query 1"]
-) -> Float[Tensor, "batch group cell shared query 1"]:
-    """What a group's scores are lowered by: the largest of all, or of those that stay where these are far below it.
-
-    So one exponential serves for the weights before the cut and after it. Where it overflows for edges that are cut,
-    they had all of the attention, to the last bit.
-    """
-    stay = []
-    for part, side in held:
-        blocked = grouped(group.blocked, part.shape[1])[..., side]
-        stay.append(part[:, :, group.cells].masked_fill(blocked, -torch.inf).amax(-1, keepdim=True))
-    of_those = torch.stack(stay).amax(0)
-    return torch.where(top - of_those < NEAR, top, of_those)
-
-
-def _without(held: list[tuple[Tensor, slice]], group: Group) -> Float[Tensor, "batch group cell shared query 1"]:
-    """Takes a group's cut edges out of its weights, in place, and returns the sums of what is left."""
-    sums: Any = 0.0
-    for part, side in held:
-        blocked = grouped(group.blocked, part.shape[1])[..., side]
-        some = part[:, :, group.cells]
-        some.masked_fill_(blocked, 0.0)
-        if not isinstance(group.cells, slice):
-            part[:, :, group.cells] = some
-        sums = sums + some.sum(-1, keepdim=True)
-    return sums.where(sums > 0, 1.0)

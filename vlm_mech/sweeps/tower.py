@@ -68,7 +68,7 @@ class Copy:
     made: Plan
     writes: Proofs
     blocks: range
-    cut: dict[int, Receipt] = field(default_factory=dict)
+    cut: dict[int, tuple[Receipt, ...]] = field(default_factory=dict)
     hidden: Float[Tensor, "batch pos d_model"] = field(init=False)
     added: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
 
@@ -82,7 +82,7 @@ class Copy:
         for (_, layer), cuts in self.made.cuts.items():
             if layer not in self.cut:
                 raise ReceiptError(f"{cuts[0].what} at vision.attention[{layer}]: the layer was never reached")
-        return (*receipts_of(self.writes, [], 0.0), *(self.cut[layer] for layer in sorted(self.cut)))
+        return (*receipts_of(self.writes, [], 0.0), *(each for layer in sorted(self.cut) for each in self.cut[layer]))
 
     def sites(self, layer: int) -> list[Site]:
         """Edited sites within a block of the tower."""
@@ -244,8 +244,8 @@ class TowerPass:
         for site in sites:
             if site.point == "mlp_out":
                 keep(seen.received, site, out)
-        for receipt in receipts_of(Proofs(self.vlm, self.encoded, cuts), list(cuttings.values()), 0.0):
-            copy.cut[layer] = receipt
+        if cuttings:
+            copy.cut[layer] = receipts_of(Proofs(self.vlm, self.encoded, cuts), list(cuttings.values()), 0.0)
         return out
 
 

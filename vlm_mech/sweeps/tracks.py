@@ -5,15 +5,26 @@ Versions that have the same keys and values before a position share them; each h
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vlm_mech.interventions.plan import Cut
-from vlm_mech.interventions.receipt import KnockoutReceipt
+from vlm_mech.interventions.attention_plan import Cut, Reweighing, kinds_of
+from vlm_mech.interventions.receipt import KnockoutReceipt, Receipt, ReweightReceipt
+from vlm_mech.interventions.reweighting import (
+    Shift,
+    asked_weights,
+    keys_of,
+    mean_mass,
+    over_examples,
+    shifts_of,
+    weights_of,
+)
 from vlm_mech.interventions.verification import NONE_GENERATED
+from vlm_mech.sweeps.edge_groups import Group
 from vlm_mech.sweeps.recorded_pass import RecordedPass
 from vlm_mech.sweeps.replay import Wave
 
@@ -22,12 +33,20 @@ from vlm_mech.sweeps.replay import Wave
 class Version:
     """One edited version: its number, from which block on it differs from the clean pass, and what is cut later on.
 
-    `during` are the cuts of generated tokens by layer.
+    `during` are the edits of generated tokens' edges by layer.
     """
 
     number: int
     entry: int
     during: dict[int, list[Cut]]
+
+    def cuts(self, layer: int) -> list[Cut]:
+        """The edges that generated tokens lose at a layer."""
+        return kinds_of(self.during.get(layer, ()))[0]
+
+    def moved(self, layer: int) -> list[Reweighing]:
+        """The edges of generated tokens that are given other weights at a layer."""
+        return kinds_of(self.during.get(layer, ()))[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +115,11 @@ class Track:
         key: Float[Tensor, "row group 1 d_head"],
         value: Float[Tensor, "row group 1 d_head"],
         allowed: Bool[Tensor, "row 1 1 pos"],
-    ) -> tuple[Float[Tensor, "row 1 head d_head"], dict[int, KnockoutReceipt]]:
+    ) -> tuple[Float[Tensor, "row 1 head d_head"], dict[int, list[Receipt]]]:
         """Attention of each row's generated token number `step`, the first of which is 0.
 
         Returns:
-            What the heads give; and of the first token the receipts of cut edges, by number of the version.
+            What the heads give; and of the first token the receipts of edited edges, by number of the version.
         """
         place, n_groups = self.n_suffix + step, key.shape[1]
         self.keys[layer][:, :, place], self.values[layer][:, :, place] = key[:, :, 0], value[:, :, 0]
@@ -109,12 +128,20 @@ class Track:
         parts = [(each, each.of.blocks[layer]) for each in self._shared(layer)]
         shared = [each.product(grouped[each.rows], block.keys[:, :, : self.start].mT) for each, block in parts]
         scores = torch.cat([torch.cat(shared), grouped @ keys.mT], -1).float().masked_fill_(~allowed, -torch.inf)
-        weights, proofs = scores.softmax(-1), dict[int, KnockoutReceipt]()
+        weights, left, proofs = scores.softmax(-1), allowed, dict[int, list[Receipt]]()
         if layer in self.cut:
             blocked = nn.functional.pad(self.cut[layer], (0, step + 1))
             blocked = blocked if blocked.shape[1] == 1 else rearrange(blocked, "w (g r) 1 n -> w g r n", g=n_groups)
             natural, weights = weights, scores.masked_fill_(blocked, -torch.inf).softmax(-1)
             proofs = {} if step else self._proved(layer, natural, weights, blocked & allowed)
+            left = allowed & ~blocked
+        for version, rows in self._moved(layer):
+            shifts = self._shifts(version, layer, rows, step, n_groups)
+            before = scores[rows]
+            weights[rows] = asked_weights(before[..., None, :], shifts)[..., 0, :]
+            if not step:
+                receipt = _reweighed(version.moved(layer), before, weights[rows], left[rows], shifts)
+                proofs.setdefault(version.number, []).append(receipt)
         weights = weights.to(value.dtype)
         of_prefix = weights[..., : self.start]
         out = [each.product(of_prefix[each.rows], block.values[:, :, : self.start]) for each, block in parts]
@@ -143,27 +170,43 @@ class Track:
             self.placed[where] = shared
         return self.placed[where]
 
+    def _moved(self, layer: int) -> list[tuple[Version, list[int]]]:
+        """The versions in which weights are moved at a layer, each with its rows."""
+        rows: dict[Version, list[int]] = {}
+        for row, (version, _) in enumerate(self.rows):
+            if version.moved(layer):
+                rows.setdefault(version, []).append(row)
+        return list(rows.items())
+
+    def _shifts(self, version: Version, layer: int, rows: list[int], step: int, n_groups: int) -> list[Shift]:
+        """What is asked of the weights of a version's rows, for the generated token number `step`."""
+        n_pos, examples = self.start + self.n_suffix, [self.rows[row][1] for row in rows]
+        at, device = range(n_pos + step, n_pos + step + 1), self.keys[layer].device
+        shifts = shifts_of(version.moved(layer), examples, at, range(at.stop), n_pos=n_pos, device=device)
+        return Group([0], None, shifts).by_group(n_groups)
+
     def _proved(
         self,
         layer: int,
         natural: Float[Tensor, "row group shared pos"],
         weights: Float[Tensor, "row group shared pos"],
         lost: Bool[Tensor, "row cut_groups cut_shared pos"],
-    ) -> dict[int, KnockoutReceipt]:
+    ) -> dict[int, list[Receipt]]:
         """Receipts of the versions that lose edges at a layer."""
         each = lost.expand(len(self), *weights.shape[1:3], -1)
         meant, left = (natural * each).sum(-1), (weights * each).amax((1, 2, 3))
-        proofs, versions = {}, {version.number: version for version, _ in self.rows if layer in version.during}
+        proofs, versions = dict[int, list[Receipt]](), {each.number: each for each, _ in self.rows if each.cuts(layer)}
         for number, version in versions.items():
             rows = [row for row, (one, _) in enumerate(self.rows) if one is version]
             losing = each[rows].any(-1)
-            proofs[number] = receipt_of_generated(
-                version.during[layer],
+            receipt = receipt_of_cut(
+                version.cuts(layer),
                 n_edges=int(lost[rows].sum()),
                 natural_mass=float(meant[rows][losing].mean()) if losing.any() else 0.0,
                 blocked_mass=float(left[rows].max()),
                 tolerance=64 * torch.finfo(weights.dtype).eps,
             )
+            proofs[number] = [receipt]
         return proofs
 
 
@@ -191,8 +234,8 @@ def track_of(clean: RecordedPass, before: RecordedPass, start: int, versions: Se
 def _cut(versions: Sequence[Version], batch: int, n_pos: int, devices: Sequence[torch.device]) -> dict[int, Tensor]:
     """By layer the edges that generated tokens lose, row x heads x 1 x pos: the same ones at every step."""
     found, known = {}, dict[tuple, Tensor]()
-    for layer in sorted({layer for version in versions for layer in version.during}):
-        cuts = [version.during.get(layer, []) for version in versions]
+    for layer in sorted({layer for version in versions for layer in version.during if version.cuts(layer)}):
+        cuts = [version.cuts(layer) for version in versions]
         device = devices[layer]
         key = device, tuple(tuple(cut.edges for cut in each) for each in cuts)
         if key not in known:
@@ -210,19 +253,54 @@ def _cut(versions: Sequence[Version], batch: int, n_pos: int, devices: Sequence[
     return found
 
 
-def receipt_of_generated(cuts: Sequence[Cut], **measured: float) -> KnockoutReceipt:
-    """Proof of what generated tokens lose at a layer; without measurements no answer had a second token.
+def receipts_of_nothing(edits: Sequence[Cut]) -> list[Receipt]:
+    """What is proved of edits of generated tokens at a layer where no answer had a second token: nothing."""
+    made: list[Receipt] = []
+    for make, some in zip((receipt_of_cut, _receipt_of_moved), kinds_of(edits), strict=True):
+        made += [make(some)] if some else []
+    return made
 
-    As the softmax is ours, nothing of it is computed again to be compared.
-    """
+
+def receipt_of_cut(cuts: Sequence[Cut], **measured: float) -> KnockoutReceipt:
+    """Proof of what generated tokens lose at a layer; without measurements no answer had a second token."""
     nothing = {"n_edges": 0, "natural_mass": 0.0, "blocked_mass": 0.0, "tolerance": 0.0}
-    return KnockoutReceipt(
-        intervention=" & ".join(cut.what for cut in cuts),
-        site=f"llm.attention[{cuts[0].layer}]",
-        row_sum_error=0.0,
-        kernel_error=0.0,
-        reaches=bool(measured),
-        reason="" if measured else NONE_GENERATED,
-        pass_readout_change=0.0,
-        **(nothing | measured),
+    return KnockoutReceipt(**_told(cuts, measured), **(nothing | measured))
+
+
+def _receipt_of_moved(edits: Sequence[Cut], **measured: float) -> ReweightReceipt:
+    nothing = {"n_edges": 0, "natural_mass": 0.0, "mass": 0.0, "weight_error": 0.0, "tolerance": 0.0}
+    return ReweightReceipt(**_told(edits, measured), **(nothing | measured))
+
+
+def _told(edits: Sequence[Cut], measured: dict[str, float]) -> dict[str, Any]:
+    """As the softmax is ours, nothing of it is computed again to be compared."""
+    return {
+        "intervention": " & ".join(each.what for each in edits),
+        "site": f"llm.attention[{edits[0].layer}]",
+        "row_sum_error": 0.0,
+        "kernel_error": 0.0,
+        "reaches": bool(measured),
+        "reason": "" if measured else NONE_GENERATED,
+        "pass_readout_change": 0.0,
+    }
+
+
+def _reweighed(
+    edits: list[Reweighing],
+    scores: Float[Tensor, "row group shared pos"],
+    weights: Float[Tensor, "row group shared pos"],
+    left: Bool[Tensor, "row left_groups left_shared pos"],
+    shifts: Sequence[Shift],
+) -> ReweightReceipt:
+    """The receipt of edits of a version's weights, from scores (-inf where nothing is attended to) and edges left."""
+    keys = keys_of(shifts)[..., 0, :]
+    before, after = (
+        over_examples(mean_mass(each[..., None, :], keys[..., None, :])) for each in (weights_of(scores), weights)
+    )
+    return _receipt_of_moved(
+        edits,
+        n_edges=int((keys & left).sum()),
+        natural_mass=before,
+        mass=after,
+        tolerance=64 * torch.finfo(weights.dtype).eps,
     )

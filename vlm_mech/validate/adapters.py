@@ -16,6 +16,7 @@ from vlm_mech.interventions.specification import Intervention, Knockout, Replace
 from vlm_mech.methods.visual_flow.data import edges
 from vlm_mech.organism.planted import Planted
 from vlm_mech.sweeps.sweep import Point, grid
+from vlm_mech.validate.arbiters import ArbiterMethod, arbitration
 from vlm_mech.validate.commands import head_knockout, knockout, layer_swap, route_of
 from vlm_mech.validate.heads import Edit, attribution, head_interchange, head_swap, head_zero, swept, zero_ablation
 from vlm_mech.validate.lens import logit_lens
@@ -71,6 +72,8 @@ CONTROLS: dict[str, Method] = {
     "head interchange, next token": partial(head_interchange, whole=False),
 }
 """What is found in models with answers of two tokens by those who read the next token alone."""
+ARBITRATION: dict[str, ArbiterMethod] = {"arbitration": arbitration}
+"""Methods that say where the prior wins; they are graded on planted arbiters, a family of their own."""
 EDITS: dict[str, Edit] = {
     "layer swap": state_swap,
     "knockout": edge_cut,

@@ -21,7 +21,9 @@ from vlm_mech.methods.gates.gated import Options
 from vlm_mech.organism.planted import examples, plant
 from vlm_mech.organism.planted_draw import TRAPS, draw
 from vlm_mech.organism.planted_recipe import ANSWERS, Answer, Recipe
-from vlm_mech.validate.adapters import CONTROLS, GATED, METHODS
+from vlm_mech.validate.adapters import ARBITRATION, CONTROLS, GATED, METHODS
+from vlm_mech.validate.arbiters import SETS as ARBITER_SETS
+from vlm_mech.validate.arbiters import examine_arbiter
 from vlm_mech.validate.grading import GRADES, NULLS, SHARP, grade
 from vlm_mech.validate.true_effects import true_cells
 
@@ -29,8 +31,27 @@ N_ACCURACY = 64
 """Prompts from which the accuracy noted beside a planting comes."""
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
 """Environment of the workers: the C library keeps freed memory for the next array, which saves a tenth of the time."""
-SETS = ("plain", *NULLS, "hard", "backup", *TRAPS)
-KNOWN = METHODS | CONTROLS
+SETS = ("plain", *NULLS, "hard", "backup", *TRAPS, *ARBITER_SETS)
+KNOWN = (*METHODS, *CONTROLS, *ARBITRATION)
+
+USUAL_SETS = ("plain", SHARP, "hard")
+"""Sets that are examined where none is named."""
+
+
+def sets_for(methods: Sequence[str]) -> tuple[str, ...]:
+    """The sets on which methods are examined where none is named: planted arbiters for those that look for one."""
+    usual = USUAL_SETS if not methods or any(each not in ARBITRATION for each in methods) else ()
+    return (*usual, *(ARBITER_SETS if any(each in ARBITRATION for each in methods) else ()))
+
+
+def methods_for(kind: str, methods: Sequence[str], answer: str = "word") -> tuple[str, ...]:
+    """Those of some methods that go with a set, or all that do where none is named; `Job` refuses what goes with none.
+
+    Args:
+        answer: how answers are written; of two tokens there are controls too.
+    """
+    every = methods or (*METHODS, *(CONTROLS if answer != "word" else ()), *ARBITRATION)
+    return tuple(each for each in every if (each in ARBITRATION) == (kind in ARBITER_SETS)) or tuple(every)
 
 
 @dataclass(frozen=True)
@@ -39,7 +60,8 @@ class Job:
 
     `kind` is one of `SETS`. In a matched null the mean of an effect is zero up to the noise in the weights. With random
     answers, both drawn without regard to the pictures, it is exactly zero, and exchanging the two turns an effect's
-    sign: the null of the sign-flip test is true. `answer` is how the model's answers are written (see `Recipe`).
+    sign: the null of the sign-flip test is true. Planted arbiters are asked about by methods of their own, on twice as
+    many examples. `answer` is how the model's answers are written (see `Recipe`).
     `gates` are tried on claims, with `null` random twins and as many shuffles of the answers.
     """
 
@@ -54,12 +76,15 @@ class Job:
     null: int = 5
 
     def __post_init__(self) -> None:
-        asked = [("set", (self.kind,), SETS), ("method", self.methods, tuple(KNOWN))]
+        asked = [("set", (self.kind,), SETS), ("method", self.methods, KNOWN)]
         asked += [("answer", (self.answer,), ANSWERS), ("gates", (self.gates,), ("none", "all"))]
         for name, given, known in asked:
             for each in given:
                 if each not in known:
                     raise UsageError(f"{name} {each!r} is not known; one of {', '.join(known)} is")
+        for method in self.methods:
+            if (method in ARBITRATION) != (self.kind in ARBITER_SETS):
+                raise UsageError(f"method {method!r} does not go with the set {self.kind!r}")
         if self.null < 0:
             raise UsageError(f"null is {self.null}; a number from 0 on is needed")
         if self.n_examples < 8 or self.n_population < 2 or self.recipe < 0:
@@ -73,10 +98,18 @@ class Job:
         """Its name among the batches of a run."""
         return f"{SETS.index(self.kind)}-{self.recipe:06d}"
 
+    @property
+    def asked(self) -> Options:
+        """How claims are tested."""
+        return Options(self.gates, self.null, 0, self.n_examples)
+
 
 def examine(job: Job) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The scores of every method on one planting, a row for each grade, and notes on the planting."""
     torch.set_num_threads(1)
+    if job.kind in ARBITER_SETS:
+        methods, asked = {name: ARBITRATION[name] for name in job.methods}, job.asked
+        return examine_arbiter(job.kind, job.recipe, methods, asked, n=job.n_examples, seed=f"{job.seed}/{job.key}")
     began = time.perf_counter()
     # They are all of one architecture, which the check of any one of them is about.
     recipe = draw(job.recipe, "null" if job.kind in NULLS else job.kind, answer=job.answer)
@@ -84,10 +117,10 @@ def examine(job: Job) -> tuple[pd.DataFrame, dict[str, Any]]:
     pairs = shown(job, planted.recipe)
     true = None if job.kind in NULLS else true_cells(planted, job.methods, n=job.n_population)
     sizes = {"n_layers": planted.vlm.n_layers("llm"), "n_heads": planted.vlm.n_heads("llm")}
-    rows, asked = [], Options(job.gates, job.null, 0, job.n_examples)
+    rows, asked = [], job.asked
     for method in job.methods:
         known = None if true is None else true[true["method"] == method].drop(columns="method")
-        found = KNOWN[method](planted, pairs, **({"asked": asked} if method in GATED else {}))
+        found = (METHODS | CONTROLS)[method](planted, pairs, **({"asked": asked} if method in GATED else {}))
         scores = grade(found, planted.truth, job.kind, true=known, **sizes)
         for name, score in scores.items():
             about = {"score": score.value, "score_baseline": score.chance, "hits": score.hits, "of": score.n}

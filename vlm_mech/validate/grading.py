@@ -35,6 +35,8 @@ GATES = (STABLE, TWIN, SHUFFLED, MANIFOLD, OTHER_WAYS)
 LOST_FALSE = {gate: f"false claims lost at {gate}" for gate in GATES}
 LOST_TRUE = {gate: f"true claims lost at {gate}" for gate in GATES}
 DORMANT = "dormant path flagged"
+ARBITER, ARBITER_PART, ARBITER_CLAIMED = "kind of arbiter", "part of the arbiter", "an arbiter where none is"
+REASON = "reason given"
 
 GRADES = {
     READING: "the layers said to read the picture are those of the reading heads, all of them and no others",
@@ -59,9 +61,13 @@ GRADES = {
     POWER: "share of the true claims that a method could make which are made",
     **{name: f"share of the false claims that do not pass the gate {gate}" for gate, name in LOST_FALSE.items()},
     **{name: f"share of the true claims that do not pass the gate {gate}" for gate, name in LOST_TRUE.items()},
+    ARBITER: "what lets the prior win is named: a route, a late head, an MLP or a sink, as planted",
+    ARBITER_PART: "and so is the head, the MLP or the token that is planted to do it",
+    ARBITER_CLAIMED: "where the picture wins, or is not read, an arbiter is claimed (a false alarm)",
+    REASON: "there the reason is given: that the picture wins, or that it is not read",
     DORMANT: f"all claims of swaps that act through a dormant path alone, and are tried, do not pass {MANIFOLD}",
 }
-FALSE_ALARMS = (UNSUPPRESSED, FALSE, BEYOND, CLAIMS, FALSE_RUN, FALSE_CLAIMS)
+FALSE_ALARMS = (UNSUPPRESSED, FALSE, BEYOND, CLAIMS, FALSE_RUN, FALSE_CLAIMS, ARBITER_CLAIMED)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,10 @@ def grades(result: Result) -> pd.DataFrame:
 
 def findings(table: pd.DataFrame, *, n_examples: int) -> tuple[str, ...]:
     """What the grades say, a sentence for each grade and set."""
-    told = [f"every method sees {n_examples} examples of each planted model; methods are named with their rates."]
+    told = [
+        f"every method sees {n_examples} examples of each planted model, of arbiters twice as many; methods are named "
+        "with their rates."
+    ]
     for name in GRADES:
         for kind, part in table[table["grade"] == name].groupby("set", sort=False):
             said = "; ".join(_rate(row) for row in part.to_dict("records"))

@@ -7,16 +7,11 @@ from pathlib import Path
 
 from vlm_mech.behaviour.classify.frequency import Rule
 from vlm_mech.data.class_names import check_names
-from vlm_mech.data.readers.llava import Entry
-from vlm_mech.data.readers.registry import is_file, named
-from vlm_mech.data.training_text import entries
+from vlm_mech.data.text_sources import text_lines, whole_texts
 from vlm_mech.data.words import words_of
-from vlm_mech.errors import UsageError
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n[^\S\n]*\n\s*")
 """What parts two sentences: a space after . ! or ?, or an empty line."""
-TEXTS = (".txt", ".text", ".md")
-"""What files of text are called in a folder."""
 
 
 def texts(source: str, rule: Rule, names: Sequence[str] = ()) -> Iterator[str]:
@@ -32,7 +27,7 @@ def texts(source: str, rule: Rule, names: Sequence[str] = ()) -> Iterator[str]:
         UsageError: no such source, or one that cannot be read.
     """
     cuts = cuts_within(names)
-    for text in _wholes(source, by_turn=rule == "contiguous"):
+    for text in whole_texts(source, by_turn=rule == "contiguous"):
         if rule == "contiguous":
             yield from sentences(text, cuts)
         else:
@@ -83,53 +78,12 @@ def _within_a_name(text: str, cut: re.Match[str], cuts: Cuts) -> bool:
     return False
 
 
-def _wholes(source: str, *, by_turn: bool) -> Iterator[str]:
-    if named(source)[0] is not None:
-        for each in entries(source):
-            if isinstance(each, Entry):
-                yield from (text for _, text in each.turns) if by_turn else exchanges(each)
-        return
-    for path in _files(Path(source)):
-        yield from _lines(path)
-
-
-def exchanges(entry: Entry) -> Iterator[str]:
-    """Each turn of the assistant after what was said since the one before."""
-    said: list[str] = []
-    for who, text in entry.turns:
-        said.append(text)
-        if who != "human":
-            yield " ".join(said)
-            said = []
-    if said:
-        yield " ".join(said)
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        found = sorted(each for each in path.rglob("*") if each.suffix.lower() in TEXTS and each.is_file())
-        if not found:
-            raise UsageError(f"folder {str(path)!r} holds no text; files called *{', *'.join(TEXTS)} are read")
-        return found
-    if not is_file(path):
-        raise UsageError(f"text {str(path)!r} is neither a file, nor a folder of texts, nor llava:FILE")
-    return [path]
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from (line.strip() for line in file if line.strip())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"text {str(path)!r} cannot be read: {error}") from error
-
-
 def names_in(path: Path) -> tuple[str, ...]:
     """The class names of a file, one a line; empty lines do not count.
 
     Raises:
         UsageError: it cannot be read, or two names are the same words.
     """
-    found = tuple(line.strip() for line in _lines(path))
+    found = tuple(line.strip() for line in text_lines(path))
     check_names(found)
     return found

@@ -5,7 +5,7 @@ lies before the decoder, so that nothing is propagated back further than anyone 
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,7 @@ def forward(
 ) -> Pass:
     """Forward passes that keep the states at the sites, in the graph if `track`: one for each answer that follows.
 
-    Use it within `frozen`, so that the graph holds no parameters.
+    Use it within `untrained`, so that the graph holds no parameters.
 
     Args:
         start: for each pass, what the first block gets in place of its own input (see `Text`).
@@ -140,19 +140,6 @@ def gradient(made: Pass, read: Readings) -> dict[Site, Tensor]:
         raise UsageError(f"{name} has no gradient; logit_diff, logprob_diff and prob have one")
     # Examples do not see each other, so the gradient of their sum is each one's own.
     return made.gradient(total)
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Within the block no parameter takes part in gradients."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 @dataclass(eq=False)

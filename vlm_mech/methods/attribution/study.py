@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vlm_mech.architectures.site import Site, listed_sites
 from vlm_mech.architectures.traced_model import check_decoder, check_gradients
+from vlm_mech.architectures.weights import untrained
 from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.span import Span, listed
@@ -41,7 +42,7 @@ from vlm_mech.methods.attribution.data import (
     top_cells,
 )
 from vlm_mech.methods.attribution.findings import agreement_told, findings
-from vlm_mech.methods.attribution.gradient import Pass, forward, frozen, gradient
+from vlm_mech.methods.attribution.gradient import Pass, forward, gradient
 from vlm_mech.methods.gates.gated import Measured, Options, gated
 from vlm_mech.methods.gates.shuffled import following
 from vlm_mech.results.claim import Claim
@@ -241,7 +242,7 @@ def _screen(
     check_touched(pairs, read[0], spots)
     about = {"example": [pair.id for pair in pairs], "group": [pair.group or pair.id for pair in pairs]}
     tables = []
-    with frozen(vlm.model):
+    with untrained(vlm.model):
         # Only a run whose own gradient is wanted needs a graph.
         tracked = [steps == 1 and direction in directions for direction in DIRECTIONS]
         sides = [forward(vlm, each.encoded, sites, track=track) for each, track in zip(read, tracked, strict=True)]

@@ -16,7 +16,14 @@ import torch
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.derived_pairs import turned
 from vlm_mech.inputs.prompt import Encoded
-from vlm_mech.interventions.specification import Activations, Intervention, Knockout, Replace, StateEdit
+from vlm_mech.interventions.specification import (
+    Activations,
+    AttentionEdit,
+    Intervention,
+    Knockout,
+    Replace,
+    StateEdit,
+)
 from vlm_mech.interventions.trace import read, run
 from vlm_mech.results.claim import Claim, Gate
 from vlm_mech.results.manifold import NEIGHBOURS, Natural
@@ -122,7 +129,8 @@ def _key(edit: Intervention) -> Any:
             keys.append(("cut", each.query, each.key, each.each_layer, each.heads, each.stream, each.keep_self))
         elif isinstance(each, Replace) and isinstance(each.source, list | tuple):
             shown = tuple((prompt.question, *map(id, prompt.images)) for prompt in each.source)
-            keys.append(("swap", each.sites, each.span, each.heads, each.source_span, shown))
+            where = (each.sites, each.source_sites, each.span, each.source_span)
+            keys.append(("swap", *where, each.heads, id(each.subspace), shown))
         else:
             keys.append(("other", id(each), each))
     return tuple(keys)
@@ -226,8 +234,8 @@ def _first(edit: Intervention) -> int:
     """The first layer of the decoder that an edit changes."""
     found: list[int] = []
     for each in edit.flat():
-        if isinstance(each, Knockout):
-            found += each.each_layer
+        if isinstance(each, AttentionEdit):
+            found.append(each.first_layer)
         elif isinstance(each, StateEdit):
             found += [site.layer or 0 if site.stream == "llm" else 0 for site in each.sites]
     return min(found, default=0)

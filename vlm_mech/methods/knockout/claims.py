@@ -14,9 +14,9 @@ from vlm_mech.methods.knockout.data import (
     DISTANCE,
     EDGE,
     MASS,
-    SPARED,
     Masks,
     Scan,
+    ending_of,
     kind_of_control,
 )
 from vlm_mech.methods.knockout.edges import ARROW, Cut, Edge, cut_of, parse_edge
@@ -170,4 +170,4 @@ def pool(result: Result, *, where: str = "at") -> tuple[Claim, ...]:
 
 def _called(cut: str) -> str:
     """A control in the words of a sentence."""
-    return RANDOM[kind_of_control(cut)] + (f"{SPARED}," if cut.endswith(SPARED) else "")
+    return RANDOM[kind_of_control(cut)] + (f"{ending_of(cut)}," if ending_of(cut) else "")

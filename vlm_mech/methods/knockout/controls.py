@@ -9,8 +9,10 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 
+from vlm_mech.extraction.sink_rule import FIRST_LAYER, is_sink, leading_dims, values_at
 from vlm_mech.interventions.attention_weights import attention_rows
 from vlm_mech.methods.knockout.edges import Ends
 from vlm_mech.sweeps.recorded_pass import RecordedPass
@@ -23,8 +25,6 @@ NO_EDGES = "there are too few other edges for such a control"
 NO_MASS = "without any edit the edge has no attention at these layers"
 CLOSE = 0.01
 """A control has enough mass when no larger share than this of the edge's is missing."""
-LARGEST, FIRST_LAYER = 20.0, 2
-"""A sink's state, divided by its root mean square, has an entry as large as this, in layers from this one on."""
 
 Free = Bool[np.ndarray, "token token"]
 """Edges that a control may cut, by query and key."""
@@ -55,20 +55,20 @@ class Attended:
         return np.sum(each if head is None else [one[head] for one in each], axis=0)
 
 
-def sinks_of(clean: RecordedPass) -> frozenset[int]:
-    """Numbers of the tokens of a pass's first example that are sinks in some layer.
+def sinks_of(clean: RecordedPass, example: int = 0) -> frozenset[int]:
+    """Numbers of the tokens of an example of a pass that are sinks in some layer.
 
-    The first token is one; others are where their state, divided by its root mean square, exceeds `LARGEST` in a
-    dimension in which that of the first token does (Kang et al. 2025, arXiv 2503.03321, know the dimensions of each
-    model instead; that the first token shows them is ours).
+    The first token is one. Others are by the rule of `extraction.sink_rule`, as in `find_sinks`, with the dimensions
+    that lead at this example's own first token, so that controls do not depend on what else is in the run. Whether they
+    gather attention is not verified here: a token is spared once too often rather than too seldom.
     """
-    present, found = list(clean.encoded.rows[0].present), {0}
-    for layer in range(FIRST_LAYER, len(clean.blocks)):
-        states = clean.hidden(layer)[0, present].float()
-        normed = (states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()).abs()
-        large = normed > LARGEST
-        found |= set((large & large[0]).any(-1).nonzero()[:, 0].tolist())
-    return frozenset(found)
+    present = list(clean.encoded.rows[example].present)
+    layers = range(FIRST_LAYER, len(clean.blocks))
+    if not layers:
+        return frozenset({0})
+    states = torch.stack([clean.hidden(layer)[example, present] for layer in layers])
+    values = values_at(states, leading_dims(states[:, 0]))
+    return frozenset({0, *is_sink(values, states.shape[-1]).any(0).nonzero()[0].tolist()})
 
 
 def free_edges(ends: Ends, visible: Free, spared: Collection[int]) -> Free:

@@ -53,6 +53,9 @@ CONTROLS = {"size": CONTROL, "mass": MASS, "distance": DISTANCE}
 """Kinds of controls by the names that options have for them."""
 SPARED = ", sinks spared"
 """Ends the names of controls that cut no sink."""
+MATCHED = ", as many sinks"
+"""Ends the names of controls that cut as many sinks as their edge."""
+Sinks = Literal["include", "exclude", "match"]
 WRONG = "not answered right"
 
 Place = tuple[Any, ...]
@@ -111,25 +114,33 @@ class Scan:
         return grid(**values) if self.heads is None else grid(**values, head=self.heads)
 
 
-def cuts_of(controls: Sequence[str], *, sinks: bool = True) -> tuple[str, ...]:
+def cuts_of(controls: Sequence[str], *, sinks: Sinks = "include") -> tuple[str, ...]:
     """The edge itself and its controls by their names in a result.
 
     Args:
         controls: kinds of them, as `CONTROLS` has them; each counts once.
-        sinks: whether they may cut attention to sinks.
+        sinks: whether they may cut attention to sinks, cut none, or cut as many as their edge.
 
     Raises:
-        UsageError: another kind.
+        UsageError: another kind, or one that cannot match the number of sinks.
     """
     for each in controls:
         if each not in CONTROLS:
             raise UsageError(f"control {each!r} is not known; {', '.join(CONTROLS)} are")
-    return (EDGE, *(CONTROLS[each] + ("" if sinks else SPARED) for each in dict.fromkeys(controls)))
+        if sinks == "match" and CONTROLS[each] != CONTROL:
+            raise UsageError(f"controls of equal {each} cut sinks as they come; sinks are matched by equal size alone")
+    ending = {"include": "", "exclude": SPARED, "match": MATCHED}[sinks]
+    return (EDGE, *(CONTROLS[each] + ending for each in dict.fromkeys(controls)))
 
 
 def kind_of_control(cut: str) -> str:
-    """The name of a control whether or not it spares sinks; `EDGE` for the edge itself."""
-    return cut.removesuffix(SPARED)
+    """The name of a control whatever it does with sinks; `EDGE` for the edge itself."""
+    return cut.removesuffix(SPARED).removesuffix(MATCHED)
+
+
+def ending_of(cut: str) -> str:
+    """What the name of a control ends with: what it does with sinks, or nothing."""
+    return cut.removeprefix(kind_of_control(cut))
 
 
 def scan_of(
@@ -143,7 +154,7 @@ def scan_of(
     heads: bool = False,
     during: Literal["prompt", "answer"] = "prompt",
     controls: Sequence[str] = ("size",),
-    sinks: bool = True,
+    sinks: Sinks = "include",
 ) -> Scan:
     """The edges and layers of a scan by name, checked.
 
@@ -312,7 +323,8 @@ class _Draws:
             if cut == EDGE:
                 drawn[str(edge), cut] = (ends,)
             elif kind_of_control(cut) == CONTROL:
-                how = {"n_answer": n_answer, "spared": spared}
+                how: dict[str, Any] = {"n_answer": n_answer, "spared": spared}
+                how |= {"sinks": self.sinks} if cut.endswith(MATCHED) else {}
                 drawn[str(edge), cut] = control_of(ends, self.visible, self._random(edge), **how)
             elif kind_of_control(cut) == DISTANCE:
                 free, random = free_edges(ends, self.visible, spared), self._random(edge, DISTANCE)

@@ -208,6 +208,7 @@ def control_of(
     *,
     n_answer: int = 0,
     spared: Collection[int] = (),
+    sinks: Collection[int] = (),
 ) -> tuple[Ends, ...] | str:
     """As many edges as `ends` cuts, between random tokens, or why there are not so many.
 
@@ -219,6 +220,7 @@ def control_of(
     Args:
         n_answer: tokens of the answer that lose the edge too; as many edges more are drawn within the prompt.
         spared: numbers of tokens that are drawn as keys of no control, such as sinks.
+        sinks: numbers of tokens of which as many are among the keys drawn as among the edge's own.
 
     Returns:
         One or two rectangles of edges.
@@ -227,11 +229,14 @@ def control_of(
     wanted += n_answer * len(ends.key)
     if not wanted:
         return NOTHING_GIVEN
-    tokens = np.setdiff1d(np.arange(len(visible)), list(spared)) if spared else np.arange(len(visible))
-    if len(tokens) < len(ends.key):
+    tokens = np.setdiff1d(np.arange(len(visible)), [*spared, *sinks]) if spared or sinks else np.arange(len(visible))
+    n_sinks = len({*ends.key} & {*sinks})
+    if len(tokens) < len(ends.key) - n_sinks:
         return NO_CONTROL
     for _ in range(DRAWS):
-        key = np.sort(random.choice(tokens, len(ends.key), replace=False))
+        key = np.sort(random.choice(tokens, len(ends.key) - n_sinks, replace=False))
+        if n_sinks:
+            key = np.sort(np.concatenate([key, random.choice(sorted(sinks), n_sinks, replace=False)]))
         queries = random.permutation(np.setdiff1d(np.arange(len(visible)), ends.query))
         found = _rectangles(key, queries, wanted, visible, random)
         if found:

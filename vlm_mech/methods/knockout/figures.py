@@ -47,11 +47,13 @@ def pictures(pairs: "Pairs", scan: Scan, more: FollowUp) -> Pictures:
 
 
 def _attention(found: AttentionMap, what: str) -> tuple[str, Image.Image]:
-    """Every patch as bright as its share of the largest weight on any token, those of the object framed."""
+    """Every patch as bright as its share of the largest weight on any token; the object's framed, sinks crossed."""
     picture = load_image(found.pair.images[0])
-    shown = laid_over(picture, found.boxes, found.weights, most=found.most, outlined=found.of_object)
+    marks = {"outlined": found.of_object, "marked": found.of_sink}
+    shown = laid_over(picture, found.boxes, found.weights, most=found.most, **marks)
     images = "image" if len(found.pair.images) == 1 else "images"
     amounts = f"{100 * found.on_image:.0f} % on the {images}, brightest patch {100 * found.weights.max():.0f} %"
+    amounts += f", {sum(found.of_sink)} sinks by their states (crossed)" if any(found.of_sink) else ""
     which = which_picture(len(found.pair.images))
     return f"{found.pair.question} {found.pair.answer}{which} - {what}: {amounts}", shown
 

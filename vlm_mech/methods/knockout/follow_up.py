@@ -12,6 +12,7 @@ from jaxtyping import Float
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.attention_weights import attention_from
 from vlm_mech.methods.knockout.claims import NEEDED
+from vlm_mech.methods.knockout.controls import sinks_of
 from vlm_mech.methods.knockout.data import Masks, Scan
 from vlm_mech.methods.knockout.edges import Edge, Ends, ends_of, object_positions, visible_edges
 from vlm_mech.methods.knockout.study import RELATIVE, texts_without
@@ -44,7 +45,7 @@ class AttentionMap:
     """What one head attends to in one example: a weight for each patch of the first image's first view.
 
     `most` is the largest weight on any token, `on_image` the sum over image tokens; `of_object` says which patches show
-    the object.
+    the object, `of_sink` which are sinks by their states (see `controls.sinks_of`).
     """
 
     pair: "Pair"
@@ -53,6 +54,7 @@ class AttentionMap:
     most: float
     on_image: float
     of_object: tuple[bool, ...]
+    of_sink: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,12 +153,13 @@ def attention_of(
     if not held:
         return ()
     shown = {at: _object_positions(encoded, at, pair, masks) for at, pair in held}
+    sinks = {at: sinks_of(clean, at) for at, _ in held[:n_maps]}
     weights = attention_from(vlm, encoded, queries, [head.layer for head in heads])
     found = []
     for head in heads:
         own = {at: weights[head.layer][at, head.head].numpy() for at, _ in held}
         means = np.array([_shares(encoded, at, own[at], shown[at]) for at, _ in held]).mean(0).tolist()
-        maps = tuple(_map(encoded, at, pair, own[at], shown[at]) for at, pair in held[:n_maps])
+        maps = tuple(_map(encoded, at, pair, own[at], shown[at], sinks[at]) for at, pair in held[:n_maps])
         found.append(HeadAttention(head, *means, all(pair.id in masks for _, pair in held), len(held), maps))
     return tuple(found)
 
@@ -176,7 +179,12 @@ def _shares(
 
 
 def _map(
-    encoded: Encoded, example: int, pair: "Pair", weights: Float[np.ndarray, "pos"], shown: set[int]
+    encoded: Encoded,
+    example: int,
+    pair: "Pair",
+    weights: Float[np.ndarray, "pos"],
+    shown: set[int],
+    sinks: frozenset[int],
 ) -> AttentionMap:
     picture = encoded.rows[example].images[0]
     positions = [picture.positions[slot] for slot in picture.layout.views[0].slots]
@@ -187,4 +195,5 @@ def _map(
         most=float(weights.max()),
         on_image=float(weights[list(encoded.rows[example].image)].sum()),
         of_object=tuple(position in shown for position in positions),
+        of_sink=tuple(encoded.rows[example].present.index(position) in sinks for position in positions),
     )

@@ -16,7 +16,7 @@ import pandas as pd
 from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.methods.gates.gated import Options, through_gates
 from vlm_mech.methods.knockout.claims import RANDOM, ways_of
-from vlm_mech.methods.knockout.data import CONTROL, EDGE, SPARED, Masks, Place, Scan, kind_of_control
+from vlm_mech.methods.knockout.data import CONTROL, EDGE, Masks, Place, Scan, ending_of, kind_of_control
 from vlm_mech.methods.knockout.edges import Edge
 from vlm_mech.methods.knockout.layers import Layers
 from vlm_mech.methods.knockout.study import knock_out
@@ -372,7 +372,7 @@ def _claim(result: Result, scan: Scan, edge: Edge, chosen: Set, table: pd.DataFr
     rows = table[(table["layer"] == label(chosen)) & table[metric.name].notna()]
     for cut, n in rows["cut"].value_counts(sort=False).items():
         if cut != EDGE and n > 1:
-            named = RANDOM[CONTROL] + (f"{SPARED}," if str(cut).endswith(SPARED) else "")
+            named = RANDOM[CONTROL] + (f"{ending_of(str(cut))}," if ending_of(str(cut)) else "")
             says = f"less what {named} do there:"
             conditions.append(Condition(metric.name, cell, "below", less={**cell, "cut": cut}, says=says))
     about = {"edge": str(edge), "members": [dict(zip(axes, place, strict=True)) for place in chosen]}

@@ -98,6 +98,11 @@ def _continued(vlm: "VLM", word: str) -> tuple[int, ...]:
 # What is read
 
 
+def unnamed(vlm: "VLM") -> dict[str, str | None]:
+    """The model's identity without the name it was loaded by, which may be a folder that moved."""
+    return {name: value for name, value in vlm.identity().items() if name != "name"}
+
+
 @dataclass(frozen=True)
 class Token:
     """One token of one prompt, `position` counted without padding; image tokens that are patches have their cell."""

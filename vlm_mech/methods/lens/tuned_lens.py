@@ -28,7 +28,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span import Span
-from vlm_mech.methods.lens.data import MOST_LOGITS, SITES, states_of
+from vlm_mech.methods.lens.data import MOST_LOGITS, SITES, states_of, unnamed
 from vlm_mech.models.readout import Readout
 from vlm_mech.results import metrics
 from vlm_mech.results.result import Metric, Result
@@ -109,8 +109,8 @@ class TunedLens:
         """Raise `UsageError` unless the translators belong to the model and the prompts had no part in their making."""
         if not normed:
             raise UsageError("a tuned lens is trained through the final norm; normed=False does not go with it")
-        if _identity(vlm) != self.record["model"]:
-            raise UsageError(f"the tuned lens was made for {self.record['model']}, not for {_identity(vlm)}")
+        if unnamed(vlm) != self.record["model"]:
+            raise UsageError(f"the tuned lens was made for {self.record['model']}, not for {unnamed(vlm)}")
         last = _last(vlm)
         lacking = [str(site) for site in sites if site not in self.weights and site != last]
         if lacking:
@@ -170,11 +170,6 @@ def fingerprint(prompt: Prompt) -> str:
     return digest.hexdigest()
 
 
-def _identity(vlm: "VLM") -> dict[str, str | None]:
-    """The model without the name it was loaded by, which may be a folder that moved."""
-    return {name: value for name, value in vlm.identity().items() if name != "name"}
-
-
 def _last(vlm: "VLM") -> Site:
     return Site("llm.resid_post", vlm.n_layers("llm") - 1)
 
@@ -228,7 +223,7 @@ def train_tuned_lens(
         seen = [_Tokens(each[site].to(device).float(), each[_last(vlm)].to(device)) for each in states]
         made[site], held[str(site)] = _trained(readout, seen[0], seen[1], training)
     counts = {"n_train": len(train), "n_held_out": len(held_out), "n_tokens": len(states[0][sites[0]])}
-    about = {"model": _identity(vlm), "training": dataclasses.asdict(training), "span": repr(span), **counts}
+    about = {"model": unnamed(vlm), "training": dataclasses.asdict(training), "span": repr(span), **counts}
     record = {**about, "held_out": held, "used": sorted(used[0] | used[1])}
     weights, biases = ({site: made[site][number].cpu() for site in sites} for number in range(2))
     return TunedLens(weights, biases, record, MadeOf(tuple(train), tuple(held_out), span, batch_size))

@@ -10,6 +10,7 @@ from vlm_mech.methods.layer_swap.study import compared_by
 from vlm_mech.methods.visual_flow.claims import READ, SUPPRESS, FlowClaims
 from vlm_mech.methods.visual_flow.data import LAST, edges, spans
 from vlm_mech.methods.visual_flow.example_pages import example_pages
+from vlm_mech.methods.visual_flow.named_figure import named_figure
 from vlm_mech.methods.visual_flow.study import (
     CONTROL,
     INPUT,
@@ -40,9 +41,10 @@ Place = tuple[str, int]
 
 
 def drawn(result: Result) -> "dict[str, go.Figure]":
-    """The map, and the page of single examples where the result holds any."""
+    """The map, and the page of single examples and what lenses name where the result holds any."""
     found = {"flow_map": flow_map(result)}
-    return found | ({"examples": example_pages(result)} if result.provenance.get("pages") else {})
+    found |= {"examples": example_pages(result)} if result.provenance.get("pages") else {}
+    return found | ({"named_patches": named_figure(result)} if result.provenance.get("named") else {})
 
 
 def flow_map(result: Result, *, title: str | None = None) -> "go.Figure":

@@ -4,6 +4,7 @@ import pandas as pd
 
 from vlm_mech.errors import TooFewError
 from vlm_mech.methods.layer_swap.study import compared_by, no_gap
+from vlm_mech.methods.lens.named_patches import FLOORS, PATCHES
 from vlm_mech.methods.visual_flow.claims import NAMES_OF, PLACES, TOKENS
 from vlm_mech.methods.visual_flow.data import Cases, edges, spans
 from vlm_mech.methods.visual_flow.study import INPUT, KNOCKOUT, LENS, PROBE, SHUFFLED, SWAP, difference_of
@@ -22,7 +23,21 @@ def findings(result: Result, cases: Cases) -> tuple[str, ...]:
     summary = result.summary()
     decodable = _decodable(summary) if PROBE in set(summary["method"]) else ()
     said = (_examples(result, cases), *decodable, _preferred(result, summary, cases), *_few(result, summary, cases))
-    return (*said, *_claimed(result))
+    return (*said, *_named(result), *_claimed(result))
+
+
+def _named(result: Result) -> tuple[str, ...]:
+    """What each lens names of generated scenes, where its layer was chosen by other scenes."""
+    found = []
+    for each in result.provenance.get("named", {}).get("told", ()):
+        own = each[PATCHES]
+        floors = "; ".join(f"{each[floor]['baseline']:.2f} by words of {FLOORS[floor]}" for floor in FLOORS)
+        found.append(
+            f"The {each['lens']} names kind or colour of what a patch shows in {own['mean']:.2f} of the patches of "
+            f"{own['n']} generated scenes, at the depth that other scenes chose; {floors}. The difference from the "
+            f"first of these is {own['effect_low']:+.2f} to {own['effect_high']:+.2f}."
+        )
+    return tuple(found)
 
 
 def _examples(result: Result, cases: Cases) -> str:

@@ -14,14 +14,18 @@ from PIL import Image
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
+from vlm_mech.extraction.sink_rule import read_sinks
 from vlm_mech.inputs.image import load_image
+from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.inputs.span import joined
 from vlm_mech.interventions.attention_weights import attention_from
 from vlm_mech.interventions.specification import Knockout
 from vlm_mech.methods.lens.leads import INPUT, depth_sites
 from vlm_mech.methods.lens.logit_lens import lens
+from vlm_mech.methods.lens.patch_words import Reading, strengths
 from vlm_mech.methods.visual_flow.claims import CARRY, READ, READ_NEEDED, FlowClaims
 from vlm_mech.methods.visual_flow.data import Cases, edges
+from vlm_mech.methods.visual_flow.lenses import Lenses
 from vlm_mech.methods.visual_flow.probes import ProbeExamples, patch_probabilities
 from vlm_mech.results.claiming import halves
 from vlm_mech.results.result import Result
@@ -50,18 +54,22 @@ def patch_readings(
     folder: Path,
     measure: Comparison = "logit_diff",
     seed: int = 0,
+    lenses: Lenses | None = None,
 ) -> list[dict[str, Any]]:
     """What the page shows of the first `n` examples, as JSON values: picture, and at every patch and place the word of
-    the lens, the probe's probability of the answer, and the attention of the reading head.
+    each lens, the probe's probability of the answer, and the attention of the reading head; and which patches are sinks
+    by their states (L in the decoder, V in the tower), read once over these examples and not verified by attention.
 
     Args:
         effects: those of the map, with its claims; the half of its examples that declared them chooses the head.
         fitted: what probes are fitted on; without it they are left out.
         measure: by which the reading head is chosen (see `measures.comparison`).
         seed: that claims were made with, which parts the examples.
+        lenses: a bank of text states, and translators, for a contextual and a tuned lens beside the logit lens.
 
     Raises:
-        UsageError: image tokens that are learned queries, or images cut into unlike grids.
+        UsageError: a bank or tuned lens of another model, image tokens that are learned queries, or images cut into
+            unlike grids.
     """
     shown = cases[:n]
     encoded = vlm.encode(shown.pairs.base)
@@ -71,14 +79,16 @@ def patch_readings(
         )
     sites = _some(depth_sites(vlm))
     words = lens(vlm, shown.pairs.base, sites, "image", top=1)
+    others = {} if lenses is None else lenses.beside(vlm, shown.pairs.base, sites)
     probed = None if fitted is None else patch_probabilities(vlm, shown, fitted, sites, folder=folder)
+    labels = _sinks(vlm, encoded)
     looks, about = _attention(vlm, cases, shown, effects, (measure, seed))
     at, found = operator.attrgetter("example", "image", "view"), []
     for number, pair in enumerate(shown.pairs):
         n_rows, n_columns = encoded.grids(number)[0]
         tokens = [place for place, token in enumerate(words.tokens) if at(token) == (number, 0, 0)]
         tokens.sort(key=lambda place: (words.tokens[place].row, words.tokens[place].column))
-        read = [words.top_words(site) for site in sites]
+        beside = {name: _best(each, tokens) for name, each in others.items()}
         found.append(
             {
                 "example": pair.id,
@@ -89,13 +99,35 @@ def patch_readings(
                 "grid": [n_rows, n_columns],
                 "boxes": [[box.left, box.top, box.right, box.bottom] for box in encoded.boxes(number)],
                 "layers": [INPUT if site.name == "llm.resid_pre" else site.layer for site in sites],
-                "words": [[each[place][0] for place in tokens] for each in read],
-                "likely": [_rounded(each[tokens, 0].numpy()) for each in words.top_probabilities],
+                **_best(words, tokens),
+                "beside": beside,
                 "probed": None if probed is None else [_rounded(each) for each in probed[number]],
                 "attention": None if looks is None else _rounded(looks[number]),
                 "head": about,
+                "sinks": labels[number],
             }
         )
+    return found
+
+
+def _best(reading: Reading, tokens: list[int]) -> dict[str, Any]:
+    """The best word of each patch at each place, and how strong it is."""
+    read = [reading.top_words(site) for site in reading.sites]
+    return {
+        "words": [[each[place][0] for place in tokens] for each in read],
+        "likely": [_rounded(each[tokens, 0].numpy()) for each in strengths(reading)],
+    }
+
+
+def _sinks(vlm: "VLM", encoded: Encoded) -> list[list[str]]:
+    """Of every patch of each first picture's first view the rules that label it a sink, as one text."""
+    states, found = read_sinks(vlm, encoded), []
+    for number, row in enumerate(encoded.rows):
+        picture, at = row.images[0], {position: index for index, position in enumerate(row.image)}
+        positions = [picture.positions[slot] for slot in picture.layout.views[0].slots]
+        decoder = np.asarray(states.sinks(number).any(0))[[row.present.index(position) for position in positions]]
+        tower = states.tower_sinks(number)[[at[position] for position in positions]]
+        found.append(["L" * bool(one) + "V" * bool(other) for one, other in zip(decoder, tower, strict=True)])
     return found
 
 
