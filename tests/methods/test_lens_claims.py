@@ -299,7 +299,7 @@ def test_wrong_use_is_one_line(tuned):
         with pytest.raises(UsageError, match=message) as caught:
             lens_lead(planted.vlm, pairs, **options)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="0 pairs"):
+    with pytest.raises(UsageError, match="lens_lead: no pairs were given"):
         lens_lead(planted.vlm, pairs[:0])
     with pytest.raises(UsageError, match="had a part in training this lens"):
         lens_lead(planted.vlm, planted.pairs(8, seed=5), tuned=tuned)
