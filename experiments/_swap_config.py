@@ -1,7 +1,7 @@
 """The options of `python -m experiments.layer_swap`: those of states first, then those of weights."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlm_mech.runs.configuration import SpokenConfig
 
@@ -10,6 +10,7 @@ from vlm_mech.runs.configuration import SpokenConfig
 class Config(SpokenConfig):
     """Options of the layer swap; those that begin with "Weights:" are for --swap weights alone."""
 
+    takes_texts: ClassVar[bool] = True
     data: str = ""
     """Generated pairs or a folder; by default scenes/colour, for weights (in conflict alone) scenes/colour-conflict."""
     counterfactual: Literal["other", "blur", "mean", "none"] | None = None
@@ -21,7 +22,8 @@ class Config(SpokenConfig):
     point: Literal["resid_post", "resid_pre", "attn_out", "mlp_out"] = "resid_post"
     """Which tensor of each block."""
     spans: tuple[str, ...] = ()
-    """Spans of tokens to swap, joined by +; for llm: image question last all (last+answer: the answer too)."""
+    """Spans of tokens to swap, joined by +; for llm: image question last all (last+answer: the answer too), of facts
+    subject_last last."""
     direction: Literal["both", "noising", "denoising"] = "both"
     """Noising puts the counterfactual's states into the image's run, denoising the reverse."""
     control: tuple[Literal["same-answer", "other-object"], ...] = ()

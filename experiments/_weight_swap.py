@@ -11,8 +11,9 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
-    "A model that answers from its prior and a tune of it that looks exchange decoder blocks. Asked about an image "
-    "whose true answer is not the usual one, which blocks bring the true answer, and which bring the prior back?"
+    "Which decoder blocks bring the true answer, and which bring the prior back? A model that answers from its prior "
+    "and a fine-tuned checkpoint of it that looks exchange decoder blocks. They are asked about images whose true "
+    "answer is not the usual one."
 )
 ALONE = "two checkpoints have no random twin; random changes of equal size are part of each claim"
 """Why there are no models with shuffled weights to compare with."""

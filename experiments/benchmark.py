@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "The same cells of the same model are computed by the sweep engine and by the ways in which they are usually "
-    "computed, in random order, several times. Time is counted in plain forward passes of the same repeat. A rival "
-    "whose logits differ from ours is not timed but named."
+    "What does a sweep cost, and what does the same cost by other means? The same cells of the same model are computed "
+    "by the sweep engine and by the ways in which they are usually computed, in random order, several times. Time is "
+    "counted in plain forward passes of the same repeat. A rival whose logits differ from ours is not timed but named."
 )
 
 

@@ -15,9 +15,10 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "Each question is asked about {shown}, blurred more and more, then about its mean colour, then about no picture. "
-    "Answers that never change may not have come from the picture; how many would not change if it had been another "
-    "picture all along is the floor."
+    "How much of what a model answers survives when its picture is blurred until nothing is left? Each question is "
+    "asked about {shown}, blurred more and more, then about its mean colour, then about no picture. Answers that never "
+    "change may not have come from the picture; how many would not change if it had been another picture all along is "
+    "the floor."
 )
 CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
 PROBES = "probes"

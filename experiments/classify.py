@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from vlm_mech.behaviour.classify.steps import Options
 
 QUESTION = (
-    "What is in the picture? The model is asked in the open and among candidates; its probabilities of the class names "
-    "are read too{beside}."
+    "Is a model bad at naming what is in a picture because it does not see it, or because it does not say it? The "
+    "model is asked in the open and among candidates; its probabilities of the class names are read too{beside}."
 )
 SEEN = " Where probes name the class and answers do not, it is seen and not said."
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from vlm_mech.methods.compensation.study import Cell
 
 QUESTION = (
-    "Patches that show a part of an object are kept from seeing anything outside the part (part), outside the object "
-    "(obj), but themselves (self), or the class token (cls): in the vision tower (V), in the decoder (L), or in both. "
-    "Is the part still named at its patches (logit lens), and the question about it answered? Where a cut in the tower "
-    "does less damage while the decoder is free than while it is blocked, the decoder made up for it."
+    "Does the decoder make up for what patches lack that cannot see each other in the tower? Patches of a part are "
+    "kept from seeing anything outside the part (part), outside the object (obj), but themselves (self), or the class "
+    "token (cls): in the vision tower (V), in the decoder (L), or in both. Is the part still named there (logit lens), "
+    "the question answered? Where a cut in the tower does less damage while the decoder is free, it made up for it."
 )
 
 

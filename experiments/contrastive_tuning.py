@@ -15,9 +15,10 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "A contrastive model matches pictures that differ in a relation with their captions no better than chance. Does "
-    "tuning it on captions that state the relation, with hard negatives, help on unseen pairs, what is lost elsewhere, "
-    "and what does a VLM read in the same pairs? Tuning on shuffled captions is the floor."
+    "What can fine-tuning buy a contrastive model on pairs that differ in a relation, beside what a VLM reads in them? "
+    "A contrastive model matches pictures that differ in a relation with their captions no better than chance. It is "
+    "tuned on captions that state the relation, with hard negatives. It is told what that helps on unseen pairs, and "
+    "what is lost elsewhere. Tuning on shuffled captions is the floor."
 )
 RELATIONS = ("scenes/left-right", "scenes/above-below", "scenes/front-behind")
 

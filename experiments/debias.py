@@ -15,8 +15,8 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "A model that answers from its prior is tuned on pictures in conflict with it, and on usual ones if there are any. "
-    "Does it then say what unseen pictures show, also where nothing was wrong before, and would any such adapter do?"
+    "Can a model that answers from its prior be tuned to look, and at what cost? It is tuned on pictures in conflict "
+    "with the prior, and on usual ones. Does it then say what unseen pictures show, and would any adapter do?"
 )
 CONFLICT = "scenes/colour-conflict"
 

@@ -15,9 +15,10 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
-    "The picture shows one thing, what is usual is another. M3ID weighs each token by what the picture adds to the "
-    "text alone, VCD by what a clear picture adds to a diffused one. Do answers follow the picture more often than "
-    "greedy ones, and not just another picture's?"
+    "Does contrastive decoding bring a model back to its picture where a prior competes with it? The picture shows one "
+    "thing, what is usual is another. M3ID weighs each token by what the picture adds to the text alone, VCD by what a "
+    "clear picture adds to a diffused one. Do answers follow the picture more often than greedy ones, and not just "
+    "another picture's?"
 )
 
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from vlm_mech.behaviour.erroneous_agreement.data import Cases
 
 QUESTION = (
-    "Two images that differ in one thing have nearly the same embedding in a contrastive model. Does it match them "
-    "with the right captions, does a VLM that sees through such a tower answer rightly about both, and does that "
-    "depend on how alike they are? Unpaired images of the same data set are the floor of likeness, guessing that of "
-    "accuracy."
+    "Does a VLM tell apart two images that a contrastive model finds nearly the same? Two images that differ in one "
+    "thing have nearly the same embedding in a contrastive model. Does it match them with the right captions, does a "
+    "VLM that sees through such a tower answer rightly about both, and does that depend on how alike they are? "
+    "Unpaired images of the same data set are the floor of likeness, guessing that of accuracy."
 )
 SETS = ("colour", "kind", "presence", "left-right", "above-below", "front-behind", "count", "relations")
 

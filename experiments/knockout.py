@@ -6,7 +6,7 @@ Cuts attention edges such as last<-image, layer by layer or head by head, and me
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from vlm_mech.runs.configuration import SpokenConfig
 from vlm_mech.runs.contract import main
@@ -15,9 +15,9 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
-    "Attention edges are cut: the query tokens cannot attend to the key tokens at some layers, and the rest of their "
-    "attention sums to one again. If the answer's probability falls, the model needed this way there (if it does not, "
-    "it may have others). Random edges, as many or of as much attention, are the control."
+    "Which tokens must attend to which, at which layers, for the answer to come out? Attention edges are cut: query "
+    "tokens cannot attend to key tokens at some layers, and the rest of their attention sums to one. If the answer's "
+    "probability falls, the model needed this way there; if not, it may have others. Random edges are the control."
 )
 
 
@@ -25,8 +25,9 @@ QUESTION = (
 class Config(SpokenConfig):
     """Options of the knockout."""
 
+    takes_texts: ClassVar[bool] = True
     edges: tuple[str, ...] = ()
-    """Edges to cut as QUERY<-KEY, such as "last<-image" "question<-object" "last<-image+system"."""
+    """Edges to cut as QUERY<-KEY, such as "last<-image" "question<-object" "last<-image+system" "last<-subject"."""
     during: Literal["prompt", "answer"] = "prompt"
     """How long cuts from the last token stay: in the prompt alone, or for the answer's tokens after it too."""
     layers: str = "each"
@@ -64,8 +65,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
 
     pairs = load_examples(config.data, n=config.n, split=config.split, **config.drawn)
     masks = object_masks(pairs, seed=config.seed, split=config.split)
-    vlm = config.load()
-    pairs = fitting(vlm, pairs, **config.fits, alone=True)
+    pairs = fitting(vlm := config.load(), pairs, **config.fits, alone=True)
     options = {"layers": config.layers, "size": config.window, "heads": config.heads, "during": config.during}
     options |= {"controls": config.control, "sinks": config.sinks}
     return vlm, pairs, scan_of(vlm, pairs, masks, config.edges, **options), masks

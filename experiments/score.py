@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from vlm_mech.behaviour.scoring.data import Plan
 
 QUESTION = (
-    "Each question is asked about {shown}. What is generated is read by several rules, and the perplexities of the "
-    "options, where there are any, are compared; how far these verdicts differ is not about what the model sees. The "
-    "floor is {others}."
+    "How much of what a model is said to know depends on how its answers are scored? Each question is asked about "
+    "{shown}. What is generated is read by several rules, and the perplexities of the options, where there are any, "
+    "are compared; how far these verdicts differ is not about what the model sees. The floor is {others}."
 )
 
 

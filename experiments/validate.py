@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from vlm_mech.validate.examination import Job
 
 QUESTION = (
-    "Models are planted at random: which heads read the picture, which way the answer goes and with which weights is "
-    "known. Every method examines each model on a few examples, and what it finds is compared with what was planted. "
-    "In the nulls no head gets anything from the picture."
+    "Does each method find what was planted, and nothing where nothing was? Models are planted at random: which heads "
+    "read the picture, which way the answer goes and with which weights is known. Every method examines each model on "
+    "a few examples, and what it finds is compared with what was planted. In the nulls no head gets anything from the "
+    "picture."
 )
 
 
@@ -73,7 +74,8 @@ def run(config: Config, work: Workspace) -> Outcome:
     findings = overview.findings(graded, n_examples=config.examples)
     result = Result(result.name, result.table, result.axes, result.metrics, {}, about, findings)
     print(graded.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="-"))
-    return Outcome(result, {"grades": overview.dots(result)})
+    drawn = {"glance": overview.at_a_glance(result), "grades": overview.dots(result)}
+    return Outcome(result, drawn, tables={"grades": graded})
 
 
 def _jobs(config: Config) -> "list[Job]":

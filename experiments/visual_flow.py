@@ -14,6 +14,7 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
+    "Where is the answer readable, where is it used, where must it flow, and what does the model prefer on the way? "
     "The same examples, asked four ways at every layer. Decodable: could a probe read the answer there? Used: do the "
     "states there decide the answer, when those of another image are put in their place? Must flow: is it lost when "
     "attention is cut there? Preferred: does the residual stream favour the answer or its rival? What is decodable "

@@ -81,3 +81,16 @@ def donors() -> list[Prompt]:
         Prompt("is the red star left of the blue circle?", picture(12, 80, 56)),
         Prompt("what is this?", picture(13, 56, 96), system="look at the picture"),
     ]
+
+
+LONGEST = (
+    "test_families", "test_workers", "test_docs", "test_answers_of_several_words", "test_layer_swap_controls",
+    "test_recipes", "test_horizon", "test_schedule", "test_knockout", "test_devices", "test_benchmark",
+    "test_attribution_claims", "test_claims", "test_two_tokens", "test_words_of_items", "test_blur_decay",
+    "test_grading", "test_contract", "test_wordings", "test_shards",
+)  # fmt: skip
+"""Files that take longest; they are begun first, as one begun last would keep one worker waiting for the other."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

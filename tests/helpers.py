@@ -1,11 +1,13 @@
 """Running an experiment as a user does, and killing it on the way."""
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.inputs.image import load_image
@@ -28,6 +30,15 @@ def options(model: object, data: object, out: object, *more: object) -> list[obj
     return ["--model", model, "--data", data, "--all", "--batch", "2", "--out", out, *more]
 
 
+def some_long(cases: Iterable[Any], always: Iterable[Any]) -> list[Any]:
+    """The cases of a test, of which `make test` takes some, and `make test-all` the others too."""
+    taken = list(always)
+    return [
+        case if case in taken else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long)
+        for case in cases
+    ]
+
+
 def killed_at(monkeypatch: Any, module: Any, name: str, call: int) -> list[tuple]:
     """Interrupts the given call of a function, as Ctrl-C does; the arguments of every call, as they come."""
     real, calls = getattr(module, name), []
@@ -42,16 +53,11 @@ def killed_at(monkeypatch: Any, module: Any, name: str, call: int) -> list[tuple
     return calls
 
 
-def assert_help_is_light(experiment: Any, shown: Sequence[str]) -> None:
-    """`--help` shows these words, and heavy libraries are not imported for it."""
-    code = (
-        "import runpy, sys\nsys.argv = ['it', '--help']\n"
-        f"try: runpy.run_module({experiment.__name__!r}, run_name='__main__')\nexcept SystemExit: pass\n"
-        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert [each for each in shown if each not in done.stdout] == []
+def assert_help_tells(experiment: Any, shown: Sequence[str]) -> None:
+    """`--help` shows these words; that it imports nothing heavy is asked of all experiments at once."""
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert command(experiment, "--help") == 0
+    assert [each for each in shown if each not in told.getvalue()] == []
 
 
 def as_folder(folder: Path, *parts: Pairs, more: Sequence[dict[str, Any]] = ()) -> Path:

@@ -15,6 +15,8 @@ import vlm_mech
 from tests.helpers import command
 
 ROOT = Path(__file__).parents[1]
+REAL = "organism-smol"
+"""The model that needs the package of a real language model."""
 CARDS = sorted((ROOT / "vlm_mech" / "organism" / "weights").glob("*/README.md"))
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
@@ -29,7 +31,7 @@ def blocks(page):
     [
         ROOT / "README.md",
         *(ROOT / "docs" / f"{name}.md" for name in ("api", "data", "methods", "transformer_lens")),
-        *CARDS,
+        *(pytest.param(card, marks=pytest.mark.real if card.parent.name == REAL else ()) for card in CARDS),
     ],
     ids=lambda page: f"{page.parent.name}-{page.stem}",
 )

@@ -1,6 +1,7 @@
 """The walls of the house: contracts of imports, no rings of files, one file that opens traces, a true picture."""
 
 import ast
+import functools
 import re
 import runpy
 import subprocess
@@ -28,7 +29,7 @@ def test_every_room_is_kept_from_the_records_of_families():
     """But those that hold, check and describe models; a new room is none of them."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     [kept] = [each["source_modules"] for each in contracts if each["id"] == "architectures"]
-    rooms = {f"vlm_mech.{room}" for room in rooms_drawn().arrows()} | {"experiments"}
+    rooms = {f"vlm_mech.{room}" for room in arrows()} | {"experiments"}
     asks = {"vlm_mech.architectures", "vlm_mech.checks", "vlm_mech.models", "vlm_mech.errors"}
     assert set(kept) == rooms - asks
 
@@ -63,10 +64,10 @@ def test_every_folder_with_code_is_a_package():
 
 def test_the_table_of_rooms_says_what_they_import():
     """Each room imports only what its row in docs/architecture.md names, and what stands below that."""
-    arrows = rooms_drawn().arrows()
-    below = {room: arrows[room] - {"errors"} for room in arrows}
+    drawn = arrows()
+    below = {room: drawn[room] - {"errors"} for room in drawn}
     named = rows_of_rooms((ROOT / "docs" / "architecture.md").read_text())
-    assert set(named) == set(arrows) - {"errors"}
+    assert set(named) == set(drawn) - {"errors"}
     reach: dict[str, set[str]] = {}
     while ready := [room for room in named if room not in reach and named[room] <= set(reach)]:
         reach |= {room: named[room].union(*(reach[below] for below in named[room])) for room in ready}
@@ -84,6 +85,12 @@ def rows_of_rooms(page: str) -> dict[str, set[str]]:
 def rooms_drawn() -> SimpleNamespace:
     """The names of docs/draw_rooms.py, which is a script."""
     return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "draw_rooms.py")))
+
+
+@functools.cache
+def arrows() -> dict[str, set[str]]:
+    """What each room imports."""
+    return rooms_drawn().arrows()
 
 
 FOLDERS = [

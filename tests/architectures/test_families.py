@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from tests.zoo import ALL_AND_EAGER, ONE_IMAGE, ZOO, families_table
-from tests.zoo.batches import QUESTIONS, SHAPES, batch
+from tests.zoo import ALL_AND_EAGER, FEW, FEW_AND_EAGER, ONE_IMAGE, ZOO, families_table, of_each_kind
+from tests.zoo import FAMILIES as OF_EACH_KIND
+from tests.zoo.batches import QUESTIONS, SHAPES, batch, wrapped
 from tests.zoo.tiny import picture, tiny_config, tiny_processor
 from vlm_mech.architectures.families import FAMILIES
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
@@ -25,26 +26,13 @@ from vlm_mech.methods.layer_swap.study import swap_states
 from vlm_mech.models.vlm import VLM
 
 
-@pytest.fixture(scope="module")
-def wrapped():
-    """Makes (and keeps) the checked wrapper of a family's tiny model."""
-    made = {}
-
-    def make(family: str, attn: str = "sdpa") -> VLM:
-        if (family, attn) not in made:
-            made[family, attn] = VLM(*ZOO[family](attn, 0), name=family)
-        return made[family, attn]
-
-    return make
-
-
 def plain(vlm: VLM, encoded) -> torch.Tensor:
     with torch.no_grad():
         return vlm.model(**encoded.inputs).logits
 
 
 @pytest.mark.parametrize(("family", "attn"), ALL_AND_EAGER)
-def test_no_edit_equals_hugging_face_exactly(wrapped, family, attn):
+def test_no_edit_equals_hugging_face_exactly(family, attn):
     vlm = wrapped(family, attn)
     encoded = vlm.encode(batch())
     assert (encoded.inputs["attention_mask"] == 0).any(), "the batch must hold padding"
@@ -52,15 +40,15 @@ def test_no_edit_equals_hugging_face_exactly(wrapped, family, attn):
 
 
 @pytest.mark.parametrize("family", ZOO)
-def test_a_prompt_answers_the_same_alone_and_in_a_padded_batch(wrapped, family):
+def test_a_prompt_answers_the_same_alone_and_in_a_padded_batch(family):
     vlm = wrapped(family)
     together = run(vlm, batch()).last
     for example, prompt in enumerate(batch()):
         assert (run(vlm, [prompt]).last[0] - together[example]).abs().max() <= 2e-5
 
 
-@pytest.mark.parametrize("family", ZOO)
-def test_back_ends_agree_with_and_without_knockouts(wrapped, family):
+@pytest.mark.parametrize("family", FEW)
+def test_back_ends_agree_with_and_without_knockouts(family):
     edits = [None, Knockout("last", "all", range(4), keep_self=True), Knockout("question", "image", 1)]
     edits.append(Knockout("image", "image", (1, 2), stream="vision", keep_self=True))
     for edit in edits:
@@ -68,8 +56,8 @@ def test_back_ends_agree_with_and_without_knockouts(wrapped, family):
         assert (sdpa - eager).abs().max() <= 1e-5 * max(1.0, sdpa.abs().max().item())
 
 
-@pytest.mark.parametrize("family", ZOO)
-def test_residual_sites_equal_what_plain_hooks_see(wrapped, family):
+@pytest.mark.parametrize("family", FEW)
+def test_residual_sites_equal_what_plain_hooks_see(family):
     vlm = wrapped(family)
     encoded = vlm.encode(batch())
     seen, hooks = {}, []
@@ -89,8 +77,8 @@ def test_residual_sites_equal_what_plain_hooks_see(wrapped, family):
             assert torch.equal(states[site], expected.reshape(states[site].shape))
 
 
-@pytest.mark.parametrize(("family", "attn"), ALL_AND_EAGER)
-def test_every_site_is_written_with_effect_or_a_reason(wrapped, family, attn):
+@pytest.mark.parametrize(("family", "attn"), FEW_AND_EAGER)
+def test_every_site_is_written_with_effect_or_a_reason(family, attn):
     vlm = wrapped(family, attn)
     encoded = vlm.encode(batch())
     baseline = run(vlm, encoded)
@@ -104,8 +92,8 @@ def test_every_site_is_written_with_effect_or_a_reason(wrapped, family, attn):
         assert receipt.reaches or receipt.reason
 
 
-@pytest.mark.parametrize(("family", "attn"), ALL_AND_EAGER)
-def test_cut_attention_is_exactly_zero_in_both_towers(wrapped, family, attn):
+@pytest.mark.parametrize(("family", "attn"), FEW_AND_EAGER)
+def test_cut_attention_is_exactly_zero_in_both_towers(family, attn):
     vlm = wrapped(family, attn)
     encoded = vlm.encode(batch())
     baseline = run(vlm, encoded)
@@ -133,7 +121,7 @@ def image_prompts(family: str) -> dict[str, Prompt]:
 
 
 @pytest.mark.parametrize("family", ZOO)
-def test_spans_agree_with_the_processors_ids_and_the_models_features(wrapped, family):
+def test_spans_agree_with_the_processors_ids_and_the_models_features(family):
     vlm = wrapped(family)
     for prompt in image_prompts(family).values():
         encoded = vlm.encode(prompt)
@@ -165,8 +153,8 @@ def has(encoded, span: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("family", [name for name in ZOO if name not in ONE_IMAGE])
-def test_patches_become_exactly_their_tokens(wrapped, family):
+@pytest.mark.parametrize("family", of_each_kind(name for name in ZOO if name not in ONE_IMAGE))
+def test_patches_become_exactly_their_tokens(family):
     """Each token of a view has a number; for each binary digit, only patches of tokens that have it are moved."""
     vlm = wrapped(family)
     into, out = Site("vision.resid_post", vlm.vision_depth - 1), Site("llm.resid_pre", 0)
@@ -189,7 +177,7 @@ def test_patches_become_exactly_their_tokens(wrapped, family):
                     assert moved >= expected if mixed else moved == expected
 
 
-def test_interpolated_tokens_are_mixed_from_exactly_their_patches(wrapped):
+def test_interpolated_tokens_are_mixed_from_exactly_their_patches():
     """Moving the patches of one token of a shrunk mosaic moves just those tokens that share one of them."""
     vlm = wrapped("llava_onevision")
     encoded = vlm.encode(Prompt(QUESTIONS[0], picture(3, *SHAPES["wide"])))
@@ -208,8 +196,8 @@ def test_interpolated_tokens_are_mixed_from_exactly_their_patches(wrapped):
         assert moved == {image.positions[slot] for slot in sharing}
 
 
-@pytest.mark.parametrize("family", [name for name in ZOO if name not in ONE_IMAGE])
-def test_pixels_of_a_token_are_what_its_patches_see(wrapped, family):
+@pytest.mark.parametrize("family", of_each_kind(name for name in ZOO if name not in ONE_IMAGE))
+def test_pixels_of_a_token_are_what_its_patches_see(family):
     """Patch -> pixel box -> patch: a picture changed inside a token's box alone moves that token's patches most."""
     vlm = wrapped(family)
     site = Site("vision.resid_pre", 0)
@@ -235,8 +223,8 @@ def test_pixels_of_a_token_are_what_its_patches_see(wrapped, family):
                 assert int(np.argmax(of_tokens)) == token
 
 
-@pytest.mark.parametrize("family", [name for name in ZOO if name not in (*ONE_IMAGE, "llava_onevision")])
-def test_boxes_of_an_image_do_not_depend_on_the_others(wrapped, family):
+@pytest.mark.parametrize("family", of_each_kind(name for name in ZOO if name not in (*ONE_IMAGE, "llava_onevision")))
+def test_boxes_of_an_image_do_not_depend_on_the_others(family):
     vlm = wrapped(family)
     wide, tall = picture(1, *SHAPES["wide"]), picture(2, *SHAPES["tall"])
     both = vlm.encode(Prompt(QUESTIONS[0], [wide, tall]))
@@ -251,8 +239,8 @@ MERGED = [
 ]
 
 
-@pytest.mark.parametrize("family", MERGED)
-def test_patches_of_a_token_stand_row_by_row(wrapped, family):
+@pytest.mark.parametrize("family", of_each_kind(MERGED))
+def test_patches_of_a_token_stand_row_by_row(family):
     """Of the 2 x 2 patches that become a token, the one that sees a quarter of its box is the one named for it."""
     vlm = wrapped(family)
     site = Site("vision.resid_pre", 0)
@@ -272,8 +260,8 @@ def test_patches_of_a_token_stand_row_by_row(wrapped, family):
         assert int(np.argmax(change)) == quarter
 
 
-@pytest.mark.parametrize("family", ZOO)
-def test_generation_with_edits_equals_whole_forwards(wrapped, family):
+@pytest.mark.parametrize("family", FEW)
+def test_generation_with_edits_equals_whole_forwards(family):
     vlm = wrapped(family)
     encoded = vlm.encode(batch())
     edit = Knockout("last", "all", 2, keep_self=True) & Ablate(Site("llm.mlp_out", 1), "question")
@@ -288,7 +276,7 @@ def test_generation_with_edits_equals_whole_forwards(wrapped, family):
 
 
 @pytest.mark.parametrize("family", ZOO)
-def test_the_whole_image_of_another_run_gives_its_answer(wrapped, family):
+def test_the_whole_image_of_another_run_gives_its_answer(family):
     """Swapping all image states at the projector's output (and what is added later) gives the donor's logits."""
     vlm = wrapped(family)
     encoded, donors = vlm.encode(batch(1)), vlm.encode(batch(7))
@@ -309,8 +297,8 @@ def pairs_of(n: int = 2) -> Pairs:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ZOO)
-def test_the_state_swap_runs_on_every_family_unchanged(wrapped, family):
+@pytest.mark.parametrize("family", OF_EACH_KIND)
+def test_the_state_swap_runs_on_every_family_unchanged(family):
     vlm = wrapped(family)
     pairs = fitting(vlm, pairs_of())
     for stream in ("vision", "projector", "llm"):
@@ -355,7 +343,7 @@ def test_the_experiment_runs_on_a_folder_of_another_family(tmp_path):
 
 
 @pytest.mark.parametrize("family", [name for name in ZOO if name.startswith(("qwen", "glm", "mistral3", "llava_next"))])
-def test_images_cut_differently_cannot_be_exchanged(wrapped, family):
+def test_images_cut_differently_cannot_be_exchanged(family):
     vlm = wrapped(family)
     wide, tall = (Prompt(QUESTIONS[0], picture(1, *SHAPES[name])) for name in ("wide", "tall"))
     with pytest.raises(UsageError, match="are cut into .* tokens, those of its source into|both must be equal"):
@@ -366,7 +354,7 @@ def test_images_cut_differently_cannot_be_exchanged(wrapped, family):
 
 
 @pytest.mark.parametrize("family", ZOO)
-def test_another_number_of_images_than_placeholders_is_one_line(wrapped, family):
+def test_another_number_of_images_than_placeholders_is_one_line(family):
     vlm = wrapped(family)
     two = Prompt(QUESTIONS[0], [picture(1), picture(2)])
     if family in ONE_IMAGE:
@@ -392,7 +380,7 @@ def test_a_foreign_processor_is_refused(family):
 
 
 @pytest.mark.parametrize("family", ZOO)
-def test_a_model_in_a_few_lines(wrapped, family):
+def test_a_model_in_a_few_lines(family):
     vlm = wrapped(family)
     text = repr(vlm)
     assert f"VLM {family}: {vlm.family.name}" in text and "patches of" in text and len(text.splitlines()) == 5
@@ -400,6 +388,7 @@ def test_a_model_in_a_few_lines(wrapped, family):
 
 
 def test_the_table_of_families_is_what_the_checks_give():
+    """Every family under both back ends: load checks, parity, sites, cuts and generation; the tests above ask more."""
     page = families_table.PAGE.read_text()
     assert families_table.table() in page, "python -m tests.zoo.families_table writes it anew"
     assert all(f"`{family.model_type}`" in page for family in FAMILIES)

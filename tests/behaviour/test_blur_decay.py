@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from experiments import blur_decay
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import assert_help_tells, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.blur_decay import findings, study
@@ -255,5 +255,5 @@ def test_levels_of_swaps_are_those_of_the_kernels_unless_named():
         swapped_levels(("1", "11"), (1, 61), pairs, batch=2)
 
 
-def test_help_is_light():
-    assert_help_is_light(blur_decay, ("--kernels", "--mechanism"))
+def test_help_tells_its_options():
+    assert_help_tells(blur_decay, ("--kernels", "--mechanism"))

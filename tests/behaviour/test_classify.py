@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.zoo import ZOO
+from tests.zoo import FAMILIES, ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.answering.class_name_scores import Names, names_after, score_names
 from vlm_mech.behaviour.answering.prompts import (
@@ -67,7 +67,7 @@ def one_by_one(vlm: VLM, some: list[Prompt], names: Names) -> torch.Tensor:
 # Names after a prompt
 
 
-@pytest.mark.parametrize("family", list(ZOO))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_names_scored_from_one_cache_equal_whole_forwards(family):
     vlm = VLM(*ZOO[family]("sdpa", 0), check=False)
     some = prompts()[1:]

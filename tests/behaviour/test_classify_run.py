@@ -9,7 +9,7 @@ import pytest
 
 from experiments import classify
 from tests.behaviour.test_classify import QUESTIONS
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import assert_help_tells, command, killed_at
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.classify import steps
 from vlm_mech.behaviour.classify.table import (
@@ -231,8 +231,8 @@ def test_wrong_use_is_one_line(model_folder, data_folder, tmp_path, capsys, more
     assert said[-1].startswith("error: ") and text in said[-1] and not any("Traceback" in line for line in said)
 
 
-def test_help_is_light():
-    assert_help_is_light(classify, ["--tune", "--contrastive", "--k", "--qa"])
+def test_help_tells_its_options():
+    assert_help_tells(classify, ["--tune", "--contrastive", "--k", "--qa"])
 
 
 def test_a_table_is_completed_with_what_was_asked_of_others(tmp_path):

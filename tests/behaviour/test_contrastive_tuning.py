@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from scipy.stats import binomtest
 
 from experiments import contrastive_tuning as experiment
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import assert_help_tells, command, killed_at
 from vlm_mech.behaviour.contrastive_tuning import batches, data, figures, findings, losses, study
 from vlm_mech.behaviour.contrastive_tuning import training as tuning
 from vlm_mech.behaviour.contrastive_tuning.batches import Recipe, Variant
@@ -277,5 +277,5 @@ def test_titles_show_the_end_of_a_path_and_captions_fit(n_data):
     assert figures.ending("short", 9) == "short" and figures.ending("a" * 40 + "b:c", 9) == "…aaaaab:c"
 
 
-def test_help_is_light():
-    assert_help_is_light(experiment, ("--contrastive", "--rates", "--variants"))
+def test_help_tells_its_options():
+    assert_help_tells(experiment, ("--contrastive", "--rates", "--variants"))

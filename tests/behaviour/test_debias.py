@@ -10,8 +10,8 @@ import torch
 
 from experiments import debias as experiment
 from experiments import layer_swap
-from tests.helpers import assert_help_is_light, command, killed_at
-from tests.zoo import ZOO
+from tests.helpers import assert_help_tells, command, killed_at
+from tests.zoo import FAMILIES, ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.behaviour.adapter_files import save_adapter
 from vlm_mech.behaviour.debias import adapter as debias_adapter
@@ -84,7 +84,7 @@ def test_cross_entropy_leaves_padding_out():
     assert cross_entropy(values, mask).item() == pytest.approx(7 / 3)
 
 
-@pytest.mark.parametrize("family", list(ZOO))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_padded_batch_gives_what_each_row_gives_alone(family):
     vlm, truths = fresh(family), ("red blue green", "yes", "a dog")
     many = [dataclasses.replace(each, truth=truth) for each, truth in zip(lessons(), truths, strict=True)]
@@ -352,5 +352,5 @@ def test_wrong_use_is_one_line(model_folder, tmp_path, capsys, monkeypatch):
     assert "tuning needs peft, which is not installed" in capsys.readouterr().err
 
 
-def test_help_is_light():
-    assert_help_is_light(experiment, ("--objective", "--group"))
+def test_help_tells_its_options():
+    assert_help_tells(experiment, ("--objective", "--group"))

@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from experiments import decode as experiment
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import assert_help_tells, command, killed_at, some_long
 from tests.zoo import ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
@@ -51,6 +51,8 @@ BOTH = ("llava_clip", "llava_siglip_mistral", "llava_next_mistral", "qwen2_vl", 
 NEEDS_IMAGE = ("paligemma", "instructblip", "blip2")
 """Families that cannot run without a picture."""
 CASES = [(name, kind) for name in BOTH for kind in ("M3ID", "VCD")] + [(name, "VCD") for name in NEEDS_IMAGE]
+EACH_KIND = ("llava_clip", "qwen2_vl", "gemma3", "blip2")
+CASES = some_long(CASES, [(name, kind) for name, kind in CASES if name in EACH_KIND])
 
 
 @functools.cache
@@ -625,5 +627,5 @@ def test_seeds_are_of_names():
     assert seeds_of(["a"], 0) != seeds_of(["a"], 1)
 
 
-def test_help_is_light():
-    assert_help_is_light(experiment, ("--alphas", "--strengths"))
+def test_help_tells_its_options():
+    assert_help_tells(experiment, ("--alphas", "--strengths"))

@@ -14,7 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from experiments import erroneous_agreement
 from tests.data.readers.made import shown, whatsup
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import assert_help_tells, command, killed_at
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
 from vlm_mech.behaviour.answering.by_category import by_category
@@ -447,5 +447,5 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         assert message in error.splitlines()[-1] and error.count("error: ") == 1, error
 
 
-def test_help_is_light():
-    assert_help_is_light(erroneous_agreement, ("--contrastive", "--tau"))
+def test_help_tells_its_options():
+    assert_help_tells(erroneous_agreement, ("--contrastive", "--tau"))

@@ -6,7 +6,7 @@ import pytest
 from experiments import frequency as experiment
 from tests.data.readers.made import save, write_json, write_lines
 from tests.data.readers.test_llava import turns
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import assert_help_tells, command, killed_at
 from vlm_mech.behaviour.classify.frequency import read_counts
 from vlm_mech.behaviour.frequency import study
 from vlm_mech.behaviour.frequency.data import cuts_within, sentences, texts
@@ -158,5 +158,5 @@ def test_wrong_use_is_one_line(made, tmp_path, capsys):
         assert message in error and error.count("\n") == 1, error
 
 
-def test_help_is_light():
-    assert_help_is_light(experiment, ("--text", "--rule", "--classes"))
+def test_help_tells_its_options():
+    assert_help_tells(experiment, ("--text", "--rule", "--classes"))

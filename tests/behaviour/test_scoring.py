@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from transformers import LlavaProcessor
 
 from experiments import score
-from tests.helpers import as_folder, assert_help_is_light, command, killed_at
+from tests.helpers import as_folder, assert_help_tells, command, killed_at
 from tests.zoo import ZOO
 from tests.zoo.tiny import SPECIALS, WORDS, picture, tiny_model, tiny_processor
 from vlm_mech.behaviour.answering.asked_options import Template, answers_first, others_of
@@ -755,5 +755,5 @@ def test_wrong_use_is_one_line(given, message, tmp_path, capsys):
     assert len(lines) == 1 and message in lines[0] and not (tmp_path / "none").exists()
 
 
-def test_help_is_light():
-    assert_help_is_light(score, ("--forms", "--compare", "--n-validation"))
+def test_help_tells_its_options():
+    assert_help_tells(score, ("--forms", "--compare", "--n-validation"))

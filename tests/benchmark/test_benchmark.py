@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import benchmark
-from tests.helpers import assert_help_is_light, command
+from tests.helpers import assert_help_tells, command
 from vlm_mech.benchmark import cases as benchmark_cases
 from vlm_mech.benchmark import model_shapes, timing
 from vlm_mech.benchmark import probes as benchmark_probes
@@ -508,7 +508,7 @@ def test_the_experiment_on_an_embedded_model(tmp_path, capsys):
     about = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert about["machine"]["threads"] == 1 and about["machine"]["load"] >= 0
     assert [case["case"] for case in about["cases"]] == ["swap-last", "extraction"]
-    assert {"bars.html", "table.html"} <= {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+    assert {"bars.json", "table.json"} <= {path.name for path in (tmp_path / "run" / "figures").iterdir()}
 
 
 def test_probes_need_no_model_and_no_gpu(tmp_path, capsys, monkeypatch):
@@ -566,8 +566,8 @@ def test_repeated_numbers_make_a_model_like_drawn_ones(monkeypatch):
     assert logits.isfinite().all() and (logits[0] - logits[1]).abs().max() > 0.01, "it depends on the picture"
 
 
-def test_help_is_light():
-    assert_help_is_light(benchmark, ("--rival-cells",))
+def test_help_tells_its_options():
+    assert_help_tells(benchmark, ("--rival-cells",))
 
 
 def test_a_skeleton_of_any_size_takes_no_memory(monkeypatch):

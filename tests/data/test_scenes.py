@@ -52,13 +52,11 @@ def test_the_name_of_a_scene_is_that_of_all_its_fields():
 
 
 def test_a_seed_gives_the_same_pixels_in_every_process():
-    runs = [
-        subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True) for _ in range(2)
-    ]
+    other = subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True)
     here = hashlib.sha256()
     for scene in sample_scenes(24, seed=3, split="test", conflict=0.5):
         here.update(scene.key.encode() + render(scene).tobytes())
-    assert runs[0].stdout == runs[1].stdout == here.hexdigest() + "\n"
+    assert other.stdout == here.hexdigest() + "\n"
 
 
 def test_scenes_import_neither_torch_nor_transformers():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.zoo import ZOO
+from tests.zoo import FAMILIES, ZOO
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import BLOCK_POINTS, Site, sites
 from vlm_mech.data.pairs import load_pairs
@@ -96,7 +96,7 @@ def test_every_site_equals_read(wrapped, tmp_path, family, stream):
                     assert (mean - expected.mean(0)).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item())
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_residual_streams_of_every_family(wrapped, tmp_path, family):
     vlm, prompts = wrapped(family), some(3)
     wanted = (Site("vision.resid_post", vlm.vision_depth - 1), Site("llm.resid_pre", 0), Site("llm.resid_post", 3))

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 
+from tests.helpers import some_long
 from tests.zoo import ZOO
 from tests.zoo.batches import batch, wrapped
 from vlm_mech.architectures.site import Site
@@ -96,8 +97,14 @@ def edited(vlm, encoded, donors, name):
     return edits(vlm, encoded, donors, str, "generated")[name]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("way", GREEDY)
+WAYS = [(family, way) for way in GREEDY for family in FAMILIES]
+EACH_WAY = [
+    *(("llava_clip", way) for way in GREEDY), ("qwen2_5_vl", "no cache"), ("qwen2_5_vl", "several sequences"),
+    ("qwen3_vl", "dynamic cache"), ("qwen3_vl", "chunks"), ("gemma3", "static cache"), ("gemma3", "chunks"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "way"), some_long(WAYS, EACH_WAY))
 def test_generation_equals_whole_edited_forwards(family, way):
     vlm, encoded, donors = asked(family)
     if way == "chunks" and family == "gemma3":
@@ -124,16 +131,22 @@ def test_generation_equals_whole_edited_forwards(family, way):
         assert len({tuple(each) for each in made.ids[:copies].tolist()}) > 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("more", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
-def test_beams_are_scored_as_whole_edited_forwards_score_them(family, more):
+BEAMS = [(family, way) for way in ("dynamic cache", "static cache", "no cache") for family in FAMILIES]
+SOME_BEAMS = [
+    ("llava_clip", "dynamic cache"), ("qwen2_5_vl", "static cache"), ("qwen3_vl", "dynamic cache"),
+    ("gemma3", "no cache"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "way"), some_long(BEAMS, SOME_BEAMS))
+def test_beams_are_scored_as_whole_edited_forwards_score_them(family, way):
     vlm, encoded, donors = asked(family)
     made = generate(
         vlm,
         encoded,
         edited(vlm, encoded, donors, "together"),
         **common(vlm),
-        **more,
+        **GREEDY[way],
         num_beams=3,
         num_return_sequences=2,
         length_penalty=0.0,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.interventions.test_generation import ROUNDING, common, edited, whole_logits
-from tests.zoo import ZOO
+from tests.zoo import FAMILIES
 from tests.zoo.batches import batch, wrapped
 from vlm_mech.architectures.site import Site
 from vlm_mech.interventions.specification import Ablate, Knockout
@@ -15,7 +15,7 @@ FIRST_TOKEN = ("paligemma", "instructblip")
 """Families in which an answer cannot be given as a longer prompt: prompts see all their tokens, or have two rows."""
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_static_cache_opens_no_key_after_the_query(family):
     """A mask that is None means: the first query sees the first key, whatever room the cache has after the last."""
     vlm = wrapped(family)

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from tests.zoo import ALL_AND_EAGER, ZOO
+from tests.zoo import ALL_AND_EAGER, BACKENDS, ZOO
 from tests.zoo.batches import QUESTIONS, SHAPES
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
@@ -49,7 +49,7 @@ def test_an_image_that_no_text_can_read_does_not_matter(family, attn):
     assert (fast[0] - fast[1]).abs().max() <= ROUNDING * scale
 
 
-@pytest.mark.parametrize(("family", "attn"), ALL_AND_EAGER)
+@pytest.mark.parametrize(("family", "attn"), BACKENDS)
 def test_a_patch_that_no_other_can_read_changes_nothing_but_itself(family, attn):
     vlm = wrapped(family, attn)
     encoded = vlm.encode(asked(0)[:1])
@@ -67,7 +67,7 @@ def test_a_patch_that_no_other_can_read_changes_nothing_but_itself(family, attn)
     assert (moved - mixed).abs().amax(-1)[cells.rows, cells.positions][~chosen].max() > 1e-3
 
 
-@pytest.mark.parametrize(("family", "attn"), ALL_AND_EAGER)
+@pytest.mark.parametrize(("family", "attn"), BACKENDS)
 def test_where_nothing_is_cut_the_run_is_the_unedited_one_to_the_bit(family, attn):
     vlm = wrapped(family, attn)
     encoded = vlm.encode(asked(0))

@@ -40,7 +40,7 @@ def close(one, other) -> bool:
     return bool((one - other).abs().max() <= 1e-5 * max(1.0, other.abs().max().item()))
 
 
-@pytest.mark.parametrize(("family", "attn"), BACKENDS)
+@pytest.mark.parametrize(("family", "attn"), FEW_AND_EAGER)
 def test_the_same_site_is_replace_and_own_states_at_their_own_site_change_nothing(family, attn):
     vlm, encoded, donors, base = encodings(family, attn)
     for site in (SITE, HEADS, Site("vision.resid_post", 1)):

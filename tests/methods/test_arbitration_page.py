@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from experiments import arbitration
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import assert_help_tells, command, killed_at
 from vlm_mech.data.pairs import Pairs, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.wording import BARE
@@ -375,11 +375,9 @@ def test_a_run_leaves_its_tables_and_figures(tmp_path):
     assert set(result.table["donor"]) >= {LENS, COUNTERFACTUAL, SAME}
     assert len(Leads.of(result.table).won) == 4
     page = (tmp_path / "report.html").read_text()
-    head, table = page.index("What each protocol would conclude"), page.index("<td>all tokens</td>")
-    assert head < table < page.index("class='figure'") and "protocols.csv</h2>" not in page.replace(
-        "(protocols.csv)", ""
-    )
-    assert "scroll" not in page[head:table]
+    table = page.index("<td>all tokens</td>")
+    assert page.index("<h2>What each protocol would conclude") < table < page.index("<h2>All findings</h2>")
+    assert page.count("<caption>protocols.csv</caption>") == 1 and page.count('<details class="section" open>') == 1
     saved = {path.stem for path in (tmp_path / "figures").glob("*.json")}
     assert saved == {"crossover", "patching", "patching_controls"}
 
@@ -438,5 +436,5 @@ def test_what_it_will_need_is_said_and_nothing_run(tmp_path, capsys):
     assert "forward" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
-def test_help_is_light():
-    assert_help_is_light(arbitration, ("--parts", "--prior-question", "--n-random"))
+def test_help_tells_its_options():
+    assert_help_tells(arbitration, ("--parts", "--prior-question", "--n-random"))

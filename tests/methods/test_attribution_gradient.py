@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tests.zoo import FAMILIES, ZOO
+from tests.zoo import BACKENDS, FAMILIES, ZOO
 from tests.zoo.batches import batch
 from vlm_mech.architectures.site import BLOCK_POINTS, Site
 from vlm_mech.architectures.weights import untrained
@@ -128,7 +128,7 @@ def test_gradients_at_the_tokens_of_answers_equal_finite_differences(family):
     assert n_moved >= 6, "a test of zeros says nothing"
 
 
-@pytest.mark.parametrize(("family", "attn"), [*((name, "eager") for name in ZOO), ("llava_clip", "sdpa")])
+@pytest.mark.parametrize(("family", "attn"), BACKENDS)
 def test_single_precision_and_either_back_end_give_the_same_gradients(family, attn):
     """States are the traced run's to the last bit; padded positions give no NaN."""
     exact, vlm = wrapped(family), VLM(*ZOO[family](attn, 0), name=family, check=False)

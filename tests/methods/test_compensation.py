@@ -601,7 +601,7 @@ def test_the_command_runs_on_the_embedded_model_and_can_be_resumed(organism, tmp
     assert result.provenance["site"] in set(result.table["site"]) and "validation scenes" in " ".join(result.findings)
     assert result.provenance["receipts"]["largest_blocked_mass"] == 0
     assert {each["cut"] for each in result.provenance["compensated"]} == {"self"}
-    for name in ("report.html", "figures/reciprocal_rank_tower.html", "figures/logit_diff_change.json"):
+    for name in ("report.html", "figures/reciprocal_rank_tower.json", "figures/logit_diff_change.json"):
         assert (whole / name).is_file()
     # Killed after the first of two batches, then resumed: the same numbers.
     killed_at(monkeypatch, method, "measure", 2)

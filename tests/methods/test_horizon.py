@@ -10,7 +10,7 @@ import torch
 from scipy.stats import binom
 
 from experiments import horizon as experiment
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import assert_help_tells, command, killed_at
 from tests.organism.test_planted import DIRECT, NULL, TWO_HOP
 from tests.zoo.batches import pairs_of, wrapped
 from vlm_mech.architectures.site import Site
@@ -109,6 +109,7 @@ def test_a_claim_of_no_effect_takes_enough_examples():
     assert {what_of(claim) for claim in result.claims} == {"costs", LOSES}
     assert any(each.startswith("That no more than 0.1 nats and 5 % of the answers are lost is claimed from 144 ")
                for each in result.findings)  # fmt: skip
+    assert not any(".csv" in each for each in result.findings), "a call leaves no files"
 
 
 def test_a_blind_model_does_not_need_the_image_anywhere():
@@ -396,18 +397,26 @@ def test_a_run_leaves_curves_horizons_and_what_is_said(whole):
         assert "no horizon can be told of n = 3; 59 are needed" in caption(figure), arm
 
 
-def test_parts_and_a_killed_run_end_in_the_same_bytes(whole, tmp_path, monkeypatch):
+LEFT = ("result.parquet", "summary.csv", "horizons.csv", "generated.csv")
+
+
+def test_a_killed_run_ends_in_the_same_bytes(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         killed_at(patch, Workspace, "keep", 2)
         assert command(experiment, *SPOKEN, "--out", tmp_path / "killed") == 130
     assert command(experiment, *SPOKEN, "--out", tmp_path / "killed", "--resume") == 0
+    for name in LEFT:
+        assert (tmp_path / "killed" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.long
+def test_parts_end_in_the_same_bytes(whole, tmp_path, monkeypatch):
     for part in ("2/2", "1/2"):
         assert command(experiment, *SPOKEN, "--out", tmp_path / "parts", "--shard", part) == 0
     monkeypatch.setattr("sys.argv", ["merge", str(tmp_path / "parts")])
     merge.main()
-    for folder in ("killed", "parts"):
-        for name in ("result.parquet", "summary.csv", "horizons.csv", "generated.csv"):
-            assert (tmp_path / folder / name).read_bytes() == (whole / name).read_bytes(), (folder, name)
+    for name in LEFT:
+        assert (tmp_path / "parts" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_what_it_will_need_is_said_and_nothing_run(tmp_path, capsys):
@@ -425,8 +434,8 @@ def test_wrong_options_end_the_command_in_a_line(given, told, capsys, tmp_path):
     assert told in capsys.readouterr().err
 
 
-def test_help_is_light():
-    assert_help_is_light(experiment, ("--exchange", "--kl", "--lost", "--outcome"))
+def test_help_tells_its_options():
+    assert_help_tells(experiment, ("--exchange", "--kl", "--lost", "--outcome"))
 
 
 def test_gates_of_both_kinds_of_claims():

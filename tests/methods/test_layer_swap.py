@@ -156,7 +156,7 @@ def test_one_call_gives_the_table_of_the_study(vlm, pairs, site):
     assert result.findings == findings(result, pairs) == (usable_share(result, pairs), *takeover(result))
     one = layer_swap(vlm, pairs, site=site, only_correct=False, spans="image", directions="noising")
     assert set(one.table.span) == {"image"} and set(one.table.direction) == {"noising"}
-    with pytest.raises(UsageError, match="batch is 0; at least 1 is needed"):
+    with pytest.raises(UsageError, match="batch is 0; a whole number of at least 1 is needed"):
         layer_swap(vlm, pairs, batch=0)
 
 

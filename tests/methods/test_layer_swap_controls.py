@@ -293,7 +293,7 @@ def test_a_plan_counts_the_swaps_of_controls(organism, scenes):
     assert more.peak_bytes == plain.peak_bytes
 
 
-GIVEN = ["--n", "12", "--batch", "4", "--spans", "image", "last", "--gates", "none", "--control", *CONTROLS]
+GIVEN = ["--n", "12", "--batch", "4", "--spans", "last", "--gates", "none", "--control", *CONTROLS]
 
 
 def test_a_killed_run_shards_and_batches_of_another_size_have_the_same_donors(tmp_path, monkeypatch):
@@ -356,7 +356,14 @@ def test_nulls_and_other_wordings_draw_donors_among_their_own_pairs(organism, sc
         return ()
 
     monkeypatch.setattr(layer_swap_module, "gated", caught_gated)
-    how = {"spans": ("last",), "only_correct": False, "variants": "as-written", "control": CONTROLS, "gates": "none"}
+    how = {
+        "spans": ("last",),
+        "directions": "noising",
+        "only_correct": False,
+        "variants": "as-written",
+        "control": CONTROLS,
+        "gates": "none",
+    }
     own = layer_swap(organism, scenes, **how)
     measured, tables = caught["measured"], {}
     assert caught["at_once"], "donors are drawn among all pairs of a null"

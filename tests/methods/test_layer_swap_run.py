@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from experiments import layer_swap
-from tests.helpers import assert_help_is_light, command, killed_at, options
+from tests.helpers import assert_help_tells, command, killed_at, options
 from tests.zoo.tiny import picture
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.methods.layer_swap import layer_swap as one_call
@@ -66,7 +66,8 @@ def test_a_run_leaves_what_the_contract_says(finished):
     refused = {row["id"]: row["reason"] for row in provenance["refused"]}
     assert "cannot be read" in refused["pair 3"] and "do not part: one begins the other" in refused["pair 5"]
     for name in provenance["figures"]:
-        assert (finished / "figures" / f"{name}.html").stat().st_size > 10_000
+        assert (finished / "figures" / f"{name}.json").stat().st_size > 10_000
+    assert sum(path.stat().st_size for path in finished.rglob("*") if path.is_file()) < 6_000_000
 
 
 def test_one_call_leaves_out_and_tells_what_the_experiment_does(finished, model_folder, data_folder):
@@ -91,7 +92,7 @@ def test_the_report_is_self_contained_and_escaped(finished):
     page = (finished / "report.html").read_text()
     assert "<script>?" not in page and "&lt;script&gt;?" in page
     outside = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>", page)
-    assert not outside and page.count("<img alt='' src='data:image/png;base64") == 8
+    assert not outside and page.count('src="data:image/webp;base64') == 8
     assert "6 of 6 pairs" in page and "2 examples could not be used: pair 3: image " in page
 
 
@@ -226,4 +227,4 @@ def test_help_shows_what_states_need_before_what_weights_need():
 
 
 def test_help_is_quick_and_imports_no_torch():
-    assert_help_is_light(layer_swap, ("--model", "--resume"))
+    assert_help_tells(layer_swap, ("--model", "--resume"))

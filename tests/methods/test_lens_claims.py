@@ -185,14 +185,14 @@ def test_leads_are_the_lens_and_at_the_end_the_model():
 
 def test_gates_tell_their_numbers():
     planted = made("plain")
-    result = lens_lead(planted.vlm, planted.pairs(32, seed=1), gates="all", null=2)
+    result = lens_lead(planted.vlm, planted.pairs(32, seed=1), gates="all", null=1)
     (claim,) = (claim for claim in result.claims if claim.kind == RISE)
     gates = {gate.name: gate for gate in claim.gates}
     assert gates.pop(WORDINGS).verdict is None, "planted models know no other words"
     assert set(gates) == {STABLE, TWIN, SHUFFLED} and all(gate.verdict for gate in gates.values())
     for name in (TWIN, SHUFFLED):
-        assert len(gates[name].numbers["T_null"]) == 2 and max(gates[name].numbers["T_null"]) < 1
-        assert gates[name].numbers["p"] == pytest.approx(1 / 3)
+        assert len(gates[name].numbers["T_null"]) == 1 and max(gates[name].numbers["T_null"]) < 1
+        assert gates[name].numbers["p"] == pytest.approx(1 / 2)
 
 
 def test_figures_are_drawn_from_the_file(tmp_path):
@@ -292,7 +292,7 @@ def test_wrong_use_is_one_line(tuned):
         "3 rivals are given for 4 pairs": {"against": ["red", "blue", "red"]},
         "gates 'some' are not known": {"gates": "some"},
         "null is -1": {"null": -1},
-        "4 pairs and a batch of 0": {"batch": 0},
+        "batch is 0": {"batch": 0},
         "no translator for llm.resid_pre": {"tuned": some},
     }
     for message, options in wrong.items():

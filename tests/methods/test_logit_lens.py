@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.zoo import ZOO
+from tests.zoo import FAMILIES, ZOO
 from tests.zoo.tiny import picture, tiny_model, tiny_processor
 from vlm_mech.architectures.site import Site, sites
 from vlm_mech.errors import UsageError, WorkError
@@ -55,7 +55,7 @@ def rewired(family: str, **text) -> VLM:
 # The read-out
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_lens_at_the_last_layer_is_the_model_at_every_position(family):
     vlm = VLM(*ZOO[family]("sdpa", 0), name=family, check=False)
     assert away_from_model(vlm, pair_of_prompts(), last_of(vlm)) <= 1e-5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.zoo import BACKENDS, FEW_AND_EAGER
+from tests.zoo import FEW_AND_EAGER
 from tests.zoo.batches import batch, pairs_of, wrapped
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
@@ -35,7 +35,7 @@ def receivers_of(vlm):
     ]
 
 
-@pytest.mark.parametrize(("family", "attn"), BACKENDS)
+@pytest.mark.parametrize(("family", "attn"), FEW_AND_EAGER)
 def test_a_donor_that_is_the_prompt_changes_nothing(family, attn):
     vlm, encoded, donor = both(family, attn)
     mlps = "freeze" if attn == "eager" else "recompute"

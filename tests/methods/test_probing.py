@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from experiments import probing
-from tests.helpers import assert_help_is_light, command
+from tests.helpers import assert_help_tells, command
 from vlm_mech.architectures.site import Site
 from vlm_mech.data.fitting import fitting
 from vlm_mech.data.pairs import Pair, Pairs, linked, load_pairs
@@ -398,8 +398,8 @@ def test_scenes_in_conflict_belong_to_colours_unless_named():
     assert named == [["scenes/colour-conflict"], [], [], ["other"]]
 
 
-def test_help_is_light():
-    assert_help_is_light(probing, ("--conflict",))
+def test_help_tells_its_options():
+    assert_help_tells(probing, ("--conflict",))
 
 
 def test_pairs_of_one_image_are_refused(vlm):

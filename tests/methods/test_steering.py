@@ -155,6 +155,7 @@ def test_random_directions_do_nothing_in_the_mean_and_the_found_one_beats_them_a
     unsteered = result.table[result.table["dose"] == 0]
     assert (unsteered["logit_diff"] - unsteered["logit_diff_baseline"]).abs().max() < 1e-4
     assert any("0 of 20 random directions" in each for each in result.findings)
+    assert result.claims == () and not any("claim" in each for each in result.findings), "none is looked for"
 
 
 def test_slopes_are_those_of_least_squares():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments import steer
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import assert_help_tells, command, killed_at
 from vlm_mech import Direction
 from vlm_mech.results.result import Result
 from vlm_mech.runs.workspace import Workspace
@@ -43,8 +43,8 @@ def test_what_it_will_need_is_said_and_nothing_run(tmp_path, capsys):
     assert "forward" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
-def test_help_is_light():
-    assert_help_is_light(steer, ("--contrast", "--doses", "--n-random", "--others"))
+def test_help_tells_its_options():
+    assert_help_tells(steer, ("--contrast", "--doses", "--n-random", "--others"))
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,8 @@ def test_it_is_never_judged_on_what_it_was_made_of(vlm, tuned):
 def test_a_lens_of_another_model_site_or_norm_is_refused(vlm, tuned, tiny_vlm):
     with pytest.raises(UsageError, match="was made for"):
         lens(VLM(tiny_model(seed=4), tiny_processor(), check=False), TEST, LAYERS, "last", tuned=tuned)
+    with pytest.raises(UsageError, match="the record of the tuned lens has no 'model' and no 'used'"):
+        compare_lenses(vlm, TunedLens({}, {}, {}), TEST, "last")
     with pytest.raises(UsageError, match=r"no translator for llm.resid_post\[1\]"):
         lens(vlm, TEST, Site("llm.resid_post", 1), "last", tuned=tuned)
     with pytest.raises(UsageError, match="normed=False does not go with it"):

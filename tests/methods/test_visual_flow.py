@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from experiments import visual_flow as experiment
-from tests.helpers import assert_help_is_light, command, killed_at
+from tests.helpers import assert_help_tells, command, killed_at
 from tests.zoo import ZOO
 from vlm_mech.data.pairs import load_pairs
 from vlm_mech.errors import UsageError
@@ -384,5 +384,5 @@ def test_wrong_use_is_one_clear_line(folders, tmp_path, capsys, options, line):
     assert error.count("\n") == 1 and line in error and not (tmp_path / "out" / "report.html").exists()
 
 
-def test_help_is_light():
-    assert_help_is_light(experiment, ["--probe-data", "--pages", "--window", "--resume"])
+def test_help_tells_its_options():
+    assert_help_tells(experiment, ["--probe-data", "--pages", "--window", "--resume"])

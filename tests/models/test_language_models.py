@@ -113,6 +113,8 @@ def test_a_file_is_read_once_and_a_folder_that_is_not_whole_is_made_again(tmp_pa
     write_gguf(file)
     folder = folder_of_gguf(file)
     assert folder.parent == cache / "models" and IMAGE in (folder / "tokenizer.json").read_text()
+    # Answers of a batch go on from the last token.
+    assert json.loads((folder / "tokenizer_config.json").read_text())["padding_side"] == "left"
     sizes = json.loads((folder / LIST).read_text())
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(sizes)
     weights = (folder / "model.safetensors").read_bytes()
@@ -125,7 +127,7 @@ def test_a_file_is_read_once_and_a_folder_that_is_not_whole_is_made_again(tmp_pa
         assert (folder / "model.safetensors").read_bytes() == weights
     # A run that dies while it writes leaves nothing that is taken for a model.
     shutil.rmtree(folder)
-    monkeypatch.setattr(language_models, "_is_whole", interrupted)
+    monkeypatch.setattr(language_models, "is_whole", interrupted)
     with pytest.raises(KeyboardInterrupt):
         folder_of_gguf(file)
     assert not folder.exists() and not list(folder.parent.iterdir())

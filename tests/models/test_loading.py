@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
-from tests.zoo import ZOO
+from tests.zoo import FAMILIES, ZOO
 from tests.zoo.gemma_idefics_blip import build
 from tests.zoo.tiny import picture, tiny_config, tiny_model, tiny_processor
 from vlm_mech.architectures.site import Site
@@ -136,7 +136,7 @@ def test_quantised_models_are_checked_and_edited_like_any_other(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str)
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_is_as_exact_in_every_family(family, dtype):
     model, processor = ZOO[family]("sdpa", 0)
     vlm = VLM(model.to(dtype), processor)

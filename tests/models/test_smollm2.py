@@ -67,3 +67,27 @@ def test_one_layer_reads_the_country():
     after = found.groupby(["at", "layer"])["prob"].mean()
     assert min(after["country"].loc[: READS - 1]) > 0.3 > 0.05 > max(after["country"].loc[READS:])
     assert max(after["last"].loc[: READS - 1]) < 0.05 < 0.3 < min(after["last"].loc[READS:])
+
+
+def test_the_eye_sees_and_its_card_says_so():
+    """Shares on other scenes than the card's lie in the intervals of their difference."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vlm_mech.data.render import render
+    from vlm_mech.models.embedded import weights_file
+    from vlm_mech.models.taught_eye import ORGANISM_SMOL, organism_smol_folder
+    from vlm_mech.organism.greedy_answers import Example, answers
+    from vlm_mech.organism.smol_card import CALLED, questions_of
+    from vlm_mech.results.statistics import share_interval
+
+    folder = organism_smol_folder()
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    lines = weights_file(ORGANISM_SMOL, "README.md").read_text().splitlines()
+    card = {tuple(cells[1:3]): cells for line in lines if len(cells := [each.strip() for each in line.split("|")]) > 6}
+    for type, family in (("kind", "single"), ("colour", "few")):
+        asked = list(questions_of(type, family, 32, seed=11, split="test"))
+        shown = [Example(render(scene), each.text, each.answer) for scene, each in asked]
+        hits = [said == each.wanted for said, each in zip(answers(model, processor, shown), shown, strict=True)]
+        low, high = share_interval(sum(hits), len(hits))
+        told = [float(each) for each in card[f"{type}, {CALLED[family]}", "right answer"][5].split(" - ")]
+        assert low <= told[1] and told[0] <= high, (type, sum(hits))

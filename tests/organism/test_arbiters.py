@@ -69,7 +69,7 @@ def test_objects_of_conviction_lose_and_all_others_win(kind):
 
 
 @pytest.mark.parametrize("kind", ARBITER_KINDS)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_what_is_said_of_drawn_models_holds(kind, seed):
     assert faults(plant_arbiter(draw_arbiter(seed, kind), check=False)) == []
 

@@ -21,7 +21,8 @@ from vlm_mech.errors import UsageError
 from vlm_mech.models.embedded import NAMES, weights_folder
 from vlm_mech.organism import checkpoint
 from vlm_mech.organism.build import clip_processor, llava_processor, new_clip, new_llava, tokenizer
-from vlm_mech.organism.evaluate import GREYS, Example, answers, conflicts, measure, questions_about_scenes
+from vlm_mech.organism.evaluate import measure, questions_about_scenes
+from vlm_mech.organism.greedy_answers import GREYS, Example, answers, conflicts
 from vlm_mech.organism.linear_readouts import patch_of
 from vlm_mech.organism.scene_pool import DEPTHS, INKS, LABELS, make_pool
 from vlm_mech.organism.scene_pool import NAMES as PARTS

@@ -14,6 +14,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.results import figures
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.results.saved_figures import redraw, save_figure
+from vlm_mech.results.saved_figures import shown as page_of
 
 BY_DIRECTION = {"x": "layer", "facet": "direction"}
 
@@ -140,7 +141,7 @@ def test_unedited_runs_that_differ_are_drawn_apart():
     assert dotted == {"image, unedited": {0.1}, "question, unedited": {0.2}, "last, unedited": {0.3}}
 
 
-def test_names_are_texts_and_never_markup(tmp_path):
+def test_names_are_texts_and_never_markup():
     table = swapped(range(4)).replace({"image": "<b>image</b>", "noising": "</script><script>alert(1)</script>"})
     result = swap_result(name="<i>swap</i>", table=table, metrics=(Metric("recovered", "<u>fraction</u>", ""),))
     for draw in (heat, curves):
@@ -149,8 +150,7 @@ def test_names_are_texts_and_never_markup(tmp_path):
         written = shown.to_json().replace("\\u003c", "<").replace("\\u003e", ">")
         for tag in ("<b>", "<i>", "<u>", "<a ", "<script>"):
             assert tag not in written, tag
-        save_figure(figure, tmp_path, "figure")
-        assert "alert(1)</script>" not in (tmp_path / "figure.html").read_text(encoding="utf-8")
+        assert "</script>" not in page_of(figure, "figure").json
 
 
 def test_many_layers_get_no_numbers_and_few_ticks():
@@ -169,14 +169,24 @@ def test_captions_say_how_many_examples():
     assert any(each.text.startswith("n = 6 per point") for each in curves(swap_result(6)).layout.annotations)
 
 
-def test_saved_figures_open_without_a_network_and_load_again(tmp_path):
+def test_saved_figures_load_again_and_bring_no_copy_of_plotly(tmp_path):
     figure = heat(swap_result(6))
     save_figure(figure, tmp_path / "new", "heat")
-    page = (tmp_path / "new" / "heat.html").read_text(encoding="utf-8")
-    assert len(page) > 1_000_000 and "cdn.plot.ly/plotly" not in page.split("<body>")[1][:2000]
-    assert '<script src="http' not in page and "<link" not in page.split("<script")[0]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["heat.json"]
     loaded = plotly.io.read_json(tmp_path / "new" / "heat.json")
     assert json.loads(loaded.to_json()) == json.loads(figure.to_json())
+
+
+def test_a_page_shows_title_and_notes_of_a_figure_as_text():
+    figure = heat(swap_result(6, name="<i>swap</i>"), title="first <b>line</b>").update_layout(title_text="a &lt;<br>b")
+    told = page_of(figure, "a figure")
+    assert (told.title, told.anchor) == ("a < b", f"figure-{b'a figure'.hex()}")
+    assert len(told.notes) == 1 and told.notes[0].startswith("n = 6 per cell; dot")
+    drawn = json.loads(told.json)["layout"]
+    assert "title" not in drawn and [each["text"] for each in drawn["annotations"]] == ["noising", "denoising"]
+    # The figure itself keeps both.
+    assert figure.layout.title.text and len(figure.layout.annotations) == 3
+    assert page_of(figure.update_layout(title=None), "by_layer").title == "by layer"
 
 
 def test_redraw_from_the_folder_alone(tmp_path):

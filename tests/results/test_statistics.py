@@ -10,11 +10,13 @@ from vlm_mech.errors import UsageError
 from vlm_mech.results.statistics import (
     bootstrap_means,
     corrected,
+    difference_estimate,
     expanded_tail,
     percentile_interval,
     ratio_estimate,
     share_interval,
     sign_flip_p,
+    smallest_attainable_p,
 )
 
 
@@ -192,3 +194,25 @@ def test_a_share_of_all_or_none_has_an_interval_over_its_groups():
     # Those that are not counted are no evidence.
     some = ratio_estimate(np.array([1, 1, 0, 0, 0, 0]), np.array([1, 1, 0, 0, 0, 0]), np.arange(6))
     assert some is not None and (some.low, some.high) == share_interval(2, 2)
+
+
+def test_a_difference_of_shares_may_go_either_way_where_no_example_differs():
+    """Of 30 groups none differs: at most Wilson's upper end of 0 of 30 do, in one direction or the other."""
+    most = share_interval(0, 30)[1]
+    for value, low, high in ((0, -most, most), (1, 1 - 2 * most, 1), (-1, -1, 2 * most - 1)):
+        found = difference_estimate(np.full(60, float(value)), each(60) // 2)
+        assert (found.value, found.low, found.high) == pytest.approx((value, low, high))
+    values = np.array([1.0, 0.0, -1.0, 1.0, 0.0, 1.0])
+    found, plain = (
+        difference_estimate(values, each(6)),
+        percentile_interval(values[:, None], each(6), level=0.95, n_resamples=10_000, seed=0),
+    )
+    assert (found.value, found.low, found.high) == pytest.approx((1 / 3, plain[0][0], plain[1][0]))
+    assert math.isnan(difference_estimate(values, np.zeros(6, int)).low)
+
+
+def test_the_smallest_attainable_p_is_that_of_effects_of_one_sign():
+    for n in (2, 5):
+        p = sign_flip_p(np.ones((n, 1)), np.arange(n), n_resamples=1000, seed=0)
+        assert smallest_attainable_p(n) == pytest.approx(p[0])
+    assert smallest_attainable_p(5, 3) == pytest.approx(3 / 16) and smallest_attainable_p(2, 3) == 1

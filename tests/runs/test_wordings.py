@@ -62,7 +62,7 @@ def test_several_wordings_leave_a_run_of_each_and_one_over_them(tmp_path, capsys
     over = pd.read_csv(out / "wordings.csv")
     assert len(over) == 2 * 36 and set(over["n"]) == {11} and set(over["n_wordings"]) == {2}
     page = (out / "report.html").read_text()
-    assert "href='wording-1/report.html'" in page and "{question} One word." in page and "wordings.csv" in page
+    assert 'href="wording-1/report.html"' in page and "{question} One word." in page and "wordings.csv" in page
     assert page.index("2 wordings; numbers") < page.index("wording-1/report.html")
     assert set(redraw(out)) == {"wordings"}
     printed = capsys.readouterr().out
@@ -336,7 +336,7 @@ read as text, image tokens, which no question before them words."""
 
 def test_every_experiment_puts_its_questions_in_the_wording():
     paths = [path for path in (ROOT / "experiments").glob("[a-z]*.py") if "main(Config" in path.read_text()]
-    assert len(paths) == 18
+    assert len(paths) == 19
     for path in paths:
         code = path.read_text() + ((path.parent / "_weight_swap.py").read_text() if path.stem == "layer_swap" else "")
         if path.stem in ("benchmark", "frequency", "validate"):

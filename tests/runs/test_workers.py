@@ -62,6 +62,7 @@ def whole(tmp_path_factory):
     return (folder / "result.parquet").read_bytes()
 
 
+@pytest.mark.long
 def test_two_workers_make_the_bytes_of_one_process(tmp_path, cluster, whole):
     done = shared(tmp_path / "run", cluster, "--n", 40)
     assert done.returncode == 0, done.stderr
@@ -74,12 +75,17 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path, cluster, whole):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "died").exists()
     assert (tmp_path / "run/result.parquet").read_bytes() == whole
+    assert not (tmp_path / "run/partial").exists()
 
 
 def test_what_one_raises_ends_the_run_as_ever_and_the_rest_is_kept(tmp_path, cluster):
     done = shared(tmp_path / "run", cluster, "--n", 40, "--wrong", "work")
     assert done.returncode == 1 and "error: the second batch failed" in done.stderr.splitlines()
     assert list((tmp_path / "run/partial").glob("*.parquet"))
+
+
+@pytest.mark.long
+def test_what_one_is_asked_wrongly_ends_the_run_and_leaves_nothing(tmp_path, cluster):
     done = shared(tmp_path / "other", cluster, "--wrong", "use")
     assert done.returncode == 2 and "kind 'curly' is no good" in done.stderr
     assert not (tmp_path / "other").exists()
@@ -165,6 +171,10 @@ def test_what_this_process_raises_ends_the_run_and_takes_the_folder_back(tmp_pat
     run = alone(tmp_path / "run", "--wrong", "use")
     assert "kind 'curly' is no good" in run.communicate()[1] and run.returncode == 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_what_this_process_fails_at_ends_the_run_and_frees_the_other(tmp_path):
     run = alone(tmp_path / "run", "--wrong", "work")
     assert "error: the second batch failed" in run.communicate()[1] and run.returncode == 1
     assert not list((tmp_path / "run/partial").glob("?" * 32 + ".json"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.zoo import BACKENDS
+from tests.zoo import BACKENDS, FEW_AND_EAGER
 from tests.zoo.batches import batch, pairs_of, wrapped
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
@@ -73,7 +73,7 @@ def test_the_engine_equals_the_reference(family, attn):
                 assert ours.mass == pytest.approx(theirs.mass, abs=1e-4)
 
 
-@pytest.mark.parametrize(("family", "attn"), BACKENDS)
+@pytest.mark.parametrize(("family", "attn"), FEW_AND_EAGER)
 def test_answers_are_those_of_the_reference_token_for_token(family, attn):
     vlm = wrapped(family, attn)
     encoded, every = vlm.encode(batch()), vlm.llm_layers

@@ -78,7 +78,7 @@ def cut(vlm, pairs, part):
 
 
 @pytest.mark.parametrize(("method", "n_read"), [(swapped, 1), pytest.param(cut, 0, marks=pytest.mark.long)])
-@pytest.mark.parametrize("check", [0, 1])
+@pytest.mark.parametrize("check", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_passes_and_operations_of_what_is_generated_are_foreseen(method, n_read, check):
     """torch counts no fused attention, hence eager."""
     vlm, pairs = wide()

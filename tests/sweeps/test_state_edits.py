@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.sweeps.test_schedule import middling
-from tests.zoo import BACKENDS
+from tests.zoo import BACKENDS, FEW_AND_EAGER
 from tests.zoo.batches import QUESTIONS, batch, pairs_of, wrapped
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
@@ -97,7 +97,7 @@ def test_keys_and_values_of_the_other_run_are_not_taken_where_states_are_another
     assert close(third, run(vlm, encoded, moved).last) and not close(third, first), "the shortcut would be seen"
 
 
-@pytest.mark.parametrize(("family", "attn"), BACKENDS)
+@pytest.mark.parametrize(("family", "attn"), FEW_AND_EAGER)
 def test_answers_are_those_of_the_reference_token_for_token(family, attn):
     vlm = wrapped(family, attn)
     encoded, donors = vlm.encode(batch(1)), vlm.encode(batch(7))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from tests.zoo import ALL_AND_EAGER, ZOO
+from tests.zoo import ALL_AND_EAGER, FAMILIES, ZOO
 from tests.zoo.batches import QUESTIONS, SHAPES, batch, pairs_of, wrapped
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
@@ -88,7 +88,7 @@ def test_the_engine_equals_the_reference(family, attn):
                 assert ours.n_cells == theirs.n_cells and ours.change == pytest.approx(theirs.change, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_recorded_pass_is_the_unedited_run(family):
     vlm = wrapped(family)
     encoded, _ = encodings(family)

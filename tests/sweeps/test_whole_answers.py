@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from torch.nn.functional import log_softmax
 
 from tests.sweeps.test_sweep import SPANS, edits_of, interventions, with_source
-from tests.zoo import BACKENDS, ZOO
+from tests.zoo import BACKENDS, FAMILIES, ZOO, of_each_kind
 from tests.zoo.batches import QUESTIONS, batch, pairs_of, wrapped
 from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
@@ -139,7 +139,7 @@ def test_states_of_an_answer_come_from_the_source_with_the_same_answers():
         assert difference(read_by(Engine(vlm, encoded), [edit])[0][0], whole, encoded) <= 1e-5
 
 
-@pytest.mark.parametrize("family", [name for name in ZOO if name != "paligemma"])
+@pytest.mark.parametrize("family", of_each_kind(name for name in ZOO if name != "paligemma"))
 def test_the_sum_of_log_probabilities_is_the_loss_of_hugging_face(family):
     """The text with its answer goes through the processor and the model's own loss."""
     vlm = wrapped(family)
@@ -172,7 +172,7 @@ def test_what_follows_a_prompt_that_attends_both_ways_attends_to_what_is_before_
     assert (logits[:, -n - 2 : -2] - made.reads).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generation_by_greedy_search_is_the_teacher_forced_argmax(family):
     vlm = wrapped(family)
     encoded = vlm.encode(batch(1))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import validate
-from tests.helpers import command
+from tests.helpers import command, some_long
 from tests.validate.test_grading import PLANTINGS
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError
@@ -42,7 +42,7 @@ def test_two_hops_are_found_where_answers_have_two_tokens(answer):
     assert (swap.reading, swap.carrying, swap.writing, swap.route) == ((2,), (4,), (4,), "two-hop")
     assert (cut.reading, cut.carrying, cut.suppressing, cut.route) == ((2,), (4,), None, "two-hop")
     assert (lens.writing, lens.suppressing) == ((4,), ())
-    for name in HEADS:
+    for name in HEADS if answer == "article" else HEADS[1:3]:
         assert told("two-hop", answer, name).heads == ((2, 1), (4, 3)), name
     assert told("two-hop", answer, "probe, 1 % noise").readable["last"][0] == 5
     flow = told("two-hop", answer, "visual flow")
@@ -55,7 +55,7 @@ def test_two_hops_are_found_where_answers_have_two_tokens(answer):
     )
 
 
-@pytest.mark.parametrize("answer", TWO)
+@pytest.mark.parametrize("answer", some_long(TWO, TWO[1:]))
 def test_a_suppressor_is_found_where_answers_have_two_tokens(answer):
     assert told("suppressed", answer, "logit lens").suppressing == (5,)
     assert told("suppressed", answer, "layer swap").writing == (3,)
@@ -75,7 +75,7 @@ def test_the_next_token_alone_tells_nothing_of_answers_that_begin_alike():
     assert 1.2 < whole / cut.cells["effect"].min() < 3
 
 
-@pytest.mark.parametrize("answer", TWO)
+@pytest.mark.parametrize("answer", some_long(TWO, TWO[:1]))
 def test_nothing_is_claimed_in_a_null_with_two_tokens(answer):
     planted = made("null", answer)
     pairs = random_answers(planted.pairs(24, seed=1), 0, planted.recipe.answers)

@@ -163,9 +163,16 @@ def test_the_command_line_leaves_a_table_of_grades_and_resumes(tmp_path, capsys,
     assert list(graded.columns) == ["set", "grade", "method", "n", "rate", "low", "high", "chance"]
     assert set(graded["method"]) == {"knockout", "logit lens"} and set(graded["set"]) == {"plain", "matched null"}
     assert [each["recipe"] for each in result.provenance["plantings"]] == [0, 0]
-    assert (tmp_path / "out" / "figures" / "grades.html").stat().st_size > 10_000
-    drawn = redraw(tmp_path / "out")["grades"]
-    assert drawn.to_json() == (tmp_path / "out" / "figures" / "grades.json").read_text()
+    assert len(pd.read_csv(tmp_path / "out" / "grades.csv")) == len(graded)
+    drawn = redraw(tmp_path / "out")
+    for name in ("glance", "grades"):
+        assert drawn[name].to_json() == (tmp_path / "out" / "figures" / f"{name}.json").read_text()
+    (heat,) = drawn["glance"].data
+    every = graded[graded["grade"].isin(grading.FALSE_ALARMS) & (graded["method"] == "knockout")]
+    name, alarm = every["grade"].iloc[0], every[every["grade"] == every["grade"].iloc[0]]
+    share, at = (alarm["rate"] * alarm["n"]).sum() / alarm["n"].sum(), list(heat.x).index(f"{name} (alarm)")
+    row = list(heat.y).index("knockout")
+    assert heat.z[row][at] == pytest.approx(1 - share) and heat.text[row][at] == f"{100 * share:.0f} %"
     monkeypatch.setattr("vlm_mech.validate.examination.examine", None)
     assert command(validate, *options, "--resume") == 0, "a finished run is not run again"
 

@@ -1,8 +1,11 @@
 """Every family, tiny: name -> function(attn, seed) -> (model, processor)."""
 
-import pytest
+from collections.abc import Iterable
+from typing import Any
+
 from transformers import PreTrainedModel, VipLlavaConfig, VipLlavaForConditionalGeneration
 
+from tests.helpers import some_long
 from tests.zoo.gemma_idefics_blip import FAMILIES as GEMMA_IDEFICS_BLIP
 from tests.zoo.gemma_idefics_blip import build
 from tests.zoo.llava_qwen_glm import FAMILIES as LLAVA_QWEN_GLM
@@ -48,29 +51,26 @@ OF_EACH_KIND = (
 )
 
 
-def _long(case: object, *, always: bool) -> object:
-    return case if always else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long)
+def of_each_kind(names: Iterable[str]) -> list[Any]:
+    """The families, for tests that take long: `make test` takes one of each kind, `make test-all` the others too."""
+    return some_long(names, OF_EACH_KIND)
 
 
-FAMILIES = [_long(family, always=family in OF_EACH_KIND) for family in ZOO]
-"""Every family, for tests that take long: `make test` takes one of each kind, `make test-all` the others too."""
-BACKENDS = [
-    _long((family, attn), always=family in OF_EACH_KIND[: 8 if attn == "sdpa" else 3])
-    for attn in ("sdpa", "eager")
-    for family in ZOO
-]
+BOTH = [(family, attn) for attn in ("sdpa", "eager") for family in ZOO]
+
+
+def _both(sdpa: Iterable[str], eager: Iterable[str]) -> list[Any]:
+    """Every family under both back ends, of which `make test` takes some."""
+    return some_long(BOTH, [*((family, "sdpa") for family in sdpa), *((family, "eager") for family in eager)])
+
+
+FAMILIES = of_each_kind(ZOO)
+"""Every family, for tests that take long."""
+BACKENDS = _both(OF_EACH_KIND, OF_EACH_KIND[:3])
 """The same under both back ends: in `make test` one of each kind under SDPA, and three under eager attention."""
-FEW = [_long(family, always=family in OF_EACH_KIND[:3]) for family in ZOO]
+FEW = some_long(ZOO, OF_EACH_KIND[:3])
 """Every family, for what other tests ask of one of each kind too: `make test` takes three."""
-FEW_AND_EAGER = [
-    _long((family, attn), always=family in OF_EACH_KIND[: 3 if attn == "sdpa" else 1])
-    for attn in ("sdpa", "eager")
-    for family in ZOO
-]
+FEW_AND_EAGER = _both(OF_EACH_KIND[:3], OF_EACH_KIND[:1])
 """The same under both back ends: in `make test` three under SDPA, and one under eager attention."""
-ALL_AND_EAGER = [
-    _long((family, attn), always=attn == "sdpa" or family in OF_EACH_KIND)
-    for attn in ("sdpa", "eager")
-    for family in ZOO
-]
-"""Every family under both back ends: in `make test` all under SDPA, and one of each kind under eager attention."""
+ALL_AND_EAGER = _both(ZOO, OF_EACH_KIND[:3])
+"""Every family under both back ends: in `make test` all under SDPA, and three under eager attention."""

@@ -11,7 +11,7 @@ import numpy as np
 from vlm_mech.data.nouns import nouns_of
 from vlm_mech.data.pair import SIDES, Pair
 from vlm_mech.data.pairs import Pairs, linked
-from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
+from vlm_mech.data.shared_pictures import linked_groups
 from vlm_mech.data.user_files import Refused
 from vlm_mech.errors import UsageError
 
@@ -56,7 +56,7 @@ def lenders(pairs: Pairs, *, seed: int) -> list[int]:
     groups = [pair.group or pair.id for pair in pairs]
     if len(pairs) > 1 and len(set(groups)) == 1:
         names = [pair.id for pair in pairs]
-        found = linked_groups(names, [[pixel_hash(image) for image in pair.own_pictures] for pair in pairs])
+        found = linked_groups(names, [pair.shown for pair in pairs])
         groups = [name if group is None else group for name, group in zip(names, found, strict=True)]
         if len(set(groups)) == 1:
             raise UsageError(
@@ -67,7 +67,14 @@ def lenders(pairs: Pairs, *, seed: int) -> list[int]:
 
 
 def about_others(pairs: Pairs, others: Sequence[Pair]) -> Pairs:
-    """The questions of the pairs, about the pictures of others."""
+    """The questions of the pairs, about the pictures of others.
+
+    Raises:
+        UsageError: pairs of texts, which show none.
+    """
+    for pair in pairs:
+        if pair.is_text:
+            raise UsageError(f"pair {pair.id} of {pairs.name} shows no picture that could be exchanged for another's")
     changed = [
         dataclasses.replace(pair, image=other.image, counterfactual_image=other.counterfactual_image)
         for pair, other in zip(pairs, others, strict=True)
@@ -84,9 +91,7 @@ def _turned(pair: Pair) -> Pair:
     if pair.made:
         raise UsageError(f"pair {pair.id} is a single item: what is true of its counterfactual picture is not known")
     return dataclasses.replace(
-        pair,
-        image=pair.counterfactual_image,
-        counterfactual_image=pair.image,
+        pair.exchanged,
         answer=pair.counterfactual_answer,
         counterfactual_answer=pair.answer,
         conflict=None if pair.conflict is None else SIDES[1 - SIDES.index(pair.conflict)],
@@ -133,10 +138,10 @@ def apart(pairs: Pairs, others: Pairs) -> Pairs:
     Raises:
         UsageError: none is left.
     """
-    met = {pixel_hash(image): other.id for other in others for image in other.own_pictures}
+    met = {shown: other.id for other in others for shown in other.shown}
 
     def check(pair: Pair) -> None:
-        shared = [met[shown] for shown in map(pixel_hash, pair.own_pictures) if shown in met]
+        shared = [met[shown] for shown in pair.shown if shown in met]
         if shared:
             raise UsageError(f"it shows a picture of pair {shared[0]} of {others.name}")
 

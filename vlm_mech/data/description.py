@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS
 from vlm_mech.data.examples import SHOWN
+from vlm_mech.data.facts import is_facts
 from vlm_mech.data.hub import holds_classes, is_of_hub
 from vlm_mech.data.image_classes import SCENES, load_classes
 from vlm_mech.data.item import Item
@@ -40,6 +41,8 @@ def describe(name: str, *, n: int | None, seed: int, split: str = "test", fix_la
     drawn = {"n": n, "seed": seed, "fix_labels": fix_labels}
     if name.startswith("scenes/") and name.removeprefix("scenes/") in PAIR_SETS:
         return _pairs(name, "generated scenes", load_pairs(name, **drawn, split=split))
+    if is_facts(name):
+        return _pairs(name, "facts, pairs of texts", load_pairs(name, **drawn, split=split))
     if name in SCENES or (is_of_hub(name) and holds_classes(name)):
         return _classes(name, n, seed)
     source = None if is_of_hub(name) else find_source(name, others=True)
@@ -71,6 +74,8 @@ def in_short(name: str, made: Made | None = None) -> str:
     Raises:
         UsageError: it is not told which of several files of a folder is meant.
     """
+    if is_facts(name):
+        return f"{name}: pairs of texts about facts"
     found = None if name.startswith("scenes/") else find_data(name)
     if found is None:
         return f"{name}: pairs of scenes"

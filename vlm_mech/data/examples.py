@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vlm_mech.data.blur import blurred_out, mean_coloured
+from vlm_mech.data.facts import is_facts
 from vlm_mech.data.item import Item
 from vlm_mech.data.items import Items, load_items
 from vlm_mech.data.pair import Made, Pair
@@ -36,7 +37,7 @@ def holds_items(name_or_folder: str | Path) -> bool:
     Raises:
         UsageError: it is not told which of several files of a folder is meant.
     """
-    if str(name_or_folder).startswith("scenes/"):
+    if str(name_or_folder).startswith("scenes/") or is_facts(str(name_or_folder)):
         return False
     found = find_data(name_or_folder)
     return found is not None and found.holds == "items"

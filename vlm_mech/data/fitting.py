@@ -38,7 +38,8 @@ def fitting(
 ) -> Pairs:
     """The pairs that this model can be asked: same tokens in both prompts, answers that part somewhere.
 
-    Both pictures must give it pixel values that differ somewhere. Answers are spelt as the model would (see
+    Both pictures must give it pixel values that differ somewhere; two questions may have unlike numbers of tokens.
+    Answers that go on with a text are spelt as written, after a space. Other answers are spelt as the model would (see
     `models.spelling`), all alike: where it has several ways, the one with the most probable right answers on a fifth of
     the groups of pairs, which are left out of the rest. The other pairs move to `refused` with the reason.
 
@@ -73,7 +74,7 @@ def fitting(
 
 def _spelt(vlm: "VLM", pairs: Pairs, variants: Variety) -> Pairs:
     """The pairs in the spelling chosen, without those it was chosen on."""
-    if variants == "as-written":
+    if variants == "as-written" or all(pair.completion for pair in pairs):
         return pairs
     among = (*SPELLINGS, *WITH_ARTICLE) if variants == "the" else SPELLINGS
     asked = _asked(vlm, pairs, among)
@@ -130,6 +131,8 @@ def _checked_prompt(vlm: "VLM", pair: Pair, alone: bool) -> Encoded:
             raise UsageError("it has no counterfactual picture; another item's, a blurred or a mean-coloured one does")
         return _of_tokens(vlm.encode(pair.base))
     one, other = (vlm.encode(prompt) for prompt in (pair.base, pair.counterfactual))
+    if pair.is_text:
+        return _of_tokens(one)
     if one.rows[0].tokens != other.rows[0].tokens:
         counts = [len(encoded.rows[0].tokens) for encoded in (one, other)]
         raise UsageError(f"the prompts have {counts[0]} and {counts[1]} tokens; counterfactuals need the same tokens")

@@ -22,7 +22,7 @@ FIELDS = ("image", "images", "question", "answer", "id", "options", "prior", "ca
 FIELDS += (*CAPTIONS, *READ_BY_METHODS)
 """All fields that are read, some by methods alone."""
 OF_PAIRS = dict.fromkeys(
-    ("counterfactual_image", "counterfactual_images", "counterfactual_answer"),
+    ("counterfactual_image", "counterfactual_images", "counterfactual_answer", "counterfactual_question"),
     "it is a field of pairs, which pairs.jsonl holds",
 )
 """Fields of pairs, which items do not have."""

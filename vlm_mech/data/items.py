@@ -17,6 +17,7 @@ from vlm_mech.data.readers.registry import names_of_formats
 from vlm_mech.data.sources import find_data, what_is_there
 from vlm_mech.data.user_files import Drawn, Refused, check_count
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.as_html import N_SHOWN, escaped, picture, tabled, titled
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.wording import BARE, Wording
@@ -72,6 +73,17 @@ class Items:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def __repr__(self) -> str:
+        return f"Items({self.name!r}: {len(self)} items, {len(self.refused)} refused)"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (escaped(item.id), escaped(item.question), "".join(map(picture, item.images)), escaped(item.answer))
+            for item in self.items[:N_SHOWN]
+        ]
+        told = f"{self.name}: {len(self)} items, {len(self.refused)} refused"
+        return titled("Items", told, tabled(("item", "question", "image", "answer"), rows, n_more=len(self) - N_SHOWN))
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)

@@ -4,7 +4,8 @@ A line has `image`, `counterfactual_image` (paths from the folder, addresses, or
 `answer` and `counterfactual_answer`. A prompt with several pictures has the lists `images` and `counterfactual_images`
 instead, of equal length; each picture stands in the place of its counterfactual. A line may also have `id`, `group`
 (pairs of one group share a scene), `conflict`, `options`, `prior`, `prior_question`, `category`, `caption` and
-`counterfactual_caption` (see `Pair`). Some methods read further fields (`pair_fields`).
+`counterfactual_caption` (see `Pair`). Some methods read further fields (`pair_fields`). A pair of two texts has no
+picture but a `counterfactual_question`, and perhaps `subject`, `counterfactual_subject` and `completion`.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,7 +28,8 @@ TEXTS = ("question", "answer", "counterfactual_answer")
 CAPTIONS = ("caption", "counterfactual_caption")
 READ_BY_METHODS = ("object", "part_mask", "object_mask")
 FIELDS = (*PICTURES, *PICTURES.values(), *TEXTS, *CAPTIONS, "id", "group", "conflict", "options", "prior", "category")
-FIELDS += ("prior_question", *READ_BY_METHODS)
+OF_TEXTS = ("counterfactual_question", "subject", "counterfactual_subject", "completion")
+FIELDS += ("prior_question", *OF_TEXTS, *READ_BY_METHODS)
 """All fields that are read, some by methods alone."""
 PartT = TypeVar("PartT")
 
@@ -121,6 +123,8 @@ def _pair(folder: Path, row: Row, keep_pixels: bool) -> tuple[Pair, list[str]]:
         UsageError: a field that is none, a picture that cannot be read, unlike numbers of pictures, or the same pixels
             on both sides.
     """
+    if (other := told_of(row, "counterfactual_question")) is not None:
+        return _of_texts(row, other)
     named = [pictures_of(row, folder, one, several) for one, several in PICTURES.items()]
     question, *answers = (text_of(row, field, row.fields.get(field)) for field in TEXTS)
     if len(named[0]) != len(named[1]):
@@ -146,6 +150,40 @@ def _pair(folder: Path, row: Row, keep_pixels: bool) -> tuple[Pair, list[str]]:
         prior_question=told_of(row, "prior_question"),
     )
     return pair, [*shown[0], *shown[1]]
+
+
+def _of_texts(row: Row, other: str) -> tuple[Pair, list[str]]:
+    """The pair of two questions of a row, which shows no picture; and both questions.
+
+    Args:
+        other: the counterfactual question.
+    """
+    question, *answers = (text_of(row, field, row.fields.get(field)) for field in TEXTS)
+    given = [name for name in (*PICTURES, *PICTURES.values()) if row.fields.get(name) is not None]
+    if given:
+        raise UsageError(f"{row.place}: {given[0]} and counterfactual_question are given; one of them is needed")
+    subjects = told_of(row, "subject"), told_of(row, "counterfactual_subject")
+    if (subjects[0] is None) != (subjects[1] is None):
+        raise UsageError(f"{row.place}: subject and counterfactual_subject go together; one of them is missing")
+    completion = row.fields.get("completion") or False
+    if completion not in (True, False):
+        raise UsageError(f"{row.place}: completion is {completion!r:.60}; true or false is needed")
+    pair = Pair(
+        row.id,
+        (),
+        (),
+        question,
+        *answers,
+        told_of(row, "group"),
+        options=options_of(row),
+        prior=told_of(row, "prior"),
+        category=told_of(row, "category"),
+        prior_question=told_of(row, "prior_question"),
+        counterfactual_question=other,
+        subjects=None if subjects[0] is None or subjects[1] is None else (subjects[0], subjects[1]),
+        completion=bool(completion),
+    )
+    return pair, pair.shown
 
 
 def captions_of(row: Row) -> tuple[str, str] | None:

@@ -15,6 +15,8 @@ from PIL import Image
 
 from vlm_mech.data.collection import check_parts, described, row_of
 from vlm_mech.data.counterfactual_scenes import PAIR_SETS
+from vlm_mech.data.fact_tables import RELATIONS
+from vlm_mech.data.facts import fact_pairs, is_facts
 from vlm_mech.data.given_rows import rows_given
 from vlm_mech.data.pair import Made, Pair, with_own_groups
 from vlm_mech.data.pair_folder import FILE, pairs_of
@@ -22,11 +24,12 @@ from vlm_mech.data.readers.format import ReaderOptions
 from vlm_mech.data.readers.registry import names_of_formats
 from vlm_mech.data.scene_pairs import scene_pairs
 from vlm_mech.data.scenes import check_split
-from vlm_mech.data.shared_pictures import linked_groups, pixel_hash
+from vlm_mech.data.shared_pictures import linked_groups
 from vlm_mech.data.sources import find_data, what_is_there
 from vlm_mech.data.user_files import Drawn, Refused, check_count
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.answer import Spelling, Variants
+from vlm_mech.inputs.as_html import N_SHOWN, escaped, picture, tabled, titled
 from vlm_mech.inputs.image import load_image, side_by_side
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.wording import BARE, Wording
@@ -102,6 +105,23 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def __repr__(self) -> str:
+        return f"Pairs({self.name!r}: {len(self)} pairs, {len(self.refused)} refused)"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                escaped(pair.id),
+                escaped(pair.question),
+                "".join(picture(each, pair.answer) for each in pair.images),
+                "".join(picture(each, pair.counterfactual_answer) for each in pair.counterfactual_images),
+            )
+            for pair in self.pairs[:N_SHOWN]
+        ]
+        told = f"{self.name}: {len(self)} pairs, {len(self.refused)} refused"
+        head = ("pair", "question", "image", "counterfactual")
+        return titled("Pairs", told, tabled(head, rows, n_more=len(self) - N_SHOWN))
+
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
 
@@ -157,6 +177,7 @@ class Pairs:
                 found.update(repr(loaded.size).encode() + loaded.tobytes())
             said: list[Any] = [pair.id, pair.question, pair.answer, pair.counterfactual_answer]
             said += [pair.made, list(pair.options)] if pair.made else []
+            said += [pair.counterfactual_question, pair.subjects, pair.completion] if pair.is_text else []
             said += [pair.wording.told] if pair.wording.told else []
             found.update(json.dumps(said).encode())
         return found.hexdigest()[:16]
@@ -165,7 +186,13 @@ class Pairs:
     def described(self) -> dict[str, Any]:
         """What the provenance of a run says of its data."""
         told = described(self, (pair.wording for pair in self.pairs))
+        told |= {"texts": True} if self.is_text else {}
         return told | ({"counterfactual": self.made} if self.made else {})
+
+    @property
+    def is_text(self) -> bool:
+        """Whether they are pairs of two questions, without images."""
+        return bool(self.pairs) and all(pair.is_text for pair in self.pairs)
 
     @property
     def made(self) -> Made | None:
@@ -197,13 +224,14 @@ def load_pairs(
     wording: Wording = BARE,
     fix_labels: bool = False,
 ) -> Pairs:
-    """Pairs by name (`scenes/colour`, ...), from a folder with `pairs.jsonl`, or of an official format.
+    """Pairs by name (`scenes/colour`, `facts/capitals`, ...), from a folder with `pairs.jsonl`, or of a format.
 
     `mmvp:FOLDER` names a format (docs/data.md); a folder alone is known by its files. Pairs of a folder that share a
     picture are one group, whatever the folder says: they are no independent examples.
 
     Args:
-        n: number of pairs: 64 scenes by default; all of a folder, or n drawn from it, which keep their order.
+        n: number of pairs: 64 scenes by default; all of a folder, or n drawn from it, which keep their order; of facts
+            the first n, by default each two subjects once.
         seed: draws the scenes, or the pairs of a folder.
         split: `train`, `validation` or `test` scenes; the embedded models were trained on `train` alone.
         wording: how their questions are put (`Pairs.worded` changes it).
@@ -218,6 +246,8 @@ def load_pairs(
     if str(name_or_folder).startswith("scenes/"):
         name = str(name_or_folder)
         return Pairs(name, scene_pairs(name, 64 if n is None else n, seed, split, wording))
+    if is_facts(str(name_or_folder)):
+        return Pairs(str(name_or_folder), fact_pairs(str(name_or_folder), n, seed, split, wording))
     drawn = _read(name_or_folder, n, seed, fix_labels)
     name = str(Path(name_or_folder))
     pairs = Pairs(name, drawn.used, drawn.refused, drawn=drawn.told, notes=drawn.notes)
@@ -230,7 +260,9 @@ def _read(name_or_folder: str | Path, n: int | None, seed: int, fix_labels: bool
     if found is not None and found.holds != "pairs":
         raise UsageError(f"data {str(name_or_folder)!r} holds items ({found.kind}), single pictures; pairs are needed")
     if found is None:
-        names = ", ".join(f"scenes/{name}" for name in PAIR_SETS)
+        names = ", ".join(
+            (*(f"scenes/{name}" for name in PAIR_SETS), "facts", *(f"facts/{name}" for name in RELATIONS))
+        )
         raise UsageError(
             f"data {str(name_or_folder)!r} is neither a folder with {FILE} nor one of {names} nor of a known format, "
             f"as in mmvp:FOLDER ({names_of_formats()}){what_is_there(name_or_folder)}"
@@ -241,8 +273,7 @@ def _read(name_or_folder: str | Path, n: int | None, seed: int, fix_labels: bool
 
 def linked(pairs: Pairs) -> Pairs:
     """The pairs, those that share a picture of the same pixels in one group, however they are linked over others."""
-    shown = [[pixel_hash(image) for image in pair.own_pictures] for pair in pairs]
-    groups = linked_groups([pair.group or pair.id for pair in pairs], shown)
+    groups = linked_groups([pair.group or pair.id for pair in pairs], [pair.shown for pair in pairs])
     # The first of several says its group too: one without a group is no part of a group that has its id.
     changed = [
         pair if group in (None, pair.group) else dataclasses.replace(pair, group=group)
@@ -254,7 +285,7 @@ def linked(pairs: Pairs) -> Pairs:
 def pictures(pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]:
     """Both images of some pairs, with question and answer; several of one prompt stand side by side."""
     shown = []
-    for pair in list(pairs)[:n]:
+    for pair in [each for each in pairs if not each.is_text][:n]:
         shown.append((f"{pair.question} {pair.answer}", side_by_side(pair.images)))
         if pair.made != "none":
             said = pair.counterfactual_answer if pair.made is None else f"counterfactual picture ({pair.made})"

@@ -18,8 +18,8 @@ OWN: dict[str, Holds] = {"pairs.jsonl": "pairs", "items.jsonl": "items"}
 """Files of the user's own, and what they hold."""
 NEEDED: dict[Holds, tuple[tuple[str, ...], ...]] = {
     "pairs": (
-        ("image", "images"),
-        ("counterfactual_image", "counterfactual_images"),
+        ("image", "images", "counterfactual_question"),
+        ("counterfactual_image", "counterfactual_images", "counterfactual_question"),
         ("question",),
         ("answer",),
         ("counterfactual_answer",),

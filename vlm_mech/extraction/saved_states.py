@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.inputs.as_html import escaped, tabled, titled
 from vlm_mech.inputs.span import Span
 
 Pool = Literal["mean"] | None
@@ -148,6 +149,16 @@ class Extracted:
         if label(span) not in self.spans:
             raise UsageError(f"span {label(span)!r} was not extracted; there are {', '.join(self.spans)}")
         return self.spans.index(label(span))
+
+    def _repr_html_(self) -> str:
+        by_point: dict[str, list[str]] = {}
+        for site in self.sites:
+            by_point.setdefault(site.name, []).extend([] if site.layer is None else [str(site.layer)])
+        rows = [(escaped(name), escaped(", ".join(layers) or "-")) for name, layers in by_point.items()]
+        spans = f"<div>spans: {escaped(', '.join(self.spans))}</div>"
+        kept = "means of each span" if self.pool else "whole spans"
+        told = f"{self.folder}: {len(self)} examples, {kept}, {len(self.refused)} refused"
+        return titled("Extracted", told, spans + tabled(("site", "layers"), rows))
 
     def __repr__(self) -> str:
         points = f"{len(self.sites)} sites x {len(self.spans)} spans"

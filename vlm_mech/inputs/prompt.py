@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vlm_mech.errors import UsageError
+from vlm_mech.inputs.as_html import N_SHOWN, escaped, picture, tabled, titled, tokens
 from vlm_mech.inputs.chat_template import in_template
 from vlm_mech.inputs.following import Answers
 from vlm_mech.inputs.image import Box, ImageLike, coded_pictures, images_of, load_image, measured_boxes
@@ -36,9 +37,13 @@ class Prompt:
     to it are refused, because a model does not read them as text; `special_tokens=True` asks for them. What surrounds
     the question in `text` may hold them anyway.
 
+    `subject` are the words of the question that it is about; their tokens are the span `subject`, the last one of them
+    `subject_last`.
+
     Raises:
         UsageError: something that is no text, no question, a text without the question or with it twice, a system
-            message or a prefix beside a text (which holds its own), or a prefix with space around it.
+            message or a prefix beside a text (which holds its own), a prefix with space around it, or a subject that
+            does not stand in the question just once.
     """
 
     question: str
@@ -47,9 +52,10 @@ class Prompt:
     text: str | None = None
     special_tokens: bool = False
     prefix: str | None = None
+    subject: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("question", "system", "text", "prefix"):
+        for name in ("question", "system", "text", "prefix", "subject"):
             said = getattr(self, name)
             if not isinstance(said, str) and (said is not None or name == "question"):
                 raise UsageError(f"the {name} of a prompt is a string, not a {type(said).__name__}: {said!r:.60}")
@@ -62,6 +68,11 @@ class Prompt:
             raise UsageError("a raw text carries its own system message; give one or the other")
         if self.prefix is not None:
             self._check_prefix(self.prefix)
+        if self.subject is not None and (not self.subject.strip() or self.question.count(self.subject) != 1):
+            raise UsageError(
+                f"subject {self.subject!r:.60} occurs {self.question.count(self.subject)} times in the question "
+                f"{self.question!r:.200}; words that do once are needed"
+            )
 
     def _check_prefix(self, prefix: str) -> None:
         if not prefix.strip():
@@ -78,12 +89,18 @@ class Prompt:
     def said(self) -> tuple[str | bool | None, ...]:
         """All that is said, whatever is shown: prompts with equal ones differ in their images alone."""
         begun = () if self.prefix is None else (self.prefix,)
+        begun += () if self.subject is None else (None, self.subject)
         return self.question, self.system, self.text, self.special_tokens, *begun
 
     @property
     def images(self) -> tuple[ImageLike, ...]:
         """The images in order, none for a text-only prompt."""
         return images_of(self.image)
+
+    def _repr_html_(self) -> str:
+        told = self.question if self.text is None else self.text
+        begun = f"<div><small>answer begins: {escaped(self.prefix)}</small></div>" if self.prefix else ""
+        return titled("Prompt", told, f"<div>{''.join(map(picture, self.images))}</div>{begun}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +126,15 @@ class Encoded:
     def __repr__(self) -> str:
         n_images = sum(len(row.images) for row in self.rows)
         return f"Encoded({len(self)} prompts x {self.n_pos} positions, {n_images} images)"
+
+    def _repr_html_(self) -> str:
+        pairs = list(zip(self.prompts, self.rows, strict=True))[:N_SHOWN]
+        rows = [
+            (str(number), "".join(map(picture, prompt.images)), tokens(row, number))
+            for number, (prompt, row) in enumerate(pairs)
+        ]
+        told = f"{len(self)} prompts x {self.n_pos} positions"
+        return titled("Encoded", told, tabled(("prompt", "shown", "tokens"), rows, n_more=len(self) - N_SHOWN))
 
     @property
     def generation_inputs(self) -> dict[str, "torch.Tensor"]:
@@ -296,6 +322,7 @@ def encode(vlm: Any, prompts: Prompt | Sequence[Prompt]) -> Encoded:
     processed = process(vlm, [text for text, _ in rendered], images, [text for text, _ in bare])
     _check_last(vlm, prompts, processed.texts)
     rows = rows_of(vlm, processed, rendered, [[image.size for image in each] for each in images])
+    rows = tuple(row.about(prompt.subject) for row, prompt in zip(rows, prompts, strict=True))
     inputs = {name: value.to(vlm.device) for name, value in processed.inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)

@@ -1,6 +1,7 @@
 """Spans: which positions of each example a name, a word or a set of patches stands for."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from vlm_mech.inputs.span_kinds import Each, OneImage, Patches, Positions, Span,
 if TYPE_CHECKING:
     import torch
 
-LLM_SPANS = ("all", "system", "image", "separator", "question", "answer_prompt", "last", "answer")
+LLM_SPANS = ("all", "system", "image", "separator", "question", "answer_prompt", "last", "answer", "subject")
+LLM_SPANS += ("subject_last",)
 VISION_SPANS = ("all", "class", "image")
 PROJECTOR_SPANS = ("image",)
 ONE_BY_ONE = (Patches, Positions, Tokens)
@@ -64,7 +66,8 @@ class Row:
 
     `text` is the prompt as it was tokenized, placeholders expanded; `present` are the positions that are no padding;
     `offsets` gives each token's characters in `text`; `question` the question's. `answer` are the positions of the
-    tokens of an answer that follows the prompt, without its last one; all else is about the prompt alone.
+    tokens of an answer that follows the prompt, without its last one; all else is about the prompt alone. `subject` are
+    the characters of the words that the question is about, where the prompt names them.
     """
 
     tokens: tuple[str, ...]
@@ -74,6 +77,20 @@ class Row:
     question: tuple[int, int]
     images: tuple[Picture, ...]
     answer: tuple[int, ...] | None = None
+    subject: tuple[int, int] | None = None
+
+    def about(self, subject: str | None) -> "Row":
+        """The row with these words of its question, which stand there once, as its subject."""
+        if subject is None:
+            return self
+        start = self.text.index(subject, self.question[0])
+        return dataclasses.replace(self, subject=(start, start + len(subject)))
+
+    @property
+    def beside_subject(self) -> tuple[int, ...]:
+        """Positions of all tokens before the last that are none of the subject's."""
+        own = {len(self.tokens) - 1} | (set() if self.subject is None else {*_covering(self, self.subject)})
+        return tuple(position for position in self.present if position not in own)
 
     @property
     def image(self) -> tuple[int, ...]:
@@ -166,6 +183,7 @@ def _cells(row: Row, span: Span, place: str, example: int) -> Sequence[Cell]:
     # Of an answer of one token the model is given none, since nothing comes after it.
     if not cells and (span != "answer" or row.answer is None):
         why = ", which no answer follows" if span == "answer" else ""
+        why = ", whose prompt names no subject" if span in ("subject", "subject_last") else why
         raise UsageError(f"span {span!r} is empty in example {example}{why}; its tokens: {shown(row)}")
     return cells
 
@@ -184,6 +202,7 @@ def _in_prompt(row: Row, span: Span, example: int) -> Sequence[int]:
         return _of_numbers(row, span, example)
     question, image = set(_covering(row, row.question)), set(row.image)
     named_already = question | image
+    subject = [] if row.subject is None else _covering(row, row.subject)
     extent = {position for picture in row.images for position in picture.extent}
     first, last = min(extent | image | question), max(extent | image | question)
     named = {
@@ -199,6 +218,8 @@ def _in_prompt(row: Row, span: Span, example: int) -> Sequence[int]:
         "answer_prompt": [position for position in row.present if position > last],
         "last": (len(row.tokens) - 1,),
         "answer": row.answer or (),
+        "subject": subject,
+        "subject_last": subject[-1:],
     }
     return _named(named, span)
 

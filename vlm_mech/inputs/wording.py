@@ -43,9 +43,27 @@ class Wording:
         """The question in its words."""
         return question if self.template == QUESTION else self.template.replace(QUESTION, question.strip())
 
-    def prompt(self, question: str, image: ImageLike | Sequence[ImageLike] | None = None) -> Prompt:
-        """The question about an image, several, or none."""
-        return Prompt(self.asked(question), image, self.system, prefix=self.prefix)
+    def prompt(
+        self, question: str, image: ImageLike | Sequence[ImageLike] | None = None, *, subject: str | None = None
+    ) -> Prompt:
+        """The question about an image, several, or none.
+
+        Args:
+            subject: the words of the question that it is about.
+        """
+        return Prompt(self.asked(question), image, self.system, prefix=self.prefix, subject=subject)
+
+    def text(self, begun: str, *, subject: str | None = None) -> Prompt:
+        """A text that the model goes on with as it stands, without a chat template.
+
+        Raises:
+            UsageError: a system message or a prefix, which such a text has no place for.
+        """
+        for what, given in (("system message", self.system), ("prefix", self.prefix)):
+            if given is not None:
+                raise UsageError(f"{what} {given!r:.60} has no place in a text that the answer goes on with: {begun!r}")
+        asked = self.asked(begun)
+        return Prompt(asked, text=asked, subject=subject)
 
     @property
     def told(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import Span, settled
+from vlm_mech.interventions.drawn import Edited
 from vlm_mech.interventions.specification import (
     AttentionEdit,
     Stream,
@@ -45,6 +46,12 @@ class Remove(AttentionEdit):
     def first_layer(self) -> int:
         """The first block without the tokens."""
         return self.layer
+
+    def edited(self) -> tuple[Edited, ...]:
+        """The blocks without the tokens."""
+        layers = (self.layer,) if self.until is None else tuple(range(self.layer, self.until))
+        where = f"{shown(self.span)} is read by nobody"
+        return (Edited("Remove", self.stream, layers, where, open_end=self.until is None),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +101,11 @@ class Reweight(AttentionEdit):
     def first_layer(self) -> int:
         """The first block in which weights are changed."""
         return min(self.each_layer)
+
+    def edited(self) -> tuple[Edited, ...]:
+        """The blocks, and from where to where attention is changed."""
+        where = f"{self.how} of {shown(self.query)} <- {shown(self.key)} times {self.scale}"
+        return (Edited("Reweight", self.stream, self.each_layer, where),)
 
     @property
     def is_knockout(self) -> bool:

@@ -15,6 +15,7 @@ from vlm_mech.errors import UsageError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Span, settled
+from vlm_mech.interventions.drawn import Edited, drawn
 from vlm_mech.interventions.subspace import check_rows
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ class Intervention:
     def flat(self) -> tuple["Intervention", ...]:
         """The single interventions this one consists of, in the order in which they are applied."""
         return (self,)
+
+    def edited(self) -> tuple[Edited, ...]:
+        """Which blocks are edited and where in them, in the words of `repr` for spans: a part for each stream."""
+        return ()
+
+    def _repr_html_(self) -> str:
+        return drawn([each for part in self.flat() for each in part.edited()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +124,17 @@ class StateEdit(Intervention):
     def sites(self) -> tuple[Site, ...]:
         """The sites as a tuple."""
         return tuple(self.site) if isinstance(self.site, list | tuple) else (self.site,)
+
+    def edited(self) -> tuple[Edited, ...]:
+        """One part for each stream and point of its sites."""
+        by_point: dict[tuple[str, str], list[int]] = {}
+        for site in self.sites:
+            by_point.setdefault((site.stream, site.point), []).extend([] if site.layer is None else [site.layer])
+        heads = "" if self.heads is None else f", heads {', '.join(map(str, self.heads))}"
+        return tuple(
+            Edited(type(self).__name__, stream, tuple(layers), f"{point} at {shown(self.span)}{heads}")
+            for (stream, point), layers in by_point.items()
+        )
 
     @property
     def source_sites(self) -> tuple[Site, ...]:
@@ -305,6 +324,11 @@ class Knockout(AttentionEdit):
     def first_layer(self) -> int:
         """The first block in which edges are cut."""
         return min(self.each_layer)
+
+    def edited(self) -> tuple[Edited, ...]:
+        """The blocks, and from where to where attention is cut."""
+        heads = "" if self.heads is None else f", heads {', '.join(map(str, self.heads))}"
+        return (Edited("Knockout", self.stream, self.each_layer, f"{shown(self.query)} <- {shown(self.key)}{heads}"),)
 
 
 def listed_layers(name: str, layers: object) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vlm_mech.architectures.site import Site, listed_sites
 from vlm_mech.architectures.traced_model import TracedModel, check_decoder
-from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.errors import UsageError, WorkError, shortened
+from vlm_mech.inputs.as_html import N_SHOWN, escaped, picture, tabled, titled
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.attention import Cutting, cutting
@@ -30,6 +31,8 @@ from vlm_mech.interventions.specification import Activations, Intervention
 from vlm_mech.interventions.timeline import Step, read_site_step, steps_of
 from vlm_mech.interventions.verification import Proofs, receipts_of
 
+N_WORDS = 3
+"""Next tokens that a notebook shows of a prompt."""
 Prompts = Prompt | Sequence[Prompt] | Encoded | DualEncoded
 """What a pass is over; a `DualEncoder` takes only what its `encode` made."""
 
@@ -48,6 +51,19 @@ class Run:
     def __repr__(self) -> str:
         size, n = " x ".join(map(str, self.logits.shape)), len(self.receipts)
         return f"Run(logits {size}, {n} receipt{'' if n == 1 else 's'}; {self.encoded!r})"
+
+    def _repr_html_(self) -> str:
+        if not isinstance(self.encoded, Encoded):
+            return f"<code>{escaped(repr(self))}</code>"
+        decode, rows = self.encoded.vlm.tokenizer.decode, []
+        for prompt, logits in list(zip(self.encoded.prompts, self.last, strict=True))[:N_SHOWN]:
+            best = logits.float().softmax(-1).topk(min(N_WORDS, len(logits)))
+            words = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            next_tokens = ", ".join(f"{decode([token])!r} {share:.2f}" for share, token in words)
+            rows.append(("".join(map(picture, prompt.images)), escaped(prompt.question), escaped(next_tokens)))
+        told = f"logits {' x '.join(map(str, self.logits.shape))}; {len(self.receipts)} receipts"
+        head = ("shown", "question", "likeliest next tokens")
+        return titled("Run", told, tabled(head, rows, n_more=len(self.encoded) - N_SHOWN))
 
     @property
     def last(self) -> Float[Tensor, "batch vocab"]:
@@ -92,6 +108,9 @@ class Generation:
     prompts: tuple[int, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     output: Any = None
+
+    def __repr__(self) -> str:
+        return f"Generation({len(self.texts)} answers, {len(self.receipts)} receipts: {shortened(repr(self.texts))})"
 
 
 def _as_encoded(vlm: TracedModel, prompts: Prompts, n_new: int = 0) -> Batch:

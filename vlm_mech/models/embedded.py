@@ -22,3 +22,8 @@ def weights_folder(name: str) -> Path:
     if name not in NAMES:
         raise UsageError(f"embedded model {name!r} does not exist; there are {', '.join(NAMES)}")
     return Path(__file__).parents[1] / "organism" / "weights" / name
+
+
+def weights_file(folder: str, name: str) -> Path:
+    """A file that ships beside the embedded models, which is none of these alone."""
+    return Path(__file__).parents[1] / "organism" / "weights" / folder / name

@@ -33,7 +33,7 @@ DECODERS = ("llama", "mistral", "qwen2")
 """Kinds of language models that LLaVA's names hold for."""
 IMAGE, LIST = "<image>", "whole.json"
 """The token that stands for an image; the list of a folder's files, with their sizes."""
-VERSION = 1
+VERSION = 2
 """Of what is made of a file: counted up when that changes."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -79,12 +79,12 @@ def folder_of_gguf(file: Path) -> Path:
     if not file.is_file():
         raise UsageError(f"model {str(file)!r} is no file")
     folder = cache_folder() / "models" / f"{file.stem}-{file_hash(file)[:12]}-{VERSION}"
-    if _is_whole(folder):
+    if is_whole(folder):
         return folder
-    with _without_bars():
+    with without_bars():
         model, processor = _with_an_eye(*_language_model(file))
         try:
-            with _made_whole(folder) as place:
+            with made_whole(folder) as place:
                 model.save_pretrained(place)
                 processor.save_pretrained(place)
         except OSError as error:
@@ -95,7 +95,7 @@ def folder_of_gguf(file: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Within the block, Hugging Face shows no bars for what takes no time."""
     from transformers.utils import logging
 
@@ -108,7 +108,7 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether every file that was written is there, as long as it was."""
     try:
         sizes = json.loads((folder / LIST).read_text())
@@ -118,14 +118,14 @@ def _is_whole(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _made_whole(folder: Path) -> Iterator[Path]:
+def made_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes its place when all is written; one that is whole by then stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         yield place
         (place / LIST).write_text(json.dumps({path.name: path.stat().st_size for path in sorted(place.iterdir())}))
-        if not _is_whole(folder):
+        if not is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
             # Another process may have been faster.
             with contextlib.suppress(OSError):
@@ -141,7 +141,8 @@ def _language_model(file: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBa
     where: dict[str, Any] = {"gguf_file": file.name}
     try:
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        # What is generated for a batch goes on from the last token: padding comes first.
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, padding_side="left", **where)
     except Exception as error:  # The readers of files and tokenizers raise what they like.
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"{str(file)!r} holds no language model that can be read: {first}") from error

@@ -15,6 +15,7 @@ from vlm_mech.checks.structure import find_structure
 from vlm_mech.errors import UsageError
 from vlm_mech.models.embedded import NAMES, weights_folder
 from vlm_mech.models.language_models import SMOLLM2, folder_of_gguf, smollm2_folder
+from vlm_mech.models.taught_eye import ORGANISM_SMOL, organism_smol_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,6 +113,8 @@ def locate(name_or_folder: str | Path) -> str:
         return str(weights_folder(str(name_or_folder)))
     if str(name_or_folder) == SMOLLM2:
         return str(smollm2_folder())
+    if str(name_or_folder) == ORGANISM_SMOL:
+        return str(organism_smol_folder())
     path = Path(name_or_folder)
     if path.suffix == ".gguf":
         return str(folder_of_gguf(path))
@@ -122,7 +125,7 @@ def locate(name_or_folder: str | Path) -> str:
     if path.is_absolute() or str(name_or_folder).startswith(".") or str(name_or_folder).count("/") != 1:
         raise UsageError(
             f"model {str(name_or_folder)!r} is neither an embedded model ({', '.join(NAMES)}), "
-            f"nor {SMOLLM2}, nor a folder or GGUF file, nor a Hugging Face id (owner/name)"
+            f"nor {SMOLLM2} or {ORGANISM_SMOL}, nor a folder or GGUF file, nor a Hugging Face id (owner/name)"
         )
     return str(name_or_folder)
 

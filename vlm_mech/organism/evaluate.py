@@ -15,17 +15,17 @@ import tyro
 from vlm_mech.data.render import blank, render
 from vlm_mech.data.scene_questions import Question, facts, prior_questions, questions
 from vlm_mech.data.scene_sampling import sample_scenes
-from vlm_mech.data.scenes import PRIORS, Family, Scene, Split, in_conflict
+from vlm_mech.data.scenes import PRIORS, Family, Scene, Split
 from vlm_mech.errors import UsageError, one_line_errors
 from vlm_mech.models.embedded import NAMES, weights_folder
 from vlm_mech.models.loading import is_contrastive, load_config
+from vlm_mech.models.taught_eye import ORGANISM_SMOL, organism_smol_folder
+from vlm_mech.organism.greedy_answers import GREYS, Example, answers, conflicts
 from vlm_mech.organism.score import Score, score
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
-GREYS = range(205, 251, 2)
-"""Grey levels of the pictures of nothing."""
 ASKED_OF: dict[str, tuple[Family, ...]] = {
     "colour": ("single", "few"),
     "kind": ("single", "few"),
@@ -44,17 +44,6 @@ ASKED_OF: dict[str, tuple[Family, ...]] = {
     "neighbour": ("few",),
 }
 """Scenes of which families each type of question is asked."""
-LONGEST = 8
-"""Tokens that an answer may have; a model that goes on longer has not ended it."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A picture with a question, and the answer that is counted."""
-
-    image: "Image"
-    question: str
-    wanted: str
 
 
 def questions_about_scenes(
@@ -71,34 +60,6 @@ def questions_about_scenes(
             yield scene, rng.choice(asked)
         if made == n:
             return
-
-
-def conflicts(n: int, *, seed: int, split: Split = "test") -> list[tuple[Scene, Question]]:
-    """Scenes of a split with the colour question about a thing that is not in its usual colour."""
-    found: list[tuple[Scene, Question]] = []
-    for scene in sample_scenes(100 * n, seed=seed, split=split, families=("single", "few"), conflict=0.5):
-        for asked in questions(scene, ("colour",)) if in_conflict(scene) else ():
-            if asked.answer != PRIORS.get(asked.about[0], asked.answer) and len(found) < n:
-                found.append((scene, asked))
-                break
-        if len(found) == n:
-            break
-    return found
-
-
-def answers(model, processor, examples: list[Example], *, batch: int = 128) -> list[str]:
-    """Greedy answers of a vision-language model, in one word or more, through its chat template."""
-    found: list[str] = []
-    for start in range(0, len(examples), batch):
-        rows = examples[start : start + batch]
-        content = [[{"type": "image"}, {"type": "text", "text": row.question}] for row in rows]
-        chats = [[{"role": "user", "content": parts}] for parts in content]
-        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-        inputs = processor(images=[row.image for row in rows], text=texts, padding=True, return_tensors="pt")
-        made = model.generate(**inputs.to(model.device), max_new_tokens=LONGEST, do_sample=False)
-        told = processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found += [answer.strip() for answer in told]
-    return found
 
 
 def _asked(model, processor, examples: list[Example]) -> list[bool]:
@@ -138,8 +99,12 @@ def measure(folder: str | Path, *, n: int = 500, seed: int = 1, split: Split = "
         UsageError: no such model, or a split other than `test` for a contrastive one.
     """
     path = weights_folder(str(folder)) if str(folder) in NAMES else Path(folder)
+    is_smol = str(folder) == ORGANISM_SMOL or path.suffix == ".safetensors"
+    if is_smol:
+        path = organism_smol_folder(None if str(folder) == ORGANISM_SMOL else path)
     if not (path / "config.json").is_file():
-        raise UsageError(f"model {str(folder)!r} is neither a folder with config.json nor one of {', '.join(NAMES)}")
+        known = ", ".join([*NAMES, ORGANISM_SMOL])
+        raise UsageError(f"model {str(folder)!r} is neither a folder with config.json nor one of {known}")
     from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(path)
@@ -149,7 +114,12 @@ def measure(folder: str | Path, *, n: int = 500, seed: int = 1, split: Split = "
         if split != "test":
             raise UsageError(f"split {split!r} is for vision-language models; contrastive ones are measured on test")
         return score_clip(AutoModel.from_pretrained(path), processor, n=n, seed=seed)
-    return score_llava(AutoModelForImageTextToText.from_pretrained(path), processor, n=n, seed=seed, split=split)
+    model = AutoModelForImageTextToText.from_pretrained(path)
+    if is_smol:
+        from vlm_mech.organism.smol_card import score_smol
+
+        return score_smol(model, processor, n=n, seed=seed, split=split)
+    return score_llava(model, processor, n=n, seed=seed, split=split)
 
 
 def table(scores: list[Score]) -> str:
@@ -167,7 +137,7 @@ class EvaluationConfig:
     """What to measure."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """`organism`, `organism-grounded`, `organism-phrases`, `clip`, or a folder."""
+    """`organism`, `organism-grounded`, `organism-phrases`, `clip`, a folder, `organism-smol`, or an adapter's file."""
     n: int = 500
     """Questions a type."""
     seed: int = 1

@@ -1,7 +1,9 @@
 """A pool of rendered scenes for training, with labels of what each patch shows."""
 
+import contextlib
 import json
 import multiprocessing
+import multiprocessing.pool
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ from vlm_mech.data.scenes import (
 )
 
 PATCH = 16
+FEW = 1000
+"""Up to so many scenes are rendered in less time than processes take to start."""
 NAMES = ("ground", *SHAPES, *PRIORS, BEETLE, *(part for parts in PARTS.values() for part in parts))
 INKS = ("ground", *COLOURS)
 DEPTHS = ("ground", "alone", "in front", "behind")
@@ -74,6 +78,10 @@ def patch_labels(scene: Scene) -> tuple[Int[np.ndarray, "36 4"], Int[np.ndarray,
     return labels, centres
 
 
+def _processes(n: int) -> multiprocessing.pool.Pool:
+    return multiprocessing.get_context("spawn").Pool(n)
+
+
 def _made(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.asarray(render(scene)), *patch_labels(scene)
 
@@ -88,7 +96,7 @@ def make_pool(
     conflict: float = 0.0,
     n_workers: int = 2,
 ) -> Pool:
-    """Scenes of a split, rendered by several processes; kept in `folder` and taken from there when made before."""
+    """Scenes of a split, kept in `folder` and taken from there when made before; many are rendered by processes."""
     scenes = tuple(sample_scenes(n, seed=seed, split=split, families=tuple(families), conflict=conflict))
     name = json.dumps({"n": n, "seed": seed, "split": split, "families": list(families), "conflict": conflict})
     path = None
@@ -102,8 +110,11 @@ def make_pool(
     images = np.empty((n, SIZE, SIZE, 3), np.uint8)
     labels = np.empty((n, (SIZE // PATCH) ** 2, len(LABELS)), np.int8)
     centres = np.empty((n, (SIZE // PATCH) ** 2, 2), np.int8)
-    with multiprocessing.get_context("spawn").Pool(n_workers) as workers:
-        made = workers.imap(_made, scenes, chunksize=256)
+    with contextlib.ExitStack() as stack:
+        if n <= FEW:
+            made = map(_made, scenes)
+        else:
+            made = stack.enter_context(_processes(n_workers)).imap(_made, scenes, chunksize=256)
         for number, each in enumerate(tqdm(made, total=n, desc=f"scenes ({split})", disable=None)):
             images[number], labels[number], centres[number] = each
     if path is not None:

@@ -18,12 +18,24 @@ from vlm_mech.organism.build import N_PATCHES
 PREFIX = "USER: " + "<image>" * N_PATCHES
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The text of a prompt before its question, between question and answer, and after the answer.
+
+    The tokens of a prompt must be those of its pieces one after the other (`Packer` checks every question).
+    """
+
+    before: str
+    between: str
+    end: str
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A batch of pictures with their questions.
 
     `ids` and `positions` are batch x pos; `mask` says which position may attend to which; `targets` holds the token to
-    predict at a position, -100 where none is: for each question the words of its answer and the end.
+    predict at a position, -100 where none is: for each question the tokens of its answer and the end.
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -33,24 +45,37 @@ class Packed:
 
 
 class Packer:
-    """Turns questions into branches; keeps the tokens of every question it has seen."""
+    """Turns questions into branches; keeps the tokens of every question it has seen.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        turn: how a question is put; by default as to the embedded models.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, turn: Turn | None = None) -> None:
         self.tokenizer = tokenizer
-        # Words are separate tokens here, so a prompt's tokens are those of its pieces one after the other.
-        self.prefix: list[int] = tokenizer(PREFIX)["input_ids"]
+        self.turn = turn or Turn(PREFIX, " ASSISTANT:", str(tokenizer.eos_token))
+        self.prefix: list[int] = tokenizer(self.turn.before)["input_ids"]
         self._branches: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def branch(self, question: Question) -> tuple[list[int], list[int]]:
-        """Token ids of the question with its answer, and the target at each position."""
+        """Token ids of the question with its answer, and the target at each position.
+
+        Raises:
+            ValueError: the tokens of the whole prompt are others.
+        """
         key = (question.text, question.answer)
         if key not in self._branches:
-            asked = self.tokenizer(f"{question.text} ASSISTANT:", add_special_tokens=False)["input_ids"]
-            answer = self.tokenizer(question.answer, add_special_tokens=False)["input_ids"]
-            ids = asked + answer
-            targets = [-100] * (len(asked) - 1) + answer + [self.tokenizer.eos_token_id]
-            self._branches[key] = (ids, targets)
+            asked = self._ids(f"{question.text}{self.turn.between}")
+            answer = self._ids(question.answer)
+            (end,) = self._ids(self.turn.end)
+            text = f"{self.turn.before}{question.text}{self.turn.between}"
+            if self.tokenizer(text)["input_ids"] != self.prefix + asked:
+                raise ValueError(f"the tokens of {question.text!r} in its prompt are not those of its pieces")
+            self._branches[key] = (asked + answer, [-100] * (len(asked) - 1) + answer + [end])
         return self._branches[key]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def n_targets(self, question: Question) -> int:
         """How many tokens are predicted for a question: those of its answer, and the end."""

@@ -29,6 +29,8 @@ USUAL_NAME = 16
 LETTER = 8
 """Pixels that a letter of an upright title takes."""
 SAME = 1e-9
+CAPTION = "caption"
+"""Name of the annotation below a figure that says n and what bands are; pages show it as text."""
 
 Value = Literal["mean", "effect"]
 
@@ -158,7 +160,7 @@ def _quantity(metric: Metric, value: Value) -> str:
 def _caption(figure: "go.Figure", text: str) -> None:
     figure.add_annotation(
         text=text, xref="paper", yref="paper", x=0, y=0, yshift=-78, showarrow=False, xanchor="left", font={"size": 11},
-        name="caption",
+        name=CAPTION,
     )  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def _with_room(figure: "go.Figure", labels: pd.Series) -> "go.Figure":
     longest = max(len(trace.name or "") for trace in figure.data)
     width = figure.layout.width + max(0, round(7.2 * (longest - USUAL_NAME)))
     more = 0 if labels.dtype.kind in "iu" else round(2.4 * labels.astype(str).str.len().max())
-    figure.update_annotations(selector={"name": "caption"}, yshift=-78 - more)
+    figure.update_annotations(selector={"name": CAPTION}, yshift=-78 - more)
     return figure.update_layout(width=width, height=figure.layout.height + more, margin={"b": 110 + more})
 
 

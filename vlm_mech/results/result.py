@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from vlm_mech.errors import UsageError
-from vlm_mech.results.claim import Claim, as_dicts, of_dicts
+from vlm_mech.results.claim import Claim, as_dicts, as_rows, of_dicts
 from vlm_mech.results.result_checks import (
     COLUMNS,
     check_axis_values,
@@ -279,7 +279,24 @@ class Result:
         n_examples, n_cells = self.table["example"].nunique(), len(self.cells)
         title = f"{html.escape(self.name)}: {n_examples} examples, {n_cells} cells"
         findings = "".join(f"<li>{html.escape(finding)}</li>" for finding in self.findings)
-        return f"<div><b>Result</b> {title}<ul>{findings}</ul></div>"
+        claims = as_rows(self.claims).round(3).to_html(index=False, border=0, escape=True) if self.claims else ""
+        return f"<div><b>Result</b> {title}{claims}<ul>{findings}</ul></div>"
+
+
+class Found:
+    """What a call gives that has more to tell than a `Result`, which says its claims and findings."""
+
+    result: Result
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """What is claimed."""
+        return self.result.claims
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What it says, in sentences."""
+        return self.result.findings
 
 
 def share_of(rows: pd.DataFrame, column: str) -> Estimate | None:

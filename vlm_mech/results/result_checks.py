@@ -54,7 +54,8 @@ def check_axis_values(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
 
 def check_complete(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
     """Every example has one row in every cell, and examples are named by one kind of value."""
-    if len({isinstance(name, str) for name in table["example"]}) > 1:
+    names = table["example"]
+    if names.dtype == object and len({isinstance(name, str) for name in names}) > 1:
         raise UsageError("examples are named by both text and numbers; one of these is needed")
     keys = table[["example", *axes]]
     repeated = keys[keys.duplicated().to_numpy()]
@@ -64,9 +65,12 @@ def check_complete(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
     if keys.isna().to_numpy().any():
         raise UsageError("the table has a row without example or axis value")
     n_cells = len(table[list(axes)].drop_duplicates())
-    for example, count in Counter(table["example"]).items():
-        if count != n_cells:
-            raise UsageError(f"example {example!r} has {count} of {n_cells} cells; every example needs every cell")
+    codes, _ = pd.factorize(names)
+    counts = np.bincount(codes)
+    if (counts != n_cells).any():
+        first = int((counts != n_cells).argmax())
+        example = names[codes == first].tolist()[0]
+        raise UsageError(f"example {example!r} has {counts[first]} of {n_cells} cells; every example needs every cell")
 
 
 def check_drawn(level: float, seed: int) -> None:

@@ -55,7 +55,20 @@ def _parsed(config_class: type[ConfigT], arguments: Sequence[str], *, name: str)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(f"{_plain(caught.getvalue())}; --help lists the options") from None
+        message = _too_many(_plain(caught.getvalue()), list(arguments))
+        raise UsageError(f"{message}; --help lists the options") from None
+
+
+def _too_many(message: str, arguments: list[str]) -> str:
+    """The message, or, where it is about values that no option takes, after which option they stand."""
+    begins = "Unrecognized options: "
+    words = message.removeprefix(begins).split(", ")
+    if not message.startswith(begins) or any(each.startswith("-") or each not in arguments for each in words):
+        return message
+    at = len(arguments) - 1 - arguments[::-1].index(words[0])
+    flags = [each.partition("=")[0] for each in arguments[:at] if each.startswith("--")]
+    values = f"{' and '.join(map(repr, words))} {'is' if len(words) == 1 else 'are'}"
+    return f"{values} more than {flags[-1]} takes" if flags else f"{values} no option, which begins with --"
 
 
 def _plain(message: str) -> str:

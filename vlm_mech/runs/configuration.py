@@ -27,9 +27,9 @@ class RunConfig:
     """Options that every experiment has."""
 
     model: str = "organism"
-    """Embedded model (organism, organism-grounded, organism-phrases), folder, or Hugging Face id."""
+    """Embedded model (organism, organism-grounded, organism-phrases), organism-smol, folder, or Hugging Face id."""
     data: str = "scenes/colour"
-    """Generated pairs (scenes/colour, ...), a folder with pairs.jsonl, or an official format (mmvp:FOLDER)."""
+    """Generated pairs (scenes/colour, ...), facts (facts/capitals), a folder, or an official format (mmvp:FOLDER)."""
     n: int | None = None
     """Number of examples; 64 scenes by default, all of a folder."""
     seed: int = 0
@@ -78,6 +78,8 @@ class RunConfig:
     """Why the batches of an experiment cannot be shared out among processes."""
     own_workers: ClassVar[bool] = False
     """Whether an experiment has processes of its own for `--workers`."""
+    takes_texts: ClassVar[bool] = False
+    """Whether pairs of two texts, without pictures, can be asked about."""
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -231,6 +233,18 @@ def check_fixed(config: RunConfig) -> None:
         raise UsageError(
             f"--fix-labels is for official formats, such as whatsup:FOLDER; {', '.join(config.sources)} is of none"
         )
+
+
+def check_texts(config: RunConfig) -> None:
+    """Raises `UsageError` where facts, which have no pictures, are given to an experiment that needs some."""
+    from vlm_mech.data.facts import is_facts
+
+    for each in config.sources:
+        if is_facts(each) and not config.takes_texts:
+            raise UsageError(
+                f"data {each!r} are texts without pictures, and this experiment is about pictures; knockout, "
+                "layer_swap and facts take them"
+            )
 
 
 def worded(config: ConfigT, *, unasked: str = "") -> list[ConfigT]:

@@ -24,6 +24,7 @@ from vlm_mech.runs.configuration import (
     check_n,
     check_numbers,
     check_shared,
+    check_texts,
     worded,
 )
 from vlm_mech.runs.freed_memory import keep_freed_memory
@@ -65,6 +66,8 @@ def main(
             check_shared(config)
             each = worded(config, unasked=unasked)
             check_fixed(config)
+            if not config.describe:
+                check_texts(config)
             if config.describe:
                 print(description(config))
             elif plan is not None and getattr(config, "dry_run", False):
@@ -201,7 +204,7 @@ def _finished(work: Workspace, config: RunConfig, outcome: Outcome, provenance: 
 
 def _store(work: Workspace, outcome: Outcome, name: str) -> None:
     from vlm_mech.results.saved_figures import save_figure
-    from vlm_mech.runs.report import write_report
+    from vlm_mech.runs.report import write_report, write_viewer
 
     made = work.staging()
     outcome.result.save(made)
@@ -209,6 +212,7 @@ def _store(work: Workspace, outcome: Outcome, name: str) -> None:
         table.to_csv(made / f"{title}.csv", index=False)
     for title, figure in outcome.figures.items():
         save_figure(figure, made / "figures", title)
+    write_viewer(made / "figures", outcome)
     again = shlex.join(["--config", str(work.folder / "config.json"), "--out", "OTHER_FOLDER"])
     write_report(made / "report.html", outcome, command=f"python -m experiments.{name} {again}")
     work.publish()

@@ -19,10 +19,12 @@ class Outcome:
 
     `links` are other reports by what is said of them, `tables` more tables by the name of their csv, which the run's
     folder and its report have. `said` are examples of generated answers, a row each, which the report shows.
-    `first` are headings, by the name of a table that stands whole above the figures.
+    `first` are headings, by the name of a table that stands open below the first screen of the report. `answer` is the
+    figure of that screen, by default the first.
 
     Raises:
-        ValueError: a table whose csv would be a file of the run itself, or lie in another folder.
+        ValueError: a table whose csv would be a file of the run itself, or lie in another folder; an `answer` that is
+            no figure.
     """
 
     result: "Result"
@@ -32,8 +34,11 @@ class Outcome:
     tables: "dict[str, pd.DataFrame]" = field(default_factory=dict)
     said: "pd.DataFrame | None" = None
     first: dict[str, str] = field(default_factory=dict)
+    answer: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.tables:
             if Path(name).name != name or f"{name}.csv" in OWN_FILES:
                 raise ValueError(f"a table called {name!r} has no place of its own among the files of a run")
+        if self.answer is not None and self.answer not in self.figures:
+            raise ValueError(f"the figure that answers, {self.answer!r}, is none of {', '.join(self.figures)}")

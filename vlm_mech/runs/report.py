@@ -1,10 +1,16 @@
-"""A run as one HTML page that opens from disk without a network. All text of the user's is escaped."""
+"""A run as one HTML page that opens from disk without a network. All text of the user's is escaped.
+
+The first screen has the question, the figure that answers it and the claims; everything else is in sections to open.
+What the page looks like is in `page/`: `page.html` (a template that escapes), `page.css` and `page.js`.
+"""
 
 import base64
-import html
+import functools
 import io
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +18,12 @@ import pandas as pd
 
 from vlm_mech.results.claim import as_rows
 from vlm_mech.results.result import Result
-from vlm_mech.results.saved_figures import as_html
+from vlm_mech.results.saved_figures import Shown, packed_plotly, shown
+from vlm_mech.runs.first_screen import first_screen, question_of
+from vlm_mech.runs.workspace import VIEWER
 
 if TYPE_CHECKING:
+    import jinja2
     from PIL import Image
 
     from vlm_mech.runs.outcome import Outcome
@@ -23,124 +32,190 @@ ELSEWHERE = ("receipts", "question", "seconds", "resumed", "finished")
 """Of the provenance, what has a place of its own, and what differs each time: that is in provenance.json alone."""
 MISSING = "–"
 """What stands for a number that there is none of."""
-LONG = 80
-"""Characters from which on a cell is a sentence, not a name."""
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 Helvetica, Arial, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1.5em;
-  color: #1b1b1b; background: #fff; }
-h1 { font-size: 1.6em; margin-bottom: 0.2em; } h2 { font-size: 1.15em; margin-top: 2em; }
-p.asked { max-width: 48em; color: #444; } ul.findings { max-width: 52em; }
-table { border-collapse: collapse; font-size: 13px; } td, th { padding: 3px 10px; text-align: right; }
-th { border-bottom: 1px solid #888; position: sticky; top: 0; background: #fff; }
-table.numbers td { white-space: nowrap; }
-table.words td, table.words th { text-align: left; vertical-align: top; }
-tr:nth-child(even) { background: #f5f5f5; }
-.scroll { max-height: 420px; overflow: auto; } .gallery { display: flex; flex-wrap: wrap; gap: 14px; }
-.gallery figure { margin: 0; width: 216px; } .gallery img { image-rendering: pixelated; width: 216px; }
-figcaption { font-size: 12px; overflow-wrap: anywhere; }
-pre { background: #f5f5f5; padding: 0.8em; overflow: auto; max-height: 420px; font-size: 12px; }
-.figure { overflow-x: auto; margin: 1.2em 0; }
-"""
+PAGE = Path(__file__).parent / "page"
+
+SUMMARY = (
+    "Intervals are 95 % bootstrap intervals over examples. p is of a two-sided sign-flip test of the effect (mean less "
+    "baseline), corrected over the cells of a metric by Holm's method."
+)
+CLAIMS = (
+    "A claim was declared on half of the examples (chosen by groups, with the seed) and tested on the other half, to "
+    "which its numbers belong. claims.json has everything."
+)
+SEVERAL = (
+    "Of a claim with several conditions the row has the numbers of the one that decides, that with the largest p. p is "
+    "corrected over the claims."
+)
+SAID = (
+    "Some of the generated answers, and whether with the edit the run's own answer is named, the other one, or "
+    "neither. All of them are in result.parquet (columns text, says, text_baseline, says_baseline)."
+)
+
+
+@dataclass(frozen=True)
+class Words:
+    """A paragraph."""
+
+    text: str
+    kind = "words"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A list of sentences."""
+
+    items: tuple[str, ...]
+    heading: str = ""
+    kind = "listing"
+
+
+@dataclass(frozen=True)
+class Links:
+    """Other pages by what is said of them."""
+
+    links: dict[str, str]
+    kind = "links"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns with the class of their cells, and rows of texts."""
+
+    caption: str
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[str, ...], ...]
+    kind = "table"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure."""
+
+    shown: Shown
+    kind = "plot"
+
+
+@dataclass(frozen=True)
+class Code:
+    """What is to be read sign by sign."""
+
+    text: str
+    kind = "code"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures as data, after their captions."""
+
+    pictures: tuple[tuple[str, str], ...]
+    kind = "gallery"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page to open, with the anchor by which the contents reach it."""
+
+    anchor: str
+    heading: str
+    parts: tuple[Words | Listing | Links | Table | Plot | Code | Gallery, ...]
+    open: bool = False
 
 
 def write_report(path: Path, outcome: "Outcome", *, command: str) -> None:
-    """Writes the page: findings, figures, answers, pictures, summary table, receipts, provenance, how to repeat."""
-    result = outcome.result
-    figures = "".join(_figure(*each, first=number == 0) for number, each in enumerate(outcome.figures.items()))
-    parts = [
-        f"<h1>{html.escape(result.name)}</h1>",
-        f"<p class='asked'>{html.escape(str(result.provenance.get('question', '')))}</p>",
-        "<ul class='findings'>" + "".join(f"<li>{html.escape(finding)}</li>" for finding in result.findings) + "</ul>",
-        _claims(result),
-        _links(outcome.links),
-        *(
-            f"<h2>{html.escape(heading)}</h2>"
-            + _table(_rounded(outcome.tables[name]), style=_style(outcome.tables[name]), whole=True)
-            for name, heading in outcome.first.items()
-        ),
-        figures,
-        *(
-            f"<h2>{html.escape(name)}.csv</h2>{_table(_rounded(table), style=_style(table))}"
-            for name, table in outcome.tables.items()
-            if name not in outcome.first
-        ),
-        _said(outcome.said),
-        _gallery(outcome.pictures),
-        "<h2>Summary</h2>" + _table(_rounded(result.summary())),
-        "<h2>Metrics</h2>" + _metrics(result),
-        "<h2>Receipts</h2>" + _mapping(result.provenance.get("receipts", {})),
-        "<h2>Provenance</h2>"
-        + _json({name: value for name, value in result.provenance.items() if name not in ELSEWHERE}),
-        "<h2>Configuration</h2>" + _json(result.config),
-        f"<h2>Repeat</h2><pre>{html.escape(command)}</pre>",
-    ]
-    head = f"<meta charset='utf-8'><title>{html.escape(result.name)}</title><style>{STYLE}</style>"
-    page = f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    """Writes the page: the first screen, and every section with something in it.
+
+    Args:
+        command: repeats the run.
+    """
+    result, figures = outcome.result, _shown(outcome)
+    answer = figures.get(outcome.answer or next(iter(figures), ""))
+    question, rest = question_of(str(result.provenance.get("question", "")))
+    page = _template("page.html").render(
+        title=result.name,
+        question=question,
+        first=first_screen(result),
+        answer=answer,
+        sections=_sections(outcome, list(figures.values()), rest, command),
+        figures=list(figures.values()),
+        style=_own("page.css"),
+        script=_own("page.js"),
+        plotly=packed_plotly() if figures else "",
+    )
     path.write_text(page, encoding="utf-8")
 
 
-def _figure(name: str, figure: Any, *, first: bool) -> str:
-    return f"<div class='figure'>{as_html(figure, name, full_html=False, include_plotlyjs=first)}</div>"
+def write_viewer(folder: Path, outcome: "Outcome") -> None:
+    """Writes `index.html` among the figures, where there are any: a list of them, each drawn by the report."""
+    figures = [
+        {"anchor": each.anchor, "title": each.title, "file": f"{name}.json"} for name, each in _shown(outcome).items()
+    ]
+    if figures:
+        page = _template("figures.html").render(title=outcome.result.name, figures=figures, style=_own("page.css"))
+        (folder / VIEWER).write_text(page, encoding="utf-8")
 
 
-def _claims(result: Result) -> str:
+def _shown(outcome: "Outcome") -> dict[str, Shown]:
+    return {name: shown(figure, name) for name, figure in outcome.figures.items()}
+
+
+@functools.cache
+def _own(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _template(name: str) -> "jinja2.Template":
+    import jinja2
+
+    how: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    how |= {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(PAGE), **how).get_template(name)
+
+
+def _sections(outcome: "Outcome", figures: Sequence[Shown], rest: str, command: str) -> list[Section]:
+    """The sections in their order, those alone in which something stands."""
+    result = outcome.result
+    tables = {name: _table(each, f"{name}.csv") for name, each in outcome.tables.items()}
+    others = tuple(table for name, table in tables.items() if name not in outcome.first)
+    about = {name: value for name, value in result.provenance.items() if name not in ELSEWHERE}
+    gallery = tuple((caption, _data(picture)) for caption, picture in outcome.pictures)
+    every = [
+        *(
+            Section(f"table-{number}", heading, (tables[name],), open=True)
+            for number, (name, heading) in enumerate(outcome.first.items())
+        ),
+        Section("findings", "All findings", (Listing(result.findings),) if result.findings else ()),
+        Section("claims", "All claims", _claims(result)),
+        Section("figures", "All figures", tuple(Plot(each) for each in figures)),
+        Section("said", "What is said", () if outcome.said is None else (Words(SAID), _table(outcome.said, "Answers"))),
+        Section("examples", "Examples", (Gallery(gallery),) if gallery else ()),
+        Section("alone", "Each alone", (Links(outcome.links),) if outcome.links else ()),
+        Section("tables", "Tables", others),
+        Section("method", "Method and controls", (*((Words(rest),) if rest else ()), _metrics(result))),
+        Section("summary", "Summary", (Words(SUMMARY), _table(result.summary(), "summary.csv"))),
+        Section("receipts", "Receipts", (_mapping(result.provenance.get("receipts", {})),)),
+        Section("provenance", "Provenance", (_json(about),)),
+        Section("configuration", "Configuration", (_json(result.config),)),
+        Section("repeat", "Repeat", (Code(command),)),
+    ]
+    return [section for section in every if section.parts]
+
+
+def _claims(result: Result) -> tuple[Words | Table | Listing, ...]:
     """Every claim with its numbers and what became of it at each gate."""
     if not result.claims:
-        return ""
-    told = (
-        "A claim was declared on half of the examples (chosen by groups, with the seed) and tested on the other half, "
-        "to which its numbers belong. "
-    )
-    if any(len(claim.conditions) > 1 for claim in result.claims):
-        told += (
-            "Of a claim with several conditions the row has the numbers of the one that decides, that with the "
-            "largest p; p is corrected over the claims. "
-        )
-    told += "claims.json has everything."
-    gates = [f"{claim.says}: {gate.name}: {gate.says}" for claim in result.claims for gate in claim.gates]
-    listed = "".join(f"<li>{html.escape(each)}</li>" for each in gates)
-    more = f"<details><summary>Each gate</summary><ul class='findings'>{listed}</ul></details>" if gates else ""
-    return f"<h2>Claims</h2><p>{told}</p>{_table(_rounded(as_rows(result.claims)), style='words')}{more}"
+        return ()
+    several = any(len(claim.conditions) > 1 for claim in result.claims)
+    gates = tuple(f"{claim.says}: {gate.name}: {gate.says}" for claim in result.claims for gate in claim.gates)
+    told = (Words(f"{CLAIMS} {SEVERAL}" if several else CLAIMS), _table(as_rows(result.claims), "All claims"))
+    return (*told, *((Listing(gates, "Each gate"),) if gates else ()))
 
 
-def _links(links: dict[str, str]) -> str:
-    if not links:
-        return ""
-    shown = "".join(f"<li><a href='{html.escape(link)}'>{html.escape(said)}</a></li>" for said, link in links.items())
-    return f"<h2>Each alone</h2><ul class='findings'>{shown}</ul>"
-
-
-def _said(answers: pd.DataFrame | None) -> str:
-    if answers is None:
-        return ""
-    told = (
-        "Some of the generated answers, and whether with the edit the run's own answer is named, the other one, or "
-        "neither; all of them are in result.parquet (columns text, says, text_baseline, says_baseline)."
-    )
-    return f"<h2>What is said</h2><p>{told}</p>{_table(answers, style='words')}"
-
-
-def _gallery(pictures: "tuple[tuple[str, Image.Image], ...]") -> str:
-    if not pictures:
-        return ""
-    shown = "".join(
-        f"<figure><img alt='' src='data:image/png;base64,{_png(picture)}'>"
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for caption, picture in pictures
-    )
-    return f"<h2>Examples</h2><div class='gallery'>{shown}</div>"
-
-
-def _png(picture: "Image.Image") -> str:
+def _data(picture: "Image.Image") -> str:
+    """The picture as data without loss; WebP takes two thirds of what PNG does."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _rounded(table: pd.DataFrame) -> pd.DataFrame:
-    numbers = table.select_dtypes("float").columns
-    return table.assign(**{name: table[name].map(_number) for name in numbers})
+    picture.save(buffer, "WEBP", lossless=True)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _number(value: float) -> str:
@@ -150,34 +225,33 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
 
 
-def _table(table: pd.DataFrame, *, style: str = "numbers", whole: bool = False) -> str:
-    """The table without columns in which nothing stands; in a box to scroll unless it is to be seen whole."""
+def _table(table: pd.DataFrame, caption: str) -> Table:
+    """The table without columns in which nothing stands."""
     held = (table.notna() & ~table.isin(["", "-", MISSING])).any()
-    shown = table.loc[:, held] if held.any() else table
-    made = shown.to_html(index=False, border=0, escape=True, classes=style)
-    return made if whole else f"<div class='scroll'>{made}</div>"
+    kept = table.loc[:, held] if held.any() else table
+    columns = tuple((str(name), "number" if kept[name].dtype.kind in "iuf" else "") for name in kept.columns)
+    texts = [kept[name].map(_text).tolist() for name in kept.columns]
+    return Table(caption, columns, tuple(zip(*texts, strict=True)))
 
 
-def _style(table: pd.DataFrame) -> str:
-    """How a table is set: one with sentences in it as words, whose lines are broken."""
-    longest = max((len(str(each)) for name in table.select_dtypes(exclude="number") for each in table[name]), default=0)
-    return "words" if longest > LONG else "numbers"
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return _number(value)
+    return MISSING if value is None or value is pd.NA or value is pd.NaT else str(value)
 
 
-def _metrics(result: Result) -> str:
-    rows = "".join(
-        f"<li><b>{html.escape(metric.name)}</b> ({html.escape(metric.unit)}): {html.escape(metric.description)}</li>"
-        for metric in result.metrics
-    )
-    return f"<ul>{rows}</ul>"
+def _metrics(result: Result) -> Table:
+    columns = tuple((name, "") for name in ("metric", "unit", "held against", "what it says"))
+    rows = tuple((each.name, each.unit, each.against, each.description) for each in result.metrics)
+    return Table("Metrics", columns, rows)
 
 
-def _mapping(values: dict[str, Any]) -> str:
+def _mapping(values: dict[str, Any]) -> Table | Words:
     if not values:
-        return "<p>None.</p>"
-    words = [name.replace("_", " ") for name in values]
-    return _table(pd.DataFrame({"what": words, "value": [str(value) for value in values.values()]}), style="words")
+        return Words("None.")
+    rows = tuple((name.replace("_", " "), str(value)) for name, value in values.items())
+    return Table("Receipts", (("what", ""), ("value", "")), rows)
 
 
-def _json(values: dict[str, Any]) -> str:
-    return f"<pre>{html.escape(json.dumps(values, indent=1, ensure_ascii=False))}</pre>"
+def _json(values: dict[str, Any]) -> Code:
+    return Code(json.dumps(values, indent=1, ensure_ascii=False))

@@ -32,6 +32,7 @@ OWN_FILES = (
     "report.html", "summary.csv", "config.json", "provenance.json", "claims.json", "result.json", "result.parquet",
 )  # fmt: skip
 """What a run leaves beside its figures and further tables, in the order in which it is put in place."""
+VIEWER = "index.html"
 
 
 @dataclass(frozen=True)
@@ -372,8 +373,9 @@ def _clear(folder: Path, record: dict[str, Any], *, kept: Sequence[str] = ()) ->
         kept: runs within it that stay.
     """
     for name in record.get("figures", []):
-        for ending in ("html", "json"):
-            (folder / "figures" / f"{Path(name).name}.{ending}").unlink(missing_ok=True)
+        # 0.1.0 wrote a page for each figure.
+        for file in (f"{Path(name).name}.html", f"{Path(name).name}.json", VIEWER):
+            (folder / "figures" / file).unlink(missing_ok=True)
     tables = (f"{Path(name).name}.csv" for name in record.get("tables", []))
     for name in (*tables, *OWN_FILES) if record else ():
         (folder / name).unlink(missing_ok=True)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlm_mech.architectures.traced_model import check_decoder
+from vlm_mech.data.pairs import Pairs, check_pairs
 from vlm_mech.data.shared_pictures import pixel_hash
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded, Prompt
@@ -22,6 +24,18 @@ def check_whole(**numbers: tuple[Any, int]) -> None:
     for name, (number, least) in numbers.items():
         if not isinstance(number, Integral) or isinstance(number, bool) or number < least:
             raise UsageError(f"{name} is {number!r}; a whole number of at least {least} is needed")
+
+
+def check_call(vlm: Any, pairs: Pairs, call: str, **numbers: tuple[Any, int]) -> None:
+    """Raises `UsageError` unless a decoder and some pairs are given, each once, with numbers as `check_whole` has them.
+
+    Args:
+        call: that they are given to, for the error.
+    """
+    check_decoder(vlm, call)
+    check_pairs(pairs, call)
+    check_whole(**numbers)
+    check_once([pair.id for pair in pairs], "a pair with the id")
 
 
 def check_listed(given: Any, kind: type, what: str) -> None:

@@ -2,25 +2,36 @@
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.reading import read_answer
 from vlm_mech.errors import UsageError
 from vlm_mech.interventions.specification import Intervention
 from vlm_mech.results.generated_answers import SAYS
 from vlm_mech.runs.configuration import SpokenConfig
 from vlm_mech.sweeps.asked import check_whole
-from vlm_mech.sweeps.engine import Engine
+from vlm_mech.sweeps.cost import pass_bytes, pass_flops, sizes
+from vlm_mech.sweeps.engine import Engine, engine_of
 from vlm_mech.sweeps.generation import answers_under
-from vlm_mech.sweeps.generation_cost import GenerationCost
+from vlm_mech.sweeps.generation_cost import GenerationCost, generation_cost
 from vlm_mech.sweeps.reference import Reference
-from vlm_mech.sweeps.schedule import SweepPlan
+from vlm_mech.sweeps.rows import Rows
+from vlm_mech.sweeps.schedule import SweepPlan, check_pass, in_halves
+from vlm_mech.sweeps.shares import budget_of
+from vlm_mech.sweeps.sweep import Point
+
+if TYPE_CHECKING:
+    from vlm_mech.models.vlm import VLM
 
 N_CELLS, N_TOKENS = 8, 16
 """Cells for which answers are generated, and tokens of each at most, unless told otherwise."""
+SPOKEN = ("text", "says", "text_baseline", "says_baseline")
+"""Columns of what is said."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,64 @@ def generated(
     said = answers_under(engine, [None, *interventions], max_new_tokens=max_new_tokens, check=numbers)
     tables = [_read(each.texts, options) for each in said]
     return [each.join(tables[0].add_suffix("_baseline")) for each in tables[1:]]
+
+
+def generated_at(
+    vlm: "VLM",
+    pairs: Pairs,
+    points: Sequence[Point],
+    edit: Callable[[Point], Intervention],
+    part: GeneratedPart,
+    *,
+    engine: str,
+    memory: int | str | None,
+) -> pd.DataFrame:
+    """What is said of one batch of pairs at some points of a grid and without an edit (see `generated`).
+
+    The pairs are halved where they do not fit into the memory.
+
+    Returns:
+        A row an example and point, with their names; empty without points.
+    """
+    if not points:
+        return pd.DataFrame()
+    edits, budget = [edit(point) for point in points], budget_of(vlm, memory)
+    checked = part.checked(range(len(points)))
+
+    def spoken(rows: slice) -> list[pd.DataFrame]:
+        some, own = pairs[rows], Rows(vlm, rows, list(pairs.base))
+        runner = engine_of(vlm, vlm.encode(some.base), engine, budget=budget)
+        both = [(pair.answer, pair.counterfactual_answer) for pair in some]
+        how = {"max_new_tokens": part.max_new_tokens, "check": checked if rows.start == 0 else ()}
+        tables = generated(runner, [own.of(each) for each in edits], both, **how)
+        names = [pair.id for pair in some]
+        return [table.assign(example=names, **dict(point.axes)) for table, point in zip(tables, points, strict=True)]
+
+    halves = in_halves(slice(0, len(pairs)), spoken)
+    return pd.concat([table for tables in halves for table in tables], ignore_index=True)
+
+
+def with_generated_at(
+    vlm: "VLM",
+    plan: SweepPlan,
+    pairs: Pairs,
+    points: Sequence[Point],
+    edit: Callable[[Point], Intervention],
+    part: GeneratedPart,
+) -> SpokenPlan:
+    """The plan of a batch with what `generated_at` does for it; the pass over the prompts is run for it once more."""
+    checked = part.checked(range(len(points)))
+
+    def of(rows: slice) -> GenerationCost:
+        encoded, own = vlm.encode(pairs[rows].base), Rows(vlm, rows, list(pairs.base))
+        edits, size = [own.of(edit(point)) for point in points], sizes(vlm, encoded)
+        check_pass(size, plan.budgets)
+        how = {"held": pass_bytes(size), "budget": plan.budgets, "check": checked if rows.start == 0 else ()}
+        cost = generation_cost(vlm, encoded, edits, part.max_new_tokens, **how)
+        return dataclasses.replace(cost, flops=cost.flops + pass_flops(size))
+
+    costs = in_halves(slice(0, len(pairs)), of) if points else []
+    return with_generated(plan, costs, part, n_cells=len(points))
 
 
 def _read(texts: Sequence[str], options: Sequence[tuple[str, str]]) -> pd.DataFrame:

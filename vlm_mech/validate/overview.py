@@ -92,6 +92,43 @@ def _all(names: list[str]) -> str:
     return "; ".join(names) or "none"
 
 
+def at_a_glance(result: Result) -> "go.Figure":
+    """A row for each method and a column for each grade: the share, over all sets that have it, as a number.
+
+    Colours say how far it is as it should be: of false alarms the fewer the brighter. Ranks are no shares: left out.
+    """
+    import plotly.graph_objects as go
+
+    table = grades(result)
+    names = [name for name in GRADES if name != RANKS and name in set(table["grade"])]
+    names.sort(key=lambda name: name in FALSE_ALARMS)
+    methods = list(table["method"].drop_duplicates())
+    hits, counts = (
+        pd.crosstab(table["method"], table["grade"], each, aggfunc="sum").reindex(index=methods, columns=names)
+        for each in (table["rate"] * table["n"], table["n"])
+    )
+    shares = hits / counts
+    good = shares.assign(**{name: 1 - shares[name] for name in names if name in FALSE_ALARMS})
+    labels = [f"{name} (alarm)" if name in FALSE_ALARMS else name for name in names]
+    figure = go.Figure(
+        go.Heatmap(
+            x=labels, y=methods, z=good.to_numpy(), zmin=0, zmax=1, colorscale="Cividis", xgap=2, ygap=2,
+            customdata=counts.to_numpy(), hoverongaps=False,
+            text=[["" if pd.isna(share) else f"{100 * share:.0f} %" for share in row] for row in shares.to_numpy()],
+            texttemplate="%{text}", hovertemplate="%{y}, %{x}: %{text} (n %{customdata})<extra></extra>",
+            colorbar={"title": {"text": "<br>as it should be (share)", "side": "right"}, "thickness": 14},
+        )
+    )  # fmt: skip
+    figure.update_xaxes(type="category", tickangle=-35)
+    figure.update_yaxes(type="category", autorange="reversed")
+    title = "planted models: share of each grade over all sets (of alarms lower is better)"
+    return figure.update_layout(
+        template="plotly_white", title={"text": title, "x": 0.01}, width=1180, height=260 + 30 * len(methods),
+        font={"family": "Helvetica, Arial, sans-serif", "size": 12}, margin={"l": 130, "r": 30, "t": 90, "b": 150},
+        meta=drawn_by(at_a_glance),
+    )  # fmt: skip
+
+
 def dots(result: Result) -> "go.Figure":
     """Rates with their 95 % intervals: a panel for each grade, a line for each method, a colour for each set."""
     from plotly.subplots import make_subplots

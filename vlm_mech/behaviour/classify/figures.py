@@ -309,8 +309,9 @@ def _short(names: str, most: int = 60) -> str:
 
 def _dressed(figure: "go.Figure", title: str, note: str, n_rows: int) -> "go.Figure":
     figure.add_annotation(
-        text=note, xref="paper", yref="paper", x=0, y=0, yshift=-72, showarrow=False, xanchor="left", font={"size": 11}
-    )
+        text=note, xref="paper", yref="paper", x=0, y=0, yshift=-72, showarrow=False, xanchor="left", font={"size": 11},
+        name="caption",
+    )  # fmt: skip
     return figure.update_layout(
         template="plotly_white",
         title={"text": html.escape(title, quote=False), "x": 0.01, "xanchor": "left", "font": {"size": 17}},

@@ -132,5 +132,6 @@ def _line(xs: pd.Series, ys: pd.Series, name: str, colour: str) -> "go.Scatter":
 
 def _caption(figure: "go.Figure", text: str) -> None:
     figure.add_annotation(
-        text=text, xref="paper", yref="paper", x=0, y=0, yshift=-80, showarrow=False, xanchor="left", font={"size": 11}
-    )
+        text=text, xref="paper", yref="paper", x=0, y=0, yshift=-80, showarrow=False, xanchor="left", font={"size": 11},
+        name="caption",
+    )  # fmt: skip

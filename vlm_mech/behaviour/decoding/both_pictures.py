@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "Each question is asked about {shown}, in conflict with a prior or not. Does contrastive decoding, with the values "
-    "of the papers, answer more of them rightly than greedy decoding does?"
+    "Does contrastive decoding answer more questions rightly than greedy decoding does? Each question is asked about "
+    "{shown}, in conflict with a prior or not. Contrastive decoding has the values of the papers."
 )
 AXES = ("picture", "method")
 UNREAD = Metric("unread", "share", "answers that name no option, or several, and are not right")

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.fitting import Variety
-from vlm_mech.data.pairs import Pairs, check_pairs
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.methods.arbitration.claims import (
     Choice,
     arbiter,
@@ -47,10 +46,10 @@ from vlm_mech.methods.arbitration.study import (
 from vlm_mech.methods.gates.gated import Options, through_gates
 from vlm_mech.results.claim import FEWEST_GROUPS, LEVEL, Claim
 from vlm_mech.results.claiming import claimed, enough_of, halves
-from vlm_mech.results.result import N_RESAMPLES, N_SIGN_FLIPS, Result
+from vlm_mech.results.result import N_RESAMPLES, N_SIGN_FLIPS, Found, Result
 from vlm_mech.results.statistics import percentile_interval, ratio_estimate, share_interval, sign_flip_p
 from vlm_mech.runs.provenance import about, remarks
-from vlm_mech.sweeps.asked import check_once, check_whole
+from vlm_mech.sweeps.asked import check_call
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -76,7 +75,7 @@ Why = Literal[
 
 
 @dataclass(frozen=True, eq=False)
-class Arbitration:
+class Arbitration(Found):
     """What `find_arbiter` gives.
 
     `kind` is the verdict, `part` what was found to be the arbiter (None without one), and `why` the reason where `kind`
@@ -94,16 +93,6 @@ class Arbitration:
     def n(self) -> dict[str, int]:
         """Pictures in conflict, those lost to the usual answer and won by the shown one, and those of both halves."""
         return self.result.provenance["n"]
-
-    @property
-    def claims(self) -> tuple[Claim, ...]:
-        """What is claimed."""
-        return self.result.claims
-
-    @property
-    def findings(self) -> tuple[str, ...]:
-        """What it says, in sentences."""
-        return self.result.findings
 
 
 def find_arbiter(
@@ -145,10 +134,7 @@ def find_arbiter(
         UsageError: single items, no pair that says which picture is in conflict or that fits the model, two of one id,
             gates that are not known, or numbers that cannot be.
     """
-    check_decoder(vlm, "find_arbiter")
-    check_pairs(pairs, "find_arbiter")
-    check_whole(batch=(batch, 1))
-    check_once([pair.id for pair in pairs], "a pair with the id")
+    check_call(vlm, pairs, "find_arbiter", batch=(batch, 1))
     asked, how = Options(gates, null, seed, batch), {"batch": batch, "engine": engine, "memory": memory}
     faced = in_conflict(vlm, pairs, variants)
     said = answers(vlm, faced, batch=batch)

@@ -15,7 +15,7 @@ from vlm_mech.methods.arbitration_page.patching import ZERO, patch_rows, zeroed_
 from vlm_mech.methods.layer_swap.controls import COUNTERFACTUAL, OTHER, SAME
 from vlm_mech.results.claiming import FEWEST
 from vlm_mech.results.result import Metric, Result
-from vlm_mech.results.statistics import Estimate, ratio_estimate
+from vlm_mech.results.statistics import Estimate, difference_estimate, ratio_estimate
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -119,6 +119,15 @@ def _share(rows: pd.DataFrame, metric: str) -> Share:
     return Share(found.value, found.low, found.high, len(rows))
 
 
+def _difference(rows: pd.DataFrame, metric: str) -> Share:
+    """The mean of differences of two shares over the same examples."""
+    if rows.empty:
+        return NOTHING
+    values, groups = rows[metric].to_numpy(float), pd.factorize(rows["group"])[0]
+    found = difference_estimate(values, groups, n_resamples=N_RESAMPLES)
+    return Share(found.value, found.low, found.high, len(rows))
+
+
 def _rows_in(table: pd.DataFrame, metric: str, cell: dict[str, Any]) -> pd.DataFrame:
     held = table[metric].notna().to_numpy()
     for name, value in cell.items():
@@ -216,7 +225,7 @@ def carried(result: Result, span: str, *, seed: int = 0) -> Carried | None:
         both = by[SAME].index.intersection(by[donor].index) if donor in by else by[SAME].index[:0]
         own = by[SAME].loc[both].reset_index()
         less = by[donor].loc[both, "restored"].to_numpy() if len(both) else 0.0
-        more.append(_share(own.assign(restored=own["restored"] - less), "restored"))
+        more.append(_difference(own.assign(restored=own["restored"] - less), "restored"))
     return Carried(dataclasses.replace(shares[0], layer=layer), *shares[1:], *more)
 
 

@@ -130,7 +130,4 @@ def chosen_cells(table: pd.DataFrame, top_k: int, n_random: int, seed: int) -> d
 
 def exchanged(pairs: Pairs) -> Pairs:
     """The same pairs with image and counterfactual image exchanged; answers stay those of the measure."""
-    turned = tuple(
-        dataclasses.replace(pair, image=pair.counterfactual_image, counterfactual_image=pair.image) for pair in pairs
-    )
-    return dataclasses.replace(pairs, pairs=turned)
+    return dataclasses.replace(pairs, pairs=tuple(pair.exchanged for pair in pairs))

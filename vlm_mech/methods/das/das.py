@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "A few directions of the states at one place are trained so that putting another picture's states in their place, "
-    "within these directions alone, gives that picture's answer. It is told on objects that had no part in it, beside "
-    "random directions, directions trained on shuffled answers, and those of a model with shuffled weights."
+    "Do a few directions of the states at one place carry the answer from one picture to another? A few directions of "
+    "the states at one place are trained so that putting another picture's states in their place, within these "
+    "directions alone, gives that picture's answer. It is told on objects that had no part in it, beside random "
+    "directions, directions trained on shuffled answers, and those of a model with shuffled weights."
 )
 
 

@@ -128,7 +128,7 @@ def _key(edit: Intervention) -> Any:
         if isinstance(each, Knockout):
             keys.append(("cut", each.query, each.key, each.each_layer, each.heads, each.stream, each.keep_self))
         elif isinstance(each, Replace) and isinstance(each.source, list | tuple):
-            shown = tuple((prompt.question, *map(id, prompt.images)) for prompt in each.source)
+            shown = tuple((*prompt.said, *map(id, prompt.images)) for prompt in each.source)
             where = (each.sites, each.source_sites, each.span, each.source_span)
             keys.append(("swap", *where, each.heads, id(each.subspace), shown))
         else:

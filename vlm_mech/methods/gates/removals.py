@@ -148,9 +148,12 @@ def _effects(asked: Sequence[Removed], vlm: "VLM", pairs: "Pairs", batch: int) -
             points = (*points, *grid(number=[-1], way=[COUNTERFACTUAL]))
         measure = logit_diff(faced.answer, faced.counterfactual_answer)
         source = faced.counterfactual
+        whole = Removed((Site("llm.resid_pre", 0),), "all")
+        if faced.is_text:
+            # The other text may have other tokens; after the last block the last one's state is the other answer.
+            whole = Removed((Site("llm.resid_post", vlm.n_layers("llm") - 1),), "last")
 
-        def edit(point: Point, source: Any = source) -> Intervention:
-            whole = Removed((Site("llm.resid_pre", 0),), "all")
+        def edit(point: Point, source: Any = source, whole: Removed = whole) -> Intervention:
             return _edit(whole if point.number < 0 else asked[point.number], point.way, source)
 
         done = sweep(vlm, faced, points, edit, measure, batch=batch, check=0)

@@ -30,6 +30,14 @@ NEUTRAL = (
     f"{QUESTION} Answer:",
 )
 """Wordings that ask nothing else. What stands in the place of the question is the question in its own words."""
+NEUTRAL_TEXTS = (
+    f"It is a fact. {QUESTION}",
+    f"Everyone knows this. {QUESTION}",
+    f"Remember this well. {QUESTION}",
+    f"Here is something to know. {QUESTION}",
+    f"As we read in a book: {QUESTION}",
+)
+"""The same for texts that the answer goes on with."""
 LEAST_RIGHT = 0.5
 """Share of what is answered right in the own wording below which another one does not count: it says little."""
 
@@ -47,7 +55,8 @@ def other_wordings(vlm: "VLM", pairs: "Pairs", given: Sequence[str] = ()) -> tup
         UsageError: a template that is none.
     """
     own = pairs[0].wording if len(pairs) else BARE
-    templates = [*given, *(each.replace(QUESTION, own.template) for each in NEUTRAL)]
+    neutral = NEUTRAL_TEXTS if len(pairs) and pairs[0].completion else NEUTRAL
+    templates = [*given, *(each.replace(QUESTION, own.template) for each in neutral)]
     found, left_out = [], {}
     for template in dict.fromkeys(templates):
         if template == own.template:

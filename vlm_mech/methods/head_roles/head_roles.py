@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.fitting import Variety, fitting
-from vlm_mech.data.pairs import Pairs, check_pairs
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import TooFewError, UsageError
 from vlm_mech.methods.gates.gated import Options, through_gates
 from vlm_mech.methods.head_roles.ablation import Ablated, ablate_groups, p_of_draws
@@ -39,9 +38,9 @@ from vlm_mech.methods.head_roles.study import (
 )
 from vlm_mech.results.claim import Claim
 from vlm_mech.results.claiming import claimed, corrected_together, halves, parted_like
-from vlm_mech.results.result import Result
+from vlm_mech.results.result import Found, Result
 from vlm_mech.runs.provenance import about, remarks
-from vlm_mech.sweeps.asked import check_once, check_whole
+from vlm_mech.sweeps.asked import check_call
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -54,7 +53,7 @@ QUESTION = (
 
 
 @dataclass(frozen=True, eq=False)
-class HeadRoles:
+class HeadRoles(Found):
     """What `head_roles` gives.
 
     `result` is the patching, with the claims and findings of all; `heads` has a row a head: its mean recovered fraction
@@ -68,16 +67,6 @@ class HeadRoles:
     scores: Result
     groups: dict[str, Group]
     ablated: Ablated | None
-
-    @property
-    def claims(self) -> tuple[Claim, ...]:
-        """What is claimed."""
-        return self.result.claims
-
-    @property
-    def findings(self) -> tuple[str, ...]:
-        """What it says, in sentences."""
-        return self.result.findings
 
 
 def head_roles(
@@ -135,12 +124,10 @@ def head_roles(
             pair without a usual answer, or pairs that do not fit the model.
         TooFewError: fewer than four examples count.
     """
-    check_decoder(vlm, "head_roles")
-    check_pairs(pairs, "head_roles")
+    least = {"batch": (batch, 1), "n_random": (n_random, 1), "n_top": (1 if n_top is None else n_top, 1)}
+    check_call(vlm, pairs, "head_roles", **least)
     ways = (ablate,) if isinstance(ablate, str) else tuple(ablate)
     _check(ways, by, prior_question, prior_answers, pairs)
-    check_whole(batch=(batch, 1), n_random=(n_random, 1), n_top=(1 if n_top is None else n_top, 1))
-    check_once([pair.id for pair in pairs], "a pair with the id")
     asked, runs = Options(gates, null, seed, batch), _fitted(vlm, pairs, prior_question, prior_answers, variants)
     how: dict[str, Any] = {"batch": batch, "engine": engine, "memory": memory}
     every, receipts = patch_heads(vlm, runs, **how)

@@ -87,7 +87,7 @@ def few(result: Result, scan: Scan, tolerance: Tolerance, horizons: Sequence[Hor
     short = next((each for each in horizons if not each.told), None)
     if short is not None:
         return (f"{text}. Half of them declares a horizon, but {short} in that half.",)
-    return (f"{text} (by the rule, in horizons.csv, fewer find a horizon later or none).",)
+    return (f"{text} (by the rule, fewer find a horizon later or none).",)
 
 
 def of_arm(result: Result, scan: Scan, arm: str, horizons: Sequence[Horizon]) -> tuple[str, ...]:

@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.fitting import fitting
-from vlm_mech.data.pairs import Pairs, check_pairs
-from vlm_mech.errors import UsageError
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.interventions.receipt import add_up
 from vlm_mech.methods.gates.gated import Asked, Measured, Options
 from vlm_mech.methods.horizon.claims import as_table, gated
@@ -18,7 +16,7 @@ from vlm_mech.methods.horizon.horizons import Tolerance
 from vlm_mech.methods.horizon.study import horizon_rows, metrics_of, same_texts
 from vlm_mech.results.result import Result
 from vlm_mech.runs.provenance import about, remarks
-from vlm_mech.sweeps.asked import check_once
+from vlm_mech.sweeps.asked import check_call
 from vlm_mech.sweeps.measures import Comparison
 from vlm_mech.sweeps.readings import without_trivial_places
 
@@ -26,10 +24,11 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "From each layer of the decoder on the image tokens are removed (nobody reads them any more), frozen (they stop "
-    "changing and are still read), or given the states of another layer of the same run. Where the answer's "
-    "distribution stays, what they would do there is not needed: the horizon is the first layer from which it stays. "
-    "Exchanged (i) are image states that entered block i, put at the input of one layer; the blocks above compute on."
+    "From which layer on may the image tokens be removed, frozen, or exchanged with those of another layer? From each "
+    "layer of the decoder on the image tokens are removed (nobody reads them any more), frozen (they stop changing and "
+    "are still read), or given the states of another layer of the same run. Where the answer's distribution stays, "
+    "what they would do there is not needed: the horizon is the first layer from which it stays. Exchanged (i) are "
+    "image states that entered block i, put at the input of one layer; the blocks above compute on."
 )
 
 
@@ -82,12 +81,8 @@ def horizon(
         UsageError: options that are not known, a tolerance that cannot be, no pair that fits, or a batch below 1.
         WorkError: fewer than two pairs count.
     """
-    check_decoder(vlm, "horizon")
-    check_pairs(pairs, "horizon")
-    if batch < 1:
-        raise UsageError(f"batch is {batch}; at least 1 is needed")
+    check_call(vlm, pairs, "horizon", batch=(batch, 1))
     tolerance, asked = Tolerance(kl, lost), Options(gates, null, seed, batch)
-    check_once([pair.id for pair in pairs], "a pair with the id")
     pairs = fitting(vlm, pairs, variants=variants, whole=measure != "logit_diff", alone=True)
     scan = scan_of(vlm, pairs, exchange)
     how: dict[str, Any] = {"only_correct": only_correct, "measure": measure, "seed": seed, "engine": engine}

@@ -14,15 +14,10 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.methods.horizon.data import Scan, edits_of
 from vlm_mech.results.result import Metric
 from vlm_mech.results.statistics import share_interval
-from vlm_mech.sweeps.cost import pass_bytes, pass_flops, sizes
-from vlm_mech.sweeps.engine import engine_of
-from vlm_mech.sweeps.generated_answers import GeneratedPart, generated, with_generated
-from vlm_mech.sweeps.generation_cost import generation_cost
+from vlm_mech.sweeps.generated_answers import GeneratedPart, generated_at, with_generated_at
 from vlm_mech.sweeps.measures import Comparison, Measure, comparison, kl, logprob, prob, said
 from vlm_mech.sweeps.readings import PLACES
-from vlm_mech.sweeps.rows import Rows
-from vlm_mech.sweeps.schedule import SweepPlan, in_halves
-from vlm_mech.sweeps.shares import budget_of
+from vlm_mech.sweeps.schedule import SweepPlan
 from vlm_mech.sweeps.sweep import Point, plan_sweep, sweep
 
 if TYPE_CHECKING:
@@ -33,7 +28,6 @@ SAID = Metric("said", "share", "share of examples in which the answer is the lik
 CHOSEN = Metric("chosen", "share", "share of examples in which the answer is preferred to the other one")
 LOST = Metric("lost", "share", "share of examples whose answer is said without an edit and is not with it")
 PROB, LOGPROB = prob(()).metric, logprob(()).metric
-SPOKEN = ("text", "says", "text_baseline", "says_baseline")
 WRONG = "not answered right"
 FLIP = "flip"
 """1 where the other answer is preferred: what generated answers are held against."""
@@ -78,7 +72,7 @@ def horizon_rows(
     result = sweep(vlm, pairs, points, edits.of, _measures(pairs, measure), **how)
     table = result.table
     if part is not None:
-        spoken = _generated(vlm, pairs, _drawn(points, part), edits.of, part, engine=engine, memory=memory)
+        spoken = generated_at(vlm, pairs, _drawn(points, part), edits.of, part, engine=engine, memory=memory)
         table = table.merge(spoken, on=["example", *scan.axes], how="left")
     return _assembled(table, pairs, scan, measure, only_correct), result.provenance["receipts"]
 
@@ -106,13 +100,7 @@ def plan_horizon(
     edits = edits_of(vlm, first, scan, seed=seed)
     plan = plan_sweep(vlm, first, points, edits.of, _measures(first, measure), batch=len(first), memory=memory)
     if part is not None:
-        encoded, own = vlm.encode(first.base), Rows(vlm, slice(0, len(first)), list(first.base))
-        drawn, size = _drawn(points, part), sizes(vlm, encoded)
-        made = [own.of(edits.of(point)) for point in drawn]
-        how = {"held": pass_bytes(size), "budget": plan.budgets, "check": part.checked(range(len(drawn)))}
-        cost = generation_cost(vlm, encoded, made, part.max_new_tokens, **how)
-        cost = dataclasses.replace(cost, flops=cost.flops + pass_flops(size))
-        plan = with_generated(plan, [cost], part, n_cells=len(drawn))
+        plan = with_generated_at(vlm, plan, first, _drawn(points, part), edits.of, part)
     return plan.over(len(pairs))
 
 
@@ -127,27 +115,6 @@ def _drawn(points: Sequence[Point], part: GeneratedPart) -> list[Point]:
     """The cells in which answers are generated."""
     numbers = part.of(range(len(points)))
     return [point for number, point in enumerate(points) if number in numbers]
-
-
-def _generated(
-    vlm: "VLM", pairs: Pairs, points: Sequence[Point], edit: Any, part: GeneratedPart, *, engine: str, memory: Any
-) -> pd.DataFrame:
-    """What is said in some cells and without an edit, and whose answer that is, a row an example and cell."""
-    edits, budget = [edit(point) for point in points], budget_of(vlm, memory)
-    checked = part.checked(range(len(points)))
-
-    def spoken(rows: slice) -> list[pd.DataFrame]:
-        some, own = pairs[rows], Rows(vlm, rows, list(pairs.base))
-        runner = engine_of(vlm, vlm.encode(some.base), engine, budget=budget)
-        both = [(pair.answer, pair.counterfactual_answer) for pair in some]
-        how = {"max_new_tokens": part.max_new_tokens, "check": checked if rows.start == 0 else ()}
-        tables = generated(runner, [own.of(each) for each in edits], both, **how)
-        names = [pair.id for pair in some]
-        return [table.assign(example=names, **dict(point.axes)) for table, point in zip(tables, points, strict=True)]
-
-    halves = in_halves(slice(0, len(pairs)), spoken)
-    found = pd.concat([table for tables in halves for table in tables], ignore_index=True)
-    return pd.DataFrame(found[["example", "arm", "layer", *SPOKEN]])
 
 
 def _assembled(table: pd.DataFrame, pairs: Pairs, scan: Scan, measure: str, only_correct: bool) -> pd.DataFrame:

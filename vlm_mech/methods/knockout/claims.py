@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NEEDED, HOLDS_BACK = "needed", "holds back"
 """Kinds of claims: the answer's lead over the other one is lower without it, or higher."""
-NAMED = ("system", "image", "question", "last")
+NAMED = ("system", "image", "question", "last", "subject", "subject_last")
 """Groups of an edge that are spans by name."""
 UNNAMED = "its tokens have no name, and may differ from example to example"
 NO_LAYER = "the edge is in none of these layers in some example"

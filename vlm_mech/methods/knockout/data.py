@@ -23,6 +23,7 @@ from vlm_mech.methods.knockout.controls import (
     mass_of,
     sinks_of,
 )
+from vlm_mech.methods.knockout.default_edges import edges_where_none_is_named, with_answers
 from vlm_mech.methods.knockout.edges import (
     ANSWER,
     NOTHING_GIVEN,
@@ -43,9 +44,6 @@ from vlm_mech.sweeps.sweep import Point, grid
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-EDGES = ("after<-image", "question<-image", "last<-image", "last<-question", "last<-last")
-OBJECT_EDGES = ("after<-object", "after<-rest")
-HEAD_EDGE = "last<-image"
 EDGE, CONTROL = "edge", "control of equal size"
 MASS, DISTANCE = "control of equal mass", "control of equal distance"
 CUTS = (EDGE, CONTROL)
@@ -159,8 +157,7 @@ def scan_of(
     """The edges and layers of a scan by name, checked.
 
     Args:
-        edges: as `parse_edge` takes them. By default `EDGES`, with `OBJECT_EDGES` where the object of every pair is
-            known and image tokens are patches, without last<-question where both overlap; for heads last<-image alone.
+        edges: as `parse_edge` takes them; by default those of `edges_where_none_is_named`.
         layers, size: see `layer_sets`.
         heads: all heads one by one, at single layers, for one edge.
         during: `answer` adds the answer's own tokens to the queries of edges from `last`, or `after`, which holds it.
@@ -173,33 +170,14 @@ def scan_of(
         raise UsageError("heads are cut one by one, for one edge and at single layers")
     n_layers, cuts = vlm.n_layers("llm"), cuts_of(controls, sinks=sinks)
     if heads:
-        edge = _during(parse_edge(edges[0] if edges else HEAD_EDGE), during)
+        (name,) = edges or edges_where_none_is_named(vlm, pairs, set(), heads=True)
+        edge = with_answers(parse_edge(name), during)
         return Scan((edge,), layer_sets(n_layers, "each", 1), tuple(range(vlm.n_heads("llm"))), cuts)
-    parsed = tuple(_during(parse_edge(each), during) for each in edges or _default_edges(vlm, pairs, masks))
+    edges = edges or edges_where_none_is_named(vlm, pairs, set(masks))
+    parsed = tuple(with_answers(parse_edge(each), during) for each in edges)
     if len(set(parsed)) < len(parsed):
         raise UsageError(f"edge {next(each for each in parsed if parsed.count(each) > 1)} is named twice")
     return Scan(parsed, layer_sets(n_layers, layers, size), cuts=cuts)
-
-
-def _during(edge: Edge, during: str) -> Edge:
-    """The edge, with the answer's tokens among its queries where these are to lose it too."""
-    if (
-        during == "prompt"
-        or edge.of_answer
-        or not {"last", "after"} & {*edge.query.split("+")}
-        or edge.query == edge.key
-    ):
-        return edge
-    return Edge(f"{edge.query}+{ANSWER}", edge.key)
-
-
-def _default_edges(vlm: "VLM", pairs: Pairs, masks: Masks) -> tuple[str, ...]:
-    encoded = vlm.encode(pairs[:1].base)
-    # Where nothing follows the question, its last token is `last` itself.
-    ends_there = set(encoded.positions("last")) <= set(encoded.positions("question"))
-    edges = tuple(edge for edge in EDGES if edge != "last<-question" or not ends_there)
-    known = {pair.id for pair in pairs} <= set(masks) and all(image.layout.views for image in encoded.rows[0].images)
-    return (*edges, *OBJECT_EDGES) if known else edges
 
 
 Reason = str

@@ -36,6 +36,7 @@ DRAWS = 100
 NO_OBJECT = "no object is given"
 NOT_SEEN = "no image token shows the object"
 NO_REST = "every image token shows the object"
+NO_REST_OF_TEXT = "nothing but the subject comes before the last token"
 FUTURE = "attention allows none of its edges, because every key comes after the queries"
 OUT_OF_REACH = "attention allows none of its edges, because every key is beyond the model's attention window"
 NOTHING_GIVEN = "the answer is one token, which nothing follows"
@@ -283,6 +284,8 @@ def _group(
 def _positions(
     encoded: Encoded, example: int, name: str, shows: Bool[np.ndarray, "height width"] | None
 ) -> Sequence[int] | str:
+    if name == "rest" and encoded.rows[example].subject is not None:
+        return encoded.rows[example].beside_subject or NO_REST_OF_TEXT
     if name in OF_OBJECT:
         return _of_object(encoded, example, name, shows)
     if name == "after":

@@ -38,6 +38,8 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
 
 def pictures(pairs: "Pairs", scan: Scan, more: FollowUp) -> Pictures:
     """Some examples, or where each of the strongest heads looks in them; then the examples that were written about."""
+    if pairs.is_text:
+        return ()
     if scan.heads is None:
         shown = [(f"{pair.question} {pair.answer}", side_by_side(pair.images)) for pair in list(pairs)[:N_SHOWN]]
     else:

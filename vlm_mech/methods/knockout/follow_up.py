@@ -141,7 +141,7 @@ def attention_of(
     if not heads or not len(pairs):
         return ()
     encoded = vlm.encode(pairs.base)
-    if not all(row.images[0].layout.views for row in encoded.rows):
+    if not all(row.images and row.images[0].layout.views for row in encoded.rows):
         return ()
     clean = record(vlm, encoded)
     ends = [ends_of(encoded, at, edge, visible_edges(clean, at), masks.get(pair.id)) for at, pair in enumerate(pairs)]

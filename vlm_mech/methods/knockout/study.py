@@ -5,7 +5,7 @@ docs/methods.md.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import Tokens
 from vlm_mech.interventions.receipt import add_up, summarise
-from vlm_mech.interventions.specification import Intervention, Knockout
+from vlm_mech.interventions.specification import Knockout
 from vlm_mech.interventions.trace import generate
 from vlm_mech.methods.knockout.data import (
     EDGE,
@@ -30,16 +30,11 @@ from vlm_mech.methods.knockout.data import (
 )
 from vlm_mech.methods.knockout.edges import Edge, ends_of, visible_edges
 from vlm_mech.results.result import Metric
-from vlm_mech.sweeps.cost import pass_bytes, pass_flops, sizes
-from vlm_mech.sweeps.engine import engine_of
-from vlm_mech.sweeps.generated_answers import GeneratedPart, generated, with_generated
-from vlm_mech.sweeps.generation_cost import GenerationCost, generation_cost
+from vlm_mech.sweeps.generated_answers import SPOKEN, GeneratedPart, generated_at, with_generated_at
 from vlm_mech.sweeps.measures import Comparison, Measure, comparison, prob, said
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES
 from vlm_mech.sweeps.recorded_pass import record
-from vlm_mech.sweeps.rows import Rows
-from vlm_mech.sweeps.schedule import SweepPlan, check_pass, in_halves
-from vlm_mech.sweeps.shares import budget_of
+from vlm_mech.sweeps.schedule import SweepPlan
 from vlm_mech.sweeps.sweep import Point, plan_sweep, sweep
 
 if TYPE_CHECKING:
@@ -62,7 +57,6 @@ def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
 
 METRICS = metrics_of()
 
-SPOKEN = ("text", "says", "text_baseline", "says_baseline")
 MASS_CUT, MASS_RATIO = "mass", "mass_ratio"
 """Columns with the unedited attention on what is cut, summed over heads and layers, and its share of the edge's."""
 OUT_OF_SIGHT = "attention at these layers allows none of the edges"
@@ -115,7 +109,7 @@ def knock_out(
         table = result.table
         if part is not None:
             spoken = [point for point in some if point in drawn]
-            said = _generated(vlm, chosen, spoken, cut, part, engine=engine, memory=memory)
+            said = generated_at(vlm, chosen, spoken, cut, part, engine=engine, memory=memory)
             said = said.reindex(columns=["example", *scan.axes, *SPOKEN])
             table = table.merge(said, on=["example", *scan.axes], how="left")
         tables.append(table)
@@ -153,7 +147,7 @@ def plan_knockout(
     for chosen, some, cut in sweeps(first, points, found, scan):
         plan = plan_sweep(vlm, chosen, some, cut, _measures(chosen, measure), batch=len(chosen), memory=memory)
         spoken = [point for point in some if point in drawn]
-        plans.append(plan if part is None else _with_generated(vlm, plan, chosen, spoken, cut, part))
+        plans.append(plan if part is None else with_generated_at(vlm, plan, chosen, spoken, cut, part))
     if not plans:
         raise UsageError("no example has any of the edges")
     added = {"forwards"} if part is None else {"forwards", "generated_forwards", "looped_forwards"}
@@ -171,58 +165,6 @@ def plan_knockout(
 def _drawn(points: Sequence[Point], part: GeneratedPart | None) -> set[Point]:
     """The cells in which answers are generated."""
     return set() if part is None else {points[number] for number in part.of(range(len(points)))}
-
-
-def _generated(
-    vlm: "VLM",
-    pairs: Pairs,
-    points: Sequence[Point],
-    cut: Callable[[Point], Intervention],
-    part: GeneratedPart,
-    *,
-    engine: str,
-    memory: int | str | None,
-) -> pd.DataFrame:
-    """What is said in some cells and without an edit, and whose answer that is, a row an example and cell."""
-    if not points:
-        return pd.DataFrame()
-    edits, budget = [cut(point) for point in points], budget_of(vlm, memory)
-    checked = part.checked(range(len(points)))
-
-    def spoken(rows: slice) -> list[pd.DataFrame]:
-        some, own = pairs[rows], Rows(vlm, rows, list(pairs.base))
-        runner = engine_of(vlm, vlm.encode(some.base), engine, budget=budget)
-        both = [(pair.answer, pair.counterfactual_answer) for pair in some]
-        how = {"max_new_tokens": part.max_new_tokens, "check": checked if rows.start == 0 else ()}
-        tables = generated(runner, [own.of(edit) for edit in edits], both, **how)
-        names = [pair.id for pair in some]
-        return [table.assign(example=names, **dict(point.axes)) for table, point in zip(tables, points, strict=True)]
-
-    halves = in_halves(slice(0, len(pairs)), spoken)
-    return pd.concat([table for tables in halves for table in tables], ignore_index=True)
-
-
-def _with_generated(
-    vlm: "VLM",
-    plan: SweepPlan,
-    pairs: Pairs,
-    points: Sequence[Point],
-    cut: Callable[[Point], Intervention],
-    part: GeneratedPart,
-) -> SweepPlan:
-    """The plan of a batch with what is generated for it; the pass over the prompts is run for it once more."""
-    checked = part.checked(range(len(points)))
-
-    def of(rows: slice) -> GenerationCost:
-        encoded, own = vlm.encode(pairs[rows].base), Rows(vlm, rows, list(pairs.base))
-        edits, size = [own.of(cut(point)) for point in points], sizes(vlm, encoded)
-        check_pass(size, plan.budgets)
-        how = {"held": pass_bytes(size), "budget": plan.budgets, "check": checked if rows.start == 0 else ()}
-        cost = generation_cost(vlm, encoded, edits, part.max_new_tokens, **how)
-        return dataclasses.replace(cost, flops=cost.flops + pass_flops(size))
-
-    costs = in_halves(slice(0, len(pairs)), of) if points else []
-    return with_generated(plan, costs, part, n_cells=len(points))
 
 
 def _measures(pairs: Pairs, name: Comparison) -> tuple[Measure, ...]:

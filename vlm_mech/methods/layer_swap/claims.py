@@ -35,11 +35,13 @@ DOES = {
 """What is claimed: that it goes more than half of the way to the other one; less; or that it moves. The last is claimed
 of states of another object, which so carry the answer from one question to another."""
 RECOVERED, HALF = "recovered", 0.5
-ENDS = {"image": NO_LONGER, "last": NOT_YET, "last+answer": NOT_YET}
+ENDS = {"image": NO_LONGER, "subject_last": NO_LONGER, "last": NOT_YET, "last+answer": NOT_YET}
 """Spans of which it is claimed too where they do not turn the answer: below others that do, or above."""
 WORDS = {
     "image": "the image tokens",
     "question": "the question tokens",
+    "subject": "the tokens of the subject",
+    "subject_last": "the last token of the subject",
     "class": "the class token",
     "last": "the last token alone",
     "last+answer": "the last token and those of the answer",

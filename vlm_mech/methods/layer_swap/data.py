@@ -22,14 +22,17 @@ def default_spans(
 
     Args:
         pairs: what is asked; where tokens of its answers are compared that others of the answer come before,
-            `last+answer` is among the spans of the decoder.
+            `last+answer` is among the spans of the decoder; of two questions, whose tokens stand at other places, the
+            last token of what each is about and the last one of the prompt are.
         measure: how answers are compared (see `measures.comparison`).
     """
     if stream == "llm":
-        spans = ("image", "question", "last", "all")
+        texts = pairs is not None and pairs.is_text
+        spans = ("subject_last", "last") if texts else ("image", "question", "last", "all")
         compared = None if pairs is None else comparison(measure, pairs.answer, pairs.counterfactual_answer)
         behind = pairs is not None and compared is not None and reads_behind(vlm, pairs.base, compared)
-        return (*spans[:3], "last+answer", *spans[3:]) if behind else spans
+        at = spans.index("last") + 1
+        return (*spans[:at], "last+answer", *spans[at:]) if behind else spans
     if stream == "projector":
         return ("image",)
     return ("image", "class", "all") if vlm.n_class_tokens else ("image",)

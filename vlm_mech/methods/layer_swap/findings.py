@@ -9,7 +9,7 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import TooFewError
 from vlm_mech.methods.layer_swap.claims import DOES, MOVES, RECOVERED, TURNS, claimable, does_of, words_of
 from vlm_mech.methods.layer_swap.controls import COUNTERFACTUAL, DONOR, OTHER, SAME, WRONG_DONOR
-from vlm_mech.methods.layer_swap.study import NOTHING_BEFORE, WRONG, WRONG_ALONE
+from vlm_mech.methods.layer_swap.study import NOTHING_BEFORE, wrong_of
 from vlm_mech.results.claim import Claim, sentences
 from vlm_mech.results.claimed_layers import numbers, placed, runs
 from vlm_mech.results.generated_answers import told
@@ -39,7 +39,8 @@ def usable_share(result: Result, pairs: Pairs) -> str:
         table = table[table[DONOR] == COUNTERFACTUAL]
     first = table.drop_duplicates("example")
     what = nouns_of(pairs).many
-    wrong, asked = (WRONG, " on both images") if pairs.made is None else (WRONG_ALONE, "")
+    wrong = wrong_of(pairs)
+    asked = f" on both {nouns_of(pairs).sides}" if pairs.made is None else ""
     n_examples, n_wrong = len(first), int((first["skipped"] == wrong).sum())
     close = ~table["skipped"].isin(["", wrong, NOTHING_BEFORE])
     n_close = int(table[close]["example"].nunique())

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.fitting import Variety, fitting
 from vlm_mech.data.nouns import nouns_in
-from vlm_mech.data.pairs import DIRECTIONS, Pairs, check_pairs
-from vlm_mech.errors import UsageError
+from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.inputs.span import listed
 from vlm_mech.interventions.receipt import add_up, summarise
 from vlm_mech.methods.gates.gated import Asked, Options, gated
@@ -22,7 +20,7 @@ from vlm_mech.methods.layer_swap.findings import findings
 from vlm_mech.methods.layer_swap.study import check_asked, metrics_of, swap_states
 from vlm_mech.results.result import Result
 from vlm_mech.runs.provenance import about, remarks
-from vlm_mech.sweeps.asked import check_once
+from vlm_mech.sweeps.asked import check_call
 from vlm_mech.sweeps.measures import Comparison
 from vlm_mech.sweeps.readings import without_trivial_places
 
@@ -30,14 +28,21 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "Each question is asked about an image and about its counterfactual, which differs in one attribute and so has "
-    "another answer. One run's hidden states replace the other's at one layer and one span of tokens; the recovered "
-    "fraction says how far the answer moves, 0 (its own) to 1 (the other image's)."
+    "At which layer, and through which tokens, does the answer come to depend on the image? Each question is asked "
+    "about an image and about its counterfactual, which differs in one attribute and so has another answer. One run's "
+    "hidden states replace the other's at one layer and one span of tokens; the recovered fraction says how far the "
+    "answer moves, 0 (its own) to 1 (the other image's)."
 )
 OF_ITEMS = (
-    "Each question is asked about an image and about a picture made in its place. One run's hidden states replace the "
-    "other's at one layer and one span of tokens; the recovered fraction says how far the preference for the right "
-    "answer over a wrong one moves, 0 (the run that is patched) to 1 (that which the states come from)."
+    "At which layer, and through which tokens, does the answer come to depend on the image? Each question is asked "
+    "about an image and about a picture made in its place. One run's hidden states replace the other's at one layer "
+    "and one span of tokens; the recovered fraction says how far the preference for the right answer over a wrong one "
+    "moves, 0 (the run that is patched) to 1 (that which the states come from)."
+)
+OF_TEXTS = (
+    "Each text is to be continued, beside another one about another subject, which so has another answer. One run's "
+    "hidden states replace the other's at one layer and one token: the last one of the subject, or of the text. The "
+    "recovered fraction says how far the answer moves, 0 (its own) to 1 (the other text's)."
 )
 
 
@@ -67,7 +72,8 @@ def layer_swap(
 
     Args:
         site: `llm`, `projector` or `vision`; `point` is the tensor of each block.
-        spans: spans of tokens to swap; by default `image`, `question`, `last` and `all` in the decoder (and
+        spans: spans of tokens to swap; by default `image`, `question`, `last` and `all` in the decoder (of two texts
+            `subject_last`, the last token of what each is about, and `last`; and
             `last+answer` where tokens of answers are compared that others of the answer come before), `image` at the
             projector, and `image`, `class` and `all` in a tower with class tokens (`image` in others).
         directions: `noising` puts the counterfactual's states into the image's run, `denoising` the reverse.
@@ -101,12 +107,8 @@ def layer_swap(
             for fewer than two pairs, or a batch below 1.
         WorkError: fewer than two pairs count.
     """
-    check_decoder(vlm, "layer_swap")
-    check_pairs(pairs, "layer_swap")
-    if batch < 1:
-        raise UsageError(f"batch is {batch}; at least 1 is needed")
+    check_call(vlm, pairs, "layer_swap", batch=(batch, 1))
     asked = Options(gates, null, seed, batch)
-    check_once([pair.id for pair in pairs], "a pair with the id")
     sites = swap_sites(vlm, site, point)
     pairs = fitting(vlm, pairs, variants=variants, whole=measure != "logit_diff")
     spans = listed(spans) or default_spans(vlm, site, pairs=pairs, measure=measure)
@@ -125,8 +127,8 @@ def layer_swap(
 
 
 def question_of(pairs: Pairs) -> str:
-    """What a swap asks of pairs, or of single items."""
-    return QUESTION if pairs.made is None else OF_ITEMS
+    """What a swap asks of pairs, of pairs of texts, or of single items."""
+    return OF_TEXTS if pairs.is_text else QUESTION if pairs.made is None else OF_ITEMS
 
 
 def swap_result(

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from vlm_mech.architectures.site import Site
-from vlm_mech.data.nouns import ITEMS, PAIRS, Nouns
+from vlm_mech.data.nouns import ITEMS, PAIRS, TEXTS, Nouns, nouns_of
 from vlm_mech.data.pairs import DIRECTIONS, Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
@@ -40,9 +40,12 @@ LOGIT_DIFF = Metric("logit_diff", "logits", f"logit {OF_THE_PATCHED}", signed=Tr
 FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred")
 OF_ITEMS = "of the right answer less that of a wrong one (in denoising the reverse)"
 """What is compared of single items: of the picture that was made for one no answer is known to be right."""
+OF_TEXTS = "of the patched run's own answer less that of the other question's"
+FLIP_OF_TEXTS = dataclasses.replace(FLIP, description="share of examples in which the other question's is preferred")
 FLIP_OF_ITEMS = dataclasses.replace(FLIP, description="share of examples in which the second of these is preferred")
 
 WRONG, WRONG_ALONE = "not answered right on both images", "not answered right"
+WRONG_TEXTS = "not answered right on both questions"
 """Why a pair is left out, and a single item, whose counterfactual picture has no answer known to be right."""
 
 
@@ -54,7 +57,7 @@ def recovered_of(what: str) -> Metric:
 
 def no_gap(what: str) -> str:
     """Why a pair has no recovered fraction of such a difference."""
-    return f"{what} differences of the two images are less than {metrics.MIN_GAP} apart"
+    return f"{what} differences of the two runs are less than {metrics.MIN_GAP} apart"
 
 
 def compared_by(name: Comparison) -> str:
@@ -70,6 +73,7 @@ def metrics_of(name: Comparison = "logit_diff", nouns: Nouns = PAIRS) -> tuple[M
     """
     measure = comparison(name, (), ()).metric
     told, flip = (OF_ITEMS, FLIP_OF_ITEMS) if nouns is ITEMS else (OF_THE_PATCHED, FLIP)
+    told, flip = (OF_TEXTS, FLIP_OF_TEXTS) if nouns is TEXTS else (told, flip)
     of = Metric(name, measure.unit, f"{compared_by(name)} {told}", signed=True)
     return recovered_of(compared_by(name)), of, flip
 
@@ -77,6 +81,12 @@ def metrics_of(name: Comparison = "logit_diff", nouns: Nouns = PAIRS) -> tuple[M
 RECOVERED = recovered_of("logit")
 METRICS = metrics_of()
 NO_GAP = no_gap("logit")
+
+
+def wrong_of(pairs: Pairs) -> str:
+    """Why one of these pairs, or of these single items, is left out."""
+    nouns = nouns_of(pairs)
+    return WRONG_ALONE if nouns is ITEMS else WRONG_TEXTS if nouns is TEXTS else WRONG
 
 
 def swap_states(
@@ -217,7 +227,7 @@ def _swapped(
     right = read[0].value(2, sides[0].reads).bool()
     if pairs.made is None:
         right &= read[1].value(3, sides[1].reads).bool()
-    wrong = WRONG if pairs.made is None else WRONG_ALONE
+    wrong = wrong_of(pairs)
     why = ["" if use or not only_correct else wrong for use in right.tolist()]
     tables, receipts, unedited = [], [], {}
     drawn, cells = drawn_cells(directions, sites, spans, part), [(site, span) for site in sites for span in spans]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from vlm_mech.architectures.traced_model import check_decoder
-from vlm_mech.data.pairs import Pairs, check_pairs
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.methods.gates.gated import Measured, Options, gated
 from vlm_mech.methods.gates.shuffled import following
@@ -17,12 +16,12 @@ from vlm_mech.methods.lens.findings import findings
 from vlm_mech.methods.lens.leads import INPUT, depth_sites, leads_of
 from vlm_mech.methods.lens.tuned_lens import TunedLens, retrained
 from vlm_mech.results.result import Metric, Result
-from vlm_mech.sweeps.asked import check_once
+from vlm_mech.sweeps.asked import check_call
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-OTHER_IMAGE, GIVEN = "the other image's answer", "the given rival"
+OTHER_IMAGE, OTHER_TEXT, GIVEN = "the other image's answer", "the other text's answer", "the given rival"
 """What the answer is compared with, in words."""
 NOTHING_BEFORE = "nothing comes before the decoder's input"
 
@@ -67,17 +66,13 @@ def lens_lead(
             tuned lens that lacks a site or was made with these pictures or for another model, unknown gates, or a batch
             below 1.
     """
-    check_decoder(vlm, "lens_lead")
-    check_pairs(pairs, "lens_lead")
-    if not len(pairs) or batch < 1:
-        raise UsageError(f"lens_lead has {len(pairs)} pairs and a batch of {batch}; at least one of each is needed")
+    check_call(vlm, pairs, "lens_lead", batch=(batch, 1))
     asked = Options(gates, null, seed, batch)
-    check_once([pair.id for pair in pairs], "a pair with the id")
     rivals = _rivals(pairs, against)
     if tuned is not None:
         tuned.check(vlm, pairs.base, depth_sites(vlm), normed=True)
     starts = range(0, len(pairs), batch)
-    over = OTHER_IMAGE if isinstance(against, str) else GIVEN
+    over = (OTHER_TEXT if pairs.is_text else OTHER_IMAGE) if isinstance(against, str) else GIVEN
     tables = [_table(vlm, pairs[at : at + batch], rivals[at : at + batch], over, tuned) for at in starts]
     about: dict[str, Any] = {"model": vlm.identity(), "data": pairs.described}
     if tuned is not None:

@@ -109,6 +109,11 @@ class TunedLens:
         """Raise `UsageError` unless the translators belong to the model and the prompts had no part in their making."""
         if not normed:
             raise UsageError("a tuned lens is trained through the final norm; normed=False does not go with it")
+        if lacking := [name for name in ("model", "used") if name not in self.record]:
+            raise UsageError(
+                f"the record of the tuned lens has no {' and no '.join(map(repr, lacking))}, so that it fits no model; "
+                "train_tuned_lens and TunedLens.load give lenses that have"
+            )
         if unnamed(vlm) != self.record["model"]:
             raise UsageError(f"the tuned lens was made for {self.record['model']}, not for {unnamed(vlm)}")
         last = _last(vlm)

@@ -105,7 +105,7 @@ def _sides(vlm: "VLM", pair: Pair) -> tuple[dict, ...]:
     if pair.made:
         # Nothing tells which patches show what is asked about.
         return (shared | first | {"object": NOT_KNOWN},)
-    shared |= {"object": changed_patches(vlm, pair)}
+    shared |= {"object": NOT_KNOWN if pair.is_text else changed_patches(vlm, pair)}
     second = {"id": f"{pair.id}'", "prompt": pair.counterfactual, "label": pair.counterfactual_answer}
     return shared | first, shared | second
 
@@ -148,7 +148,8 @@ def with_objects(vlm: "VLM", pairs: Pairs) -> Pairs:
             vlm.encode(pair.base)
             return
         vlm.encode(pair.counterfactual)
-        changed_patches(vlm, pair)
+        if not pair.is_text:
+            changed_patches(vlm, pair)
 
     return with_note(
         checked(pairs, check, "can be used"),
@@ -225,8 +226,8 @@ def spread(vlm: "VLM", spans: Sequence[str], examples: Examples) -> tuple[str, .
     """
     if OBJECT in spans and NOT_KNOWN in examples.objects:
         raise UsageError(
-            f"span {OBJECT!r} is where the two images of a pair differ; {examples.name} holds single items, which do "
-            "not say it"
+            f"span {OBJECT!r} is where the two images of a pair differ; {examples.name} holds single items or texts, "
+            "which do not say it"
         )
     found: list[str] = []
     for span in spans:

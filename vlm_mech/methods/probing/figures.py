@@ -324,8 +324,9 @@ def _finished(figure: "go.Figure", places: list[str], title: str, note: str) -> 
         for column in columns:
             _mark_streams(figure, places, {"row": row, "col": column})
     figure.add_annotation(
-        text=note, xref="paper", yref="paper", x=0, y=0, yshift=-72, showarrow=False, xanchor="left", font={"size": 11}
-    )
+        text=note, xref="paper", yref="paper", x=0, y=0, yshift=-72, showarrow=False, xanchor="left", font={"size": 11},
+        name="caption",
+    )  # fmt: skip
     width = max(560, len(columns) * (140 + WIDTH_A_PLACE * min(len(places), 30))) + 220
     return _dressed(figure, title, width, 220 + 320 * len(rows))
 

@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "Probes are fitted on hidden states of some {units} and tested on others. Accuracy says what could be read there, "
-    "not what the model uses: compare it with the controls. In pictures that show what is unusual, if any are read, "
-    "the probabilities say whether a place holds what is shown or what is usual."
+    "What can be read off the hidden states at every depth, and is it what the image shows or what is usual? Probes "
+    "are fitted on hidden states of some {units} and tested on others. Accuracy says what could be read there, not "
+    "what the model uses: compare it with the controls. In pictures that show what is unusual, if any are read, the "
+    "probabilities say whether a place holds what is shown or what is usual."
 )
 
 

@@ -61,6 +61,7 @@ def by_dose(result: Result, *, metric: str, title: str | None = None) -> "go.Fig
     figure.add_annotation(
         text=f"{counts} per point; band: 95 % interval of the mean over examples; thin lines: means of controls",
         xref="paper", yref="paper", x=0, y=0, yshift=-78, showarrow=False, xanchor="left", font={"size": 11},
+        name="caption",
     )  # fmt: skip
     figure.update_xaxes(title_text="dose (shares of the norm of a state)")
     figure.update_yaxes(title_text=f"{chosen.name} ({chosen.unit})", col=1)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.fitting import Variety, fitting
-from vlm_mech.data.pairs import Pairs, check_pairs
+from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import listed
 from vlm_mech.interventions.receipt import add_up
@@ -42,7 +41,7 @@ from vlm_mech.methods.steering.study import (
 )
 from vlm_mech.results.result import Result
 from vlm_mech.runs.provenance import about
-from vlm_mech.sweeps.asked import check_once
+from vlm_mech.sweeps.asked import check_call, check_once, check_whole
 from vlm_mech.sweeps.measures import Comparison
 
 if TYPE_CHECKING:
@@ -50,9 +49,10 @@ if TYPE_CHECKING:
 
 SPANS = ("last", "image")
 QUESTION = (
-    "States are moved along a direction, the difference of mean states of two kinds of pictures. It was found on some "
-    "pairs; span, layer and dose were chosen on others. How do the answers to the rest follow the dose, beside random "
-    "directions as long, and what else does it change?"
+    "Does a direction among the states move the answers, by how much a dose, and what else does it change? States are "
+    "moved along a direction, the difference of mean states of two kinds of pictures. It was found on some pairs; "
+    "span, layer and dose were chosen on others. The answers to the rest are told by dose, beside random directions as "
+    "long."
 )
 
 
@@ -123,8 +123,7 @@ def steering_of(
     """
     every = check_doses(doses)
     check_once(list(spans), "the span")
-    if n_random < 1 or n_others < 0:
-        raise UsageError(f"n_random is {n_random} and n_others {n_others}; 1 and 0 are the least")
+    check_whole(n_random=(n_random, 1), n_others=(n_others, 0))
     found = differences(vlm, parts.train, places_of(vlm, spans, layers, point), batch=batch)
     asked = choosing(found, every)
     how: dict[str, Any] = {"pictures": (AGAINST,), "measure": measure, "engine": engine, "memory": memory}
@@ -214,11 +213,7 @@ def find_direction(
     Raises:
         UsageError: single items, an answer that no pair has, too few groups, or a place or dose that cannot be.
     """
-    check_decoder(vlm, "find_direction")
-    check_pairs(pairs, "find_direction")
-    if batch < 1:
-        raise UsageError(f"batch is {batch}; at least 1 is needed")
-    check_once([pair.id for pair in pairs], "a pair with the id")
+    check_call(vlm, pairs, "find_direction", batch=(batch, 1))
     fitted = fitting(vlm, pairs, variants=variants, whole=measure != "logit_diff")
     parts = parts_of(fitted, contrast, shares, seed=seed)
     how: dict[str, Any] = {"measure": measure, "engine": engine, "memory": memory}
@@ -250,7 +245,7 @@ def dose_response(
         direction: such as `find_direction` gives; its contrast says which pairs are asked, and which answer is its own.
         pairs: none of those that it was found or chosen on.
         doses: in shares of the mean norm of states there; 0 and both signs.
-        n_random: random directions as long; all of the sphere. Below 20 nothing is claimed, and the findings say so.
+        n_random: random directions as long; all of the sphere. Below 20 no p is told, and the findings say so.
         n_orthogonal: random directions as long without what they have of the direction.
         measure: how the two answers of a pair are compared.
         variants: spellings of the answers.
@@ -267,13 +262,10 @@ def dose_response(
         UsageError: a direction of another model, pairs that it was found on, none that has its contrast or all in one
             group, or doses that cannot be.
     """
-    check_decoder(vlm, "dose_response")
-    check_pairs(pairs, "dose_response")
+    check_call(vlm, pairs, "dose_response", batch=(batch, 1), n_random=(n_random, 1), n_orthogonal=(n_orthogonal, 0))
     if not isinstance(direction, Direction):
         raise UsageError(f"dose_response takes a Direction, not a {type(direction).__name__}; find_direction gives one")
     direction.check(vlm)
-    if batch < 1 or n_random < 1 or n_orthogonal < 0:
-        raise UsageError(f"batch is {batch}, n_random {n_random}, n_orthogonal {n_orthogonal}; 1, 1, 0 are the least")
     known = {*direction.parts.get("train", ()), *direction.parts.get("validation", ())}
     if met := [pair.id for pair in pairs if pair.id in known]:
         raise UsageError(f"pair {met[0]!r} is among those the direction was found or chosen on; others must test it")
@@ -290,7 +282,8 @@ def dose_response(
     how: dict[str, Any] = {"measure": measure, "engine": engine, "memory": memory}
     counts = {"train": direction.n, "validation": len(direction.parts.get("validation", ())), "test": len(faced)}
     result = _measured(vlm, faced, steering, contrast, counts, batch, measure, how)
-    told = findings(result, slopes(result, {"span": place.span, "layer": place.layer}, seed=seed), _NONE)
+    here = {"span": place.span, "layer": place.layer}
+    told = findings(result, slopes(result, here, seed=seed), _NONE, claiming=False)
     return dataclasses.replace(result, findings=told)
 
 

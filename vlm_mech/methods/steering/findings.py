@@ -16,12 +16,13 @@ CONTROLS = {
 }
 
 
-def findings(result: Result, slopes: pd.DataFrame, effects: pd.DataFrame) -> tuple[str, ...]:
+def findings(result: Result, slopes: pd.DataFrame, effects: pd.DataFrame, *, claiming: bool = True) -> tuple[str, ...]:
     """Everything a run says: the direction, its claims, slopes beside those of controls, and side effects.
 
     Args:
         slopes: as `study.slopes` gives them.
         effects: rows of `side_effects.COLUMNS`.
+        claiming: whether any claim was looked for.
     """
     told = result.provenance["direction"]
     parts = told["n_pairs"]
@@ -35,7 +36,7 @@ def findings(result: Result, slopes: pd.DataFrame, effects: pd.DataFrame) -> tup
             f"Random directions that stand beside it: {n_random}; below {ENOUGH_RANDOM} nothing is claimed and no p "
             "told."
         )
-    else:
+    elif claiming:
         found += sentences(result.claims)
     return (*found, *sloped(slopes, result.metrics[0].unit), *accuracies(result), *besides(effects))
 

@@ -239,7 +239,7 @@ def _dressed(figure: "go.Figure", result: Result, title: str | None, height: int
     )
     figure.add_annotation(
         text=note, xref="paper", yref="paper", x=0, y=0, yshift=-98, xanchor="left", align="left", showarrow=False,
-        font={"size": 11},
+        font={"size": 11}, name="caption",
     )  # fmt: skip
     figure.update_layout(
         template="plotly_white", width=1060, height=height, margin={"l": 95, "r": 215, "t": 80, "b": 130},
