@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,12 +79,21 @@ def folder_of_gguf(file: Path) -> Path:
     if not file.is_file():
         raise UsageError(f"model {str(file)!r} is no file")
     folder = cache_folder() / "models" / f"{file.stem}-{file_hash(file)[:12]}-{VERSION}"
+    return kept(folder, lambda: _with_an_eye(*_language_model(file)))
+
+
+def kept(folder: Path, made: "Callable[[], tuple[PreTrainedModel, ProcessorMixin]]") -> Path:
+    """A folder of the cache with a model and its processor, which are made unless it is there, whole.
+
+    Raises:
+        UsageError: the folder cannot be written, or as `made`.
+    """
     if is_whole(folder):
         return folder
-    with without_bars():
-        model, processor = _with_an_eye(*_language_model(file))
+    with _without_bars():
+        model, processor = made()
         try:
-            with made_whole(folder) as place:
+            with _made_whole(folder) as place:
                 model.save_pretrained(place)
                 processor.save_pretrained(place)
         except OSError as error:
@@ -95,7 +104,7 @@ def folder_of_gguf(file: Path) -> Path:
 
 
 @contextlib.contextmanager
-def without_bars() -> Iterator[None]:
+def _without_bars() -> Iterator[None]:
     """Within the block, Hugging Face shows no bars for what takes no time."""
     from transformers.utils import logging
 
@@ -118,7 +127,7 @@ def is_whole(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def made_whole(folder: Path) -> Iterator[Path]:
+def _made_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes its place when all is written; one that is whole by then stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

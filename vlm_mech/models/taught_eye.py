@@ -13,10 +13,11 @@ from safetensors import safe_open
 from vlm_mech.architectures.weight_files import cache_folder, file_hash
 from vlm_mech.errors import UsageError
 from vlm_mech.models.embedded import weights_file
-from vlm_mech.models.language_models import is_whole, made_whole, smollm2_folder, without_bars
+from vlm_mech.models.language_models import kept, smollm2_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedModel, ProcessorMixin
 
 ORGANISM_SMOL = "organism-smol"
 ADAPTER, SCALE = "adapter.safetensors", "scale"
@@ -40,23 +41,15 @@ def organism_smol_folder(adapter: Path | None = None) -> Path:
         raise UsageError(f"{str(adapter)!r} is no file; an adapter that train_smol wrote is needed")
     key = "-".join([*decoder.name.rsplit("-", 2)[1:], file_hash(adapter)[:12]])
     folder = cache_folder() / "models" / f"{ORGANISM_SMOL}-{key}-{VERSION}"
-    if is_whole(folder):
-        return folder
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    with without_bars():
+    def taught() -> "tuple[PreTrainedModel, ProcessorMixin]":
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
         model = AutoModelForImageTextToText.from_pretrained(decoder, dtype=torch.float32)
         add_adapter(model, adapter)
-        processor = AutoProcessor.from_pretrained(decoder)
-        try:
-            with made_whole(folder) as place:
-                model.save_pretrained(place)
-                processor.save_pretrained(place)
-        except OSError as error:
-            raise UsageError(
-                f"no model can be kept in {str(folder.parent)!r}, VLM_MECH_CACHE names another folder: {error}"
-            ) from error
-    return folder
+        return model, AutoProcessor.from_pretrained(decoder)
+
+    return kept(folder, taught)
 
 
 def add_adapter(model: "nn.Module", adapter: Path) -> None:
