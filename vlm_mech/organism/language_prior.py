@@ -1,4 +1,4 @@
-"""What a model says of usual colours when it is shown nothing: how strong is its language prior?
+"""What a model says of usual colours when it is shown nothing: `python -m vlm_mech.organism.language_prior smollm2`.
 
 Asked is "what colour is the banana?" without a picture, for every kind with a usual colour and every kind without.
 A model that likes "red" whatever is asked has no prior of tomatoes: from each colour's log-probability its mean over
@@ -6,13 +6,17 @@ all kinds is taken off.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import tyro
 from jaxtyping import Float
 from torch import Tensor
 
 from vlm_mech.data.scenes import COLOURS, PRIORS, SHAPES
+from vlm_mech.errors import UsageError, one_line_errors
+from vlm_mech.models.loading import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -60,3 +64,25 @@ def colour_logprobs(model: "PreTrainedModel", processor: "ProcessorMixin", kind:
         logits = model(input_ids=torch.tensor([before + answer])).logits[0, len(before) - 1 : -1].float()
         found.append(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum())
     return torch.stack(found)
+
+
+def main(model: tyro.conf.Positional[str]) -> None:
+    """Prints each kind with its usual colour, what is said of it, and both leads in nats.
+
+    Args:
+        model: `smollm2`, `organism-smol`, or the folder of another such model.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = Path(locate(model))
+    if not folder.is_dir():
+        raise UsageError(f"model {model!r} is no folder and no model that is made here")
+    opened = AutoModelForImageTextToText.from_pretrained(folder)
+    for each in usual_colours(opened, AutoProcessor.from_pretrained(folder)):
+        told = f"lead {each.lead:+.2f}, preference off {each.own_lead:+.2f}"
+        print(f"{each.kind}: usually {each.colour}, said {each.said}, {told}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        tyro.cli(main, description=__doc__)
