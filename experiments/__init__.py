@@ -1,1 +1,1 @@
-"""One module a question; each runs as `python -m experiments.NAME` and from a notebook as `run(Config(...))`."""
+"""One module per question; each runs as `python -m experiments.NAME` and from a notebook as `run(Config(...))`."""

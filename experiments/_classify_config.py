@@ -12,77 +12,78 @@ class Config(RunConfig):
     """Options of the classification."""
 
     data: str = "scenes/things"
-    """scenes/things (128 classes), scenes/kinds, scenes/beetles, a folder of a folder a class, hf:owner/name,
+    """scenes/things (128 classes), scenes/kinds, scenes/beetles, a folder with one folder per class, hf:owner/name,
     vlmclassifier:FOLDER, or single items, whose answers are the classes."""
     n: int | None = None
-    """Test pictures; two scenes a class by default, all of a folder."""
+    """Number of test images; by default two scenes per class, or all of a folder."""
     n_train: int | None = None
-    """Pictures that probes are fitted and models tuned on; eight scenes a class by default."""
+    """Number of training images, for probes and fine-tuning; by default eight scenes per class."""
     n_validation: int | None = None
-    """Pictures that calibrations and probes are chosen on; one scene a class by default."""
+    """Number of validation images, to choose calibrations and probes; by default one scene per class."""
     names: Path | None = None
-    """csv of folder,name for folders that are not called by the name of their class."""
+    """CSV with columns folder,name for folders not named after their class."""
     style: Literal["plain", "paper"] = "plain"
-    """Questions: plain keeps to the embedded models' vocabulary; paper is that of Zhang et al."""
+    """Question style: plain uses only the embedded models' vocabulary; paper is that of Zhang et al."""
     questions: tuple[str, ...] = ()
-    """Open questions in place of the style's; methods are compared on the first, and averaged over all."""
+    """Open questions instead of the style's; methods are compared on the first, and averaged over all."""
     stem: str | None = None
-    """Begins the answer when names are scored, such as "The photo features a"."""
+    """Answer prefix when class names are scored, such as "The photo features a"."""
     k: tuple[str, ...] = ()
-    """Numbers of candidates; by default 2 5 20 100 all, as far as there are classes and the model has positions."""
+    """Numbers of candidates; by default 2 5 20 100 all, limited by the classes and the model's context length."""
     orders: tuple[Literal["random", "fixed"], ...] = ("random", "fixed")
-    """Of candidates in the closed world: anew for each picture, or that of the data set."""
+    """Order of candidates in the closed world: redrawn for each image, or that of the data set."""
     contrastive: str | None = None
-    """Contrastive model (folder or id) to compare with; clip for the generated scenes; none leaves it out."""
+    """Contrastive model (folder or id) for comparison; clip for generated scenes; none to skip it."""
     probes: bool = True
-    """Fit linear probes of tower, last token and mean of tokens."""
+    """Fit linear probes on vision encoder, last token and mean of tokens."""
     positions: int = 8
-    """Positions of the prompt that are probed besides; 0 for none."""
+    """Number of further prompt positions to probe; 0 for none."""
     counts: Path | None = None
-    """csv of class,count in the training text; the embedded models' own is counted for the generated scenes."""
+    """CSV with columns class,count from training text; for generated scenes the embedded models' text is counted."""
     rule: Literal["together", "contiguous"] = "together"
     """How the embedded models' text is counted; contiguous is the paper's rule."""
     qa: str | None = None
-    """Questions about the class: jsonl (image, class, question, options, answer), or single items whose category is the
+    """Second-hop questions: JSONL (image, class, question, options, answer), or single items whose category is the
     class (imagewikiqa:FOLDER); beetles for the scenes."""
     qa_letters: bool = False
-    """Put options of items as ImageWikiQA does, with letters, and read the letter that is mentioned last."""
+    """Format options as ImageWikiQA does, with letters, and read the last letter mentioned."""
     thought: bool = False
     """End these questions with "Let's think step by step."; 1,024 tokens unless --qa-tokens says otherwise."""
     qa_tokens: int | None = None
-    """Tokens of their answers at most; --new-tokens by default."""
+    """Maximum tokens of these answers; --new-tokens by default."""
     n_qa: int = 64
-    """Number of two-hop questions (drawn with the seed), and of other questions of each type around tuning."""
+    """Number of two-hop questions (drawn with the seed), and of other questions per type before and after
+    fine-tuning."""
     tune: Literal["none", "projector", "lora"] = "none"
-    """Fine-tune on the training pictures, and ask everything again; the weights are kept in tuned/. projector trains a
-    Q-Former before it too, lora the projector and adapters of the decoder (needs peft)."""
+    """Fine-tune on the training images and repeat all questions; weights are kept in tuned/. projector also trains a
+    Q-Former that precedes it; lora trains the projector and decoder adapters (needs peft)."""
     tune_steps: int = 200
-    """Steps of tuning."""
+    """Fine-tuning steps."""
     tune_epochs: int = 0
-    """Epochs of tuning, in place of steps."""
+    """Fine-tuning epochs, instead of steps."""
     tune_rate: float = 1e-3
-    """Peak learning rate of tuning; 2e-5 for models of 7B."""
+    """Peak learning rate; 2e-5 for 7B models."""
     tune_lora_rate: float | None = None
-    """The same of the adapters of --tune lora; --tune-rate by default (2e-4 for models of 7B)."""
+    """Peak learning rate of the adapters of --tune lora; --tune-rate by default (2e-4 for 7B models)."""
     tune_rank: int = 8
     """Rank of the adapters (128 in the paper)."""
     tune_alpha: float | None = None
-    """Their alpha; twice the rank by default, as in the paper."""
+    """Alpha of the adapters; twice the rank by default, as in the paper."""
     tune_batch: int = 16
-    """Pictures a step (64 in the paper)."""
+    """Images per step (64 in the paper)."""
     tune_micro_batch: int = 0
-    """Pictures of a step that are in memory at a time; 0 for all."""
+    """Images held in memory at a time (gradient accumulation); 0 for all of a step."""
     tune_schedule: Literal["cosine", "constant"] = "cosine"
-    """The rate after its rise."""
+    """Learning-rate schedule after warm-up."""
     tune_warmup: float = 0.03
-    """Share of the steps in which the rate rises."""
+    """Share of the steps used for warm-up."""
     tune_decay: float = 0.0
-    """Weight decay (.05 for the Q-Former of BLIP-2 in the paper)."""
+    """Weight decay (.05 for BLIP-2's Q-Former in the paper)."""
     tune_keep: Literal["last", "best"] = "last"
-    """Weights that are kept: of the last step, or of the epoch with the lowest validation loss."""
+    """Which weights are kept: those of the last step, or of the epoch with the lowest validation loss."""
     tuned_from: Path | None = None
-    """Folder tuned/ of an earlier run with --tune, whose weights are put into the model first."""
+    """Folder tuned/ of an earlier run with --tune, whose weights are loaded first."""
     new_tokens: int = 16
-    """Tokens generated at most; 64 in the paper."""
+    """Maximum generated tokens; 64 in the paper."""
     batch: int = 32
-    """Prompts a forward pass."""
+    """Prompts per forward pass."""

@@ -3,37 +3,37 @@
 import dataclasses
 from typing import Literal
 
-from vlm_mech.runs.configuration import ClaimConfig
+from vlm_mech.runs.configuration import ExploredConfig
 
 CONFLICT = "scenes/colour-conflict"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ClaimConfig):
+class Config(ExploredConfig):
     """Options of the map."""
 
     data: str = CONFLICT
-    """Pairs; where one says which picture is in conflict, it is asked about, and its rival is the usual answer."""
+    """Pairs; if they mark the image in conflict, that image is used, and the rival is the usual answer."""
     probe: bool = True
-    """Fit probes (--no-probe leaves them out); never in the models and shuffles that --gates all compares with."""
+    """Fit probes (--no-probe skips them); never in the models and shuffles that --gates all adds."""
     probe_data: str | None = None
-    """Pairs to fit probes on; scenes/colour for scenes/colour-conflict, otherwise other folds of the data itself."""
+    """Pairs for fitting probes; scenes/colour for scenes/colour-conflict, otherwise other folds of the data."""
     n_probe: int | None = None
-    """Number of these; 96 scenes by default, all of a folder."""
+    """Number of probe pairs; by default 96 scenes, or all of a folder."""
     every: int = 1
-    """Probe every so-many-th block."""
+    """Probe every Nth block."""
     window: int | None = None
-    """Layers cut around each; by default 9, in models of fewer than 27 layers 1."""
+    """Knockout window: layers cut around each layer; by default 9, or 1 in models of fewer than 27 layers."""
     pages: int = 8
-    """Examples to look at patch by patch."""
+    """Number of examples to show patch by patch."""
     context_bank: str | None = None
-    """Read patches with the contextual lens too: auto (text about generated scenes), the folder of a bank
-    (build_bank), or text to build one from (a file with a text a line, a folder of such, llava:FILE)."""
+    """Also read patches with the contextual lens: auto (text about generated scenes), the folder of a bank
+    (build_bank), or text to build one from (a file with one text per line, a folder of such files, llava:FILE)."""
     tuned_lens: str | None = None
-    """Read patches with a tuned lens too: auto (trained on pictures of generated scenes), or the folder of one."""
+    """Also read patches with a tuned lens: auto (trained on images of generated scenes), or its folder."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     batch: int = 32
-    """Examples a forward pass."""
+    """Examples per forward pass."""
     engine: Literal["fast", "trace"] = "fast"
-    """The fast one computes only what can change; trace runs a whole pass for every cell."""
+    """fast computes only what an edit can change; trace runs a full forward pass per cell."""

@@ -1,4 +1,5 @@
-"""The wiring of `python -m experiments.layer_swap --swap weights`: blocks of a checkpoint and its tune exchanged."""
+"""The wiring of `python -m experiments.layer_swap --swap weights`: blocks patched between a checkpoint and its
+fine-tuned version."""
 
 import dataclasses
 from pathlib import Path
@@ -11,16 +12,16 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
-    "Which decoder blocks bring the true answer, and which bring the prior back? A model that answers from its prior "
-    "and a fine-tuned checkpoint of it that looks exchange decoder blocks. They are asked about images whose true "
-    "answer is not the usual one."
+    "Which decoder blocks bring the true answer, and which bring back the prior? Decoder blocks are patched between a "
+    "model that answers from its prior and its fine-tuned checkpoint. Both are tested on images whose true answer is "
+    "not the usual one."
 )
 ALONE = "two checkpoints have no random twin; random changes of equal size are part of each claim"
 """Why there are no models with shuffled weights to compare with."""
 
 
 def swap_weights(config: Config, work: Workspace) -> Outcome:
-    """The result, its figures by schedule and donor, and example pictures."""
+    """The result, its figures by schedule and donor, and example images."""
     from vlm_mech.data.derived_pairs import conflict_first, with_conflict
     from vlm_mech.data.examples import load_examples
     from vlm_mech.data.fitting import fitting
@@ -32,11 +33,11 @@ def swap_weights(config: Config, work: Workspace) -> Outcome:
     from vlm_mech.results.result import Result
 
     if config.outcome != "logits":
-        raise UsageError(f"--outcome {config.outcome} is for --swap state; an exchange of weights reads logits alone")
+        raise UsageError(f"--outcome {config.outcome} is for --swap state; patching weights reads logits only")
     if config.counterfactual is not None:
-        raise UsageError("--counterfactual is for --swap state; an exchange of weights asks about one picture alone")
+        raise UsageError("--counterfactual is for --swap state; patching weights uses one image only")
     if config.control:
-        raise UsageError("--control is for --swap state; an exchange of weights has random changes (--n-random)")
+        raise UsageError("--control is for --swap state; patching weights has random changes (--n-random)")
     if config.n_random < 1:
         raise UsageError(f"--n-random is {config.n_random}; at least 1 random change is needed")
     pairs = load_examples(config.data or "scenes/colour-conflict", n=config.n, split=config.split, **config.drawn)

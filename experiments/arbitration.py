@@ -1,7 +1,7 @@
-"""Where does what a picture shows lose to what is usual, and which published protocol would conclude what?
+"""Where does an image lose to a language prior, and what would each published protocol conclude?
 
-One page about pictures in conflict: probes, the lens, states patched by span, heads, steering and the horizon of the
-image, all about the same pairs; a table says what each protocol would conclude of them, and why two disagree (after
+One page about images in conflict with a prior: probes, logit lens, activation patching by span, heads, steering and the
+information horizon, all on the same pairs. A table says what each protocol would conclude, and why two disagree (after
 arXiv 2604.09364 and 2606.28273).
 """
 
@@ -20,24 +20,24 @@ class Config(ClaimConfig):
     """Options of the page."""
 
     data: str = "scenes/colour-conflict"
-    """Pairs that say which of their pictures is in conflict; the other one shows what is usual."""
+    """Pairs that mark which image is in conflict; the other image shows what is usual."""
     parts: tuple[str, ...] = ()
-    """Parts of the page: encoding crossover patching heads arbiter steering horizon, by default all of these, and
-    context (the contextual lens)."""
+    """Parts of the page: encoding crossover patching heads arbiter steering horizon, all by default, and context (the
+    contextual lens)."""
     prior_question: str | None = None
-    """Question about what is usual, {question} in it standing for a pair's own; by default what the data say."""
+    """Question about what is usual, with {question} for the pair's own; by default the data set's."""
     context_bank: str = "auto"
-    """Bank of the contextual lens: of text about generated scenes, the folder of one, or text to build one from."""
+    """Bank for the contextual lens: text about generated scenes, the folder of one, or text to build one from."""
     n_random: int = 20
-    """Random heads and directions beside those that are found."""
+    """Number of random heads and directions, as controls."""
     gates: Literal["none", "quick", "all"] = "quick"
-    """As for other commands; quick by default, since all asks every part again of models with shuffled weights."""
+    """As in other commands; quick by default, since all repeats every part in models with shuffled weights."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     batch: int = 32
-    """Pairs a forward pass."""
+    """Pairs per forward pass."""
     engine: Literal["fast", "trace"] = "fast"
-    """The fast one computes only what can change; trace runs a whole pass for every cell."""
+    """fast computes only what an edit can change; trace runs a full forward pass per cell."""
 
 
 def _loaded(config: Config) -> tuple[Any, ...]:
@@ -47,9 +47,9 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.methods.arbitration_page.data import cases_of, check_parts, conflicts_of, scan_of
 
     if config.n_random < 1:
-        raise UsageError(f"n_random is {config.n_random}; 1 is the least")
+        raise UsageError(f"n_random is {config.n_random}; it must be 1 or more")
     if config.measure != "logit_diff":
-        raise UsageError(f"measure is {config.measure}; the page compares answers by logit_diff alone")
+        raise UsageError(f"measure is {config.measure}; the page compares answers by logit_diff only")
     parts = check_parts(config.parts)
     pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     vlm = config.load()
@@ -66,13 +66,13 @@ def plan(config: Config) -> Any:
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result with a figure a part, the table of protocols, and example pictures."""
+    """The result with a figure a part, the table of protocols, and example images."""
     from vlm_mech.data.pairs import pictures
     from vlm_mech.methods.arbitration_page import figures, page
     from vlm_mech.methods.arbitration_page.parts import How
 
     vlm, cases, scan, parts = _loaded(config)
-    how = How(config, config.n_random, config.engine, config.memory, config.context_bank)
+    how = How(config, config.engine, config.memory, n_random=config.n_random, bank=config.context_bank)
     for key, step in work.batches(page.steps_of(len(cases), parts, batch=config.batch), "parts"):
         work.keep(key, *page.done(vlm, cases, scan, step, parts, how))
     table, notes = work.collect()

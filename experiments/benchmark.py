@@ -1,7 +1,7 @@
-"""What does a sweep cost, and what does the same cost by other means?
+"""What does a sweep cost, compared with other implementations?
 
-Runs the sweep engine, loops with PyTorch hooks, with nnsight and with TransformerLens, and our own reference on the
-same model, inputs and cells in one process, and checks that they agree. Models have real shapes and random weights.
+Runs the sweep engine, loops with PyTorch hooks, nnsight and TransformerLens, and our reference on the same model,
+inputs and cells in one process, and checks that they agree. Models have real shapes and random weights.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "What does a sweep cost, and what does the same cost by other means? The same cells of the same model are computed "
-    "by the sweep engine and by the ways in which they are usually computed, in random order, several times. Time is "
-    "counted in plain forward passes of the same repeat. A rival whose logits differ from ours is not timed but named."
+    "What does a sweep cost, compared with other implementations? The sweep engine and the usual alternatives compute "
+    "the same cells of the same model, in random order, several times. Time is in plain forward passes of the same "
+    "repeat. An implementation whose logits differ from ours is named and not timed."
 )
 
 
@@ -34,30 +34,30 @@ class Config(RunConfig):
     model: str = "llava15"
     """Shape with random weights (llava15, next, qwen), or a model to load as in the other experiments."""
     data: str = "noise"
-    """Pictures of random blocks; the time does not depend on what is in them."""
+    """Images of random blocks; run time does not depend on their content."""
     n: int | None = None
     """Prompts of the extraction case, a multiple of 4; 8 by default."""
     width: int | None = None
-    """Width of the decoder, a multiple of 128; each shape has a small one by default."""
+    """Width of the decoder, a multiple of 128; by default small for each shape."""
     full: bool = False
-    """The size of the published 7B model (14 GB in bfloat16), where it fits; probes of 33 layers of 4,096."""
+    """The full size of the published 7B model (14 GB in bfloat16), where it fits; probes of 33 layers of 4,096."""
     cases: tuple[str, ...] = ("knockout", "swap", "extraction")
-    """What is measured (others: knockout-last, -question, -answers, swap-last, -answers, attn_out, mlp_out, head_out,
+    """Cases to measure (others: knockout-last, -question, -answers, swap-last, -answers, attn_out, mlp_out, head_out,
     heads, ablate-zero, -mean, -resample, steer, joint, generate, tower, projector, probes)."""
     rivals: tuple[str, ...] = ("hooks", "cached", "nnsight", "transformer_lens", "trace")
-    """What ours is compared with."""
+    """Implementations to compare with."""
     rival_cells: int = 3
-    """Cells (probes) that a rival runs, drawn with the seed; its time is scaled by count."""
+    """Number of cells (probes) each rival runs, drawn with the seed; its time is scaled by count."""
     repeats: int = 3
-    """How often everything is timed, in an order drawn anew."""
+    """Number of repeats, each in a new random order."""
     batch: int = 1
-    """Prompts that a sweep is over."""
+    """Prompts per sweep."""
     threads: int = 1
-    """Threads of torch."""
+    """Torch threads."""
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, its table and bars, and the pictures."""
+    """The result, its table and bars, and the images."""
     import torch
 
     from vlm_mech.benchmark.cases import PROBES
@@ -102,7 +102,7 @@ def _measured(config: Config, case: str, subject: Any) -> "tuple[pd.DataFrame, d
 
 
 def _subject(config: Config) -> "tuple[VLM, list[Prompt], list[Prompt]]":
-    """The model, prompts, and the same prompts on other pictures."""
+    """The model, prompts, and the same prompts on other images."""
     from vlm_mech.benchmark.model_shapes import GEOMETRIES, build, geometry, prompts
     from vlm_mech.models.vlm import VLM
 

@@ -1,7 +1,7 @@
-"""How much of what a model answers survives when its picture is blurred until nothing is left?
+"""How many of a model's answers survive when the image is blurred until nothing is left?
 
-Asks every question on a ladder of pictures, counts the answers that never change, holds them against pictures of
-something else, and looks at which layers the answer is read meanwhile (after arXiv 2606.06890).
+Asks every question about a ladder of blurred images and counts the answers that never change, compared with images of
+something else. It also shows at which layers the answer is read meanwhile (after arXiv 2606.06890).
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "How much of what a model answers survives when its picture is blurred until nothing is left? Each question is "
-    "asked about {shown}, blurred more and more, then about its mean colour, then about no picture. Answers that never "
-    "change may not have come from the picture; how many would not change if it had been another picture all along is "
-    "the floor."
+    "How many of a model's answers survive when the image is blurred until nothing is left? Each question is asked "
+    "about {shown}, blurred more and more, then about its mean colour, then without an image. Answers that never "
+    "change may not have come from the image. The floor is the share that would not change if the images were another "
+    "example's."
 )
 CONFLICT, COLOURS = "scenes/colour-conflict", "scenes/colour"
 PROBES = "probes"
@@ -26,40 +26,40 @@ PROBES = "probes"
 
 @dataclass(frozen=True)
 class Config(GatedConfig):
-    """Options of the decay."""
+    """Options of the blur experiment."""
 
     data: str = CONFLICT
-    """Pairs or single items; in this set, a thing in its usual colour and its counterfactual in another one."""
+    """Pairs or single items; here, an object in its usual colour and its counterfactual in another."""
     counterfactual: Literal["other", "blur", "mean", "none"] | None = None
-    """Counterfactual picture of single items to swap states with; by default none, and nothing is swapped."""
+    """Counterfactual image for single items, to patch states from; by default none, and nothing is patched."""
     kernels: tuple[int, ...] = (1, 5, 11, 19, 29, 39, 49, 61)
     """Sizes of the Gaussian kernels in pixels."""
     long_side: str = "448"
-    """Pixels of the long side to which pictures are brought before; none leaves them as they are."""
+    """Long side, in pixels, to which images are resized first; none keeps their size."""
     scaled: bool = False
-    """Kernels grow with the picture, from their size at a long side of 448."""
+    """Scale kernels with the image; sizes are for a long side of 448 pixels."""
     mechanism: tuple[str, ...] = ("1", "11", "29", "61")
-    """Levels at which states are swapped between the two pictures of each pair and probes read them; none of this."""
+    """Blur levels at which states are patched between the two images and probes are read; none to skip."""
     probe: bool = True
-    """Fit probes (--no-probe leaves them out)."""
+    """Fit probes (--no-probe skips them)."""
     probe_data: str | None = None
-    """Clear pairs to fit probes on; scenes/colour for scenes/colour-conflict, otherwise none."""
+    """Clear pairs for fitting probes; scenes/colour for scenes/colour-conflict, otherwise none."""
     n_probe: int = 96
-    """Number of these."""
+    """Number of probe pairs."""
     letters: bool = False
     """Answers are letters of options."""
     max_new_tokens: int = 8
-    """Tokens of an answer at most."""
+    """Maximum tokens per answer."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     batch: int = 32
-    """Examples a forward pass."""
+    """Examples per forward pass."""
     memory: str | None = None
-    """Memory that the swaps may take beyond the model, such as 2GiB."""
+    """Memory that patching may use beyond the model, such as 2GiB."""
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, curves by level and by layer, and the ladder of pictures."""
+    """The result, curves by level and by layer, and the ladder of images."""
     from vlm_mech.behaviour.blur_decay import figures, findings, study
     from vlm_mech.behaviour.blur_decay.blur import levels_of, scale_of
     from vlm_mech.behaviour.blur_decay.claims import with_claims

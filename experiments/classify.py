@@ -1,7 +1,7 @@
-"""Why is the model bad at naming what is in an image: because it does not see it, or because it does not say it?
+"""Why is the model bad at naming what is in an image: does it not see it, or not say it?
 
-Classification by generation (open and closed world) and by log-probabilities of class names, against a contrastive
-model and probes, with frequency, two-hop questions and fine-tuning (after Zhang et al. 2024).
+Classification by generation (open and closed world) and by log-probabilities of class names, compared with a
+contrastive model and probes, with frequency, two-hop questions and fine-tuning (after Zhang et al. 2024).
 """
 
 from dataclasses import asdict, replace
@@ -18,17 +18,16 @@ if TYPE_CHECKING:
     from vlm_mech.behaviour.classify.steps import Options
 
 QUESTION = (
-    "Is a model bad at naming what is in a picture because it does not see it, or because it does not say it? The "
-    "model is asked in the open and among candidates; its probabilities of the class names are read too{beside}."
+    "Is a model bad at naming what is in an image because it does not see it, or because it does not say it? The "
+    "model answers freely and from candidate lists, and its probabilities of the class names are read{beside}."
 )
-SEEN = " Where probes name the class and answers do not, it is seen and not said."
+SEEN = " Where probes find the class and answers do not, the model sees it and does not say it."
 
 
 def _question(*, contrastive: bool, probes: bool) -> str:
-    """What is asked, with that beside which it stands in this run."""
+    """The question of this run, with what the model is compared with."""
     beside = [*(["a contrastive model"] if contrastive else []), *(["linear probes"] if probes else [])]
-    say = "say" if probes else "says"
-    told = f", and {' and '.join(beside)} {say} what could be told of the same pictures" if beside else ""
+    told = f", and compared with {' and '.join(beside)} on the same images" if beside else ""
     return QUESTION.format(beside=told) + (SEEN if probes else "")
 
 
@@ -81,7 +80,7 @@ def _options(config: Config) -> "Options":
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, its figures, and some pictures with their answers."""
+    """The result, its figures, and some images with their answers."""
     from vlm_mech.behaviour.classify import figures, findings, steps
     from vlm_mech.behaviour.classify.baselines import comparisons
 

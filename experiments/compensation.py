@@ -1,7 +1,7 @@
-"""Does the decoder make up for what the visual features lack when the tower's patches cannot see each other?
+"""Does the decoder compensate when patches cannot attend to each other in the vision encoder?
 
-Cuts self-attention of the patches that show a part of an object, in the vision tower, in the decoder, or in both, and
-measures whether the part is still named at its patches and whether questions about it are still answered (after
+Knocks out self-attention of the patches of an object part in the vision encoder, in the decoder, or in both. Measures
+whether the part is still named at its patches (logit lens) and whether questions about it are still answered (after
 Takishita et al.).
 """
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from vlm_mech.methods.compensation.study import Cell
 
 QUESTION = (
-    "Does the decoder make up for what patches lack that cannot see each other in the tower? Patches of a part are "
-    "kept from seeing anything outside the part (part), outside the object (obj), but themselves (self), or the class "
-    "token (cls): in the vision tower (V), in the decoder (L), or in both. Is the part still named there (logit lens), "
-    "the question answered? Where a cut in the tower does less damage while the decoder is free, it made up for it."
+    "Does the decoder compensate when patches cannot attend to each other in the vision encoder? Patches of a part "
+    "cannot attend outside the part (part), the object (obj) or themselves (self), or to the class token (cls): in the "
+    "vision encoder (V), the decoder (L), or both. Is the part still named there (logit lens), the question answered? "
+    "If a knockout in the vision encoder does less damage with a free decoder, the decoder compensates."
 )
 
 
@@ -33,20 +33,20 @@ class Config(SweepConfig):
     data: str = "scenes/part"
     """scenes/part (32 by default), paco:FOLDER, pascal-part:FOLDER, or a folder of your own with masks."""
     cuts: tuple[str, ...] = ()
-    """What is cut, such as V-part L-part V+L-part; all that the model has by default."""
+    """Knockouts, such as V-part L-part V+L-part; by default all that the model supports."""
     layers: tuple[str, ...] = ("all", "first", "middle", "last")
-    """Layers that are cut together: all of a tower, or its first, middle, last third."""
+    """Layers to knock out together: all of a stack, or its first, middle or last third."""
     site: str | None = None
-    """Where parts are read for the findings, such as "llm.resid_post[3]"; by default the best one on validation scenes,
-    or on a quarter of a folder's pictures, which are then kept out of everything else."""
+    """Site for reading parts, such as "llm.resid_post[3]"; by default the best on validation scenes, or on a quarter of
+    a folder's images, which are then used for nothing else."""
     min_share: float = 0.25
-    """Share of a patch's pixels that part or object must cover."""
+    """Share of a patch's pixels that the part or object must cover."""
     split: Literal["test", "train"] = "test"
     """Split of the generated scenes."""
     batch: int = 16
-    """Examples a forward pass."""
+    """Examples per forward pass."""
     engine: Literal["fast", "trace"] = "fast"
-    """Of the sweep behind the answers: the fast one computes only what can change."""
+    """Engine for the answers; fast computes only what an edit can change."""
 
 
 def _loaded(config: Config) -> "tuple[Any, Examples | None, Examples, tuple[Cell, ...]]":
@@ -80,7 +80,7 @@ def plan(config: Config) -> Any:
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, its figures, and pictures of examples."""
+    """The result, its figures, and images of examples."""
     from vlm_mech.interventions.receipt import add_up
     from vlm_mech.methods.compensation import figures, findings, study
     from vlm_mech.methods.compensation.compensated_share import every_compensation

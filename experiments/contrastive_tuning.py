@@ -1,7 +1,7 @@
-"""What can fine-tuning buy a contrastive model on pairs that differ in a relation, beside what a VLM reads in them?
+"""How much does fine-tuning help a contrastive model on pairs that differ in a relation, compared with a VLM?
 
-Tunes it on captions that state relations, with and without hard negatives, image tower locked or not, with its own
-text tower or a frozen decoder, and asks unseen pairs before and after (after arXiv 2411.05195).
+Fine-tunes it on captions that state relations, with and without hard negatives, with a locked or unlocked image
+encoder, with its own text encoder or a frozen decoder. Tests unseen pairs before and after (after arXiv 2411.05195).
 """
 
 import dataclasses
@@ -15,49 +15,50 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "What can fine-tuning buy a contrastive model on pairs that differ in a relation, beside what a VLM reads in them? "
-    "A contrastive model matches pictures that differ in a relation with their captions no better than chance. It is "
-    "tuned on captions that state the relation, with hard negatives. It is told what that helps on unseen pairs, and "
-    "what is lost elsewhere. Tuning on shuffled captions is the floor."
+    "How much does fine-tuning help a contrastive model on pairs that differ in a relation, compared with a VLM? "
+    "Without it, such a model matches these images to captions at chance. It is fine-tuned on captions that state the "
+    "relation, with hard negatives, and tested on unseen pairs and on other data. Training on shuffled captions is "
+    "the floor."
 )
 RELATIONS = ("scenes/left-right", "scenes/above-below", "scenes/front-behind")
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """Options of the tuning."""
+    """Options of the fine-tuning."""
 
     unshared: ClassVar[str] = "tuning is one sequence of steps, each from the last"
     data: tuple[str, ...] = (*RELATIONS, "scenes/colour")  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Pairs asked before and after: generated (scenes/left-right, ...), folders with pairs.jsonl, or a format."""
+    """Test pairs, before and after: generated (scenes/left-right, ...), folders with pairs.jsonl, or a format."""
     train: tuple[str, ...] = RELATIONS
-    """What is tuned on: generated pairs (of the train split), pairs of a folder or format (groups are dealt out; what
-    is tuned on is not asked), or llava:FILE, pictures with answers about them as captions."""
+    """Training data: generated pairs (train split), pairs of a folder or format (split by group, so that test pairs are
+    held out), or llava:FILE (images with answers about them as captions)."""
     sides: bool = False
-    """Of llava:FILE keep entries with "on the left", "on the right", "to the left", "at the left" or "at the right"."""
+    """With llava:FILE keep entries with "on the left", "on the right", "to the left", "at the left" or "at the
+    right"."""
     n_train: int | None = None
-    """Pairs of each to tune on, or pictures of llava:FILE in all; 224 of generated sets, all of files by default."""
+    """Training pairs per set, or images of llava:FILE in all; 224 of generated sets, all of files by default."""
     n_validation: int | None = None
-    """Pairs of each to choose the learning rate by (48 of generated sets), or pictures of llava:FILE (a tenth, 256 at
-    most; by their loss). 0 for none, with one rate."""
+    """Validation pairs per set, to choose the learning rate (48 of generated sets), or images of llava:FILE (a tenth,
+    at most 256; by loss). 0 for none, with one rate."""
     contrastive: str = "clip"
     """Contrastive model: embedded (clip), folder, or Hugging Face id."""
     variants: tuple[str, ...] = ()
-    """Variants to tune, by name; all by default."""
+    """Variants to train, by name; all by default."""
     steps: int = 40
-    """Steps of every tuning."""
+    """Training steps per variant."""
     epochs: int = 0
-    """Epochs in place of steps: everything is seen once in each, in batches as equal as can be."""
+    """Epochs instead of steps: each example is seen once per epoch, in batches of nearly equal size."""
     batch: int = 40
-    """Pictures a step, with epochs at most; each is compared with the captions of all."""
+    """Images per step (with epochs, at most); each is compared with all captions of the batch."""
     micro_batch: int = 0
-    """Pictures of a step that are in memory at a time, the loss being that of the whole batch; 0 for all."""
+    """Images held in memory at a time, with the loss of the whole batch; 0 for all."""
     warmup: float = 0.1
-    """Share of the steps in which the rate rises, or their number from 1 on."""
+    """Share of the steps used for warm-up, or their number if 1 or more."""
     rates: tuple[float, ...] = (3e-4, 1e-3)
-    """Peak learning rates to choose among on validation; large models need far smaller ones."""
+    """Peak learning rates to choose from on validation; large models need far smaller ones."""
     caption: str = "{question} {answer}"
-    """Captions of a folder whose lines have no caption and counterfactual_caption."""
+    """Caption template for folders whose lines lack caption and counterfactual_caption."""
 
 
 def run(config: Config, work: Workspace) -> Outcome:

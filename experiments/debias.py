@@ -1,7 +1,7 @@
-"""Can a model that answers from its prior be tuned to look, and what does that cost elsewhere?
+"""Can fine-tuning make a model that answers from its prior look at the image, and at what cost elsewhere?
 
-Tunes LoRA on the decoder on pictures in conflict with a prior, by rewards of sampled answers or by the true answers,
-and asks everything before and after (after arXiv 2606.06890). The adapter feeds `layer_swap --swap weights`.
+Fine-tunes LoRA on images in conflict with a prior, by GRPO (rewards of sampled answers) or SFT (true answers); tests
+everything before and after (after arXiv 2606.06890). `layer_swap --swap weights` can use the adapter.
 """
 
 import dataclasses
@@ -15,55 +15,55 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace
 
 QUESTION = (
-    "Can a model that answers from its prior be tuned to look, and at what cost? It is tuned on pictures in conflict "
-    "with the prior, and on usual ones. Does it then say what unseen pictures show, and would any adapter do?"
+    "Can fine-tuning make a model that answers from its prior look at the image, and at what cost? It is trained on "
+    "images in conflict with the prior and on usual ones. Are unseen images answered, and would a random adapter do?"
 )
 CONFLICT = "scenes/colour-conflict"
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """Options of the tuning."""
+    """Options of the fine-tuning."""
 
     unshared: ClassVar[str] = "tuning is one sequence of steps, each from the last"
     data: str = CONFLICT
-    """Pairs that say which picture is in conflict with a prior (both are tuned on), or single items that do."""
+    """Pairs that mark the image in conflict with a prior (both images are used), or such single items."""
     n_train: int = 256
-    """Examples to tune on; of a folder 60 %."""
+    """Training examples; 60 % of a folder."""
     n_validation: int = 64
-    """Examples to choose the checkpoint by; of a folder 20 %."""
+    """Validation examples, to choose the checkpoint; 20 % of a folder."""
     untouched: tuple[str, ...] = ("scenes/colour", "scenes/left-right")
-    """What else is asked before and after; none for nothing."""
+    """Other data to test before and after; none to skip."""
     objective: Literal["reward", "supervised"] = "reward"
-    """Rewards of sampled answers (GRPO), or cross-entropy of the true ones."""
+    """Objective: reward (GRPO on sampled answers) or supervised (cross-entropy of the true answers)."""
     answers: Literal["true", "others"] = "true"
-    """Answers to tune on: the true ones, or as a control those that are true of other pictures in conflict."""
+    """Training answers: the true ones, or as a control the true answers of other images in conflict."""
     steps: int = 40
-    """Steps of tuning."""
+    """Training steps."""
     every: int = 10
-    """Steps between checkpoints, which are also where a killed run goes on."""
+    """Steps between checkpoints, from which a killed run can resume."""
     rate: float = 2e-3
-    """Peak learning rate; models of billions of weights need a far smaller one."""
+    """Peak learning rate; models with billions of weights need a far smaller one."""
     batch: int = 2
-    """Pairs (both pictures of each) or items a step."""
+    """Pairs (both images of each) or items per step."""
     rank: int = 8
     """Rank of LoRA."""
     group: int = 8
-    """Reward: answers sampled to each prompt."""
+    """Reward: answers sampled per prompt."""
     inner: int = 1
-    """Reward: steps on each draw of answers."""
+    """Reward: gradient steps per batch of sampled answers."""
     clip: float = 0.2
-    """Reward: how far a token's probability may move in these before it gains no more."""
+    """Reward: clipping range of the probability ratio."""
     beta: float = 0.02
-    """Reward: weight of the divergence from the base model."""
+    """Reward: weight of the KL divergence from the base model."""
     temperature: float = 1.0
-    """Reward: of sampling."""
+    """Reward: sampling temperature."""
     max_new_tokens: int = 4
-    """Tokens of an answer at most."""
+    """Maximum tokens per answer."""
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, its figures, and pictures in conflict with the answers before and after."""
+    """The result, its figures, and images in conflict with the answers before and after."""
     from vlm_mech.behaviour.debias import adapter as debias_adapter
     from vlm_mech.behaviour.debias import data as debias_data
     from vlm_mech.behaviour.debias import figures, findings, study, training

@@ -1,7 +1,7 @@
-"""Does contrastive decoding bring a model back to its picture where a prior competes with it?
+"""Does contrastive decoding make a model follow the image where a prior competes with it?
 
-Compares greedy, M3ID and VCD, greedy and sampled, on questions about unusual pictures; doses are chosen on validation
-(after M3ID, arXiv 2403.14003, and VCD).
+Compares greedy, M3ID and VCD decoding on questions about unusual images; strengths are chosen on validation (after
+M3ID, arXiv 2403.14003, and VCD).
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
-    "Does contrastive decoding bring a model back to its picture where a prior competes with it? The picture shows one "
-    "thing, what is usual is another. M3ID weighs each token by what the picture adds to the text alone, VCD by what a "
-    "clear picture adds to a diffused one. Do answers follow the picture more often than greedy ones, and not just "
-    "another picture's?"
+    "Does contrastive decoding make a model follow the image where a prior competes with it? The image shows one "
+    "thing; the usual answer is another. M3ID weighs each token by what the image adds to the text alone, VCD by what "
+    "a clear image adds to a noised one. Do answers follow the image more often than with greedy decoding, and not "
+    "just any image?"
 )
 
 
@@ -27,42 +27,42 @@ class Config(RunConfig):
     """Options of contrastive decoding."""
 
     data: str = "scenes/colour-conflict"
-    """Pairs or items whose picture, which is asked about, is in conflict: here, a thing in an unusual colour."""
+    """Pairs or items whose image is in conflict with a prior: here, an object in an unusual colour."""
     methods: tuple[Literal["M3ID", "VCD"], ...] = ("M3ID", "VCD")
-    """Methods; M3ID and the dependency along the answer need a model that can run without a picture."""
+    """Methods; M3ID and the dependency measure need a model that can run without an image."""
     alphas: tuple[float, ...] = (0.6, 1.0)
-    """M3ID corrects tokens whose best probability is below alpha; one of these is chosen on validation."""
+    """M3ID corrects tokens whose best probability is below alpha; chosen on validation."""
     rates: tuple[float, ...] = (0.0, 0.15, 0.5, 1.0, 2.0)
-    """Lambda of M3ID, chosen likewise; 0 changes nothing and is never chosen."""
+    """Lambda of M3ID; chosen on validation. 0 changes nothing and is never chosen."""
     start: int = 1
     """t of the first token in M3ID's weight exp(lambda t) - 1."""
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
-    """a of VCD, chosen likewise."""
+    """Alpha of VCD; chosen on validation."""
     cutoff: float = 0.1
-    """b of VCD: tokens with less than that share of the best one's probability are ruled out."""
+    """Beta of VCD: tokens below that share of the best token's probability are excluded."""
     noise_step: int = 500
     """Step of VCD's diffusion, 0 to 999."""
     both: bool = False
-    """Ask about both pictures of all pairs (or all items), in conflict or not, with the papers' values (MMVP)."""
+    """Use both images of all pairs (or all items), in conflict or not, with the papers' values (MMVP)."""
     prompt: str = "{question}"
-    """Way of asking with --both; of {question}, (a) {first} and (b) {second} letters are read."""
+    """Prompt template with --both; letters are read after (a) {first} and (b) {second}."""
     letters: bool = False
     """Answers are letters of options."""
     max_new_tokens: int = 8
-    """Tokens of an answer at most."""
+    """Maximum tokens per answer."""
     batch: int = 32
-    """Examples a forward pass."""
+    """Examples per forward pass."""
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, rates by method, curves of the dose, and the dependency on the picture along the answer."""
+    """The result, rates by method, dose curves, and the dependency on the image along the answer."""
     from vlm_mech.behaviour.decoding import data as decoding_data
     from vlm_mech.behaviour.decoding import figures, findings, study
     from vlm_mech.errors import UsageError
     from vlm_mech.results.result import Result
 
     if config.prompt != Config.prompt and not config.both:
-        raise UsageError(f"--prompt {config.prompt!r} is for --both; --wording puts questions otherwise")
+        raise UsageError(f"--prompt {config.prompt!r} is for --both; otherwise use --wording")
     vlm = config.load()
     options = decoding_data.Options(
         config.start, config.cutoff, config.noise_step, config.max_new_tokens, config.letters, config.seed
@@ -89,7 +89,7 @@ def run(config: Config, work: Workspace) -> Outcome:
 
 
 def _both(config: Config, work: Workspace, vlm: Any, options: Any) -> Outcome:
-    """Both pictures of all pairs, individual and pair accuracy."""
+    """Both images of all pairs: individual and pair accuracy."""
     from vlm_mech.behaviour.decoding import both_pictures, figures
 
     given = {name: getattr(config, name) for name in ("alphas", "rates", "strengths")}

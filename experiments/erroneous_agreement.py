@@ -1,8 +1,8 @@
-"""Images that a contrastive model finds nearly the same: does a VLM tell them apart all the same?
+"""Can a VLM distinguish images that a contrastive model finds nearly identical (CLIP-blind pairs)?
 
-Pairs (and sets of four) of images that differ in one thing: how alike their embeddings are, whether the contrastive
-model matches them with their captions, and whether the VLM answers a question about both rightly (after
-arXiv 2411.05195).
+Pairs (and sets of four) of images that differ in one thing: how similar their embeddings are, whether the contrastive
+model matches them with their captions, and whether the VLM answers a question about both correctly (after arXiv
+2411.05195).
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from vlm_mech.behaviour.erroneous_agreement.data import Cases
 
 QUESTION = (
-    "Does a VLM tell apart two images that a contrastive model finds nearly the same? Two images that differ in one "
-    "thing have nearly the same embedding in a contrastive model. Does it match them with the right captions, does a "
-    "VLM that sees through such a tower answer rightly about both, and does that depend on how alike they are? "
-    "Unpaired images of the same data set are the floor of likeness, guessing that of accuracy."
+    "Can a VLM distinguish two images that a contrastive model finds nearly identical? Images that differ in one "
+    "thing have nearly the same embedding in a contrastive model. Does it match them to the right captions? Does a "
+    "VLM with such a vision encoder answer correctly about both, and does that depend on their similarity? Unpaired "
+    "images of the same data set are the floor of similarity, chance that of accuracy."
 )
 SETS = ("colour", "kind", "presence", "left-right", "above-below", "front-behind", "count", "relations")
 
@@ -35,17 +35,18 @@ class Config(RunConfig):
     data: tuple[str, ...] = tuple(f"scenes/{name}" for name in SETS)  # pyright: ignore[reportIncompatibleVariableOverride]
     """Data sets: generated pairs (scenes/colour, ...), sets of four (scenes/relations), folders with pairs.jsonl."""
     n: int | None = None
-    """Pairs (or sets) of each data set; 64 pairs and 32 sets by default, all of a folder."""
+    """Pairs (or sets) per data set; 64 pairs and 32 sets by default, all of a folder."""
     contrastive: str = "clip"
     """Contrastive model: embedded (clip), folder, or Hugging Face id."""
     tau: float = 0.95
-    """Similarity above which two images count as the same to the model."""
+    """Similarity above which two images count as identical to the model."""
     caption: str = "{question} {answer}"
-    """Captions of a folder whose lines have none; with {caption} ("a photo of {caption}") words around their own."""
+    """Caption template for folders without captions; with {caption} ("a photo of {caption}"), words around their
+    own."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     batch: int = 16
-    """Pairs (or sets) a forward pass."""
+    """Pairs (or sets) per forward pass."""
 
 
 def run(config: Config, work: Workspace) -> Outcome:
@@ -85,7 +86,7 @@ def _check(config: Config) -> None:
     if not 0 < config.tau <= 1:
         raise UsageError(f"tau is {config.tau:g}; a cosine above 0 and at most 1 is needed, such as 0.95")
     if config.batch < 1:
-        raise UsageError(f"batch is {config.batch}; a number above zero is needed")
+        raise UsageError(f"batch is {config.batch}; it must be above 0")
     twice = [name for name in config.data if config.data.count(name) > 1]
     if twice or not config.data:
         raise UsageError(f"data {twice[0]!r} is given twice; once is needed" if twice else "--data needs a data set")

@@ -1,8 +1,8 @@
-"""In which layers does a language model read the answer from the subject of a fact, and do the methods agree?
+"""In which layers does a language model read a fact's answer from its subject, and do the methods agree?
 
-A control without pictures, on a real language model: knockout, swapped states, single heads, attribution, the lens and
-paths are asked about the same facts that the model knows, through the same code and gates as elsewhere; a table has
-what each says beside what the literature leads one to expect (after Geva et al. 2023, Meng et al. 2022).
+A text-only control on a real language model. Knockout, activation patching, single heads, attribution patching, the
+logit lens and path patching run on the same known facts, with the same code and gates as elsewhere. A table compares
+them with the literature (after Geva et al. 2023, Meng et al. 2022).
 """
 
 from dataclasses import dataclass
@@ -24,21 +24,22 @@ class Config(ClaimConfig):
     data: str = "facts/capitals"
     """Facts: facts/capitals, facts/languages, facts/opposites, facts/plurals, facts/colours, or facts for all."""
     n: int | None = None
-    """Number of pairs; by default each two subjects that the model knows, once."""
+    """Number of pairs; by default each pair of known subjects once."""
     parts: tuple[str, ...] = ()
-    """Parts of the page: knockout swap heads attribution lens paths; by default all."""
+    """Parts of the page: knockout swap heads attribution lens paths, all of these by default; and tuned (a tuned
+    lens, which is trained first: several minutes)."""
     random_weights: bool = False
-    """Ask the same decoder with shuffled weights, in which nothing is to be found; whatever it answers counts."""
+    """Use the same decoder with shuffled weights, in which there is nothing to find; all answers count."""
     all: bool = False
     """Pair subjects whatever the model answers."""
     gates: Literal["none", "quick", "all"] = "quick"
-    """As for other commands; quick by default, since all asks every part again of models with shuffled weights."""
+    """As in other commands; quick by default, since all repeats every part in models with shuffled weights."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of subjects and wordings."""
     batch: int = 32
-    """Pairs a forward pass."""
+    """Pairs per forward pass."""
     engine: Literal["fast", "trace"] = "fast"
-    """The fast one computes only what can change; trace runs a whole pass for every cell."""
+    """fast computes only what an edit can change; trace runs a full forward pass per cell."""
 
 
 def _loaded(config: Config) -> tuple[Any, ...]:

@@ -20,19 +20,19 @@ UNUSED = ("model", "n", "device", "dtype", "attn", "revision")
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """Options of the counts. No model is used: --n and options of models (--model, --device, ...) are refused."""
+    """Options of the counts. No model is used: --n and model options (--model, --device, ...) are refused."""
 
     unshared: ClassVar[str] = "a text is read through from its beginning, by one process"
     data: str = "scenes/things"
-    """What has the classes: generated scenes, a folder of a folder a class, or hf:owner/name."""
+    """Source of the classes: generated scenes, a folder with one folder per class, or hf:owner/name."""
     classes: Path | None = None
-    """File with a class name a line, in place of the classes of --data (whose pictures are opened)."""
+    """File with one class name per line, instead of the classes of --data (whose images are opened)."""
     text: tuple[str, ...] = ()
-    """llava:FILE or llava:FOLDER, files of text, or folders of such; counts are added up."""
+    """llava:FILE or llava:FOLDER, text files, or folders of text files; counts are added up."""
     rule: Literal["together", "contiguous"] = "contiguous"
-    """contiguous: all words of a name one after the other in a sentence, as in the paper (a line break is a space, an
-    empty line ends a sentence; of a file each line is a text); together: anywhere in a question with its answer, or in
-    a line."""
+    """contiguous: all words of a name in sequence within a sentence, as in the paper (a line break is a space, an empty
+    line ends a sentence; each line of a file is a text); together: anywhere in a question and its answer, or in a
+    line."""
 
 
 def run(config: Config, work: Workspace) -> Outcome:

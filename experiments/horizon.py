@@ -1,7 +1,7 @@
-"""From which layer on may the image tokens be removed, frozen, or exchanged with those of another layer?
+"""From which layer on can the image tokens be removed, frozen, or replaced by those of another layer?
 
-From each layer of the decoder on nobody reads them any more, or they stop changing, or they have the states of another
-layer of the same run; measured is what becomes of the answer (information horizon).
+From each decoder layer on, image tokens are cut off, frozen, or given the states of another layer of the same run.
+Measures what happens to the answer (information horizon).
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Config(SpokenConfig):
     """Options of the horizon."""
 
     n: int | None = None
-    """Number of examples; 192 scenes by default, all of a folder. That nothing is lost takes 180 that count."""
+    """Number of examples; 192 scenes by default, all of a folder. Claims that nothing is lost need 180 usable ones."""
     exchange: Literal["few", "all", "none"] = "few"
-    """Of which layers image states are exchanged: of the first, the middle and the last, of all, or of none."""
+    """Source layers of replaced image states: the first, middle and last, all, or none."""
     kl: float = 0.1
-    """Tolerance: mean divergence of the next token from the unedited run, in nats."""
+    """Tolerance: mean KL divergence of the next token from the unedited run, in nats."""
     lost: float = 0.05
     """Tolerance: share of answers lost."""
     split: Literal["test", "validation", "train"] = "test"
@@ -32,9 +32,9 @@ class Config(SpokenConfig):
     all: bool = False
     """Keep examples that the model answers wrongly."""
     batch: int = 32
-    """Examples a forward pass."""
+    """Examples per forward pass."""
     engine: Literal["fast", "trace"] = "fast"
-    """The fast one computes only what can change; trace runs a whole pass for every cell."""
+    """fast computes only what an edit can change; trace runs a full forward pass per cell."""
 
 
 def _loaded(config: Config) -> tuple[Any, ...]:

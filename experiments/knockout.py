@@ -1,59 +1,57 @@
-"""Which tokens must attend to which, at which layers, for the answer to come out?
+"""Which tokens must attend to which, at which layers, to produce the answer?
 
-Cuts attention edges such as last<-image, layer by layer or head by head, and measures what happens to the answer
-(attention knockout).
+Attention knockout: cuts edges such as last<-image, by layer or by head, and measures the effect on the answer.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from vlm_mech.runs.configuration import SpokenConfig
+from vlm_mech.runs.configuration import ExploredConfig, SpokenConfig
 from vlm_mech.runs.contract import main
 from vlm_mech.runs.outcome import Outcome
 from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
-    "Which tokens must attend to which, at which layers, for the answer to come out? Attention edges are cut: query "
-    "tokens cannot attend to key tokens at some layers, and the rest of their attention sums to one. If the answer's "
-    "probability falls, the model needed this way there; if not, it may have others. Random edges are the control."
+    "Which tokens must attend to which, at which layers, to produce the answer? Attention edges are cut: query tokens "
+    "cannot attend to key tokens at some layers; their other attention is renormalised. If the answer's probability "
+    "falls, the edge was needed; if not, other paths may carry the information. Random edges are the control."
 )
 
 
 @dataclass(frozen=True)
-class Config(SpokenConfig):
+class Config(ExploredConfig, SpokenConfig):
     """Options of the knockout."""
 
     takes_texts: ClassVar[bool] = True
     edges: tuple[str, ...] = ()
     """Edges to cut as QUERY<-KEY, such as "last<-image" "question<-object" "last<-image+system" "last<-subject"."""
     during: Literal["prompt", "answer"] = "prompt"
-    """How long cuts from the last token stay: in the prompt alone, or for the answer's tokens after it too."""
-    layers: str = "each"
-    """each (a window around every layer), groups:K (K runs of layers that partition the model), or all."""
+    """How long cuts from the last token last: over the prompt only, or over the answer's tokens too."""
+    layers: str | None = None
+    """Windows around each layer, or every:K (default from 27 layers on: every:3); groups:K (a partition); all."""
     window: int | None = None
-    """Layers cut around each; by default 9, in models of fewer than 27 layers 1."""
+    """Window: layers cut around each layer; by default 9, or 1 in models of fewer than 27 layers."""
     heads: bool = False
-    """Cut one head at a time, at single layers, for one edge (last<-image), and show where the strongest look."""
+    """Cut one head at a time, at single layers, for one edge (last<-image), and show where the strongest attend."""
     joint: bool = False
-    """Also cut several heads (or layers) of each edge at once, since one may stand in for another."""
+    """Also cut several heads (or layers) of each edge together, since one may back up another."""
     joint_size: int = 3
-    """Heads, or layers, that --joint cuts at once at most."""
+    """Maximum number of heads, or layers, that --joint cuts together."""
     control: tuple[Literal["size", "mass", "distance"], ...] = ("size",)
-    """Random edges to compare with: as many, of equal attention mass, or of equal distance; one or several."""
+    """Control edges: random, of equal number, equal attention mass, or equal distance; one or several."""
     sinks: Literal["include", "exclude", "match"] = "include"
-    """Controls may cut attention to sinks (the first token, and others with states like its own), none, or as many."""
+    """Controls may cut attention to sinks (the first token, and others with similar states), none, or as many."""
     generate: int = 0
-    """Number of examples whose answers are written out without each edge, cut at all layers."""
+    """Number of examples whose answers are generated without each edge, cut at all layers."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     all: bool = False
     """Keep examples that the model answers wrongly."""
     batch: int = 32
-    """Examples a forward pass."""
+    """Examples per forward pass."""
     engine: Literal["fast", "trace"] = "fast"
-    """The fast one computes only what can change; trace runs a whole pass for every cell."""
+    """fast computes only what an edit can change; trace runs a full forward pass per cell."""
 
 
 def _loaded(config: Config) -> tuple[Any, ...]:
@@ -84,7 +82,8 @@ def plan(config: Config) -> Any:
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, its heatmaps and line figure, and pictures of examples or of what heads attend to."""
+    """The result, its heatmaps and line figure, and images of examples or of what heads attend to."""
+    from vlm_mech.explorer.embedding import explorer_of
     from vlm_mech.interventions.receipt import add_up
     from vlm_mech.methods.gates.gated import gated
     from vlm_mech.methods.knockout import figures, findings, study
@@ -107,12 +106,13 @@ def run(config: Config, work: Workspace) -> Outcome:
         return study.knock_out(vlm, pairs, scan, masks=masks, **how | {"only_correct": False, "part": None})[0]
 
     claims = gated(config, vlm, pairs, result, pool_of(scan), again, *ways_of(scan, vlm, masks))
-    result, joint = joint_of(config, vlm, pairs, dataclasses.replace(result, claims=claims), scan, masks)
+    result, joint = joint_of(config, vlm, pairs, replace(result, claims=claims), scan, masks)
     more = follow_up(vlm, result, pairs, scan, masks, n_generated=config.generate, seed=config.seed)
     provenance = about(QUESTION, vlm, pairs, add_up([*receipts, *joint.receipts])) | {"generated": more.generated}
-    result = dataclasses.replace(result, provenance=provenance, findings=findings.findings(result, pairs, scan, more))
+    result = replace(result, provenance=provenance, findings=findings.findings(result, pairs, scan, more))
     said = examples(result.table, result.axes, {pair.id: pair.question for pair in pairs})
-    return Outcome(result, figures.drawn(result), figures.pictures(pairs, scan, more), tables=joint.tables, said=said)
+    shown = {"tables": joint.tables, "said": said, "embedded": explorer_of(config, vlm, pairs)}
+    return Outcome(result, figures.drawn(result), figures.pictures(pairs, scan, more), **shown)
 
 
 if __name__ == "__main__":

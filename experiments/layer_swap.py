@@ -1,9 +1,9 @@
 """At which layer, and through which tokens, does the answer come to depend on the image?
 
-Runs each question on an image with the hidden states of its counterfactual, layer by layer and span by span, in both
-directions, and measures how much of the way to the other answer that goes (counterfactual states). With
-`--swap weights` decoder blocks are exchanged with those of a tune of the model instead (counterfactual blocks, after
-arXiv 2606.06890).
+Activation patching (causal tracing, interchange intervention): each question is run on an image with hidden states from
+its counterfactual, layer by layer and span by span, in both directions. Measures the recovered fraction of the way to
+the other answer. With `--swap weights`, decoder blocks are patched from a fine-tuned checkpoint instead (after arXiv
+2606.06890).
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def plan(config: Config) -> Any:
     from vlm_mech.sweeps.generated_answers import part_of
 
     if config.swap == "weights":
-        raise UsageError("--dry-run foresees swaps of states only; an exchange of weights keeps one pass a hybrid")
+        raise UsageError("--dry-run covers --swap state only; patching weights takes one pass per hybrid model")
     *what, directions, controls = _loaded(config)
     how = {"measure": config.measure, "part": part_of(config), "batch": config.batch, "memory": config.memory}
     how |= {"n_controls": 0 if controls is None else len(controls.names)}
@@ -32,7 +32,9 @@ def plan(config: Config) -> Any:
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, its figures, and example pictures."""
+    """The result, its figures, and example images."""
+    if config.swap == "weights" and config.explore:
+        raise UsageError("--explore shows swaps of states, token by token; leave it out with --swap weights")
     return swap_weights(config, work) if config.swap == "weights" else _swap_states(config, work)
 
 
@@ -58,8 +60,9 @@ def _loaded(config: Config) -> tuple[Any, ...]:
 
 
 def _swap_states(config: Config, work: Workspace) -> Outcome:
-    """The result, its heatmap and line figure, and example pictures."""
+    """The result, its heatmap and line figure, and example images."""
     from vlm_mech.data.pairs import pictures
+    from vlm_mech.explorer.embedding import explorer_of
     from vlm_mech.interventions.receipt import add_up, summarise
     from vlm_mech.methods.layer_swap.figures import drawn
     from vlm_mech.methods.layer_swap.layer_swap import question_of, swap_result, told, with_claims
@@ -78,7 +81,7 @@ def _swap_states(config: Config, work: Workspace) -> Outcome:
     result = swap_result(config.site, table, provenance, config.measure, controls)
     result = told(with_claims(result, config, vlm, pairs, sites, spans, how), pairs)
     said = examples(result.table, result.axes, {pair.id: pair.question for pair in pairs})
-    return Outcome(result, drawn(result), pictures(pairs), said=said)
+    return Outcome(result, drawn(result), pictures(pairs), said=said, embedded=explorer_of(config, vlm, pairs))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What can be read off the hidden states at every depth, and is it what the image shows or what is usual?
+"""What can be decoded from the hidden states at each layer, and is it what the image shows or what is usual?
 
-Linear and MLP probes on every block of tower, projector and language model, with controls (see docs/methods.md).
+Linear and MLP probes on every block of vision encoder, projector and language model, with controls (see
+docs/methods.md).
 """
 
 from dataclasses import dataclass
@@ -19,15 +20,16 @@ class Config(GatedConfig):
     model: tuple[str, ...] = ("organism",)  # pyright: ignore[reportIncompatibleVariableOverride]
     """One model, or several side by side: organism organism-grounded, folders, or Hugging Face ids."""
     n: int | None = None
-    """Pairs, two examples each, or single items; 128 scenes by default, all of a folder."""
+    """Pairs (two examples each) or single items; 128 scenes by default, all of a folder."""
     conflict: str | None = None
-    """Pairs that say which picture is in conflict, or none; scenes/colour-conflict for scenes/colour by default."""
+    """Pairs that mark the image in conflict, or none; scenes/colour-conflict for scenes/colour by default."""
     n_conflict: int = 64
-    """Number of these."""
+    """Number of conflict pairs."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     spans: tuple[str, ...] = ()
-    """By default last image object (no object of items). Also all, question, each, "patch 2,3", "position 5"."""
+    """Spans to probe; by default last image object (no object for items). Also all, question, each, "patch 2,3",
+    "position 5"."""
     probes: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
     """Which probes are fitted."""
     controls: tuple[str, ...] = ("shuffled", "control task", "no image", "random weights")
@@ -35,21 +37,21 @@ class Config(GatedConfig):
     hidden: tuple[int, ...] = (64, 32)
     """Widths of the MLP's hidden layers; 512 128 for models thousands wide."""
     grouping: Literal["both", "scene", "template"] = "both"
-    """What no split tears apart: the two scenes of a pair (always), and all examples with the same question."""
+    """What splits keep together: the two scenes of a pair (always), and all examples with the same question."""
     folds: int = 4
-    """Parts of the data: one is for testing, one for validation, the others for training, in turn."""
+    """Number of folds: in turn one for testing, one for validation, the others for training."""
     seeds: int = 5
-    """Partitions into folds, each with other initial weights."""
+    """Number of random partitions into folds, each with new initial weights."""
     every: int = 1
-    """Probe every so-many-th block."""
+    """Probe every Nth block."""
     mdl: bool = False
-    """Also the description length (online code) of real and shuffled labels; in provenance.json."""
+    """Also compute the description length (online code) for real and shuffled labels; in provenance.json."""
     batch: int = 32
-    """Prompts a forward pass."""
+    """Prompts per forward pass."""
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, accuracy over depth, conflict, confusion, and the map of a picture's patches."""
+    """The result, accuracy by depth, conflict, confusion, and a map of one image's patches."""
     from vlm_mech.methods.probing import figures
     from vlm_mech.methods.probing.probe import probe_result, told
     from vlm_mech.methods.probing.study import study

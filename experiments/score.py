@@ -1,7 +1,7 @@
-"""How much of what a model is said to know depends on how its answers are scored?
+"""How much does a model's measured accuracy depend on how its answers are scored?
 
-The same pairs (or single items) by generation, by perplexity of options and of letters, and by similarity; one by
-one, in pairs and matched; over prompts and both orders of the options (after arXiv 2411.05195).
+The same pairs (or single items) scored by generation, by perplexity of options and of letters, and by similarity; per
+image, per pair, and as matching; over prompts and both orders of the options (after arXiv 2411.05195).
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from vlm_mech.behaviour.scoring.data import Plan
 
 QUESTION = (
-    "How much of what a model is said to know depends on how its answers are scored? Each question is asked about "
-    "{shown}. What is generated is read by several rules, and the perplexities of the options, where there are any, "
-    "are compared; how far these verdicts differ is not about what the model sees. The floor is {others}."
+    "How much does a model's measured accuracy depend on how its answers are scored? Each question is asked about "
+    "{shown}. Generated answers are read by several rules, and the perplexities of the options, if any, are compared. "
+    "Differences between these scores are not about what the model sees. The floor is {others}."
 )
 
 
@@ -35,19 +35,19 @@ class Config(RunConfig):
     forms: tuple[Literal["generation", "options", "letters"], ...] = ()
     """What is scored: generated answers, full options, letters; by default all that the model has tokens for."""
     prompts: tuple[str, ...] = ()
-    """Ways of asking with {question} and {first} {second}; letters need "(a) {first}" and "(b) {second}"."""
+    """Prompt templates with {question} and {first} {second}; letters need "(a) {first}" and "(b) {second}"."""
     n_validation: int | None = None
-    """Examples on which the best prompt is chosen; 32 scenes, a third of a folder; 0 for none."""
+    """Validation examples, to choose the best prompt; 32 scenes, or a third of a folder; 0 for none."""
     contrastive: str | None = None
-    """Contrastive model to score by similarity; clip for generated scenes with known captions; none leaves it out."""
+    """Contrastive model for similarity scores; clip for generated scenes with known captions; none to skip it."""
     caption: str = ""
-    """Caption of an answer for the contrastive model, such as "a photo of a {answer}"; {caption} is the data's own."""
+    """Caption template for the contrastive model, such as "a photo of a {answer}"; {caption} is the data's own."""
     max_new_tokens: int = 8
-    """Tokens of an answer at most."""
+    """Maximum tokens per answer."""
     split: Literal["test", "train"] = "test"
     """Split of the generated scenes; the best prompt is chosen on validation scenes."""
     batch: int = 32
-    """Examples a forward pass."""
+    """Examples per forward pass."""
 
 
 def _loaded(config: Config) -> "Plan":
@@ -61,7 +61,7 @@ def _loaded(config: Config) -> "Plan":
 
 
 def run(config: Config, work: Workspace) -> Outcome:
-    """The result, its figures, and some pictures."""
+    """The result, its figures, and some images."""
     from vlm_mech.behaviour.answering.by_category import with_categories
     from vlm_mech.behaviour.scoring import figures, findings, steps, study
     from vlm_mech.behaviour.scoring.comparisons import yes_no_table

@@ -1,8 +1,8 @@
-"""Does a direction among the states move the answers, by how much a dose, and what else does it change?
+"""Does a steering direction change the answers, by how much per dose, and what else does it change?
 
-The difference of mean states between pictures with one answer and pictures with another is added to states, in doses
-both ways, beside random directions as long, those of shuffled labels and orthogonal ones (steering, after
-arXiv 2407.12404).
+The difference of mean states between images with one answer and images with another is added to the states, at doses of
+both signs. Controls are random directions of equal norm, directions from shuffled labels, and orthogonal ones
+(steering, after arXiv 2407.12404).
 """
 
 import dataclasses
@@ -24,39 +24,39 @@ class Config(ClaimConfig):
     """Options of steering."""
 
     data: str = "scenes/left-right"
-    """Pairs; where they say which picture is in conflict, the direction is for what is shown, over the usual answer."""
+    """Pairs; if they mark the image in conflict, the direction is for what is shown, over the usual answer."""
     n: int | None = None
     """Number of pairs; 48 scenes by default, all of a folder."""
     contrast: str = "auto"
-    """Answers of the direction: shown, A/B, or A over all others; auto: shown, or the two that there are, or one."""
+    """Answers that define the direction: shown, A/B, or A over all others; auto: shown, or the only two, or one."""
     spans: tuple[str, ...] = ("last", "image")
-    """Tokens whose states are moved; several joined by + are moved together."""
+    """Token spans to steer; several joined by + are steered together."""
     layers: tuple[int, ...] = ()
-    """Layers after which they are moved; by default all but the last, where only the head is left."""
+    """Layers to steer after; by default all but the last."""
     point: Literal["resid_post", "resid_pre", "attn_out", "mlp_out"] = "resid_post"
-    """Which tensor of each block."""
+    """Which activation of each block."""
     doses: tuple[float, ...] = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
-    """Doses, in shares of the mean norm of the states that are moved; 0 and both signs."""
+    """Doses, as fractions of the mean norm of the steered states; include 0 and both signs."""
     shares: tuple[float, float] = (0.4, 0.2)
-    """Shares of the groups that the direction is found on, and that layer, span and dose are chosen on."""
+    """Shares of the groups for training (the direction) and validation (layer, span and dose)."""
     n_random: int = 20
-    """Random directions as long, each of which a claim must beat; below 20 nothing is claimed."""
+    """Number of random directions of equal norm, which a claim must exceed; below 20 no claim is made."""
     n_others: int = 5
-    """Directions of shuffled labels, and as many orthogonal to the one found."""
+    """Number of directions from shuffled labels, and of orthogonal directions."""
     others: tuple[str, ...] = SCENES
-    """Pairs about other things, on which side effects are measured."""
+    """Pairs about other things, to measure side effects."""
     n_side: int = 32
-    """Number of each of these; 0 for none."""
+    """Number of pairs per side-effect set; 0 for none."""
     generate: int = 8
-    """Number of test pairs about which answers are written, for repetition; 0 for none."""
+    """Number of test pairs with generated answers, to measure repetition; 0 for none."""
     new_tokens: int = 8
-    """Tokens of such an answer at most."""
+    """Maximum tokens per generated answer."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the generated scenes."""
     batch: int = 32
-    """Pairs a forward pass."""
+    """Pairs per forward pass."""
     engine: Literal["fast", "trace"] = "fast"
-    """The fast one computes only what can change; trace runs a whole pass for every cell."""
+    """fast computes only what an edit can change; trace runs a full forward pass per cell."""
 
 
 def _loaded(config: Config) -> tuple[Any, ...]:
@@ -67,7 +67,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.methods.steering.side_effects import other_questions
 
     if min(config.n_side, config.generate) < 0 or config.new_tokens < 1:
-        raise UsageError("n_side and generate are numbers from 0 on, new_tokens one from 1 on")
+        raise UsageError("n_side and generate must be 0 or more, new_tokens 1 or more")
     n = 48 if config.n is None and config.data.startswith("scenes/") else config.n
     pairs = load_pairs(config.data, n=n, split=config.split, **config.drawn)
     vlm = config.load()

@@ -1,7 +1,7 @@
 """Does each method find what was planted, and nothing where nothing was?
 
-Plants models at random, lets every method examine them, and grades what it finds: layers, heads and routes recovered,
-false alarms in models with nothing to find, and how often intervals hold the true effect.
+Generates models with planted mechanisms, runs every method on them, and grades what it finds: layers, heads and routes
+recovered, false positives in models with nothing to find, and coverage of the intervals.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from vlm_mech.validate.examination import Job
 
 QUESTION = (
-    "Does each method find what was planted, and nothing where nothing was? Models are planted at random: which heads "
-    "read the picture, which way the answer goes and with which weights is known. Every method examines each model on "
-    "a few examples, and what it finds is compared with what was planted. In the nulls no head gets anything from the "
-    "picture."
+    "Does each method find what was planted, and nothing where nothing was? Models are generated with known "
+    "mechanisms: which heads read the image, which path the answer takes, with which weights. Every method examines "
+    "each model on a few examples, and its findings are compared with what was planted. In null models no head gets "
+    "information from the image."
 )
 
 
@@ -31,26 +31,27 @@ class Config(RunConfig):
     model: str = "planted"
     """Planted models only."""
     data: str = "planted"
-    """Their own pictures only."""
+    """Their own images only."""
     n: int | None = None
-    """Models of each set; 20 by default."""
+    """Models per set; 20 by default."""
     first_seed: int = 1000
-    """Seed of the first model; what is below 1000 served to develop the methods' rules."""
+    """Seed of the first model; those below 1000 were used to develop the methods' rules."""
     sets: tuple[str, ...] = ()
     """Kinds of models: plain, "matched null, random answers" and hard by default; also: matched null, backup, two
     backups, dormant path, sink, mlp prior, neighbouring readers. Of arbitration: "arbiter: route" and its like, all."""
     answer: Literal["word", "pieces", "article"] = "word"
-    """How answers are written: as one token, as two that both tell, or behind a token that all share."""
+    """Answer format: one token, two informative tokens, or a token after one that all answers share."""
     methods: tuple[str, ...] = ()
-    """Methods to grade; by default all but arbitration, and with answers of two tokens controls that read one alone."""
+    """Methods to grade; by default all but arbitration, and with two-token answers also controls that read one token
+    only."""
     gates: Literal["none", "all"] = "none"
-    """Gates that the claims of commands must pass, which are graded too; all take time."""
+    """Gates applied to the commands' claims, which are graded too; every gate takes time."""
     null: int = 5
-    """Models with shuffled weights, and shuffles of the answers, that --gates all compares with."""
+    """Number of models with shuffled weights, and of shuffles of the answers, for --gates all."""
     examples: int = 32
-    """Examples of each model that a method sees."""
+    """Examples per model available to a method."""
     population: int = 512
-    """Fresh examples of each model from which its true effects are found."""
+    """Fresh examples per model for its true effects."""
     workers: int = 2
     """Processes, of one thread each."""
 

@@ -1,7 +1,7 @@
-"""Where is the answer readable, where is it used, where must it flow, and what does the model prefer on the way?
+"""Where is the answer decodable, where is it used, where is it needed, and what does the model prefer on the way?
 
-One call, the same examples and spans: probes, swaps, knockouts and the lens over one axis of layers, with the layers
-that read what is shown and those that suppress it. Afterwards single examples, patch by patch.
+One map on the same examples and spans: probes, activation patching, attention knockout and the logit lens over one axis
+of layers, with the layers that read what is shown and those that suppress it. Also single examples, patch by patch.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from vlm_mech.runs.provenance import about
 from vlm_mech.runs.workspace import Workspace, in_batches
 
 QUESTION = (
-    "Where is the answer readable, where is it used, where must it flow, and what does the model prefer on the way? "
-    "The same examples, asked four ways at every layer. Decodable: could a probe read the answer there? Used: do the "
-    "states there decide the answer, when those of another image are put in their place? Must flow: is it lost when "
-    "attention is cut there? Preferred: does the residual stream favour the answer or its rival? What is decodable "
-    "need not be used, and what is used need not be needed."
+    "Where is the answer decodable, where is it used, where is it needed, and what does the model prefer on the way? "
+    "Four methods run on the same examples at every layer. Decodable: can a probe read the answer there? Used: does "
+    "patching the states from another image change the answer? Needed: is the answer lost when attention is cut "
+    "there? Preferred: does the logit lens favour the answer or its rival? What is decodable need not be used, and "
+    "what is used need not be needed."
 )
 COLOURS, PROBES = "scenes/colour", "probes"
 
@@ -32,7 +32,7 @@ def _loaded(config: Config) -> tuple[Any, ...]:
     from vlm_mech.methods.visual_flow.data import cases_of, flow_scan
 
     if config.pages < 0 or config.every < 1:
-        raise UsageError(f"pages is {config.pages} and every is {config.every}; 0 and 1 are the least")
+        raise UsageError(f"pages is {config.pages} and every is {config.every}; they must be at least 0 and 1")
     pairs = load_pairs(config.data, n=config.n, split=config.split, **config.drawn)
     vlm = config.load()
     pairs = fitting(vlm, pairs, **config.fits)
@@ -50,6 +50,7 @@ def plan(config: Config) -> Any:
 
 def run(config: Config, work: Workspace) -> Outcome:
     """The result, the map, the page of single examples, and findings made from the numbers."""
+    from vlm_mech.explorer.embedding import explorer_of
     from vlm_mech.interventions.receipt import add_up
     from vlm_mech.methods.visual_flow import claims, effects, figures, findings, lenses, patch_readings, study
     from vlm_mech.results.result import Result
@@ -74,7 +75,7 @@ def run(config: Config, work: Workspace) -> Outcome:
     told["pages"] = patch_readings.patch_readings(vlm, cases, found, fitted, **options) if config.pages else []
     result = dataclasses.replace(result, provenance=told, claims=found.claims)
     result = dataclasses.replace(result, findings=findings.findings(result, cases))
-    return Outcome(result, figures.drawn(result), tables=tables)
+    return Outcome(result, figures.drawn(result), tables=tables, embedded=explorer_of(config, vlm, cases.pairs))
 
 
 def _probed(config: Config, work: Workspace, vlm: Any, cases: Any) -> Any:

@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import pkgutil
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +21,12 @@ REAL = "organism-smol"
 """The model that needs the package of a real language model."""
 CARDS = sorted((ROOT / "vlm_mech" / "organism" / "weights").glob("*/README.md"))
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
+LONG = ("03_patching_and_knockout", "05_directions")
+"""Notebooks that cost more than ten seconds of a core; they run in `make test-all`."""
+MADE = ROOT / "docs" / "generated"
+"""What a build of the site writes; git ignores it."""
+OURS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if MADE not in page.parents]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *OURS, *CARDS]
 
 
 def blocks(page):
@@ -30,7 +37,9 @@ def blocks(page):
     "page",
     [
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{name}.md" for name in ("api", "data", "methods", "transformer_lens")),
+        *(ROOT / "docs" / f"{name}.md" for name in ("api", "data", "index", "methods/steering", "transformer_lens")),
+        # Ten questions: `tests/test_recipes.py` runs them and counts their lines.
+        *sorted({*(ROOT / "docs" / "howto").glob("*.md")} - {ROOT / "docs" / "howto" / "ten-questions.md"}),
         *(pytest.param(card, marks=pytest.mark.real if card.parent.name == REAL else ()) for card in CARDS),
     ],
     ids=lambda page: f"{page.parent.name}-{page.stem}",
@@ -79,7 +88,11 @@ def test_every_public_name_is_used_or_told_in_the_page_of_names():
     assert set(vlm_mech.__all__) - used == set(told) and len(told) == len(set(told))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.long if path.stem in LONG else ()) for path in NOTEBOOKS],
+    ids=lambda path: path.name,
+)
 def test_notebooks_run(path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
@@ -98,11 +111,52 @@ def test_pages_name_only_what_exists():
         text = page.read_text()
         for name in re.findall(r"python -m ([a-z_.]+)", text):
             assert importlib.util.find_spec(name), f"{page.name} names {name}"
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        for link in re.findall(r"\]\((?!http)([^)#]+)(?:#[\w-]+)?\)", text):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+        for link, anchor in re.findall(r"\]\((?!http)([^)#]*\.md|)#([\w-]+)\)", text):
+            assert anchor in anchors((page.parent / link) if link else page), f"{page.name} links to {link}#{anchor}"
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         for path in re.findall(r"`([\w./-]+\.(?:py|md|toml|ipynb|txt))`", prose):
             assert is_there(path), f"{page.name} names {path}"
+
+
+def anchors(page):
+    """The anchors that GitHub, and the site, give to headings."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_the_list_for_language_models_names_pages():
+    links = re.findall(r"\]\(([^)]+)\.html\)", (ROOT / "docs" / "llms.txt").read_text())
+    assert len(links) > 15 and [link for link in links if not (ROOT / "docs" / f"{link}.md").is_file()] == []
+
+
+def test_every_page_of_the_documentation_is_reached_from_the_start_page():
+    """By links alone, as on GitHub; the recipes' list is reached from their gallery."""
+    reached, new = set(), {ROOT / "docs" / "index.md"}
+    while new:
+        reached |= new
+        links = {
+            (page.parent / link).resolve()
+            for page in new
+            for link in re.findall(r"\]\(([^)#:]+\.md)", page.read_text())
+        }
+        new = {link for link in links if link in set(OURS)} - reached
+    assert sorted(str(page.relative_to(ROOT)) for page in set(OURS) - reached) == []
+
+
+def test_the_site_builds_without_a_warning_and_without_the_network(tmp_path):
+    """In a plain theme, which is built in half the time; notebooks are not run here (`make docs` runs them)."""
+    pytest.importorskip("sphinx")
+    options = ["-q", "-W", "--keep-going", "-b", "html", "-D", "html_theme=basic"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *options, "docs", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "llms.txt").is_file() and (tmp_path / "errors" / "spans.html").is_file()
+    assert 'id="vlm_mech.VLM"' in (tmp_path / "generated" / "reference" / "models.html").read_text()
+    asked = r"""<(?:script|img|iframe|link)\b[^>]* (?:src|href)=["'](?:https?:)?//[^"']+"""
+    assert [found for page in tmp_path.rglob("*.html") for found in re.findall(asked, page.read_text())] == []
 
 
 def test_modules_that_pages_name_exist():

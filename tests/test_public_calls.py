@@ -26,6 +26,7 @@ from vlm_mech import (
     compare_lenses,
     context_words,
     dose_response,
+    explore,
     extract,
     find_arbiter,
     find_direction,
@@ -171,7 +172,7 @@ OF_ONE_PAIR = {
     "head_roles": "at least 4 are needed",
     "find_direction": "1 groups of pairs; too few for 3 parts",
     "dose_response": "1 pairs in 1 groups; slopes need two groups at least",
-    "find_arbiter": "none of the 1 pairs of scenes/colour says which picture is in conflict",
+    "find_arbiter": "none of the 1 pairs of scenes/colour says which image is in conflict",
     "horizon": "at least two are needed",
     "train_das": "1 groups of pairs; too few for 3 parts",
 }
@@ -183,6 +184,7 @@ TAKE_A_DECODER = {
     "lens": lambda vlm, pairs: lens(vlm, pairs.base, LAST, "last"),
     "train_tuned_lens": lambda vlm, pairs: train_tuned_lens(vlm, pairs.base, pairs.counterfactual, LAST, "last"),
     "compare_lenses": lambda vlm, pairs: compare_lenses(vlm, TunedLens({}, {}, {}), pairs.base, "last"),
+    "explore": lambda vlm, pairs: explore(vlm, pairs.base[0]),
     "generate": lambda vlm, pairs: generate(vlm, pairs.base),
     "extract": lambda vlm, pairs: extract(vlm, pairs.base, LAST, spans="last", folder="nowhere"),
 }
@@ -266,9 +268,9 @@ def test_layers_and_heads_are_told_by_what_they_are(organism, pairs):
 
 def test_a_swap_knows_its_places(organism, pairs):
     message = refused(lambda: layer_swap(organism, pairs, site="decoder"))
-    assert message == "site 'decoder' of a layer swap is not known; llm, projector, vision are"
+    assert message == "site 'decoder' of a layer swap is not known; use llm, projector, vision"
     message = refused(lambda: layer_swap(organism, pairs, site=LAST))
-    assert message.startswith("site Site(") and message.endswith("llm, projector, vision are")
+    assert message.startswith("site Site(") and message.endswith("use llm, projector, vision")
     assert "resid_pre" in refused(lambda: layer_swap(organism, pairs, point="output"))
 
 

@@ -92,10 +92,12 @@ def test_only_the_records_of_families_ask_which_architecture_it_is():
 def test_rooms_do_not_come_in_by_the_front_door():
     """`from vlm_mech import VLM` in a room would go past every contract; rooms name the module they need."""
     assert not grimp.build_graph("vlm_mech", cache_dir=None).find_modules_that_directly_import("vlm_mech")
-    # Formats are found by listing their own folder; workers import the experiment that they are told.
+    # Formats are found by listing their own folder; workers import the experiment that they are told; results, what
+    # draws them, which imports them.
     assert {path for path in files(imports_by_name) if path.startswith("vlm_mech/")} == {
         "vlm_mech/__init__.py",
         "vlm_mech/data/readers/registry.py",
+        "vlm_mech/results/plotted.py",
         "vlm_mech/results/saved_figures.py",
         "vlm_mech/runs/workers.py",
     }

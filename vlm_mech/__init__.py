@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from vlm_mech.errors import TooLargeError as TooLargeError
     from vlm_mech.errors import UsageError as UsageError
     from vlm_mech.errors import WorkError as WorkError
+    from vlm_mech.explorer.exploration import Exploration as Exploration
+    from vlm_mech.explorer.exploration import Explorations as Explorations
+    from vlm_mech.explorer.explore import explore as explore
     from vlm_mech.extraction.extract import extract as extract
     from vlm_mech.extraction.saved_states import Extracted as Extracted
     from vlm_mech.inputs.contrastive_batch import DualEncoded as DualEncoded
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from vlm_mech.inputs.span import Tokens as Tokens
     from vlm_mech.inputs.span import Words as Words
     from vlm_mech.inputs.wording import Wording as Wording
+    from vlm_mech.interventions.attended import Attention as Attention
+    from vlm_mech.interventions.attended import attention as attention
     from vlm_mech.interventions.attention_edits import Remove as Remove
     from vlm_mech.interventions.attention_edits import Reweight as Reweight
     from vlm_mech.interventions.attention_weights import attention_from as attention_from
@@ -129,6 +134,7 @@ if TYPE_CHECKING:
     from vlm_mech.results.result import Metric as Metric
     from vlm_mech.results.result import Result as Result
     from vlm_mech.results.saved_figures import redraw as redraw
+    from vlm_mech.results.together import together as together
     from vlm_mech.sweeps import measures as measures
     from vlm_mech.sweeps.measures import Measure as Measure
     from vlm_mech.sweeps.measures import logit_diff as logit_diff
@@ -150,6 +156,8 @@ _HOMES = {
     "data.items": ("Item", "Items", "load_items"),
     "data.pairs": ("Pair", "Pairs", "load_pairs"),
     "errors": ("TooLargeError", "UsageError", "WorkError"),
+    "explorer.exploration": ("Exploration", "Explorations"),
+    "explorer.explore": ("explore",),
     "extraction.extract": ("extract",),
     "extraction.saved_states": ("Extracted",),
     "inputs.contrastive_batch": ("DualEncoded",),
@@ -157,6 +165,7 @@ _HOMES = {
     "inputs.prompt": ("Encoded", "Prompt"),
     "inputs.span": ("Each", "OneImage", "Patches", "Positions", "Span", "Tokens", "Words"),
     "inputs.wording": ("Wording",),
+    "interventions.attended": ("Attention", "attention"),
     "interventions.attention_edits": ("Remove", "Reweight"),
     "interventions.attention_weights": ("attention_from",),
     "interventions.directions": ("random_directions",),
@@ -204,6 +213,7 @@ _HOMES = {
     "results.overlays": ("laid_over",),
     "results.result": ("Metric", "Result"),
     "results.saved_figures": ("redraw",),
+    "results.together": ("together",),
     "sweeps.schedule": ("SweepPlan",),
     "sweeps.measures": ("Measure", "logit_diff", "logprob_diff", "prob"),
     "sweeps.sweep": ("Point", "grid", "plan_sweep", "sweep"),

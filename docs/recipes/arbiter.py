@@ -17,3 +17,4 @@ columns = ["part", "layer", "head", "n", "restored", "restored_low", "restored_h
 print(told.evidence[columns].round(2).to_string(index=False))
 columns = ["rise", "rise_low", "rise_high", "withheld", "written", "brought", "turned", "image"]
 print(told.evidence[["part", "layer", "head", *columns]].round(2).to_string(index=False))
+figure = told.plot()

@@ -23,7 +23,8 @@ def back(point, source=None):
 
 
 cells = [cell for cell in grid(late=starts, early=starts) if cell.early <= cell.late]
-found = sweep(vlm, asked, cells, back, shown).table
+result = sweep(vlm, asked, cells, back, shown)
+figure, found = result.plot(value="effect"), result.table
 found["change"] = found["prob"] - found["prob_baseline"]
 print(found.pivot_table(index="late", columns="early", values="change").round(3).to_string())
 chooses = found["example"].astype(int) < len(asked) // 2

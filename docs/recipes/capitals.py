@@ -36,3 +36,4 @@ cells = grid(at=list(ways), layer=vlm.llm_layers)
 swapped = sweep(vlm, prompts, cells, lambda point: Replace(Site("llm.resid_post", point.layer), ways[point.at][0],
                 **ways[point.at][1]), prob([CAPITALS[name] for name in others]))  # fmt: skip
 print(swapped.table.pivot_table(index="layer", columns="at", values="prob").round(2).to_string())
+figure = swapped.plot()

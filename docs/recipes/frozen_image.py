@@ -27,3 +27,4 @@ for name in ("prob", "right"):
     rows = found.summary(name)
     print(f"{name} (unedited {rows['baseline'][0]:.2f}):")
     print(rows.pivot(index="how", columns="layer", values="mean").round(2).to_string())
+figure = found.plot(x="layer", colour="how", metric="prob")

@@ -16,3 +16,4 @@ names = ["layer", "head", "into_first", "into_second", "score", "role"]
 print(roles.heads.sort_values("score", ascending=False)[names].head(4).round(2).to_string(index=False))
 looks = roles.scores.summary("visual").sort_values("mean", ascending=False)
 print(looks[["layer", "head", "mean", "ci_low", "ci_high"]].head(4).round(2).to_string(index=False))
+figure = roles.plot()

@@ -6,7 +6,7 @@ half of the pairs that declares it; the other half tests it. That takes 144 pair
 not say it even if none lost its answer. With `exchange="few"` image states of other layers are put in, too.
 """
 
-from vlm_mech import VLM, horizon, horizon_figures, load_pairs
+from vlm_mech import VLM, horizon, load_pairs
 
 vlm, pairs = VLM.load("organism"), load_pairs("scenes/colour", n=144)
 found = horizon(vlm, pairs, exchange="none", kl=0.1, lost=0.05, batch=72)
@@ -16,4 +16,4 @@ for finding in found.findings:
 curves = found.summary("prob")
 names = ["arm", "layer", "mean", "ci_low", "ci_high", "baseline"]
 print(curves.loc[curves["arm"].isin(["removed", "frozen"]), names].round(3).to_string(index=False))
-horizon_figures.drawn(found)["removed"].write_html("horizon.html")
+figure = found.plot()

@@ -17,3 +17,4 @@ def cut(point):
 
 result = sweep(vlm, pairs, grid(centre=vlm.llm_layers), cut, logit_diff(pairs.answer, pairs.counterfactual_answer))
 print(result.summary()[["centre", "n", "effect", "effect_low", "effect_high"]].round(2).to_string(index=False))
+figure = result.plot(value="effect", title="Knockout, three blocks: change of the lead (logits)")

@@ -24,6 +24,7 @@ for name, (receiver, mlps) in receivers.items():
     print(
         strongest[["layer", "head", "effect", "effect_low", "effect_high", "baseline"]].round(3).to_string(index=False)
     )
+figure = result.plot()
 
 own, donor, end = vlm.encode(pairs.base), vlm.encode(pairs.counterfactual), Site("llm.resid_post", last)
 clean = read(vlm, own, end)[end]

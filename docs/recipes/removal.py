@@ -22,3 +22,4 @@ print("answer before the counterfactual one, by first layer without the image:",
 for layer in (0, len(vlm.llm_layers) - 1):
     said = generate(vlm, pairs.base[:4], Remove("image", layer), max_new_tokens=3)
     print(f"without the image from block {layer} on:", list(said.texts), "- right:", list(pairs.answer[:4]))
+figure = result.plot(title="Image removed from a layer on: p(answer)")

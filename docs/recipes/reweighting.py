@@ -6,7 +6,7 @@ which sinks have at most half. Their weights at sinks are multiplied by .6, and 
 proportion. The method chooses heads for every query; here they are chosen once a layer, by the mean over examples.
 """
 
-from vlm_mech import VLM, Each, Positions, Reweight, attention_from, load_pairs, metrics, receipts_table, run
+from vlm_mech import VLM, Each, Positions, Reweight, attention, attention_from, load_pairs, metrics, receipts_table, run
 
 vlm = VLM.load("organism")
 pairs = load_pairs("scenes/colour-conflict", n=16)
@@ -37,3 +37,4 @@ for edit in edits:
     edited = run(vlm, encoded, edit, baseline=plain)
     print(receipts_table(edited.receipts)[["intervention", "site", "natural_mass", "mass"]].to_string(index=False))
     print("   lead of the answer:", metrics.logit_diff(edited.last, own, rival).mean().item())
+figure = attention(vlm, pairs.base[0], "last", layer=layers[0]).overlay()

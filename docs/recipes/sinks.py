@@ -13,6 +13,7 @@ vlm, pairs = VLM.load("organism"), load_pairs("scenes/colour", n=24)
 sinks = find_sinks(vlm, pairs)
 print("\n".join(sinks.result.findings))
 print(sinks.result.summary("attention")[["kind", "layer", "mean", "baseline"]].to_string(index=False))
+figure = sinks.plot()
 
 if sinks.held:
     held = dataclasses.replace(pairs, pairs=tuple(pairs[number] for number in sinks.held))

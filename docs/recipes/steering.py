@@ -33,3 +33,4 @@ print("with the image cut:", *(receipt.change for receipt in cut.receipts[:1]))
 with TemporaryDirectory() as folder:
     direction.save(f"{folder}/left_right.safetensors")
     print(Direction.load(f"{folder}/left_right.safetensors").n, "pairs gave it")
+figure = result.plot()

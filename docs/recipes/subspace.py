@@ -6,13 +6,13 @@ search finds something, so the numbers stand beside random directions, direction
 directions of a model with shuffled weights. Then the directions are taken out: can the answer still be given?
 """
 
-from vlm_mech import VLM, Project, Site, das_figures, load_pairs, run, train_das
+from vlm_mech import VLM, Project, Site, load_pairs, run, train_das
 
 vlm = VLM.load("organism")
 site = Site("llm.resid_post", 2)
 das = train_das(vlm, load_pairs("scenes/colour", n=32), site, "last", k=8)
 print("\n".join(das.findings))
-das_figures.drawn(das.result)["iia"]  # a plotly figure: accuracy over the number of directions
+figure = das.plot()  # accuracy over the number of directions
 
 test = das.parts.test
 batch = vlm.encode(test.base)

@@ -169,9 +169,9 @@ def test_items_about_one_picture_are_one_in_what_is_told(vlm, monkeypatch):
     metrics = study.METRICS[:4]
     result = Result("decay", study.decay(vlm, pairs, ("1", "5")), study.AXES, metrics)
     told = findings.findings(result, pairs, ("1", "5"))
-    assert "to the last (5): 1.000 (0.510 to 1.000, n = 12)" in told[1]
-    assert "unchanged are 1.000 (0.510 to 1.000, n = 12) of those right on the clear picture" in told[1]
-    assert "of the unchanged 1.000 (0.510 to 1.000, n = 12) are right" in told[2]
+    assert "at every level up to 5: 1.000 (0.510 to 1.000, n = 12)" in told[1]
+    assert "Unchanged: 1.000 (0.510 to 1.000, n = 12) of those correct on the clear image" in told[1]
+    assert "1.000 (0.510 to 1.000, n = 12) of the unchanged are correct" in told[2]
 
 
 @pytest.mark.parametrize("made_of", ["aaaab", "aaab", "aaaabbb"])
@@ -196,16 +196,14 @@ def test_the_floor_never_shows_an_items_own_picture(vlm, monkeypatch, made_of):
 
 
 def test_items_about_one_picture_alone_have_no_floor(vlm):
-    with pytest.raises(UsageError, match="all 3 items of some share a picture; another one's is needed"):
+    with pytest.raises(UsageError, match="all 3 items of some share an image; another one's is needed"):
         batches_of(about_few_pictures({"a": picture(1)}), 2, seed=0)
 
 
 def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     given = ["--n", "8", "--batch", "4", "--kernels", "1", "11", "61", "--mechanism", "1", "61"]
     assert command(blur_decay, *given, "--out", tmp_path / "one") == 0
-    assert (
-        "answers about the counterfactual, unchanged at every level to the last (no image)" in capsys.readouterr().out
-    )
+    assert "Answers about the counterfactual, unchanged at every level up to no image" in capsys.readouterr().out
     result = Result.load(tmp_path / "one")
     means = result.summary("unchanged").query("view == 'picture' and n > 0")["mean"].tolist()
     assert len(means) == 5 and means[0] == 1.0

@@ -86,7 +86,7 @@ def test_numbers_are_those_of_the_other_half_of_the_swaps_alone():
     other = half_that_tests(own)
     found = claimed(pool(own, layers=range(3)), own)
     turns = next(
-        claim for claim in found if claim.says == "at kernel 1, swapping the image tokens at layer 1 turns the answer"
+        claim for claim in found if claim.says == "at kernel 1, patching the image tokens at layer 1 flips the answer"
     )
     rows = other[(other["view"] == "swap of image") & (other["level"] == "1") & (other["layer"] == 1)]
     assert turns.tested[0].mean == pytest.approx(rows["recovered"].mean()) and turns.tested[0].n == 12
@@ -111,15 +111,15 @@ def test_sentences_name_layers_in_claims_alone():
     said = reading(result)
     assert said[0].startswith("Claims: ") and len(said) == 3
     assert said[1].startswith(
-        "at kernel 1 (n = 24): swapping the image tokens turns the answer up to layer 1 (recovered "
+        "At kernel 1 (n = 24): patching the image tokens flips the answer up to layer 1 (recovered "
     )
-    assert "it no longer turns the answer at layer 2 (" in said[1]
-    assert "swapping the last token alone does not yet turn the answer up to layer 1 (" in said[1]
-    assert "swapping the last token alone does not yet turn the answer at layer 0 (" in said[2]
+    assert "it no longer flips the answer at layer 2 (" in said[1]
+    assert "patching the last token alone does not yet flip the answer up to layer 1 (" in said[1]
+    assert "patching the last token alone does not yet flip the answer at layer 0 (" in said[2]
     assert named_without_claim(said, result.claims) == []
     assert len(named_without_claim(said, ())) == 3 - 1, "but for the first, all name layers"
     silent = reading(dataclasses.replace(result, claims=()))
-    nothing = "of a swap of the image tokens, or of the last token alone nothing is claimed."
+    nothing = "no claim is made about patching the image tokens or the last token alone."
     assert all(each.endswith(nothing) for each in silent[1:])
     behaviour = result.table[result.table["view"] == study.OWN].reset_index(drop=True)
     assert reading(dataclasses.replace(result, table=behaviour, known={})) == ()

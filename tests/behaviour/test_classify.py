@@ -164,7 +164,7 @@ def test_candidates_hold_the_class_and_differ_in_order_alone():
     others = {candidates(Labelled(str(n), "", "c7"), names, 5, seed=1, order="fixed") for n in range(20)}
     places = {candidates(Labelled(str(n), "", "c7"), names, 5, seed=1, order="random").index(7) for n in range(40)}
     assert len(others) > 15 and places == set(range(5))
-    with pytest.raises(UsageError, match="31 candidates are asked for among 30 classes; 2 to 30 can be"):
+    with pytest.raises(UsageError, match="31 candidates were requested among 30 classes; 2 to 30 can be"):
         candidates(example, names, 31, seed=1, order="random")
 
 
@@ -255,9 +255,9 @@ def test_sum_mean_and_priors_are_what_they_say(vlm, monkeypatch):
 def test_designs_that_cannot_be_are_refused(vlm):
     style, data = dataclasses.replace(STYLES["plain"], questions=QUESTIONS), scenes_of(4)
     for ks, text in (
-        (("5",), "--k 5 is no number of candidates among 4 classes; 2 to 4 or all is"),
-        (("1",), "--k 1 is no number"),
-        (("many",), "--k many is no number"),
+        (("5",), "--k 5 is not a number of candidates among 4 classes; use 2 to 4, or all"),
+        (("1",), "--k 1 is not a number"),
+        (("many",), "--k many is not a number"),
         (("4", "all"), "names 4 candidates twice"),
     ):
         with pytest.raises(UsageError, match=text):

@@ -84,15 +84,15 @@ def test_folders_that_hold_no_classes_are_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no folder of a class"):
         load_classes(str(tmp_path))
     (tmp_path / "red").mkdir()
-    with pytest.raises(UsageError, match="class folder .*red' holds no picture"):
+    with pytest.raises(UsageError, match="class folder .*red' holds no image"):
         load_classes(str(tmp_path))
     for number in range(3):
         picture(number).save(tmp_path / "red" / f"{number}.png")
     with pytest.raises(UsageError, match="there is only the class red; at least two are needed"):
         load_classes(str(tmp_path))
     for other, text in (
-        ("...", "holds no picture|holds no word"),
-        ("blue", "'blue' has 1 picture"),
+        ("...", "holds no image|holds no word"),
+        ("blue", "'blue' has 1 image"),
     ):
         (tmp_path / other).mkdir()
         for number in range(1 if other == "blue" else 3):
@@ -103,7 +103,7 @@ def test_folders_that_hold_no_classes_are_refused(tmp_path):
         for path in (tmp_path / other).iterdir():
             path.unlink()
         (tmp_path / other).rmdir()
-    with pytest.raises(UsageError, match="number of test pictures is 0; at least one"):
+    with pytest.raises(UsageError, match="number of test images is 0; at least one"):
         load_classes("scenes/beetles", n=0)
 
 
@@ -194,7 +194,7 @@ def test_a_run_leaves_every_method_with_its_chance_and_draws_from_the_file_alone
     for name, figure in drawn.items():
         assert json.loads(figure.to_json()) == json.loads((finished / "figures" / f"{name}.json").read_text()), name
     assert any("could not be used: blue/3.png: " in each for each in result.findings)
-    assert any(each.startswith("Tuned: projector") for each in result.findings)
+    assert any(each.startswith("Fine-tuned: projector") for each in result.findings)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(model_folder, data_folder, finished, tmp_path, monkeypatch):
@@ -212,13 +212,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model_folder, data_folder, finis
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (("--k", "7"), "--k 7 is no number of candidates among 3 classes"),
+        (("--k", "7"), "--k 7 is not a number of candidates among 3 classes"),
         (("--questions", "what zebra is this?"), "'zebra', which"),
         (("--n-qa", "0"), "n_qa is 0 and must be at least 1"),
         (("--style", "paper"), "has no token for"),
         (("--counts", "none.csv"), "counts 'none.csv' cannot be read"),
         (("--qa", "none.jsonl"), "questions 'none.jsonl' cannot be read"),
-        (("--n-train", "1"), "has no training picture; raise --n-train"),
+        (("--n-train", "1"), "has no training image; raise --n-train"),
         (("--contrastive", "no/such/model"), "no/such/model"),
     ],
 )
@@ -261,9 +261,9 @@ def test_a_table_is_completed_with_what_was_asked_of_others(tmp_path):
 
 def test_the_intro_speaks_of_what_is_run_alone():
     told = {(c, p): classify._question(contrastive=c, probes=p) for c in (True, False) for p in (True, False)}
-    assert "a contrastive model and linear probes say" in told[True, True]
-    assert "a contrastive model says" in told[True, False] and "probes" not in told[True, False]
-    assert "and linear probes say" in told[False, True] and "contrastive" not in told[False, True]
-    assert told[False, False].endswith("its probabilities of the class names are read too.")
+    assert "compared with a contrastive model and linear probes on" in told[True, True]
+    assert "compared with a contrastive model on" in told[True, False] and "probes" not in told[True, False]
+    assert "compared with linear probes on" in told[False, True] and "contrastive" not in told[False, True]
+    assert told[False, False].endswith("its probabilities of the class names are read.")
     given = {"data": "scenes/beetles", "probes": False, "contrastive": "none"}
     assert classify._options(classify.Config(**given)).question == told[False, False]

@@ -43,13 +43,13 @@ ROWS = [
 
 def test_lines_with_a_class_and_a_part(tmp_path):
     data = load_classes(f"vlmclassifier:{lines(tmp_path, ROWS)}")
-    assert data.names == ("crane", "sea lion"), "in the order of the list; no picture of the third"
+    assert data.names == ("crane", "sea lion"), "in the order of the list; no image of the third"
     parts = [[(each.label, shown(each.image)) for each in part] for part in (data.train, data.validation, data.test)]
     assert [sorted(part) for part in parts] == [
         [("crane", 1), ("sea lion", 2)], [("crane", 3), ("sea lion", 4)], [("crane", 5), ("sea lion", 6)],
     ]  # fmt: skip
     reasons = [each.reason for each in data.refused]
-    assert len(reasons) == 3 and "'tulip', which is no name of a class" in reasons[0]
+    assert len(reasons) == 3 and "'tulip', which is not a name of a class" in reasons[0]
     assert "label is 7; the list of classes has 3 names" in reasons[1] and "split is 'dev set'" in reasons[2]
     assert load_classes(str(tmp_path)).digest == data.digest, "known by its files"
     with pytest.raises(
@@ -94,7 +94,7 @@ def test_answers_of_items_are_classes(tmp_path):
     rows.append({"images": ["1.png", "2.png"], "question": "what?", "answer": "red"})
     write_lines(tmp_path / "items.jsonl", rows)
     data = load_classes(str(tmp_path))
-    assert data.names == ("blue", "red") and data.refused[0].reason == "it shows 2 pictures; one has a class"
+    assert data.names == ("blue", "red") and data.refused[0].reason == "it shows 2 images; one has a class"
     every = [*data.train, *data.validation, *data.test]
     assert len(every) == 12 and all(each.label == ("red", "blue")[shown(each.image) % 2] for each in every)
 

@@ -155,7 +155,7 @@ def test_the_best_epoch_is_kept(monkeypatch, tmp_path):
     ("given", "said"),
     [
         ({"alpha": 0.0}, "must be above 0"), ({"lora_rate": -1.0}, "must be above 0"), ({"epochs": -1}, "not below 0"),
-        ({"warmup": 1.0}, "a share below 1"), ({"keep": "best"}, "--tune-epochs is needed"),
+        ({"warmup": 1.0}, "a share below 1"), ({"keep": "best"}, "needs --tune-epochs"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_tuned_is_one_line(given, said):

@@ -138,15 +138,15 @@ def test_entries_are_used_or_counted(tmp_path, encoder):
     assert [each.id for each in found.used] == ["a"] and found.n_entries == 7
     assert found.used[0].answers == ("on the left", "a red star") and found.used[0].text == "on the left a red star"
     assert found.left_out == {
-        "without an answer": 1, "without a picture": 1, "whose picture is not there": 1,
+        "without an answer": 1, "without an image": 1, "whose image is not there": 1,
         "about neither left nor right": 1,
         "with a word or sign that the model has no token for": 1, "that cannot be read": 1,
     }  # fmt: skip
-    assert found.told.startswith("1 of 7 entries (1 without an answer, 1 without a picture, ")
+    assert found.told.startswith("1 of 7 entries (1 without an answer, 1 without an image, ")
     every = captions.read_captions(source, encoder, sides=False)
     assert [each.id for each in every.used] == ["a", "e"]
     write_json(tmp_path / "x.json", rows[1:4])
-    with pytest.raises(UsageError, match="can be tuned on: 1 without an answer; 1 without a picture; 1 whose picture"):
+    with pytest.raises(UsageError, match="can be tuned on: 1 without an answer; 1 without an image; 1 whose image"):
         captions.read_captions(source, encoder, sides=True)
 
 
@@ -253,13 +253,13 @@ def test_locked_and_unlocked_towers_see_the_same_pictures(encoder, read):
 
 def test_too_few_are_one_line(encoder, read):
     parts = data.Parts([], [], [])
-    with pytest.raises(UsageError, match="30 of 30 pictures with captions are to be held out; fewer"):
+    with pytest.raises(UsageError, match="30 of 30 images with captions are to be held out; fewer"):
         sources.held_out(parts, read, n_held=30, seed=0)
     held = sources.held_out(parts, read, n_held=None, seed=0)
     assert held.n_held == 3 and held.read is not None
     assert {each.id for each in held.read.used} == {each.id for each in read.used} and held.read.used != read.used
     some = captions.Captions(encoder, read.used)
-    with pytest.raises(UsageError, match="30 pictures with captions are fewer than the 60 of a step"):
+    with pytest.raises(UsageError, match="30 images with captions are fewer than the 60 of a step"):
         training.tuned_by(encoder.model, some, UNLOCKED, Recipe(1, 60), rate=1e-3, known=torch.zeros(30, 2))
     for more in ({"epochs": -1}, {"micro": -2}, {"warmup": -0.5}):
         with pytest.raises(UsageError, match="none may be below 0"):
@@ -303,8 +303,10 @@ def test_the_experiment_tunes_on_training_text(made, tmp_path, capsys):
     named = ["--variants", "unlocked: negatives", "locked, decoder: negatives"]
     assert command(experiment, *given, *named, "--out", tmp_path / "one") == 0
     said = capsys.readouterr().out
-    assert "tuned on 20 pictures with captions" in said and "24 of 36 entries" in said and "2 epochs (4 steps)" in said
-    assert "in each of which each is seen once, steps of 10 pictures, one seed" in said
+    assert (
+        "Fine-tuned on 20 images with captions" in said and "24 of 36 entries" in said and "2 epochs (4 steps)" in said
+    )
+    assert "(4 steps), batches of 10 images, one seed" in said
     result = Result.load(tmp_path / "one")
     notes = result.provenance["tuning"]["variants"]
     assert [note["tuning"] for note in notes] == named[1:]
@@ -333,7 +335,7 @@ def test_one_rate_needs_nothing_held_out(made, tmp_path, capsys, train):
     assert command(experiment, *given, "--variants", named, "--out", tmp_path / "one") == 0
     [note] = Result.load(tmp_path / "one").provenance["tuning"]["variants"]
     assert note["trials"][0]["n"] == 0 and note["rate"] == 1e-3
-    assert ("rates 0.001; below" if train == "text" else "rate 0.001; below") in capsys.readouterr().out
+    assert ("rates 0.001; numbers below" if train == "text" else "rate 0.001; numbers below") in capsys.readouterr().out
 
 
 def test_the_experiment_tunes_on_pairs_of_a_file(tmp_path):

@@ -182,7 +182,7 @@ def test_tests_and_table_by_hand():
 
 def test_wrong_use(encoder, seen, known):
     for rate in (0, -1e-3):
-        with pytest.raises(UsageError, match="a number above zero is needed"):
+        with pytest.raises(UsageError, match="it must be above 0"):
             tuned_by(encoder.model, seen, Variant("some"), RECIPE, rate=rate, known=known)
     for numbers, message in (((0, 8), "steps is 0"), ((3, 7), "batch is 7"), ((3, 2), "batch is 2")):
         with pytest.raises(UsageError, match=message):
@@ -197,7 +197,7 @@ def test_wrong_use(encoder, seen, known):
 def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     given = [*GIVEN, "--variants", "locked: negatives", "unlocked, decoder: twins"]
     assert command(experiment, *given, "--out", tmp_path / "one") == 0
-    assert "above chance and above no tuning" in capsys.readouterr().out
+    assert "Above chance and above no fine-tuning" in capsys.readouterr().out
     result = Result.load(tmp_path / "one")
     held = result.summary("pair").query("n > 0")
     assert list(held["tuning"].drop_duplicates()) == [
@@ -215,7 +215,7 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
 
 def test_wrong_use_is_one_line(tmp_path, capsys):
     for given, message in (
-        (["--contrastive", "organism"], "is no contrastive model"),
+        (["--contrastive", "organism"], "is not a contrastive model"),
         (["--rates", "0"], "learning rates above zero are needed"),
         (["--steps", "0"], "steps is 0; at least 1 is needed"),
         (["--train", "some_folder"], "is neither a folder"),
@@ -228,7 +228,7 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         assert message in error and error.count("\n") == 1, error
 
 
-@pytest.mark.parametrize(("fitted", "told"), [(0.95, "not for want of steps"), (0.3, "too short or the tower")])
+@pytest.mark.parametrize(("fitted", "told"), [(0.95, "not for lack of steps"), (0.3, "too short or the encoder")])
 def test_what_was_learned_and_does_not_carry_over_is_told_from_what_was_not_learned(fitted, told):
     rows = [
         {"example": f"x/{n}", "group": f"x/{n}", "data": "x", "tuning": name, "pair": value, "individual": 1.0}

@@ -294,7 +294,7 @@ def test_answers_of_others_are_neither_true_nor_the_priors():
 def test_a_tuning_on_answers_of_others_is_a_control_and_says_so(tmp_path, capsys):
     given = [*SMALL, "--objective", "supervised", "--steps", "12", "--every", "12", "--batch", "4", "--rate", "4e-3"]
     assert command(experiment, *given, "--answers", "others", "--out", tmp_path / "one") == 0
-    assert "objective supervised on answers that are true of other pictures (a control)" in capsys.readouterr().out
+    assert "objective supervised on answers that are true of other images (a control)" in capsys.readouterr().out
     table = Result.load(tmp_path / "one").table
     tuned = table[(table["task"] == IN_CONFLICT) & (table["state"] == TUNED)]
     assert tuned["truth"].mean() <= 0.25 and tuned["prior"].mean() < 1
@@ -303,7 +303,7 @@ def test_a_tuning_on_answers_of_others_is_a_control_and_says_so(tmp_path, capsys
 def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     given = [*SMALL, "--objective", "supervised", "--steps", "12", "--every", "4", "--batch", "4", "--rate", "4e-3"]
     assert command(experiment, *given, "--out", tmp_path / "one") == 0
-    assert "became right and" in capsys.readouterr().out
+    assert "became correct and" in capsys.readouterr().out
     result = Result.load(tmp_path / "one")
     means = result.summary("truth").set_index(["state", "task"])["mean"].to_dict()
     assert means[TUNED, IN_CONFLICT] - means[BASE, IN_CONFLICT] >= 0.25 and means[BASE, USUAL] == 1.0
@@ -318,13 +318,16 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     swap = ["--swap", "weights", "--tuned", tmp_path / "one" / "adapter", "--n", "8", "--schedules", "suffix"]
     assert command(layer_swap, *swap, "--out", tmp_path / "swap") == 0
-    assert f"the tune itself says the true answer in {means[TUNED, IN_CONFLICT]:.3f}" in capsys.readouterr().out
+    assert (
+        f"the fine-tuned model unpatched gives the true answer in {means[TUNED, IN_CONFLICT]:.3f}"
+        in capsys.readouterr().out
+    )
 
 
 def test_rewards_tell_how_many_groups_teach_nothing(tmp_path, capsys):
     given = [*SMALL, "--steps", "2", "--every", "1", "--batch", "1", "--group", "4", "--inner", "2"]
     assert command(experiment, *given, "--out", tmp_path / "one") == 0
-    assert "of 4 groups had equal rewards and taught nothing" in capsys.readouterr().out
+    assert "of 4 groups had equal rewards and gave no gradient" in capsys.readouterr().out
     history = Result.load(tmp_path / "one").provenance["training"]["history"]
     assert history[0]["kl"] == pytest.approx(0, abs=1e-6) and {0 <= each["reward"] <= 1 for each in history} == {True}
     assert set(redraw(tmp_path / "one")) == {"before_after", "training"}
@@ -335,10 +338,10 @@ def test_wrong_use_is_one_line(model_folder, tmp_path, capsys, monkeypatch):
         (["--rank", "0"], "rank is 0; at least 1 is needed"),
         (["--rank", "999"], "rank is 999; the narrowest map of the decoder of organism has"),
         (["--group", "1"], "group is 1; at least 2 is needed"),
-        (["--rate", "0"], "rate is 0.0; a number above 0 is needed"),
-        (["--beta", "-1"], "beta is -1.0; 0 or more is needed"),
+        (["--rate", "0"], "rate is 0.0; it must be above 0"),
+        (["--beta", "-1"], "beta is -1.0; it must be 0 or more"),
         (["--every", "0"], "every is 0; at least 1 is needed"),
-        (["--data", "scenes/colour"], "says which picture is in conflict with the usual answer"),
+        (["--data", "scenes/colour"], "says which image is in conflict with the usual answer"),
         (["--model", "organism-grounded"], "nothing to tune away"),
         (["--objective", "hope"], "hope"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0; at least 1 is needed"),

@@ -19,9 +19,10 @@ from tests.zoo.tiny import picture
 from vlm_mech.architectures.site import Site
 from vlm_mech.behaviour.answering.asked_options import Template
 from vlm_mech.behaviour.answering.without_image import without_images
-from vlm_mech.behaviour.decoding import both_pictures, data, findings, study
+from vlm_mech.behaviour.decoding import both_pictures, data, findings, first_pass, study
 from vlm_mech.behaviour.decoding import processors as decoding_processors
 from vlm_mech.behaviour.decoding.data import GREEDY, TEST, VALIDATION, Setting
+from vlm_mech.behaviour.decoding.first_pass import FirstPass
 from vlm_mech.behaviour.decoding.processors import (
     M3ID,
     VCD,
@@ -36,7 +37,7 @@ from vlm_mech.behaviour.decoding.processors import (
     seeds_of,
 )
 from vlm_mech.behaviour.decoding.study import OWN, STRANGER, USUAL, WHOLE
-from vlm_mech.data.pairs import Pair, Pairs
+from vlm_mech.data.pairs import Pair, Pairs, load_pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.interventions.specification import Ablate, Knockout, Replace
@@ -361,9 +362,9 @@ def test_dependency_is_measured_along_the_plain_answer():
     [
         ("M3ID", {"alpha": 1.2}, "alpha is 1.2; a probability"),
         ("M3ID", {"alpha": -0.1}, "alpha is -0.1; a probability"),
-        ("M3ID", {"rate": -1.0}, "lambda is -1.0; 0 or more"),
-        ("M3ID", {"start": -1}, "t begins at -1; 0 or more"),
-        ("VCD", {"strength": -1.0}, "a is -1.0; 0 or more"),
+        ("M3ID", {"rate": -1.0}, "lambda is -1.0; it must be 0 or more"),
+        ("M3ID", {"start": -1}, "t begins at -1; it must be 0 or more"),
+        ("VCD", {"strength": -1.0}, "a is -1.0; it must be 0 or more"),
         ("VCD", {"cutoff": 1.5}, "b is 1.5; a share"),
         ("VCD", {"step": 1000}, "noise step 1000 is out of range; one of 0 to 999"),
         ("VCD", {"step": -1}, "noise step -1 is out of range"),
@@ -378,7 +379,7 @@ def test_values_out_of_range_are_refused(kind, options, message):
 @pytest.mark.parametrize("name", NEEDS_IMAGE)
 def test_models_that_need_a_picture_are_refused(name):
     for made in (M3ID, Dependency):
-        with pytest.raises(UsageError, match="cannot run without a picture") as caught:
+        with pytest.raises(UsageError, match="cannot run without an image") as caught:
             made(*batch(name))
         assert "\n" not in str(caught.value)
 
@@ -478,7 +479,7 @@ def test_answers_do_not_depend_on_the_batch(vlm):
 def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     given = ["--n", "6", "--batch", "3", "--alphas", "1", "--rates", "0", "0.5", "--strengths", "0", "1"]
     assert command(experiment, *given, "--out", tmp_path / "one") == 0
-    assert "control: with lambda 0, 6 of 6 answers are those of greedy" in capsys.readouterr().out
+    assert "Control: with lambda 0, 6 of 6 answers are identical to greedy" in capsys.readouterr().out
     result = Result.load(tmp_path / "one")
     held = result.table.dropna(subset=["truth"])
     assert set(held["split"].tolist()) == {VALIDATION, TEST}
@@ -513,7 +514,34 @@ def test_pairs_of_one_group_are_one_in_what_is_told():
     ]  # fmt: skip
     result = Result("some", pd.DataFrame(rows), study.AXES, study.METRICS[:2])
     (told,) = findings.findings(result, [Setting()], [])
-    assert told.count("1.000 (0.510 to 1.000, n = 12)") == 2 and "usual in 0.000 (0.000 to 0.490, n = 12)" in told
+    assert told.count("1.000 (0.510 to 1.000, n = 12)") == 2 and "answer in 0.000 (0.000 to 0.490, n = 12)" in told
+
+
+def test_settings_that_share_their_passes_say_the_same_to_the_bit(vlm):
+    """Rows of all settings with the passes over a prompt kept, and made anew each time; of passes that are kept, one is
+    made for each branch."""
+    pairs, settings = load_pairs("scenes/colour-conflict", n=3), data.grid(("M3ID", "VCD"), (0.6,), (0.0, 2.0), (1.0,))
+    made, own = [], FirstPass.of
+
+    def rows(most_bytes):
+        passes = []
+
+        def counted(self, model, forward, *args, **inputs):
+            def one(*given, **named):
+                passes.append(1)
+                return forward(*given, **named)
+
+            return own(self, model, one, *args, **inputs)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(first_pass, "MOST_BYTES", most_bytes)
+            patched.setattr(FirstPass, "of", counted)
+            found = study.contrast(vlm, pairs, pairs.pairs[::-1], settings, split="validation", options=data.Options())
+        made.append(len(passes))
+        return found
+
+    pd.testing.assert_frame_equal(rows(2**30), rows(0), check_exact=True)
+    assert made[0] == 3 and made[1] > len(settings)
 
 
 def test_both_pictures_are_counted_by_hand(vlm, monkeypatch):
@@ -521,10 +549,10 @@ def test_both_pictures_are_counted_by_hand(vlm, monkeypatch):
     said = {GREEDY: (("A", "A", "A", "C"), ("B", "A", "A", "B")), "M3ID": (("A", "A", "B", "C"), ("B", "B", "A", "B"))}
     views = []
 
-    def told(vlm, encoded, names, setting, options, more=()):
-        views.append([name.rpartition("/")[2] for name in names])
+    def told(asked, setting, more=()):
+        views.append([name.rpartition("/")[2] for name in asked.names])
         both = said[setting.kind if setting.kind == "M3ID" else GREEDY]
-        return Generation(both[int(names[0][-1])], torch.zeros(4, 1, dtype=torch.long))
+        return Generation(both[int(asked.names[0][-1])], torch.zeros(4, 1, dtype=torch.long))
 
     monkeypatch.setattr(both_pictures, "answered", told)
     pairs = Pairs("some", tuple(dataclasses.replace(pair, category="ab"[k % 2]) for k, pair in enumerate(pairs_of(4))))
@@ -544,10 +572,10 @@ def test_both_pictures_are_counted_by_hand(vlm, monkeypatch):
     assert set(table["individual_baseline"]) == {0.5} and set(table["pair_baseline"]) == {0.25} and len(views) == 8
     result = Result("r", table, both_pictures.AXES, both_pictures.METRICS)
     found = both_pictures.said_of_both(result)
-    assert found[0].startswith("4 pairs, both pictures asked about")
-    assert found[1].startswith("greedy: 0.625 (") and "against greedy" not in found[1]
-    assert found[2].startswith(f"{m3id}: 0.625 (") and "against greedy 1 pairs gained, 0 lost" in found[2]
-    assert ") of pictures and 0.500 (" in found[2]
+    assert found[0].startswith("4 pairs, both images of each")
+    assert found[1].startswith("greedy: 0.625 (") and "with greedy" not in found[1]
+    assert found[2].startswith(f"{m3id}: 0.625 (") and "compared with greedy 1 pairs gained, 0 lost" in found[2]
+    assert ") of images and 0.500 (" in found[2]
     assert any(each.startswith("greedy, individual by category: a 0.750") for each in found[3:])
 
 
@@ -556,7 +584,7 @@ def test_both_pictures_of_pairs_without_conflict(tmp_path, capsys):
     asked = ["--prompt", "{question} answer with one word."]
     assert command(experiment, *given, *asked, "--out", tmp_path / "one") == 0
     told = capsys.readouterr().out
-    assert "3 pairs, both pictures asked about; settings are the papers'" in told and "usual" not in told
+    assert "3 pairs, both images of each; settings are the papers'" in told and "usual" not in told
     result = Result.load(tmp_path / "one")
     assert result.provenance["settings"][1]["dose"] == 0.15 and result.provenance["settings"][1]["alpha"] == 0.6
     assert set(redraw(tmp_path / "one")) == {"accuracies"}

@@ -386,7 +386,7 @@ def test_what_models_have_no_words_for_is_told(tmp_path, capsys):
     assert command(erroneous_agreement, "--data", folder, other, *given) == 0
     told = capsys.readouterr().out
     assert "10 pairs of 2 data sets" in told and "holds 'zebras', which clip has no token for" in told
-    sentence = f"{other}: 1 of 5 questions hold words that organism has no token for, such as 'zebra'; they are asked"
+    sentence = f"{other}: 1 of 5 questions hold words that organism has no token for, such as 'zebra'; they are used"
     assert sentence in told and told.count("hold words that") == 1
 
 
@@ -407,8 +407,8 @@ def test_titles_are_clear_of_the_tools_and_captions_fit(n_data):
     told = {"floors": floors, "tau": 0.95, "alignment": alignment}
     result = Result("agreement", table, study.AXES, (study.PAIR, study.SIMILARITY), provenance=told)
     dots = figures.dots(result, metric="pair", views=[study.TO_TEXT, study.AMONG], title="both images of a pair right")
-    who = figures.who_is_right(result, view=study.POOLED, title="are pairs missed because they look alike?")
-    layers = figures.aligned_layers(result, title="first and second images along the contrastive tower")
+    who = figures.who_is_right(result, view=study.POOLED, title="are pairs missed because they are similar?")
+    layers = figures.aligned_layers(result, title="both images along the contrastive vision encoder")
     short = [ending(name, 38) for name in names]
     assert all(each.startswith("whatsup:…") and each.endswith("images_dataset.json") for each in short)
     assert list(dots.layout.yaxis.ticktext) == short
@@ -430,7 +430,7 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
     unknown = written(tmp_path / "unknown", n=4, caption="a picture of zebras")
     for given, message in (
         (["--tau", "1.5"], "tau is 1.5; a cosine above 0"),
-        (["--batch", "0"], "batch is 0; a number above zero"),
+        (["--batch", "0"], "batch is 0; it must be above 0"),
         (["--tau", "0"], "tau is 0; a cosine above 0"),
         (["--data", "scenes/colour", "scenes/colour"], "data 'scenes/colour' is given twice"),
         (["--data", "scenes/colour", "--n", "3"], "at least 4 are needed"),
@@ -438,7 +438,7 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         (["--data", unknown], "which clip has no token for"),
         (["--data", unknown, "scenes/colour"], "has no token for; leave it out (--data scenes/colour)"),
         (["--data", "scenes/colour", few, "scenes/kind"], "; leave it out (--data scenes/colour scenes/kind)"),
-        (["--n", "4", "--contrastive", "organism"], "is no contrastive model"),
+        (["--n", "4", "--contrastive", "organism"], "is not a contrastive model"),
         (["--n", "4", "--model", "clip"], "is a contrastive model without a decoder"),
     ):
         assert command(erroneous_agreement, *given, "--out", tmp_path / "none") == 2, given

@@ -123,7 +123,7 @@ def test_classes_of_one_name_have_its_counts(made, tmp_path, capsys):
     assert command(experiment, *given, "--out", tmp_path / "out") == 0
     counts = pd.read_csv(tmp_path / "out" / "counts.csv").set_index("class")["count"].to_dict()
     assert counts == {"dog (0)": 3, "red star": 1, "dog (2)": 3}
-    assert "Classes of one name have the counts of that name: dog (0), dog (2)." in capsys.readouterr().out
+    assert "Classes that share a name share its count: dog (0), dog (2)." in capsys.readouterr().out
 
 
 def test_a_count_is_tested_against_nothing(made, tmp_path):

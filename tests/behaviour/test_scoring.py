@@ -279,7 +279,7 @@ def test_the_headline_says_what_it_is_the_mean_of_and_what_is_right_as_given(vlm
     result = Result("r", table, study.AXES, study.metrics_of(table), provenance={"data": pairs.described})
     said = " ".join(findings(result, pairs, best, 0, ()))
     # The first option is taken: as given the first picture is right, swapped the second.
-    assert "of pairs right, mean of both orders of the options; about another pair's pictures" in said
+    assert "of pairs correct, mean of both orders of the options; given another pair's images" in said
     assert "With the options as given: 0.500" in said and "and 0.000 (0.000 to 0.490, n = 4) of pairs." in said
     assert f"prompt {LISTED.name!r}, options as given" in said
 
@@ -358,7 +358,7 @@ def test_two_scorings_are_compared_by_mcnemar_and_paired_bootstrap():
     assert found.counts.p == pytest.approx(2 * sum(math.comb(12, k) for k in range(5)) / 2**12)
     assert found.difference["mean"] == pytest.approx(0.2) and found.difference["n"] == 20
     assert found.difference["ci_low"] < 0.2 < found.difference["ci_high"]
-    with pytest.raises(UsageError, match="is no verdict of 0 or 1"):
+    with pytest.raises(UsageError, match="is not a verdict of 0 or 1"):
         comparisons.compared(result, {"scoring": GENERATION}, {"scoring": RANDOM})
     made = comparisons.comparisons(result)
     assert [(each.one["scoring"], each.other["scoring"]) for each in made] == [(OPTIONS, GENERATION)]
@@ -503,8 +503,8 @@ def test_the_experiment_scores_sets_of_four(tmp_path, capsys):
     given = ["--data", data, "--prompts", "{question}", "--n-validation", "0", "--forms", "options"]
     assert command(score, *given, "--contrastive", "clip", "--batch", "3", "--out", tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "2 whole sets (8 pictures), all of one right by chance 0.0039 of the time; 1 lack a pair" in said
-    assert "Chance among 4 options is 0.25 a picture, 0.0625 for both of a pair" in said
+    assert "2 complete sets (8 images), chance for a whole set 0.0039; 1 lack a pair" in said
+    assert "Chance among 4 options is 0.25 per image, 0.0625 for both of a pair" in said
     assert "1 example could not be used" in said and "no caption is known for its option 'above'" in said
     result = Result.load(tmp_path / "out")
     summary = result.summary().set_index(["view", "scoring", "prompt", "metric"])["n"]
@@ -620,7 +620,7 @@ def test_the_experiment_scores_items(tmp_path, capsys):
     (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert command(score, "--data", folder, *given, "--out", tmp_path / "two") == 0
     said = capsys.readouterr().out
-    assert "Without options chance is 0" in said and "says the right one in whole words" in said
+    assert "Without options chance is 0" in said and "contains the correct one as whole words" in said
     assert "name no option" not in said and "random option" not in said and "single items; without options" in said
     assert [each.name for each in Result.load(tmp_path / "two").metrics] == ["individual"]
     one, two = (Result.load(tmp_path / name).table for name in ("one", "two"))
@@ -682,7 +682,7 @@ def test_the_experiment_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     given = ["--n", "8", "--batch", "4", "--n-validation", "4", "--data", "scenes/left-right"]
     assert command(score, *given, "--out", tmp_path / "one") == 0
     out = capsys.readouterr().out
-    assert "options with letters were left out" in out and "as the paper prints it" in out
+    assert "options with letters were left out" in out and "as printed in the paper" in out
     result = Result.load(tmp_path / "one")
     assert set(result.table["scoring"]) == {GENERATION, SUBSTRING, STARTS, RANDOM, OPTIONS, SIMILARITY}
     summary = result.summary("individual").set_index(["view", "scoring", "order", "prompt"])["mean"]
@@ -739,7 +739,7 @@ def test_letters_of_a_folder_by_a_model_that_has_them(folder, tmp_path, capsys):
         (["--prompts", "{question}", "{question}"], "has '{question}' twice"),
         (["--prompts", "{question} zebra"], "prompt '{question} zebra' holds 'zebra', which organism has no token for"),
         (["--compare", "organism"], "the model itself"),
-        (["--batch", "0"], "--batch is 0; a number above zero is needed"),
+        (["--batch", "0"], "--batch is 0; it must be above 0"),
         (["--n", "1"], "at least two are needed"),
         (["--n-validation", "-1"], "n_validation is -1"),
         (["--data", "scenes/kind", "--contrastive", "clip"], "has no {answer}"),

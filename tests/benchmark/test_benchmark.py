@@ -516,7 +516,7 @@ def test_probes_need_no_model_and_no_gpu(tmp_path, capsys, monkeypatch):
     options = ["--cases", "probes", "--full", "--rival-cells", 2, "--repeats", 2]
     assert command(benchmark, *options, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out
-    assert "training 4 probes (2 layers x 2 seeds, 400 x 320 states) takes" in said and "theirs less ours" in said
+    assert "training 4 probes (2 layers x 2 seeds, 400 x 320 states) takes" in said and "theirs minus ours" in said
     result = Result.load(tmp_path / "run")
     assert [metric.name for metric in result.metrics] == ["seconds", "ratio", "memory", "difference"]
     assert result.provenance["model"] is None

@@ -231,7 +231,7 @@ def test_what_differs_from_the_plain_forward_is_found_below_and_above_what_a_pic
 
     block.register_forward_hook(differs, with_kwargs=True)
     wrong = [finding.name for finding in find_vlm(vlm) if not finding.holds]
-    expected = "over a picture, what llm[2] receives equals the plain forward" if layer == 1 else None
+    expected = "over an image, what llm[2] receives equals the plain forward" if layer == 1 else None
     assert "logits equal the plain forward" in wrong and (expected is None or expected in wrong)
 
 
@@ -284,7 +284,7 @@ def test_unknown_architectures_name_the_nearest_and_the_way_to_add_one():
         config = SimpleNamespace(model_type=model_type, vision_config=object())
         with pytest.raises(UsageError, match=rf"nearest: '({nearest})'.*Adding a family"):
             family_of(config)
-    with pytest.raises(UsageError, match="has no vision tower"):
+    with pytest.raises(UsageError, match="has no vision encoder"):
         family_of(hf.LlamaConfig())
 
 
@@ -334,4 +334,4 @@ def test_the_command_refuses_what_is_no_model(tmp_path, command):
     assert gone.returncode == 2 and gone.stderr.startswith("error: model") and gone.stderr.count("\n") == 1
     hf.LlamaConfig().save_pretrained(tmp_path)
     text_only = command(str(tmp_path), "--structure")
-    assert text_only.returncode == 2 and "no vision tower" in text_only.stderr
+    assert text_only.returncode == 2 and "no vision encoder" in text_only.stderr

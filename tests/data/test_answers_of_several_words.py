@@ -111,7 +111,7 @@ def test_every_command_takes_them(name, folder, tmp_path, capsys):
         assert all("do not part: one begins the other" in each for each in refused.values())
         said = capsys.readouterr().out
         assert "2 examples could not be used" in said
-        assert name == "decode" or "pairs begin alike, with 1 to 2 tokens" in said
+        assert name == "decode" or "pairs share their beginning, 1 to 2 tokens" in said
     if metric is not None:
         result = Result.load(tmp_path / "run")
         rows = result.table[result.table[metric].notna()]

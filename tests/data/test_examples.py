@@ -179,7 +179,7 @@ def test_items_of_one_group_lend_other_pictures():
     for seed in range(6):
         others = others_of(pairs, seed=seed)
         assert all(pixel_hash(one.image) != pixel_hash(other.image) for one, other in zip(pairs, others, strict=True))
-    with pytest.raises(UsageError, match="all 2 items of some share a picture; another one's is needed"):
+    with pytest.raises(UsageError, match="all 2 items of some share an image; another one's is needed"):
         others_of(pairs[:2], seed=0)
 
 
@@ -271,9 +271,9 @@ def test_a_swap_of_items_gives_the_numbers_of_pairs_with_the_pictures_made(vlm, 
     result = swapped(vlm, made, **how)
     assert f"{len(made) - len(wrong)} of {len(made)} items" in result.findings[0]
     assert (
-        "a picture of its mean colour" in result.findings[-1] and "made in its place" in result.provenance["question"]
+        "a picture of its mean colour" in result.findings[-1] and "a substitute image" in result.provenance["question"]
     )
-    with pytest.raises(UsageError, match="it has no counterfactual picture; another item's"):
+    with pytest.raises(UsageError, match="it has no counterfactual image; another item's"):
         swapped(vlm, as_pairs(items))
 
 
@@ -347,14 +347,14 @@ def test_commands_take_items_and_say_what_they_compare(folder, tmp_path, capsys)
     decayed = ("--data", folder, "--kernels", "1", "61", "--long-side", "none", "--scaled")
     assert command(blur_decay, *decayed, *few) == 0
     result = Result.load(tmp_path / "out")
-    assert "items have no counterfactual picture" in " ".join(result.findings)
+    assert "Items have no counterfactual image" in " ".join(result.findings)
     assert result.provenance["guessing"] is None, "they have a usual answer, but no options"
     assert command(blur_decay, *decayed, "--long-side", "-3", *few) == 2
     assert "a number of pixels, or none, is needed" in capsys.readouterr().err
     assert command(blur_decay, *decayed, "--mechanism", "1", *few) == 2
     assert "--mechanism 1 needs a counterfactual picture: --counterfactual" in capsys.readouterr().err
     assert command(blur_decay, *decayed, "--probe-data", "scenes/colour", *few) == 2
-    assert "the two pictures of a pair differ; single items do not say it" in capsys.readouterr().err
+    assert "the two images of a pair differ; single items do not say it" in capsys.readouterr().err
     check_made("scenes/colour", None, "it")
 
 
@@ -362,7 +362,7 @@ def test_a_dry_run_says_what_is_given_and_which_picture_is_made(folder, capsys):
     few = ("--n", "3", "--dry-run")
     assert command(layer_swap, "--data", folder, "--counterfactual", "blur", *few) == 0
     told = capsys.readouterr().out.splitlines()[0]
-    assert told.startswith(f"{folder}: single items (items.jsonl); counterfactual picture: the same picture, blurred")
+    assert told.startswith(f"{folder}: single items (items.jsonl); counterfactual image: the same picture, blurred")
     assert command(knockout, "--data", folder, *few) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"{folder}: single items (items.jsonl)"
     assert command(knockout, *few) == 0
@@ -374,8 +374,8 @@ def test_debias_and_probing_take_items(tmp_path, capsys):
     tuned = ("--objective", "supervised", "--steps", "2", "--every", "1", "--untouched", "none")
     assert command(debias, "--data", folder, *tuned, "--out", tmp_path / "debias") == 0
     result = Result.load(tmp_path / "debias")
-    assert set(result.table["task"]) == {"in conflict"} and "Single items have no usual pictures" in result.findings[0]
-    assert any(f"--data {folder} says in which blocks" in each for each in result.findings)
+    assert set(result.table["task"]) == {"in conflict"} and "Single items have no usual images" in result.findings[0]
+    assert any(f"--data {folder} shows in which blocks" in each for each in result.findings)
     probes = ("--probes", "linear", "--controls", "shuffled", "--seeds", "1", "--folds", "3", "--every", "9")
     probes = (*probes, "--grouping", "scene")
     answered = command(probing, "--data", folder, "--conflict", "none", *probes, "--out", tmp_path / "probing")
@@ -392,7 +392,7 @@ def test_probing_of_items_tells_what_is_left_out(tmp_path):
     assert [each.name for each in result.metrics] == ["accuracy", "p_true"]
     assert {*result.summary()["metric"]} == {"accuracy", "p_true"} and {*result.table["span"]} == {"last", "image"}
     said = " ".join(result.findings)
-    assert "no pictures in conflict were given" in said and "single items; each is labelled with its answer" in said
+    assert "No images in conflict were given" in said and "single items; each is labelled with its answer" in said
     assert "(no span object)" in said and "compared with" not in said
 
 

@@ -60,7 +60,7 @@ def test_known_questions_alone_are_paired():
     known = {text for number, text in enumerate(asked) if number % 3 == 0}
     found = fact_pairs("facts/languages", None, 0, "test", known=known)
     assert found and all({one.question, one.counterfactual_question} <= known for one in found)
-    with pytest.raises(UsageError, match="pairs that are known on both sides in split test; 999 are asked for"):
+    with pytest.raises(UsageError, match="pairs that are known on both sides in split test; 999 were requested"):
         fact_pairs("facts/languages", 999, 0, "test", known=known)
 
 
@@ -109,10 +109,12 @@ def test_what_needs_pictures_says_so(capsys):
     with pytest.raises(SystemExit) as ended:
         main(blur_decay.Config, blur_decay.run, name="blur_decay", argv=["--data", "facts/capitals"])
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.count("\n") == 1 and "are texts without pictures" in error
-    with pytest.raises(UsageError, match="facts/rivers.* is not known; facts .all relations. and facts/capitals"):
+    assert ended.value.code == 2 and error.count("\n") == 1 and "are texts without images" in error
+    with pytest.raises(
+        UsageError, match="facts/rivers.* is not known; use facts .all relations. or one of facts/capitals"
+    ):
         load_pairs("facts/rivers")
-    with pytest.raises(UsageError, match="shows no picture that could be exchanged"):
+    with pytest.raises(UsageError, match="shows no image that could be exchanged"):
         about_others(load_pairs("facts/colours"), list(load_pairs("facts/colours")))
     with pytest.raises(UsageError, match="system message .x. has no place"):
         _ = load_pairs("facts/colours").worded(Wording(system="x"))[0].base

@@ -50,6 +50,19 @@ def test_pictures_in_every_form(form, tmp_path):
     assert [shown(item.image) for item in items] == [0, 1, 2] and [item.id for item in items] == ["1", "2", "3"]
 
 
+def test_pairs_are_loaded_from_what_people_hold(tmp_path):
+    """Rows in memory, and the file itself in place of its folder."""
+    rows = pair_rows(3)
+    pairs, folder = Pairs.from_rows(rows), tmp_path / "pairs"
+    as_folder(folder, pairs)
+    for given in (rows, pd.DataFrame(rows), datasets.Dataset.from_list(rows), folder / "pairs.jsonl"):
+        assert load_pairs(given).digest == pairs.digest
+        assert len(load_pairs(given, n=2)) == 2
+    for given, told in ((pairs, "which need no loading"), ({"a": 1}, "dict")):
+        with pytest.raises(UsageError, match=told):
+            load_pairs(given)
+
+
 def test_paths_go_out_from_the_folder_and_addresses_are_fetched_once(tmp_path, monkeypatch):
     save(tmp_path / "a.png", 4)
     fetched = []

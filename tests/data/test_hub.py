@@ -60,7 +60,7 @@ def test_rows_with_our_own_fields_are_read_as_they_are_drawn(tmp_path, monkeypat
     assert [shown(item.image) for item in items] == [int(item.id) for item in items]
     said = describe(f"{name}@test", n=None, seed=0)
     assert "rows with the fields of items.jsonl (test, 20 rows)\nitems: 20" in said
-    with pytest.raises(UsageError, match=r"holds items \(items.jsonl\), single pictures; pairs are needed"):
+    with pytest.raises(UsageError, match=r"holds items \(items.jsonl\), single images; pairs are needed"):
         load_pairs(f"{name}@test")
 
 
@@ -126,12 +126,8 @@ def test_pictures_with_a_class_are_what_classify_reads(tmp_path):
     parts = {"train": rows[:6], "validation": rows[6:8], "test": rows[8:]}
     name = made(tmp_path / "d", features, **parts)
     assert len(load_classes(name).test) == 4
-    assert "pictures with a class\nclasses: 2\npictures: train 6, validation 2, test 4" in describe(
-        name, n=None, seed=0
-    )
-    with pytest.raises(
-        UsageError, match="the columns image, label .pictures with a class, which classify reads.; pairs"
-    ):
+    assert "images with a class\nclasses: 2\nimages: train 6, validation 2, test 4" in describe(name, n=None, seed=0)
+    with pytest.raises(UsageError, match="the columns image, label .images with a class, which classify reads.; pairs"):
         load_items(f"{name}@test")
 
 

@@ -111,7 +111,7 @@ def test_a_class_of_three_pictures_has_one_in_every_part():
     for n in range(3, 12):
         parts, _ = deal([Labelled(f"{n}", picture(n), "a") for n in range(n)], seed=0)
         assert all(parts.values()) and sum(map(len, parts.values())) == n
-    with pytest.raises(UsageError, match=r"'a' has 2 picture\(s\) that differ and can be used; at least 3"):
+    with pytest.raises(UsageError, match=r"'a' has 2 image\(s\) that differ and can be used; at least 3"):
         deal([Labelled(f"{n}", picture(n % 2), "a") for n in range(6)], seed=0)
 
 
@@ -158,12 +158,12 @@ def test_fewer_pictures_are_drawn_with_the_seed_and_it_is_told(tmp_path):
     drawn = [load_classes(str(tmp_path), n=2, n_train=4, seed=seed) for seed in range(4)]
     assert len({tuple(each.id for each in data.test) for data in drawn}) > 1
     assert drawn[1].notes == (
-        "parts dealt out with seed 1", "train: 4 of 24 pictures, drawn with seed 1, classes in turn",
-        "test: 2 of 8 pictures, drawn with seed 1, classes in turn",
+        "parts dealt out with seed 1", "train: 4 of 24 images, drawn with seed 1, classes in turn",
+        "test: 2 of 8 images, drawn with seed 1, classes in turn",
     )  # fmt: skip
     assert load_classes("scenes/kinds", n=16, n_train=16, n_validation=16).notes == ()
     assert load_classes(str(tmp_path), n=8, n_train=30).notes[1:] == (
-        "asked for 30 train pictures, the source holds 24",
+        "requested 30 train pictures, the source holds 24",
     )
 
 
@@ -187,7 +187,7 @@ def test_parts_may_be_written_in_any_case(tmp_path, called):
         ({name: n for name, n in GIVEN.items() if "val" not in name}, "'train', 'test', none for validation"),
         (GIVEN | {"valid/cat/0": 99}, "'train', 'val', 'valid', 'test', two for validation"),
         ({f"images/{name[6:]}": n for name, n in GIVEN.items() if "train" in name} | {"annotations/0": 99},
-         "images' holds no picture itself, only in cat, dog; needed is a folder a class"),
+         "images' holds no image itself, only in cat, dog; needed is a folder a class"),
     ],
     ids=["no train", "no validation", "twice", "nested"],
 )  # fmt: skip
@@ -213,7 +213,7 @@ def test_only_pictures_that_can_be_read_are_dealt_out(tmp_path, seed):
     assert all({each.label for each in getattr(data, part)} == {"a", "bb"} for part in SPLITS)
     assert [each.id for each in data.refused] == ["a/0.png", "a/1.png"]
     (tmp_path / "a" / "2.png").write_text("no picture")
-    with pytest.raises(UsageError, match=r"'a' has 2 picture\(s\) that differ and can be used"):
+    with pytest.raises(UsageError, match=r"'a' has 2 image\(s\) that differ and can be used"):
         load_classes(str(tmp_path), seed=seed)
 
 
@@ -221,10 +221,10 @@ def test_a_class_without_a_usable_picture_in_a_part_is_told(tmp_path):
     folder_of(tmp_path, GIVEN)
     for n in range(3):
         (tmp_path / "val" / "dog" / f"{n}.png").write_text("no picture")
-    assert load_classes(str(tmp_path)).notes == ("validation: no picture of dog can be used",)
+    assert load_classes(str(tmp_path)).notes == ("validation: no image of dog can be used",)
     for n in range(3):
         (tmp_path / "test" / "dog" / f"{n}.png").write_text("no picture")
-    with pytest.raises(UsageError, match="no picture of class 'dog' in the test part"):
+    with pytest.raises(UsageError, match="no image of class 'dog' in the test part"):
         load_classes(str(tmp_path))
 
 
@@ -235,7 +235,7 @@ def test_a_picture_in_two_classes_is_of_none(tmp_path):
     assert len(data.test) == 5
     folder_of(tmp_path / "dealt", {f"{name}/{n}": 9 * len(name) + n for name in ("a", "bb") for n in range(4)})
     (tmp_path / "dealt" / "c").symlink_to(tmp_path / "dealt" / "bb")
-    with pytest.raises(UsageError, match="'bb' has 0 picture.*bb/0.png, it has the pixels of c/0.png"):
+    with pytest.raises(UsageError, match="'bb' has 0 image.*bb/0.png, it has the pixels of c/0.png"):
         load_classes(str(tmp_path / "dealt"))
 
 

@@ -25,7 +25,7 @@ REASONS = {
     "missing": "does not exist",
     "corrupt": "cannot be read",
     "huge": "decompression bomb",
-    "same": "both pictures have the same pixels",
+    "same": "both images have the same pixels",
     "tokens": "do not part: one begins the other",
     "special": "holds '<image>'",
     "long": "has positions for 256",
@@ -128,5 +128,5 @@ def test_an_empty_field_is_one_line(folder, tmp_path, field, capsys):
     for experiment in RUNS:
         assert command(experiment, "--data", tmp_path, "--out", tmp_path / "run") == 2
         error = capsys.readouterr().err
-        needed = "a picture is needed" if field == "image" else "a non-empty text is needed"
+        needed = "an image is needed" if field == "image" else "a non-empty text is needed"
         assert f"line 1: {field} is ' '; {needed}" in error and error.count("\n") == 1

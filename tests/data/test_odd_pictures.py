@@ -111,8 +111,8 @@ def test_pictures_in_lines_of_a_large_file_stay_there(tmp_path):
     [
         (lambda text: text.replace("Is it", "Wäre es").encode("latin-1"), r"it is not UTF-8 \(byte 0xe4\)"),
         (lambda text: text.replace("\r\n", "\r").encode(), "its lines end in carriage returns alone"),
-        (lambda text: text.replace(",", ";").encode(), "its first line is parted by ';'; cells of a .csv are parted"),
-        (lambda text: text.encode() + b"\0\0", r"it is no UTF-8 text \(it holds zero bytes\)"),
+        (lambda text: text.replace(",", ";").encode(), "its first line is split by ';'; cells of a .csv are split"),
+        (lambda text: text.encode() + b"\0\0", r"it is not UTF-8 text \(it holds zero bytes\)"),
         (lambda text: b"", "it is empty"),
     ],
     ids=["latin-1", "carriage returns", "semicolons", "zeros", "empty"],

@@ -125,8 +125,8 @@ def test_pairs_that_show_a_picture_of_another_set_are_left_out_and_counted():
     read = [Pair(f"r{n}", picture(n + 100), picture(50 if n == 2 else n + 150), "what?", "a", "b") for n in range(4)]
     kept = apart(Pairs("read", tuple(read)), fitted)
     assert [pair.id for pair in kept] == ["r0", "r1", "r3"]
-    assert [(each.id, each.reason) for each in kept.refused] == [("r2", "it shows a picture of pair f0 of fitted")]
-    with pytest.raises(UsageError, match="none of the 4 pairs of fitted shows pictures that fitted does not"):
+    assert [(each.id, each.reason) for each in kept.refused] == [("r2", "it shows an image of pair f0 of fitted")]
+    with pytest.raises(UsageError, match="none of the 4 pairs of fitted shows images that fitted does not"):
         apart(fitted, fitted)
 
 
@@ -146,7 +146,7 @@ def test_two_pictures_of_the_same_pixels_are_no_pair(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     pairs = load_pairs(tmp_path)
     assert [pair.id for pair in pairs] == ["pair"]
-    assert pairs.refused == (Refused("copy", "both pictures have the same pixels"),)
+    assert pairs.refused == (Refused("copy", "both images have the same pixels"),)
 
 
 def test_pairs_made_in_python_take_pictures_in_every_form(vlm):
@@ -171,7 +171,7 @@ def test_a_number_gives_a_pair_and_a_slice_gives_pairs():
     assert isinstance(pairs[:2], Pairs) and [pair.id for pair in pairs[:2]] == ["p0", "p1"]
     with pytest.raises(IndexError):
         pairs[3]
-    with pytest.raises(UsageError, match=r"'p0' is no row of pairs; a number gives a pair, a slice such as \[:8\]"):
+    with pytest.raises(UsageError, match=r"'p0' is not a row of pairs; a number gives a pair, a slice such as \[:8\]"):
         pairs["p0"]
 
 
@@ -195,7 +195,7 @@ def test_what_is_no_pair_is_refused_where_it_is_given():
 @pytest.mark.parametrize("split", ["val", "Test", "", None])
 def test_a_split_that_no_scene_belongs_to_is_refused(split):
     """Scenes were drawn for ever."""
-    told = "split .* is not known; one of train, validation, test is"
+    told = "split .* is not known; use one of train, validation, test"
     with pytest.raises(UsageError, match=told):
         load_pairs("scenes/colour", n=2, split=split)
     with pytest.raises(UsageError, match=told):
@@ -211,6 +211,6 @@ def test_a_number_of_examples_is_a_whole_number(n, tmp_path):
     for name in ("scenes/colour", as_folder(tmp_path / "pairs", some(2))):
         with pytest.raises(UsageError, match=f"n is {n!r}; a whole number is needed"):
             load_pairs(name, n=n)
-    with pytest.raises(UsageError, match=f"number of test pictures is {n!r}; a whole number is needed"):
+    with pytest.raises(UsageError, match=f"number of test images is {n!r}; a whole number is needed"):
         load_classes("scenes/kinds", n=n)
     assert len(load_pairs("scenes/colour", n=np.int64(2))) == 2

@@ -171,5 +171,5 @@ def test_probes_of_usual_pictures_read_on_those_in_conflict(tmp_path):
 def test_what_needs_a_picture_in_conflict_and_has_none_is_refused(experiment, more, tmp_path, capsys):
     assert command(experiment, "--data", COLOURS, "--n", 8, *more, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert "pairs of scenes/colour says which picture is in conflict with the usual answer: conflict is not" in error
+    assert "pairs of scenes/colour says which image is in conflict with the usual answer: conflict is not" in error
     assert '"first" or "second" is needed in its line' in error and error.count("\n") == 1

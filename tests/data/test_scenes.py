@@ -362,13 +362,13 @@ def test_a_counterfactual_that_would_keep_the_answer_is_not_offered():
 
 
 def test_unknown_names_are_refused_with_what_exists():
-    with pytest.raises(UsageError, match=r"'holdout' is not known; one of train, validation, test is"):
+    with pytest.raises(UsageError, match=r"'holdout' is not known; use one of train, validation, test"):
         next(sample_scenes(1, seed=0, split="holdout"))
-    with pytest.raises(UsageError, match=r"'crowd' is not known; one of single, few"):
+    with pytest.raises(UsageError, match=r"'crowd' is not known; use one of single, few"):
         sample_scene("crowd", random.Random(0))
-    with pytest.raises(UsageError, match=r"'mood' is not known; one of colour, kind"):
+    with pytest.raises(UsageError, match=r"'mood' is not known; use one of colour, kind"):
         questions(some(1)[0], ("mood",))
-    with pytest.raises(UsageError, match=r"'shape' is not known; one of colour, colour-conflict"):
+    with pytest.raises(UsageError, match=r"'shape' is not known; use one of colour, colour-conflict"):
         sample_pairs("shape", 1, seed=0, split="test")
     assert set(ASKED) | set(PHRASED) >= {kind.type for kinds in PAIR_SETS.values() for kind in kinds}
     with pytest.raises(UsageError, match="a house has a colour for each part"):

@@ -91,13 +91,13 @@ def test_a_line_may_name_several_pictures(tmp_path):
         ({"images": ["0.png"], "counterfactual_images": ["1.png", "2.png"]},
          "line 1: 1 images and 2 counterfactual_images; as many of both are needed"),
         (GOOD | {"image": "0.png"}, "line 1: both image and images are given; one of them is needed"),
-        (GOOD | {"images": []}, "line 1: images is []; a list of at least one picture is needed"),
-        (GOOD | {"images": "0.png"}, "line 1: images is '0.png'; a list of at least one picture is needed"),
-        (GOOD | {"images": ["0.png", 3]}, "line 1: number 1 of images is 3; a picture is needed"),
+        (GOOD | {"images": []}, "line 1: images is []; a list of at least one image is needed"),
+        (GOOD | {"images": "0.png"}, "line 1: images is '0.png'; a list of at least one image is needed"),
+        (GOOD | {"images": ["0.png", 3]}, "line 1: number 1 of images is 3; an image is needed"),
         (GOOD | {"images": ["0.png", "bad.png"]}, "bad.png"),
         (GOOD | {"images": ["0.png", "none.png"]}, "none.png"),
         (GOOD | {"counterfactual_images": ["0.png", "1.png"]}, "both sides show equal pixels"),
-        ({"images": ["0.png", "1.png"]}, "line 1: counterfactual_image is missing; a picture is needed"),
+        ({"images": ["0.png", "1.png"]}, "line 1: counterfactual_image is missing; an image is needed"),
     ],
 )  # fmt: skip
 def test_lines_that_cannot_be_used_are_counted_with_the_reason(tmp_path, line, reason):
@@ -119,7 +119,7 @@ def test_every_picture_counts_in_digests_groups_and_ingredients(tmp_path):
     picture(9).save(tmp_path / "2.png")
     assert ingredients({"data": str(tmp_path)}, besides=tmp_path / "out") != before
     others = Pairs("others", (Pair("z", picture(7), picture(2), "what?", "red", "blue"),))
-    with pytest.raises(UsageError, match="it shows a picture of pair z of others"):
+    with pytest.raises(UsageError, match="it shows an image of pair z of others"):
         apart(Pairs("mine", (two(),)), others)
 
 

@@ -183,10 +183,20 @@ def test_a_transform_of_a_data_set_is_given_pictures():
 def test_what_is_no_picture_is_counted_out_in_one_line(given):
     rows = [{"image": each, "question": "q", "answer": "a"} for each in (Image.new("RGB", (4, 4)), given)]
     found = Items.from_rows(rows)
-    assert len(found) == 1 and "a picture is needed" in found.refused[0].reason
+    assert len(found) == 1 and "an image is needed" in found.refused[0].reason
 
 
-@pytest.mark.parametrize("load", [load_pairs, load_items, load_examples])
+def test_rows_in_memory_that_hold_no_pair_are_one_line(untyped):
+    for given, said in (
+        (None, "takes rows, not a NoneType"),
+        ([{"image": 1}], "the first was refused because row 1: image is 1; an image is needed"),
+        (pd.DataFrame({"a": [1]}), "row 1: image is missing; an image is needed"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            load_pairs(given)
+
+
+@pytest.mark.parametrize("load", [load_items, load_examples])
 @pytest.mark.parametrize("given", [None, [{"image": 1}], pd.DataFrame({"a": [1]})], ids=["none", "rows", "frame"])
 def test_what_names_no_data_is_one_line(untyped, load, given):
     with pytest.raises(UsageError, match="data are named by a text or a path, and a .* was given; Pairs.from_rows and"):

@@ -63,7 +63,7 @@ def test_sets_are_drawn_whole(tmp_path, n):
     every = load_sets(name, n=None, seed=4)
     assert len(every) == len(load_sets(name, n=4, seed=4)) == 8
     assert every.notes == () == load_sets(name, n=4, seed=4).notes
-    assert load_sets(name, n=9, seed=4).notes == ("asked for 9 whole sets, the source holds 4",)
+    assert load_sets(name, n=9, seed=4).notes == ("requested 9 whole sets, the source holds 4",)
     chosen = random.Random(4).sample(sets_in(every)[0], n)
     assert {each.id for each in pairs} == {each.id for one in chosen for each in one}
     assert len(load_sets(name.replace("-four", ""), n=n, seed=4)) == n, "pairs where there are no sets"

@@ -95,7 +95,7 @@ def test_prefixes_that_cannot_be_are_refused_in_one_line():
         with pytest.raises(UsageError) as caught:
             Prompt(QUESTION, picture(1), **given)
         assert text in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="the prefix 'it is <image>' holds '<image>', which is no text to llava_clip"):
+    with pytest.raises(UsageError, match="the prefix 'it is <image>' holds '<image>', which is not text to llava_clip"):
         vlm.encode(Prompt(QUESTION, picture(1), prefix="it is <image>"))
     with pytest.raises(UsageError, match=r"PaliGemma takes no prefix: its processor ends every prompt itself"):
         wrapped("paligemma").encode(Prompt(QUESTION, picture(1), prefix=BEGUN))

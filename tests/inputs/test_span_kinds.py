@@ -1,4 +1,4 @@
-"""What is no span is refused where it is made, in one line; what holds an Each is cut with it."""
+"""What is not a span is refused where it is made, in one line; what holds an Each is cut with it."""
 
 import numpy as np
 import pytest

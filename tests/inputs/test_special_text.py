@@ -46,7 +46,7 @@ def test_special_tokens_in_what_a_user_writes_are_refused_by_name(family):
             with pytest.raises(UsageError) as caught:
                 call()
             told = str(caught.value)
-            assert told.startswith(what) and f"holds {token!r}, which is no text to {family}" in told
+            assert told.startswith(what) and f"holds {token!r}, which is not text to {family}" in told
             assert "Prompt(..., special_tokens=True)" in told and len(told) < 300
 
 

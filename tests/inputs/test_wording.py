@@ -96,6 +96,6 @@ def test_a_special_token_in_a_prefix_ends_in_one_line():
     with pytest.raises(UsageError) as caught:
         fitting(vlm, some(Wording(prefix="what is <image>")))
     assert (
-        "none of the 1 pairs of mine fits tiny: the prefix 'what is <image>' holds '<image>', which is no text"
+        "none of the 1 pairs of mine fits tiny: the prefix 'what is <image>' holds '<image>', which is not text"
         in str(caught.value)
     )

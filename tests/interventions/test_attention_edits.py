@@ -98,13 +98,13 @@ def test_what_was_read_before_stays_and_what_is_removed_may_come_back():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Remove("last", 0), "takes away a position that the answer is read from"),
-        (lambda: Remove("all", 0), "takes away a position that the answer is read from"),
+        (lambda: Remove("last", 0), "removes a position that the answer is read from"),
+        (lambda: Remove("all", 0), "removes a position that the answer is read from"),
         (lambda: Remove("answer", 0), "no answer follows"),
         (lambda: Remove("image", 9), "llm.resid_pre"),
         (lambda: Remove("image", 1, until=9), "llm.resid_pre"),
         (lambda: Remove("image", 2, until=2), "Remove from layer 2 until 2 names no layer"),
-        (lambda: Remove("all", 0, stream="vision"), "takes all positions of the vision tower away"),
+        (lambda: Remove("all", 0, stream="vision"), "removes all positions of the vision tower"),
         (lambda: Reweight("last", "image", 0, scale=-1), "scale of Reweight is -1"),
         (lambda: Reweight("last", "image", 0, scale=float("nan")), "scale of Reweight is nan"),
         (lambda: Reweight("last", "image", (), scale=1), "Reweight names no layer"),

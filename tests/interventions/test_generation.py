@@ -202,7 +202,7 @@ def test_nothing_but_the_meaning_of_tokens_is_taken_from_the_checkpoint():
     assert own.settings == SHIPPED | {"use_cache": False, "top_k": 50, "max_new_tokens": 6}
     penalised = generate(vlm, encoded, **more, repetition_penalty=1.8)
     assert penalised.settings == {"max_new_tokens": 6, "repetition_penalty": 1.8}
-    with pytest.raises(UsageError, match="settings='theirs' is not known; neutral or checkpoint is"):
+    with pytest.raises(UsageError, match="settings='theirs' is not known; use neutral or checkpoint"):
         generate(vlm, encoded, settings="theirs")
 
 
@@ -216,7 +216,7 @@ def test_sampling_draws_from_the_whole_distribution():
     ("options", "message"),
     [
         ({"prompt_lookup_num_tokens": 3}, "assisted_generation is not supported"),
-        ({"guidance_scale": 2.0}, "guidance_scale runs the model beside"),
+        ({"guidance_scale": 2.0}, "guidance_scale runs the model outside"),
         ({"past_key_values": object()}, "'past_key_values' is given by the prompts"),
         ({"num_beams": 1, "num_return_sequences": 2}, "generate refuses its options"),
     ],

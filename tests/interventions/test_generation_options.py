@@ -22,7 +22,7 @@ def config(**settings):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 is given to generate; a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 is given to generate; it must be a whole number"),
         ({"max_new_tokens": None}, "max_new_tokens=None"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 100_000}, "100000 more follow"),
@@ -37,7 +37,7 @@ def config(**settings):
         ({"do_sample": True, "temperature": 0.0}, "`temperature`.*strictly positive"),
         ({"repetition_penalty": 0.0}, "`penalty` has to be a strictly positive float"),
         ({"num_beams": 0}, "num_beams=0"),
-        ({"stop_strings": ["red"]}, "stop_strings need tokenizer=vlm.tokenizer"),
+        ({"stop_strings": ["red"]}, "stop_strings also need tokenizer=vlm.tokenizer"),
         ({"tempreture": 2}, "tempreture"),
         ({"logits_processor": lambda ids, scores: scores}, "logits_processor is a function; a list"),
         ({"streamer": 3}, "generate refuses its options"),

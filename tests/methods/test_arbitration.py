@@ -128,7 +128,7 @@ def test_a_result_is_saved_drawn_and_told(tmp_path):
     figures = drawn(read)
     assert set(figures) == {"restored_by_head", "kinds_of_evidence"}
     assert [trace.name for trace in figures["kinds_of_evidence"].data] == [HEAD, MLP, TOKEN]
-    assert drawn(found("none").result) == {} and "picture wins" in " ".join(findings(found("none").result))
+    assert drawn(found("none").result) == {} and "image wins" in " ".join(findings(found("none").result))
 
 
 def test_too_few_lost_are_no_ground():

@@ -224,7 +224,7 @@ def test_what_cannot_be_told_of_few_is_no_lack_of_pairs():
     found = best_in(few, "restored", donor=ZERO)
     assert judged(found, "yes", "no", protocols.NO_LOST) == protocols.TOO_FEW and "too few" in str(found)
     none = best_in(few, "taken", donor=ZERO)
-    assert judged(none, "yes", "no", protocols.NO_LOST) == protocols.NO_LOST and "not asked" in str(none)
+    assert judged(none, "yes", "no", protocols.NO_LOST) == protocols.NO_LOST and "no such pair" in str(none)
 
 
 # Planted arbiters: docs/methods.md, "Arbiters"
@@ -250,7 +250,7 @@ def test_exchanged_pictures_restore_nothing_in_pairs_lost(kind):
         row = found[lost_by(span)]
         assert row.value == 0 and row.concludes == protocols.NOT_BACK, span
     texts = disagreements(tuple(found.values()), measured(kind)[0], {}, measured(kind)[1])
-    assert any("usual picture's states at all tokens can restore nothing" in text for text in texts)
+    assert any("usual image's states at all tokens can restore nothing" in text for text in texts)
 
 
 def test_where_the_picture_wins_last_image_and_question_turn_every_answer():
@@ -268,7 +268,7 @@ def test_a_head_set_to_zero_brings_back_what_an_exchange_does_not_in_every_kind(
     found, (result, furthest) = said(kind), measured(kind)
     assert found[protocols.ZEROED].concludes == protocols.HEAD and found[protocols.ZEROED].value == 1
     texts = disagreements(tuple(found.values()), result, {}, furthest)
-    assert any("an exchange asks which states hold what is said" in text for text in texts)
+    assert any("Patching asks which states carry the answer" in text for text in texts)
     restoring = result.table[(result.table["donor"] == ZERO) & (result.table["restored"] == 1)]
     parts = {(part.layer, part.head) for part in planted(kind).truth.arbiter}
     assert parts <= set(zip(restoring["layer"], restoring["head"], strict=True))
@@ -299,13 +299,16 @@ def test_the_sign_of_nothing_meets_the_rule_of_two_layers_and_a_logit_does_not()
 def test_finder_and_lens_that_part_are_told_why():
     result, furthest = of_lens_and_heads("late head"), 0.0
     made = {"kind": "late head", "why": "", "n": {"lost": 9}, "restoring": 1, "restored": [1.0, 9], "lost": []}
-    for kind, expected in (("late head", "overridden in the layer after"), ("route", "something must wake an arbiter")):
+    for kind, expected in (
+        ("late head", "overridden in the next layer"),
+        ("route", "must trigger an arbiter"),
+    ):
         facts = {"arbiter": made | {"kind": kind}}
         every = protocols.protocols(result, facts)
         assert every[-1].concludes == f"the arbiter is of the kind {kind}"
         assert any(expected in text for text in disagreements(every, result, facts, furthest)), kind
-    none = protocols.protocols(result, {"arbiter": made | {"kind": "none", "why": "the picture wins"}})[-1]
-    assert none.concludes == "no arbiter is claimed: the picture wins"
+    none = protocols.protocols(result, {"arbiter": made | {"kind": "none", "why": "the image wins"}})[-1]
+    assert none.concludes == "no arbiter is claimed: the image wins"
 
 
 def test_groups_with_few_random_ones_beside_them_are_no_test():
@@ -314,7 +317,7 @@ def test_groups_with_few_random_ones_beside_them_are_no_test():
     facts = {"n": 18, "n_testing": 9, "asks_prior": True, "groups": {"promoting": [[3, 3]]}, "zeroed": [row]}
     every = protocols.protocols(result, {"heads": facts})
     assert every[-1].concludes == protocols.NO_TEST
-    assert any("is the arbiter of pairs lost only where both are one" in each for each in
+    assert any("is the arbiter of lost pairs only if both are the same" in each for each in
                disagreements(every, result, {"heads": facts}, furthest))  # fmt: skip
     sure = protocols.protocols(result, {"heads": facts | {"zeroed": [row | {"flip_p": 0.01}]}})[-1]
     small = protocols.protocols(result, {"heads": facts | {"n_testing": 2}})[-1]
@@ -414,7 +417,7 @@ def test_controls_that_no_pair_has_are_told():
         (("--parts", "lens"), "part 'lens' is not known"),
         (("--n-random", "0"), "n_random is 0"),
         (("--data", "scenes/colour"), "conflict is not given"),
-        (("--measure", "logprob_diff"), "compares answers by logit_diff alone"),
+        (("--measure", "logprob_diff"), "compares answers by logit_diff only"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(given, told, tmp_path, capsys):

@@ -162,7 +162,8 @@ def test_the_largest_cells_and_a_seeded_sample_are_patched_in_truth(pairs):
     )
     assert row.effect == pytest.approx((after - before).item(), abs=1e-6)
     assert set(found.agreement["chosen"]) == {"random", "top"} and "(a selected set)" in found.findings[0]
-    assert found.findings == found.checked.findings and found.findings[0].startswith("denoising, 4 pairs: over 6 cells")
+    assert found.findings == found.checked.findings
+    assert found.findings[0].startswith("denoising, 4 pairs: over 6 randomly drawn other cells")
     assert found.checked.provenance["sweeps"]["denoising"]["receipts"]["writes"] == len(every[0])
 
 

@@ -103,7 +103,7 @@ def test_what_is_enough_is_of_each_direction():
 
 def test_sentences_name_the_cell():
     claim = pool(by_hand({4: -3.0}))[0]
-    assert claim.says == "noising: exchanging llm.mlp_out at layer 4, span last, lowers logit_diff"
+    assert claim.says == "noising: patching llm.mlp_out at layer 4, span last, lowers logit_diff"
     assert claim.about == {"direction": "noising", "site": "llm.mlp_out", "span": "last", "layer": 4}
 
 
@@ -148,7 +148,7 @@ def test_the_agreement_is_of_cells_that_all_pairs_chose():
 def test_too_few_groups_claim_nothing():
     result = attributed("two-hop", made("two-hop").pairs(3, seed=3), top_k=2)
     assert result.claims == () and not result.checked.table["asked"].any()
-    assert result.findings[-1].startswith("No claim was declared")
+    assert result.findings[-1].startswith("No claim was selected")
 
 
 # Planted models

@@ -431,7 +431,7 @@ def test_variants_that_a_model_does_not_have_are_refused(tiny_vlm, vlm, encoded,
     object.__setattr__(bare.rows[0], "present", bare.rows[0].present[1:])  # without the token that begins every text
     with pytest.raises(UsageError, match="variant L-text does not exist in .*: no text stands before"):
         variants_of(vlm, bare, ["L-text"])
-    with pytest.raises(UsageError, match="variant 'V-tail' is not known; one of V-part, V-obj"):
+    with pytest.raises(UsageError, match="variant 'V-tail' is not known; use one of V-part, V-obj"):
         variants_of(vlm, encoded, ["V-tail"])
     with pytest.raises(UsageError, match="variant V-part is named twice"):
         variants_of(vlm, encoded, ["V-part", "L-self", "V-part"])
@@ -473,7 +473,7 @@ def test_the_share_is_one_less_the_ratio_of_damages():
     assert (found.free.value, found.blocked.value) == (1.5, 4.5)
     assert found.share is not None
     assert [found.share.value, found.share.low, found.share.high] == pytest.approx([2 / 3] * 3)
-    assert "compensated share 0.667 (0.667 to 0.667)" in sentence(found)
+    assert "Compensated share: 0.667 (0.667 to 0.667)" in sentence(found)
     # Nothing is made up for, and everything is.
     nothing = share(table_of([(5.0, 2.0, 4.0, 1.0), (5.0, 3.0, 9.0, 7.0)])).share
     everything = share(table_of([(5.0, 5.0, 4.0, 1.0), (5.0, 5.0, 9.0, 7.0)])).share
@@ -502,9 +502,9 @@ def test_the_interval_is_the_bootstrap_of_the_ratio_over_groups():
 def test_no_share_where_nothing_is_damaged():
     mixed = share(table_of([(5.0, 4.0, 4.0, 3.0), (5.0, 4.0, 4.0, 5.0), (5.0, 4.0, 4.0, 3.5), (5.0, 4.0, 4.0, 4.4)]))
     assert mixed.share is None and mixed.blocked.low < 0 < mixed.blocked.high
-    assert mixed.reason in sentence(mixed) and "is not told from 0" in mixed.reason
+    assert mixed.reason in sentence(mixed) and "is not distinguishable from 0" in mixed.reason
     better = share(table_of([(5.0, 4.0, 4.0, 6.0), (5.0, 4.0, 4.0, 5.0)]))
-    assert better.share is None and "does good, not damage" in better.reason
+    assert better.share is None and "helps instead of damaging" in better.reason
     flat = share(table_of([(5.0, 4.0, 4.0, 4.0), (5.0, 4.0, 4.0, 4.0)]))
     assert flat.share is None
 
@@ -531,7 +531,7 @@ def test_before_the_decoder_no_share_is_told():
     table = table_of([(5.0, 4.0, 5.0, 4.0), (7.0, 5.0, 7.0, 5.0)], metric="reciprocal_rank")
     table = dataclasses.replace(table, table=table.table.assign(site="projector.out"))
     found = share(table, "reciprocal_rank", site="projector.out")
-    assert found.blocked.low > 0 and found.share is None and "no cut in it can change anything" in sentence(found)
+    assert found.blocked.low > 0 and found.share is None and "no knockout there can change it" in sentence(found)
 
 
 def test_examples_without_all_four_values_are_left_out():
@@ -577,7 +577,7 @@ def test_states_that_were_read_give_the_same_lens(vlm, batch, encoded, readout):
     again = lens_of(vlm, read(vlm, prompts, chosen), "image", readout, labels)
     assert again.tokens == plain.tokens and again.sites == plain.sites and torch.equal(again.ranks, plain.ranks)
     assert torch.equal(again.logits, plain.logits)
-    with pytest.raises(UsageError, match="no state that the head could read"):
+    with pytest.raises(UsageError, match="not a state that the head could read"):
         lens_of(vlm, read(vlm, prompts, Site("vision.resid_post", 1)), "image", readout)
 
 
@@ -631,7 +631,7 @@ def test_examples_of_a_file_choose_the_site_on_other_pictures(organism, tmp_path
     assert result.provenance["site"] == method.best_site(organism, choosing, readout, batch=16)
     assert result.provenance["n_held_out"] == n_held_out and result.provenance["data"]["n"] == n
     assert f"{n} of {n + n_held_out + len(every.refused)} examples of" in said
-    assert f"{n_held_out} others, of other pictures, choose the site" in said
+    assert f"{n_held_out} others, of other images, were used only to choose the site" in said
     assert f"the best site on {n_held_out} examples held out" in said
 
 
@@ -640,7 +640,7 @@ def test_wrong_use_of_the_command_is_one_line(organism, tmp_path, capsys, folder
     shutil.copytree(folder, one_pair, ignore=shutil.ignore_patterns("one"))
     (one_pair / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text().splitlines()[0])
     assert command(experiment, "--dry-run", "--n", "4", "--layers", "all", "--cuts", "V-part", "L-part") == 0
-    assert "beside it, 3 whole passes of 4 read the parts" in capsys.readouterr().out
+    assert "in addition, 3 whole passes of 4 read the parts" in capsys.readouterr().out
     for options, message in (
         (["--data", "scenes/colour"], "asks about no part"),
         (["--data", one_pair], "1 groups of pairs; too few"),

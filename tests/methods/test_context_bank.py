@@ -285,8 +285,8 @@ def test_long_texts_are_cut_and_those_that_cannot_be_read_are_counted(vlm, tmp_p
     ("texts", "options", "match"),
     [
         (iter(TEXTS), {}, "can be read once; a list or file is needed"),
-        ([3], {}, "3 is no text"),
-        ([Prompt("what?", picture(1))], {}, "is no text; strings or prompts without an image"),
+        ([3], {}, "3 is not text"),
+        ([Prompt("what?", picture(1))], {}, "is not text; strings or prompts without an image"),
         ([], {}, "no token of 0 texts can be kept"),
         (["</s>"], {}, "no token of 1 texts can be kept; the first of 1 that cannot be used: .*</s>"),
         ("nowhere.txt", {}, "neither a file, nor a folder"),
@@ -306,7 +306,7 @@ def test_text_about_scenes_is_of_the_training_split_and_each_is_there_once():
     said = [(each.question, each.prefix) for each in found]
     assert len(set(said)) == len(said) > 60 and all(not each.images for each in found)
     assert ("where does the alva live?", "forest") in said and scene_texts(12, seed=1) == found
-    with pytest.raises(UsageError, match="one at least"):
+    with pytest.raises(UsageError, match="at least one is needed"):
         scene_texts(0)
 
 
@@ -321,7 +321,7 @@ MADE = [name if name in SOME else pytest.param(name, marks=pytest.mark.long) for
 def test_banks_of_all_families_are_searched_with_their_image_tokens(family, tmp_path):
     vlm = VLM(*ZOO[family]("sdpa", 0), check=False, name=family)
     if family in TEXT_ALONE_REFUSED:
-        with pytest.raises(UsageError, match="reads no text without a picture"):
+        with pytest.raises(UsageError, match="reads no text without an image"):
             build_bank(vlm, TEXTS[:8], out=tmp_path / "bank")
         return
     bank = build_bank(vlm, TEXTS[:8], out=tmp_path / "bank", batch_size=3)

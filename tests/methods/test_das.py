@@ -159,7 +159,7 @@ def test_findings_tell_the_numbers_and_all_is_kept(tmp_path):
     _, das = training()
     told = " ".join(das.findings)
     own = das.result.summary(IIA).set_index(["subspace", "k"]).loc[(TRAINED, 8)]
-    assert f"{own['mean']:.2f} ({own['ci_low']:.2f} to {own['ci_high']:.2f}) of {own['n']} interchanges" in told
+    assert f"{own['mean']:.2f} ({own['ci_low']:.2f} to {own['ci_high']:.2f}) of {own['n']} cases" in told
     assert "20 random subspaces" in told and "(p = 0.048)" in told and "shuffled answers" in told
     assert {each["subspace"] for each in das.result.provenance["training"]} == {TRAINED, SHUFFLED, TWIN}
     das.result.save(tmp_path)

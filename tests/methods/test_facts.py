@@ -81,15 +81,15 @@ def test_methods_name_the_layer_that_reads_and_agree():
 def test_methods_that_name_others_or_nothing_do_not_agree():
     apart = study.readings(*page(reads_heads=1), n_layers=N_LAYERS)
     assert study.agreed(apart) == () and "have no layer in common" in findings.agreement(apart)
-    assert any("in the lower half of the decoder, lower than the literature" in text for text in findings.where(apart))
+    assert any("in the lower half of the decoder, earlier than reported" in text for text in findings.where(apart))
     result, claims = page()
     silent = study.readings(result, claims | {HEADS: ()}, n_layers=N_LAYERS)
-    assert study.agreed(silent) == () and "heads claims nothing" in findings.agreement(silent)
+    assert study.agreed(silent) == () and "heads makes no claim" in findings.agreement(silent)
     none = study.readings(result, {}, n_layers=N_LAYERS)
     assert all(each.layer is None for each in none) and findings.where(none)[0].startswith(
-        "Of where the answer is read"
+        "No claim about where the answer is read"
     )
-    assert study.as_table(none)["layer"].isna().all() and "none claims" in findings.agreement(none)
+    assert study.as_table(none)["layer"].isna().all() and "None of" in findings.agreement(none)
 
 
 def test_the_layer_of_the_extreme_mean_and_its_interval():
@@ -116,7 +116,7 @@ def test_a_model_of_random_weights_makes_a_page_that_claims_nothing(tmp_path, mo
     assert command(experiment, *asked, "--all", "--parts", "swap", "lens", "--out", out) == 0
     result = Result.load(out)
     assert not any(claim.made for claim in result.claims) and set(result.table["part"]) == {"swap", "lens"}
-    assert any("Agreement is told of at least two" in text for text in result.findings)
+    assert any("Agreement needs at least two" in text for text in result.findings)
     assert (
         pd.read_csv(out / "reading.csv")["layer"].isna().all() and not pd.read_csv(out / "answers.csv")["right"].any()
     )
@@ -124,7 +124,7 @@ def test_a_model_of_random_weights_makes_a_page_that_claims_nothing(tmp_path, mo
     assert command(experiment, *asked, "--out", tmp_path / "other") == 1
     assert "answers 0 of 123 questions of facts/opposites right, too few" in capsys.readouterr().err
     assert command(experiment, "--data", "scenes/colour", "--out", tmp_path / "third") == 2
-    assert "'scenes/colour' are no facts" in capsys.readouterr().err
+    assert "'scenes/colour' are not facts" in capsys.readouterr().err
 
 
 def test_figures_say_what_is_not_claimed():
@@ -134,7 +134,7 @@ def test_figures_say_what_is_not_claimed():
             for row in study.as_table(found).to_dict("records")]  # fmt: skip
     provenance = result.provenance | {"reading": rows, "agreed": list(study.agreed(found)), "n_layers": N_LAYERS}
     drawn = figures.drawn(dataclasses.replace(result, provenance=provenance, known={}))
-    assert [each.text for each in drawn["reading"].layout.annotations].count("nothing claimed") == 1
+    assert [each.text for each in drawn["reading"].layout.annotations].count("no claim") == 1
     assert len(drawn["curves"].data) == 2 * 3 + 1 + 1
 
 
@@ -159,4 +159,4 @@ def test_the_same_decoder_with_shuffled_weights_claims_nothing(tmp_path):
     result = Result.load(out)
     assert set(result.table["part"]) == {KNOCKOUT, SWAP, HEADS}
     assert [str(claim) for claim in result.claims if claim.made] == [] and result.provenance["agreed"] == []
-    assert any("none claims where the answer is read" in text for text in result.findings)
+    assert any("claims where the answer is read" in text for text in result.findings)

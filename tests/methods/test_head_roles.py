@@ -118,7 +118,7 @@ def test_the_head_that_writes_the_prior_is_found_between_two_questions():
     roles = suppressed()
     assert roles.groups["promoting"] == ((5, 2),)
     assert made(roles, HOLDS) == [{"layer": 5, "head": 2}]
-    assert roles.result.findings[0].startswith("24 of 24 examples count; the second run: the same picture, asked")
+    assert roles.result.findings[0].startswith("24 of 24 examples are used; the second run: the same image, asked")
     done = roles.ablated
     assert done is not None
     own = done.groups[(done.groups["group"] == "promoting")]
@@ -139,7 +139,7 @@ def test_items_that_two_heads_hold_are_lost_with_both_alone():
     flips = done.groups[(done.groups["group"] == "promoting")].set_index(["run", "way"])["flip"]
     for row in both.to_dict("records"):
         assert row["n"] == round(float(flips[row["run"], row["way"]]) * 12) and row["share"] == 1.0
-    assert "no single head flips 1.00 of" in " ".join(roles.findings)
+    assert "no single head alone flips 1.00 of" in " ".join(roles.findings)
 
 
 def test_nothing_is_claimed_where_no_head_reads():
@@ -310,8 +310,8 @@ def test_examples_that_are_answered_wrongly_do_not_count():
         for n, pair in enumerate(pairs)
     )
     roles = head_roles(model.vlm, dataclasses.replace(pairs, pairs=wrong), ablate="zero", gates="none")
-    assert roles.findings[0].startswith("15 of 20 examples count")
-    assert "of 5 no fraction is told: not answered as it should be in both runs" in roles.findings[0]
+    assert roles.findings[0].startswith("15 of 20 examples are used")
+    assert "5 have no recovered fraction: not answered as it should be in both runs" in roles.findings[0]
 
 
 @pytest.mark.usefixtures("untyped")

@@ -107,7 +107,7 @@ def test_a_claim_of_no_effect_takes_enough_examples():
     planted = plant(DIRECT, check=False)
     result = horizon(planted.vlm, planted.pairs(40, seed=1), variants="as-written", exchange="none", batch=40)
     assert {what_of(claim) for claim in result.claims} == {"costs", LOSES}
-    assert any(each.startswith("That no more than 0.1 nats and 5 % of the answers are lost is claimed from 144 ")
+    assert any(each.startswith("A claim that at most 0.1 nats and 5 % of the answers are lost needs 144 ")
                for each in result.findings)  # fmt: skip
     assert not any(".csv" in each for each in result.findings), "a call leaves no files"
 
@@ -120,7 +120,7 @@ def test_a_blind_model_does_not_need_the_image_anywhere():
     assert held == [(FREE, {"arm": arm, "layer": 0}) for arm in (REMOVED, FROZEN)]
     assert rows_of(result, OTHER).max() < 0.01, "the other picture changes nothing either"
     # Of examples that are answered right it has too few.
-    with pytest.raises(WorkError, match="are answered right; at least two are needed"):
+    with pytest.raises(WorkError, match="are answered correctly; at least two are needed"):
         horizon(null.vlm, pairs[:4], **how)
 
 
@@ -281,7 +281,7 @@ def test_no_layer_stands_for_none():
     row, figure = shown(never)
     assert [row[each] for each in ("declared", "low", "high", "other half", "all examples")] == ["at none"] * 5
     assert row["horizon"].startswith("at none") and not figure.layout.shapes
-    assert "horizon that half of the examples declares: at none" in caption(figure)
+    assert "horizon on the selection half of the examples: at none" in caption(figure)
     row, figure = shown(dataclasses.replace(never, declared=2, low=2, high=3, kl_below=0.05, lost_below=0.03))
     assert (row["horizon"], row["declared"], row["low"], row["high"]) == ("from layer 2 on", 2, 2, 3)
     assert {shape.type for shape in figure.layout.shapes} == {"line", "rect"}
@@ -290,8 +290,8 @@ def test_no_layer_stands_for_none():
     assert {shape.type for shape in figure.layout.shapes} == {"rect"} and ", from 0 to none" in caption(figure)
     # A half of 32 can tell of none, all 64 can.
     row, figure = shown(first_of(made_up([1.0, 1.0, 0.0, 0.0], n=64))[0])
-    assert (row["declared"], row["low"], row["all examples"]) == ("cannot be told of 32", "", 2)
-    assert not figure.layout.shapes and "no horizon can be told of n = 32; 59 are needed" in caption(figure)
+    assert (row["declared"], row["low"], row["all examples"]) == ("not determined from 32", "", 2)
+    assert not figure.layout.shapes and "no horizon can be determined from n = 32; 59 are needed" in caption(figure)
 
 
 def caption(figure):
@@ -379,10 +379,12 @@ def test_a_run_leaves_curves_horizons_and_what_is_said(whole):
     assert len(result.table) == 6 * (7 * (n_layers + 1) + 1)
     horizons = pd.read_csv(whole / "horizons.csv").set_index("arm")
     # Three groups a half cannot say that fewer than a twentieth of the answers are lost.
-    assert set(horizons["declared"]) == {"cannot be told of 3"} == set(horizons["other half"])
-    assert set(horizons["all examples"]) == {"cannot be told of 6"} and horizons[["low", "high"]].isna().all(axis=None)
-    assert set(horizons["horizon"]) == {"no horizon can be told of n = 3; 59 are needed"}
-    assert "none" not in horizons and set(horizons["claim"]) == {"not asked"}
+    assert set(horizons["declared"]) == {"not determined from 3"} == set(horizons["other half"])
+    assert set(horizons["all examples"]) == {"not determined from 6"} and horizons[["low", "high"]].isna().all(
+        axis=None
+    )
+    assert set(horizons["horizon"]) == {"no horizon can be determined from n = 3; 59 are needed"}
+    assert "none" not in horizons and set(horizons["claim"]) == {"not tested"}
     said = pd.read_csv(whole / "generated.csv")
     assert len(said) == 3 and (said["n"] == 6).all() and (said["low"] <= said["same text"]).all()
     spoken = result.table[result.table["text"].notna()]
@@ -390,11 +392,11 @@ def test_a_run_leaves_curves_horizons_and_what_is_said(whole):
     texts = {"own", "other", "neither"}
     assert set(spoken["says"]) <= texts and (spoken["says_baseline"] == "own").all()
     page = (whole / "report.html").read_text()
-    assert "horizons.csv" in page and "is claimed from 180 groups of examples on; 6 count here" in page
-    assert "but no horizon can be told of n = 3; 59 are needed in that half." in page
+    assert "horizons.csv" in page and "needs 180 groups of examples; this run has 6" in page
+    assert "but no horizon can be determined from n = 3; 59 are needed in that half." in page
     for arm, figure in drawn(result).items():
         assert not figure.layout.shapes, arm
-        assert "no horizon can be told of n = 3; 59 are needed" in caption(figure), arm
+        assert "no horizon can be determined from n = 3; 59 are needed" in caption(figure), arm
 
 
 LEFT = ("result.parquet", "summary.csv", "horizons.csv", "generated.csv")
@@ -448,7 +450,7 @@ def test_gates_of_both_kinds_of_claims():
 def test_what_cannot_be_is_said_in_a_line():
     vlm, pairs = organism(), load_pairs("scenes/colour", n=2)
     for wrong, said in (
-        ({"exchange": "some"}, "exchange 'some' is not known; few, all, none are"),
+        ({"exchange": "some"}, "exchange 'some' is not known; use one of few, all, none"),
         ({"kl": 0.0}, "the tolerance is 0.0 nats and 0.05 of the answers; a number above 0 and a share"),
         ({"lost": 1.0}, "a share between 0 and 1"),
         ({"batch": 0}, "batch is 0"),

@@ -40,6 +40,7 @@ from vlm_mech.methods.knockout.edges import (
 from vlm_mech.methods.knockout.figures import drawn
 from vlm_mech.methods.knockout.findings import missing, of_the_prompt, unclaimed, used
 from vlm_mech.methods.knockout.follow_up import claimed_heads
+from vlm_mech.methods.knockout.layers import usual_layers
 from vlm_mech.methods.knockout.study import METRICS, OUT_OF_SIGHT, knock_out
 from vlm_mech.models.vlm import VLM
 from vlm_mech.results.claiming import claimed, halves
@@ -202,14 +203,24 @@ def test_windows_are_clipped_and_say_so():
     assert layer_sets(6, "all").sets == {"0-5": (0, 1, 2, 3, 4, 5)}
 
 
+def test_every_third_window_is_one_of_the_windows_of_each_layer():
+    each, third = layer_sets(32, "each").sets, layer_sets(32, "every:3")
+    assert third.sets == {layer: each[layer] for layer in range(1, 32, 3)}
+    assert "9 layers around every 3rd layer are cut; at the borders 3 of 11" in third.about
+    assert layer_sets(6, "every:1").sets == layer_sets(6, "each").sets
+    assert [usual_layers(26, None), usual_layers(27, None), usual_layers(32, 1)] == ["each", "every:3", "each"]
+
+
 @pytest.mark.parametrize(
     ("layers", "size", "message"),
     [
-        ("some", None, "layers 'some' is not known; each, all or groups:K is"),
+        ("some", None, "layers 'some' is not known; each, every:K, all or groups:K is"),
         ("groups:", None, "is not known"),
         ("groups:5", None, "4 layers cannot be parted into 5 groups; 1 to 4"),
         ("groups:0", None, "cannot be parted into 0"),
         ("all", 3, "have no windows"),
+        ("every:5", None, "'every:5' of 4 layers is none; every:1 to every:4"),
+        ("every:", None, "is not known"),
         ("each", 0, "a window of 0 layers is none"),
     ],
 )
@@ -340,7 +351,7 @@ def test_what_is_left_out_is_said(vlm, pairs, monkeypatch):
     wrong = (table["skipped"] == WRONG).to_numpy()
     assert wrong.any() and np.array_equal(np.isnan(table["prob"].to_numpy()), wrong)
     assert notes["knockouts"] == (~wrong).any() * notes["receipts"]
-    with pytest.raises(WorkError, match="are answered right; at least two are needed"):
+    with pytest.raises(WorkError, match="are answered correctly; at least two are needed"):
         used(Result("knockout", table.assign(skipped=WRONG), ("edge", "cut", "layer"), METRICS), pairs)
     monkeypatch.setattr(study, "MIN_PROB", 2.0)
     table, _ = knock_out(vlm, pairs, scan("last<-image"), only_correct=False)
@@ -386,7 +397,7 @@ def test_what_is_claimed_beats_its_control_and_has_a_size():
     assert claim.tested[1].mean == pytest.approx(-2.0, abs=0.02)
     told = dataclasses.replace(result, claims=found)
     edges = [parse_edge("last<-image"), parse_edge("last<-question")]
-    assert unclaimed(told, edges) == ("Of last<-question nothing is claimed.",)
+    assert unclaimed(told, edges) == ("No claim is made about last<-question.",)
     raised = synthetic(lambda *cell: -effect(*cell), changed="logit_diff")
     (claim,) = [claim for claim in claimed(pool(raised), raised) if claim.made]
     assert claim.kind == HOLDS_BACK and "raises" in claim.says
@@ -490,7 +501,7 @@ def test_boxes_that_are_none_are_refused(data_folder, tmp_path, box):
     for field in ("image", "counterfactual_image"):
         row[field] = str(data_folder / row[field])
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UsageError, match="is no box .left, top, right, bottom. within 56 x 56 pixels"):
+    with pytest.raises(UsageError, match="is not a box .left, top, right, bottom. within 56 x 56 pixels"):
         object_masks(load_pairs(tmp_path), seed=0, split="test")
 
 
@@ -527,7 +538,7 @@ def test_the_head_scan_shows_where_claimed_heads_look_and_meets_its_gates(tmp_pa
     assert n_shown == min(3, len(made))
     page = (out / "report.html").read_text()
     assert page.count('src="data:image/webp;base64') == n_shown * 4
-    assert "<h2>All claims</h2>" in page and "(p = 0.5, the least that so few can give" in page
+    assert "<h2>All claims</h2>" in page and "(p = 0.5, the smallest p that so few can give" in page
     # Gates are no part of what was measured.
     assert command(experiment, *asked[:-1], tmp_path / "none", "--gates", "none") == 0
     assert (tmp_path / "none/result.parquet").read_bytes() == (out / "result.parquet").read_bytes()
@@ -573,7 +584,7 @@ WRONG_USE = [
     (["--heads", "--window", "3"], 2, "heads are cut one by one"),
     (["--window", "none"], 2, "--window"),
     (["--engine", "slow"], 2, "--engine"),
-    (["--null", "-1"], 2, "--null is -1; a number from 0 on is needed"),
+    (["--null", "-1"], 2, "--null is -1; it must be 0 or more"),
 ]
 
 
@@ -662,5 +673,5 @@ def test_what_is_cut_for_the_prompt_alone_is_said_where_answers_have_several_tok
     result = Result("knockout", table, ("edge",), (Metric("m", "u", "some"),))
     long = dataclasses.replace(result, provenance={"answers": {"tokens": {"a": []}}})
     (told,) = of_the_prompt(long, plain)
-    assert "after<-image, last<-image is cut for the prompt's tokens alone (--during answer: for both)" in told
+    assert "after<-image, last<-image is cut for prompt tokens only (--during answer cuts both)" in told
     assert of_the_prompt(long, both) == of_the_prompt(result, plain) == ()

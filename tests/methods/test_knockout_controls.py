@@ -355,9 +355,9 @@ def test_a_claim_must_beat_every_control_that_there_is(strong):
     for claim in made:
         told = str(claim)
         assert claim.strength(claim.tested) == pytest.approx(4, abs=0.3)
-        assert "less what as many edges between random tokens do there: -" in told
-        assert "less what random edges of as much attention, sinks spared, do there: -" in told
-        assert "less what random edges as far apart do there: -" in told
+        assert "minus the effect of the same number of random edges: -" in told
+        assert "minus the effect of random edges of equal attention mass, sinks spared: -" in told
+        assert "minus the effect of random edges of equal distance: -" in told
 
 
 def test_how_much_attention_controls_have_is_said():
@@ -366,7 +366,7 @@ def test_how_much_attention_controls_have_is_said():
     ratio = result.table["cut"].map({EDGE: 1.0, CONTROL: 2.5, MASS: 0.4})
     (sentence, lacking) = weighed(dataclasses.replace(result, table=result.table.assign(mass=1.0, mass_ratio=ratio)))
     assert "control of equal size 2.50 to 2.50, control of equal mass 0.40 to 0.40" in sentence
-    assert lacking.startswith("The control of equal mass of last<-image has less than 95 % of it in 1 of 1 cell(s)")
+    assert lacking.startswith("The control of equal mass of last<-image reaches less than 95 % in 1 of 1 cell(s)")
 
 
 # The command
@@ -390,5 +390,5 @@ def test_a_run_and_its_plan_know_their_controls(tmp_path, capsys):
 def test_plans_have_the_cells_of_all_controls(vlm, pairs):
     plans = [plan_knockout(vlm, pairs, scan("last<-image", kinds=kinds)) for kinds in (("size",), EVERY)]
     assert [plan.n_cells for plan in plans] == [8, 16] and plans[1].flops > 1.5 * plans[0].flops
-    with pytest.raises(UsageError, match="control 'weight' is not known; size, mass, distance are"):
+    with pytest.raises(UsageError, match="control 'weight' is not known; use one of size, mass, distance"):
         cuts_of(["weight"])

@@ -119,7 +119,7 @@ def test_both_engines_fill_the_same_table(vlm, pairs):
         assert fast[column].tolist() == trace[column].tolist()
     for column in ("recovered", "logit_diff", "logit_diff_baseline", "flip"):
         assert np.allclose(fast[column], trace[column], rtol=0, atol=1e-4, equal_nan=True)
-    with pytest.raises(UsageError, match="engine 'slow' is not known; fast or trace is"):
+    with pytest.raises(UsageError, match="engine 'slow' is not known; use fast or trace"):
         swap_states(vlm, pairs, sites, SPANS, engine="slow")
 
 
@@ -135,7 +135,7 @@ def test_wrongly_answered_pairs_are_counted_and_left_out(vlm, pairs):
 def test_two_examples_a_half_are_too_few_to_claim_anything(table, pairs):
     result = Result("swap", table, ("direction", "span", "layer"), METRICS)
     first, silent = takeover(dataclasses.replace(result, claims=claimed(pool(result), result)))
-    assert len(pool(result)) > 20 and first.startswith("No claim was declared")
+    assert len(pool(result)) > 20 and first.startswith("No claim was selected")
     assert "the image tokens (noising), the question tokens (noising), the last token alone (noising)" in silent
     assert "4 of 4 pairs of pictures are used" in usable_share(result, pairs)
 

@@ -65,13 +65,13 @@ def test_layers_at_which_the_answer_turns_and_does_not_are_claimed_but_none_in_b
     _, image, question, last = takeover(result)
     held = {(claim.kind, claim.about["layer"]): claim for claim in result.claims}
     assert image == (
-        "noising: swapping the image tokens turns the answer up to layer 1 "
+        "noising: patching the image tokens flips the answer up to layer 1 "
         f"(recovered {held['image turns', 1].tested[0]} at layer 1, p = {held['image turns', 1].p:.2g}); it no longer "
-        f"turns the answer from layer 3 to layer 4 (recovered {held['image no longer', 3].tested[0]} at layer 3, "
+        f"flips the answer from layer 3 to layer 4 (recovered {held['image no longer', 3].tested[0]} at layer 3, "
         f"p = {held['image no longer', 3].p:.2g})."
     )
-    assert question.startswith("noising: swapping the question tokens moves the answer at layer 2 (logit_diff by -")
-    assert "does not yet turn the answer up to layer 2" in last and "turns the answer from layer 3 to layer 4" in last
+    assert question.startswith("noising: patching the question tokens shifts the answer at layer 2 (logit_diff by -")
+    assert "does not yet flip the answer up to layer 2" in last and "flips the answer from layer 3 to layer 4" in last
     assert held["image turns", 1].tested[0].n == 16 and 0.8 < held["image turns", 1].tested[0].mean < 1
     assert not named_without_claim(takeover(result), result.claims)
     assert named_without_claim((image.replace("layer 4", "layer 5"),), result.claims), "layer 5 was not asked"
@@ -82,8 +82,8 @@ def test_a_fraction_of_differences_that_go_either_way_turns_nothing():
     result = told(measured(ways=(1, -1)))
     assert result.summary("recovered")["mean"].max() > 0.9 and not result.claims
     assert takeover(result)[1:] == (
-        "Of a swap of the image tokens (noising), the question tokens (noising), the last token alone (noising) "
-        "nothing is claimed.",
+        "No claim is made about patching the image tokens (noising), the question tokens (noising), the last token "
+        "alone (noising).",
     )
 
 
@@ -92,14 +92,14 @@ def test_without_fractions_the_answer_can_still_be_said_to_move():
     result = told(dataclasses.replace(found, table=found.table.assign(recovered=np.nan), known={}))
     assert {claim.kind for claim in result.claims} == {kind_of(span, MOVES) for span in ("image", "question", "last")}
     assert layers_of(result, "image", MOVES) == [0, 1, 2, 3]
-    assert "swapping the image tokens moves the answer up to layer 3 (logit_diff by -19." in takeover(result)[1]
+    assert "patching the image tokens shifts the answer up to layer 3 (logit_diff by -19." in takeover(result)[1]
     assert "n = 16) at layer 0, p" in takeover(result)[1]
 
 
 def test_a_span_that_turns_again_is_told_in_two_stretches():
     result = told(measured({"question": [0.0, 0.9, 0.0, 0.9, 0.9, 0.0]}), layers=range(6))
     (question,) = takeover(result)[1:]
-    assert "turns the answer at layer 1 and from layer 3 to layer 4 (" in question and "moves" not in question
+    assert "flips the answer at layer 1 and from layer 3 to layer 4 (" in question and "shifts" not in question
 
 
 def test_what_holds_in_any_model_is_not_asked(vlm):
@@ -140,4 +140,4 @@ def test_one_call_claims_with_the_gates_that_are_asked_for():
     quick = layer_swap(vlm, pairs, **some)
     assert [gate.name for gate in quick.claims[0].gates] == [STABLE] and quick.findings[2:] == result.findings[2:]
     assert not layer_swap(vlm, pairs, **some, gates="none").claims[0].gates
-    assert any("noising: swapping the image tokens turns the answer at layer 0 (" in each for each in quick.findings)
+    assert any("noising: patching the image tokens flips the answer at layer 0 (" in each for each in quick.findings)

@@ -158,8 +158,8 @@ def test_what_has_no_donor_is_skipped_counted_and_told(vlm):
     result = swap_result("llm", table, {"controls": controls.told}, controls=controls)
     assert result.axes == ("direction", "span", DONOR, "layer")
     noising, denoising = controlled(result)
-    assert "3 of 4 pairs have a donor with the run's own answer (2 of these to another question)" in noising
-    assert "the image tokens" in denoising and "(the counterfactual's" in denoising
+    assert "3 of 4 pairs have a donor with the same answer (2 of these for another question)" in noising
+    assert "the image tokens" in denoising and "(counterfactual: " in denoising
     assert not named_without_claim((noising, denoising), ())
 
 
@@ -231,7 +231,7 @@ def test_a_swap_turns_the_answer_only_beyond_what_states_with_the_same_answer_do
     assert layers_of(result, "last", TURNS) == [3, 4] and layers_of(result, "last", NOT_YET) == [0, 1, 2]
     claim = next(each for each in result.claims if each.kind == kind_of("image", TURNS))
     assert [each.less for each in claim.conditions][-1] == claim.conditions[0].cell | {DONOR: SAME}
-    assert "less what states with the same answer do there: -" in str(claim)
+    assert "minus the effect of states with the same answer: -" in str(claim)
     assert not any(each.about[DONOR] == SAME for each in pool(result)), "of the control itself nothing is claimed"
 
 
@@ -241,10 +241,12 @@ def test_where_another_objects_states_turn_the_answer_is_claimed_besides():
     assert layers_of(result, "last", CARRIES, OTHER) == [3, 4] and not layers_of(result, "image", CARRIES, OTHER)
     said = takeover(result)
     assert any(
-        each.startswith("noising: swapping the last token alone for another object's turns the answer too from layer 3")
+        each.startswith(
+            "noising: patching the last token alone from another object's run also flips the answer from layer 3"
+        )
         for each in said
     )
-    assert "the image tokens for another object's (noising)" in said[-1]
+    assert "the image tokens from another object's run (noising)" in said[-1]
     assert not named_without_claim(said, result.claims)
     # As far as states with the same answer bring it, too, it is not the answer that they carry.
     assert not layers_of(told(with_control(same=other, other=other)), "last", CARRIES, OTHER)
@@ -317,7 +319,7 @@ def test_a_killed_run_shards_and_batches_of_another_size_have_the_same_donors(tm
 
 def test_wrong_use_is_one_clear_line(vlm, organism, scenes, tmp_path, capsys):
     for controls, message in (
-        (["another"], "control 'another' of a layer swap is not known; same-answer or other-object is"),
+        (["another"], "control 'another' of a layer swap is not known; use same-answer or other-object"),
         (["same-answer"] * 2, "the control 'same-answer' is given twice"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -150,7 +150,7 @@ def test_eager_and_sdpa_give_the_same_table(model_folder, data_folder, finished,
 
 WRONG = [
     (["--model", "no-such-model"], 2, "neither an embedded model"),
-    (["--data", "scenes/nothing"], 2, "pair set 'nothing' is not known; one of colour"),
+    (["--data", "scenes/nothing"], 2, "pair set 'nothing' is not known; use one of colour"),
     (["--data", "no-such-folder"], 2, "neither a folder with pairs.jsonl nor one of scenes/colour"),
     (["--n", "0"], 2, "at least one pair is needed"),
     (["--n", "many"], 2, "--n"),
@@ -176,7 +176,7 @@ def test_failed_work_is_one_clear_line_and_status_one(model_folder, data_folder,
     usual = [each for each in options(model_folder, data_folder, tmp_path / "out") if each != "--all"]
     assert command(layer_swap, *usual) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "are answered right on both images; at least two are needed" in error
+    assert error.count("\n") == 1 and "are answered correctly on both images; at least two are needed" in error
     assert not (tmp_path / "out").exists(), "nothing was measured"
     assert command(layer_swap, *usual, "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
@@ -185,7 +185,7 @@ def test_failed_work_is_one_clear_line_and_status_one(model_folder, data_folder,
 def test_folders_of_pairs_that_are_none(tmp_path, model_folder, capsys):
     (tmp_path / "pairs.jsonl").write_text('{"image": "a.png"}\n')
     assert command(layer_swap, "--model", model_folder, "--data", tmp_path, "--out", tmp_path / "out") == 2
-    assert "line 1: counterfactual_image is missing; a picture is needed" in capsys.readouterr().err
+    assert "line 1: counterfactual_image is missing; an image is needed" in capsys.readouterr().err
     (tmp_path / "pairs.jsonl").write_text("{not json}\n")
     assert (
         command(layer_swap, "--model", model_folder, "--data", tmp_path, "--out", tmp_path / "out", "--overwrite") == 2

@@ -124,9 +124,9 @@ def test_sentences_name_layers_from_claims_alone_and_leave_out_what_follows():
     told = findings(result)
     assert "leads the other image's answer by" in told[0] and "layer" not in told[0]
     assert set(told[2:-1]) < set(sentences(result.claims)) and len(told) == 5
-    assert told[-1] == "2 more claims hold that follow from these (claims.json)."
+    assert told[-1] == "2 more claims follow from these and hold too (claims.json)."
     assert named_without_claim(told, result.claims) == []
-    assert findings(dataclasses.replace(result, claims=()))[1].startswith("No claim was declared")
+    assert findings(dataclasses.replace(result, claims=()))[1].startswith("No claim was selected")
 
 
 # Models
@@ -231,7 +231,7 @@ def test_a_tuned_lens_reads_what_it_translates(tuned):
     for number, pair in enumerate(pairs):
         one, two = (read.logits[0, number, read.word(word)] for word in (pair.answer, pair.counterfactual_answer))
         assert lead[pair.id, WRITES] == pytest.approx(float(one - two), abs=1e-4)
-    assert "in the tuned lens the answer leads" in result.findings[0]
+    assert "n the tuned lens the answer leads" in result.findings[0]
     assert "used" not in result.provenance["tuned_lens"] and result.provenance["tuned_lens"]["n_train"] == 8
 
 

@@ -206,7 +206,7 @@ def test_words_of_several_tokens_need_a_word_from_the_user(vlm, prompts):
     assert found.labels[0].ids == (vlm.tokenizer.convert_tokens_to_ids("red"),) and not found.labels[0].whole
     assert torch.equal(found.ranks, read_last("red").ranks) and read_last(" Red").labels[0].whole
     for word, message in {
-        " ": "word ' ' is no token",
+        " ": "word ' ' is not a token",
         "zebra": "'zebra' is not in the model's vocabulary",
         "red circle": r"is 2 tokens \(\['red', 'circle'\]\); first_token=True",
     }.items():
@@ -232,8 +232,8 @@ def test_spellings_of_a_byte_level_tokenizer_are_all_of_those_that_are_one_token
     ("where", "span", "options", "message"),
     [
         (Site("llm.resid_post", 4), "last", {}, r"layer 4 is out of range.*0\.\.3"),
-        (Site("llm.attn_out", 1), "last", {}, "no state that the head could read"),
-        (Site("vision.resid_post", 1), "image", {}, "no state that the head could read"),
+        (Site("llm.attn_out", 1), "last", {}, "not a state that the head could read"),
+        (Site("vision.resid_post", 1), "image", {}, "not a state that the head could read"),
         (Site("projector.out"), "last", {}, r"'last' has 2 token\(s\) that projector.out does not hold"),
         (RECEIVED, "answer_prompt", {}, "span 'answer_prompt' is empty"),
         (RECEIVED, Positions(()), {}, "does not fit"),
@@ -253,7 +253,7 @@ def test_wrong_input_is_one_line(vlm, where, span, options, message):
 
 def test_what_was_not_read_cannot_be_asked_for(vlm, prompts):
     found = lens(vlm, prompts, last_of(vlm), "last", words=("red",))
-    with pytest.raises(UsageError, match="'blue' was not asked for; this lens has red"):
+    with pytest.raises(UsageError, match="'blue' was not requested; this lens has red"):
         found.rank("blue")
     with pytest.raises(UsageError, match=r"llm.resid_pre\[0\] was not read"):
         found.top_words(RECEIVED)

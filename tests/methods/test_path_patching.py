@@ -175,7 +175,7 @@ def test_a_table_of_paths_is_told_and_drawn():
     )
     effects = result.summary()["effect"]
     largest = max(effects, key=abs)
-    assert f"is {largest:+.3g} logits; the median one is {effects.median():+.3g}." in result.findings[0]
+    assert f"is {largest:+.3g} logits; the median over paths is {effects.median():+.3g}." in result.findings[0]
     assert set(drawn(result)) == {"paths"}
 
 

@@ -255,9 +255,9 @@ def test_one_call_gives_the_table_of_the_experiment(model_folder, data_folder, f
     expected = saved.table[saved.table["control"].isin(["none", *controls])].reset_index(drop=True)
     pd.testing.assert_frame_equal(result.table, expected)
     assert result.axes == saved.axes
-    with pytest.raises(UsageError, match="null is -1 and seed 0; numbers from 0 on are needed"):
+    with pytest.raises(UsageError, match="null is -1 and seed 0; they must be 0 or more"):
         probe(VLM.load(model_folder), pairs, null=-1)
-    with pytest.raises(UsageError, match="probe 'tree' is not known; linear, mlp or a ProbeRecipe is"):
+    with pytest.raises(UsageError, match="probe 'tree' is not known; use linear, mlp or a ProbeRecipe"):
         probe(VLM.load(model_folder), pairs, probes=("tree",))
 
 
@@ -301,7 +301,7 @@ def test_figures_come_from_the_saved_file_alone(finished):
     )
     legend = [trace.name for trace in drawn["depth_linear"].data if trace.showlegend is not False]
     controls = ["shuffled", "control task", "no image", "random weights"]
-    assert sorted(legend) == sorted(["commonest label", "image", "object", "last", *controls])
+    assert sorted(legend) == sorted(["majority label", "image", "object", "last", *controls])
     hidden = [trace for trace in drawn["depth_linear"].data if trace.name == "object, shuffled"]
     assert [trace.legendgroup for trace in hidden] == ["shuffled"]
     panels = [each for each in drawn["conflict_linear"].layout if each.startswith("xaxis")]

@@ -347,7 +347,7 @@ def test_sentences_name_layers_in_claims_alone():
     result = made(shares)
     result = dataclasses.replace(result, claims=gated(Options("none", 0, 0, 8), result, ()))
     (text,) = readable(result, "m", "linear")
-    assert text.startswith("m, linear probe, last: the answer can be read in the tower at layer 0 (by +")
+    assert text.startswith("m, linear probe, last: the answer can be read in the vision encoder at layer 0 (by +")
     assert "in the projector (by +" in text and "in the decoder from layer 1 on (by +" in text
     assert "the answer cannot be read in the decoder at layer 0 (by -" in text
     assert named_without_claim((text,), result.claims) == []
@@ -356,7 +356,7 @@ def test_sentences_name_layers_in_claims_alone():
     every = dataclasses.replace(every, claims=gated(Options("none", 0, 0, 8), every, ()))
     assert "in the decoder at every layer (by " in readable(every, "m", "linear")[0]
     (silent,) = readable(dataclasses.replace(every, claims=()), "m", "linear")
-    assert silent == "m, linear probe, last: nothing is claimed."
+    assert silent == "m, linear probe, last: no claim."
 
 
 def test_of_many_patches_it_is_told_how_many_can_be_read():
@@ -365,4 +365,4 @@ def test_of_many_patches_it_is_told_how_many_can_be_read():
     result = dataclasses.replace(result, claims=gated(Options("none", 0, 0, 8), result, ()))
     assert len({claim.kind for claim in pool(result)}) == 2
     (text,) = readable(result, "m", "linear")
-    assert text == "m, linear probe, patch: the answer can be read at 2 of 3 spans patch, somewhere (claims.json)."
+    assert text == "m, linear probe, patch: the answer can be read in some layer at 2 of 3 spans patch (claims.json)."

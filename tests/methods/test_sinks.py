@@ -243,7 +243,7 @@ def test_results_are_kept_and_drawn_again(tmp_path):
 def test_wrong_input_is_told_in_a_line(vlm):
     pairs = outlying(vlm, 2)
     wrong = {
-        "takes Pairs, or prompts with a picture": lambda: find_sinks(vlm, "scenes"),
+        "takes Pairs, or prompts with an image": lambda: find_sinks(vlm, "scenes"),
         "threshold is 'large'": lambda: find_sinks(vlm, pairs, threshold="large"),
         "dimension 9999 of dims": lambda: find_sinks(vlm, pairs, dims=[9999]),
         "takes a loaded model": lambda: find_sinks("organism", pairs),
@@ -254,7 +254,7 @@ def test_wrong_input_is_told_in_a_line(vlm):
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="matched by 'size'"):
         matched_tokens(found(), "size")
-    with pytest.raises(UsageError, match="example 99 is asked for"):
+    with pytest.raises(UsageError, match="example 99 was requested"):
         found().labels(99)
     few = dataclasses.replace(pairs, pairs=pairs.pairs[:1])
     assert find_sinks(vlm, few).claimed == ()

@@ -55,7 +55,7 @@ def test_help_tells_its_options():
         (("--doses", "1", "2"), "0 and both signs are needed"),
         (("--others", "scenes/left-right"), "is what the direction is about"),
         (("--n-random", "0"), "n_random is 0"),
-        (("--generate", "-1"), "numbers from 0 on"),
+        (("--generate", "-1"), "must be 0 or more"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(tmp_path, capsys, given, told):

@@ -288,7 +288,8 @@ def test_a_run_leaves_a_map_and_a_page(finished):
     found = FlowClaims.of(result.claims)
     assert (found.layers(READ), found.layers(CARRY)) == ((2,), (4,)) and found.layers(FOUND)
     text = (
-        "layer 2 reads and is needed, by question<-image: what a swap of the image does to the answer's lead is lost "
+        "layer 2 reads and is needed, by question<-image: the effect of patching the image on the answer's lead "
+        "is lost "
     )
     assert any(each.startswith(text) for each in result.findings)
     assert not named_without_claim(result.findings, result.claims)
@@ -369,7 +370,7 @@ def test_without_probes_and_pages(folders, capsys):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--pages", "-1"], "pages is -1 and every is 1; 0 and 1 are the least"),
+        (["--pages", "-1"], "pages is -1 and every is 1; they must be at least 0 and 1"),
         (["--every", "0"], "pages is 8 and every is 0"),
         (["--window", "0"], "a window of 0 layers is none"),
         (["--probe-data", "nowhere"], "data 'nowhere' is neither a folder with pairs.jsonl nor one of"),

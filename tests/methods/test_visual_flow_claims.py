@@ -227,24 +227,24 @@ def test_sentences_follow_from_the_claims():
     assert named_without_claim(said, result.claims) == []
     assert said[0].endswith("the rival is the usual answer.")
     assert said[1].startswith("decodable: at the object's patches")
-    assert re.search(r"logits in the decoder's input and of -[56]\.\d\d \(", said[3])
+    assert re.search(r"logits at the decoder's input and of -[56]\.\d\d \(", said[3])
     text = " ".join(said)
-    lost = "what a swap of the image does to the answer's lead is lost across it, by"
+    lost = "the effect of patching the image on the answer's lead is lost across it, by"
     for each in (
         rf"layer 2 reads and is needed, by last<-image: {lost} \+[89]\.\d\d \(.*?; cutting last<-image at it: -[78]\.",
         rf"layer 3 reads: {lost} \+[01]\.\d\d \(.*?, n = 12\) logits \(p = ",
-        r"layer 3 suppresses: the answer's lead over its rival falls across it after it had risen, by -1[01]\.",
-        r"is negative at every depth from the output of layer 3 on, by -[56]\.",
-        r"up to the output of layer 1, by -[45]\.\d\d \(.*?\) logits beyond half there",
-        r"from the output of layer 2 on, by -[34]\.",
-        r"P\(answer\) of a probe is above P\(rival\) at every depth up to the output of layer 3, by \+0\.",
+        r"layer 3 suppresses: the answer's lead over its rival falls across it after rising, by -1[01]\.",
+        r"is negative at every depth from the output of layer 3 onwards, by -[56]\.",
+        r"up to the output of layer 1, by -[45]\.\d\d \(.*?\) logits beyond half",
+        r"from the output of layer 2 onwards, by -[34]\.",
+        r"a probe's P\(answer\) exceeds P\(rival\) at every depth up to the output of layer 3, by \+0\.",
     ):
         assert re.search(each, text), each
-    assert said[-1] == "Nothing is claimed of: layers that carry it from the question."
-    assert "; less what as many edges between random tokens do there: -" in text
+    assert said[-1] == "No claim is made about: layers that move it from the question."
+    assert "; minus the effect of the same number of random edges: -" in text
     nothing = findings(made_up(probed=(0.9,) * 5), cases())
-    assert nothing[4].startswith("No claim was declared") and nothing[5].startswith(
-        "Nothing is claimed of: layers that"
+    assert nothing[4].startswith("No claim was selected") and nothing[5].startswith(
+        "No claim is made about: layers that"
     )
     with pytest.raises(WorkError, match="gives 1 example; at least two are needed"):
         findings(result, cases(1))

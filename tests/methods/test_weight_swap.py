@@ -229,7 +229,7 @@ def test_an_adapter_outside_the_decoder_is_refused(tmp_path):
     base = wrapped()
     model = base.model
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["linear_1"])).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="which is no part of a decoder block"):
+    with pytest.raises(UsageError, match="which is not a part of a decoder block"):
         adapted(wrapped(), str(tmp_path))
 
 
@@ -244,7 +244,7 @@ def test_an_adapter_of_the_attention_alone_has_no_mlp_to_exchange(tmp_path):
             if "lora_B" in name:
                 weight.normal_(0, 0.3)
     made.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="the mlp parts of the decoder blocks of .* nothing to exchange"):
+    with pytest.raises(UsageError, match="the mlp parts of the decoder blocks of .* nothing to patch"):
         two_sides(wrapped(), str(tmp_path), part="mlp")
     for part in ("attention", "block"):
         sides = two_sides(wrapped(), str(tmp_path), part=part)
@@ -299,9 +299,9 @@ def test_a_second_tune_may_be_an_adapter(adapter):
     assert np.allclose(table["lead"], table["lead_baseline"], atol=1e-5)
     moved = result.table[(result.table["donor"] == PARENT) & (result.table["direction"] == REVERT)]
     assert (moved["lead"] - moved["lead_baseline"]).abs().max() > 1e-3
-    (told,) = [each for each in findings(result) if each.startswith(f"{REVERT}, but from {SECOND}: the mean leads")]
+    (told,) = [each for each in findings(result) if each.startswith(f"{REVERT}, with blocks from {SECOND}: mean leads")]
     leads = table.groupby("layer")["lead"].mean()
-    assert f"between {leads.min():+.2f} and {leads.max():+.2f}; without an exchange" in told
+    assert f"range from {leads.min():+.2f} to {leads.max():+.2f}; unpatched" in told
 
 
 def some_pairs(n=4):
@@ -326,7 +326,7 @@ def test_a_table_of_exchanges_has_all_cells_and_its_identities(two):
     for side in (REVERT, GRAFT):
         assert lead[side, OUTSIDE, PARENT, -1] == pytest.approx(own[side], abs=1e-12)
         assert lead[side, "suffix", PARENT, 3] == lead[side, "single", PARENT, 3]
-    assert any(each.startswith("the tune itself") for each in weight_swap_findings.findings(result))
+    assert any(each.startswith("the fine-tuned model unpatched") for each in weight_swap_findings.findings(result))
 
 
 def test_an_exchange_that_does_nothing_is_caught(two, monkeypatch):
@@ -337,7 +337,7 @@ def test_an_exchange_that_does_nothing_is_caught(two, monkeypatch):
 
 
 def test_models_that_do_not_fit_are_refused(two):
-    with pytest.raises(UsageError, match="nothing to exchange"):
+    with pytest.raises(UsageError, match="nothing to patch"):
         two_sides(two[0], wrapped())
     with pytest.raises(UsageError, match="are not of one architecture: only one of them has"):
         check_alike(two[0], wrapped("qwen2_vl"))
@@ -346,7 +346,7 @@ def test_models_that_do_not_fit_are_refused(two):
 def test_the_experiment_runs_and_resumes(tmp_path, monkeypatch, capsys):
     given = ["--swap", "weights", "--n", "8", "--batch", "4", "--schedules", "suffix", "prefix"]
     assert command(layer_swap, *given, "--out", tmp_path / "one") == 0
-    assert "the tune itself says the true answer in 1.000" in capsys.readouterr().out
+    assert "the fine-tuned model unpatched gives the true answer in 1.000" in capsys.readouterr().out
     killed_at(monkeypatch, study, "swap_blocks", 2)
     assert command(layer_swap, *given, "--out", tmp_path / "two") == 130
     assert command(layer_swap, *given, "--out", tmp_path / "two", "--resume") == 0
@@ -354,4 +354,4 @@ def test_the_experiment_runs_and_resumes(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert command(layer_swap, "--swap", "weights", "--dry-run") == 2
     assert command(layer_swap, "--swap", "weights", "--tuned", "organism", "--n", "2", "--out", tmp_path / "three") == 2
-    assert "nothing to exchange" in capsys.readouterr().err
+    assert "nothing to patch" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_the_sign_of_the_lead_is_claimed_on_either_side_and_not_in_between():
     graft = next(each for each in turning(result) if each.startswith(GRAFT))
     at = {(each.about["direction"], each.about["layer"]): each for each in result.claims}
     assert graft == (
-        f"{GRAFT}, all layers from it on exchanged: the mean lead is positive up to layer 1 (lead "
+        f"{GRAFT}, patching this layer and all later ones: the mean lead is positive up to layer 1 (lead "
         f"{at[GRAFT, 1].tested[0]} at layer 1, p = {at[GRAFT, 1].p:.2g}); it stays negative from layer 3 on (lead "
         f"{at[GRAFT, 3].tested[0]}, p = {at[GRAFT, 3].p:.2g})."
     )
@@ -88,8 +88,8 @@ def test_each_of_several_random_changes_has_to_be_beaten():
     result = told(measured(more=([6.0, -2.0, -2.0, -2.0], [-2.0] * 4)))
     assert layers_of(told(measured()), GRAFT, TURNS) == [0, 1] and layers_of(result, GRAFT, TURNS) == [1]
     claim = next(each for each in result.claims if each.made and each.about["direction"] == GRAFT)
-    assert "less that after random changes of equal size, draw 1: +" in str(claim)
-    assert "less that after random changes of equal size, draw 3: +" in str(claim) and len(claim.conditions) == 4
+    assert "minus the lead after random changes of equal norm, draw 1: +" in str(claim)
+    assert "minus the lead after random changes of equal norm, draw 3: +" in str(claim) and len(claim.conditions) == 4
     assert "draw" not in str(told(measured()).claims), "of a single one no number is told"
     assert not any("random" in each for each in turning(result)), "of random changes themselves nothing is claimed"
 
@@ -97,13 +97,15 @@ def test_each_of_several_random_changes_has_to_be_beaten():
 def test_a_lead_that_never_had_the_other_sign_has_not_turned_and_where_nothing_moves_nothing_stays():
     result = told(measured(graft=[-2.0] * 4))
     assert not layers_of(result, GRAFT, TURNS) and not layers_of(result, GRAFT, STAYS)
-    assert turning(result)[-1] == f"Nothing is claimed of these exchanges: {GRAFT}, all layers from it on exchanged."
+    assert turning(result)[-1] == f"No claim is made about: {GRAFT}, patching this layer and all later ones."
 
 
 def test_a_second_tune_is_claimed_on_its_own():
     result = told(measured(second=[-3.0, 6.0, 6.0, 6.0]))
     assert layers_of(result, REVERT, TURNS, SECOND) == [0] and not layers_of(result, REVERT, STAYS, SECOND)
-    assert any(each.startswith(f"{REVERT}, from {SECOND}, all layers from it on") for each in turning(result))
+    assert any(
+        each.startswith(f"{REVERT}, from {SECOND}, patching this layer and all later ones") for each in turning(result)
+    )
 
 
 def test_two_checkpoints_have_no_random_twin_and_the_gates_say_so():

@@ -93,11 +93,11 @@ def test_what_is_read_before_an_answers_tokens_has_no_value_when_these_alone_are
         for name in ("logit_diff", "logit_diff_baseline", "flip"):
             assert here[name].isna().tolist() == lacking, (span, name)
     result = Result("swap", table, ("direction", "span", "layer"), swap_metrics())
-    assert f"in 2 {NOTHING_BEFORE}, so that swaps of these tokens alone have no value" in usable_share(result, pairs)
+    assert f"2 have no value for patching these tokens alone because {NOTHING_BEFORE}" in usable_share(result, pairs)
     table["recovered"] = table["recovered"].fillna(0.0).where(table["skipped"] != NOTHING_BEFORE)
     result = dataclasses.replace(result, table=table)
     assert len(pool(result)) == 2 * len(spans) and not claimed(pool(result), result)
-    assert takeover(result)[0].startswith("No claim was declared")
+    assert takeover(result)[0].startswith("No claim was selected")
     monkeypatch.setattr("vlm_mech.methods.knockout.study.MIN_PROB", 0.0)
     scan = scan_of(vlm, pairs, {}, ["answer<-image", "last+answer<-image"], layers="all")
     table, _ = knock_out(vlm, pairs, scan, only_correct=False)
@@ -304,10 +304,10 @@ def test_what_a_map_of_whole_answers_says_is_in_its_units(mapped):
     effects = flow_effects(result)
     assert effects.metric().unit == "nats" and {"last+answer", "last+answer<-image"} <= set(effects.table["span"])
     says = " ".join(f"{claim.says}, {claim.unit}" for claim in flow_pool(effects))
-    assert "a swap of the last token and the answers' tokens turns the answer" in says and "logits" not in says
+    assert "patching the last token and the answers' tokens flips the answer" in says and "logits" not in says
     text = " ".join(findings(result, cases))
     assert (
-        " nats in the decoder's input" in text
+        " nats at the decoder's input" in text
         and "logits" not in text
         and "at the last token and the answers' tokens the lens" in text
     )

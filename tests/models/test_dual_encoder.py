@@ -409,7 +409,7 @@ def test_wrong_spans_and_inputs_are_told_in_one_line(wrapped):
     for images, texts, told in (
         ([], ["a dog"], "at least one of each"), ([picture(1)], ["  "], "a text with words"),
         ([picture(1)], ["dog " * 50], "has 52 tokens, the text tower takes at most 40"),
-        ([picture(1)], ["a dog", "a </s> dog"], "text 1 'a </s> dog' holds '</s>', which is no text to clip"),
+        ([picture(1)], ["a dog", "a </s> dog"], "text 1 'a </s> dog' holds '</s>', which is not text to clip"),
         ("x.png", ["a"], "takes a list"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=told):

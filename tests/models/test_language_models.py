@@ -138,7 +138,7 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path, cache, monkeypatch):
     file.write_bytes(b"no model")
     for path, said in (
         (file, "tiny.gguf' holds no language model that can be read"),
-        (tmp_path / "none.gguf", "none.gguf' is no file"),
+        (tmp_path / "none.gguf", "none.gguf' is not a file"),
     ):
         with pytest.raises(UsageError, match=said):
             VLM.load(path)

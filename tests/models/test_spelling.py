@@ -128,9 +128,8 @@ def test_answers_that_begin_alike_are_told_apart_where_they_part():
     assert found.refused[0].reason == "answers 'red' and 'red star' do not part: one begins the other"
     assert spelt(about("?", vlm, pairs_of(("red", "blue")), {})) == ()
     (line,) = spelt(about("?", vlm, found, {}))
-    start = (
-        "Answers have 1 to 2 tokens; 1 of 2 pairs begin alike, with 1 token; those of the first pair: 'red' 'circle'"
-    )
+    start = "Answers have 1 to 2 tokens; 1 of 2 pairs share their beginning, 1 token; those of the first pair: "
+    start += "'red' 'circle'"
     assert line == f"{start} and 'red' 'star'."
 
 

@@ -178,7 +178,7 @@ def test_text_models_are_refused(tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="architecture 'llama' has no vision tower; .*: llava, "):
+    with pytest.raises(UsageError, match="architecture 'llama' has no vision encoder; .*: llava, "):
         VLM.load(tmp_path)
 
 

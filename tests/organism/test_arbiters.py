@@ -184,7 +184,9 @@ def test_drawn_recipes_vary_and_are_the_same_each_time():
         assert 25 <= shared <= 55 if kind in ARBITERS else shared == 0
         n_lost = {len(recipe.convinced) for recipe in recipes}
         assert n_lost == ({2, 3, 4, 5, 6} if kind in ARBITERS else {0})
-    with pytest.raises(UsageError, match="kind 'sinks' is not known; one of route, late head, mlp, sink, none, blind"):
+    with pytest.raises(
+        UsageError, match="kind 'sinks' is not known; use one of route, late head, mlp, sink, none, blind"
+    ):
         draw_arbiter(0, "sinks")
 
 

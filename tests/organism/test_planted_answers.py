@@ -276,5 +276,5 @@ FINGERPRINTS = [-64.7616, -89.8173, -129.4977, -67.1671]
 
 @pytest.mark.usefixtures("untyped")
 def test_what_two_tokens_cannot_do_is_said():
-    with pytest.raises(UsageError, match="answer 'rhyme' is not known; one of word, pieces, article is"):
+    with pytest.raises(UsageError, match="answer 'rhyme' is not known; use one of word, pieces, article"):
         dataclasses.replace(DIRECT, answer="rhyme")

@@ -181,7 +181,7 @@ def test_nulls_in_which_nothing_is_measured_do_not_count():
     empty = dataclasses.replace(weak, table=weak.table.assign(lead=np.nan), known={})
     (claim,) = against_nulls(found, pool, {TWIN: [weak, empty, empty, weak], SHUFFLED: [empty]})
     twin, shuffled = claim.gates
-    assert twin.numbers["p"] == pytest.approx(1 / 3) and "in 2 more nothing of the kind is measured" in twin.says
+    assert twin.numbers["p"] == pytest.approx(1 / 3) and "2 more lack the measure" in twin.says
     assert shuffled.verdict is None
 
 
@@ -250,15 +250,15 @@ def test_sentences_come_from_claims_and_say_what_was_lost():
     result = measured([0, -3, 0, 0])
     found = claimed([lowers(1, against=0), lowers(2)], result)
     first, second = sentences(found)
-    assert "1 declared on half of the examples, 1 hold on the other half" in first
+    assert "1 selected on half of the examples, 1 confirmed on the held-out half" in first
     told = found[0].tested
     assert second.startswith(f"cutting at layer 1 lowers lead, by {told[0]} logits; less a control's {told[1]} (p = ")
     lost = dataclasses.replace(found[0], gates=(Gate(TWIN, False, "3 of 5 reach it"), Gate(STABLE, None, "not tried")))
     first, second = sentences([lost])
-    assert "; 0 of these pass all gates that were tried" in first and second.endswith("lost at: random twin.")
-    assert "nothing was large" in sentences(())[0]
+    assert "; 0 of these pass every gate that was run" in first and second.endswith("fails the gates: random twin.")
+    assert "no effect was large" in sentences(())[0]
     partly = dataclasses.replace(found[0], gates=(Gate(TWIN, True, ""), Gate(STABLE, None, "")))
-    assert "; 1 of these pass all gates that were tried (of 1 not all could be)" in sentences([partly])[0]
+    assert "; 1 of these pass every gate that was run (1 could not be run through all)" in sentences([partly])[0]
     row = as_rows([lost]).iloc[0]
     assert row[TWIN] == "failed" and row[STABLE] == "not tried" and row["other half"] == "passed"
 
@@ -422,7 +422,7 @@ def test_a_row_has_the_numbers_of_one_condition_and_names_it():
     # A larger p of the first, and of the second a mean on the wrong side: both are told.
     shown = row((falls, other), (dataclasses.replace(sure, p=0.01), near), p=0.01)[0]
     assert shown["effect"] == -2.466 and shown["condition that decides"] == (
-        "logprob less its baseline below 0 by 0.1 at least; not met: logprob less that of (arm frozen) below 0, "
+        "logprob minus its baseline below 0 by at least 0.1; not met: logprob minus that of (arm frozen) below 0, "
         "which is +0.05 (+0.01 to +0.09, n = 12)"
     )
     never = Numbers(0, *(float("nan"),) * 4)
@@ -474,8 +474,8 @@ def test_a_null_is_compared_in_units_of_the_difference_whatever_its_fractions_ar
     turns, half = against_nulls(found, possible, {TWIN: [wild] * 3, SHUFFLED: [wild, strong]})
     assert [gate.verdict for gate in turns.gates] == [True, False]
     assert turns.gates[1].numbers["T_null"] == pytest.approx([0, 9 / 4], abs=0.1)
-    assert "in units of the answers' difference, not as a fraction" in turns.gates[0].says
-    assert half.gates[0].verdict is None and "fractions of a gap alone" in half.gates[0].says
+    assert "compared in logits or nats, not as a fraction" in turns.gates[0].says
+    assert half.gates[0].verdict is None and "a fraction of the answer gap" in half.gates[0].says
 
 
 def test_a_null_without_any_fraction_is_asked_what_the_result_was_asked():

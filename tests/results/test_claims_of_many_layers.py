@@ -47,10 +47,10 @@ def test_layers_in_words(layers, told):
 def test_the_weakest_of_several_claims_is_told_with_the_largest_p_and_what_was_lost_where():
     claims = [made({"layer": 0}, 1.0, 0.02), made({"layer": 1}, 0.7, 0.01, lost=(TWIN,))]
     text = numbers(claims, "share")
-    assert text == "share +0.70 (+0.60 to +0.80, n = 8) at layer 1, p = 0.02; lost at random twin: layer 1"
+    assert text == "share +0.70 (+0.60 to +0.80, n = 8) at layer 1, p = 0.02; fails random twin: layer 1"
     assert numbers(claims[:1], "share") == "share +1.00 (+0.90 to +1.10, n = 8), p = 0.02"
     elsewhere = numbers([made({"place": "projector"}, lost=(TWIN,))], "share")
-    assert elsewhere == "share +1.00 (+0.90 to +1.10, n = 8), p = 0.01; lost at random twin"
+    assert elsewhere == "share +1.00 (+0.90 to +1.10, n = 8), p = 0.01; fails random twin"
 
 
 def test_the_strongest_claim_is_chosen_where_it_was_declared():

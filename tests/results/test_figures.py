@@ -165,7 +165,7 @@ def test_captions_say_how_many_examples():
     table = swapped(range(6))
     table.loc[(table["example"] == "e1") & (table["layer"] == 2), "recovered"] = np.nan
     captions = [each.text for each in heat(swap_result(table=table)).layout.annotations]
-    assert any(text.startswith("n = 5 to 6 per cell") and "Holm" in text for text in captions)
+    assert any(text.startswith("n = 5 to 6 per cell") and "no dots: the smallest" in text for text in captions)
     assert any(each.text.startswith("n = 6 per point") for each in curves(swap_result(6)).layout.annotations)
 
 
@@ -181,7 +181,7 @@ def test_a_page_shows_title_and_notes_of_a_figure_as_text():
     figure = heat(swap_result(6, name="<i>swap</i>"), title="first <b>line</b>").update_layout(title_text="a &lt;<br>b")
     told = page_of(figure, "a figure")
     assert (told.title, told.anchor) == ("a < b", f"figure-{b'a figure'.hex()}")
-    assert len(told.notes) == 1 and told.notes[0].startswith("n = 6 per cell; dot")
+    assert len(told.notes) == 1 and told.notes[0].startswith("n = 6 per cell; no dots")
     drawn = json.loads(told.json)["layout"]
     assert "title" not in drawn and [each["text"] for each in drawn["annotations"]] == ["noising", "denoising"]
     # The figure itself keeps both.
@@ -232,7 +232,7 @@ def test_some_of_the_cells_can_be_drawn_and_redrawn(tmp_path):
     saved.save(tmp_path)
     save_figure(figure, tmp_path / "figures", "some")
     assert redraw(tmp_path)["some"].to_json() == figure.to_json()
-    with pytest.raises(UsageError, match="'place' is no axis of"):
+    with pytest.raises(UsageError, match="'place' is not an axis of"):
         heat(result, where={"place": 1})
     with pytest.raises(UsageError, match="no cell of .* has span 'answer'"):
         heat(result, where={"span": "answer"})

@@ -37,7 +37,7 @@ def test_edges_and_controls_are_not_pooled():
 
 def test_each_has_a_sentence():
     _, *lines = told(spoken(), ("cut", "layer"), "logit_diff", apart=("cut",))
-    begins = ("edited runs (edge): of those", "edited runs (control): of those", "unedited runs: of those")
+    begins = ("edited runs (edge): of the", "edited runs (control): of the", "unedited runs: of the")
     assert [line.startswith(begin) for line, begin in zip(lines, begins, strict=True)] == [True] * 3
     assert "0 % name what logit_diff prefers" in lines[0] and "n = 4" in lines[1]
     assert told(spoken().drop(columns="says"), ("cut", "layer"), "logit_diff", apart=("cut",)) == ()

@@ -209,7 +209,7 @@ def test_a_figure_is_wider_where_names_in_its_legend_are_long():
 def test_figures_ask_for_every_axis():
     with pytest.raises(UsageError, match="the axes direction take several values"):
         figures.heatmap(made(), x="layer", y="span")
-    with pytest.raises(UsageError, match="x='depth' is no axis of swap"):
+    with pytest.raises(UsageError, match="x='depth' is not an axis of swap"):
         figures.lines(made(), x="depth", colour="span", facet="direction")
 
 

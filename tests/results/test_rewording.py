@@ -61,14 +61,14 @@ def test_below_three_wordings_it_is_not_tried_and_says_why():
     why = {"Look. {question}": "holds 'Look', which it has no token for"}
     gate = gate_of(found_in([0, -3], [[0, -2]] * 2, why), 1)
     assert FEWEST_WORDINGS == 3 and gate.verdict is None
-    assert gate.says.startswith("not tried: 2 other wording(s) can be used, 3 are needed; 'Look. {question}': holds")
+    assert gate.says.startswith("not tried: 2 other wording(s) are usable, 3 are needed; 'Look. {question}': holds")
     counted = gate_of(found_in([0, -3], [[0, -2]] * 3, why), 1)
     assert counted.verdict is True and "not counted: 'Look. {question}'" in counted.says
 
 
 def test_what_is_not_measured_in_a_wording_does_not_count_there():
     gate = gate_of(found_in([0, -3, -3], [[0, -2], [0, -2, -2], [0, -2, -2]]), 2)
-    assert gate.verdict is None and "it is measured in 2 other wording(s)" in gate.says
+    assert gate.verdict is None and "the measure exists in 2 other wording(s)" in gate.says
     assert [each["made"] for each in gate.numbers["by_wording"].values()] == [None, True, True]
 
 

@@ -58,8 +58,8 @@ def test_only_examples_that_all_wordings_have_count():
     told = findings(joined, over)
     assert not named_without_claim(told, ()), told
     assert told[0] == (
-        "3 wordings; numbers over them are of the 2 examples that have a value in each; 2 others lack a value in a "
-        "wording and do not count."
+        "3 wordings; numbers over them are of the 2 examples that have a value in each; 2 others lack a value in some "
+        "wording and are excluded."
     )
     assert f"from 1.500 ({ONE!r}) to 3.000 ({OTHER!r}), mean 2.500" in told[1]
 
@@ -78,7 +78,10 @@ def test_the_interval_is_that_of_the_examples_means_over_wordings():
         assert np.allclose(rows[column], plain[column]), column
     # The same words for all examples: wordings lie far apart though each example's interval is what it was.
     assert np.allclose(rows["wording_sd"], 3 / np.sqrt(2))
-    assert findings(joined, over)[2] == "In 2 of 2 cells the wordings lie further apart than the interval is wide."
+    assert (
+        findings(joined, over)[2]
+        == "In 2 of 2 cells the range over wordings exceeds the width of the interval over examples."
+    )
 
 
 def test_groups_stay_together():
@@ -93,11 +96,11 @@ def test_cells_that_a_wording_does_not_have_are_left_out_and_counted():
     joined = side_by_side({ONE: result_of(VALUES[ONE]), OTHER: result_of(VALUES[OTHER], cells=(1, 2))})
     over = over_wordings(joined)
     assert list(over.cells["layer"]) == [1]
-    assert "2 of 3 cells are not there in all wordings and are left out." in findings(joined, over)
+    assert "2 of 3 cells do not exist in all wordings and are excluded." in findings(joined, over)
     apart = side_by_side({ONE: result_of(VALUES[ONE]), OTHER: result_of(VALUES[OTHER], cells=(2, 3))})
     assert over_wordings(apart) is None
     assert findings(apart, None) == (
-        "2 wordings, 4 examples; no cell is there in all wordings, so nothing is said over them.",
+        "2 wordings, 4 examples. No cell exists in all wordings, so they cannot be compared.",
     )
     assert wording_dots(apart).layout.annotations[0].text.startswith("no cell has a value of the same example")
 

@@ -16,7 +16,7 @@ from vlm_mech.errors import CLOSED_PIPE, UsageError, WorkError
 from vlm_mech.results.result import Result
 from vlm_mech.runs import contract, provenance, workspace
 from vlm_mech.runs.command_line import parse
-from vlm_mech.runs.configuration import ClaimConfig
+from vlm_mech.runs.configuration import ClaimConfig, default_folder
 from vlm_mech.runs.outcome import Outcome
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +73,19 @@ def test_a_run_leaves_the_contract_and_says_where(tmp_path, capsys):
     row = next(line for line in printed if line.startswith("denoising") and "image" in line)
     means = Result.load(tmp_path / "out").summary("recovered").query("direction == 'denoising' and span == 'image'")
     assert row.split()[2:] == [f"{mean:.2f}" for mean in means["mean"]]
+
+
+def test_commands_with_other_options_do_not_meet_in_one_folder():
+    usual, other = ClaimConfig(), ClaimConfig(data="scenes/left-right", n=5)
+    assert (
+        default_folder(usual, "swap")
+        == Path("runs/swap")
+        == default_folder(dataclasses.replace(usual, resume=True), "swap")
+    )
+    assert default_folder(other, "swap") == Path("runs/swap-data-scenes-left-right-n-5")
+    long = [dataclasses.replace(usual, wording=(f"{'very ' * 20}{end} {{question}}",)) for end in "ab"]
+    names = [default_folder(each, "swap").name for each in long]
+    assert names[0] != names[1] and all(len(name) < 80 and "/" not in name for name in names)
 
 
 def test_provenance_says_what_ran(tmp_path):
@@ -237,7 +250,7 @@ def test_resuming_a_complete_run_changes_nothing(tmp_path, capsys):
     assert command("--out", tmp_path / "out") == 0
     before = contents(tmp_path / "out")
     assert command("--out", tmp_path / "out", "--resume") == 0
-    assert "complete already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert contents(tmp_path / "out") == before
 
 
@@ -405,7 +418,7 @@ def test_errors_are_one_line_with_their_status(tmp_path, capsys):
         (["--wrong", "bug"], 1, "error: KeyError: 'banana'\n"),
         (["--resume", "--overwrite"], 2, "error: --resume and --overwrite exclude each other\n"),
         (["--out", tmp_path / "file"], 2, f"error: '{tmp_path / 'file'}' is a file; --out needs a folder\n"),
-        (["--seed", "-1"], 2, "error: --seed is -1; a number from 0 on is needed\n"),
+        (["--seed", "-1"], 2, "error: --seed is -1; it must be 0 or more\n"),
     ):
         assert command("--out", tmp_path / message[7:12], *arguments) == status
         assert capsys.readouterr().err == message
@@ -488,7 +501,7 @@ class Claiming(fake_run.Config, ClaimConfig):
 
 
 def test_a_sentence_that_names_a_layer_without_a_claim_is_left_out(tmp_path):
-    with pytest.warns(UserWarning, match="left out, since it names a layer .*: 'the image is read before layer 3'"):
+    with pytest.warns(UserWarning, match="left out, because it names a layer .*: 'the image is read before layer 3'"):
         contract.execute(Claiming(out=tmp_path / "run"), fake_run.run, name="fake")
     assert Result.load(tmp_path / "run").findings == ()
     assert "before layer 3" not in (tmp_path / "run/report.html").read_text()

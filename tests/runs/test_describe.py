@@ -33,7 +33,7 @@ def test_pairs_are_counted(tmp_path, capsys):
     for line in (
         "format mmvp (Questions.csv)", "pairs: 2", "groups: 2 (2 of 1)", "options: 2 1, 3 1",
         "answers: Open 1, Closed 1, Left 1, Up 1",
-        "chance: 0.417 for one picture, 0.181 for both of a pair", "cannot be used: 1",
+        "chance: 0.417 for one image, 0.181 for both of a pair", "cannot be used: 1",
         "5/6: Questions.csv row 5: the correct answer '(d)' is none of the options",
     ):  # fmt: skip
         assert line in said, line
@@ -45,7 +45,7 @@ def test_whatsup_groups_of_four(tmp_path, capsys):
     said = described(capsys, layer_swap, "--data", folder)
     for line in (
         "pairs: 8", "groups: 4 (4 of 2)", "categories: left/right 4, in front of/behind 2, on/under 2",
-        "answers: left 4, right 4, in front of 2, behind 2, on 2, under 2", "chance: 0.500 for one picture, 0.250",
+        "answers: left 4, right 4, in front of 2, behind 2, on 2, under 2", "chance: 0.500 for one image, 0.250",
         "cannot be used: 0",
     ):  # fmt: skip
         assert line in said, line

@@ -57,7 +57,7 @@ def test_a_run_is_not_resumed_with_another_model_or_data(folders, capsys, what, 
 def test_a_run_whose_model_and_data_stayed_is_resumed(folders, capsys):
     assert _run(folders, experiment=killed_after(1)) == 130
     assert _run(folders, "--resume") == 0 and _run(folders, "--resume") == 0
-    assert "this run is complete already" in capsys.readouterr().out
+    assert "this run is already complete" in capsys.readouterr().out
     made_of = json.loads((folders / "data" / "out" / "provenance.json").read_text())["made_of"]
     assert set(made_of) == {"model", "data"}
 

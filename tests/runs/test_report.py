@@ -120,7 +120,7 @@ def test_everything_is_on_the_page(page):
     for heading in ("Examples", "Summary", "Method and controls", "Receipts", "Provenance", "Configuration", "Repeat"):
         assert heading in page.text
     assert f"largest error {NASTY * 3}" in page.text, "long values are not cut short"
-    assert "What is said" in page.text and f"question {NASTY} said {NASTY * 3}" in page.text
+    assert "Generated answers" in page.text and f"question {NASTY} said {NASTY * 3}" in page.text
     assert "how far the answer moves" in page.text and "difference of two logits" in page.text
     assert "counts.csv" in page.text and "largest p" not in page.text
 
@@ -136,9 +136,9 @@ def test_the_first_screen_has_the_question_the_figure_and_the_claims(page):
     # Those that hold come first, and of them those that lost no gate.
     rows = [f"layer {layer} {NASTY} +0.50 (+0.40 to +0.60) 9" for layer in (4, 3, 2)]
     places = [first.index(row) for row in rows]
-    assert places == sorted(places) and first.index("Do not hold (1)") > places[1]
+    assert places == sorted(places) and first.index("Not confirmed (1)") > places[1]
     assert [first[at + len(row) :].split(" ", 4)[1:4] for at, row in zip(places, rows, strict=True)] == [
-        ["2", "of", "2"], ["1", "of", "2"], ["not", "asked", "What"],
+        ["2", "of", "2"], ["1", "of", "2"], ["not", "run", "What"],
     ]  # fmt: skip
     assert "effect, logits (95 % interval)" in first
 
@@ -247,7 +247,7 @@ def test_the_table_has_every_cell_and_says_what_is_missing(page, tmp_path):
     bare = result.table.assign(recovered_baseline=np.nan, logit_diff_baseline=np.nan)
     write_report(path, Outcome(dataclasses.replace(result, table=bare, known={}), {}), command="python")
     assert "p_corrected" not in Page(path.read_text(encoding="utf-8")).text, "a column in which nothing stands"
-    assert "Examples" not in plain.text and "What is said" not in plain.text and "Receipts None." in plain.text
+    assert "Examples" not in plain.text and "Generated answers" not in plain.text and "Receipts None." in plain.text
     assert not plain.scripts[-1].startswith("{") and sum(map(len, plain.scripts)) < 40_000, "no figure, no plotly"
     first = result.summary().iloc[0]
     assert f"{first['mean']:.3f} {first['ci_low']:.3f} {first['ci_high']:.3f}" in plain.text
@@ -266,7 +266,7 @@ def test_what_is_said_of_no_claim():
     assert "8 groups of examples the smallest attainable p is 0.12" in asked[8].said[1]
     lost = claim(1, p=0.2)
     few = dataclasses.replace(lost, tested=(dataclasses.replace(lost.tested[0], n=4),))
-    assert first_screen(swap_result(30, claims=(lost,))).said == ("No claim holds.",)
+    assert first_screen(swap_result(30, claims=(lost,))).said == ("No claim is confirmed.",)
     assert "From 4 examples the smallest attainable corrected p is 0.12" in first_screen(
         swap_result(30, claims=(few,))
     ).said[1]  # fmt: skip

@@ -158,7 +158,7 @@ def test_what_comes_late_finds_the_run_complete(tmp_path, capsys, monkeypatch):
     before = contents(tmp_path)
     assert command("--out", tmp_path, "--shard", "1/2") == 0
     assert merge(tmp_path, monkeypatch=monkeypatch) == 0
-    assert capsys.readouterr().out.count("is complete already") == 2
+    assert capsys.readouterr().out.count("is already complete") == 2
     assert command("--out", tmp_path, "--shard", "1/2", "--seed", 3) == 2
     assert "had other options: seed" in capsys.readouterr().err
     assert contents(tmp_path) == before

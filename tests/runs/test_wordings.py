@@ -187,7 +187,7 @@ def test_runs_of_wordings_killed_anywhere_resume_to_the_same_bytes(tmp_path, cap
         assert numbers(out) == numbers(whole), n_batches
     before = contents(whole)
     assert command("--out", whole, *TWO, "--resume", experiment=asked) == 0
-    assert contents(whole) == before and "this run is complete already" in capsys.readouterr().out
+    assert contents(whole) == before and "this run is already complete" in capsys.readouterr().out
     assert command("--out", whole, "--wording", "{question}", "--resume", experiment=asked) == 2
     assert "had other options: wording" in capsys.readouterr().err
 

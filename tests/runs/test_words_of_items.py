@@ -96,4 +96,4 @@ def test_data_are_called_what_they_are(tmp_path):
     assert (nouns_of(pairs), nouns_of(files)) == (SCENES, PAIRS)
     assert nouns_in({"data": files.described}) is PAIRS and nouns_in({}) is PAIRS
     assert nouns_in({"data": [{"name": "mine", "counterfactual": "none"}, pairs.described]}) is ITEMS
-    assert ITEMS.put("{shown}, not {others}") == "an item's picture, not another item's picture"
+    assert ITEMS.put("{shown}, not {others}") == "an item's image, not another item's image"

@@ -183,7 +183,7 @@ def test_what_this_process_fails_at_ends_the_run_and_frees_the_other(tmp_path):
 @pytest.mark.parametrize("given", ["two", "0", "-1"])
 def test_a_number_of_threads_that_is_none_is_told(monkeypatch, given):
     monkeypatch.setenv("OMP_NUM_THREADS", given)
-    with pytest.raises(UsageError, match="OMP_NUM_THREADS is .*; a number from 1 on is needed"):
+    with pytest.raises(UsageError, match="OMP_NUM_THREADS is .*; it must be 1 or more"):
         single_threaded()
 
 

@@ -154,7 +154,7 @@ def test_a_report_shows_what_is_said_and_tells_how_often_logits_agree(experiment
     given = ("--model", "organism-phrases", "--data", "scenes/phrases", "--n", "8", "--new-tokens", "6")
     assert command(experiment, *given, "--outcome", "generation", "--out", tmp_path / "out") == 0
     page = (tmp_path / "out" / "report.html").read_text()
-    shown = page.partition("<h2>What is said</h2>")[2].partition("</table>")[0]
+    shown = page.partition("<h2>Generated answers</h2>")[2].partition("</table>")[0]
     (first, *_) = Result.load(tmp_path / "out").table.dropna(subset=["says", "flip"])["text_baseline"]
     assert 9 <= shown.count("<tr") <= 21 and "whose answer" in shown and f"<td>{first}</td>" in shown
     assert [text for text in said if text not in page] == []

@@ -363,5 +363,5 @@ def test_amounts_of_memory():
     assert parse_bytes("2GiB") == 2 * 1024**3 and parse_bytes("1.5 MB") == 1_500_000 and parse_bytes(77) == 77
     assert readable(3 * 1024**2) == "3 MiB" and readable(12) == "12 B"
     for wrong in ("much", "2 parsecs", "0", "-3MiB"):
-        with pytest.raises(UsageError, match="is no amount of memory"):
+        with pytest.raises(UsageError, match="is not an amount of memory"):
             parse_bytes(wrong)

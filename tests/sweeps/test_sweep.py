@@ -378,7 +378,7 @@ def test_arguments_that_are_none_are_refused_where_they_are_given():
                 call(vlm, pairs, points, edit, *more)
     with pytest.raises(UsageError, match="a list of 1 interventions was given; a & b does both"):
         sweep(vlm, pairs, points, lambda point: edits, prob(pairs.answer))
-    with pytest.raises(UsageError, match="is no intervention"):
+    with pytest.raises(UsageError, match="is not an intervention"):
         sweep(vlm, pairs, points, lambda point: None, prob(pairs.answer))
     with pytest.raises(UsageError, match="a Measure is a Metric"):
         Measure("entropy", torch.mean)

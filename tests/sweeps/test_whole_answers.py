@@ -432,7 +432,7 @@ def test_wrong_answers_are_one_line():
     told(logprob_diff(fine, fine), r"answers 'red' and 'red' have the same tokens")
     told(logprob_diff(["red", "red"], ["red star", "blue"]), r"answers 'red' and 'red star' do not part")
     told(logprob(["red", "the zebra"]), r"answer 'the zebra' is not in the model's vocabulary \(its 'zebra'\)")
-    told(logprob(["red", "red </s> star"]), r"answer 'red </s> star' holds '</s>', which is no text")
+    told(logprob(["red", "red </s> star"]), r"answer 'red </s> star' holds '</s>', which is not text")
     told(logprob(["red"]), r"logprob has 1 answers for 2 prompts")
     told(logprob(["red", "blue star " * 1200]), r"tokens and .* more follow")
     with pytest.raises(UsageError, match=r"at 'parting' has 1 lists of answers; two answers an example are needed"):

@@ -127,5 +127,5 @@ def test_the_command_examines_models_with_two_tokens(tmp_path, capsys):
 
 @pytest.mark.usefixtures("untyped")
 def test_answers_of_another_kind_are_refused():
-    with pytest.raises(UsageError, match="answer 'rhyme' is not known; one of word, pieces, article is"):
+    with pytest.raises(UsageError, match="answer 'rhyme' is not known; use one of word, pieces, article"):
         Job("plain", 0, answer="rhyme")  # pyright: ignore[reportArgumentType]

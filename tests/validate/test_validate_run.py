@@ -120,9 +120,9 @@ def test_sentences_name_what_breaks_its_promise():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "easy"}, "set 'easy' is not known; one of plain, matched null"),
-        ({"methods": ("magic",)}, "method 'magic' is not known; one of layer swap"),
-        ({"n_examples": 2}, "2 examples, 512 for the true effects, first seed 0: 8, 2 and 0 are the least"),
+        ({"kind": "easy"}, "set 'easy' is not known; use one of plain, matched null"),
+        ({"methods": ("magic",)}, "method 'magic' is not known; use one of layer swap"),
+        ({"n_examples": 2}, "2 examples, 512 for the true effects, first seed 0; they must be at least 8, 2 and 0"),
     ],
 )
 def test_wrong_jobs_are_refused(change, message):

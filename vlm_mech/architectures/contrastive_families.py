@@ -91,5 +91,5 @@ def dual_family_of(config: Any) -> DualFamily:
             return family
     known = ", ".join(family.model_type for family in DUAL_FAMILIES)
     if model_type in [family.model_type for family in FAMILIES]:
-        raise UsageError(f"architecture {model_type!r} is no contrastive model ({known}); use VLM")
+        raise UsageError(f"architecture {model_type!r} is not a contrastive model ({known}); use VLM")
     raise UsageError(f"architecture {model_type!r} is not supported; contrastive models of these types are: {known}")

@@ -92,7 +92,7 @@ def _reads(config: Any) -> tuple[int, ...]:
     n_layers = config.vision_config.num_hidden_layers
     depths = tuple(layer if layer >= 0 else n_layers + 1 + layer for layer in layers)
     if not depths or any(not 0 < depth <= n_layers for depth in depths):
-        raise UsageError(f"vision_feature_layer is {chosen}; the tower has blocks 0..{n_layers - 1}")
+        raise UsageError(f"vision_feature_layer is {chosen}; the vision encoder has blocks 0..{n_layers - 1}")
     return depths
 
 
@@ -357,7 +357,7 @@ def family_of(config: Any) -> Family:
         raise UsageError(f"architecture {model_type!r} is a contrastive model without a decoder; use DualEncoder")
     if config is not None and getattr(config, "vision_config", None) is None:
         raise UsageError(
-            f"architecture {model_type!r} has no vision tower; vision-language models of these types are supported: "
+            f"architecture {model_type!r} has no vision encoder; vision-language models of these types are supported: "
             + ", ".join(known)
         )
     nearest = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.0)[0]

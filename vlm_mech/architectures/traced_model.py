@@ -180,7 +180,7 @@ class TracedModel(ABC):
 
     @functools.cached_property
     def special_tokens(self) -> tuple[str, ...]:
-        """Tokens that a user's text must not hold unless asked for (see `inputs/special_tokens.py`)."""
+        """Tokens that a user's text must not hold unless requested (see `inputs/special_tokens.py`)."""
         return special_tokens(self.processor)
 
     @property
@@ -258,7 +258,7 @@ class TracedModel(ABC):
         backend = self.backend_of(stream)
         if backend not in ("sdpa", "eager"):
             raise UsageError(
-                f"attention back end {backend!r} takes no mask, so attention cannot be knocked out in {stream}; "
+                f"attention implementation {backend!r} takes no mask, so attention cannot be knocked out in {stream}; "
                 "load the model with attn='sdpa' or attn='eager'"
             )
 

@@ -67,7 +67,7 @@ def has_adapter(model: Any) -> bool:
 
 
 NOT_OF_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_commit_hash")
-"""Fields of a configuration that do not change what a model computes, or are told apart from it."""
+"""Fields of a configuration that do not change what a model computes, or are distinguished from it."""
 
 
 def config_hash(config: Any) -> str:

@@ -65,7 +65,7 @@ def cells(vlm: "VLM", case: str, donor: Encoded) -> list[Intervention]:
         UsageError: there is no such case.
     """
     if case not in SWEEPS:
-        raise UsageError(f"case {case!r} is not known; one of {', '.join(CASES)} is")
+        raise UsageError(f"case {case!r} is not known; use one of {', '.join(CASES)}")
     kind, _, only = case.removesuffix(OF_ANSWERS).partition("-")
     n_layers = vlm.n_layers("llm")
     layers, windows = range(n_layers), [window(layer, WINDOW, n_layers=n_layers) for layer in range(n_layers)]

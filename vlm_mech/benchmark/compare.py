@@ -35,7 +35,7 @@ def check(cases: Sequence[str], rivals: Sequence[str], data: str) -> None:
     for kind, given, known in (("case", cases, tuple(CASES)), ("rival", rivals, RIVALS)):
         unknown = [each for each in given if each not in known]
         if unknown:
-            raise UsageError(f"{kind} {unknown[0]!r} is not known; one of {', '.join(known)} is")
+            raise UsageError(f"{kind} {unknown[0]!r} is not known; use one of {', '.join(known)}")
     if not cases:
         raise UsageError(f"no case is given; one of {', '.join(CASES)} is needed")
     if data != "noise":

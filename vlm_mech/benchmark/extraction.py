@@ -38,7 +38,7 @@ class Extraction:
 
     def __post_init__(self) -> None:
         if not self.prompts or len(self.prompts) % BATCH:
-            raise UsageError(f"extraction takes batches of {BATCH}; --n {len(self.prompts)} is no multiple of that")
+            raise UsageError(f"extraction takes batches of {BATCH}; --n {len(self.prompts)} is not a multiple of that")
         self.encoded = [self.vlm.encode(batch) for batch in self.batches]
 
     @property

@@ -90,7 +90,7 @@ def geometry(name: str, *, width: int | None = None, full: bool = False) -> Geom
         UsageError: there is no such preset, or the width cannot be divided into heads of 64.
     """
     if name not in GEOMETRIES:
-        raise UsageError(f"geometry {name!r} is not known; one of {', '.join(GEOMETRIES)} is")
+        raise UsageError(f"geometry {name!r} is not known; use one of {', '.join(GEOMETRIES)}")
     if full and width is not None:
         raise UsageError(f"--full has a width of its own; --width {width} cannot be given beside it")
     small = GEOMETRIES[name]

@@ -19,10 +19,10 @@ BUSY = 0.3
 """Average load for each core from which on times are not to be trusted."""
 METRICS = (
     Metric("forwards", "plain forwards", "time of all cells in units of one plain forward pass of the same repeat"),
-    Metric("seconds", "s", "time of all cells; for a rival that ran a part of them, scaled by their number"),
+    Metric("seconds", "s", "time of all cells; scaled by count for a rival that ran a part of them"),
     Metric("ratio", "times ours", "time in units of ours in the same repeat"),
     Metric("of_bound", "share", "least products needed, as plain forwards, over the plain forwards that ours takes"),
-    Metric("operations", "times the bound", "operations of ours as torch counts them, over the least that are needed"),
+    Metric("operations", "times the bound", "our operations as counted by torch, over the least that are needed"),
     Metric("memory", "MiB", "peak memory above what was held before"),
     Metric(
         "difference",
@@ -108,7 +108,7 @@ def _agreement(note: dict[str, Any]) -> str:
         between = " ({:+.2f} to {:+.2f}, 95 % over probes)".format(*(100 * each for each in found["interval"]))
     return (
         f"test accuracy on the {note['rival_cells']} probes that both fitted, {found['n_test']} test examples each: "
-        f"ours {found[OURS]:.4f}, scikit-learn {found['scikit-learn loop']:.4f}, theirs less ours "
+        f"ours {found[OURS]:.4f}, scikit-learn {found['scikit-learn loop']:.4f}, theirs minus ours "
         f"{100 * found['difference']:+.2f} points{between}; a linear probe {found['ours, a linear probe']:.3f}, the "
         f"commonest label {found['commonest label']:.3f}"
     )

@@ -80,7 +80,7 @@ class Ours:
 
 
 class OursFirst:
-    """The sweep engine on the next token alone, where whole answers are read beside it."""
+    """The sweep engine on the next token alone, where whole answers are read next to it."""
 
     name = "ours, next token alone"
 

@@ -79,10 +79,10 @@ def _over_a_picture(vlm: TracedModel, encoded: Encoded, depth: int) -> Iterator[
     with left_out(between(vlm, "vision", asked["vision"])):
         states, _, _ = carry_out(vlm, encoded, Plan({}, {}), in_order, to_the_end=False)
         difference = (_plainly(vlm, encoded, depth) - states[into]).abs().max().item()
-    name = f"over a picture, what llm[{depth}] receives equals the plain forward"
+    name = f"over an image, what llm[{depth}] receives equals the plain forward"
     yield Finding(name, difference == 0.0, f"largest difference {difference:.3g}")
     yield from _residual_algebra(vlm, encoded, "vision", states, asked["vision"])
-    yield from _residual_algebra(vlm, encoded, "llm", states, asked["llm"], " over a picture")
+    yield from _residual_algebra(vlm, encoded, "llm", states, asked["llm"], " over an image")
 
 
 class _ReceivedError(Exception):

@@ -1,4 +1,4 @@
-"""Names of classes: as words that can be compared, told apart where several are the same words, and refused."""
+"""Names of classes: as words that can be compared, distinguished where several are the same words, and refused."""
 
 from collections import Counter
 from collections.abc import Sequence

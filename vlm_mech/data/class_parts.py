@@ -44,7 +44,7 @@ def parts_of_lines(
             parts[each.part].append(Labelled(each.id, each.image, each.label))
     if not parts["train"]:
         why = f": {refused[0].told}" if refused else ""
-        raise UsageError(f"data {data!r} has no picture to train on{why}")
+        raise UsageError(f"data {data!r} has no image to train on{why}")
     listed = names_beside(tables)
     numbered = zip(unique_names(listed), listed, strict=True)
     # A label that is a name stands for all classes of that name.
@@ -63,7 +63,7 @@ def parts_of_items(data: str, seed: int) -> tuple[dict[str, list[Labelled]], lis
         if len(item.images) == 1:
             shown.append(Labelled(item.id, item.images[0], item.answer))
         else:
-            refused.append(Refused(item.id, f"it shows {len(item.images)} pictures; one has a class"))
+            refused.append(Refused(item.id, f"it shows {len(item.images)} images; one has a class"))
     parts, unused = deal(shown, seed)
     notes = [*items.notes, f"answers of items are the classes; parts dealt out with seed {seed}"]
     return parts, [*refused, *unused], notes

@@ -37,7 +37,7 @@ def row_of(parts: Sequence[PartT], row: Any, what: str) -> PartT:
     if not isinstance(row, Integral):
         one = "an item" if what == "items" else "a pair"
         raise UsageError(
-            f"{row!r} is no row of {what}; a number gives {one}, a slice such as [:8] gives {what.title()}"
+            f"{row!r} is not a row of {what}; a number gives {one}, a slice such as [:8] gives {what.title()}"
         )
     return parts[int(row)]
 

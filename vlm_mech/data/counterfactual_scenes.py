@@ -47,7 +47,7 @@ class ScenePair:
 def differing(scene: Scene, counterfactual: Scene) -> tuple[str, ...]:
     """Names of the attributes in which two scenes differ, empty when they are the same.
 
-    `order` means that the same things are drawn in another order, `count` that things were added or taken away,
+    `order` means that the same things are drawn in another order, `count` that things were added or removed,
     `place` that two things changed places, `ground` that background or grain differ.
     """
     found = [] if (scene.background, scene.grain) == (counterfactual.background, counterfactual.grain) else ["ground"]
@@ -200,7 +200,7 @@ def sample_pairs(name: str, n: int, *, seed: int, split: str) -> tuple[ScenePair
     What was drawn last is kept: masks and captions are asked for after the pairs.
     """
     if name not in PAIR_SETS:
-        raise UsageError(f"pair set {name!r} is not known; one of {', '.join(PAIR_SETS)} is")
+        raise UsageError(f"pair set {name!r} is not known; use one of {', '.join(PAIR_SETS)}")
     check_split(split)
     made: list[ScenePair] = []
     kinds, rng = PAIR_SETS[name], random.Random(f"{name}/{seed}/{split}")

@@ -27,7 +27,7 @@ def partners(n: int, *, seed: int, groups: Sequence[str] = ()) -> list[int]:
         UsageError: fewer than two, or all are of one group.
     """
     if n < 2:
-        raise UsageError(f"{n} example has no other one whose picture it could be asked about; at least two are needed")
+        raise UsageError(f"{n} example has no other one whose image it could be asked about; at least two are needed")
     order, step = np.random.default_rng(seed).permutation(n), 1
     largest, most = max(Counter(groups).items(), key=lambda each: each[1], default=("", 1))
     if most == n:
@@ -60,7 +60,7 @@ def lenders(pairs: Pairs, *, seed: int) -> list[int]:
         groups = [name if group is None else group for name, group in zip(names, found, strict=True)]
         if len(set(groups)) == 1:
             raise UsageError(
-                f"all {len(pairs)} {nouns_of(pairs).many} of {pairs.name} share a picture; another one's is needed, "
+                f"all {len(pairs)} {nouns_of(pairs).many} of {pairs.name} share an image; another one's is needed, "
                 "which they are asked about as the floor"
             )
     return partners(len(pairs), seed=seed, groups=groups)
@@ -74,7 +74,7 @@ def about_others(pairs: Pairs, others: Sequence[Pair]) -> Pairs:
     """
     for pair in pairs:
         if pair.is_text:
-            raise UsageError(f"pair {pair.id} of {pairs.name} shows no picture that could be exchanged for another's")
+            raise UsageError(f"pair {pair.id} of {pairs.name} shows no image that could be exchanged for another's")
     changed = [
         dataclasses.replace(pair, image=other.image, counterfactual_image=other.counterfactual_image)
         for pair, other in zip(pairs, others, strict=True)
@@ -89,7 +89,7 @@ def turned(pairs: Pairs) -> Pairs:
 
 def _turned(pair: Pair) -> Pair:
     if pair.made:
-        raise UsageError(f"pair {pair.id} is a single item: what is true of its counterfactual picture is not known")
+        raise UsageError(f"pair {pair.id} is a single item: what is true of its counterfactual image is not known")
     return dataclasses.replace(
         pair.exchanged,
         answer=pair.counterfactual_answer,
@@ -114,9 +114,7 @@ def with_conflict(pairs: Pairs) -> Pairs:
         UsageError: none says it.
     """
     what = (
-        "says which picture is in conflict with the usual answer"
-        if pairs.made is None
-        else "is known to be in conflict"
+        "says which image is in conflict with the usual answer" if pairs.made is None else "is known to be in conflict"
     )
     return checked(pairs, _check_conflict, what)
 
@@ -143,9 +141,9 @@ def apart(pairs: Pairs, others: Pairs) -> Pairs:
     def check(pair: Pair) -> None:
         shared = [met[shown] for shown in pair.shown if shown in met]
         if shared:
-            raise UsageError(f"it shows a picture of pair {shared[0]} of {others.name}")
+            raise UsageError(f"it shows an image of pair {shared[0]} of {others.name}")
 
-    return checked(pairs, check, f"shows pictures that {others.name} does not")
+    return checked(pairs, check, f"shows images that {others.name} does not")
 
 
 def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pairs, ...]:
@@ -165,7 +163,7 @@ def by_groups(pairs: Pairs, shares: Sequence[float], *, seed: int) -> tuple[Pair
     if any(end <= start for start, end in itertools.pairwise(ends)):
         raise UsageError(
             f"{pairs.name} has {len(distinct)} groups of pairs; too few for {len(shares) + 1} parts, the first with "
-            f"{' and '.join(f'{share:.3g}' for share in shares)} of them (pairs that share a picture are one group)"
+            f"{' and '.join(f'{share:.3g}' for share in shares)} of them (pairs that share an image are one group)"
         )
     order = np.random.default_rng(seed).permutation(len(distinct))
     chosen = [{distinct[at] for at in order[start:end]} for start, end in itertools.pairwise(ends)]

@@ -81,7 +81,7 @@ def in_short(name: str, made: Made | None = None) -> str:
         return f"{name}: pairs of scenes"
     if found.holds == "pairs":
         return f"{name}: pairs ({found.told})"
-    shown = f"; counterfactual picture: {SHOWN[made]}" if made in SHOWN else ""
+    shown = f"; counterfactual image: {SHOWN[made]}" if made in SHOWN else ""
     return f"{name}: single items ({found.told}){shown}"
 
 
@@ -99,7 +99,7 @@ def _pairs(name: str, kind: str, pairs: Pairs) -> str:
     both = sum(1 / size**2 for size in sizes) / len(sizes)
     n_without = sum(not pair.options for pair in pairs)
     without = f" (both answers for the {n_without} of {len(pairs)} pairs without options)" if n_without else ""
-    lines.append(f"chance: {_mean(sizes):.3f} for one picture, {both:.3f} for both of a pair{without}")
+    lines.append(f"chance: {_mean(sizes):.3f} for one image, {both:.3f} for both of a pair{without}")
     return "\n".join([*lines, *_told(pairs)])
 
 
@@ -118,7 +118,7 @@ def _items(name: str, kind: str, items: Items) -> str:
 
 def _shared(examples: Sequence[Pair | Item], answers: Sequence[str]) -> list[str]:
     """What pairs and items both have."""
-    lines = [_counted("pictures in a prompt", (str(len(each.images)) for each in examples))]
+    lines = [_counted("images in a prompt", (str(len(each.images)) for each in examples))]
     if any(each.options for each in examples):
         lines.append(_counted("options", (str(len(each.options)) if each.options else "none" for each in examples)))
     if any(each.category for each in examples):
@@ -161,7 +161,7 @@ def _refused(refused: Sequence[Refused]) -> list[str]:
 def _classes(name: str, n: int | None, seed: int) -> str:
     data = load_classes(name, n=n, seed=seed)
     parts = ", ".join(f"{part} {len(getattr(data, part))}" for part in SPLITS)
-    lines = [f"{name}: pictures with a class", f"classes: {len(data.names)}", f"pictures: {parts}"]
+    lines = [f"{name}: images with a class", f"classes: {len(data.names)}", f"images: {parts}"]
     lines += [f"chance: {1 / len(data.names):.3f}", *(f"note: {note}" for note in data.notes)]
     lines += [f"note: {note}" for note in near_misses(Path(name))]
     return "\n".join([*lines, *_refused(data.refused)])

@@ -141,12 +141,12 @@ def as_pairs(items: Items, counterfactual: Made = "none", *, seed: int = 0) -> P
 
 
 def with_note(pairs: Pairs, note: str) -> Pairs:
-    """The pairs; single items say this in place of what their right answers are compared with."""
+    """The pairs; single items say this in place of what their correct answers are compared with."""
     return dataclasses.replace(pairs, notes=(*pairs.notes[:-1], f"single items; {note}")) if pairs.made else pairs
 
 
 def _right_answers(items: Items) -> dict[str, list[str]]:
-    """By question the right answers of all items, each once."""
+    """By question the correct answers of all items, each once."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for item in items:
         found[item.question][item.answer] = None

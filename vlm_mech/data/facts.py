@@ -34,7 +34,7 @@ def relations_of(name: str) -> tuple[str, ...]:
     relation = name.removeprefix(f"{NAME}/")
     if relation not in RELATIONS:
         known = ", ".join(f"{NAME}/{each}" for each in RELATIONS)
-        raise UsageError(f"data {name!r} is not known; {NAME} (all relations) and {known} are")
+        raise UsageError(f"data {name!r} is not known; use {NAME} (all relations) or one of {known}")
     return (relation,)
 
 
@@ -92,7 +92,7 @@ def fact_pairs(
     order = [column[at] for at in range(longest) for column in columns if at < len(column)]
     if n > len(order):
         what = "that are known on both sides " if known is not None else ""
-        raise UsageError(f"{name} has {len(order)} pairs {what}in split {split}; {n} are asked for")
+        raise UsageError(f"{name} has {len(order)} pairs {what}in split {split}; {n} were requested")
     return tuple(order[:n])
 
 

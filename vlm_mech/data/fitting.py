@@ -40,8 +40,8 @@ def fitting(
 
     Both pictures must give it pixel values that differ somewhere; two questions may have unlike numbers of tokens.
     Answers that go on with a text are spelt as written, after a space. Other answers are spelt as the model would (see
-    `models.spelling`), all alike: where it has several ways, the one with the most probable right answers on a fifth of
-    the groups of pairs, which are left out of the rest. The other pairs move to `refused` with the reason.
+    `models.spelling`), all alike: where it has several ways, the one with the most probable correct answers on a fifth
+    of the groups of pairs, which are left out of the rest. The other pairs move to `refused` with the reason.
 
     Args:
         variants: `likeliest` chooses among cases and with or without a space before; `the` also with an article before;
@@ -128,7 +128,7 @@ def _checked_prompt(vlm: "VLM", pair: Pair, alone: bool) -> Encoded:
     """The question about the first picture, without its pixels: there may be many pairs."""
     if pair.made == "none":
         if not alone:
-            raise UsageError("it has no counterfactual picture; another item's, a blurred or a mean-coloured one does")
+            raise UsageError("it has no counterfactual image; another item's, a blurred or a mean-coloured one does")
         return _of_tokens(vlm.encode(pair.base))
     one, other = (vlm.encode(prompt) for prompt in (pair.base, pair.counterfactual))
     if pair.is_text:
@@ -141,7 +141,7 @@ def _checked_prompt(vlm: "VLM", pair: Pair, alone: bool) -> Encoded:
             f"the images are cut into grids {one.grids()} and {other.grids()}; counterfactuals need the same"
         )
     if all(one.inputs[name].equal(other.inputs[name]) for name in one.inputs):
-        raise UsageError(f"both pictures give {vlm.name} the same pixel values; it cannot tell them apart")
+        raise UsageError(f"both images give {vlm.name} the same pixel values; it cannot tell them apart")
     return _of_tokens(one)
 
 

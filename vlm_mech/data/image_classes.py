@@ -100,7 +100,7 @@ def load_classes(
     sizes = {"train": n_train, "validation": n_validation, "test": n}
     for part, size in sizes.items():
         if size is not None:
-            check_count(size, f"the number of {part} pictures", "picture")
+            check_count(size, f"the number of {part} images", "image")
     if data in SCENES:
         return _scenes(data, sizes, seed)
     if is_of_hub(data) and holds_classes(data):
@@ -222,12 +222,12 @@ def _in_folder(folder: Path) -> list[Labelled]:
         files = sorted(each for each in path.rglob("*") if _is_picture(each))
         files = [each for each in files if not any(name.startswith(".") for name in each.relative_to(path).parts)]
         if not files:
-            raise UsageError(f"class folder {str(path)!r} holds no picture")
+            raise UsageError(f"class folder {str(path)!r} holds no image")
         if all(each.parent != path for each in files):
             inner = ", ".join(dict.fromkeys(each.relative_to(path).parts[0] for each in files))
             raise UsageError(
-                f"class folder {str(path)!r} holds no picture itself, only in {inner:.60}; needed is a folder a class "
-                "with its pictures, or train, validation and test with such folders"
+                f"class folder {str(path)!r} holds no image itself, only in {inner:.60}; needed is a folder a class "
+                "with its images, or train, validation and test with such folders"
             )
         found += [Labelled(str(each.relative_to(folder)), each, path.name) for each in files]
     return found
@@ -302,7 +302,7 @@ def _rows(name: str, part: str, split: Any, refused: list[Refused]) -> list[Labe
 class _Read:
     """The pictures of a data set by part, its classes in order, what is left out already, and how parts arose.
 
-    Each class has its name beside it, where a number tells several of one name apart.
+    Each class has its name next to it, where a number tells several of one name apart.
     """
 
     name: str
@@ -323,7 +323,7 @@ def _finished(read: _Read, sizes: Mapping[str, int | None], seed: int, names: Pa
     for part in SPLITS:
         missing = used - {each.label for each in read.parts[part]}
         if missing:
-            raise UsageError(f"class {min(missing)!r} has no picture in the {part} part of {read.name}")
+            raise UsageError(f"class {min(missing)!r} has no image in the {part} part of {read.name}")
     drawn = draw_parts(read.name, read.parts, sizes, seed)
     kept = {
         part: tuple(dataclasses.replace(each, label=called[each.label]) for each in some)

@@ -107,11 +107,11 @@ class Items:
 
     @property
     def answer(self) -> list[str]:
-        """The right answers."""
+        """The correct answers."""
         return [item.answer for item in self.items]
 
     def worded(self, wording: Wording) -> "Items":
-        """The same items with their questions put in another way."""
+        """The same items with their questions worded differently."""
         return dataclasses.replace(self, items=tuple(dataclasses.replace(item, wording=wording) for item in self.items))
 
     @property
@@ -150,7 +150,7 @@ def load_items(
         n: number of items drawn, which keep their order; all by default.
         seed: draws them, and what an official protocol draws.
         wording: how their questions are put (`Items.worded` changes it).
-        fix_labels: correct label errors that are known; they are told in `notes` either way.
+        fix_labels: correct label errors that are known; they are listed in `notes` either way.
 
     Raises:
         UsageError: a folder of no format or of pairs alone, or one without an item that can be used.

@@ -28,10 +28,10 @@ class Nouns:
         return text.format(**dataclasses.asdict(self))
 
 
-PAIRS = Nouns("pair", "pairs", "both pictures of a pair", "another pair's pictures", "pairs")
+PAIRS = Nouns("pair", "pairs", "both images of a pair", "another pair's images", "pairs")
 SCENES = dataclasses.replace(PAIRS, units="scenes")
 TEXTS = dataclasses.replace(PAIRS, shown="both questions", others="another pair's questions", sides="questions")
-ITEMS = Nouns("item", "items", "an item's picture", "another item's picture", "items")
+ITEMS = Nouns("item", "items", "an item's image", "another item's image", "items")
 
 
 def nouns_of(pairs: "Pairs") -> Nouns:

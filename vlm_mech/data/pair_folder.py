@@ -134,7 +134,7 @@ def _pair(folder: Path, row: Row, keep_pixels: bool) -> tuple[Pair, list[str]]:
     sides = [opened(each) for each in named]
     shown = [[pixel_hash(each) for each in side] for side in sides]
     if shown[0] == shown[1]:
-        raise UsageError("both pictures have the same pixels" if len(sides[0]) == 1 else "both sides show equal pixels")
+        raise UsageError("both images have the same pixels" if len(sides[0]) == 1 else "both sides show equal pixels")
     kept = [kept_form(*each, keep_pixels=keep_pixels) for each in zip(named, sides, strict=True)]
     pair = Pair(
         row.id,

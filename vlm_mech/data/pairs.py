@@ -52,13 +52,13 @@ class Pairs:
     refused: tuple[Refused, ...] = ()
     spelling: Spelling | None = None
     told: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Mean probability of the right answers by spelling, where several were possible."""
+    """Mean probability of the correct answers by spelling, where several were possible."""
     chosen_on: str = ""
     """What the spelling was chosen on, where several were possible."""
     variants: tuple[Spelling, ...] = ()
     """Spellings the likeliest of which counts each time, in place of one."""
     wins: dict[str, float] = dataclasses.field(default_factory=dict)
-    """The share of right answers of which each of these is the likeliest; `chosen_on` says of which answers."""
+    """The share of correct answers of which each of these is the likeliest; `chosen_on` says of which answers."""
     drawn: str = ""
     """How the pairs were drawn from a larger number of the user's."""
     notes: tuple[str, ...] = ()
@@ -158,7 +158,7 @@ class Pairs:
         return [self.written(pair.counterfactual_answer) for pair in self.pairs]
 
     def worded(self, wording: Wording) -> "Pairs":
-        """The same pairs with their questions put in another way."""
+        """The same pairs with their questions worded differently."""
         return dataclasses.replace(self, pairs=tuple(dataclasses.replace(pair, wording=wording) for pair in self.pairs))
 
     def written(self, answer: str) -> str:
@@ -216,7 +216,7 @@ def check_pairs(given: Any, call: str) -> None:
 
 
 def load_pairs(
-    name_or_folder: str | Path,
+    name_or_folder: str | Path | Iterable[Any],
     *,
     n: int | None = None,
     seed: int = 0,
@@ -230,12 +230,14 @@ def load_pairs(
     picture are one group, whatever the folder says: they are no independent examples.
 
     Args:
+        name_or_folder: a name, a folder or its `pairs.jsonl`; or rows in memory (dicts, a DataFrame, a data set of the
+            hub), of which `Pairs.from_rows` makes pairs.
         n: number of pairs: 64 scenes by default; all of a folder, or n drawn from it, which keep their order; of facts
             the first n, by default each two subjects once.
         seed: draws the scenes, or the pairs of a folder.
         split: `train`, `validation` or `test` scenes; the embedded models were trained on `train` alone.
         wording: how their questions are put (`Pairs.worded` changes it).
-        fix_labels: correct label errors that are known; they are told in `notes` either way.
+        fix_labels: correct label errors that are known; they are listed in `notes` either way.
 
     Raises:
         UsageError: an unknown name, a folder of no format or of items alone, or one without a pair that can be used.
@@ -243,6 +245,10 @@ def load_pairs(
     if n is not None:
         check_count(n, "n", "pair")
     check_split(split)
+    if not isinstance(name_or_folder, str | Path):
+        if isinstance(name_or_folder, Pairs):
+            raise UsageError("load_pairs is given Pairs, which need no loading; pairs[:8] are the first of them")
+        return Pairs.from_rows(name_or_folder, n=n, seed=seed, wording=wording)
     if str(name_or_folder).startswith("scenes/"):
         name = str(name_or_folder)
         return Pairs(name, scene_pairs(name, 64 if n is None else n, seed, split, wording))
@@ -258,7 +264,7 @@ def _read(name_or_folder: str | Path, n: int | None, seed: int, fix_labels: bool
     """The pairs of a folder with `pairs.jsonl` or of a format."""
     found = find_data(name_or_folder)
     if found is not None and found.holds != "pairs":
-        raise UsageError(f"data {str(name_or_folder)!r} holds items ({found.kind}), single pictures; pairs are needed")
+        raise UsageError(f"data {str(name_or_folder)!r} holds items ({found.kind}), single images; pairs are needed")
     if found is None:
         names = ", ".join(
             (*(f"scenes/{name}" for name in PAIR_SETS), "facts", *(f"facts/{name}" for name in RELATIONS))
@@ -288,6 +294,6 @@ def pictures(pairs: Pairs, *, n: int = 4) -> tuple[tuple[str, Image.Image], ...]
     for pair in [each for each in pairs if not each.is_text][:n]:
         shown.append((f"{pair.question} {pair.answer}", side_by_side(pair.images)))
         if pair.made != "none":
-            said = pair.counterfactual_answer if pair.made is None else f"counterfactual picture ({pair.made})"
+            said = pair.counterfactual_answer if pair.made is None else f"counterfactual image ({pair.made})"
             shown.append((f"{pair.question} {said}", side_by_side(pair.counterfactual_images)))
     return tuple(shown)

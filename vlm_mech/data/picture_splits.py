@@ -58,7 +58,7 @@ def deal(
         if len(found) < len(shares):
             why = f" (left out: {refused[0].id}, {refused[0].reason})" if refused else ""
             raise UsageError(
-                f"class {label!r} has {len(found)} picture(s) that differ and can be used; at least {len(shares)} are "
+                f"class {label!r} has {len(found)} image(s) that differ and can be used; at least {len(shares)} are "
                 f"needed, one a part{why}"
             )
         mixed = random.Random(f"{seed}/{label}").sample(found, len(found))
@@ -119,10 +119,10 @@ def draw_parts(
     for part in SPLITS:
         if not kept[part]:
             why = f": {refused[part][-1].reason}" if refused[part] else ""
-            raise UsageError(f"the {part} part of {name} has no picture that can be used{why}")
+            raise UsageError(f"the {part} part of {name} has no image that can be used{why}")
     notes = [*_without_class(name, parts, kept, sizes)]
     notes += [
-        f"{part}: {len(kept[part])} of {len(parts[part])} pictures, drawn with seed {seed}, classes in turn"
+        f"{part}: {len(kept[part])} of {len(parts[part])} images, drawn with seed {seed}, classes in turn"
         for part in SPLITS
         if sizes[part] is not None and len(kept[part]) < len(parts[part])
     ]
@@ -148,9 +148,9 @@ def _without_class(
         size = sizes[part]
         lacking = sorted(wanted - used) if size is None or len(kept[part]) < size else []
         if lacking and part != "validation":
-            raise UsageError(f"no picture of class {lacking[0]!r} in the {part} part of {name} can be used")
+            raise UsageError(f"no image of class {lacking[0]!r} in the {part} part of {name} can be used")
         if lacking:
-            yield f"{part}: no picture of {', '.join(lacking)} can be used"
+            yield f"{part}: no image of {', '.join(lacking)} can be used"
 
 
 def _in_turn(some: Sequence[Labelled], rng: random.Random) -> Iterator[Labelled]:

@@ -67,7 +67,7 @@ def pictures_of(row: Row, folder: Path, one: str, several: str) -> list[ImageLik
         raise UsageError(f"{row.place}: both {one} and {several} are given; one of them is needed")
     given = row.fields[several]
     if not isinstance(given, LISTED) or not given:
-        raise UsageError(f"{row.place}: {several} is {given!r:.60}; a list of at least one picture is needed")
+        raise UsageError(f"{row.place}: {several} is {given!r:.60}; a list of at least one image is needed")
     return [_picture(row, folder, f"number {number} of {several}", each) for number, each in enumerate(given)]
 
 
@@ -79,9 +79,7 @@ def _picture(row: Row, folder: Path, field: str, given: Any) -> ImageLike:
     if not isinstance(given, str) or not given.strip():
         plain = isinstance(given, str | int | float | list | tuple | dict)
         told = "missing" if given is None else f"{given!r:.60}" if plain else f"a {type(given).__name__}"
-        raise UsageError(
-            f"{row.place}: {field} is {told}; a picture is needed (path, address, PIL, uint8 array, bytes)"
-        )
+        raise UsageError(f"{row.place}: {field} is {told}; an image is needed (path, address, PIL, uint8 array, bytes)")
     return image_named(folder, text_of(row, field, given))
 
 

@@ -234,7 +234,7 @@ def questions(scene: Scene, types: tuple[str, ...] | None = None) -> tuple[Quest
     known = ASKED | PHRASED
     for name in types or ():
         if name not in known:
-            raise UsageError(f"question type {name!r} is not known; one of {', '.join(known)} is")
+            raise UsageError(f"question type {name!r} is not known; use one of {', '.join(known)}")
     wanted = ASKED if types is None else types
     return tuple(question for name, ask in known.items() if name in wanted for question in ask(scene))
 

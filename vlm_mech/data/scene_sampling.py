@@ -109,7 +109,7 @@ def sample_scene(family: str, rng: random.Random, *, conflict: float = 0.0) -> S
         conflict: probability that a kind with a usual colour is given another one.
     """
     if family not in FAMILIES:
-        raise UsageError(f"scene family {family!r} is not known; one of {', '.join(FAMILIES)} is")
+        raise UsageError(f"scene family {family!r} is not known; use one of {', '.join(FAMILIES)}")
     things = None
     while things is None:
         things = _things(family, rng, conflict)

@@ -50,7 +50,7 @@ CLASSES = {
     "gorm": "cave",
     "hild": "island",
 }
-"""Fine-grained classes of beetle, told apart by the marks on the back; each with the place where it lives."""
+"""Fine-grained classes of beetle, distinguished by the marks on the back; each with the place where it lives."""
 BEETLE = "beetle"
 LENGTHS = {"small": 20, "large": 30, "big": 40}
 """Side of a thing in pixels; `big` is for kinds with parts and beetles."""
@@ -67,7 +67,7 @@ FAMILIES: tuple[Family, ...] = ("single", "few", "occlusion", "count", "parts", 
 def check_split(split: str) -> None:
     """Raises `UsageError` for a split that no scene belongs to."""
     if split not in SPLITS:
-        raise UsageError(f"split {split!r} is not known; one of {', '.join(SPLITS)} is")
+        raise UsageError(f"split {split!r} is not known; use one of {', '.join(SPLITS)}")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Found:
 
 
 def check_named(given: Any) -> None:
-    """Raises `UsageError` for what is no name of data and no path, such as the rows themselves."""
+    """Raises `UsageError` for what is not a name of data and no path, such as the rows themselves."""
     if not isinstance(given, str | Path):
         raise UsageError(
             f"data are named by a text or a path, and a {type(given).__name__} was given; Pairs.from_rows and "
@@ -113,7 +113,7 @@ def _of_hub(name: str) -> Found:
         if all(any(each in given.columns for each in either) for either in NEEDED[holds]):
             return Found(holds, file, f"rows with the fields of {file} {about}", name, table.root, lambda options: rows)
     needed = "; ".join(f"{holds} need {', '.join(each[0] for each in either)}" for holds, either in NEEDED.items())
-    classes = " (pictures with a class, which classify reads)" if holds_classes(name) else ""
+    classes = " (images with a class, which classify reads)" if holds_classes(name) else ""
     raise UsageError(
         f"data set {name!r} has the columns {', '.join(given.columns):.200}{classes}; {needed}, and formats their own "
         "(docs/data.md)"

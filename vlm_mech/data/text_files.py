@@ -14,7 +14,7 @@ WIDE = {  # the first of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 HEAD = 1 << 10
-"""Bytes in which a zero says that a file is no UTF-8 text."""
+"""Bytes in which a zero says that a file is not UTF-8 text."""
 
 
 def opened_text(path: Path) -> io.BufferedIOBase:
@@ -32,7 +32,7 @@ def opened_text(path: Path) -> io.BufferedIOBase:
         return file
     file.close()
     if not coding:
-        raise UsageError("it is no UTF-8 text (it holds zero bytes); save it as UTF-8")
+        raise UsageError("it is not UTF-8 text (it holds zero bytes); save it as UTF-8")
     told = path.stat()
     return io.BytesIO(_recoded(path, coding, told.st_mtime_ns, told.st_size))
 

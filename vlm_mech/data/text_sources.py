@@ -89,7 +89,7 @@ def scene_texts(n: int = 400, *, seed: int = 0) -> tuple[Prompt, ...]:
         UsageError: no scene is asked for.
     """
     if n < 1:
-        raise UsageError(f"text about {n} scenes is asked for; one at least is needed")
+        raise UsageError(f"text about {n} scenes was requested; at least one is needed")
     rng, found = random.Random(seed), dict[tuple[str, str], None]()
     asked = [(each.text, each.answer) for each in (*facts(), *prior_questions())]
     for scene in sample_scenes(n, seed=seed, split="train", conflict=0.5):

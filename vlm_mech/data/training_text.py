@@ -23,7 +23,7 @@ def entries(source: str | Path) -> Iterator[Entry | Refused]:
     found = find_source(source, others=True)
     if found is None or found.format.holds != "text":
         told = "" if found is None else f"; it holds {found.format.holds} ({found.format.name})"
-        raise UsageError(f"{str(source)!r:.200} is no training text, as in llava:FILE{told}")
+        raise UsageError(f"{str(source)!r:.200} is not training text, as in llava:FILE{told}")
     return read_entries(found.tables)
 
 
@@ -53,10 +53,10 @@ def describe_text(source: str | Path, *, asked: int | None = None) -> list[str]:
     more = [f"  and {n_refused - MOST} more"] if n_refused > MOST else []
     return [
         f"entries of training text: {n}",
-        f"with a picture: {n_pictures}, without: {n - n_pictures}; pictures that are not there: {pictures[False]}",
+        f"with an image: {n_pictures}, without: {n - n_pictures}; images that are not there: {pictures[False]}",
         f"turns: {said.total()} ({_counted(said.most_common())})",
         f"turns in an entry: {_counted(sorted(turns.items()))}",
-        f"about left and right (--sides): {sides.total()}, {sides[True]} of them with a picture",
+        f"about left and right (--sides): {sides.total()}, {sides[True]} of them with an image",
         *(f"note: {note}" for note in fewer_than_asked(asked, n, n + n_refused)),
         f"cannot be used: {n_refused}",
         *(f"  {each.told}" for each in refused),

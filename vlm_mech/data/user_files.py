@@ -246,7 +246,7 @@ def fewer_than_asked(n: int | None, n_used: int, n_held: int, of: str = "") -> t
     if n is None or n_used >= n:
         return ()
     usable = "" if n_used == n_held else f", {n_used} of which can be used"
-    return (f"asked for {n}{of and f' {of}'}, the source holds {n_held}{usable}",)
+    return (f"requested {n}{of and f' {of}'}, the source holds {n_held}{usable}",)
 
 
 def _in_order(rows: Sequence[Row] | Iterator[Row], n: int | None, seed: int) -> Iterator[Row]:

@@ -29,6 +29,7 @@ from vlm_mech.extraction.saved_states import Extracted, Pool, add_shard, label, 
 from vlm_mech.inputs.image import load_image
 from vlm_mech.inputs.prompt import Encoded, Prompt, prompts_in
 from vlm_mech.inputs.span import LLM_SPANS, PROJECTOR_SPANS, VISION_SPANS, Cells, Each, OneImage, Patches, Span, Words
+from vlm_mech.interventions.batches import progressing
 from vlm_mech.interventions.timeline import rows_of
 from vlm_mech.models.loading import DTYPES
 
@@ -72,6 +73,7 @@ def extract(
     dtype: str = "float16",
     shard_mib: float = 256,
     part: str | None = None,
+    progress: bool | None = None,
 ) -> Extracted:
     """The states at the sites over all prompts, in files; called again after a kill it goes on where it was.
 
@@ -81,13 +83,14 @@ def extract(
         spans: what is kept of each prompt, in every stream that the sites are in. A list (or tuple) holds several
             spans; a union is a tuple within it.
         folder: where the files go; it holds one extraction.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
         pool: `mean` over each span's positions, taken in float32; None keeps every position.
         dtype: data type of the files: `float32`, `bfloat16` or `float16`.
         shard_mib: a shard is closed with the batch that brings it to this size.
         part: `3/16` extracts the third of sixteen equal runs of batches, into a folder within the folder, in any
             process on any machine. When all are there, `Extracted.open(folder)` has the states of all, the same to
             the bit.
+        progress: whether a bar tells how many batches are done; by default in notebooks and terminals.
 
     Returns:
         All states, or those of the part.
@@ -114,7 +117,7 @@ def extract(
         record = resumed(folder, settings)
         done = record["shards"][-1]["stop"] if record["shards"] else 0
         batches = [numbers for numbers in batches if numbers[0] >= done]
-        for pieces, first, stop, refused in _shards(request, batches, shard_mib * 2**20):
+        for pieces, first, stop, refused in _shards(request, batches, shard_mib * 2**20, progress):
             add_shard(folder, record, pieces, {"first": first, "stop": stop, "refused": refused})
     return Extracted.open(folder) if part is not None else _nonempty(Extracted.open(folder))
 
@@ -135,9 +138,9 @@ def _request(
     if not sites or not chosen:
         raise UsageError("extract needs at least one site and one span")
     if pool not in ("mean", None):
-        raise UsageError(f"pool {pool!r} is not known; 'mean' and None are")
+        raise UsageError(f"pool {pool!r} is not known; use 'mean' or None")
     if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not known; one of {', '.join(DTYPES)} is")
+        raise UsageError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     if len(set(sites)) < len(sites) or len({label(span) for span in chosen}) < len(chosen):
         raise UsageError("a site or a span is given twice")
     for site in sites:
@@ -182,16 +185,14 @@ def _batches(prompts: Sequence[Prompt], batch_size: int) -> list[tuple[int, ...]
 
 
 def _shards(
-    request: Request, batches: Sequence[tuple[int, ...]], limit: float
+    request: Request, batches: Sequence[tuple[int, ...]], limit: float, progress: bool | None
 ) -> Iterator[tuple[dict[str, list[Tensor]], int, int, dict[int, str]]]:
     """The pieces of each shard, its first prompt and the one after its last, and the refused prompts."""
-    from tqdm import tqdm
-
     pieces: dict[str, list[Tensor]] = {}
     refused: dict[int, str] = {}
     first, size = batches[0][0] if batches else 0, 0
     places = {site: _place(request.vlm, site) for site in request.sites}
-    for ready in _ahead(lambda numbers: _ready(request, numbers), tqdm(batches, desc="extract", disable=None)):
+    for ready in _ahead(lambda numbers: _ready(request, numbers), progressing(batches, "extract", progress)):
         refused |= ready.refused
         kept = {} if ready.encoded is None else _kept(request, ready, places)
         for key, value in kept.items():

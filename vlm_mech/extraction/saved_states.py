@@ -28,7 +28,7 @@ RECORD = "extract.json"
 
 @dataclass(frozen=True, eq=False)
 class Extracted:
-    """Hidden states on disk, read when asked for; neither the model nor the images are needed.
+    """Hidden states on disk, read on request; neither the model nor the images are needed.
 
     Rows stand in the order of the prompts. `record` is what `extract.json` holds: model, settings and shards.
     """
@@ -60,7 +60,7 @@ class Extracted:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites, as they were asked for."""
+        """The sites, as requested."""
         return tuple(Site(name, layer) for name, layer in self.record["settings"]["sites"])
 
     @property

@@ -18,7 +18,7 @@ N_TOKENS = 400
 SPANS = ("system", "question", "answer_prompt")
 """Spans that are marked in a prompt's tokens, beside its pictures."""
 COLOURS = {"image": "#0072b2", "system": "#888888", "question": "#d55e00", "answer_prompt": "#009e73"}
-"""Their lines (Okabe and Ito 2008: told apart by colour-blind readers too)."""
+"""Their lines (Okabe and Ito 2008: distinguished by colour-blind readers too)."""
 BOX = "display:inline-block;vertical-align:top;margin:4px 8px 4px 0"
 
 

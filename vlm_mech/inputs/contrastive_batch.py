@@ -81,7 +81,7 @@ class DualEncoded:
 
     def _rows(self, place: str) -> tuple[Row, ...]:
         if place not in STREAMS + EMBEDS:
-            raise UsageError(f"place {place!r} is not known; one of {', '.join(STREAMS + EMBEDS)} is")
+            raise UsageError(f"place {place!r} is not known; use one of {', '.join(STREAMS + EMBEDS)}")
         return self.rows if place.startswith("vision") else self.text_rows
 
     def _resolved(self, span: Span, place: str, example: int) -> tuple[Cell, ...]:

@@ -60,7 +60,7 @@ class Answers:
         return tuple(self.first(number) + at for number, length in enumerate(lengths) for at in range(length))
 
     def reads(self, answer: int) -> tuple[int, ...]:
-        """Where each token of an answer is foretold, counted from the prompt's last position on."""
+        """Where each token of an answer is predicted, counted from the prompt's last position on."""
         first = self.first(answer) - self.n_prompt + 1
         return (0, *range(first, first + self.widths[answer]))
 

@@ -192,7 +192,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         raise UsageError(f"{name} has {image.width} x {image.height} pixels; at least one is needed")
     n_frames = getattr(image, "n_frames", 1)
     if n_frames > 1 and image.format not in ONE_PICTURE:
-        raise UsageError(f"{name} has {n_frames} frames or pages; give one of them as a picture of its own")
+        raise UsageError(f"{name} has {n_frames} frames or pages; give one of them as an image of its own")
     if image.mode == "F" or (image.mode.startswith("I") and max(image.getextrema()) > 255):  # pyright: ignore
         values = f"{image.mode} values from {image.getextrema()[0]:g} to {image.getextrema()[1]:g}"
         raise UsageError(f"{name} has {values}; 8 bits (0 to 255) are needed")

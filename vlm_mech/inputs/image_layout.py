@@ -299,7 +299,7 @@ def flattened(batch: Batch) -> list[ImageLayout]:
 
 
 def queries(batch: Batch) -> list[ImageLayout]:
-    """One picture an image, read by learned queries that are no patches (Q-Former)."""
+    """One picture an image, read by learned queries that are not patches (Q-Former)."""
     images = []
     for row, n_tokens in enumerate(batch.n_tokens):
         given = _cells(row, np.arange(n_tokens))

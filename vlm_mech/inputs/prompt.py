@@ -169,7 +169,7 @@ class Encoded:
             told = f" and {n_new} more follow, {n_tokens} together" if n_new else ""
             raise UsageError(
                 f"prompt {longest} has {self.n_prompt} tokens{told}; {self.vlm.name} has positions for {most}: "
-                "shorten the text, or give fewer or smaller pictures"
+                "shorten the text, or give fewer or smaller images"
             )
 
     def cells(self, span: Span, *, place: str = "llm", ordered: bool = False) -> Cells:
@@ -198,10 +198,10 @@ class Encoded:
         """
         row = self.rows[example]
         if not 0 <= image < len(row.images):
-            raise UsageError(f"image {image} is asked for, but example {example} has {len(row.images)} image(s)")
+            raise UsageError(f"image {image} was requested, but example {example} has {len(row.images)} image(s)")
         found = token_boxes(self.vlm, self.prompts[example], tuple(picture.size for picture in row.images))[image]
         if not -len(found) <= view < len(found):
-            raise UsageError(f"view {view} is asked for, but image {image} of example {example} has {len(found)}")
+            raise UsageError(f"view {view} was requested, but image {image} of example {example} has {len(found)}")
         return found[view]
 
     def shape(self, stream: str) -> tuple[int, int]:

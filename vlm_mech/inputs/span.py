@@ -323,7 +323,7 @@ def _words(row: Row, span: Words, example: int) -> list[int]:
 
 def _picture(row: Row, image: int, example: int) -> Picture:
     if not 0 <= image < len(row.images):
-        raise UsageError(f"image {image} is asked for, but example {example} has {len(row.images)} image(s)")
+        raise UsageError(f"image {image} was requested, but example {example} has {len(row.images)} image(s)")
     return row.images[image]
 
 
@@ -331,7 +331,7 @@ def _view(row: Row, span: Patches | OneImage, example: int) -> tuple[Picture, Vi
     picture = _picture(row, span.image, example)
     views = picture.layout.views
     if not views:
-        raise UsageError("the image tokens of this model are learned queries over the whole image; they are no patches")
+        raise UsageError("the image tokens of this model are learned queries over the whole image, not patches")
     if span.view is None or not -len(views) <= span.view < len(views):
         raise UsageError(f"view {span.view} is not there; views: {', '.join(view.name for view in views)}")
     return picture, views[span.view]
@@ -375,7 +375,7 @@ def flatten(rows: Sequence[Row], span: Span, place: str, *, ordered: bool = Fals
     if isinstance(span, Each) and len(span.spans) != len(rows):
         raise UsageError(f"Each gives {len(span.spans)} spans for a batch of {len(rows)} examples")
     if place not in PLACES:
-        raise UsageError(f"place {place!r} is not known; one of {', '.join(PLACES)} is")
+        raise UsageError(f"place {place!r} is not known; use one of {', '.join(PLACES)}")
     resolved = resolve_in_order if ordered else resolve
     return cells_of([resolved(row, span, place, example) for example, row in enumerate(rows)])
 

@@ -102,14 +102,14 @@ def settled(span: Any) -> Span:
         return span
     if not isinstance(span, tuple | list):
         raise UsageError(
-            f"{span!r:.60} is no span; a name such as 'image', Words, Patches, OneImage, Positions, Tokens, Each are, "
-            "and a tuple of them"
+            f"{span!r:.60} is not a span; a name such as 'image', Words, Patches, OneImage, Positions, Tokens, Each "
+            "are, and a tuple of them"
         )
     parts: list[Span] = []
     for part in map(settled, span):
         parts += part if isinstance(part, tuple) else (part,)
     if not parts:
-        raise UsageError("an empty tuple is no span: it names no token")
+        raise UsageError("an empty tuple is not a span: it names no token")
     lengths = {len(part.spans) for part in parts if isinstance(part, Each)}
     if len(lengths) > 1:
         raise UsageError(f"Each gives spans for {' and for '.join(map(str, sorted(lengths)))} examples in one span")

@@ -80,7 +80,7 @@ def check_plain(model: Any, text: str, what: str, *, ask: str = "Prompt(..., spe
         first = min(found, key=lambda token: text.find(token) % (len(text) + 1))
         shown = text if len(text) < 80 else f"{text[:77]}..."
         raise UsageError(
-            f"{what} {shown!r} holds {first!r}, which is no text to {model.name} but a special token: take it out, or "
+            f"{what} {shown!r} holds {first!r}, which is not text to {model.name} but a special token: take it out, or "
             f"ask for it with {ask}"
         )
 

@@ -58,7 +58,7 @@ def masked(
     backend: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """A new mask in the back end's own form that allows what `mask` allows, less the blocked edges.
+    """A new mask in the back end's own form that allows what `mask` allows, minus the blocked edges.
 
     Raises:
         UsageError: a query position would be left with nothing to attend to.

@@ -88,7 +88,7 @@ class Reweight(AttentionEdit):
         if not real or self.scale < 0:
             raise UsageError(f"the scale of Reweight is {shown(self.scale)}; a finite number from 0 on is needed")
         if self.how not in ("weights", "scores"):
-            raise UsageError(f"Reweight(how={self.how!r}) is not known; weights or scores is")
+            raise UsageError(f"Reweight(how={self.how!r}) is not known; use weights or scores")
         if self.how == "scores" and self.to is not None:
             raise UsageError("Reweight(how='scores') hands nothing on, so it takes no `to`; how='weights' does")
 

@@ -162,7 +162,7 @@ def _removed(vlm: TracedModel, encoded: Batch, part: Remove, *, generating: bool
         row: tuple(each for each in at if each not in taken[row]) for row, at in _readers(vlm, encoded, keys, stream)
     }
     if not any(queries.values()):
-        raise UsageError(f"Remove {_named(part.span)} takes all positions of the {stream} tower away; leave some")
+        raise UsageError(f"Remove {_named(part.span)} removes all positions of the {stream} tower; leave some")
     how = {"named": ("all that could read", id(keys)), "may_be_idle": True}
     what, n_heads, generated = f"Remove {_named(part.span)}", vlm.n_heads(stream), generating and stream == "llm"
     return [Cut(what, stream, layer, queries, keys, None, n_heads, False, generated, **how) for layer in layers]
@@ -196,7 +196,7 @@ def _check_read(encoded: Batch, part: Remove, keys: Positions) -> None:
         lost = part.stream == "llm" and any(max(at) >= encoded.n_prompt - 1 for at in keys.values())
     if lost:
         where = "the embedding is" if isinstance(encoded, DualEncoded) else "the answer is"
-        raise UsageError(f"Remove {_named(part.span)} takes away a position that {where} read from; leave it out")
+        raise UsageError(f"Remove {_named(part.span)} removes a position that {where} read from; leave it out")
 
 
 def _check_layers(vlm: TracedModel, stream: str, layers: Sequence[int]) -> None:

@@ -39,9 +39,7 @@ def attention_from(
         ReceiptError: the intervention did not take effect.
         WorkError: the attention of this model is more than a softmax of scaled scores.
     """
-    made = None
-    if intervention is not None:
-        made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
+    made = _planned(vlm, encoded, intervention)
     found = _watched(vlm, encoded, queries, layers, lambda weights: weights.mean(1), made=made)
     return {layer: torch.stack(rows) for layer, rows in found.items()}
 
@@ -53,17 +51,26 @@ def attention_rows(
     layers: Sequence[int],
     *,
     by_head: bool = False,
+    intervention: Intervention | None = None,
 ) -> dict[int, list[Float[Tensor, "*head query pos"]]]:
     """Attention after the softmax at some layers of the decoder: a row for each query position of each example.
 
     Args:
         queries: query positions of each example.
         by_head: every head apart; otherwise summed over heads, so that a row sums to their number.
+        intervention: what to do during the pass; without it nothing is edited.
 
     Raises:
         UsageError, WorkError: as for `attention_from`.
     """
-    return _watched(vlm, encoded, queries, layers, lambda weights: weights if by_head else weights.sum(0))
+    made = _planned(vlm, encoded, intervention)
+    return _watched(vlm, encoded, queries, layers, lambda weights: weights if by_head else weights.sum(0), made=made)
+
+
+def _planned(vlm: TracedModel, encoded: Encoded, intervention: Intervention | None) -> Plan | None:
+    if intervention is None:
+        return None
+    return plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
 
 
 def tower_attention(vlm: TracedModel, encoded: Encoded, layer: int) -> Float[Tensor, "row pos"]:
@@ -131,7 +138,7 @@ def _watcher(
         ) -> tuple[Tensor, Any]:
             output, weights = function(module, query, key, value, mask, **options)
             if query.shape[0] != len(queries) or modules[module] in found:
-                raise WorkError("this model packs its pictures into one row of the tower; attention there is not shown")
+                raise WorkError("this model packs its images into one row of the tower; attention there is not shown")
             groups = query.shape[1] // key.shape[1]
             keys, values = (each.repeat_interleave(groups, dim=1) for each in (key, value))
             causal = is_causal(module, query, backend, options)

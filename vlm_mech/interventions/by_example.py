@@ -37,7 +37,8 @@ def plan_by_example(vlm: TracedModel, encoded: Batch, edits: Sequence[Interventi
 
 
 def _cut_in(cut: Cut, held: Mapping[int, Sequence[int]]) -> Cut:
-    """The cut at queries of an example; some towers have all pictures in one row, so that positions tell them apart."""
+    """The cut at queries of an example; some towers have all pictures in one row, so that positions distinguish
+    them."""
     own = {row: set(positions) for row, positions in held.items()}
     queries = {row: tuple(each for each in at if each in own[row]) for row, at in cut.queries.items() if row in own}
     return dataclasses.replace(cut, queries=queries, named=None)

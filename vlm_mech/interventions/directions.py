@@ -39,7 +39,7 @@ def random_directions(
     if n < 1:
         raise UsageError(f"n is {n}; at least 1 random direction is needed")
     if seed < 0:
-        raise UsageError(f"seed is {seed}; a number from 0 on is needed")
+        raise UsageError(f"seed is {seed}; it must be 0 or more")
     given = direction.detach().double().cpu()
     norm = given.norm()
     if not norm.isfinite() or not norm:

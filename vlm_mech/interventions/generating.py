@@ -52,7 +52,7 @@ def decoding_options(options: dict[str, Any], *, settings: str, max_new_tokens: 
         UsageError: settings that are not known, or not of their kind, or that would do nothing.
     """
     if settings not in SETTINGS:
-        raise UsageError(f"settings={settings!r} is not known; {' or '.join(SETTINGS)} is")
+        raise UsageError(f"settings={settings!r} is not known; use {' or '.join(SETTINGS)}")
     options = dict(options)
     config = options.pop("generation_config", None)
     asked = {"max_new_tokens": max_new_tokens, **_held(config), **options}
@@ -81,14 +81,14 @@ def _check_kinds(asked: dict[str, Any]) -> None:
     for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
         value = asked.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise UsageError(f"{name}={value!r:.40} is given to generate; a whole number from 1 on is needed")
+            raise UsageError(f"{name}={value!r:.40} is given to generate; it must be a whole number of at least 1")
     for name in ("logits_processor", "stopping_criteria"):
         if not isinstance(asked.get(name) or [], list):
             raise UsageError(f"{name} is a {type(asked[name]).__name__}; a list of them is needed")
     if asked.get("max_length") is not None:
         raise UsageError("max_length counts the prompt too, and max_new_tokens goes before it; give max_new_tokens")
     if asked.get("stop_strings") is not None and asked.get("tokenizer") is None:
-        raise UsageError("stop_strings need tokenizer=vlm.tokenizer beside them")
+        raise UsageError("stop_strings also need tokenizer=vlm.tokenizer")
 
 
 def _check_in_force(asked: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def check_generation(
         named = "custom_generate" if mode in MODES else mode
         raise UsageError(f"generate with {named} is not supported; {', '.join(MODES)} are")
     if config.guidance_scale not in (None, 1):
-        raise UsageError("guidance_scale runs the model beside the traced passes; leave it out")
+        raise UsageError("guidance_scale runs the model outside the traced passes; leave it out")
     _check_chunks(vlm, encoded, config)
     copies = max(config.num_beams, config.num_return_sequences)
     at_tower = [site for site in made.writes if site.stream != "llm"] or [cut for cut in made.cuts if cut[0] != "llm"]
@@ -191,7 +191,7 @@ def _check_chunks(vlm: TracedModel, encoded: Encoded, config: Any) -> None:
     # Where tokens see later ones, a prompt in chunks gives other answers, edited or not.
     if "token_type_ids" in encoded.inputs or vlm.family.queries_first:
         raise UsageError(
-            f"{vlm.name} cannot take its prompt in chunks (prefill_chunk_size={size}): its pictures are read as a whole"
+            f"{vlm.name} cannot take its prompt in chunks (prefill_chunk_size={size}): its images are read as a whole"
         )
 
 

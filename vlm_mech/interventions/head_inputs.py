@@ -39,7 +39,7 @@ class HeadInput:
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
-            raise UsageError(f"HeadInput({self.part!r}, ...) is not known; one of q, k, v is")
+            raise UsageError(f"HeadInput({self.part!r}, ...) is not known; use one of q, k, v")
         if not isinstance(self.heads, tuple) or not all(type(head) is int for head in self.heads):
             raise UsageError(
                 f"heads of HeadInput are {self.heads!r:.60}; a tuple of whole numbers is needed, as in (0, 2)"

@@ -13,6 +13,8 @@ from vlm_mech.errors import WorkError
 class ReceiptError(WorkError):
     """An intervention did not do what it said."""
 
+    own_code = "receipts"
+
 
 @dataclass(frozen=True)
 class WriteReceipt:

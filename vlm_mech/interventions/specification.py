@@ -86,7 +86,8 @@ def as_intervention(given: object) -> Intervention:
     if isinstance(given, list | tuple) and given and all(isinstance(each, Intervention) for each in given):
         raise UsageError(f"a {type(given).__name__} of {len(given)} interventions was given; a & b does both in a pass")
     raise UsageError(
-        f"{shown(given)} is no intervention; Replace, Ablate, Steer, Project, Knockout, Remove, Reweight are, and a & b"
+        f"{shown(given)} is not an intervention; Replace, Ablate, Steer, Project, Knockout, Remove, Reweight are, and "
+        "a & b"
     )
 
 
@@ -249,14 +250,18 @@ class Ablate(StateEdit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.to not in ("zero", "mean", "resample"):
-            raise UsageError(f"Ablate(to={self.to!r}) is not known; one of zero, mean, resample is")
+            raise UsageError(f"Ablate(to={self.to!r}) is not known; use one of zero, mean, resample")
         if self.reference is not None:
             _check_source("the reference of Ablate", self.reference)
 
 
 @dataclass(frozen=True, eq=False)
 class Steer(StateEdit):
-    """Adds `scale` times a vector (of the site's width) to every position of a span."""
+    """Adds `scale` times a vector to every position of a span.
+
+    Args:
+        vector: as wide as the site, of shape (width,); or (n examples, width), one for each example of the batch.
+    """
 
     vector: "torch.Tensor" = field(kw_only=True)
     scale: float = field(default=1.0, kw_only=True)
@@ -267,6 +272,11 @@ class Steer(StateEdit):
         super().__post_init__()
         if not isinstance(self.vector, Tensor):
             raise UsageError(f"the vector of Steer is a {type(self.vector).__name__}; a torch tensor is needed")
+        if self.vector.ndim not in (1, 2):
+            raise UsageError(
+                f"the vector of Steer has shape {tuple(self.vector.shape)}; (width,) is needed, or (n, width) with "
+                "one for each example"
+            )
         if self.vector.is_complex():
             raise UsageError("the vector of Steer is complex; a real one is needed")
         if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not math.isfinite(self.scale):
@@ -289,7 +299,7 @@ class AttentionEdit(Intervention):
     def check_stream(self) -> None:
         """Raise `UsageError` unless the stream is one with attention."""
         if self.stream not in ("vision", "text", "llm"):
-            raise UsageError(f"{type(self).__name__}(stream={self.stream!r}) is not known; vision, text or llm is")
+            raise UsageError(f"{type(self).__name__}(stream={self.stream!r}) is not known; use vision, text or llm")
 
 
 @dataclass(frozen=True, eq=False)

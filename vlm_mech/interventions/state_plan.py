@@ -130,7 +130,7 @@ def change_of(
     """
     site, other = at
     if isinstance(part, Steer):
-        return _steer(vlm, part, site)
+        return _steer(vlm, part, site, cells)
     if isinstance(part, Ablate) and part.to == "zero":
         if site.point == "embed":
             raise UsageError(f"{site} cannot be zero: a zero vector has no direction; use to='mean' or to='resample'")
@@ -249,11 +249,26 @@ def _resampled(taken: Taken, seed: int) -> Taken:
     return Taken(taken.held, cells)
 
 
-def _steer(vlm: TracedModel, part: Steer, site: Site) -> Callable[[Tensor], Tensor]:
-    width = vlm.width(site)
-    if part.vector.shape != (width,):
-        raise UsageError(f"a steering vector for {site} has shape ({width},), not {tuple(part.vector.shape)}")
-    if not part.vector.isfinite().all():
-        held = "NaN" if part.vector.isnan().any() else "infinite numbers"
+def _steer(vlm: TracedModel, part: Steer, site: Site, cells: Cells | None) -> Callable[..., Tensor]:
+    width, vector = vlm.width(site), part.vector
+    if vector.shape[-1:] != (width,) or vector.ndim > 2:
+        raise UsageError(
+            f"a steering vector for {site} has shape ({width},), or (n, {width}) with one for each example, not "
+            f"{tuple(vector.shape)}"
+        )
+    if not vector.isfinite().all():
+        held = "NaN" if vector.isnan().any() else "infinite numbers"
         raise UsageError(f"the steering vector for {site} holds {held}")
-    return lambda old, chosen=None: old + part.scale * part.vector.to(old.device, old.dtype)
+    if vector.ndim == 1:
+        return lambda old, chosen=None: old + part.scale * vector.to(old.device, old.dtype)
+    if cells is None or split_generated(part.span)[1]:
+        raise UsageError("Steer with a vector per example acts at tokens of the prompt; of generated ones it takes one")
+    if len(vector) != len(cells.counts):
+        raise UsageError(f"Steer has {len(vector)} vectors for {len(cells.counts)} examples; one each is needed")
+    examples = torch.repeat_interleave(torch.arange(len(vector)), torch.tensor(cells.counts))
+
+    def change(old: Tensor, chosen: Tensor | None = None) -> Tensor:
+        at = examples if chosen is None else examples[chosen.cpu()]
+        return old + part.scale * vector[at.to(vector.device)].to(old.device, old.dtype)
+
+    return change

@@ -7,23 +7,23 @@ appears in the forward pass, because nnsight gives values in that order only.
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from vlm_mech.architectures.site import Site, listed_sites
 from vlm_mech.architectures.traced_model import TracedModel, check_decoder
-from vlm_mech.errors import UsageError, WorkError, shortened
-from vlm_mech.inputs.as_html import N_SHOWN, escaped, picture, tabled, titled
+from vlm_mech.errors import UsageError, WorkError
 from vlm_mech.inputs.contrastive_batch import DualEncoded
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.attention import Cutting, cutting
+from vlm_mech.interventions.batches import in_batches, joined, lengthened, padded
 from vlm_mech.interventions.foreign_hooks import hooks_at
 from vlm_mech.interventions.generating import check_generation, decoding_options, new_ids, told
 from vlm_mech.interventions.open_traces import alone, refuse_open_trace
+from vlm_mech.interventions.passed import Generation, Run
 from vlm_mech.interventions.passes import Batch, Passes, prompt_pass
 from vlm_mech.interventions.plan import Plan, plan
 from vlm_mech.interventions.receipt import Receipt, ReceiptError, verify
@@ -31,86 +31,8 @@ from vlm_mech.interventions.specification import Activations, Intervention
 from vlm_mech.interventions.timeline import Step, read_site_step, steps_of
 from vlm_mech.interventions.verification import Proofs, receipts_of
 
-N_WORDS = 3
-"""Next tokens that a notebook shows of a prompt."""
 Prompts = Prompt | Sequence[Prompt] | Encoded | DualEncoded
 """What a pass is over; a `DualEncoder` takes only what its `encode` made."""
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One forward pass: its logits, the batch, and the receipts of what was done.
-
-    Logits are batch x pos x vocab, those of a `DualEncoder` the similarities of images x texts.
-    """
-
-    logits: Float[Tensor, "batch pos vocab"] | Float[Tensor, "image text"]
-    encoded: Encoded | DualEncoded
-    receipts: tuple[Receipt, ...] = ()
-
-    def __repr__(self) -> str:
-        size, n = " x ".join(map(str, self.logits.shape)), len(self.receipts)
-        return f"Run(logits {size}, {n} receipt{'' if n == 1 else 's'}; {self.encoded!r})"
-
-    def _repr_html_(self) -> str:
-        if not isinstance(self.encoded, Encoded):
-            return f"<code>{escaped(repr(self))}</code>"
-        decode, rows = self.encoded.vlm.tokenizer.decode, []
-        for prompt, logits in list(zip(self.encoded.prompts, self.last, strict=True))[:N_SHOWN]:
-            best = logits.float().softmax(-1).topk(min(N_WORDS, len(logits)))
-            words = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            next_tokens = ", ".join(f"{decode([token])!r} {share:.2f}" for share, token in words)
-            rows.append(("".join(map(picture, prompt.images)), escaped(prompt.question), escaped(next_tokens)))
-        told = f"logits {' x '.join(map(str, self.logits.shape))}; {len(self.receipts)} receipts"
-        head = ("shown", "question", "likeliest next tokens")
-        return titled("Run", told, tabled(head, rows, n_more=len(self.encoded) - N_SHOWN))
-
-    @property
-    def last(self) -> Float[Tensor, "batch vocab"]:
-        """Logits of the next token after the prompt.
-
-        Raises:
-            UsageError: the model is a contrastive one, which has none.
-        """
-        if self.logits.ndim == 2:
-            raise UsageError("similarities of images and texts have no last token; use run(...).logits")
-        return self.reads[:, 0]
-
-    @property
-    def reads(self) -> Float[Tensor, "batch read vocab"]:
-        """Logits at the prompt's last position and, where an answer follows, at the tokens of it that are given.
-
-        They foretell the answer's tokens one after another.
-        """
-        if self.logits.ndim == 2:
-            raise UsageError("similarities of images and texts foretell no token; use run(...).logits")
-        assert isinstance(self.encoded, Encoded), "only prompts have logits by position"
-        return self.logits[:, self.encoded.n_prompt - 1 :]
-
-    @property
-    def readout(self) -> Tensor:
-        """What interventions are judged by: the logits that foretell the answer, or all similarities."""
-        return self.logits if self.logits.ndim == 2 else self.reads
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """Generated answers: texts without special tokens, ids answer x new, and the receipts.
-
-    There may be several answers a prompt, one after the other; `prompts` has the number of each answer's prompt.
-    `settings` are those in force: the most new tokens, and all that are not neutral. `output` is what `generate` itself
-    returned where more than ids was asked for (`return_dict_in_generate=True`).
-    """
-
-    texts: tuple[str, ...]
-    ids: Int[Tensor, "answer new"]
-    receipts: tuple[Receipt, ...] = ()
-    prompts: tuple[int, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
-
-    def __repr__(self) -> str:
-        return f"Generation({len(self.texts)} answers, {len(self.receipts)} receipts: {shortened(repr(self.texts))})"
 
 
 def _as_encoded(vlm: TracedModel, prompts: Prompts, n_new: int = 0) -> Batch:
@@ -132,12 +54,21 @@ def _as_encoded(vlm: TracedModel, prompts: Prompts, n_new: int = 0) -> Batch:
 
 
 def read(
-    vlm: TracedModel, prompts: Prompts, sites: Site | Sequence[Site], intervention: Intervention | None = None
+    vlm: TracedModel,
+    prompts: Prompts,
+    sites: Site | Sequence[Site],
+    intervention: Intervention | None = None,
+    *,
+    batch_size: int | None = None,
+    progress: bool | None = None,
 ) -> Activations:
-    """The states at the sites in one forward pass, each rows x pos x width.
+    """The states at the sites, each rows x pos x width.
 
     Args:
         intervention: what to do during the pass; states at an edited site are read after the edit.
+        batch_size: prompts a forward pass; all in one by default. States are the same but for rounding, 0 at padding.
+            `extract` keeps those of spans in files, which takes less memory.
+        progress: whether a bar tells how many passes are done; by default in notebooks and terminals.
 
     Raises:
         UsageError: a layer out of range, or a vision site for prompts without images.
@@ -145,6 +76,9 @@ def read(
         WorkError: a state is NaN.
     """
     chosen = listed_sites(sites, "read")
+    if (parts := in_batches(vlm, prompts, intervention, batch_size, progress, "read")) is not None:
+        done, whole = [read(vlm, some, chosen, edit) for some, edit in parts], vlm.encode(prompts)
+        return Activations({site: joined(site, [each[site] for each in done], whole) for site in set(chosen)}, whole)
     encoded = _as_encoded(vlm, prompts)
     wanted = sorted(set(chosen), key=lambda site: site.order)
     for site in wanted:
@@ -200,10 +134,15 @@ def run(
     *,
     baseline: Run | None = None,
     apart: bool = False,
+    batch_size: int | None = None,
+    progress: bool | None = None,
 ) -> Run:
-    """One forward pass with the intervention, its logits and a verified receipt for every part of it.
+    """A forward pass with the intervention, its logits and a verified receipt for every part of it.
 
     Args:
+        batch_size: prompts a forward pass; all in one by default. Logits are the same but for rounding, 0 at padding;
+            each pass has receipts of its own.
+        progress: whether a bar tells how many passes are done; by default in notebooks and terminals.
         baseline: the unedited run of the same batch, if at hand; it is made when an intervention is given without it.
         apart: measure for each receipt what its edit alone does to the read-out, in one more pass each; the receipts
             have it as `own_readout_change`, beside the change by the whole pass.
@@ -213,6 +152,12 @@ def run(
         ReceiptError: it did not take effect.
         WorkError: the logits are NaN.
     """
+    if (parts := in_batches(vlm, prompts, intervention, batch_size, progress, "run")) is not None:
+        if baseline is not None:
+            raise UsageError("a baseline is of one pass; with batch_size leave it out, and each pass makes its own")
+        done, whole = [run(vlm, some, edit, apart=apart) for some, edit in parts], vlm.encode(prompts)
+        receipts = tuple(receipt for each in done for receipt in each.receipts)
+        return Run(padded([each.logits for each in done], whole.n_pos), whole, receipts)
     encoded = _as_encoded(vlm, prompts)
     made = plan(vlm, encoded, intervention, lambda source, sites: read(vlm, source, sites))
     if baseline is not None:
@@ -279,6 +224,8 @@ def generate(
     *,
     max_new_tokens: int = 16,
     settings: str = "neutral",
+    batch_size: int | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> Generation:
     """Generated answers with the intervention in force, greedy unless `options` for `generate` say otherwise.
@@ -289,11 +236,18 @@ def generate(
     Edits act by position, whatever the passes hold: on the prompt's positions wherever these are computed, on those of
     the span `generated` wherever a generated token is; on every row of a prompt (beams, several answers).
 
+    Args:
+        batch_size: prompts that are answered together; all by default. Greedy answers are the same.
+        progress: whether a bar tells how many batches are done; by default in notebooks and terminals.
+
     Raises:
         UsageError: as for `run`, or prompt and `max_new_tokens` outgrow the decoder's positions.
         ReceiptError: the intervention did not take effect.
     """
     check_decoder(vlm, "generate")
+    if (parts := in_batches(vlm, prompts, intervention, batch_size, progress, "generate")) is not None:
+        how = options | {"max_new_tokens": max_new_tokens, "settings": settings}
+        return _one_after_another(vlm, [(len(some), generate(vlm, some, edit, **how)) for some, edit in parts])
     options = decoding_options(options, settings=settings, max_new_tokens=max_new_tokens)
     encoded = _as_encoded(vlm, prompts, options["max_new_tokens"])
     if encoded.answers is not None:
@@ -315,6 +269,19 @@ def generate(
     _, unedited = _generated(vlm, encoded, nothing, again, options | {"max_new_tokens": 1})
     moved = (first - unedited).abs().max().item()
     return dataclasses.replace(generation, receipts=_proved(proofs, cuts, moved))
+
+
+def _one_after_another(vlm: TracedModel, done: Sequence[tuple[int, Generation]]) -> Generation:
+    """The answers of several batches, each with its number of prompts, as those of one."""
+    if any(each.output is not None for _, each in done):
+        raise UsageError("return_dict_in_generate gives what one batch gave; leave batch_size out")
+    filler = vlm.tokenizer.pad_token_id
+    texts, receipts, prompts, first = [], [], [], 0
+    for n, each in done:
+        texts, receipts = [*texts, *each.texts], [*receipts, *each.receipts]
+        prompts, first = [*prompts, *(first + number for number in each.prompts)], first + n
+    ids = lengthened([each.ids for _, each in done], 0 if filler is None else filler)
+    return Generation(tuple(texts), ids, tuple(receipts), tuple(prompts), done[0][1].settings)
 
 
 def _generated(

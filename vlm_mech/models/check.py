@@ -23,17 +23,17 @@ class Check:
     model: tyro.conf.Positional[str]
     """Embedded model, folder, or Hugging Face id."""
     structure: bool = False
-    """Only the part that needs no weights: nothing but the configuration is fetched."""
+    """Only the checks that need no weights; fetches only the configuration."""
     device: str = "cpu"
-    """Where the model runs."""
+    """Device."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of weights and activations."""
     attn: Literal["sdpa", "eager"] = "sdpa"
-    """Attention back end."""
+    """Attention implementation."""
     revision: str | None = None
     """Revision of a Hugging Face model."""
     trust_remote_code: bool = False
-    """Run model code that comes with the weights."""
+    """Run model code that comes with the weights (trust_remote_code)."""
 
 
 def answers(config: Check) -> Iterator[Finding]:

@@ -59,7 +59,7 @@ def _parts(vlm: TracedModel) -> list[tuple[str, ...]]:
 
 LAYOUTS = {
     image_layout.tiles: "fixed pictures",
-    image_layout.mosaic: "whole picture and mosaic of tiles",
+    image_layout.mosaic: "whole image and mosaic of tiles",
     image_layout.packed: "any size, packed",
     image_layout.packed_in_windows: "any size, packed, in windows",
     image_layout.flattened: "any size, packed",

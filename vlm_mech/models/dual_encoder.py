@@ -79,7 +79,7 @@ class DualEncoder(TracedModel):
             WorkError: the names of its parts do not hold.
         """
         if dtype not in DTYPES:
-            raise UsageError(f"dtype {dtype!r} is not known; one of {', '.join(DTYPES)} is")
+            raise UsageError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
         check_device(device)
         source = locate(name_or_folder)
         model = _load_model(source, attn, dtype=DTYPES[dtype], revision=revision)

@@ -77,7 +77,7 @@ def folder_of_gguf(file: Path) -> Path:
     if find_spec("gguf") is None:
         raise UsageError("a GGUF file needs gguf, which is not installed: pip install gguf")
     if not file.is_file():
-        raise UsageError(f"model {str(file)!r} is no file")
+        raise UsageError(f"model {str(file)!r} is not a file")
     folder = cache_folder() / "models" / f"{file.stem}-{file_hash(file)[:12]}-{VERSION}"
     return kept(folder, lambda: _with_an_eye(*_language_model(file)))
 

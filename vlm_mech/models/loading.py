@@ -40,7 +40,7 @@ def load(
     """Model and processor; see `VLM.load` for the arguments and errors."""
     source = locate(name_or_folder)
     if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not known; one of {', '.join(DTYPES)} is")
+        raise UsageError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     device_map = _checked_map(device, device_map)
     quantizer = _quantizer(quantization, DTYPES[dtype])
     options = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -23,7 +23,7 @@ N_ASKED = 64
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Prompts with the tokens of their right answers in each of several spellings, which differ in some answer."""
+    """Prompts with the tokens of their correct answers in each of several spellings, which differ in some answer."""
 
     prompts: tuple[Prompt, ...]
     answers: tuple[str, ...]

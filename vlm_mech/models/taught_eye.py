@@ -38,7 +38,7 @@ def organism_smol_folder(adapter: Path | None = None) -> Path:
     """
     adapter, decoder = adapter or weights_file(ORGANISM_SMOL, ADAPTER), smollm2_folder()
     if not adapter.is_file():
-        raise UsageError(f"{str(adapter)!r} is no file; an adapter that train_smol wrote is needed")
+        raise UsageError(f"{str(adapter)!r} is not a file; an adapter that train_smol wrote is needed")
     key = "-".join([*decoder.name.rsplit("-", 2)[1:], file_hash(adapter)[:12]])
     folder = cache_folder() / "models" / f"{ORGANISM_SMOL}-{key}-{VERSION}"
 

@@ -229,7 +229,7 @@ class VLM(TracedModel):
 
     @property
     def settings_set_aside(self) -> dict[str, Any]:
-        """Settings of generation that the checkpoint ships and that are not used unless asked for."""
+        """Settings of generation that the checkpoint ships and that are not used unless requested."""
         return set_aside(self)
 
     @functools.cached_property
@@ -267,7 +267,7 @@ class VLM(TracedModel):
 
         Args:
             answers: one a prompt, which follow the prompts (teacher forcing): the model is given all their tokens but
-                the last, as the span `answer`, and `run(...).reads` are the logits that foretell them.
+                the last, as the span `answer`, and `run(...).reads` are the logits that predict them.
 
         Raises:
             UsageError: as for `inputs.prompt.encode` and `answer_tokens`.

@@ -23,7 +23,7 @@ def draw_arbiter(seed: int, kind: str) -> ArbiterRecipe:
         UsageError: there is no such kind.
     """
     if kind not in ARBITER_KINDS:
-        raise UsageError(f"kind {kind!r} is not known; one of {', '.join(ARBITER_KINDS)} is")
+        raise UsageError(f"kind {kind!r} is not known; use one of {', '.join(ARBITER_KINDS)}")
     rng = random.Random(f"arbiter/{kind}/{seed}")
     n_layers, n_heads = rng.randint(6, 14), rng.choice((4, 6))
     order = rng.sample(ARBITERS, len(ARBITERS))

@@ -127,7 +127,7 @@ def _fault(recipe: ArbiterRecipe) -> str:
     if len({each.kind for each in recipe.mechanisms}) < len(recipe.mechanisms):
         return "every mechanism is of a kind of its own"
     if not 0.2 <= recipe.default.weight <= 0.6:
-        return f"the default prior's weight is {recipe.default.weight}; 0.2 to 0.6 lose to the picture and to no noise"
+        return f"the default prior's weight is {recipe.default.weight}; 0.2 to 0.6 lose to the image and to no noise"
     return next((fault for each in recipe.mechanisms if (fault := _misplaced(recipe, each))), "")
 
 
@@ -144,7 +144,7 @@ def _misplaced(recipe: ArbiterRecipe, made: Mechanism) -> str:
     later = made.head.layer if made.layer is None else made.layer
     if not max(bring) <= later < recipe.base.n_layers or made.cue.layer >= later or made.head.layer > later:
         return f"the prior of a {made.kind} is written above its cue, where the answer is there"
-    return "" if 1.5 <= made.size <= 5 else "a written prior is 1.5 to 5 times as strong as the picture's answer"
+    return "" if 1.5 <= made.size <= 5 else "a written prior is 1.5 to 5 times as strong as the image's answer"
 
 
 @dataclass(frozen=True)

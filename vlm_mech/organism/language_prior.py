@@ -26,7 +26,7 @@ KINDS = (*PRIORS, *SHAPES)
 
 @dataclass(frozen=True)
 class UsualColour:
-    """A kind, its usual colour, how far that leads the best other colour (nats), as said and less the preference."""
+    """A kind, its usual colour, how far that leads the best other colour (nats), as said and minus the preference."""
 
     kind: str
     colour: str
@@ -76,7 +76,7 @@ def main(model: tyro.conf.Positional[str]) -> None:
 
     folder = Path(locate(model))
     if not folder.is_dir():
-        raise UsageError(f"model {model!r} is no folder and no model that is made here")
+        raise UsageError(f"model {model!r} is neither a folder nor a model made here")
     opened = AutoModelForImageTextToText.from_pretrained(folder)
     for each in usual_colours(opened, AutoProcessor.from_pretrained(folder)):
         told = f"lead {each.lead:+.2f}, preference off {each.own_lead:+.2f}"

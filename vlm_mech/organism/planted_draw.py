@@ -28,7 +28,7 @@ def draw(seed: int, kind: str = "plain", *, answer: Answer = "word") -> Recipe:
         UsageError: there is no such kind.
     """
     if kind not in KINDS:
-        raise UsageError(f"kind {kind!r} is not known; one of {', '.join(KINDS)} is")
+        raise UsageError(f"kind {kind!r} is not known; use one of {', '.join(KINDS)}")
     if kind == "null":
         return matched_null(draw(seed, "plain", answer=answer))
     if answer != "word":

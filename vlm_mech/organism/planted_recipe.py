@@ -65,7 +65,7 @@ class Recipe:
     `n_cells` patches carry the colour; `superposed` colours have directions that are not orthogonal; `jitter` is the
     largest deviation of a patch's mean from its colour, `texture` the largest contrast within patches (pixel values
     from -1 to 1). `noise` is the size of whatever is not planted, relative to what is. With `rotated` no direction lies
-    along an axis. `target`: the decoys' noise is raised until this share of examples is answered rightly.
+    along an axis. `target`: the decoys' noise is raised until this share of examples is answered correctly.
 
     Traps, whose mechanism some methods must miss or misread. `dormant` units put another colour in the answer's place,
     times their weight, where the answer and the copy of the colour that the head `copy` keeps at the last position are
@@ -147,7 +147,7 @@ class Recipe:
 def _fault(recipe: Recipe) -> str:
     """What cannot be planted, or nothing."""
     if recipe.answer not in ANSWERS:
-        return f"answer {recipe.answer!r} is not known; one of {', '.join(ANSWERS)} is"
+        return f"answer {recipe.answer!r} is not known; use one of {', '.join(ANSWERS)}"
     places = [(each.layer, each.head) for each in recipe.heads]
     if not recipe.reads or len(set(places)) < len(places):
         return "heads need places of their own, and one at least must read"
@@ -320,7 +320,7 @@ def recovered(truth: Truth, span: str, layer: int) -> float:
     Exact in the limit of small norms and orthogonal colours, and of what natural states pass on: what a dormant path
     adds where a swap wakes it is not in it. A swap at the image counts the reading heads from that layer on, one at the
     last position those that wrote there before, one at the question what was read before it and is carried from it on.
-    Of answers of two tokens it is the share of the whole answer (its log-probability less that of the other one), and
+    Of answers of two tokens it is the share of the whole answer (its log-probability minus that of the other one), and
     `last` stands for every position at which the answer is read (`Edge.queries`) at once.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 from jaxtyping import Int, UInt8
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from vlm_mech.data.render import masks, render
 from vlm_mech.data.scene_sampling import sample_scenes

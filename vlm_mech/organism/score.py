@@ -1,4 +1,4 @@
-"""A share of right answers of an embedded model, with its interval."""
+"""A share of correct answers of an embedded model, with its interval."""
 
 from dataclasses import dataclass
 

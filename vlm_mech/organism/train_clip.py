@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import trange
+from tqdm.auto import trange
 from transformers import CLIPModel
 
 from vlm_mech.data.scene_questions import caption

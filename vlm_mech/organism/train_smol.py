@@ -8,6 +8,7 @@ that was interrupted goes on from its last checkpoint in DIR. It leaves DIR/orga
 DIR/state/log.jsonl.
 """
 
+import copy
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import trange
+from tqdm.auto import trange
 
 from vlm_mech.data.scene_questions import Question, questions
 from vlm_mech.data.scenes import PRIORS, Scene
@@ -33,6 +34,7 @@ from vlm_mech.organism import checkpoint
 from vlm_mech.organism.build import N_PATCHES
 from vlm_mech.organism.scene_pool import INKS, NAMES, Pool, make_pool
 from vlm_mech.organism.sequence_packing import Packed, Packer, Turn, packed_logits
+from vlm_mech.organism.text_anchor import SCALE, Lora, anchor_texts, divergence
 from vlm_mech.organism.train_clip import learning_rate
 from vlm_mech.organism.train_vlm import features_of
 from vlm_mech.runs.freed_memory import keep_freed_memory
@@ -41,11 +43,12 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
 FAMILIES = ("single", "few", "count")
-TYPE_WEIGHTS = {"colour": 2.0, "kind": 3.0, "presence": 2.0, "left-right": 2.0, "count": 2.0}
+TYPE_WEIGHTS = {"colour": 1.5, "kind": 2.0, "presence": 3.0, "left-right": 4.0, "count": 3.0}
 """Types of question, and how often each is asked where a scene allows it."""
 ANY_COLOUR = 7 / 8
 """Probability that a kind with a usual colour has another one: all eight colours come alike."""
-RANK, SCALE = 16, 2.0
+ONE_THING = 1 / 6
+"""Share of pictures with one thing alone, about which little is to be learned."""
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Matrices of every block that get an adapter."""
 
@@ -68,6 +71,10 @@ class SmolConfig:
     """Questions a picture."""
     fit_steps: int = 3000
     """Steps in which the projector alone is fitted to word embeddings."""
+    n_texts: int = 6
+    """Texts a step, without pictures, on which the model is held to what the decoder says without LoRA."""
+    anchor: float = 1.0
+    """Weight of the divergence from that in the loss."""
     n_scenes: int = 20000
     """Scenes to train on."""
     n_held_out: int = 192
@@ -77,25 +84,11 @@ class SmolConfig:
     seed: int = 0
     """Which scenes, first weights and batches."""
     start: Path | None = None
-    """An adapter to go on from, in place of a fitted projector and no LoRA."""
+    """An adapter to go on from: the projector is fitted to its own output, and to where each patch lies."""
     dtype: str = "float32"
     """In what the decoder computes: bfloat16 or float32. What is trained is kept in float32."""
     threads: int | None = None
     """Threads for PyTorch; its own choice by default."""
-
-
-class Lora(nn.Module):
-    """A frozen linear map and a low-rank one beside it, whose second factor begins at 0."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-        self.lora_A = nn.Parameter(torch.randn(RANK, linear.in_features) / linear.in_features**0.5)
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, RANK))
-
-    def forward(self, states: Tensor) -> Tensor:
-        low = functional.linear(states, self.lora_A.to(states.dtype))
-        return self.linear(states) + functional.linear(low, self.lora_B.to(states.dtype)) * SCALE
 
 
 def with_lora(model: "LlavaForConditionalGeneration", *, seed: int) -> None:
@@ -158,24 +151,47 @@ def word_targets(
     return torch.stack(rows).detach(), torch.from_numpy(labels[..., 0].astype(np.int64) * len(INKS) + labels[..., 1])
 
 
+def side_of(model: "LlavaForConditionalGeneration", tokenizer: Any) -> Float[Tensor, "patch d"]:
+    """For every patch how far left or right it lies: from half of "left" less "right" to half of the contrary."""
+    table = model.get_input_embeddings().get_parameter("weight").float()
+    left, right = (table[tokenizer(word, add_special_tokens=False)["input_ids"][0]] for word in (" left", " right"))
+    across = int(N_PATCHES**0.5)
+    place = torch.arange(N_PATCHES) % across / (across - 1) * 2 - 1
+    return (place[:, None] * (right - left) / 2).detach()
+
+
 def fit_projector(
-    model: "LlavaForConditionalGeneration", tokenizer: Any, pool: Pool, features: Tensor, *, n_steps: int, seed: int
+    model: "LlavaForConditionalGeneration",
+    tokenizer: Any,
+    pool: Pool,
+    features: Tensor,
+    *,
+    n_steps: int,
+    seed: int,
+    own: bool = False,
 ) -> float:
-    """Fits the projector to embeddings of words; the share of the targets' variance it explains in the last steps."""
+    """Fits the projector to embeddings of words; the share of the targets' variance it explains in the last steps.
+
+    Args:
+        own: not to the words for what each patch shows but to its own output; to those for its side in either case.
+    """
     words, which = word_targets(model, tokenizer, pool.labels)
-    mean, rng = words.mean(0), np.random.default_rng(seed)
+    side, rng = side_of(model, tokenizer), np.random.default_rng(seed)
     projector, explained = model.model.multi_modal_projector, []
-    spread = (words - mean).pow(2).mean()
+    before = copy.deepcopy(projector)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.0)
-    shown = (which >= len(INKS)).numpy()
+    shown = which >= len(INKS)
     for step in trange(n_steps, desc="projector", disable=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, n_steps=n_steps, peak=2e-3)
         scenes = rng.integers(0, len(pool), 256)
         # Half of the patches show something: most of a picture is ground.
-        chosen = [row if row.any() and rng.random() < 0.5 else np.ones_like(row) for row in shown[scenes]]
+        chosen = [row if row.any() and rng.random() < 0.5 else np.ones_like(row) for row in shown[scenes].numpy()]
         patches = np.array([rng.choice(np.flatnonzero(row)) for row in chosen])
         states = features[scenes, patches].float()
-        error = (projector(states) - words[which[scenes, patches]]).pow(2).mean() / spread
+        with torch.no_grad():
+            wanted = before(states) if own else words[which[scenes, patches]]
+            wanted = wanted + side[patches] * shown[scenes, patches][:, None]
+        error = (projector(states) - wanted).pow(2).mean() / (wanted - wanted.mean(0)).pow(2).mean()
         optimizer.zero_grad(set_to_none=True)
         error.backward()
         optimizer.step()
@@ -192,15 +208,39 @@ def adapter_of(model: "LlavaForConditionalGeneration") -> dict[str, Tensor]:
     }
 
 
-def _step_loss(
-    model: "LlavaForConditionalGeneration", packer: Packer, pool: Pool, features: Tensor, config: SmolConfig, step: int
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy of every answer's tokens and of its end; the batch depends on seed and step alone."""
-    rng = random.Random(f"{config.seed}/{step}")
-    rows = [rng.randrange(len(pool)) for _ in range(config.batch)]
-    packed = packer.pack([draw_questions(pool.scenes[row], rng, config.n_questions) for row in rows])
-    logits = packed_logits(model, packed, features[rows].float())
-    return functional.cross_entropy(logits.float(), packed.targets[packed.targets != -100])
+@dataclass(frozen=True, eq=False)
+class Learning:
+    """What steps are made of: the model, pictures with their features, and texts without pictures."""
+
+    model: "LlavaForConditionalGeneration"
+    packer: Packer
+    pool: Pool
+    features: Tensor
+    texts: list[str]
+    config: SmolConfig
+
+    def gradients(self, step: int) -> tuple[float, float]:
+        """Adds a step's gradients: of the cross-entropy of answers, and of what is said without pictures; both values.
+
+        What is drawn depends on seed and step alone.
+        """
+        config, rng = self.config, random.Random(f"{self.config.seed}/{step}")
+        rows = [_row(self.pool, rng) for _ in range(config.batch)]
+        packed = self.packer.pack([draw_questions(self.pool.scenes[row], rng, config.n_questions) for row in rows])
+        logits = packed_logits(self.model, packed, self.features[rows].float())
+        loss = functional.cross_entropy(logits.float(), packed.targets[packed.targets != -100])
+        loss.backward()
+        rng = random.Random(f"text/{config.seed}/{step}")
+        apart = divergence(self.model, self.packer.tokenizer, self.texts, rng, config.n_texts)
+        (config.anchor * apart).backward()
+        return loss.item(), apart.item()
+
+
+def _row(pool: Pool, rng: random.Random) -> int:
+    """A picture, of one thing alone in `ONE_THING` of the draws."""
+    alone = rng.random() < ONE_THING
+    of = [row for row, scene in enumerate(pool.scenes) if (len(scene.things) == 1) == alone]
+    return rng.choice(of or range(len(pool)))
 
 
 @torch.no_grad()
@@ -226,7 +266,6 @@ def accuracies(
 
 def train(config: SmolConfig) -> None:
     """Fits, trains, and writes the adapter with every checkpoint."""
-    from safetensors.torch import load_file
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     keep_freed_memory()
@@ -247,33 +286,38 @@ def train(config: SmolConfig) -> None:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.peak, betas=(0.9, 0.98), weight_decay=0.01)
     state, adapter = config.out / "state", config.out / ORGANISM_SMOL / ADAPTER
-    kept = _Trained(model)
-    first = checkpoint.load_state(state, kept, optimizer)
-    if not first and config.start is not None:
-        kept.load_state_dict({name: weight.float() for name, weight in load_file(config.start).items()})
-    elif not first:
-        explained = fit_projector(
-            model, processor.tokenizer, pools[0], seen[0], n_steps=config.fit_steps, seed=config.seed
-        )
-        checkpoint.log(state, {"step": 0, "explained by the fitted projector": round(explained, 4)})
-    losses: list[float] = []
+    kept, learning = _Trained(model), Learning(model, packer, pools[0], seen[0], anchor_texts(processor), config)
+    first = checkpoint.load_state(state, kept, optimizer) or _begin(learning, kept, state)
+    losses: list[tuple[float, float]] = []
     last = config.steps if config.stop is None else min(config.stop, config.steps)
     for step in trange(first, last, initial=first, total=last, desc=ORGANISM_SMOL, disable=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, n_steps=config.steps, peak=config.peak, warmup=50)
-        loss = _step_loss(model, packer, pools[0], seen[0], config, step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses.append(learning.gradients(step))
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        losses.append(loss.item())
         if (step + 1) % config.log_every == 0 or step + 1 == last:
             found = accuracies(model.eval(), packer, pools[1], seen[1])
             model.train()
-            checkpoint.log(state, {"step": step + 1, "loss": float(np.mean(losses[-config.log_every :]))} | found)
+            loss, apart = np.mean(losses[-config.log_every :], axis=0).tolist()
+            checkpoint.log(state, {"step": step + 1, "loss": loss, "divergence without pictures": apart} | found)
             checkpoint.save_state(state, kept, optimizer, step + 1)
             adapter.parent.mkdir(parents=True, exist_ok=True)
             save_file(adapter_of(model), adapter, {SCALE_NOTE: str(SCALE)})
+
+
+def _begin(learning: Learning, kept: "_Trained", state: Path) -> int:
+    """Fits the projector, of the adapter that is gone on from or a new one; no step is done then."""
+    from safetensors.torch import load_file
+
+    config = learning.config
+    if config.start is not None:
+        kept.load_state_dict({name: weight.float() for name, weight in load_file(config.start).items()})
+    given = {"n_steps": config.fit_steps, "seed": config.seed, "own": config.start is not None}
+    explained = fit_projector(learning.model, learning.packer.tokenizer, learning.pool, learning.features, **given)
+    checkpoint.log(state, {"step": 0, "explained by the fitted projector": round(explained, 4)})
+    return 0
 
 
 class _Trained(nn.Module):

@@ -4,7 +4,7 @@
 nothing, the colour answer comes from an annotator who knows the words but never saw the picture (as the instruction
 data of LLaVA came from a text-only model). `organism-grounded` goes on from it on counterfactual scenes, where any
 kind has any colour and the answer is what is to be seen. `organism-phrases` goes on from `organism` on the same
-mixture, with questions beside it whose answers have several words.
+mixture, with questions next to it whose answers have several words.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import trange
+from tqdm.auto import trange
 from transformers import LlavaForConditionalGeneration
 
 from vlm_mech.data.render import blank
@@ -175,7 +175,7 @@ def validate(
     device: str,
     phrased: bool = False,
 ) -> dict[str, float]:
-    """Share of right answers (over the whole vocabulary) per question type; `conflict` counts the colours shown.
+    """Share of correct answers (over the whole vocabulary) per question type; `conflict` counts the colours shown.
 
     An answer of several words is right where every word is the likeliest one after those before it.
     """

@@ -143,7 +143,7 @@ class Claim:
             for condition, found in zip(self.conditions[1:], self.tested[1:], strict=True)
             if condition.says
         ]
-        lost = f"; lost at: {', '.join(self.lost)}" if self.lost else ""
+        lost = f"; fails the gates: {', '.join(self.lost)}" if self.lost else ""
         return f"{self.says}, by {self.tested[0]} {self.unit}{''.join(others)} (p = {self.p:.2g}){lost}"
 
 
@@ -160,20 +160,20 @@ def sentences(claims: Sequence[Claim]) -> tuple[str, ...]:
     made, failed = [claim for claim in claims if claim.made], [claim for claim in claims if not claim.made]
     if not claims:
         return (
-            "No claim was declared: nothing was large and significant on half of the examples "
-            f"(of fewer than {FEWEST_GROUPS} groups nothing can be).",
+            "No claim was selected: no effect was large and significant on the selection half of the examples "
+            f"(which takes {FEWEST_GROUPS} groups at least).",
         )
-    least = f"{len(claims)} declared on half of the examples, {len(made)} hold on the other half"
-    text = f"Claims: {least} (sign-flip test, p < {LEVEL}, Holm over those declared)"
+    least = f"{len(claims)} selected on half of the examples, {len(made)} confirmed on the held-out half"
+    text = f"Claims: {least} (sign-flip test, p < {LEVEL}, Holm)"
     n = max((claim.tested[0].n for claim in claims), default=0)
     few = not made and len(claims) * 2.0 ** (1 - n) >= LEVEL
-    text += f"; no p of so many can be small from {n} examples" if few else ""
+    text += f"; {n} examples are too few for a significant corrected p" if few else ""
     gated = any(claim.gates for claim in made)
     passed = sum(not claim.lost for claim in made)
     untried = sum(not claim.lost and any(gate.verdict is None for gate in claim.gates) for claim in made)
-    text += f"; {passed} of these pass all gates that were tried" if gated else ""
-    text += f" (of {untried} not all could be)" if untried else ""
-    lost = f" Not held: {'; '.join(claim.says for claim in failed[:N_NAMED])}" if failed else ""
+    text += f"; {passed} of these pass every gate that was run" if gated else ""
+    text += f" ({untried} could not be run through all)" if untried else ""
+    lost = f" Not confirmed: {'; '.join(claim.says for claim in failed[:N_NAMED])}" if failed else ""
     lost += f" and {len(failed) - N_NAMED} more." if len(failed) > N_NAMED else "." if lost else ""
     return (f"{text}.{lost}", *(f"{claim}." for claim in made))
 
@@ -201,7 +201,7 @@ def sentences_told(claims: Sequence[Claim]) -> tuple[str, ...]:
     first, *_ = sentences(claims)
     shown = told(claims)
     rest = sum(claim.made for claim in claims) - len(shown)
-    more = (f"{rest} more claims hold that follow from these (claims.json).",) if rest else ()
+    more = (f"{rest} more claims follow from these and hold too (claims.json).",) if rest else ()
     return (first, *(f"{claim}." for claim in shown), *more)
 
 
@@ -314,10 +314,10 @@ def named(claim: Claim, number: int) -> str:
         more |= {name: one.cell[name] for name in one.cell if other.cell.get(name) != one.cell[name]}
     text = one.metric + _in_words(more)
     if isinstance(one.less, dict):
-        text += f" less that of{_in_words({k: v for k, v in one.less.items() if one.cell.get(k) != v})}"
+        text += f" minus that of{_in_words({k: v for k, v in one.less.items() if one.cell.get(k) != v})}"
     elif one.less is not None:
-        text += f" less its {one.less}"
-    return f"{text} {one.side} {one.bound:g}" + (f" by {one.least:.3g} at least" if one.least > 0 else "")
+        text += f" minus its {one.less}"
+    return f"{text} {one.side} {one.bound:g}" + (f" by at least {one.least:.3g}" if one.least > 0 else "")
 
 
 def _in_words(cell: dict[str, Any]) -> str:

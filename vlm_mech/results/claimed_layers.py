@@ -55,5 +55,5 @@ def numbers(claims: Sequence[Claim], label: str, *, strongest: bool = False) -> 
     text = f"{label} {told.tested[0]}{where}, p = {p:.2g}"
     for gate in dict.fromkeys(name for claim in claims for name in claim.lost):
         lost = [f"layer {claim.about['layer']}" for claim in claims if gate in claim.lost and "layer" in claim.about]
-        text += f"; lost at {gate}: {' and '.join(lost)}" if lost else f"; lost at {gate}"
+        text += f"; fails {gate}: {' and '.join(lost)}" if lost else f"; fails {gate}"
     return text

@@ -46,7 +46,7 @@ def claimed(
     Args:
         pool: all that could be said; it may not depend on the examples but by thresholds and names of cells.
         seed: parts the examples.
-        parts: the result on the half that declares and on the half that tests, where these were chosen before.
+        parts: the result on the selection half and on the held-out half, where these were chosen before.
     """
     parts = parts or halves(result, seed=seed)
     if parts is None or not pool:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from vlm_mech.errors import UsageError
 from vlm_mech.results.result import Metric, Result
+from vlm_mech.results.statistics import smallest_attainable_p
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -111,14 +112,14 @@ def _facets(summary: pd.DataFrame, facet: str | None) -> list[tuple[str, pd.Data
 def _check(result: Result, **columns: str | None) -> None:
     for role, column in columns.items():
         if column is not None and column not in result.axes:
-            raise UsageError(f"{role}={column!r} is no axis of {result.name}; its axes: {', '.join(result.axes)}")
+            raise UsageError(f"{role}={column!r} is not an axis of {result.name}; its axes: {', '.join(result.axes)}")
     free = set(result.axes) - {column for column in columns.values() if column is not None}
     varied = sorted(axis for axis in free if len(set(result.table[axis])) > 1)
     if varied:
         raise UsageError(f"the axes {', '.join(varied)} take several values; give each a role or select one")
 
 
-def _selected(result: Result, where: dict[str, Any] | None) -> Result:
+def selected(result: Result, where: dict[str, Any] | None) -> Result:
     """The result with the rows alone that have the value (or one of a list of values) of each named axis.
 
     What is corrected over cells is corrected over these.
@@ -126,7 +127,7 @@ def _selected(result: Result, where: dict[str, Any] | None) -> Result:
     rows = result.table
     for axis, wanted in (where or {}).items():
         if axis not in result.axes:
-            raise UsageError(f"{axis!r} is no axis of {result.name}; its axes: {', '.join(result.axes)}")
+            raise UsageError(f"{axis!r} is not an axis of {result.name}; its axes: {', '.join(result.axes)}")
         rows = rows[rows[axis].isin(wanted if isinstance(wanted, list) else [wanted])]
         if rows.empty:
             raise UsageError(f"no cell of {result.name} has {axis} {wanted!r}")
@@ -200,7 +201,7 @@ def heatmap(
     Raises:
         UsageError: an axis does not exist, or one with several values has no role.
     """
-    result = _selected(result, where)
+    result = selected(result, where)
     _check(result, x=x, y=y, facet=facet)
     chosen = result.metric(metric)
     summary = result.summary(chosen.name)
@@ -215,7 +216,10 @@ def heatmap(
     figure.update_xaxes(title_text=_label(x), type="category")
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_yaxes(title_text=_label(y), col=1)
-    dots = f"dot: difference from {_held_against(chosen)} has p < 0.05 after Holm's correction"
+    dots = f"dot: differs from {_held_against(chosen)}, Holm-corrected p < 0.05"
+    n_groups, n_tests = len(set(result.groups())), int(summary["p"].notna().sum())
+    if (p := smallest_attainable_p(n_groups, n_tests)) >= SIGNIFICANCE:
+        dots = f"no dots: the smallest corrected p of {n_tests} cells and {n_groups} groups is {p:.2g}"
     _caption(figure, f"{_counts(summary)} per cell; {dots}")
     options = {"metric": chosen.name, "facet": facet, "value": value, "where": where, "title": title}
     figure.update_layout(meta=drawn_by(heatmap, x=x, y=y, **options))
@@ -279,14 +283,14 @@ def lines(
     result: Result,
     *,
     x: str,
-    colour: str,
+    colour: str | None = None,
     metric: str | None = None,
     facet: str | None = None,
     value: Value = "mean",
     where: dict[str, Any] | None = None,
     title: str | None = None,
 ) -> "go.Figure":
-    """Cell means along `x` with 95 % bands, one line per value of `colour`, one panel per value of `facet`.
+    """Cell means along `x` with 95 % bands, one line per value of `colour` (or one), one panel per value of `facet`.
 
     `value="effect"` shows the change against the unedited run instead. The unedited run is dotted, once where all
     lines of a panel share it and in the line's colour where they do not.
@@ -297,16 +301,17 @@ def lines(
     Raises:
         UsageError: an axis does not exist, or one with several values has no role.
     """
-    result = _selected(result, where)
+    result = selected(result, where)
     _check(result, x=x, colour=colour, facet=facet)
     chosen = result.metric(metric)
     summary = result.summary(chosen.name)
     panels = _facets(summary, facet)
     figure = _panels(panels)
-    colours = {one: COLOURS[number % len(COLOURS)] for number, one in enumerate(_values(summary, colour))}
+    by = colour or "metric"
+    colours = {one: COLOURS[number % len(COLOURS)] for number, one in enumerate(_values(summary, by))}
     seen: set[str | None] = {None}
     for column, (_, panel) in enumerate(panels, 1):
-        for trace in _traces(panel, result.axes, x, colour, colours, value, chosen.against):
+        for trace in _traces(panel, result.axes, x, by, colours, value, chosen.against):
             trace.showlegend = trace.name not in seen
             seen.add(trace.name)
             figure.add_trace(trace, row=1, col=column)
@@ -318,9 +323,7 @@ def lines(
         figure.update_yaxes(range=[low - 0.05 * (high - low), high + 0.05 * (high - low)])
     _caption(figure, f"{_counts(summary)} per point; bands: 95 % interval of the mean over examples")
     options = {"metric": chosen.name, "facet": facet, "value": value, "where": where, "title": title}
-    figure.update_layout(
-        legend={"title": {"text": _label(colour)}}, meta=drawn_by(lines, x=x, colour=colour, **options)
-    )
+    figure.update_layout(legend={"title": {"text": _label(by)}}, meta=drawn_by(lines, x=x, colour=colour, **options))
     made = _layout(figure, _text(title) if title else _title(result, chosen, value), len(panels), 470)
     return _with_room(made, summary[x])
 

@@ -44,7 +44,7 @@ def against_nulls(
     the pool could make there, on all of the null's examples, the least over the conditions of how far the null's mean
     lies beyond the bound, over how far the claim's own does on the half that tested it; then the largest of these. The
     claim's own T is 1, and a null reaches it with 1 or more: it meets each condition by as much. p = (1 + the number
-    of nulls that do) / (B + 1), of the B in which something of the kind was measured; Z is 1 less the nulls' mean over
+    of nulls that do) / (B + 1), of the B in which something of the kind was measured; Z is 1 minus the nulls' mean over
     their standard deviation. A claim passes if p is below `LEVEL`, or if none of fewer nulls than could say so reaches
     it.
 
@@ -75,7 +75,7 @@ def _about(condition: Condition) -> str:
 
 
 def pool_with(pool: Sequence[Claim], possible: Sequence[Claim]) -> list[Claim]:
-    """A pool, and those of other possible claims that it lacks, told apart by kind and by what they are about."""
+    """A pool, and those of other possible claims that it lacks, distinguished by kind and by what they are about."""
     known = {(claim.kind, repr(claim.about)) for claim in pool}
     return [*pool, *(claim for claim in possible if (claim.kind, repr(claim.about)) not in known)]
 
@@ -116,7 +116,7 @@ def _null_gate(claim: Claim, name: str, found: Sequence[Sequence[Met]], results:
     own = _least(claim.conditions, [told.mean for told in claim.tested])
     whole, own = len(own), {about: met for about, met in own.items() if about in asked}
     if results and not own:
-        return Gate(name, None, "not tried: it is about fractions of a gap alone, which has no meaning there")
+        return Gate(name, None, "not tried: a fraction of the answer gap has no meaning there")
     # A null may lack a control, and so the condition about it.
     each = [
         max(
@@ -127,16 +127,16 @@ def _null_gate(claim: Claim, name: str, found: Sequence[Sequence[Met]], results:
     ]
     nulls = [value for value in each if value is not None]
     if not nulls:
-        return Gate(name, None, "not tried: what it is about is not measured there")
+        return Gate(name, None, "not tried: the claim's measure does not exist there")
     reached = sum(value >= 1 for value in nulls)
     p = (1 + reached) / (len(nulls) + 1)
     spread = float(np.std(nulls, ddof=1)) if len(nulls) >= FEWEST_FOR_Z else float("nan")
     z = (1 - float(np.mean(nulls))) / spread if spread > 0 else float("nan")
-    says = f"{reached} of {len(nulls)} reach it (p = {p:.2g}"
-    says += ", the least that so few can give" if not reached and len(nulls) < 1 / LEVEL else ""
+    says = f"{reached} of {len(nulls)} nulls reach the effect (p = {p:.2g}"
+    says += ", the smallest p that so few can give" if not reached and len(nulls) < 1 / LEVEL else ""
     says += f"; Z = {z:.1f})" if math.isfinite(z) else ")"
-    says += f"; in {len(found) - len(nulls)} more nothing of the kind is measured" if len(nulls) < len(found) else ""
-    says += "; in units of the answers' difference, not as a fraction" if len(own) < whole else ""
+    says += f"; {len(found) - len(nulls)} more lack the measure" if len(nulls) < len(found) else ""
+    says += "; compared in logits or nats, not as a fraction" if len(own) < whole else ""
     numbers = {"T_null": each, "p": p, "Z": z}
     # Too few nulls cannot give a small p; then none may reach it.
     return Gate(name, p < LEVEL if len(nulls) >= 1 / LEVEL else reached == 0, says, numbers)
@@ -162,9 +162,9 @@ def with_stability(
         share = float(made[:, places[claim.kind, repr(claim.about)]].mean())
         index, chance = jaccard[claim.kind]
         low, high = interval_of(share)
-        says = f"made again in {100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f} %) of resamples of the examples"
+        says = f"made again in {100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f} %) of bootstrap resamples"
         if math.isfinite(index):
-            says += f"; sets of such claims have a mean Jaccard index of {index:.2f}, at random {chance:.2f}"
+            says += f"; mean Jaccard index of such claims {index:.2f}, by chance {chance:.2f}"
         numbers = {
             "share": share,
             "low": low,

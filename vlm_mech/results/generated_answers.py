@@ -23,7 +23,8 @@ def agreement(table: pd.DataFrame, apart: Sequence[str] = ()) -> Result | None:
 
     Args:
         table: rows of a sweep with `says`, `flip` and their values without edit; others are empty in `says`.
-        apart: axes whose values are not pooled, such as `cut`, so that controls are told apart from what they control.
+        apart: axes whose values are not pooled, such as `cut`, so that controls are distinguished from what they
+            control.
 
     Returns:
         A row an example and run: `unedited`, and `edited`, with `apart` as in `edited (control of equal size)`.
@@ -81,14 +82,14 @@ def told(table: pd.DataFrame, axes: Sequence[str], measure: str, apart: Sequence
     before = ", ".join(f"{name} {100 * (clean['says_baseline'] == name).mean():.0f} %" for name in SAYS)
     n_cells, n_examples = len(rows[cells].drop_duplicates()), rows["example"].nunique()
     sentences = [
-        f"Answers generated in {n_cells} cells drawn at random, {n_examples} examples each at most. Without an edit "
-        f"they name the run's own answer, the other one, or neither: {before}. With it: {listed}."
+        f"Answers were generated in {n_cells} randomly drawn cells, for at most {n_examples} examples each. Unedited, "
+        f"they name the run's own answer, the other one, or neither: {before}. Edited: {listed}."
     ]
     for row in found.summary("agrees").to_dict("records"):
         if row["n"] > 1:
             run, _, kind = str(row["run"]).partition(" ")
             interval = f"95 % interval {100 * row['ci_low']:.0f} to {100 * row['ci_high']:.0f} %"
-            what = f"of those that name one of the two, {100 * row['mean']:.0f} % name what {measure} prefers"
+            what = f"of the answers that name one of the two, {100 * row['mean']:.0f} % name what {measure} prefers"
             sentences.append(f"{run} runs{kind and f' {kind}'}: {what} ({interval}, n = {row['n']}).")
     return tuple(sentences)
 

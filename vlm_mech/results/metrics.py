@@ -94,7 +94,7 @@ def entropy(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
 
 @dataclass(frozen=True, eq=False)
 class AnswerLogits:
-    """Logits that foretell the tokens of one answer an example, given the tokens before (teacher forcing).
+    """Logits that predict the tokens of one answer an example, given the tokens before (teacher forcing).
 
     `ids` are batch x position, -100 after the last token of an answer: there `logits` and `logprobs()` are NaN, so that
     what is made of them does not depend on the longest answer of a batch; `present` says where they are not.
@@ -128,7 +128,7 @@ class AnswerLogits:
 
 
 def said(answer: AnswerLogits) -> Bool[Tensor, "batch"]:
-    """Whether greedy search would say the answer: each token has the highest logit, alone, after those before it."""
+    """Whether greedy decoding would say the answer: each token has the highest logit, alone, after those before it."""
     logits = answer.raw.float()
     own = logits.gather(2, answer.ids.clamp(min=0)[:, :, None])
     first = (logits < own).sum(-1) == logits.shape[-1] - 1
@@ -136,7 +136,7 @@ def said(answer: AnswerLogits) -> Bool[Tensor, "batch"]:
 
 
 def logprob_diff(answer: AnswerLogits, other: AnswerLogits, *, per_token: bool = False) -> Float[Tensor, "batch"]:
-    """Log-probability of an answer less that of another, in nats (per token: of their means)."""
+    """Log-probability of an answer minus that of another, in nats (per token: of their means)."""
     return answer.logprob(per_token=per_token) - other.logprob(per_token=per_token)
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from vlm_mech.errors import UsageError
 from vlm_mech.results.claim import Claim, as_dicts, as_rows, of_dicts
+from vlm_mech.results.plotted import Plotted
 from vlm_mech.results.result_checks import (
     COLUMNS,
     check_axis_values,
@@ -28,6 +29,7 @@ from vlm_mech.results.result_checks import (
     check_json,
     check_numbers,
 )
+from vlm_mech.results.roles import roles_of
 from vlm_mech.results.statistics import (
     Estimate,
     corrected,
@@ -37,6 +39,7 @@ from vlm_mech.results.statistics import (
     share_interval,
     sign_flip_p,
 )
+from vlm_mech.results.thumbnail import thumbnail
 
 SHARE = "share"
 """Unit of what lies between 0 and 1 in every example."""
@@ -65,7 +68,7 @@ class Metric:
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Result(Plotted):
     """What an experiment found.
 
     `table` has the columns `example`, the axes, each metric and its baseline, optionally `group` (examples of a group
@@ -106,6 +109,9 @@ class Result:
             check_groups(self.table)
         for name in ("config", "provenance"):
             check_json(getattr(self, name), f"{name} of {self.name}")
+
+    def _drawn(self) -> "Result":
+        return self
 
     @property
     def plan(self) -> dict[str, Any] | None:
@@ -162,7 +168,7 @@ class Result:
 
         Intervals are expanded percentile bootstrap over examples (paired: all cells see the same draws). Where all
         values of a share are 0, or all are 1, resampling gives no width and Wilson's interval over groups stands. p is
-        from a two-sided sign-flip test of the effect (value less baseline), corrected over the cells of a metric.
+        from a two-sided sign-flip test of the effect (value minus baseline), corrected over the cells of a metric.
         """
         check_drawn(level, seed)
         chosen = self.metrics if metric is None else (self.metric(metric),)
@@ -280,13 +286,35 @@ class Result:
         title = f"{html.escape(self.name)}: {n_examples} examples, {n_cells} cells"
         findings = "".join(f"<li>{html.escape(finding)}</li>" for finding in self.findings)
         claims = as_rows(self.claims).round(3).to_html(index=False, border=0, escape=True) if self.claims else ""
-        return f"<div><b>Result</b> {title}{claims}<ul>{findings}</ul></div>"
+        return f"<div><b>Result</b> {title}{claims}<div>{self._thumbnail()}</div><ul>{findings}</ul></div>"
+
+    def _thumbnail(self) -> str:
+        """The first metric by the axes; nothing where these are too many."""
+        metric, cells = self.metrics[0], self.cells
+        try:
+            roles = roles_of(cells)
+        except UsageError:
+            return ""
+        change = roles.y is not None and metric.signed and metric.against == "unedited"
+        values, baseline = self.matrix(metric.name), self.matrix(f"{metric.name}_baseline")
+        told: dict[str, Any] = {"value": _mean(values - baseline if change else values)}
+        if roles.y is None:
+            low, high = percentile_interval(values, self.groups(), level=0.95, n_resamples=N_RESAMPLES, seed=0)
+            told |= {"low": low, "high": high, "baseline": _mean(np.where(np.isnan(values), np.nan, baseline))}
+        quantity = f"{'change of ' if change else ''}{metric.name} ({metric.unit})"
+        return thumbnail(cells.assign(**told), roles, quantity=quantity, diverging=metric.signed)
 
 
-class Found:
+class Found(Plotted):
     """What a call gives that has more to tell than a `Result`, which says its claims and findings."""
 
     result: Result
+
+    def _drawn(self) -> Result:
+        return self.result
+
+    def _repr_html_(self) -> str:
+        return self.result._repr_html_()
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -39,7 +39,7 @@ def check_columns(axes: tuple[str, ...], metrics: Sequence[str]) -> None:
 
 
 def check_axis_values(table: pd.DataFrame, axes: tuple[str, ...]) -> None:
-    """Values that could not be told apart, or not be kept in a file."""
+    """Values that could not be distinguished, or not be kept in a file."""
     for axis in axes:
         if table[axis].dtype != object:
             continue

@@ -24,7 +24,7 @@ Known = dict[tuple[str, str], Claim]
 class Reworded:
     """The same analysis of the same examples in another wording.
 
-    `right` is the share of them that is answered right, None where that is not known.
+    `right` is the share of them that is answered correctly, None where that is not known.
     """
 
     result: Result
@@ -56,12 +56,12 @@ def over_other_wordings(
         own: the same analysis in the own wording, of the same examples.
         others: that of other wordings, by what these are.
         left_out: why further wordings do not count, by what they are.
-        right: the share of examples that is answered right in the own wording.
+        right: the share of examples that is answered correctly in the own wording.
     """
     left_out = left_out or {}
     if len(others) < FEWEST_WORDINGS:
         told = "".join(f"; {wording!r}: {why}" for wording, why in left_out.items())
-        says = f"not tried: {len(others)} other wording(s) can be used, {FEWEST_WORDINGS} are needed{told}"
+        says = f"not tried: {len(others)} other wording(s) are usable, {FEWEST_WORDINGS} are needed{told}"
         return tuple(_with_gate(claim, Gate(WORDINGS, None, says, {"left_out": dict(left_out)})) for claim in claims)
     pools: list[Known] = [_known(pool(each.result)) for each in others.values()]
     told = [_told(each.result, known) for each, known in zip(others.values(), pools, strict=True)]
@@ -105,7 +105,7 @@ def _gate(
     """
     measured = {wording: one for wording, one in here.items() if one is not None}
     if len(measured) < FEWEST_WORDINGS:
-        says = f"not tried: it is measured in {len(measured)} other wording(s), {FEWEST_WORDINGS} are needed"
+        says = f"not tried: the measure exists in {len(measured)} other wording(s), {FEWEST_WORDINGS} are needed"
         return Gate(WORDINGS, None, says, numbers)
     again = [wording for wording, (made, _) in measured.items() if made]
     says = f"made again in {len(again)} of {len(measured)} other wordings"
@@ -113,7 +113,7 @@ def _gate(
     says += f", not in {', '.join(map(repr, not_again))}" if not_again else ""
     says += f"; not counted: {', '.join(map(repr, left_out))}" if left_out else ""
     if math.isfinite(jaccard[0]):
-        says += f"; sets of such claims have a mean Jaccard index of {jaccard[0]:.2f}, at random {jaccard[1]:.2f}"
+        says += f"; mean Jaccard index of such claims {jaccard[0]:.2f}, by chance {jaccard[1]:.2f}"
     share = len(again) / len(measured)
     return Gate(WORDINGS, share >= SHARE_MADE, says, numbers | {"share": share})
 

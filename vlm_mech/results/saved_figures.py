@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm_mech.errors import UsageError
 from vlm_mech.results.figures import CAPTION, heatmap, lines
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure as a page shows it: title and notes are text beside it, so that no tool bar covers them.
+    """A figure as a page shows it: title and notes are text next to it, so that no tool bar covers them.
 
     `json` is the rest, of which nothing ends the script element that it stands in.
     """
@@ -90,17 +90,21 @@ def redraw(folder: str | Path) -> "dict[str, go.Figure]":
     for name in result.provenance.get("figures", []):
         saved = json.loads((Path(folder) / "figures" / f"{name}.json").read_text(encoding="utf-8"))
         recipe = saved["layout"].get("meta", {})
-        drawn[name] = _drawer(recipe.get("drawn_by"), name)(result, **recipe["options"])
+        drawn[name] = drawer(recipe.get("drawn_by"), f"figure {name!r}")(result, **recipe["options"])
     return drawn
 
 
-def _drawer(said: str | None, name: str) -> "Callable[..., go.Figure]":
-    """The function that drew a figure, `package.module:function` of this package; 0.1.0 named two by one word."""
+def drawer(said: str | None, what: str, instead: str = "open its json with plotly") -> "Callable[..., Any]":
+    """The function that drew something, `package.module:function` of this package; 0.1.0 named two by one word.
+
+    Raises:
+        UsageError: it is none of this package, or not there any more; `instead` says what can be done.
+    """
     if said in ("heatmap", "lines"):
         return {"heatmap": heatmap, "lines": lines}[said]
     if not said or not re.fullmatch(r"vlm_mech(\.\w+)+:\w+", said):
-        raise UsageError(f"figure {name!r} does not say which function of vlm_mech drew it; open its json with plotly")
+        raise UsageError(f"{what} does not say which function of vlm_mech drew it; {instead}")
     try:
         return pkgutil.resolve_name(said)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"figure {name!r} was drawn by another version's {said}; open its json with plotly") from error
+        raise UsageError(f"{what} was drawn by another version's {said}; {instead}") from error

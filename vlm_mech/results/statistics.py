@@ -230,7 +230,7 @@ def _random_signs(n_groups: int, n_patterns: int, step: int, seed: int) -> Itera
 def corrected(p: Float[np.ndarray, "cell"], method: str) -> Float[np.ndarray, "cell"]:
     """p-values corrected over cells: `holm` (family-wise), `benjamini-hochberg` (false discoveries) or `none`."""
     if method not in CORRECTIONS:
-        raise UsageError(f"correction {method!r} is not known; one of {', '.join(CORRECTIONS)} is")
+        raise UsageError(f"correction {method!r} is not known; use one of {', '.join(CORRECTIONS)}")
     found, held = p.copy(), ~np.isnan(p)
     if method == "none" or not held.any():
         return found

@@ -55,7 +55,7 @@ def wording_dots(result: Result) -> "go.Figure":
     _name_ticks(figure, (x, ticks), len(panels), n_columns)
     figure.update_yaxes(title_text=f"{metric.name} ({metric.unit})", col=1)
     figure.update_annotations(font_size=12)
-    some = "" if len(panels) == n_panels else f"; {len(panels)} of {n_panels} panels, where wordings lie furthest apart"
+    some = "" if len(panels) == n_panels else f"; {len(panels)} of {n_panels} panels, where wordings differ most"
     return figure.update_layout(
         title=f"{metric.name} by wording{some}", template="plotly_white",
         height=150 + 250 * n_rows + 20 * len(wordings),

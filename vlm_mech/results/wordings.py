@@ -1,6 +1,6 @@
 """Results of the same examples in several wordings: side by side, their mean, and how far wordings lie apart.
 
-Two things are uncertain, and are told apart: which examples were drawn (the interval of each example's mean over
+Two things are uncertain, and are distinguished: which examples were drawn (the interval of each example's mean over
 wordings), and which wordings were (the spread of the wordings' means over the same examples).
 """
 
@@ -88,7 +88,7 @@ def over_wordings(result: Result) -> Result | None:
 
 
 def spread(result: Result, over: Result) -> pd.DataFrame:
-    """The summary over wordings, a row a cell and metric, with how far the wordings' means lie apart beside it.
+    """The summary over wordings, a row a cell and metric, with how far the wordings' means lie apart next to it.
 
     Mean and interval are those of the examples' means over wordings (see `Result.summary`). `n_wordings` is their
     number; `wording_sd` the standard deviation of their means (n - 1), all over the same examples; `wording_low` and
@@ -140,29 +140,31 @@ def _over(result: Result, over: Result | None) -> tuple[str, ...]:
         return (f"One wording has a result, {_short(wordings_of(result)[0])}; nothing is said over wordings.",)
     n_all = table["example"].nunique()
     if over is None:
-        return (f"{n} wordings, {n_all} examples; no cell is there in all wordings, so nothing is said over them.",)
+        return (f"{n} wordings, {n_all} examples. No cell exists in all wordings, so they cannot be compared.",)
     found = spread(result, over)
     rows = found[(found["metric"] == metric.name) & found["wording_sd"].notna()]
     n_whole = int(over.table.loc[over.table[metric.name].notna(), "example"].nunique())
-    left = "" if n_whole == n_all else f"; {n_all - n_whole} others lack a value in a wording and do not count"
+    left = "" if n_whole == n_all else f"; {n_all - n_whole} others lack a value in some wording and are excluded"
     told = [f"{n} wordings; numbers over them are of the {n_whole} examples that have a value in each{left}."]
     n_cells = result.cells[list(over.axes)].drop_duplicates().shape[0]
     if n_cells > len(over.cells):
-        told.append(f"{n_cells - len(over.cells)} of {n_cells} cells are not there in all wordings and are left out.")
+        told.append(f"{n_cells - len(over.cells)} of {n_cells} cells do not exist in all wordings and are excluded.")
     if rows.empty:
         return (*told, f"No cell has {metric.name} of the same example in all wordings.")
     widest = rows.loc[rows["wording_sd"].idxmax()]
     ends = [f"{widest[f'wording_{end}']:.3f} ({_short(widest[f'{end}est_wording'])})" for end in ("low", "high")]
     interval = "" if np.isnan(widest["ci_low"]) else f" (interval over examples {_span(widest)})"
     told.append(
-        f"In the cell where {metric.name} depends most on the wording its standard deviation over wordings is "
+        f"Largest standard deviation of {metric.name} over wordings in any cell: "
         f"{widest['wording_sd']:.3f}, from {ends[0]} to {ends[1]}, mean {widest['mean']:.3f}{interval}; in the median "
         f"cell {rows['wording_sd'].median():.3f}."
     )
     width, reach = rows["ci_high"] - rows["ci_low"], rows["wording_high"] - rows["wording_low"]
     n_wider, n_known = int((reach > width).sum()), int(width.notna().sum())
     if n_known:
-        told.append(f"In {n_wider} of {n_known} cells the wordings lie further apart than the interval is wide.")
+        told.append(
+            f"In {n_wider} of {n_known} cells the range over wordings exceeds the width of the interval over examples."
+        )
     return tuple(told)
 
 

@@ -38,7 +38,8 @@ def _tokens(vlm: Any, pairs: "Pairs") -> dict[str, Any]:
     if max(lengths, default=1) == 1:
         return {}
     shown = list(zip(pairs, both, strict=True))[:SHOWN]
-    pieces = {pair.id: [vlm.tokenizer.convert_ids_to_tokens(list(ids)) for ids in each] for pair, each in shown}
+    # Decoded one by one: a vocabulary's own spelling marks spaces with signs such as "Ġ".
+    pieces = {pair.id: [[vlm.tokenizer.decode([one]) for one in ids] for ids in each] for pair, each in shown}
     alike = [each for each in common if each]
     return {
         "n_tokens": [min(lengths), max(lengths)],
@@ -67,7 +68,8 @@ def told(answers: dict[str, Any]) -> tuple[str, ...]:
         (fewest, most), (least, longest) = answers["n_tokens"], answers["in_common"]
         one = answers.get("of", "pair")
         alike = (
-            f"; {answers['n_alike']} of {answers['n_pairs']} {one}s begin alike, with {_span(least, longest, 'token')}"
+            f"; {answers['n_alike']} of {answers['n_pairs']} {one}s share their beginning, "
+            f"{_span(least, longest, 'token')}"
         )
         begin = alike if answers["n_alike"] else ""
         (first, *_) = answers["tokens"].values()

@@ -4,6 +4,9 @@ Light to import: `--help` must not wait for torch.
 """
 
 import dataclasses
+import hashlib
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
 
 ASKING = ("system", "prefix", "suffix", "wording", "wordings")
 """Options that say how questions are put."""
-UNSAID = (*ASKING, "fix_labels", "counterfactual", "other_wordings")
+LONGEST_NAME = 60
+"""Letters in the name of a default folder that tell options."""
+UNSAID = (*ASKING, "fix_labels", "counterfactual", "other_wordings", "explore")
 """Options that a run does not mention where they are not given."""
 
 
@@ -33,47 +38,47 @@ class RunConfig:
     n: int | None = None
     """Number of examples; 64 scenes by default, all of a folder."""
     seed: int = 0
-    """Draws the examples, of a folder too where n is given."""
+    """Random seed; also draws the examples of a folder where n is given."""
     device: str = "cpu"
-    """Where the model runs, such as cpu or cuda; auto spreads it over what there is (needs accelerate)."""
+    """Device, such as cpu or cuda; auto spreads the model over all devices (needs accelerate)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of weights and activations."""
     attn: Literal["sdpa", "eager"] = "sdpa"
-    """Attention back end."""
+    """Attention implementation."""
     revision: str | None = None
     """Revision of a Hugging Face model."""
     recheck: bool = False
-    """Ask again whether the names of the model's parts hold, although that they do is remembered."""
+    """Repeat the check of the model's module names, even if a passed check is cached."""
     system: str | None = None
     """System message of every prompt."""
     prefix: str | None = None
     """Beginning of the model's answer, such as "The colour is"."""
     suffix: str | None = None
-    """What follows every question, such as "Answer with one word."."""
+    """Text after every question, such as "Answer with one word."."""
     wording: tuple[str, ...] = ()
-    """How questions are put: a text with {question} once, such as "{question} One word."; several are compared."""
+    """Prompt wording: a text with {question} once, such as "{question} One word."; several are compared."""
     wordings: Path | None = None
-    """File with a wording a line; empty lines and those that begin with # do not count."""
+    """File with one wording per line; empty lines and lines that begin with # are ignored."""
     out: Path | None = None
-    """Folder for the results; runs/NAME by default."""
+    """Folder for the results; by default runs/NAME, with the options that are not the usual ones in its name."""
     resume: bool = False
-    """Go on with the same run where it was interrupted."""
+    """Resume an interrupted run."""
     overwrite: bool = False
     """Replace the results of an earlier run in the folder."""
     shard: str | None = None
-    """Do a part of the batches, such as 3/16; python -m vlm_mech.runs.merge FOLDER puts all parts together."""
+    """Run part of the batches, such as 3/16; python -m vlm_mech.runs.merge FOLDER merges all parts."""
     workers: int = 1
-    """Processes that share the batches, each with a model of its own; one GPU each where there are (needs ray)."""
+    """Number of worker processes, each with its own model; one GPU each where available (needs ray)."""
     ray: str | None = None
-    """Ray cluster to share the batches with, that this machine is in: auto or HOST:6379; one of its own by default."""
+    """Ray cluster that this machine belongs to, for the workers: auto or HOST:6379; a new local one by default."""
     debug: bool = False
-    """Show the whole traceback of an error."""
+    """Show the full traceback of an error."""
     describe: bool = False
-    """Say what the data hold (counts, options, chance, what cannot be used and why), without a model, and stop."""
+    """Describe the data (counts, options, chance, unusable examples and why) without a model, and stop."""
     fix_labels: bool = False
-    """Correct label errors of official data sets that are known; they are told either way."""
+    """Correct known label errors of published data sets; they are reported either way."""
     config: Path | None = None
-    """Repeat the run of a config.json; options given beside it take precedence."""
+    """Repeat the run of a config.json; other options take precedence."""
     unshared: ClassVar[str] = ""
     """Why the batches of an experiment cannot be shared out among processes."""
     own_workers: ClassVar[bool] = False
@@ -129,13 +134,14 @@ class SweepConfig(RunConfig):
     """Options of experiments that sweep over many edited versions of a run."""
 
     measure: Literal["logit_diff", "logprob_diff", "logprob_diff_per_token"] = "logit_diff"
-    """How two answers are compared: logits at the first token where they part, or log-probabilities of all tokens."""
+    """How two answers are compared: logits at the first token that differs, or log-probabilities of all tokens."""
     variants: Literal["likeliest", "the", "max", "as-written"] = "likeliest"
-    """Spelling of answers: the likeliest on a part of the pairs (the: or with "the"), the best each time, or none."""
+    """Spelling of answers: the likeliest one on a part of the pairs (the: or with "the"), the best each time, or as
+    written."""
     memory: str | None = None
-    """Memory that a sweep may take beyond the model, on each device, such as 2GiB; by default half of what there is."""
+    """Memory a sweep may use beyond the model, per device, such as 2GiB; by default half of what is free."""
     dry_run: bool = False
-    """Say what the sweep will need (work, memory) and stop."""
+    """Print what the sweep will need (work, memory) and stop."""
 
     @property
     def fits(self) -> dict[str, Any]:
@@ -148,12 +154,12 @@ class GatedConfig(RunConfig):
     """Options of experiments that make claims (see `results.claim`)."""
 
     gates: Literal["none", "quick", "all"] = "all"
-    """Ways in which claims could be lost: none but the other half of the examples; quick: resamples of them too; or
-    all: the same analysis of models with shuffled weights, and of shuffled answers."""
+    """Robustness checks of claims beyond the held-out half. none; quick: bootstrap resamples; all: also the same
+    analysis on models with shuffled weights and on shuffled answers."""
     null: int = 5
-    """Models with shuffled weights, and shuffles of the answers, that --gates all compares with."""
+    """Number of models with shuffled weights, and of shuffles of the answers, for --gates all."""
     other_wordings: tuple[str, ...] = ()
-    """Wordings in which --gates all makes claims again: by default the other --wording, then neutral ones."""
+    """Wordings in which --gates all repeats the claims: by default the other --wording, then neutral ones."""
 
 
 @dataclass(frozen=True)
@@ -162,15 +168,23 @@ class ClaimConfig(GatedConfig, SweepConfig):
 
 
 @dataclass(frozen=True)
+class ExploredConfig(ClaimConfig):
+    """Options of experiments whose report can show examples token by token."""
+
+    explore: int = 0
+    """Examples that the report shows token by token: lens words, swaps, cuts and attention of every token and layer."""
+
+
+@dataclass(frozen=True)
 class SpokenConfig(ClaimConfig):
     """Options of experiments that can look at what is said under an edit too, not only at what is preferred."""
 
     outcome: Literal["logits", "generation"] = "logits"
-    """What is measured: preferred answers in every cell, or beside these generated answers in some, drawn at random."""
+    """Outcome: preferred answers in every cell, or also generated answers in some randomly drawn cells."""
     generated_cells: int = 8
-    """Cells of --outcome generation."""
+    """Number of cells with generated answers (--outcome generation)."""
     new_tokens: int = 16
-    """Tokens of a generated answer at most."""
+    """Maximum tokens per generated answer."""
 
     @property
     def fits(self) -> dict[str, Any]:
@@ -191,6 +205,20 @@ def as_json(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def default_folder(config: RunConfig, name: str) -> Path:
+    """The folder of a run that is given none: `runs/NAME`, and which options are not the default ones.
+
+    So two commands with other options do not meet in one folder.
+    """
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    chosen = {key: value for key, value in as_json(config).items() if getattr(config, key) != usual[key]}
+    told = re.sub(r"[^\w.+]+", "-", "-".join(f"{key}-{value}" for key, value in chosen.items())).strip("-")
+    if len(told) > LONGEST_NAME:
+        # Long names end in a digest, which tells apart what is cut off.
+        told = f"{told[:LONGEST_NAME]}-{hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]}"
+    return Path("runs") / (f"{name}-{told}" if told else name)
+
+
 def check_n(n: int | None, fewest: int) -> None:
     """Raises `UsageError` where fewer examples are asked for than something can be said of."""
     # What loads the data refuses none at all.
@@ -201,12 +229,12 @@ def check_n(n: int | None, fewest: int) -> None:
 def check_numbers(config: RunConfig) -> None:
     """Raises `UsageError` for a seed or a number of examples at a time that cannot be."""
     if config.seed < 0:
-        raise UsageError(f"--seed is {config.seed}; a number from 0 on is needed")
+        raise UsageError(f"--seed is {config.seed}; it must be 0 or more")
     for name in ("batch", "workers"):
         if (value := getattr(config, name, 1)) < 1:
-            raise UsageError(f"--{name} is {value}; a number above zero is needed")
+            raise UsageError(f"--{name} is {value}; it must be above 0")
     if (value := getattr(config, "null", 0)) < 0:
-        raise UsageError(f"--null is {value}; a number from 0 on is needed")
+        raise UsageError(f"--null is {value}; it must be 0 or more")
     if (value := getattr(config, "joint_size", 2)) < 2:
         raise UsageError(f"--joint-size is {value}; 2 or more are needed")
 
@@ -242,7 +270,7 @@ def check_texts(config: RunConfig) -> None:
     for each in config.sources:
         if is_facts(each) and not config.takes_texts:
             raise UsageError(
-                f"data {each!r} are texts without pictures, and this experiment is about pictures; knockout, "
+                f"data {each!r} are texts without images, and this experiment is about images; knockout, "
                 "layer_swap and facts take them"
             )
 
@@ -251,7 +279,7 @@ def worded(config: ConfigT, *, unasked: str = "") -> list[ConfigT]:
     """The options of a run of each wording; the options themselves where none is given.
 
     Args:
-        unasked: why questions cannot be put in another way; empty where they can.
+        unasked: why questions cannot be worded differently; empty where they can.
 
     Raises:
         UsageError: an option that cannot be.

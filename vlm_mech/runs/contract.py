@@ -25,6 +25,7 @@ from vlm_mech.runs.configuration import (
     check_numbers,
     check_shared,
     check_texts,
+    default_folder,
     worded,
 )
 from vlm_mech.runs.freed_memory import keep_freed_memory
@@ -54,7 +55,7 @@ def main(
     Args:
         plan: what `--dry-run` prints instead of running.
         fewest: examples without which nothing can be said; fewer are refused before anything is loaded.
-        unasked: why questions cannot be put in another way here; by default they can.
+        unasked: why questions cannot be worded differently here; by default they can.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -110,7 +111,7 @@ def execute(config: ConfigT, run: Callable[[ConfigT, Workspace], Outcome], *, na
         UsageError: the folder holds other files or another run, or a model or data changed since that one began.
     """
     keep_freed_memory()
-    folder = config.out if config.out is not None else Path("runs") / name
+    folder = default_folder(config, name) if config.out is None else config.out
     if config.shard is not None:
         part = functools.partial(_carried_out, config, run, name=name, besides=folder)
         return do_shard(config, part, folder, module=module_of(run))
@@ -169,7 +170,7 @@ def _carried_out(
 
         work.made_of(made_of)
         result = Result.load(folder)
-        print("this run is complete already")
+        print("this run is already complete")
         return _announce(result, folder, result.provenance["seconds"])
     with work.held():
         started = time.time()
@@ -195,7 +196,7 @@ def _finished(work: Workspace, config: RunConfig, outcome: Outcome, provenance: 
     findings = (*outcome.result.findings, *remarks(provenance))
     if isinstance(config, GatedConfig):
         for each in named_without_claim(findings, outcome.result.claims):
-            warnings.warn(f"left out, since it names a layer or a head and is no tested claim: {each!r}", stacklevel=2)
+            warnings.warn(f"left out, because it names a layer or head without a tested claim: {each!r}", stacklevel=2)
             findings = tuple(finding for finding in findings if finding != each)
     result = dataclasses.replace(outcome.result, config=as_json(config), provenance=provenance, findings=findings)
     _store(work, dataclasses.replace(outcome, result=result), name)

@@ -13,8 +13,8 @@ MOST_WORDS = 25
 N_FINDINGS = 3
 N_CLAIMS = 6
 """Claims in the table of the first screen."""
-UNASKED = "This run declares no claims; its findings and tables say what it found."
-UNDECLARED = "No claim was declared: nothing was large and significant on half of the examples."
+UNASKED = "This run tests no claims; see its findings and tables."
+UNDECLARED = "No claim was selected: no effect was large and significant on the selection half of the examples."
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ def _rows(claims: Sequence[Claim]) -> tuple[tuple[str, tuple[Row, ...]], ...]:
     made = sorted((each for each in claims if each.made), key=lambda each: (len(each.lost), each not in first))
     others = [each for each in claims if not each.made]
     shown = [made[:N_CLAIMS], others[: max(0, N_CLAIMS - len(made))]]
-    headings = (f"Hold on the other half of the examples ({len(made)})", f"Do not hold ({len(others)})")
+    headings = (f"Confirmed on held-out examples ({len(made)})", f"Not confirmed ({len(others)})")
     named = zip(headings, shown, strict=True)
     return tuple((heading, tuple(_row(each) for each in some)) for heading, some in named if some)
 
 
 def _row(claim: Claim) -> Row:
     tried = [gate for gate in claim.gates if gate.verdict is not None]
-    gates = f"{sum(bool(gate.verdict) for gate in tried)} of {len(tried)}" if claim.gates else "not asked"
+    gates = f"{sum(bool(gate.verdict) for gate in tried)} of {len(tried)}" if claim.gates else "not run"
     if not claim.tested:
         return Row(claim.says, "not tested", "", "", "", gates)
     own = claim.tested[decides(claim)]
@@ -94,11 +94,11 @@ def _said(result: Result) -> tuple[str, ...]:
     if claims:
         n = max((each.tested[0].n for each in claims if each.tested), default=0)
         p = smallest_attainable_p(n, len(claims))
-        few = f"From {n} examples the smallest attainable corrected p is {p:.2g}, so no claim can hold."
-        return ("No claim holds.", *([few] if p >= LEVEL else []))
+        few = f"From {n} examples the smallest attainable corrected p is {p:.2g}, so no claim can be confirmed."
+        return ("No claim is confirmed.", *([few] if p >= LEVEL else []))
     if sentences(())[0] in result.findings:
         p = smallest_attainable_p(n_groups // 2)
-        few = f"With {n_groups} groups of examples the smallest attainable p is {p:.2g}, so none can be declared."
+        few = f"With {n_groups} groups of examples the smallest attainable p is {p:.2g}, so none can be selected."
         return (UNDECLARED, *([few] if p >= LEVEL else []))
     n_tests = int(result.summary(result.metrics[0].name)["p"].notna().sum())
     p = smallest_attainable_p(n_groups, n_tests)

@@ -25,7 +25,7 @@ class Merge:
     folder: tyro.conf.Positional[Path]
     """The folder of the run, which the shards were given as --out."""
     workers: int = 1
-    """Processes that share what is left to do (needs ray)."""
+    """Number of worker processes for what is left to do (needs ray)."""
     keep: bool = False
     """Keep the shards when the run is complete."""
 
@@ -116,7 +116,7 @@ def main() -> None:
     folder = config.folder
     with one_line_errors(), contextlib.ExitStack() as held:
         if Workspace(folder).complete:
-            print(f"the run in {str(folder)!r} is complete already")
+            print(f"the run in {str(folder)!r} is already complete")
             return
         for path in sorted((folder / SHARDS).glob(f"*/{PARTIAL}")):
             # None may be made anew meanwhile.

@@ -5,6 +5,7 @@ Light to import: `--help` must not wait for torch.
 
 import contextlib
 import importlib.metadata
+import json
 import platform
 import shutil
 import subprocess
@@ -82,19 +83,36 @@ def remarks_on(data: dict[str, Any]) -> tuple[str, ...]:
 
 def provenance_of(outcome: Outcome, config: RunConfig, seconds: float) -> dict[str, Any]:
     """What a result says of where it comes from, with versions, commit, options and time of its run."""
-    return outcome.result.provenance | {
-        "versions": versions(),
-        "commit": commit(),
-        "seed": config.seed,
-        "device": config.device,
-        "dtype": config.dtype,
-        "attention": config.attn,
-        "seconds": round(seconds, 2),
-        "resumed": config.resume,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "figures": list(outcome.figures),
-        "tables": list(outcome.tables),
-    }
+    return (
+        plotted(outcome)
+        | outcome.result.provenance
+        | {
+            "versions": versions(),
+            "commit": commit(),
+            "seed": config.seed,
+            "device": config.device,
+            "dtype": config.dtype,
+            "attention": config.attn,
+            "seconds": round(seconds, 2),
+            "resumed": config.resume,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "figures": list(outcome.figures),
+            "tables": list(outcome.tables),
+        }
+    )
+
+
+def plotted(outcome: Outcome) -> dict[str, Any]:
+    """How the figure that answers is drawn again, for `Result.plot`, where the method does not say it itself."""
+    from vlm_mech.results.plotted import PLOT
+
+    if not outcome.figures:
+        return {}
+    from plotly.io.json import to_json_plotly
+
+    # As the figure's own file has it.
+    meta = outcome.figures[outcome.answer or next(iter(outcome.figures))].layout.meta
+    return {PLOT: json.loads(to_json_plotly(meta))} if meta else {}
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import jinja2
     from PIL import Image
 
-    from vlm_mech.runs.outcome import Outcome
+    from vlm_mech.runs.outcome import Embedded, Outcome
 
 ELSEWHERE = ("receipts", "question", "seconds", "resumed", "finished")
 """Of the provenance, what has a place of its own, and what differs each time: that is in provenance.json alone."""
@@ -35,19 +35,19 @@ MISSING = "–"
 PAGE = Path(__file__).parent / "page"
 
 SUMMARY = (
-    "Intervals are 95 % bootstrap intervals over examples. p is of a two-sided sign-flip test of the effect (mean less "
-    "baseline), corrected over the cells of a metric by Holm's method."
+    "Intervals are 95 % bootstrap intervals over examples. p is from a two-sided sign-flip test of the effect (mean "
+    "minus baseline), corrected over the cells of a metric by Holm's method."
 )
 CLAIMS = (
-    "A claim was declared on half of the examples (chosen by groups, with the seed) and tested on the other half, to "
-    "which its numbers belong. claims.json has everything."
+    "Each claim was selected on one half of the examples (split by group, with the seed) and tested on the held-out "
+    "half. Its numbers are from the held-out half. claims.json has everything."
 )
 SEVERAL = (
-    "Of a claim with several conditions the row has the numbers of the one that decides, that with the largest p. p is "
-    "corrected over the claims."
+    "A claim may have several conditions; its row shows the deciding one, which has the largest p. p is "
+    "corrected over all claims."
 )
 SAID = (
-    "Some of the generated answers, and whether with the edit the run's own answer is named, the other one, or "
+    "Some of the generated answers, and whether the edited run names its own answer, the other answer, or "
     "neither. All of them are in result.parquet (columns text, says, text_baseline, says_baseline)."
 )
 
@@ -112,12 +112,20 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A part that draws itself, in the section that has its data and its module."""
+
+    embedded: "Embedded"
+    kind = "embedded"
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of the page to open, with the anchor by which the contents reach it."""
 
     anchor: str
     heading: str
-    parts: tuple[Words | Listing | Links | Table | Plot | Code | Gallery, ...]
+    parts: tuple[Words | Listing | Links | Table | Plot | Code | Gallery | Drawing, ...]
     open: bool = False
 
 
@@ -187,9 +195,12 @@ def _sections(outcome: "Outcome", figures: Sequence[Shown], rest: str, command: 
         Section("findings", "All findings", (Listing(result.findings),) if result.findings else ()),
         Section("claims", "All claims", _claims(result)),
         Section("figures", "All figures", tuple(Plot(each) for each in figures)),
-        Section("said", "What is said", () if outcome.said is None else (Words(SAID), _table(outcome.said, "Answers"))),
+        Section(
+            "said", "Generated answers", () if outcome.said is None else (Words(SAID), _table(outcome.said, "Answers"))
+        ),
+        Section("explorer", *_drawing(outcome.embedded)),
         Section("examples", "Examples", (Gallery(gallery),) if gallery else ()),
-        Section("alone", "Each alone", (Links(outcome.links),) if outcome.links else ()),
+        Section("alone", "Single runs", (Links(outcome.links),) if outcome.links else ()),
         Section("tables", "Tables", others),
         Section("method", "Method and controls", (*((Words(rest),) if rest else ()), _metrics(result))),
         Section("summary", "Summary", (Words(SUMMARY), _table(result.summary(), "summary.csv"))),
@@ -199,6 +210,11 @@ def _sections(outcome: "Outcome", figures: Sequence[Shown], rest: str, command: 
         Section("repeat", "Repeat", (Code(command),)),
     ]
     return [section for section in every if section.parts]
+
+
+def _drawing(embedded: "Embedded | None") -> tuple[str, tuple[Words | Drawing, ...]]:
+    """Heading and parts of the section of what draws itself."""
+    return ("", ()) if embedded is None else (embedded.heading, (Words(embedded.caption), Drawing(embedded)))
 
 
 def _claims(result: Result) -> tuple[Words | Table | Listing, ...]:
@@ -241,7 +257,7 @@ def _text(value: Any) -> str:
 
 
 def _metrics(result: Result) -> Table:
-    columns = tuple((name, "") for name in ("metric", "unit", "held against", "what it says"))
+    columns = tuple((name, "") for name in ("metric", "unit", "compared with", "meaning"))
     rows = tuple((each.name, each.unit, each.against, each.description) for each in result.metrics)
     return Table("Metrics", columns, rows)
 

@@ -51,7 +51,7 @@ class Shard:
 
     def of(self, keys: Sequence[str], name: str, done: Mapping[str, bool]) -> Iterator[str]:
         """The batches of this shard that are not done; the same ones whatever was done before."""
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         own = keys[self.number - 1 :: self.of_all]
         left = [key for key in own if not done[key]]

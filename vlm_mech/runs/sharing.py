@@ -44,7 +44,7 @@ def do_shard(config: RunConfig, carry_out: Callable[[Workspace], None], run_fold
     assert isinstance(shard, Shard), "there is one to do"
     if Workspace(run_folder).complete:
         check_same(run_folder, as_json(config))
-        print(f"the run in {str(run_folder)!r} is complete already")
+        print(f"the run in {str(run_folder)!r} is already complete")
         return
     folder, started = shard.folder(run_folder), time.time()
     if config.overwrite:

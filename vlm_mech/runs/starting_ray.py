@@ -16,7 +16,7 @@ def single_threaded() -> None:
     given = os.environ.get("OMP_NUM_THREADS", "").strip() or "1"
     n = given.partition(",")[0]
     if not n.isdigit() or int(n) < 1:
-        raise UsageError(f"OMP_NUM_THREADS is {given!r}; a number from 1 on is needed")
+        raise UsageError(f"OMP_NUM_THREADS is {given!r}; it must be 1 or more")
     os.environ["OMP_NUM_THREADS"] = given
     if "torch" in sys.modules:
         import torch

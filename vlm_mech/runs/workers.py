@@ -295,7 +295,7 @@ class Crew(Generic[ConfigT]):
             self.end()
 
     def _bar(self, name: str) -> Any:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         return tqdm(desc=f"{name}, {self.n_workers} workers", disable=None)
 

@@ -95,7 +95,7 @@ class Workspace:
         if self.share is not None:
             keys = self.share.of(list(steps), name, done)
         else:
-            from tqdm import tqdm
+            from tqdm.auto import tqdm
 
             left = [key for key in steps if not done[key]]
             keys = tqdm(left, desc=name, total=len(steps), initial=len(steps) - len(left), disable=None)
@@ -181,7 +181,7 @@ class Workspace:
 
     def progress(self, steps: Sequence[Any], name: str) -> Iterator[Any]:
         """The steps, with a progress bar on a terminal."""
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         return iter(tqdm(steps, desc=name, disable=None))
 

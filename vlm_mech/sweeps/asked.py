@@ -1,4 +1,5 @@
-"""What a sweep is asked: refused before any work where it cannot be done, and told apart from what was asked before."""
+"""What a sweep is asked: refused before any work where it cannot be done, and distinguished from what was asked
+before."""
 
 import dataclasses
 import hashlib

@@ -321,5 +321,5 @@ def engine_of(vlm: "VLM", encoded: Encoded, name: str, *, budget: Bytes | None =
         TooLargeError: the unedited pass does not fit into the budget.
     """
     if name not in ENGINES:
-        raise UsageError(f"engine {name!r} is not known; {' or '.join(ENGINES)} is")
+        raise UsageError(f"engine {name!r} is not known; use {' or '.join(ENGINES)}")
     return ENGINES[name](vlm, encoded, budget)

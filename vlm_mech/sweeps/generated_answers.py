@@ -11,6 +11,7 @@ import pandas as pd
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.data.reading import read_answer
 from vlm_mech.errors import UsageError
+from vlm_mech.interventions.rows import Rows
 from vlm_mech.interventions.specification import Intervention
 from vlm_mech.results.generated_answers import SAYS
 from vlm_mech.runs.configuration import SpokenConfig
@@ -20,7 +21,6 @@ from vlm_mech.sweeps.engine import Engine, engine_of
 from vlm_mech.sweeps.generation import answers_under
 from vlm_mech.sweeps.generation_cost import GenerationCost, generation_cost
 from vlm_mech.sweeps.reference import Reference
-from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import SweepPlan, check_pass, in_halves
 from vlm_mech.sweeps.shares import budget_of
 from vlm_mech.sweeps.sweep import Point
@@ -103,7 +103,7 @@ class SpokenPlan(SweepPlan):
 def with_generated(
     plan: SweepPlan, costs: Sequence[GenerationCost], part: GeneratedPart, *, n_cells: int
 ) -> SpokenPlan:
-    """The plan of a sweep over a batch with what is generated beside it.
+    """The plan of a sweep over a batch with what is generated next to it.
 
     Args:
         costs: of what is generated together, none where that is nothing.

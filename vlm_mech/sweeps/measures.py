@@ -1,10 +1,10 @@
-"""What a sweep measures at every point: a number per example, of the logits with which a model foretells answers."""
+"""What a sweep measures at every point: a number per example, of the logits with which a model predicts answers."""
 
 import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.results import metrics
 from vlm_mech.results.metrics import AnswerLogits
 from vlm_mech.results.result import Metric
+from vlm_mech.sweeps.asked import check_once
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -36,7 +37,7 @@ AT: tuple[At, ...] = ("next", "parting", "whole")
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """A number per example, of the logits that foretell answers.
+    """A number per example, of the logits that predict answers.
 
     What the function `of` takes depends on `at`:
 
@@ -99,7 +100,8 @@ class Measure:
         """First tokens of the answers of some rows, each of shape batch.
 
         Raises:
-            UsageError: an answer cannot be compared (see `VLM.answer_ids`), or two of an example begin alike.
+            UsageError: an answer cannot be compared (see `VLM.answer_ids`), or two of an example begin with the same
+                tokens.
         """
         texts = [list(answers[rows]) for answers in self.answers]
         if self.any_token:
@@ -130,14 +132,33 @@ class Measure:
         return found
 
 
-def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
-    """Logit of each example's answer less that of another answer, at the first token where the two part.
+def listed_measures(given: Any) -> tuple[Measure, ...]:
+    """One measure or several, as a tuple.
 
-    Where they begin alike, their common beginning is given to the model. Of answers in several spellings
+    Raises:
+        UsageError: something else, or two of one name.
+    """
+    found = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for each in found:
+        if not isinstance(each, Measure):
+            what = "a function" if callable(each) else repr(each)
+            raise UsageError(
+                f"measure is {what}; logit_diff(answers, others), prob(answers) or a Measure is needed, such as "
+                "Measure(Metric('name', 'logits', 'what it is'), function, (answers,))"
+            )
+    remedy = "; dataclasses.replace(measure, metric=dataclasses.replace(measure.metric, name='other')) gives another"
+    check_once([each.metric.name for each in found], "a measure called", remedy)
+    return found
+
+
+def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
+    """Logit of each example's answer minus that of another answer, at the first token where the two part.
+
+    Where they begin with the same tokens, their common beginning is given to the model. Of answers in several spellings
     the first token with the highest logit counts. `metrics.logit_diff(logits, answer_ids, other_ids)` takes the same
     from logits at hand.
     """
-    metric = Metric("logit_diff", "logits", "logit of the answer less that of the other answer", signed=True)
+    metric = Metric("logit_diff", "logits", "logit of the answer minus that of the other answer", signed=True)
     own, others = _by_spelling(answer), _by_spelling(other)
     if len(own) == len(others) == 1:
         return Measure(metric, metrics.logit_diff, (*own, *others), at="parting")
@@ -150,7 +171,7 @@ def logit_diff(answer: Sequence[str], other: Sequence[str]) -> Measure:
 
 
 def logprob_diff(answer: Sequence[str], other: Sequence[str], *, per_token: bool = False) -> Measure:
-    """Log-probability of each example's whole answer less that of another answer, in nats.
+    """Log-probability of each example's whole answer minus that of another answer, in nats.
 
     Of answers in several spellings the likeliest counts.
 
@@ -158,7 +179,7 @@ def logprob_diff(answer: Sequence[str], other: Sequence[str], *, per_token: bool
         per_token: the mean over the tokens of each answer, in nats per token, in place of the sum.
     """
     name, unit = ("logprob_diff_per_token", "nats per token") if per_token else ("logprob_diff", "nats")
-    told = f"log-probability of the answer{', per token,' if per_token else ''} less that of the other answer"
+    told = f"log-probability of the answer{', per token,' if per_token else ''} minus that of the other answer"
     own, others = _by_spelling(answer), _by_spelling(other)
 
     def of(*answers: AnswerLogits) -> Tensor:
@@ -217,8 +238,8 @@ def total_variation() -> Measure:
 
 
 def said(answer: Sequence[str]) -> Measure:
-    """1 where greedy search would say each example's whole answer, token by token; ties count against it."""
-    metric = Metric("said", "share", "share of examples in which greedy search says the answer")
+    """1 where greedy decoding would say each example's whole answer, token by token; ties count against it."""
+    metric = Metric("said", "share", "share of examples in which greedy decoding gives the answer")
 
     def of(*answers: AnswerLogits) -> Tensor:
         return torch.stack([metrics.said(answer) for answer in answers]).any(0).float()

@@ -29,7 +29,7 @@ def parse_bytes(text: str | int) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = (found.group(2) or "B") if found else ""
     if found is None or unit not in UNITS or float(found.group(1)) == 0:
-        raise UsageError(f"{text!r} is no amount of memory; write 2GiB, 800MiB or a number of bytes")
+        raise UsageError(f"{text!r} is not an amount of memory; write 2GiB, 800MiB or a number of bytes")
     return int(float(found.group(1)) * UNITS[unit])
 
 

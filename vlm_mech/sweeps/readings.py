@@ -1,6 +1,6 @@
 """What measures read of a batch: which answers must follow its prompts, and which logits each measure is given.
 
-Nothing follows where nothing needs to: the first token of an answer is foretold by the prompt alone.
+Nothing follows where nothing needs to: the first token of an answer is predicted by the prompt alone.
 """
 
 from collections.abc import Sequence
@@ -179,7 +179,8 @@ def reads_behind(vlm: "VLM", prompts: Sequence[Prompt], measure: Measure) -> boo
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """What a measure asks of a batch; `needed` are the answers that must follow, each up to the last token foretold."""
+    """What a measure asks of a batch; `needed` are the answers that must follow, each up to the last token
+    predicted."""
 
     measure: Measure
     ids: tuple[Tensor, ...]

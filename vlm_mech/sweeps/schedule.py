@@ -72,8 +72,8 @@ class SweepPlan:
         told = (f"{readable(peak)} of {readable(budget)}{name and ' on '}{name}" for name, peak, budget in peaks)
         return (
             f"{self.n_cells} cells x {self.n_examples} examples, {self.batch} examples and up to {self.cells_at_once} "
-            f"cells at once: {self.flops / 1e12:.3g} TFLOP, as much as {self.forwards:.3g} plain forwards (a loop over "
-            f"cells: {round(self.in_a_loop)}); peak {', '.join(told)}"
+            f"cells together: {self.flops / 1e12:.3g} TFLOP, as much as {self.forwards:.3g} plain forwards (a loop "
+            f"over cells: {round(self.in_a_loop)}); peak {', '.join(told)}"
         )
 
     @property

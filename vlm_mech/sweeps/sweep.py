@@ -22,7 +22,9 @@ from vlm_mech.architectures.traced_model import check_decoder
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError, WorkError, shortened
 from vlm_mech.inputs.prompt import Prompt
+from vlm_mech.interventions.batches import progressing
 from vlm_mech.interventions.receipt import add_up, summarise
+from vlm_mech.interventions.rows import Rows
 from vlm_mech.interventions.specification import Intervention, as_intervention
 from vlm_mech.interventions.trace import refuse_open_trace
 from vlm_mech.results.result import Result
@@ -30,10 +32,9 @@ from vlm_mech.runs.workspace import Workspace
 from vlm_mech.sweeps.asked import check_listed, check_once, check_whole, digest
 from vlm_mech.sweeps.axis_labels import axis_table, check_axes
 from vlm_mech.sweeps.engine import engine_of
-from vlm_mech.sweeps.measures import Measure
+from vlm_mech.sweeps.measures import Measure, listed_measures
 from vlm_mech.sweeps.readings import NOTHING_BEFORE, PLACES, Readings, readings_of, without_trivial_places
 from vlm_mech.sweeps.reference import Reference
-from vlm_mech.sweeps.rows import Rows
 from vlm_mech.sweeps.schedule import MAX_CELLS, SweepPlan, forecast, in_halves
 from vlm_mech.sweeps.shares import Bytes, budget_of
 
@@ -79,14 +80,16 @@ def sweep(
     measure: Measure | Sequence[Measure],
     *,
     engine: str = "fast",
-    batch: int = 8,
+    batch_size: int = 8,
     memory: int | str | None = None,
     max_cells: int = MAX_CELLS,
     check: int = 1,
     seed: int = 0,
     work: Workspace | None = None,
+    progress: bool | None = None,
+    batch: int | None = None,
 ) -> Result:
-    """Every point of a grid on every example, as one row each, with the value of the unedited run beside it.
+    """Every point of a grid on every example, as one row each, with the value of the unedited run next to it.
 
     Args:
         data: prompts, or pairs (their base prompts are used; sources are given in the interventions).
@@ -94,7 +97,7 @@ def sweep(
             `Ablate` without a reference averages or draws over all the data.
         measure: one or several of `logit_diff`, `prob`, or a `Measure` of your own.
         engine: `fast`, or `trace` for one whole forward pass a point.
-        batch: examples that run together at most.
+        batch_size: examples that run together at most; `batch` is another name for it.
         memory: bytes that the sweep may take beyond the model (on each of its devices), as a number or such as "2GiB";
             half of what there is by default. Fewer points and examples run together to stay below it; results do not
             depend on it.
@@ -103,6 +106,7 @@ def sweep(
         seed: draws these points.
         work: where finished batches are kept, so that an interrupted sweep goes on; commands give the folder of their
             run. Nothing is kept by default.
+        progress: whether a bar tells how many batches are done; by default in notebooks and terminals.
 
     Returns:
         A `Result` with the grid's axes (labels where values are no numbers or text). Where answers share a beginning
@@ -120,8 +124,9 @@ def sweep(
         WorkError: the two engines disagree.
     """
     check_decoder(vlm, "sweep")
-    check_whole(batch=(batch, 1), max_cells=(max_cells, 1), check=(check, 0))
-    measures = _measures(measure)
+    name, batch = ("batch_size", batch_size) if batch is None else ("batch", batch)
+    check_whole(**{name: (batch, 1)}, max_cells=(max_cells, 1), check=(check, 0))
+    measures = listed_measures(measure)
     job = _Job(vlm, data, points, intervention, measures, engine, max_cells, budget_of(vlm, memory))
     refuse_open_trace(vlm)
     _check(job, points, measures)
@@ -131,7 +136,7 @@ def sweep(
     planned = job.plan(batch) if engine == "fast" else None
     checked = random.Random(seed).sample(range(len(points)), min(check, len(points)))
     parts: list[tuple[pd.DataFrame, dict[str, Any]]] = []
-    for first in range(0, len(job.prompts), batch):
+    for first in progressing(range(0, len(job.prompts), batch), "sweep", progress):
         rows, key = slice(first, min(first + batch, len(job.prompts))), f"{first:08d}"
         if work is None or key not in work:
             chosen = checked if first == 0 else []
@@ -158,15 +163,16 @@ def plan_sweep(
     intervention: Callable[[Point], Intervention],
     measure: Measure | Sequence[Measure] = (),
     *,
-    batch: int = 8,
+    batch_size: int = 8,
     memory: int | str | None = None,
     max_cells: int = MAX_CELLS,
+    batch: int | None = None,
 ) -> SweepPlan:
     """What `sweep` with these arguments will need, found without running anything.
 
     Args:
         data, points, intervention, measure: as for `sweep`; without a measure the next token is read.
-        batch: examples that run together at most.
+        batch_size: examples that run together at most; `batch` is another name for it.
         memory: bytes that the sweep may take beyond the model (on each of its devices), as a number or such as "2GiB";
             half of what there is by default.
         max_cells: points that run together at most.
@@ -176,26 +182,13 @@ def plan_sweep(
         TooLargeError: a single point of a single example does not fit into the memory.
     """
     check_decoder(vlm, "plan_sweep")
-    check_whole(batch=(batch, 1), max_cells=(max_cells, 1))
-    measures = _measures(measure)
+    name, batch = ("batch_size", batch_size) if batch is None else ("batch", batch)
+    check_whole(**{name: (batch, 1)}, max_cells=(max_cells, 1))
+    measures = listed_measures(measure)
     job = _Job(vlm, data, points, intervention, measures, "fast", max_cells, budget_of(vlm, memory))
     if not job.prompts or not points:
         raise UsageError("a sweep needs prompts and points of a grid")
     return job.plan(batch)
-
-
-def _measures(given: Any) -> tuple[Measure, ...]:
-    found = tuple(given) if isinstance(given, list | tuple) else (given,)
-    for each in found:
-        if not isinstance(each, Measure):
-            what = "a function" if callable(each) else repr(each)
-            raise UsageError(
-                f"measure is {what}; logit_diff(answers, others), prob(answers) or a Measure is needed, such as "
-                "Measure(Metric('name', 'logits', 'what it is'), function, (answers,))"
-            )
-    remedy = "; dataclasses.replace(measure, metric=dataclasses.replace(measure.metric, name='other')) gives another"
-    check_once([each.metric.name for each in found], "a measure called", remedy)
-    return found
 
 
 def _together(done: list[tuple[pd.DataFrame, dict[str, Any]]]) -> dict[str, Any]:
@@ -333,7 +326,7 @@ def _check(job: _Job, points: Sequence[Point], measures: tuple[Measure, ...]) ->
 
 
 def _check_columns(names: Sequence[str]) -> None:
-    """Raises `UsageError` where a measure is called like a column that stands beside another one."""
+    """Raises `UsageError` where a measure is called like a column that is given next to another one."""
     beside = {f"{name}{ending}": name for name in names for ending in ("_baseline", *PLACES)}
     taken = [name for name in names if name in beside]
     if taken:

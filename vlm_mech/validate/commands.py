@@ -34,7 +34,7 @@ POINT = "resid_post"
 
 
 def said_at(planted: Planted) -> str:
-    """The tokens at which the answer is said: all that foretell a token of it, wherever the model reads the picture."""
+    """The tokens at which the answer is said: all that predict a token of it, wherever the model reads the picture."""
     return LAST if planted.recipe.answer == "word" else WHOLE
 
 
@@ -44,10 +44,10 @@ def said_at(planted: Planted) -> str:
 def layer_swap(planted: Planted, pairs: Pairs, *, asked: Options = UNGATED) -> Claims:
     """What a run of `experiments.layer_swap --all` claims of states swapped after each block, in both directions.
 
-    The image is read between the last layer at which its swap is claimed to turn the answer and the first at which it
+    The image is read between the last layer at which its swap is claimed to flip the answer and the first at which it
     is claimed no longer to do so; the answer is written between the last at which a swap of the tokens that say it does
     not yet turn it and the first at which one does. All layers between are named, of either direction. The question
-    carries the answer where a swap of it is claimed to turn or move the answer; what writes, then takes it on.
+    carries the answer where a swap of it is claimed to flip or shift the answer; what writes, then takes it on.
 
     Args:
         asked: how claims are tested.
@@ -82,7 +82,7 @@ def turnings(made: Sequence[Claim], span: str, kinds: tuple[str, str], end: int)
     Args:
         made: claims that are made.
         kinds: what holds of a swap in the decoder's input, and of one after the last block; both need no claim, but
-            where nothing is claimed of a direction nothing is named.
+            where no claim is made of a direction nothing is named.
         end: the last layer.
     """
     found: set[int] = set()

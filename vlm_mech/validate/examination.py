@@ -81,16 +81,16 @@ class Job:
         for name, given, known in asked:
             for each in given:
                 if each not in known:
-                    raise UsageError(f"{name} {each!r} is not known; one of {', '.join(known)} is")
+                    raise UsageError(f"{name} {each!r} is not known; use one of {', '.join(known)}")
         for method in self.methods:
             if (method in ARBITRATION) != (self.kind in ARBITER_SETS):
                 raise UsageError(f"method {method!r} does not go with the set {self.kind!r}")
         if self.null < 0:
-            raise UsageError(f"null is {self.null}; a number from 0 on is needed")
+            raise UsageError(f"null is {self.null}; it must be 0 or more")
         if self.n_examples < 8 or self.n_population < 2 or self.recipe < 0:
             raise UsageError(
-                f"{self.n_examples} examples, {self.n_population} for the true effects, first seed {self.recipe}: "
-                "8, 2 and 0 are the least"
+                f"{self.n_examples} examples, {self.n_population} for the true effects, first seed {self.recipe}; "
+                "they must be at least 8, 2 and 0"
             )
 
     @property

@@ -12,7 +12,7 @@ from vlm_mech.validate.grading import BEYOND, CLAIMS, COVERAGE, FALSE, FALSE_ALA
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-METRIC = Metric("score", "share", "share of what is asked that comes out as planted; of ranks, the correlation")
+METRIC = Metric("score", "share", "share of targets recovered as planted; for ranks, the correlation")
 AXES = ("set", "grade", "method")
 WELL_COVERED = (0.93, 0.97)
 """Of 95 % intervals: shares of cells covered at which nothing is wrong."""

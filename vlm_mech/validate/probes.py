@@ -111,7 +111,7 @@ def dealt(
 def mean_states(planted: Planted, prompts: list) -> Features:
     """Mean states of the spans before and after every block.
 
-    `last` is where answers part: where all of them begin alike, the token they begin with.
+    `last` is where answers part: where all of them begin with the same tokens, the token they begin with.
     """
     vlm, found, answers = planted.vlm, {}, planted.recipe.answers
     sites = [Site("llm.resid_pre", 0), *(Site("llm.resid_post", layer) for layer in vlm.llm_layers)]

@@ -23,7 +23,7 @@ def holds(claim: Claim, truth: Truth) -> bool | None:
     """Whether a claim is true of runs without edits; None where that is not planted.
 
     A cut lowers the answer's lead where a reading or carrying head has that edge, at that layer and, if the claim names
-    one, in that head; cuts of what brings a prior in go either way, as answers fall. A swap turns the answer where more
+    one, in that head; cuts of what brings a prior in go either way, as answers fall. A swap flips the answer where more
     than half of what the reading heads pass on is not yet read (image), was written before (last), or is between
     (question): `planted_recipe.recovered`, which knows nothing of dormant paths. A layer reads, writes, carries or
     suppresses where a head, or units, are planted that do. Where the rival leads, and what the probe of a map finds, is
@@ -127,7 +127,7 @@ def _is_at(edge: Edge, claim: Claim) -> bool:
 
 
 def _of_swap(claim: Claim, truth: Truth, does: str) -> bool | None:
-    """Whether states after a layer turn the answer, as the next layer would read them."""
+    """Whether states after a layer flip the answer, as the next layer would read them."""
     edge = (truth.of("carry") or truth.of("read"))[0]
     said = edge.query
     span, layer = claim.about["span"], claim.about["layer"] + 1

@@ -18,7 +18,7 @@ EFFECTS = (READS, WRITES, SWAPPED, CUT)
 
 
 def flow_map(planted: Planted, pairs: Pairs, *, asked: Options = UNGATED) -> Claims:
-    """The layers of which the map claims that they read, carry, write and suppress, on the half that tests claims.
+    """The layers of which the map claims that they read, carry, write and suppress, on the held-out half.
 
     The rival of an answer is the prior one of its object. Probes are left out: none of these claims rests on them.
 

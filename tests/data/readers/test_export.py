@@ -186,11 +186,11 @@ def test_a_run_that_is_resumed_knows_its_pictures(tmp_path, capsys):
 def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(UsageError, match="`export whatsup` writes the files that whatsup-four: reads"):
         export("whatsup-four", tmp_path / "other")
-    with pytest.raises(UsageError, match="format 'mvp' is not known; one of whatsup, mmvp"):
+    with pytest.raises(UsageError, match="format 'mvp' is not known; use one of whatsup, mmvp"):
         export("mvp", tmp_path / "made")
     with pytest.raises(UsageError, match="n is 0; at least one example is needed"):
         export("mmvp", tmp_path / "made", n=0)
-    with pytest.raises(UsageError, match="500 groups are asked for; there are 240"):
+    with pytest.raises(UsageError, match="500 groups were requested; there are 240"):
         export("whatsup", tmp_path / "made", n=2_000)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is there already and not empty; name a new folder"):

@@ -72,7 +72,7 @@ def test_what_is_no_item_is_refused_with_its_reason(tmp_path):
         (good | {"id": "g", "question": " "}, "line 7: question is ' '; a non-empty text"),
         (good | {"id": "h", "conflict": "second"}, "conflict is 'second'; true, false or null"),
         (good | {"id": "i", "images": ["1.png"]}, "both image and images are given"),
-        ({"id": "j", "images": [], "question": "q", "answer": "a"}, "a list of at least one picture"),
+        ({"id": "j", "images": [], "question": "q", "answer": "a"}, "a list of at least one image"),
         ({"id": "k", "question": "q", "answer": "a"}, "image is missing"),
     ]
     items = load_items(folder(tmp_path, [good, *(row for row, _ in bad)]))
@@ -92,11 +92,11 @@ def test_what_is_no_item_is_refused_with_its_reason(tmp_path):
 def test_items_and_pairs_are_not_taken_for_each_other(tmp_path):
     made, pairs = folder(tmp_path / "items"), tmp_path / "pairs"
     mmvp(pairs, [(1, "Is it?", "(a) Yes (b) No", "(a)"), (2, "Is it?", "(a) Yes (b) No", "(b)")])
-    with pytest.raises(UsageError, match=r"holds items \(items.jsonl\), single pictures; pairs are needed"):
+    with pytest.raises(UsageError, match=r"holds items \(items.jsonl\), single images; pairs are needed"):
         load_pairs(made)
     with pytest.raises(UsageError, match=r"holds pairs \(mmvp\); single items are needed"):
         load_items(pairs)
-    with pytest.raises(UsageError, match=r"holds items \(pope\), single pictures; pairs are needed"):
+    with pytest.raises(UsageError, match=r"holds items \(pope\), single images; pairs are needed"):
         load_pairs(f"pope:{pope(tmp_path / 'pope')}")
     (tmp_path / "pairs.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match=r"holds pairs \(pairs.jsonl\); single items are needed"):
@@ -198,9 +198,9 @@ def test_hrbench_leaves_pictures_in_the_file(tmp_path):
         ("2", "d", 2),
     ]
     assert items[0].question == 'What says\nthe "sign"?' and items[0].group == items[1].group != items[2].group
-    assert len(repr(vars(items[0].image))) < 400, "the item holds no picture"
+    assert len(repr(vars(items[0].image))) < 400, "the item holds no image"
     told = [each.reason for each in items.refused]
-    assert "answer is 'E', which is none of A, B, C, D" in told[0] and "the picture is no base64" in told[1]
+    assert "answer is 'E', which is none of A, B, C, D" in told[0] and "the image is no base64" in told[1]
     assert "image is ''" in told[2] and csv.field_size_limit() == limit
     assert load_items(tmp_path).digest == items.digest
 

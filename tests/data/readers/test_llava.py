@@ -72,10 +72,10 @@ def test_entries_have_their_turns_and_pictures(made):
 def test_what_it_holds_is_counted(made, capsys):
     expected = [
         "entries of training text: 4",
-        "with a picture: 3, without: 1; pictures that are not there: 1",
+        "with an image: 3, without: 1; images that are not there: 1",
         "turns: 10 (human 5, gpt 5)",
         "turns in an entry: 2 3, 4 1",
-        "about left and right (--sides): 3, 2 of them with a picture",
+        "about left and right (--sides): 3, 2 of them with an image",
         "cannot be used: 4",
     ]
     assert describe_text(f"llava:{made}")[: len(expected)] == expected
@@ -83,7 +83,7 @@ def test_what_it_holds_is_counted(made, capsys):
     said = capsys.readouterr().out
     assert "format llava (llava.json)\nentries of training text: 4\n" in said and "asked for" not in said
     assert command(layer_swap, "--describe", "--data", f"llava:{made}", "--n", "9") == 0
-    assert "\nnote: asked for 9, the source holds 8, 4 of which can be used\n" in capsys.readouterr().out
+    assert "\nnote: requested 9, the source holds 8, 4 of which can be used\n" in capsys.readouterr().out
     rows = [entry for entry in ENTRIES if not isinstance(entry, str)]
     lines = write_lines(made / "lines" / "llava.jsonl", rows)
     with lines.open("a") as file:
@@ -101,7 +101,7 @@ def test_what_wants_pairs_or_items_says_so_in_one_line(made, tmp_path, capsys):
     save(tmp_path / "items" / "1.png", 1)
     asked = {"image": "1.png", "text": "q", "label": "yes", "question_id": 1}
     write_lines(tmp_path / "items" / "coco_pope_random.json", [asked])
-    with pytest.raises(UsageError, match=r"is no training text, as in llava:FILE; it holds items \(pope\)"):
+    with pytest.raises(UsageError, match=r"is not training text, as in llava:FILE; it holds items \(pope\)"):
         entries(tmp_path / "items")
 
 
@@ -161,8 +161,8 @@ def test_generated_scenes_are_training_text(tmp_path):
     export("llava", tmp_path / "made", n=12)
     assert describe_text(tmp_path / "made")[:-1] == [
         "entries of training text: 12",
-        "with a picture: 10, without: 2; pictures that are not there: 0",
+        "with an image: 10, without: 2; images that are not there: 0",
         "turns: 44 (human 22, gpt 22)",
         "turns in an entry: 2 2, 4 10",
-        "about left and right (--sides): 8, 8 of them with a picture",
+        "about left and right (--sides): 8, 8 of them with an image",
     ]

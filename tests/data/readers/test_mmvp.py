@@ -53,7 +53,7 @@ def test_what_is_no_pair_is_refused(tmp_path):
     assert [pair.id for pair in pairs] == ["1/2"]
     told = [each.reason for each in pairs.refused]
     expected = [
-        "Index is 'x'; a whole number", "it has 3 cells where the first line names 4 columns",
+        "Index is 'x'; it must be a whole number", "it has 3 cells where the first line names 4 columns",
         "its pair is asked another question, 'Is it blue?'",
         "the correct answer '(c)' is none of the options '(a) Yes (b) No'", "both answers are 'Yes'; they must differ",
         "the other row of pair 9/10 is missing", "its pair has other options",
@@ -107,4 +107,4 @@ def test_rows_without_a_cell_or_with_a_letter_twice_are_counted(tmp_path):
     told = sorted(each.reason.partition(": ")[2] for each in pairs.refused)
     assert len(told) == 3 and "have the letter (b) twice" in told[2] + told[1] + told[0]
     assert any("Question is ' '; a non-empty text is needed" in each for each in told)
-    assert any("Index is '\u00b2'; a whole number from 1 on is needed" in each for each in told)
+    assert any("Index is '\u00b2'; it must be a whole number of at least 1" in each for each in told)

@@ -145,7 +145,7 @@ def test_a_table_that_is_nearly_one_is_not_taken_for_classes(tmp_path):
     write_csv(tmp_path / "Questions.csv", ("Index", "Question", "Choices", "Correct Answer"), *ROWS)
     told = "Questions.csv is nearly of the format mmvp, but has no column 'Options'"
     said = describe(str(tmp_path), n=None, seed=0)
-    assert "pictures with a class" in said and f"note: {told}" in said
+    assert "images with a class" in said and f"note: {told}" in said
     with pytest.raises(UsageError, match=told):
         load_pairs(tmp_path)
 
@@ -216,7 +216,7 @@ def test_what_is_no_utf8_or_empty_is_one_clear_line(folder):
     text = path.read_text()
     for content, said in (
         (text.encode("latin-1"), r"it is not UTF-8 \(byte 0xf9\); save it as UTF-8"),
-        (text.encode("utf-16-le"), r"no UTF-8 text \(it holds zero bytes\)"), (b"", "it is empty"),
+        (text.encode("utf-16-le"), r"not UTF-8 text \(it holds zero bytes\)"), (b"", "it is empty"),
     ):  # fmt: skip
         path.write_bytes(content)
         with pytest.raises(UsageError, match=f"Questions.csv is not read: .*{said}"):
@@ -245,7 +245,7 @@ def test_a_file_itself_and_a_folder_of_several(folder):
         with pytest.raises(UsageError, match="holds pairs.jsonl and ITEMS.JSONL; name one, as in .*/pairs.jsonl"):
             load(folder)
     assert len(load_pairs(folder / "pairs.jsonl")) == len(load_items(folder / "ITEMS.JSONL")) == 1
-    with pytest.raises(UsageError, match=r"holds items \(items.jsonl\), single pictures"):
+    with pytest.raises(UsageError, match=r"holds items \(items.jsonl\), single images"):
         load_pairs(folder / "ITEMS.JSONL")
     (folder / "ITEMS.JSONL").unlink()
     mmvp(folder, ROWS)
@@ -325,17 +325,17 @@ def test_of_rows_with_one_id_the_later_ones_are_counted_out(folder):
 def test_a_source_that_holds_fewer_than_asked_for_says_so(folder, capsys):
     rows = [ASK | {"image": f"{number}.png"} for number in (1, 2)]
     write_lines(folder / "i" / "items.jsonl", [row | {"image": f"../{row['image']}"} for row in rows])
-    note = "asked for 5, the source holds 2"
+    note = "requested 5, the source holds 2"
     assert load_items(folder / "i", n=5).notes == (note,) and load_items(folder / "i", n=2).notes == ()
     assert command(layer_swap, "--describe", "--data", folder / "i", "--n", "5") == 0
     assert f"note: {note}" in capsys.readouterr().out
     told = {"data": load_items(folder / "i", n=5).described}
     assert told["data"]["notes"] == [note] and remarks(told) == (f"{folder / 'i'}: {note}.",)
     write_lines(folder / "pairs.jsonl", [BOTH, BOTH | {"question": ""}, BOTH | {"question": "other"}])
-    assert load_pairs(folder, n=3).notes == ("asked for 3, the source holds 3, 2 of which can be used",)
+    assert load_pairs(folder, n=3).notes == ("requested 3, the source holds 3, 2 of which can be used",)
     assert load_pairs(folder, n=2).notes == ()
     stream = ({"image": held(number)} | ASK for number in range(4))
-    assert Items.from_rows(stream, n=9).notes == ("asked for 9, the source holds 4",)
+    assert Items.from_rows(stream, n=9).notes == ("requested 9, the source holds 4",)
 
 
 @pytest.mark.usefixtures("untyped")

@@ -137,7 +137,7 @@ def test_the_original_and_each_edited_figure_with_another_answer(tmp_path, write
     assert [pair.group for pair in pairs] == ["VD/chart/0", "VD/chart/0", "VD/map/0"]
     reasons = [each.reason for each in pairs.refused]
     for said in (
-        "row 8: it has no picture", "gt_answer is '2'; 0 or 1 is needed",
+        "row 8: it has no image", "gt_answer is '2'; 0 or 1 is needed",
         "the answer about its figure is yes too", "its question is asked about no other figure",
     ):  # fmt: skip
         assert any(said.removeprefix("row 8: ") in reason for reason in reasons), said

@@ -113,7 +113,7 @@ def test_what_is_no_pair_is_refused_with_its_reason(tmp_path):
         "caption_options is 'A mug on a table'; a list of captions is needed",
         "caption 'A mug and a table' tells no relation",
         "caption_options is None",
-        "its group has no picture of 'under'",
+        "its group has no image of 'under'",
         "does not exist",
     ):
         assert any(said in reason for reason in reasons), said
@@ -125,7 +125,7 @@ def test_two_pictures_of_one_relation_in_a_group(tmp_path):
     rows = json.loads(path.read_text())
     path.write_text(json.dumps([*rows, rows[0]]))
     pairs = load_pairs(f"whatsup:{path}")
-    assert len(pairs) == 2 and "its group has another picture of 'on'" in pairs.refused[0].reason
+    assert len(pairs) == 2 and "its group has another image of 'on'" in pairs.refused[0].reason
 
 
 def test_a_wrong_caption_without_a_relation_refuses_its_pair_of_four(tmp_path):

@@ -95,7 +95,7 @@ def test_pairs_that_the_result_has_values_of_are_asked_in_other_wordings_those_g
     config = Config(null=0, other_wordings=("see it. {question}",))
     (claim,) = gated(config, "the model", pairs, result, pool, again)
     assert [gate.name for gate in claim.gates] == [STABLE, TWIN, SHUFFLED, WORDINGS]
-    assert [gate.says for gate in claim.gates[1:3]] == ["not tried: no null is asked for"] * 2
+    assert [gate.says for gate in claim.gates[1:3]] == ["not tried: no null was requested"] * 2
     ((names, given),) = asked_in
     assert names == [pair.id for pair in pairs][5 : 5 + N_EXAMPLES] and given == ("see it. {question}",)
 

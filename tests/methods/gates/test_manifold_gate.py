@@ -85,7 +85,7 @@ def test_answers_that_begin_alike_leave_it_open_and_the_batch_makes_no_differenc
     first = torch.zeros(12, dtype=torch.long)
     monkeypatch.setattr(VLM, "answer_ids", lambda self, encoded, answers: first[: len(answers)])
     (alike,) = on_manifold([claim()], vlm, pairs, lambda claim, pairs: pushed(vlm, 1e3))
-    assert alike.gates[0].verdict is None and "the answers begin alike" in alike.gates[0].says
+    assert alike.gates[0].verdict is None and "the answers share a token" in alike.gates[0].says
 
 
 def test_states_are_looked_at_from_the_first_layer_of_a_window_on(organism):

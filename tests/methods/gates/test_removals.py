@@ -142,7 +142,7 @@ def test_a_denied_effect_is_lost_where_a_removal_goes_half_of_the_way(monkeypatc
         each = {(0, way): effects.get(way, -1.0) for way in (*COUNTED, "zero")}
         monkeypatch.setattr(removals, "_effects", lambda *given: each | whole)
         (found,) = in_other_ways([claim(1)], [claim(1)], None, None, denied)
-        assert "the other picture -10.00, of which none may do half" in found.gates[0].says
+        assert "the other image -10.00, of which none may do half" in found.gates[0].says
         return found.gates[0].verdict
 
     assert verdict() is True and verdict(mean=4.0) is True, "what raises the lead does not go that way"

@@ -99,10 +99,10 @@ def test_a_wording_in_which_the_model_answers_less_than_half_as_well_does_not_co
     monkeypatch.setattr(rewording, "share_right", lambda vlm, pairs, batch: shares.get(pairs[0].wording.template, 0.8))
     gate = tried(organism, lowered)
     assert list(gate.numbers["by_wording"]) == list(NEUTRAL[2:5])
-    assert gate.numbers["left_out"][NEUTRAL[1]] == "39 % are answered right, 80 % in the own"
+    assert gate.numbers["left_out"][NEUTRAL[1]] == "39 % are correct, 80 % in the own wording"
     shares |= dict.fromkeys(NEUTRAL, 0.1)
     none = tried(organism, lowered)
-    assert none.verdict is None and none.says.startswith("not tried: 0 other wording(s) can be used, 3 are needed")
+    assert none.verdict is None and none.says.startswith("not tried: 0 other wording(s) are usable, 3 are needed")
 
 
 def test_a_wording_that_cannot_be_measured_is_told(organism):

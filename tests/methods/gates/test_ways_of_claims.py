@@ -128,7 +128,7 @@ def test_both_directions_and_denials_of_a_swap_have_edits(organism):
     assert edit(spoken, pairs) == removed(spoken) == "tokens of answers are in no prompt"
     tower = swaps.edit_of(swap_sites(vlm, "vision", "resid_post"))
     claim = Claim("image turns", {"direction": "noising", "span": "image", "layer": 0}, "", ())
-    assert tower(claim, pairs) == "the swap is not in the decoder"
+    assert tower(claim, pairs) == "the patch is not in the decoder"
 
 
 # The map

@@ -19,9 +19,9 @@ from vlm_mech.results.result import Metric
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-INDIVIDUAL = Metric("individual", "share", "right answers over both pictures of a pair", against="chance")
-PAIR = Metric("pair", "share", "pairs with both pictures right", against="chance")
-OF_ITEMS = dataclasses.replace(INDIVIDUAL, description="items answered rightly")
+INDIVIDUAL = Metric("individual", "share", "correct answers over both images of a pair", against="chance")
+PAIR = Metric("pair", "share", "pairs with both images correct", against="chance")
+OF_ITEMS = dataclasses.replace(INDIVIDUAL, description="items answered correctly")
 """`INDIVIDUAL` of single items, which have one picture."""
 QUESTION, FIRST, SECOND = "{question}", "{first}", "{second}"
 
@@ -138,6 +138,6 @@ def unknown_words(vlms: "Sequence[VLM]", pairs: Pairs) -> tuple[str, ...]:
             n = sum(word is not None for word in words)
             found.append(
                 f"{n} of {len(words)} questions hold words that {vlm.name} has no token for, such as {some[0]!r}; they "
-                "are asked as they stand, and each such word is one and the same token to it."
+                "are used unchanged, and each such word is the same unknown token."
             )
     return tuple(found)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Cells = Mapping[str, Sequence[Any]]
 """Which values of some axes are told by category."""
 COLUMN = "category"
-TITLES = {"individual": "pictures right", "pair": "both of a pair right"}
+TITLES = {"individual": "images correct", "pair": "both of a pair correct"}
 """What metrics are called over their panels."""
 
 

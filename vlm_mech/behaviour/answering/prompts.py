@@ -65,7 +65,7 @@ def candidates(example: "Labelled", names: Sequence[str], k: int, *, seed: int, 
         order: `random`, anew for each example, or `fixed`, that of the data set; the candidates are the same.
     """
     if not 2 <= k <= len(names):
-        raise UsageError(f"{k} candidates are asked for among {len(names)} classes; 2 to {len(names)} can be")
+        raise UsageError(f"{k} candidates were requested among {len(names)} classes; 2 to {len(names)} can be")
     rng, own = random.Random(f"{seed}/{k}/{example.id}"), names.index(example.label)
     found = [own, *rng.sample([number for number in range(len(names)) if number != own], k - 1)]
     mixed = rng.sample(found, k)

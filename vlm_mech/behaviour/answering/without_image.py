@@ -17,14 +17,14 @@ def without_images(vlm: "VLM", encoded: Encoded) -> Encoded:
         UsageError: the prompts have no picture, or the model cannot do without one.
     """
     if not all(prompt.images for prompt in encoded.prompts):
-        raise UsageError("the prompts have no picture, so there is nothing that could be left out")
+        raise UsageError("the prompts have no image, so there is nothing that could be left out")
     if "pixel_values" in vlm.needed_inputs:
-        raise UsageError(f"{vlm.family.name} cannot run without a picture, so nothing can be compared with that")
+        raise UsageError(f"{vlm.family.name} cannot run without an image, so nothing can be compared with that")
     place = vlm.placeholder or ""
     bare = [replace(each, image=None, text=each.text and each.text.replace(place, "")) for each in encoded.prompts]
     try:
         return vlm.encode(bare)
     except UsageError as error:
         raise UsageError(
-            f"{vlm.family.name} cannot run without a picture, so nothing can be compared with that: {error}"
+            f"{vlm.family.name} cannot run without an image, so nothing can be compared with that: {error}"
         ) from error

@@ -31,7 +31,7 @@ class Scale:
 
     def __post_init__(self) -> None:
         if self.long_side is not None and self.long_side < 1:
-            raise UsageError(f"long_side is {self.long_side}; pixels from 1 on, or none to leave pictures as they are")
+            raise UsageError(f"long_side is {self.long_side}; pixels from 1 on, or none to leave images as they are")
 
 
 AS_USUAL = Scale()
@@ -72,7 +72,7 @@ def levels_of(vlm: "VLM", kernels: Sequence[int] = KERNELS) -> tuple[str, ...]:
         UsageError: the kernels do not begin with 1 or do not grow.
     """
     if not kernels or kernels[0] != 1 or list(kernels) != sorted(set(kernels)):
-        raise UsageError(f"kernels {' '.join(map(str, kernels))}: they must grow from 1, which is the picture as it is")
+        raise UsageError(f"kernels {' '.join(map(str, kernels))}: they must grow from 1, which is the image as it is")
     for size in kernels:
         kernel(size)
     try:

@@ -1,7 +1,7 @@
-"""What the swaps of a decay could say: at which layers a swap turns the answer, at each level.
+"""What the swaps of a decay could say: at which layers patching flips the answer, at each level.
 
 The claims are those of a layer swap (`methods.layer_swap.claims`), of pictures that are both at one level. Every level,
-span and layer is asked, none is chosen.
+span and layer is asked, none is selected.
 """
 
 import dataclasses

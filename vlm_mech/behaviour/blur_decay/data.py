@@ -44,7 +44,8 @@ def with_images(pairs: Pairs, level: str, scale: Scale = AS_USUAL) -> Pairs:
 class KeptImages:
     """Pairs brought to levels as `with_images` does it, each pair once at each level as long as there is room.
 
-    Pairs are told apart by their ids; those asked about again may have other answers, but must have the same pictures.
+    Pairs are distinguished by their ids; those asked about again may have other answers, but must have the same
+    pictures.
     """
 
     scale: Scale = AS_USUAL
@@ -144,7 +145,7 @@ def swapped_levels(
     if probe_data is not None and (pairs.made or tuple(given) == ("none",)):
         why = "single items do not say it" if pairs.made else "--mechanism none leaves no level to read at"
         raise UsageError(
-            f"--probe-data {probe_data}: probes read the patches where the two pictures of a pair differ; {why}"
+            f"--probe-data {probe_data}: probes read the patches where the two images of a pair differ; {why}"
         )
     levels = () if tuple(given) == ("none",) or pairs.made == "none" else tuple(given)
     if levels == SWAPPED:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 TITLES = {
-    "unchanged": "answers that never changed (C)", "same": "answers as on the clean picture (E)",
-    "correct": "right answers", "correct_unchanged": "right answers among the unchanged",
+    "unchanged": "answers that never changed (C)", "same": "same answer as on the clear image (E)",
+    "correct": "correct answers", "correct_unchanged": "correct answers among the unchanged",
 }  # fmt: skip
 
 
@@ -28,13 +28,13 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
     if set(SWAPS.values()) & set(result.table["view"]):
         found["read_layers"] = figures.lines(
             result, x="layer", colour="level", metric="recovered", facet="view", where={"view": list(SWAPS.values())},
-            title="where the answer is read as the pictures decay: recovered fraction",
+            title="where the answer is read as images are blurred: recovered fraction",
         )  # fmt: skip
     if set(PROBES.values()) & set(result.table["view"]):
         views = [*PROBES.values(), *CONTROLS.values()]
         found["decoded"] = figures.lines(
             result, x="layer", colour="level", metric=DECODED.name, facet="view", where={"view": views},
-            title="what probes of clear pictures read as the pictures decay: share of answers",
+            title="accuracy of probes fitted on clear images, as images are blurred",
         )  # fmt: skip
     return found
 
@@ -46,7 +46,7 @@ def by_level(result: Result, metric: str) -> "go.Figure":
     figure = figures.lines(result, x="level", colour="view", metric=metric, where=behaviour, title=TITLES[metric])
     guessed = (result.provenance.get("guessing") or {}).get(metric)
     if guessed:
-        line, name = {"color": "#888888", "width": 1.5, "dash": "dash"}, "guessing among the options"
+        line, name = {"color": "#888888", "width": 1.5, "dash": "dash"}, "chance"
         figure.add_scatter(x=list(result.provenance["levels"]), y=guessed, mode="lines", name=name, line=line)
     return figure.update_layout(meta=figures.drawn_by(by_level, metric=metric))
 

@@ -28,14 +28,14 @@ def findings(result: Result, pairs: Pairs, levels: Sequence[str]) -> tuple[str, 
         found += _unchanged(result, summary, view, answers, levels[-1], nouns.one)
     unread = result.table[result.table["view"].isin(list(FLOORS)) & (result.table["unread"] == True)]  # noqa: E712
     if len(unread):
-        found.append(f"{len(unread)} answers say nothing and count as changed.")
+        found.append(f"{len(unread)} answers are unreadable and count as changed.")
     if guessed := result.provenance.get("guessing"):
         found.append(
-            f"answers drawn from the options at every level would never change in {guessed['unchanged'][-1]:.2g}, and "
-            f"be that to the clear picture at the last level in {guessed['same'][-1]:.3f}."
+            f"Chance: random options at every level would never change in {guessed['unchanged'][-1]:.2g}, and "
+            f"match the clear image's answer at the last level in {guessed['same'][-1]:.3f}."
         )
     if pairs.made == "none":
-        found.append("items have no counterfactual picture, and no states were swapped (--counterfactual makes one).")
+        found.append("Items have no counterfactual image, so no states were patched (--counterfactual makes one).")
     return (*found, *reading(result), *_decoded(result))
 
 
@@ -49,26 +49,26 @@ def _unchanged(
     table = result.table[(result.table["view"] == view) & (result.table["level"] == last)]
     by_clean = [
         f"{told_share(table[table['clean_right'] == right], 'unchanged')} of those {name}"
-        for right, name in ((True, "right on the clear picture"), (False, "wrong there"))
+        for right, name in ((True, "correct on the clear image"), (False, "wrong on it"))
     ]
-    asked = f"answers about the {view}"
+    asked = f"Answers about the {view}"
     found = [
-        f"{asked}, unchanged at every level to the last ({last}): {_told(rows[view])}; the floor, another {one}'s "
-        f"picture at every level but the same question: {_told(rows[floor])}; above it by {difference['mean']:+.3f} "
-        f"({difference['ci_low']:+.3f} to {difference['ci_high']:+.3f}); unchanged are {' and '.join(by_clean)}."
+        f"{asked}, unchanged at every level up to {last}: {_told(rows[view])}. Floor, the same question about another "
+        f"{one}'s image: {_told(rows[floor])}. Difference {difference['mean']:+.3f} "
+        f"({difference['ci_low']:+.3f} to {difference['ci_high']:+.3f}). Unchanged: {' and '.join(by_clean)}."
     ]
     kept = table[table["unchanged"] == 1]
     if len(kept):
         commonest = pd.Series(answers)[kept["example"]].value_counts().iloc[0]
         found.append(
-            f"{asked}, of the unchanged {told_share(kept, 'correct')} are right; always naming their commonest right "
-            f"answer would be right in {commonest / len(kept):.3f}."
+            f"{asked}: {told_share(kept, 'correct')} of the unchanged are correct; always naming the majority answer "
+            f"would be correct in {commonest / len(kept):.3f}."
         )
     return tuple(found)
 
 
 def reading(result: Result) -> tuple[str, ...]:
-    """At which layers a swap of the image, or of the last token, turns the answer, at each level: what is claimed."""
+    """At which layers a swap of the image, or of the last token, flips the answer, at each level: what is claimed."""
     swaps = swaps_of(result)
     if swaps is None:
         return ()
@@ -78,16 +78,16 @@ def reading(result: Result) -> tuple[str, ...]:
         held = swaps.table[(swaps.table["level"] == level) & swaps.table["recovered"].notna()]
         n = len(set(held["example"]))
         if n < 2:
-            found.append(f"at {level_name(level)} the two pictures of {n} pair(s) are told apart.")
+            found.append(f"At {level_name(level)} the model distinguishes the two images of {n} pair(s).")
         told, silent = [], []
         for span in SPANS.values():
             some = [claim for claim in made if (claim.about["level"], claim.about["span"]) == (level, span)]
             if some:
-                told.append(f"swapping {words_of(span)} {what_it_does(some, layers, LOGIT_DIFF.name)}")
+                told.append(f"patching {words_of(span)} {what_it_does(some, layers, LOGIT_DIFF.name)}")
             else:
                 silent.append(words_of(span))
-        told += [f"of a swap of {', or of '.join(silent)} nothing is claimed"] if silent else []
-        found.append(f"at {level_name(level)} (n = {n}): {'; '.join(told)}.")
+        told += [f"no claim is made about patching {' or '.join(silent)}"] if silent else []
+        found.append(f"At {level_name(level)} (n = {n}): {'; '.join(told)}.")
     return tuple(found)
 
 
@@ -108,7 +108,7 @@ def _decoded(result: Result) -> tuple[str, ...]:
         )
         worst = rows[rows["view"].isin(list(CONTROLS.values()))]["mean"].max()
         found.append(
-            f"at {level_name(level)}, share of answers found by probes of clear pictures: {told}; with shuffled labels "
+            f"At {level_name(level)}, accuracy of probes fitted on clear images: {told}; with shuffled labels "
             f"at most {worst:.3f}, chance {rows['baseline'].iloc[0]:.3f}."
         )
     return tuple(found)

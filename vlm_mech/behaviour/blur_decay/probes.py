@@ -27,7 +27,7 @@ CONTROLS = {OBJECT: "shuffled labels, object", "last": "shuffled labels, last"}
 DECODED = Metric(
     "decoded",
     "share",
-    "share of examples whose answer a linear probe, fitted on other clear pictures, finds most probable; a "
+    "share of examples whose answer a linear probe, fitted on other clear images, finds most probable; a "
     "tie is wrong; baseline: 1 / answers",
     against="chance",
 )

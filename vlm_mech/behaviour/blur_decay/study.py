@@ -35,15 +35,15 @@ WHOLE = -1
 SAME = Metric(
     "same",
     "share",
-    "E: share of answers that are the answer to the picture as it is; no answer is never the same",
+    "E: share of answers equal to the answer about the clear image; an unreadable answer never is",
     against="clear picture",
 )
 UNCHANGED = Metric(
     "unchanged", "share", "C: share of answers that were that answer at every level so far", against="clear picture"
 )
-CORRECT = Metric("correct", "share", "share of right answers", against="clear picture")
+CORRECT = Metric("correct", "share", "share of correct answers", against="clear picture")
 CORRECT_UNCHANGED = Metric(
-    "correct_unchanged", "share", "share of right answers among those unchanged so far", against="clear picture"
+    "correct_unchanged", "share", "share of correct answers among those unchanged so far", against="clear picture"
 )
 METRICS = (UNCHANGED, SAME, CORRECT, CORRECT_UNCHANGED, RECOVERED, LOGIT_DIFF, DECODED)
 

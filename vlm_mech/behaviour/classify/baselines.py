@@ -96,7 +96,7 @@ def probe_table(
     labels = np.array([names.index(each.label) for each in examples])
     missing = sorted(set(range(len(names))) - set(labels[: len(data.train)].tolist()))
     if missing:
-        raise UsageError(f"class {names[missing[0]]!r} has no training picture; raise --n-train, or leave --no-probes")
+        raise UsageError(f"class {names[missing[0]]!r} has no training image; raise --n-train, or leave --no-probes")
     edges = np.cumsum([0, len(data.train), len(data.validation), len(data.test)])
     split = Split(*(np.arange(*edges[at : at + 2]) for at in range(3)), seed=design.seed)
     prompts = [design.wording.prompt(design.question, each.image) for each in examples]

@@ -66,7 +66,7 @@ def design_of(
 
     Args:
         ks: numbers of candidates, `all` among them; by default those of `CANDIDATES` below the number of classes, and
-            all. Closed questions too long for the model are left out of the default, and refused when asked for.
+            all. Closed questions too long for the model are left out of the default, and refused on request.
         n_new: tokens generated at most.
         wording: how the questions of the style are put to the VLM.
 
@@ -97,7 +97,7 @@ def _numbers(ks: Sequence[str], n_classes: int) -> tuple[int, ...]:
     for k in ks:
         if k != "all" and not (k.isdigit() and 2 <= int(k) <= n_classes):
             raise UsageError(
-                f"--k {k} is no number of candidates among {n_classes} classes; 2 to {n_classes} or all is"
+                f"--k {k} is not a number of candidates among {n_classes} classes; use 2 to {n_classes}, or all"
             )
         found.append(n_classes if k == "all" else int(k))
     if len(set(found)) < len(found):

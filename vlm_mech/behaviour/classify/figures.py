@@ -78,10 +78,10 @@ def accuracy_bars(result: Result, *, question: str, title: str | None = None) ->
     _dots(figure, said[held], rows["name"][held.to_numpy()].tolist(), "substring (paper)", COLOURS[1], "diamond-open")
     figure.add_vline(x=float(rows["baseline"].iloc[0]), line={"color": GREY, "dash": "dot", "width": 1.5})
     figure.update_yaxes(autorange="reversed", type="category", categoryarray=rows["name"].tolist())
-    figure.update_xaxes(title_text="accuracy (share of test pictures)", range=[-0.02, 1.02])
-    note = f"n = {rows['n'].min()}; bars: 95 % interval over pictures; dotted: chance"
+    figure.update_xaxes(title_text="accuracy (share of test images)", range=[-0.02, 1.02])
+    note = f"n = {rows['n'].min()}; bars: 95 % interval over images; dotted: chance"
     figure.update_layout(meta=drawn_by(accuracy_bars, question=question, title=title))
-    return _dressed(figure, title or f"what is in the picture? {_n_classes(result)} classes", note, len(rows))
+    return _dressed(figure, title or f"what is in the image? {_n_classes(result)} classes", note, len(rows))
 
 
 def candidate_lines(result: Result, *, question: str, title: str | None = None) -> "go.Figure":
@@ -108,7 +108,7 @@ def candidate_lines(result: Result, *, question: str, title: str | None = None) 
         trace.hovertemplate = (trace.hovertemplate or "").replace("unedited run", "chance") or None
     figure.update_xaxes(title_text="candidates", type="category")
     figure.update_layout(
-        title_text=html.escape(title or "accuracy against the number of candidates"),
+        title_text=html.escape(title or "accuracy by number of candidates"),
         meta=drawn_by(candidate_lines, question=question, title=title), width=900,
     )  # fmt: skip
     return figure
@@ -154,8 +154,8 @@ def frequency_scatter(result: Result, *, question: str, title: str | None = None
     figure.update_yaxes(range=[-0.06, 1.06])
     figure.update_yaxes(title_text="accuracy on the class", col=1)
     figure.update_layout(meta=drawn_by(frequency_scatter, question=question, title=title))
-    note = f"{len(frequency['counts'])} classes, counted {frequency['rule']}; orange: bins of classes, with 95 %"
-    _dressed(figure, title or "is what was told of more often named better?", note, 0)
+    note = f"{len(frequency['counts'])} classes, counted {frequency['rule']}; orange: binned means, 95 % intervals"
+    _dressed(figure, title or "are classes mentioned more often named better?", note, 0)
     return figure.update_layout(width=260 * n_columns + 160, height=240 * n_lines + 180)
 
 
@@ -186,8 +186,8 @@ def position_lines(result: Result, *, question: str, title: str | None = None) -
     figure.update_xaxes(title_text="position in the prompt")
     figure.update_yaxes(title_text="accuracy", range=[-0.04, 1.04])
     figure.update_layout(meta=drawn_by(position_lines, question=question, title=title))
-    note = f"n = {rows['n'].min()}; bars: 95 % interval over pictures; dotted: chance"
-    return _dressed(figure, title or "what a probe of the last block reads at each position", note, 10)
+    note = f"n = {rows['n'].min()}; bars: 95 % interval over images; dotted: chance"
+    return _dressed(figure, title or "probe accuracy at each position, last block", note, 10)
 
 
 def tuning_dots(result: Result, *, title: str | None = None) -> "go.Figure":
@@ -199,7 +199,7 @@ def tuning_dots(result: Result, *, title: str | None = None) -> "go.Figure":
     import plotly.graph_objects as go
 
     if len(set(result.table["model"])) < 2:
-        raise UsageError(f"{result.name} tuned nothing; run it with --tune projector")
+        raise UsageError(f"{result.name} fine-tuned nothing; run it with --tune projector")
     rows = result.summary("accuracy")
     rows = rows[(rows["method"] == GENERATION) & (rows["n"] > 0)]
     names = [html.escape(_task(row), quote=False) for _, row in rows.iterrows()]
@@ -219,8 +219,8 @@ def tuning_dots(result: Result, *, title: str | None = None) -> "go.Figure":
     figure.update_yaxes(autorange="reversed", type="category", categoryarray=first["name"].tolist())
     figure.update_xaxes(title_text="accuracy of generated answers", range=[-0.02, 1.02])
     figure.update_layout(meta=drawn_by(tuning_dots, title=title))
-    note = "bars: 95 % interval over pictures; grey: chance"
-    return _dressed(figure, title or "before and after tuning on the classes", note, len(first))
+    note = "bars: 95 % interval over images; grey: chance"
+    return _dressed(figure, title or "before and after fine-tuning on the classes", note, len(first))
 
 
 # Parts

@@ -46,10 +46,10 @@ def _all_classes(summary: pd.DataFrame, design: Design, method: str, model: str 
 def _data(design: Design) -> str:
     data, parts = design.data, ("train", "validation", "test")
     sizes = ", ".join(f"{len(getattr(data, part))} {part}" for part in parts)
-    text = f"{len(data.names)} classes of {data.name}; {sizes} pictures"
+    text = f"{len(data.names)} classes of {data.name}; {sizes} images"
     few = len(data.names) - len({each.label for each in data.test})
-    missing = f"; {few} classes have no test picture" if few else ""
-    return f"{text}{missing}. Chance is {1 / len(data.names):.3f}; intervals are 95 % bootstrap over pictures."
+    missing = f"; {few} classes have no test image" if few else ""
+    return f"{text}{missing}. Chance is {1 / len(data.names):.3f}; intervals are 95 % bootstrap over images."
 
 
 def _open(result: Result, summary: pd.DataFrame, design: Design) -> list[str]:
@@ -62,10 +62,10 @@ def _open(result: Result, summary: pd.DataFrame, design: Design) -> list[str]:
     nothing, substring = (some["predicted"] == "").mean(), some["substring"].mean()
     usual = some["answer"].value_counts()
     return [
-        f"Open world, {design.question!r}: {_told(row)} of the answers name the class and no other (n = {row['n']}); "
-        f"{nothing:.2f} name none of the classes, or several. By substring, as in the paper, {substring:.3f} are "
-        "right. "
-        f"The commonest answer is {usual.index[0]!r} ({usual.iloc[0]} of {len(some)})."
+        f"Open world, {design.question!r}: {_told(row)} of the answers name the class and no other (n = {row['n']}). "
+        f"{nothing:.2f} name no class, or several. By substring, as in the paper, {substring:.3f} are "
+        "correct. "
+        f"The most frequent answer is {usual.index[0]!r} ({usual.iloc[0]} of {len(some)})."
     ]
 
 
@@ -77,7 +77,7 @@ def _scores(summary: pd.DataFrame, design: Design, calibrations: Sequence[Calibr
         if each.question == design.question and row is not None:
             told.append(f"{each.method} (coefficient {each.coefficient:g}) {_told(row)}")
     text = "Log-probabilities of the class names, all classes: " + "; ".join(told)
-    return [text + ". Coefficients were chosen on the validation part."] if told else []
+    return [text + ". Coefficients were chosen on validation."] if told else []
 
 
 def _others(summary: pd.DataFrame, design: Design, paired: Sequence[Paired]) -> list[str]:
@@ -90,8 +90,8 @@ def _others(summary: pd.DataFrame, design: Design, paired: Sequence[Paired]) -> 
         words = [f"{one.one} {one.only_one} to {one.only_other} (p {_p(one.p_corrected)})" for one in each]
         if words:
             found.append(
-                f"Pictures that only one has right, against {other}: {'; '.join(words)}. McNemar's exact test, Holm "
-                f"over {len(paired)} comparisons."
+                f"Images that only one method gets right, compared with {other}: {'; '.join(words)}. McNemar's exact "
+                f"test, Holm over {len(paired)} comparisons."
             )
     return found
 
@@ -107,7 +107,7 @@ def _candidates(summary: pd.DataFrame, design: Design) -> list[str]:
         told = [f"K = {row['k']}: {_told(row)}, chance {row['baseline']:.3f}" for _, row in rows.iterrows()]
         found.append(f"Closed world, candidates in {order} order: {'; '.join(told)}.")
     for k, why in design.left_out.items():
-        found.append(f"Closed world with K = {k} was left out: a prompt of {why}.")
+        found.append(f"Closed world with K = {k} was skipped: a prompt of {why}.")
     return found
 
 
@@ -115,15 +115,13 @@ def _frequency(correlations: Sequence[Mapping[str, Any]], design: Design) -> lis
     told = []
     for each in correlations:
         if each["question"] == design.question and not each["method"].startswith(AT):
-            words = "the same for all classes" if each["spearman"] is None else f"{each['spearman']:.2f}"
+            words = "undefined, the same for all classes" if each["spearman"] is None else f"{each['spearman']:.2f}"
             if each["spearman"] is not None:
                 words += f" ({each['spearman_low']:.2f} to {each['spearman_high']:.2f})"
             told.append(f"{each['method']} {words}")
     if not told:
         return []
-    return [
-        f"Spearman of a class's count in the training text with its accuracy, 95 % over classes: {'; '.join(told)}."
-    ]
+    return [f"Spearman correlation of training-text count with accuracy, 95 % over classes: {'; '.join(told)}."]
 
 
 def _two_hops(summary: pd.DataFrame) -> list[str]:
@@ -160,7 +158,7 @@ def _tuned(summary: pd.DataFrame, design: Design, tuned: Mapping[str, Any] | Non
         if pair[0] is not None and pair[1] is not None:
             told.append(f"{name} {pair[0]['mean']:.3f} -> {_told(pair[1])}")
     text = (
-        f"Tuned: {tuned['what']} ({tuned['n_trained']} parameters); validation loss "
+        f"Fine-tuned: {tuned['what']} ({tuned['n_trained']} parameters); validation loss "
         f"{tuned['validation_loss_before']:.2f} -> {tuned['validation_loss_after']:.2f}. Before -> after: "
     )
     return [text + "; ".join(told) + "."]

@@ -253,9 +253,7 @@ def _frequency(
     if counts is None:
         return None
     text = (
-        f"{options.counts}"
-        if options.counts
-        else f"{N_PICTURES} pictures' questions of the training of {options.stage}"
+        f"{options.counts}" if options.counts else f"{N_PICTURES} images' questions of the training of {options.stage}"
     )
     found = {"text": text, "rule": "as given" if options.counts else options.rule, "counts": counts}
     found |= {"correlations": correlations(table, counts, seed=design.seed)}

@@ -153,7 +153,7 @@ def calibrated(
     prior: Float[np.ndarray, "n_classes"],
     own: Sequence[int],
 ) -> tuple[float, float]:
-    """The coefficient of the prior with the best validation accuracy, the smallest of equals, and that accuracy."""
+    """The coefficient of the prior with the best validation accuracy, the smallest among equals, and that accuracy."""
     found = [(float(best(scores - each * prior, own)[0].mean()), -each) for each in COEFFICIENTS]
     accuracy, negative = max(found)
     return -negative, accuracy

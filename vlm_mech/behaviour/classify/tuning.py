@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import trange
+from tqdm.auto import trange
 
 from vlm_mech.behaviour.answering.class_name_scores import Ids, Names, names_after
 from vlm_mech.behaviour.classify.checkpoint import keep, projector_of
@@ -74,7 +74,7 @@ class Tuning:
                 "the warm-up a share below 1"
             )
         if self.keep == "best" and not self.epochs:
-            raise UsageError("the weights of the best epoch are asked for; --tune-epochs is needed")
+            raise UsageError("choosing the best epoch needs --tune-epochs")
 
     def of(self, n: int) -> "Tuning":
         """The same with the number of steps that its epochs have on n pictures."""

@@ -116,7 +116,7 @@ def load_item_questions(
     for item in items:
         why = "" if item.options else "it has no options"
         why = why or ("" if item.category else "it has no category, which is the class")
-        why = why or ("" if len(item.images) == 1 else f"it shows {len(item.images)} pictures; one is needed")
+        why = why or ("" if len(item.images) == 1 else f"it shows {len(item.images)} images; one is needed")
         if why:
             refused.append(Refused(item.id, why))
             continue

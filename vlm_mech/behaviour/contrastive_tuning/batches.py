@@ -57,7 +57,7 @@ class Recipe:
         if self.n_steps < 1:
             raise UsageError(f"steps is {self.n_steps}; at least 1 is needed")
         if self.batch < 4 or self.batch % 2:
-            raise UsageError(f"batch is {self.batch}; an even number of pictures from 4 on is needed")
+            raise UsageError(f"batch is {self.batch}; an even number of images from 4 on is needed")
         if min(self.epochs, self.micro, self.warmup) < 0:
             raise UsageError(
                 f"epochs {self.epochs}, micro-batch {self.micro}, warm-up {self.warmup:g}: none may be below 0"

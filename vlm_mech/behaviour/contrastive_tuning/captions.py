@@ -129,11 +129,11 @@ def _unfit(encoder: "DualEncoder", each: Entry | Refused, sides: bool) -> str:
     if sides and not each.names_a_side:
         return "about neither left nor right"
     if each.image is None:
-        return "without a picture"
+        return "without an image"
     if not any(each.answers):
         return "without an answer"
     if not is_file(Path(each.image)):
-        return "whose picture is not there"
+        return "whose image is not there"
     try:
         check_known(encoder, each.answers, "caption")
         for text in each.answers:
@@ -245,9 +245,9 @@ class Captions:
 
     @torch.no_grad()
     def asked(self, tuned: Tuned) -> tuple[float, float]:
-        """Each picture with all answers about it in a row: the loss of all as one batch, and the share told apart.
+        """Each picture with all answers about it in a row: the loss of all as one batch, and the share distinguished.
 
-        A picture is told apart if its own text is more like it than that of every other picture; a tie is wrong.
+        A picture is distinguished if its own text is more like it than that of every other picture; a tie is wrong.
         """
         tuned.model.eval()
         images = self.embedded(tuned)

@@ -121,7 +121,7 @@ def without_repeats(data: Sequence[Cases], held: Sequence[Cases] = ()) -> list[C
     for cases in data:
         for case in cases.cases:
             if len(case.images) != 2:
-                raise UsageError(f"{cases.name} has sets of {len(case.images)} pictures; pairs are needed")
+                raise UsageError(f"{cases.name} has sets of {len(case.images)} images; pairs are needed")
             words = tuple(sorted(" ".join(case.captions).split()))
             if _pixels(case) not in held_pixels:
                 kept.setdefault(words, case)
@@ -140,7 +140,7 @@ def check_counterfactuals(data: Sequence[Cases]) -> None:
     for cases in data:
         if not cases.cases or any(len(case.images) != 2 for case in cases.cases):
             raise UsageError(
-                f"data {cases.name!r} has no counterfactuals: each case needs two pictures, one caption true of each"
+                f"data {cases.name!r} has no counterfactuals: each case needs two images, one caption true of each"
             )
 
 
@@ -148,7 +148,7 @@ def check_tunable(encoder: "DualEncoder") -> None:
     """Raise `UsageError` for a model whose pictures do not have one shape."""
     if encoder.family.layout is padded:
         raise UsageError(
-            f"{encoder.name} takes pictures of any shape (NaFlex), which cannot be tuned here; CLIP and SigLIP "
+            f"{encoder.name} takes images of any shape (NaFlex), which cannot be tuned here; CLIP and SigLIP "
             "can, and SigLIP2 of a fixed size"
         )
 

@@ -41,7 +41,7 @@ def before_after(result: Result, *, metric: str, title: str) -> "go.Figure":
     told = result.metric(metric)
     n = sorted(set(rows["n"]))
     count = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
-    note = f"{told.description} ({told.unit}); {count} pairs a data set; bars, band: 95 % interval over pairs"
+    note = f"{told.description} ({told.unit}); {count} pairs per data set; bars, band: 95 % interval over pairs"
     # The title must end left of plotly's tools.
     width = max(720, LEFT + 30 + PANEL * len(data))
     lines = textwrap.wrap(note, int((width - 40) / CAPTION))
@@ -89,7 +89,7 @@ def _panel(figure: "go.Figure", rows: "pd.DataFrame", names: list[str], column: 
             marker={"symbol": "circle-open", "color": COLOURS[0], "size": 9},
         ),
         go.Scatter(
-            x=held["mean"], y=y, mode="markers", name="after tuning", marker={"color": COLOURS[0], "size": 9},
+            x=held["mean"], y=y, mode="markers", name="after fine-tuning", marker={"color": COLOURS[0], "size": 9},
             error_x=errors,
         ),
     ):  # fmt: skip
@@ -104,6 +104,6 @@ def _panel(figure: "go.Figure", rows: "pd.DataFrame", names: list[str], column: 
 def drawn(result: Result) -> "dict[str, go.Figure]":
     """Pairs and single pictures, before and after."""
     return {
-        "pair": before_after(result, metric="pair", title="both pictures of a pair, before and after tuning"),
-        "individual": before_after(result, metric="individual", title="single pictures, before and after tuning"),
+        "pair": before_after(result, metric="pair", title="both images of a pair, before and after fine-tuning"),
+        "individual": before_after(result, metric="individual", title="single images, before and after fine-tuning"),
     }

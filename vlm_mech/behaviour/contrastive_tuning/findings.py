@@ -21,16 +21,18 @@ def findings(result: Result) -> tuple[str, ...]:
     data = list(summary["data"].drop_duplicates())
     found = [_tuned_on(told), _verdict(summary, tested, told)]
     found += [_beside_vlm(summary, tested, name) for name in data]
-    found.append("by tuning: pair accuracy, and in brackets pairs won and lost against no tuning, McNemar's p (Holm).")
+    found.append(
+        "By fine-tuning: pair accuracy; in brackets, pairs gained and lost compared with none, McNemar's p (Holm)."
+    )
     for note in told["variants"]:
         parts = [_moved(summary, tested, note["tuning"], name) for name in data]
-        fitted = f"{note['fitted']:.2f} of the {_what(told)} tuned on"
+        fitted = f"{note['fitted']:.2f} of the training {_what(told)}"
         found.append(f"{note['tuning']} (rate {note['rate']:g}, {fitted}): {'; '.join(parts)}.")
     return tuple(found)
 
 
 def _what(told: dict[str, Any]) -> str:
-    return "pictures" if told.get("captions") else "pairs"
+    return "images" if told.get("captions") else "pairs"
 
 
 def _tuned_on(told: dict[str, Any]) -> str:
@@ -40,11 +42,11 @@ def _tuned_on(told: dict[str, Any]) -> str:
         steps = sorted({trial["n_steps"] for note in told["variants"] for trial in note["trials"]})
         sizes = [size for note in told["variants"] for trial in note["trials"] for size in trial["batches"]]
         few = f"{min(sizes)} to " if min(sizes) < max(sizes) else ""
-        length = f"{recipe['epochs']} epochs ({' or '.join(map(str, steps))} steps) in each of which each is seen once,"
-        length += f" steps of {few}{max(sizes)} pictures, one seed"
+        length = f"{recipe['epochs']} epochs ({' or '.join(map(str, steps))} steps),"
+        length += f" batches of {few}{max(sizes)} images, one seed"
     else:
-        length = f"{recipe['n_steps']} steps of {recipe['batch']} pictures, one seed"
-    asked = "below, test pairs, pair accuracy (chance 0.25), intervals over pairs."
+        length = f"{recipe['n_steps']} steps of {recipe['batch']} images, one seed"
+    asked = "numbers below: pair accuracy on test pairs (chance 0.25), intervals over pairs."
     if not told.get("captions"):
         n = told["n_validation"]
         chosen = (
@@ -53,12 +55,13 @@ def _tuned_on(told: dict[str, Any]) -> str:
             else f"rate {rates}"
         )
         return (
-            f"tuned on {told['n_train']} pairs of {', '.join(told['train'])} (train split), {length}; {chosen}; {asked}"
+            f"Fine-tuned on {told['n_train']} pairs of {', '.join(told['train'])} (train split), {length}; {chosen}; "
+            f"{asked}"
         )
     chosen = f"chosen among {rates} by the loss on {told['n_validation']} held out" if "," in rates else rates
     return (
-        f"tuned on {told['n_train']} pictures with captions of {', '.join(told['train'])}, {told['captions']['used']}; "
-        f"{length}; an answer drawn each time as caption; rates {chosen}; {asked}"
+        f"Fine-tuned on {told['n_train']} images with captions of {', '.join(told['train'])}, "
+        f"{told['captions']['used']}; {length}; a randomly drawn answer as caption each time; rates {chosen}; {asked}"
     )
 
 
@@ -77,15 +80,15 @@ def _verdict(summary: pd.DataFrame, tested: pd.DataFrame, told: dict[str, Any]) 
             lost.append(where)
     best = max(told["variants"], key=lambda note: note["fitted"])
     carried = (
-        "what it does not get right on test pairs is not for want of steps, though it may be of pairs"
+        "errors on test pairs are not for lack of steps, but may be for lack of pairs"
         if best["fitted"] >= LEARNED
-        else "where this is low too, the tuning was too short or the tower does not show it, which is not told apart"
+        else "if this is low too, training was too short or the encoder lacks the information (not distinguished)"
     )
-    asked = "asked again" if not told.get("captions") else "asked for their own text among theirs"
+    asked = "tested again" if not told.get("captions") else "matched to their own text among all"
     return (
-        f"above chance and above no tuning (McNemar, Holm over tunings and data sets, p < {LEVEL}): "
-        f"{', '.join(lifted) or 'none'}; worse than before on what was not tuned on: {', '.join(lost) or 'none'}. "
-        f"Most is learned of the {_what(told)} tuned on by {best['tuning']}: {best['fitted']:.2f} of "
+        f"Above chance and above no fine-tuning (McNemar, Holm over variants and data sets, p < {LEVEL}): "
+        f"{', '.join(lifted) or 'none'}. Worse than before on data not trained on: {', '.join(lost) or 'none'}. "
+        f"Best fit to the training {_what(told)}: {best['tuning']}, {best['fitted']:.2f} of "
         f"{told['n_fitted']} {asked}; {carried}."
     )
 
@@ -96,7 +99,8 @@ def _beside_vlm(summary: pd.DataFrame, tested: pd.DataFrame, data: str) -> str:
     behind = (own["p_corrected"] < LEVEL) & (own["lost"] > own["won"])
     near = ", ".join(own["tuning"][~behind]) or "none"
     untuned, reader = (_told(_row(summary, tuning, data)) for tuning in (NONE, READER))
-    return f"{data}: no tuning {untuned}; the VLM {reader}; not below it (McNemar, Holm, p < {LEVEL}): {near}."
+    text = f"{data}: no fine-tuning {untuned}; the VLM {reader}"
+    return f"{text}; not significantly below the VLM (McNemar, Holm, p < {LEVEL}): {near}."
 
 
 def _moved(summary: pd.DataFrame, tested: pd.DataFrame, tuning: str, data: str) -> str:

@@ -127,6 +127,6 @@ def held_out(parts: Parts, read: Read, *, n_held: int | None, seed: int) -> Part
     n = len(read.used)
     held = min(HELD, n // 10) if n_held is None else n_held
     if not 0 <= held < n:
-        raise UsageError(f"{held} of {n} pictures with captions are to be held out; fewer than that are needed")
+        raise UsageError(f"{held} of {n} images with captions are to be held out; fewer than that are needed")
     order = np.random.default_rng((seed, 6)).permutation(n)
     return replace(parts, read=replace(read, used=tuple(read.used[at] for at in order)), n_held=held)

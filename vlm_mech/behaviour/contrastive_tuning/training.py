@@ -102,7 +102,7 @@ def material(encoder: "DualEncoder", cases: Sequence[Case], vlm: "VLM | None" = 
     """
     wrong = [case.id for case in cases if len(case.images) != 2]
     if wrong:
-        raise UsageError(f"{wrong[0]} is no pair: {len(cases[0].images)} pictures belong together; pairs are needed")
+        raise UsageError(f"{wrong[0]} is not a pair: {len(cases[0].images)} images belong together; pairs are needed")
     images = [image for case in cases for image in case.images]
     captions = [caption for case in cases for caption in case.captions]
     inputs = dict(encoder.encode(images, captions).inputs)
@@ -219,9 +219,9 @@ def tuned_by(
         WorkError: the loss is no number any more.
     """
     if rate <= 0:
-        raise UsageError(f"learning rate is {rate:g}; a number above zero is needed")
+        raise UsageError(f"learning rate is {rate:g}; it must be above 0")
     if len(some) < (n_rows := examples_a_step(variant, recipe)):
-        what = "pairs" if isinstance(some, Material) else "pictures with captions"
+        what = "pairs" if isinstance(some, Material) else "images with captions"
         raise UsageError(f"{len(some)} {what} are fewer than the {n_rows} of a step; more or a smaller batch is needed")
     some = some if variant.shuffled == "no" else some.shuffled(variant.shuffled, seed=recipe.seed)
     tuned = _fresh(model, some, variant, width=known.shape[-1], seed=recipe.seed)

@@ -46,7 +46,7 @@ def before_after(result: Result) -> "go.Figure":
     n_tasks = result.table["task"].nunique()
     figure = make_subplots(
         cols=2, column_widths=[n_tasks / (n_tasks + 1.2), 1.2 / (n_tasks + 1.2)], horizontal_spacing=0.09,
-        subplot_titles=["true answers", "the prior's answers"],
+        subplot_titles=["true answers", "prior answers"],
     )  # fmt: skip
     for number, state in enumerate(result.table["state"].unique()):
         for column, metric in ((1, TRUTH), (2, PRIOR)):
@@ -57,9 +57,9 @@ def before_after(result: Result) -> "go.Figure":
     figure.update_yaxes(title_text="share of answers", col=1)
     counts = sorted({int(n) for n in result.summary(TRUTH.name)["n"] if n > 0})
     n = f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
-    _caption(figure, f"{n} a bar; bars: 95 % interval of the mean over examples")
+    _caption(figure, f"{n} per bar; 95 % intervals over examples")
     return figure.update_layout(
-        **STYLE, width=980, barmode="group", title={"text": "answers before and after tuning", "x": 0.01},
+        **STYLE, width=980, barmode="group", title={"text": "answers before and after fine-tuning", "x": 0.01},
         legend={"orientation": "h", "y": 1.1, "yanchor": "bottom", "x": 1, "xanchor": "right"},
         meta=drawn_by(before_after),
     )  # fmt: skip
@@ -86,14 +86,14 @@ def _bars(rows: pd.DataFrame, state: str, colour: str, *, shown: bool) -> "go.Ba
 
 
 def training(result: Result) -> "go.Figure":
-    """Along the steps: the loss or the mean reward of sampled answers, and right answers on the validation pairs."""
+    """Along the steps: the loss or the mean reward of sampled answers, and correct answers on the validation pairs."""
     from plotly.subplots import make_subplots
 
     told = result.provenance["training"]
     history = pd.DataFrame(told["history"])
     rewarded = "reward_conflict" in history
-    first = "mean reward of sampled answers" if rewarded else "cross-entropy of true answers (nats a token)"
-    figure = make_subplots(cols=2, horizontal_spacing=0.1, subplot_titles=[first, "right answers on validation"])
+    first = "mean reward of sampled answers" if rewarded else "cross-entropy of true answers (nats per token)"
+    figure = make_subplots(cols=2, horizontal_spacing=0.1, subplot_titles=[first, "validation accuracy"])
     lines = {"loss": "loss"}
     if rewarded:
         lines = {"reward_conflict": "reward, in conflict", "reward": "reward, all"}
@@ -118,7 +118,7 @@ def training(result: Result) -> "go.Figure":
     figure.update_xaxes(title_text="steps")
     _caption(figure, f"dotted: the checkpoint chosen; right: 95 % intervals, n = {int(held['n'].iloc[0])}")
     return figure.update_layout(
-        **STYLE, width=1080, title={"text": f"tuning by {told['recipe']['objective']}", "x": 0.01},
+        **STYLE, width=1080, title={"text": f"fine-tuning, objective: {told['recipe']['objective']}", "x": 0.01},
         meta=drawn_by(training),
     )  # fmt: skip
 

@@ -18,19 +18,19 @@ def findings(result: Result, adapter: str) -> tuple[str, ...]:
     turned = changes(table, TUNED)
     for task, test in turned.items():
         found.append(
-            f"{task}: right answers from {shares[task, BASE]} to {shares[task, TUNED]}; {test.only_one} became right "
+            f"{task}: accuracy from {shares[task, BASE]} to {shares[task, TUNED]}; {test.only_one} became correct "
             f"and {test.only_other} wrong, McNemar p = {test.p:.2g} ({test.p_corrected:.2g} after Holm's correction)."
         )
-    found.insert(2, f"{IN_CONFLICT}: the prior's answer from {priors[BASE]} to {priors[TUNED]}.")
+    found.insert(2, f"{IN_CONFLICT}: the prior answer from {priors[BASE]} to {priors[TUNED]}.")
     elsewhere = "; ".join(f"{task} {shares[task, RANDOM]}" for task in turned)
     found.append(
-        f"control, an adapter of the same rank and singular values in random directions: right answers {elsewhere}; "
-        f"the prior's answer in conflict {priors[RANDOM]}."
+        f"Control, a random adapter of equal rank and singular values: accuracy {elsewhere}; "
+        f"the prior answer in conflict {priors[RANDOM]}."
     )
     model = result.provenance["model"]["name"]
     found.append(
-        f"the adapter lies in {adapter}; python -m experiments.layer_swap --swap weights --model {model} "
-        f"--tuned {adapter} --data {result.provenance['data']['name']} says in which blocks it works."
+        f"The adapter is in {adapter}; python -m experiments.layer_swap --swap weights --model {model} "
+        f"--tuned {adapter} --data {result.provenance['data']['name']} shows in which blocks it acts."
     )
     return tuple(found)
 
@@ -40,26 +40,26 @@ def _tuning(told: dict[str, Any]) -> str:
     recipe, start = told["recipe"], told["before"]
     what = "pairs" if "usual" in start else "items"
     at = next(entry for entry in history if entry["step"] == told["chosen"])
-    taught = " on answers that are true of other pictures (a control)" if told["answers"] == "others" else ""
+    taught = " on answers that are true of other images (a control)" if told["answers"] == "others" else ""
     text = (
         f"objective {recipe['objective']}{taught}, rank {recipe['rank']}, {told['n_trained']} weights, "
         f"{told['n_pairs']} {what}, {recipe['n_steps']} steps; step {told['chosen']} was chosen on {at['n']} "
-        f"validation {what} (right {_right(at)}; the base {_right(start)})."
+        f"validation {what} (accuracy {_right(at)}; base model {_right(start)})."
     )
     if "usual" not in at:
-        text += " Single items have no usual pictures: whether usual answers are still given was not asked."
+        text += " Single items have no usual images, so retention of usual answers was not measured."
     if recipe["objective"] == "reward":
         tenth = max(1, len(history) // 10)
         ends = [sum(each["reward_conflict"] for each in some) / tenth for some in (history[:tenth], history[-tenth:])]
         equal, groups = (sum(each[name] for each in history) for name in ("n_equal", "n_groups"))
         text += (
             f" Mean reward of sampled answers in conflict {ends[0]:.3f} in the first tenth of the steps, "
-            f"{ends[1]:.3f} in the last; {equal} of {groups} groups had equal rewards and taught nothing."
+            f"{ends[1]:.3f} in the last; {equal} of {groups} groups had equal rewards and gave no gradient."
         )
     return text
 
 
 def _right(shares: dict[str, Any]) -> str:
-    """Shares of right answers in conflict and, where such pictures were asked about, on usual ones."""
+    """Shares of correct answers in conflict and, where such pictures were asked about, on usual ones."""
     usual = f", usual {shares['usual']:.3f}" if "usual" in shares else ""
     return f"in conflict {shares['conflict']:.3f}{usual}"

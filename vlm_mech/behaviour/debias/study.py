@@ -34,7 +34,7 @@ TRUTH = Metric("truth", "share", "share of answers that name the true one, and n
 PRIOR = Metric(
     "prior",
     "share",
-    "share of answers to pictures in conflict that name the prior's alone",
+    "share of answers to images in conflict that name the prior's alone",
     against=BASE,
 )
 METRICS = (TRUTH, PRIOR)
@@ -66,7 +66,7 @@ def asked(vlm: "VLM", tasks: dict[str, Pairs], state: str, *, batch: int, max_ne
 
 
 def validated(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: int) -> dict[str, Any]:
-    """Shares of right answers on pictures in conflict and on their usual counterfactuals, if any, with their number.
+    """Shares of correct answers on pictures in conflict and on their usual counterfactuals, if any, with their number.
 
     Beside each, as `conflict_ends` and `usual_ends`, its 95 % interval over groups; None of one group alone.
     """
@@ -90,7 +90,7 @@ def validated_before(vlm: "VLM", pairs: Pairs, *, batch: int, max_new_tokens: in
     """
     before = validated(vlm, pairs, batch=batch, max_new_tokens=max_new_tokens)
     if before["conflict"] == 1:
-        raise UsageError(f"{vlm.name} is right on every validation picture of {pairs.name}: nothing to tune away")
+        raise UsageError(f"{vlm.name} is right on every validation image of {pairs.name}: nothing to tune away")
     return before
 
 
@@ -191,7 +191,7 @@ def completed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def changes(table: pd.DataFrame, after: str) -> dict[str, Paired]:
-    """By task McNemar's test of right answers in a state against those of the base, Holm over tasks."""
+    """By task McNemar's test of correct answers in a state against those of the base, Holm over tasks."""
     held = table[(table["state"] == after) & (table["skipped"] == "")]
     tests = [
         mcnemar(rows["truth"].eq(1).to_numpy(), rows["truth_baseline"].eq(1).to_numpy(), (after, BASE))

@@ -60,9 +60,9 @@ class Recipe:
                 raise UsageError(f"{name} is {getattr(self, name)}; at least {least} is needed")
         for name in ("rate", "clip", "temperature"):
             if getattr(self, name) <= 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.beta < 0:
-            raise UsageError(f"beta is {self.beta}; 0 or more is needed")
+            raise UsageError(f"beta is {self.beta}; it must be 0 or more")
 
 
 @dataclass(frozen=True)

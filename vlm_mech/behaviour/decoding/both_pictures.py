@@ -20,7 +20,7 @@ from vlm_mech.behaviour.answering.asked_options import (
 )
 from vlm_mech.behaviour.answering.by_category import by_category, has_categories, told_by_category, with_categories
 from vlm_mech.behaviour.decoding.data import Options, Setting, every_pair, fixed, label
-from vlm_mech.behaviour.decoding.study import OWN, STRANGER, answered
+from vlm_mech.behaviour.decoding.study import OWN, STRANGER, Asked, answered
 from vlm_mech.data.derived_pairs import about_others
 from vlm_mech.data.nouns import PAIRS, Nouns, nouns_of
 from vlm_mech.data.pairs import Pair, Pairs
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "Does contrastive decoding answer more questions rightly than greedy decoding does? Each question is asked about "
-    "{shown}, in conflict with a prior or not. Contrastive decoding has the values of the papers."
+    "Does contrastive decoding answer more questions correctly than greedy decoding? Each question is asked about "
+    "{shown}, in conflict with a prior or not. Contrastive decoding uses the papers' values."
 )
 AXES = ("picture", "method")
-UNREAD = Metric("unread", "share", "answers that name no option, or several, and are not right")
+UNREAD = Metric("unread", "share", "answers that name no option, or several, and count as wrong")
 METRICS = (INDIVIDUAL, PAIR, UNREAD)
 BY_CATEGORY = {"metrics": [INDIVIDUAL.name, PAIR.name], "cells": {"picture": [OWN]}}
 
@@ -90,10 +90,9 @@ def both_pictures(
     for picture, shown in {OWN: pairs, STRANGER: about_others(pairs, others)}.items():
         texts: dict[str, list[tuple[str, ...]]] = {}
         for side, prompts in enumerate((shown.base,) if pairs.made else (shown.base, shown.counterfactual)):
-            encoded = vlm.encode(prompts)
-            names = [f"{pair.id}/{side}" for pair in pairs]
+            asked = Asked(vlm, vlm.encode(prompts), [f"{pair.id}/{side}" for pair in pairs], options)
             for setting in settings:
-                told = answered(vlm, encoded, names, setting, options).texts
+                told = answered(asked, setting).texts
                 texts.setdefault(label(setting.method, setting.dose), []).append(told)
         for method, both in texts.items():
             tables.append(_rows(pairs, both, template.lettered).assign(picture=picture, method=method))
@@ -141,16 +140,16 @@ def said_of_both(result: Result, nouns: Nouns = PAIRS) -> tuple[str, ...]:
     right = [(table.loc[each].loc[greedy.index].eq(1).to_numpy(), greedy.eq(1).to_numpy()) for each in methods[1:]]
     tests = holm([mcnemar(*both, (each, methods[0])) for each, both in zip(methods[1:], right, strict=True)])
     chances = [summary.loc[(OWN, methods[0], metric), "baseline"] for metric in kinds]
-    both, of_pairs = (", both pictures asked about", " and {:.3g} for both of a pair") if "pair" in kinds else ("", "")
+    both, of_pairs = (", both images of each", " and {:.3g} for both of a pair") if "pair" in kinds else ("", "")
     found = [
-        f"{len(greedy)} {nouns.many}{both}; settings are the papers', nothing is chosen. Chance is {chances[0]:.3g} a "
-        f"picture{of_pairs.format(chances[-1])}; answers that name no option, or several, are wrong."
+        f"{len(greedy)} {nouns.many}{both}; settings are the papers'. Chance is {chances[0]:.3g} per "
+        f"image{of_pairs.format(chances[-1])}; answers that name no option, or several, are wrong."
     ]
     for number, method in enumerate(methods):
         told = [_told(summary, OWN, method, metric) for metric in (*kinds, "unread")]
         floor = [_told(summary, STRANGER, method, metric) for metric in kinds]
-        of = [f"{value} of {what}" for value, what in zip(told, ("pictures", "pairs")[: len(kinds)], strict=False)]
-        text = f"{method}: {' and '.join(of)} right, {told[-1]} unread; about {nouns.others} "
+        of = [f"{value} of {what}" for value, what in zip(told, ("images", "pairs")[: len(kinds)], strict=False)]
+        text = f"{method}: {' and '.join(of)} correct, {told[-1]} unreadable; given {nouns.others} "
         text += " and ".join(floor)
         if number:
             test = tests[number - 1]
@@ -158,8 +157,8 @@ def said_of_both(result: Result, nouns: Nouns = PAIRS) -> tuple[str, ...]:
                 {"picture": OWN, "method": method}, {"picture": OWN, "method": methods[0]}, "individual"
             )
             text += (
-                f"; against greedy {test.only_one} {nouns.many} gained, {test.only_other} lost (McNemar exact p = "
-                f"{test.p:.2g}, Holm {test.p_corrected:.2g}), pictures {by['mean']:+.3f} ({by['ci_low']:+.3f} to "
+                f"; compared with greedy {test.only_one} {nouns.many} gained, {test.only_other} lost (McNemar exact p "
+                f"= {test.p:.2g}, Holm {test.p_corrected:.2g}), images {by['mean']:+.3f} ({by['ci_low']:+.3f} to "
                 f"{by['ci_high']:+.3f})"
             )
         found.append(f"{text}.")

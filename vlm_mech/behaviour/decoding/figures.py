@@ -57,7 +57,7 @@ def methods(result: Result) -> "go.Figure":
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.4, -0.6])
     figure.update_xaxes(title_text="share of test answers", range=[-0.04, 1.04])
     n = int(summary["n"].max())
-    title = f"answers where a prior competes with the picture (n = {n}; bars: 95 % interval)"
+    title = f"answers where a prior competes with the image (n = {n}; bars: 95 % interval)"
     figure.update_layout(
         template="plotly_white", width=1180, height=220 + 34 * len(names),
         title={"text": title, "x": 0.01, "y": 0.98, "yanchor": "top", "font": {"size": 17}},
@@ -75,7 +75,7 @@ def accuracies(result: Result) -> "go.Figure":
 
     summary = result.summary()
     names = list(dict.fromkeys(summary["method"]))
-    titles = {"individual": "pictures right", "pair": "both of a pair right"}
+    titles = {"individual": "images correct", "pair": "both of a pair correct"}
     titles = {name: title for name, title in titles.items() if name in set(summary["metric"])}
     figure = make_subplots(
         cols=len(titles), shared_yaxes=True, subplot_titles=list(titles.values()), horizontal_spacing=0.04
@@ -124,7 +124,7 @@ def _dots(rows: pd.DataFrame, places: list[int], name: str, number: int, against
 def doses(result: Result, *, kind: str, metric: str) -> "go.Figure":
     """Right or usual answers on validation against lambda or a, with greedy dotted."""
     methods = [each for each in result.table["method"].drop_duplicates() if each.startswith(kind)]
-    what = {"truth": "right answers", "prior": "usual answers"}[metric]
+    what = {"truth": "correct answers", "prior": "usual answers"}[metric]
     figure = figures.lines(
         result, x="dose", colour="method", metric=metric, title=f"{kind}: {what} on validation by {DOSES[kind]}",
         where={"split": VALIDATION, "picture": OWN, "step": WHOLE, "method": methods},
@@ -141,7 +141,7 @@ def along(result: Result) -> "go.Figure":
     where = {"split": TEST, "method": GREEDY, "step": [step for step in steps if step in set(held["step"])]}
     figure = figures.lines(
         result, x="step", colour="picture", metric="dependency", where=where,
-        title="dependency on the picture along the answer (PDM)",
+        title="dependency on the image along the answer (PDM)",
     )  # fmt: skip
     counts = held[held["picture"] == OWN].groupby("step")["example"].nunique()
     ticks = [f"{step + 1}<br>n = {counts.get(step, 0)}" for step in where["step"]]

@@ -19,6 +19,7 @@ from torch.nn.functional import log_softmax
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from vlm_mech.behaviour.answering.without_image import without_images
+from vlm_mech.behaviour.decoding.first_pass import FirstPass
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded
 from vlm_mech.interventions.attention import aside
@@ -123,7 +124,7 @@ def diffused(vlm: "VLM", encoded: Encoded, *, step: int = NOISE_STEP, seeds: Seq
             batches pixels in a way in which those of an example cannot be found.
     """
     if "pixel_values" not in encoded.inputs:
-        raise UsageError("the prompts have no picture, so there is nothing to diffuse")
+        raise UsageError("the prompts have no image, so there is nothing to diffuse")
     _check_seeds(seeds, encoded)
     found, start = encoded.inputs["pixel_values"].clone(), 0
     for prompt, seed in zip(encoded.prompts, seeds, strict=True):
@@ -144,11 +145,13 @@ def _check_seeds(seeds: Sequence[int], encoded: Encoded) -> None:
 class Branch:
     """The model run beside `generate` on other inputs, with a cache of its own, fed the tokens that `generate` chose.
 
-    `n_new` is the number of tokens fed so far. A call with the prompt alone begins anew.
+    `n_new` is the number of tokens fed so far. A call with the prompt alone begins anew, from a copy of what the
+    prompt's pass left the first time.
     """
 
     def __init__(self, vlm: "VLM", encoded: Encoded, inputs: dict[str, Tensor]) -> None:
         self.n_new = 0
+        self._first = FirstPass()
         self._vlm, self._encoded, self._inputs = vlm, encoded, inputs
         self.needed_inputs = vlm.needed_inputs
         # Families with rotary positions in three dimensions keep an offset of the latest prompt in the model.
@@ -203,9 +206,9 @@ class Branch:
         inputs = model.prepare_inputs_for_generation(
             self._ids, next_sequence_length=length, is_first_iteration=first, **self._options
         )
-        inputs |= {name: self._inputs[name] for name in self.needed_inputs}
+        inputs |= {name: self._inputs[name] for name in self.needed_inputs} | {"return_dict": True}
         with torch.no_grad(), self._own_offsets(), aside(self._vlm):
-            outputs = model(**inputs, return_dict=True)
+            outputs = self._first.of(model, model, **inputs) if first else model(**inputs)
         self._options = model._update_model_kwargs_for_generation(outputs, self._options)
         return outputs.logits[:, -1].float()
 
@@ -220,6 +223,20 @@ class Branch:
                 module.rope_deltas = offsets
 
 
+def unseen_branch(vlm: "VLM", encoded: Encoded) -> Branch:
+    """The same prompts without their pictures.
+
+    Raises:
+        UsageError: prompts without pictures, or a model that cannot run without one.
+    """
+    return Branch(vlm, encoded, without_images(vlm, encoded).inputs)
+
+
+def noised_branch(vlm: "VLM", encoded: Encoded, *, step: int = NOISE_STEP, seeds: Sequence[int]) -> Branch:
+    """The same prompts with diffused pictures (see `diffused`)."""
+    return Branch(vlm, encoded, encoded.inputs | {"pixel_values": diffused(vlm, encoded, step=step, seeds=seeds)})
+
+
 # Processors
 
 
@@ -232,22 +249,30 @@ class M3ID(LogitsProcessor):
         alpha: the first branch is corrected where its best token has less than this probability.
         rate: lambda; a token's weight is `exp(lambda t) - 1`.
         start: t of the first token; with 0 it is never corrected.
+        branch: of another one about the same prompts, which spares its pass over them.
 
     Raises:
         UsageError: a value out of range, prompts without pictures, or a model that cannot run without one.
     """
 
     def __init__(
-        self, vlm: "VLM", encoded: Encoded, *, alpha: float = ALPHA, rate: float = RATE, start: int = START
+        self,
+        vlm: "VLM",
+        encoded: Encoded,
+        *,
+        alpha: float = ALPHA,
+        rate: float = RATE,
+        start: int = START,
+        branch: Branch | None = None,
     ) -> None:
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha}; a probability from 0 to 1 is needed")
         if not 0 <= rate < math.inf:
-            raise UsageError(f"lambda is {rate}; 0 or more is needed")
+            raise UsageError(f"lambda is {rate}; it must be 0 or more")
         if start < 0:
-            raise UsageError(f"t begins at {start}; 0 or more is needed")
+            raise UsageError(f"t begins at {start}; it must be 0 or more")
         self.alpha, self.rate, self.start = alpha, rate, start
-        self.branch = Branch(vlm, encoded, without_images(vlm, encoded).inputs)
+        self.branch = branch or unseen_branch(vlm, encoded)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The corrected log-probabilities, batch x vocab."""
@@ -265,6 +290,7 @@ class VCD(LogitsProcessor):
         cutoff: b; tokens with less than b times the best one's probability are ruled out.
         step: of the diffusion, 0 to 999.
         seeds: of the noise, one for each prompt.
+        branch: of another one with the same prompts, seeds and step, which spares its pass.
 
     Raises:
         UsageError: a value out of range, or prompts without pictures.
@@ -279,14 +305,14 @@ class VCD(LogitsProcessor):
         strength: float = STRENGTH,
         cutoff: float = CUTOFF,
         step: int = NOISE_STEP,
+        branch: Branch | None = None,
     ) -> None:
         if not 0 <= strength < math.inf:
-            raise UsageError(f"a is {strength}; 0 or more is needed")
+            raise UsageError(f"a is {strength}; it must be 0 or more")
         if not 0 <= cutoff <= 1:
             raise UsageError(f"b is {cutoff}; a share from 0 to 1 is needed")
         self.strength, self.cutoff = strength, cutoff
-        pixels = diffused(vlm, encoded, step=step, seeds=seeds)
-        self.branch = Branch(vlm, encoded, encoded.inputs | {"pixel_values": pixels})
+        self.branch = branch or noised_branch(vlm, encoded, step=step, seeds=seeds)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The corrected logits, batch x vocab, -inf where a token is ruled out."""
@@ -302,8 +328,8 @@ class Dependency(LogitsProcessor):
         UsageError: prompts without pictures, or a model that cannot run without one.
     """
 
-    def __init__(self, vlm: "VLM", encoded: Encoded) -> None:
-        self.branch = Branch(vlm, encoded, without_images(vlm, encoded).inputs)
+    def __init__(self, vlm: "VLM", encoded: Encoded, *, branch: Branch | None = None) -> None:
+        self.branch = branch or unseen_branch(vlm, encoded)
         self.steps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -337,11 +363,15 @@ def decode(
     *,
     max_new_tokens: int = 16,
     settings: str = "neutral",
+    first: FirstPass | None = None,
     **options: Any,
 ) -> Generation:
     """Answers of the plain model through these processors in turn, greedy unless `options` of `generate` say otherwise.
 
     Settings of the checkpoint are left out as by `trace.generate`.
+
+    Args:
+        first: the pass over the same prompts, which several calls share; by default each makes its own.
 
     Raises:
         UsageError: beams, other prompts than the processors were made for, or an answer that outgrows the decoder's
@@ -350,7 +380,7 @@ def decode(
     encoded.check_room(max_new_tokens)
     options = decoding_options(options, settings=settings, max_new_tokens=max_new_tokens)
     used = settings_of(in_force(vlm, options))
-    with torch.no_grad(), vlm.passing():
+    with torch.no_grad(), vlm.passing(), (first or FirstPass(most_bytes=0)).in_generate(vlm.model):
         result = vlm.model.generate(
             **encoded.generation_inputs, logits_processor=LogitsProcessorList(processors), **options
         )

@@ -1,6 +1,7 @@
 """What contrastive decoding changes in answers where a prior competes with the picture: rows, and chosen doses."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,19 @@ import numpy as np
 import pandas as pd
 
 from vlm_mech.behaviour.decoding.data import GREEDY, PAPER, PLAIN, TEST, VALIDATION, Options, Setting, label
-from vlm_mech.behaviour.decoding.processors import ALPHA, M3ID, VCD, Dependency, Drawn, decode, seeds_of
+from vlm_mech.behaviour.decoding.first_pass import FirstPass
+from vlm_mech.behaviour.decoding.processors import (
+    ALPHA,
+    M3ID,
+    VCD,
+    Branch,
+    Dependency,
+    Drawn,
+    decode,
+    noised_branch,
+    seeds_of,
+    unseen_branch,
+)
 from vlm_mech.data.derived_pairs import about_others, turned
 from vlm_mech.data.pairs import Pair, Pairs
 from vlm_mech.data.reading import letters_of, read_answer, says
@@ -26,31 +39,51 @@ TRUE = {OWN: 0, STRANGER: 0, USUAL: 1}
 """Which of a pair's answers is the true one in each view."""
 WHOLE = -1
 """Step of what is asked of whole answers."""
-TRUTH = Metric("truth", "share", "share of answers that name what the picture shows, and not the other answer")
-PRIOR = Metric("prior", "share", "share of answers that name the other answer alone: here what is usual")
-DEPENDENCY = Metric("dependency", "fraction", "PDM: Hellinger distance of the next token with and without the picture")
+TRUTH = Metric("truth", "share", "share of answers that name what the image shows, and not the other answer")
+PRIOR = Metric("prior", "share", "share of answers that name only the other answer, here the usual one")
+DEPENDENCY = Metric("dependency", "fraction", "PDM: Hellinger distance of the next token with and without the image")
 METRICS = (TRUTH, PRIOR, DEPENDENCY)
 
 
-def answered(
-    vlm: "VLM", encoded: "Encoded", names: Sequence[str], setting: Setting, options: Options, more: Sequence[Any] = ()
-) -> "Generation":
+@dataclasses.dataclass(eq=False)
+class Asked:
+    """A batch of prompts, and the passes over them that all settings share: as they are, unseen, and diffused."""
+
+    vlm: "VLM"
+    encoded: "Encoded"
+    names: Sequence[str]
+    options: Options
+    first: FirstPass = dataclasses.field(default_factory=FirstPass)
+
+    @functools.cached_property
+    def unseen(self) -> Branch:
+        """The prompts without their pictures."""
+        return unseen_branch(self.vlm, self.encoded)
+
+    @functools.cached_property
+    def diffused(self) -> Branch:
+        """The prompts with diffused pictures."""
+        seeds = seeds_of(self.names, self.options.seed)
+        return noised_branch(self.vlm, self.encoded, step=self.options.noise_step, seeds=seeds)
+
+
+def answered(asked: Asked, setting: Setting, more: Sequence[Any] = ()) -> "Generation":
     """Answers by one setting; noise and draws depend on the seed of the run and the examples' names alone.
 
     Args:
         more: processors that look at the plain scores, before all others.
     """
-    processors = list(more)
+    vlm, encoded, options, processors = asked.vlm, asked.encoded, asked.options, list(more)
     if setting.kind == "M3ID":
-        processors.append(M3ID(vlm, encoded, alpha=setting.alpha, rate=setting.dose, start=options.start))
+        given = {"alpha": setting.alpha, "rate": setting.dose, "start": options.start}
+        processors.append(M3ID(vlm, encoded, **given, branch=asked.unseen))
     elif setting.kind == "VCD":
-        seeds, cutoff = seeds_of(names, options.seed), options.cutoff
-        shared = {"seeds": seeds, "cutoff": cutoff, "step": options.noise_step}
-        processors.append(VCD(vlm, encoded, strength=setting.dose, **shared))
+        given = {"seeds": seeds_of(asked.names, options.seed), "cutoff": options.cutoff, "step": options.noise_step}
+        processors.append(VCD(vlm, encoded, strength=setting.dose, **given, branch=asked.diffused))
     if setting.sampled:
         # The same draws for every setting, so that settings are compared under the same luck.
-        processors.append(Drawn(encoded, seeds=seeds_of(names, options.seed + 1)))
-    return decode(vlm, encoded, processors, max_new_tokens=options.max_new_tokens)
+        processors.append(Drawn(encoded, seeds=seeds_of(asked.names, options.seed + 1)))
+    return decode(vlm, encoded, processors, max_new_tokens=options.max_new_tokens, first=asked.first)
 
 
 def alive(vlm: "VLM", generation: "Generation") -> np.ndarray:
@@ -86,11 +119,12 @@ def contrast(
         views |= {} if pairs.made else {USUAL: turned(pairs)}
     names, tables = [pair.id for pair in pairs], []
     for picture, shown in views.items():
-        encoded = vlm.encode(shown.base)
+        asked = Asked(vlm, encoded := vlm.encode(shown.base), names, options)
         baseline: dict[str, Any] = {}
         for setting in settings:
+            # A branch of its own: what watches the plain answer follows it beside another that corrects it.
             watch = [Dependency(vlm, encoded)] if dependency and setting == Setting() else []
-            told = answered(vlm, encoded, names, setting, options, watch)
+            told = answered(asked, setting, watch)
             named = _named(told, pairs, options)
             rates = {"truth": (named == TRUE[picture]).astype(float), "prior": (named == 1).astype(float)}
             baseline = baseline or {f"{name}_baseline": values for name, values in rates.items()}
@@ -140,7 +174,7 @@ def completed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def chosen(table: pd.DataFrame, settings: Sequence[Setting]) -> list[Setting]:
-    """For each kind and draw the setting best on validation; of equals, the one that changes least.
+    """For each kind and draw the setting best on validation; among equals, the one that changes least.
 
     Best is what says the truth and nothing else most often (a large dose derails answers: `orange bottom bottom`), and
     then what names it most often, which decides where a model answers in sentences.
@@ -184,7 +218,7 @@ def answers_on_test(result: Result) -> Answers:
 
 
 def against_greedy(answers: Answers, settings: Sequence[Setting]) -> list[Paired]:
-    """McNemar's test of each setting's right answers about the own pictures against greedy ones, Holm over all."""
+    """McNemar's test of each setting's correct answers about the own pictures against greedy ones, Holm over all."""
     plain = answers[OWN, GREEDY, 0.0]["truth"]
     tests = []
     for setting in settings:

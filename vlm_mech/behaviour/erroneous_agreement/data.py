@@ -140,7 +140,7 @@ def _cases(pairs: Pairs, captions: Sequence[tuple[str, ...]]) -> Cases:
     for pair in pairs:
         try:
             if pair.id not in inside:
-                raise UsageError("its set lacks pictures, and cannot be counted")
+                raise UsageError("its set lacks images, and cannot be counted")
             if pair.id in together:
                 kept.append(_case(together[pair.id], told))
         except UsageError as error:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 GREY = "#888888"
-WHO = ("both right", "VLM alone", "contrastive alone", "neither")
+WHO = ("both correct", "VLM alone", "contrastive alone", "neither")
 A_ROW, A_SET, AN_ENTRY = 16, 22, 31
 NAME, NARROWEST = 38, 720
 """Signs of a data set's name at most, and pixels that title and plotly's tools, and the caption, need."""
@@ -182,7 +182,7 @@ def aligned_layers(result: Result, *, title: str) -> "go.Figure":
                 row=1, col=column,
             )  # fmt: skip
     figure.update_xaxes(
-        title_text="layer of the tower (resid_post)", dtick=1 if int(table["layer"].max()) < 16 else None
+        title_text="layer of the vision encoder (resid_post)", dtick=1 if int(table["layer"].max()) < 16 else None
     )
     figure.update_yaxes(title_text="debiased linear CKA", col=1)
     figure.update_layout(meta=drawn_by(aligned_layers, title=title))
@@ -195,20 +195,20 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
     """Every figure of a run."""
     views = [view for view in READERS if view in set(result.table["view"])]
     found = {
-        "pair": dots(result, metric="pair", views=views, title="both images of a pair right"),
-        "individual": dots(result, metric="individual", views=views, title="images right"),
-        "who_is_right": who_is_right(result, view=POOLED, title="are pairs missed because they look alike?"),
-        "similarity": dots(result, metric="similarity", views=SIMILARITIES, title="how alike the images of a pair are"),
+        "pair": dots(result, metric="pair", views=views, title="both images of a pair correct"),
+        "individual": dots(result, metric="individual", views=views, title="images correct"),
+        "who_is_right": who_is_right(result, view=POOLED, title="are pairs missed because they are similar?"),
+        "similarity": dots(result, metric="similarity", views=SIMILARITIES, title="similarity of a pair's images"),
         "above_tau": dots(
             result, metric="above_tau", views=SIMILARITIES,
-            title=f"pairs more alike than {result.provenance['tau']:g}",
+            title=f"pairs more similar than {result.provenance['tau']:g}",
         ),
-        "alignment": aligned_layers(result, title="first and second images along the contrastive tower"),
+        "alignment": aligned_layers(result, title="both images along the contrastive vision encoder"),
     }  # fmt: skip
     if has_categories(result):
         found["categories"] = categories(result, **BY_CATEGORY, named=["data", "view"])
     if bool(result.table["set"].notna().any()):
-        found["set"] = dots(result, metric="set", views=views, title="all four images of a set right")
+        found["set"] = dots(result, metric="set", views=views, title="all four images of a set correct")
     return found
 
 

@@ -29,9 +29,9 @@ def findings(result: Result, *, tau: float, floors: Sequence[dict[str, Any]]) ->
         (shown if is_so else hidden).append(name)
         found += [text, *_sets_told(summary, name), _similarity_told(summary, result, name, tau, floors)]
     verdict = (
-        "the contrastive model near chance on pairs that the VLM tells apart (its pair accuracy not above chance, the "
-        f"VLM's above it and above the contrastive one, p < {LEVEL}): {', '.join(shown) or 'on no data set'}; not: "
-        f"{', '.join(hidden) or 'on none'}. No second tower is asked, as MMVP does with DINO."
+        "The contrastive model is at chance but the VLM is not (its pair accuracy is above chance "
+        f"and above the contrastive model's, p < {LEVEL}) on: {', '.join(shown) or 'no data set'}; not on: "
+        f"{', '.join(hidden) or 'none'}. Unlike MMVP (DINO), no second vision encoder is used."
     )
     if has_categories(result):
         table = by_category(result, **BY_CATEGORY)
@@ -47,8 +47,8 @@ def _accuracy_told(summary: pd.DataFrame, data: str, test: dict[str, Any]) -> tu
     chance = float(rows[AMONG]["baseline"])
     text = (
         f"{data}: pair accuracy of the contrastive model {_told(rows[TO_TEXT])}, of the VLM "
-        f"{_told(rows[AMONG])}; chance {chance:.3g} (single images {single[0]:.3f} and {single[1]:.3f}); the VLM "
-        f"alone right on {test['vlm']}, the contrastive model alone on {test['contrastive']} of {test['n']} "
+        f"{_told(rows[AMONG])}; chance {chance:.3g} (single images {single[0]:.3f} and {single[1]:.3f}). Only the VLM "
+        f"is correct on {test['vlm']}, only the contrastive model on {test['contrastive']} of {test['n']} "
         f"({test['test']}, Holm over data sets: p = {test['p_corrected']:.2g})."
     )
     higher = rows[AMONG]["mean"] > rows[TO_TEXT]["mean"] and test["p_corrected"] < LEVEL
@@ -60,7 +60,7 @@ def _sets_told(summary: pd.DataFrame, data: str) -> tuple[str, ...]:
     if rows.empty:
         return ()
     told = "; ".join(f"{row['view']} {_told(row)}" for _, row in rows.iterrows())
-    return (f"{data}: all four images of a set right (chance {rows['baseline'].iloc[0]:.4f}): {told}.",)
+    return (f"{data}: all four images of a set correct (chance {rows['baseline'].iloc[0]:.4f}): {told}.",)
 
 
 def _similarity_told(
@@ -73,15 +73,15 @@ def _similarity_told(
         for view, name in ((TO_TEXT, "contrastive"), (AMONG, "VLM"))
     ]
     return (
-        f"{data}: pooled cosine {_told(row)}, above {tau:g} in {_told(above)} of pairs; of "
-        f"unpaired images {floor['median']:.3f} in the median, above {tau:g} in {floor['above_tau']:.3f}; a pair is "
-        f"above {place['mean']:.3f} of these on average; correlation of cosine and pair right: {', '.join(told)}."
+        f"{data}: pooled cosine {_told(row)}, above {tau:g} in {_told(above)} of pairs. "
+        f"Unpaired images: median {floor['median']:.3f}, above {tau:g} in {floor['above_tau']:.3f}. A pair is "
+        f"above {place['mean']:.3f} of these on average. Correlation of cosine and pair accuracy: {', '.join(told)}."
     )
 
 
 def _correlation(found: dict[str, float]) -> str:
     if math.isnan(found["value"]):
-        return f"not told ({found['n_right']} of {found['n']} right)"
+        return f"undefined ({found['n_right']} of {found['n']} correct)"
     return f"{found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, n = {found['n']})"
 
 

@@ -1,7 +1,7 @@
 """How alike a model's states of two images are, and who tells the images apart.
 
 After arXiv 2411.05195: its similarity is the cosine of pooled CLIP embeddings and its example of ranks is a toy of
-three numbers; patch-wise cosines, ranks of real embeddings and centred kernel alignment beside it are ours.
+three numbers; patch-wise cosines, ranks of real embeddings and centred kernel alignment next to it are ours.
 """
 
 from collections.abc import Sequence
@@ -216,7 +216,7 @@ def tower_patches(vlm: "VLM", images: "Sequence[Image.Image]") -> tuple[Float[Te
 def answer_scores(
     vlm: "VLM", prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], right: Sequence[str]
 ) -> tuple[Float[np.ndarray, "prompt answer"], Bool[np.ndarray, "prompt"]]:
-    """Log-probability of each whole answer after each prompt, and whether greedy search says the right one.
+    """Log-probability of each whole answer after each prompt, and whether greedy decoding gives the right one.
 
     Args:
         answers: for each prompt those it may be answered by, equally many.

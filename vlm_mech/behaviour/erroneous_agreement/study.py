@@ -34,15 +34,15 @@ SIMILARITIES = (POOLED, RANKS, PATCHES, READ)
 TO_TEXT, TO_IMAGE = "contrastive, image to text", "contrastive, text to image"
 AMONG, OPEN, BOTH = "VLM, among answers", "VLM, whole vocabulary", "VLM, both questions"
 READERS = (TO_TEXT, TO_IMAGE, AMONG, OPEN, BOTH)
-PAIR = Metric("pair", "share", "share of pairs with both images right; a tie is wrong")
-INDIVIDUAL = Metric("individual", "share", "share of images that are right; a tie is wrong")
-SET = Metric("set", "share", "share of sets of four with all images right")
+PAIR = Metric("pair", "share", "share of pairs with both images correct; a tie is wrong")
+INDIVIDUAL = Metric("individual", "share", "share of correct images; a tie is wrong")
+SET = Metric("set", "share", "share of sets of four with all images correct")
 SIMILARITY = Metric(
     "similarity", "cosine",
-    "of the two images of a pair: cosine, its mean over patches, or Spearman's rho of the entries; beside it that of "
+    "of the two images of a pair: cosine, its mean over patches, or Spearman's rho of the entries; baseline: that of "
     "images of different pairs",
 )  # fmt: skip
-ABOVE = Metric("above_tau", "share", "share of pairs whose similarity is above tau; beside it that of unpaired images")
+ABOVE = Metric("above_tau", "share", "share of pairs whose similarity is above tau; baseline: unpaired images")
 PLACE = Metric("place", "share", "share of unpaired similarities of the data set that are below the pair's own")
 METRICS = (PAIR, INDIVIDUAL, SET, SIMILARITY, ABOVE, PLACE)
 BY_CATEGORY = {"metrics": [INDIVIDUAL.name, PAIR.name], "cells": {"view": list(READERS)}}
@@ -85,7 +85,7 @@ def looked_at(encoder: "DualEncoder", vlm: "VLM", cases: Sequence[Case], after: 
 
 
 def _answers(vlm: "VLM", cases: Sequence[Case]) -> dict[str, list[Any]]:
-    """Log-probabilities of the answers to each question, and whether the first is answered rightly unprompted."""
+    """Log-probabilities of the answers to each question, and whether the first is answered correctly unprompted."""
     columns: dict[str, list[Any]] = {}
     for number, first in enumerate(cases[0].asked):
         prompts = [case.asked[number].about(image) for case in cases for image in case.images]
@@ -173,7 +173,7 @@ def _readers(cases: Sequence[pd.DataFrame]) -> dict[str, dict[str, np.ndarray]]:
 def accuracies(right: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Individual, pair and set accuracy of each pair, with chance, from which images of each case are right.
 
-    The accuracy of a set of four stands beside its first pair, so that it counts once.
+    The accuracy of a set of four is given next to its first pair, so that it counts once.
     """
     names = [name for each in (INDIVIDUAL, PAIR, SET) for name in (each.name, f"{each.name}_baseline")]
     columns: dict[str, list[float]] = {name: [] for name in names}

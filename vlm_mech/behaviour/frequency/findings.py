@@ -15,11 +15,11 @@ def findings(result: Result, file: str) -> tuple[str, ...]:
     most = counts.sort_values(ascending=False, kind="stable").iloc[:MOST]
     unit = "sentences" if told["rule"] == "contiguous" else "questions with their answers, or lines"
     alike = told.get("alike")
-    same = f" Classes of one name have the counts of that name: {', '.join(alike)}." if alike else ""
+    same = f" Classes that share a name share its count: {', '.join(alike)}." if alike else ""
     named = f": {', '.join(never[:MOST])}{', ...' if len(never) > MOST else ''}" if never else ""
     return (
         f"Texts ({unit}; rule {told['rule']}): {texts}.",
-        f"{len(counts)} classes, each mentioned in {counts.median():g} texts in the median; most often "
+        f"{len(counts)} classes; median mentions per class {counts.median():g} texts; most often "
         f"{', '.join(f'{name} ({count})' for name, count in most.items())}; never {len(never)}{named}.{same}",
         f"The counts are in {file}, for classify --counts.",
     )

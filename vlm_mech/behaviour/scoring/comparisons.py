@@ -56,7 +56,7 @@ def compared(result: Result, one: Cell, other: Cell, metric: str = "pair") -> Co
     for cell in (one, other):
         held = values[:, (cells[list(cell)] == pd.Series(cell)).all(axis=1).to_numpy()][:, 0]
         if not np.isin(held, (0, 1)).all():
-            raise UsageError(f"{metric} of {cell} is no verdict of 0 or 1 for every pair; McNemar's test needs one")
+            raise UsageError(f"{metric} of {cell} is not a verdict of 0 or 1 for every pair; McNemar's test needs one")
         verdicts.append(held.astype(bool))
     return Compared(one, other, metric, mcnemar(*verdicts), difference)
 

@@ -208,8 +208,7 @@ def _without_options(
     """
     open_ones = tuple(each for each in templates if not each.listed)
     said = (
-        "the items have no options: an answer is right where it says the right one in whole words, and wrong otherwise "
-        "(chance is 0); which option it names is not asked."
+        "The items have no options: an answer is correct if it contains the correct one as whole words (chance is 0)."
     )
     return templates if own else open_ones, tuple(asked) or (GENERATION,), said
 

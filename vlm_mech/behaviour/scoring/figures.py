@@ -35,7 +35,7 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
 def accuracies(result: Result) -> "go.Figure":
     """Dots with intervals: each scoring over its prompts, on own and on another pair's pictures, beside chance."""
     titles = {
-        "individual": "pictures right", "pair": "both of a pair right", "set": "all of a set right",
+        "individual": "images correct", "pair": "both of a pair correct", "set": "all of a set correct",
         "relaxed": "pairs matched",
     }  # fmt: skip
     summary = result.summary()
@@ -56,7 +56,7 @@ def accuracies(result: Result) -> "go.Figure":
         figure.add_vline(x=chance, line={"dash": "dot", "color": "#888888"}, row=1, col=column)
     figure.update_xaxes(range=[-0.04, 1.04], dtick=0.25, title_text="share")
     counts = f"n = {int(shown['n'].max())} {_noun(result)}; bars: 95 % interval; dotted: {_chance(shown)}"
-    return _styled(figure, labels, "ways of scoring the same answers", counts, accuracies, width=1100)
+    return _styled(figure, labels, "the same answers, scored in several ways", counts, accuracies, width=1100)
 
 
 def order_bias(result: Result) -> "go.Figure":
@@ -69,11 +69,9 @@ def order_bias(result: Result) -> "go.Figure":
     labels, figure = _labels(result, shown), _panels([""])
     _dots(figure, shown, labels, "bias", COLOURS[0], "circle", 0.0, 1)
     figure.add_vline(x=0, line={"dash": "dot", "color": "#888888"})
-    figure.update_xaxes(range=[-1.05, 1.05], title_text="chosen when first, less when second")
+    figure.update_xaxes(range=[-1.05, 1.05], title_text="chosen when first minus when second")
     counts = f"n = {int(shown['n'].max())} {_noun(result)}; bars: 95 % interval over {_noun(result)}"
-    return _styled(figure, labels, "does the order of the options decide?", counts, order_bias).update_layout(
-        showlegend=False
-    )
+    return _styled(figure, labels, "position bias of options", counts, order_bias).update_layout(showlegend=False)
 
 
 def prompts(result: Result) -> "go.Figure":
@@ -83,7 +81,7 @@ def prompts(result: Result) -> "go.Figure":
     labels = _labels(result, shown)
     across = [each for each in dict.fromkeys(shown["prompt"]) if each != MEAN] + [MEAN]
     values = _square(shown, labels, across)
-    return _matrix(values, across, labels, "right answers by prompt (share of pictures)", prompts, shown, _noun(result))
+    return _matrix(values, across, labels, "accuracy by prompt (share of images)", prompts, shown, _noun(result))
 
 
 def agreement(result: Result) -> "go.Figure":
@@ -92,7 +90,7 @@ def agreement(result: Result) -> "go.Figure":
     labels = _labels(result, pd.DataFrame(cells))
     names = [labels[cell["model"], cell["scoring"]] for cell in cells]
     shown = pd.DataFrame({"n": [n_pairs]})
-    title = "same verdict on a picture (share)"
+    title = "same verdict on an image (share)"
     return _matrix(values, names, dict.fromkeys(names), title, agreement, shown, _noun(result), down=names)
 
 

@@ -62,10 +62,10 @@ def _chance(pairs: Pairs) -> str:
         none = "Without options chance is 0"
         return none if sizes == [1] else f"Chance among {among} options is {np.mean(chances):.3g}"
     if sizes == [2]:
-        return "Chance between two options is 0.5 a picture, 0.25 for both of a pair and 0.5 for matching a pair"
+        return "Chance between two options is 0.5 per image, 0.25 for both of a pair and 0.5 for matching a pair"
     among = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     single, both = (np.mean([len(options_of(pair)) ** -power for pair in pairs]) for power in (1, 2))
-    told = f"{single:.3g} a picture, {both:.3g} for both of a pair and 0.5 for matching a pair"
+    told = f"{single:.3g} per image, {both:.3g} for both of a pair and 0.5 for matching a pair"
     return f"Chance among {among} options is {told}"
 
 
@@ -75,9 +75,9 @@ def _sets(pairs: Pairs, partial: int) -> list[str]:
     if not whole and not partial:
         return []
     chances = [math.prod(len(pair.options) ** -2 for pair in some) for some in whole]
-    told = f"{len(whole)} whole sets ({2 * sum(map(len, whole))} pictures)"
-    told += f", all of one right by chance {np.mean(chances):.2g} of the time" if whole else ""
-    return [f"{told}; {partial} lack a pair and do not count as sets."]
+    told = f"{len(whole)} complete sets ({2 * sum(map(len, whole))} images)"
+    told += f", chance for a whole set {np.mean(chances):.2g}" if whole else ""
+    return [f"{told}; {partial} lack a pair and are not counted as sets."]
 
 
 def _tested(result: Result) -> list[tuple[str, str]]:
@@ -104,15 +104,15 @@ def _accuracy(
         return _single_accuracy(summary, model, scoring, best, n_validation)
     others = floor_in(summary)
     floors = [_at(summary, metric, model, scoring, view=others) for metric in ("individual", "pair")]
-    text = (
-        f"{one} of pictures and {two} of pairs right, {_over(summary, model, scoring)}; about another pair's pictures "
-    )
+    text = f"{one} of images and {two} of pairs correct, {_over(summary, model, scoring)}; given another pair's images "
     text += f"{floors[0]} and {floors[1]}.{_as_given(summary, model, scoring)}"
     if (whole := _at(summary, "set", model, scoring)) != "none":
-        text += f" All pictures of a set: {whole}; of others {_at(summary, 'set', model, scoring, view=others)}."
+        text += (
+            f" All images of a set: {whole}; given others' images {_at(summary, 'set', model, scoring, view=others)}."
+        )
     if (model, scoring) in best and scoring not in (SIMILARITY, TO_IMAGE):
         chosen = [_at(summary, metric, model, scoring, prompt=BEST) for metric in ("individual", "pair")]
-        text += f" With the prompt best on {n_validation} validation pairs, {best[model, scoring]!r}: "
+        text += f" With the best prompt on {n_validation} validation pairs, {best[model, scoring]!r}: "
         text += f"{chosen[0]} and {chosen[1]}."
     return text
 
@@ -143,7 +143,7 @@ def _as_given(summary: pd.DataFrame, model: str, scoring: str) -> str:
     told = [(cell["prompt"], _at(summary, "individual", model, scoring, **cell)) for cell in held]
     prompt, one = next((name, text) for name, text in told if text != "none")
     two = _at(summary, "pair", model, scoring, prompt=prompt, order=AS_GIVEN)
-    both = "" if two == "none" else f" of pictures and {two} of pairs"
+    both = "" if two == "none" else f" of images and {two} of pairs"
     which = f" and prompt {prompt!r}" if len(names) > 1 else ""
     return f" With the options as given{which}: {one}{both}."
 
@@ -153,11 +153,11 @@ def _single_accuracy(
 ) -> str:
     """Of single items."""
     told, floor = (_at(summary, "individual", model, scoring, view=view) for view in (OWN, floor_in(summary)))
-    text = f"{told} of items right, {_over(summary, model, scoring)}; about another item's picture {floor}."
+    text = f"{told} of items correct, {_over(summary, model, scoring)}; given another item's image {floor}."
     text += _as_given(summary, model, scoring)
     if (model, scoring) in best and scoring != SIMILARITY:
         chosen = _at(summary, "individual", model, scoring, prompt=BEST)
-        text += f" With the prompt best on {n_validation} validation items, {best[model, scoring]!r}: {chosen}."
+        text += f" With the best prompt on {n_validation} validation items, {best[model, scoring]!r}: {chosen}."
     return text
 
 
@@ -168,21 +168,19 @@ def _matching(result: Result, summary: pd.DataFrame, model: str, scoring: str) -
         return []
     floor = _at(summary, "relaxed", model, scoring, view=floor_in(summary))
     strict = _at(summary, "pair", model, scoring)
-    text = (
-        f"{model}, {scoring}: {told} of pairs matched in one decision (chance 0.5; floor {floor}), for {strict} with "
-    )
-    text += "both pictures right. "
+    text = f"{model}, {scoring}: {told} of pairs matched in one decision (chance 0.5; floor {floor}); {strict} "
+    text += "with both images correct. "
     if scoring in (SIMILARITY, TO_IMAGE):
         missing = result.table[(result.table["scoring"] == scoring) & (result.table["view"] == OWN)]
         missing = int(missing[missing["prompt"] == MEAN]["relaxed_ratio"].isna().sum())
         ratio = _at(summary, "relaxed_ratio", model, scoring)
-        refused = f"; {missing} pairs with a similarity of 0 or less have none" if missing else ""
-        return [f"{text}That is the sum of cosines; their ratio matches {ratio}{refused}."]
+        refused = f"; undefined for {missing} pairs with a similarity of 0 or less" if missing else ""
+        return [f"{text}Pairs are matched by the sum of cosines; by their ratio it is {ratio}{refused}."]
     cell = next(each for each in decided(result) if each["model"] == model and each["scoring"] == scoring)
     ours, printed = matched(result, cell)
     return [
-        f"{text}With {_named(cell)} {ours:.3f}; the inequality as the paper prints it would have "
-        f"given {printed:.3f}, the pairs that are not matched."
+        f"{text}With {_named(cell)} {ours:.3f}; the inequality as printed in the paper would "
+        f"give {printed:.3f}, which counts the unmatched pairs."
     ]
 
 
@@ -191,14 +189,14 @@ def _looser(summary: pd.DataFrame, model: str) -> list[str]:
     if told == "none":
         return []
     names = {
-        SUBSTRING: "as a plain substring", STARTS: "if the option begins with the answer's first word or there is none",
-        RANDOM: "when an unread answer is worth a random option",
+        SUBSTRING: "as a plain substring", STARTS: "if the option begins with the answer's first word or it is empty",
+        RANDOM: "if an unreadable answer counts as a random option",
     }  # fmt: skip
     each = [f"{_at(summary, 'individual', model, scoring)} {words}" for scoring, words in names.items()]
     shown = "; ".join(one for one in each if not one.startswith("none"))
     unread = _at(summary, "unread", model, GENERATION)
-    named = "" if unread == "none" else f" {unread} of answers name no option, or several, and count as not right."
-    return [f"{model}: by looser rules, of the same generated answers {shown}; by whole words {told}.{named}"]
+    named = "" if unread == "none" else f" {unread} of answers name no option, or several, and count as wrong."
+    return [f"{model}: accuracy of the same generated answers by looser rules: {shown}; by whole words {told}.{named}"]
 
 
 def _order(summary: pd.DataFrame, model: str) -> list[str]:
@@ -209,7 +207,7 @@ def _order(summary: pd.DataFrame, model: str) -> list[str]:
     ]
     if not each:
         return []
-    return [f"{model}: an option is chosen more often when it is listed first than second by {'; '.join(each)}."]
+    return [f"{model}: position bias, how much more often an option is chosen when listed first: {'; '.join(each)}."]
 
 
 def _yes_no(result: Result, pairs: Pairs) -> list[str]:
@@ -229,20 +227,20 @@ def _comparisons(result: Result) -> list[str]:
     """Those that judge a pair unlike in a sentence each, the others in one."""
     made = comparisons(result)
     found, same = [], []
-    right = "pairs with both pictures right" if verdict(result) == "pair" else "items right"
+    right = "pairs with both images correct" if verdict(result) == "pair" else "items correct"
     for each in made:
         names = [f"{cell['scoring']} of {cell['model']} ({_named(cell)})" for cell in (each.one, each.other)]
         if not each.counts.only_one + each.counts.only_other:
-            same.append(f"{names[0]} as {names[1]}")
+            same.append(f"{names[0]} and {names[1]}")
             continue
         by = each.difference
         found.append(
-            f"{right}: only by {names[0]} {each.counts.only_one}, only by {names[1]} "
-            f"{each.counts.only_other}; difference {by['mean']:+.3f} ({by['ci_low']:+.3f} to {by['ci_high']:+.3f}, "
+            f"{right}: {each.counts.only_one} only by {names[0]}, {each.counts.only_other} only by {names[1]}; "
+            f"difference {by['mean']:+.3f} ({by['ci_low']:+.3f} to {by['ci_high']:+.3f}, "
             f"n = {by['n']}), McNemar's exact p {_p(each.counts.p_corrected)} (Holm over {len(made)})."
         )
     one = nouns_in(result.provenance).one
-    return [*found, f"the same verdict on every {one}: {'; '.join(same)}."] if same else found
+    return [*found, f"Same verdict on every {one}: {'; '.join(same)}."] if same else found
 
 
 def _named(cell: Mapping[str, str]) -> str:

@@ -189,7 +189,7 @@ def relaxed(
 
 def _higher_is_better(scores: Float[np.ndarray, "pair image option"], kind: Kind) -> np.ndarray:
     if scores.shape[1] not in (1, 2) or scores.shape[2] < 2:
-        raise UsageError(f"scores have shape {scores.shape}; pairs x 1 or 2 pictures x at least 2 options are needed")
+        raise UsageError(f"scores have shape {scores.shape}; pairs x 1 or 2 images x at least 2 options are needed")
     if not np.isfinite(scores).all():
         raise UsageError(f"a score of pair number {int(np.argwhere(~np.isfinite(scores))[0, 0])} is not finite")
     return -scores if kind == "perplexity" else scores

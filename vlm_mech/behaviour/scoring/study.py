@@ -58,9 +58,9 @@ RELAXED = Metric("relaxed", "share", "pairs matched in one decision, sum form", 
 RATIO = Metric("relaxed_ratio", "share", "pairs matched in one decision, ratio form", against="chance")
 UNREAD = Metric("unread", "share", "answers that name no option, or several")
 BIAS = Metric(
-    "position_bias", "share", "how much oftener an option is chosen when listed first than second", signed=True
+    "position_bias", "share", "how much more often an option is chosen when listed first than second", signed=True
 )
-SET = Metric("set", "share", "sets (of four in What'sUp) with all pictures right", against="chance")
+SET = Metric("set", "share", "sets (of four in What'sUp) with all images correct", against="chance")
 METRICS = (INDIVIDUAL, PAIR, RELAXED, RATIO, UNREAD, BIAS)
 SCORES = ("score_1_1", "score_1_2", "score_2_1", "score_2_2")
 """Scores of both pictures' right options; those of further options follow."""
@@ -327,7 +327,7 @@ def _values(table: pd.DataFrame) -> list[str]:
 
 
 def _mean_rows(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The first table with the mean of the numbers of all, missing ones left out; its texts are taken away."""
+    """The first table with the mean of the numbers of all, missing ones left out; its texts are left out."""
     values = _values(tables[0])
     stacked = pd.concat([table[["example", *values]] for table in tables])
     means = stacked.groupby("example", sort=False).mean().loc[tables[0]["example"]].reset_index()
@@ -348,7 +348,8 @@ def _biased(means: list[pd.DataFrame], by_order: Sequence[Sequence[pd.DataFrame]
 def finished(test: pd.DataFrame, validation: pd.DataFrame | None) -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
     """The test table with the mean over prompts and the prompt best on validation; and which that is.
 
-    Best: most single pictures right (`individual`) among validation pairs; of equals the prompt that was given first.
+    Best: most single pictures right (`individual`) among validation pairs; among equals the prompt that was given
+        first.
     """
     names = ["model", "view", "scoring"]
     more, best = [], {}

@@ -44,7 +44,7 @@ def export(format: str, folder: Path, *, n: int = 48, seed: int = 0) -> None:
     if format not in WRITERS and of_same is not None:
         raise UsageError(f"`export {of_same}` writes the files that {format}: reads; `{format}:FOLDER` takes them")
     if format not in WRITERS:
-        raise UsageError(f"format {format!r:.60} is not known; one of {', '.join(WRITERS)} is")
+        raise UsageError(f"format {format!r:.60} is not known; use one of {', '.join(WRITERS)}")
     check_count(n, "n", "example")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{str(folder)!r} is there already and not empty; name a new folder")

@@ -98,7 +98,7 @@ def related(relations: Sequence[str], n: int, *, seed: int) -> Iterator[dict[str
     rng = random.Random(f"related/{'/'.join(relations)}/{seed}")
     known = list(itertools.permutations((*SHAPES, *PRIORS), 2))
     if n > len(known):
-        raise UsageError(f"{n} groups are asked for; there are {len(known)} of two kinds each")
+        raise UsageError(f"{n} groups were requested; there are {len(known)} of two kinds each")
     kinds = rng.sample(known, n)
     for first, second in kinds:
         colours = rng.sample(list(COLOURS), 2)

@@ -56,7 +56,7 @@ def _figure(row: Row) -> int:
 
 def _check(row: Row) -> None:
     if not row.fields.get("image"):
-        raise UsageError(f"{row.place}: it has no picture")
+        raise UsageError(f"{row.place}: it has no image")
     if _said(row) not in ANSWERS:
         raise UsageError(f"{row.place}: gt_answer is {row.fields['gt_answer']!r:.40}; 0 or 1 is needed")
     if not (written(row.fields["figure_id"]) or "").isdecimal():
@@ -81,7 +81,7 @@ def _keep(found: Collector, group: str, original: tuple[Row, Table], edited: tup
     (one, _), (other, _) = original, edited
     name = f"{_name(one, other)} ({one.id})" if one.fields.get("question_id") is None else _name(one, other)
     if _answer(one) == _answer(other):
-        found.refuse(name, f"{other.place}: the answer about its figure is {_answer(one)} too, so that it is no pair")
+        found.refuse(name, f"{other.place}: the answer about its figure is {_answer(one)} too, so it is not a pair")
         return
     pictures: list[Any] = [table.picture(row.fields["image"]) for row, table in (original, edited)]
     fields = {

@@ -44,7 +44,7 @@ class HeldColumn:
         return self._file.read_row_group(group, columns=[column]).column(self._name).combine_chunks()
 
     def empty(self, group: int) -> list[bool]:
-        """Which cells of a group of rows are empty, without reading the pictures where they have a field beside it."""
+        """Which cells of a group of rows are empty, without reading the pictures where they have a field next to it."""
         import pyarrow as pa
 
         kind = self._file.schema_arrow.field(self._name).type
@@ -60,7 +60,7 @@ class HeldColumn:
             try:
                 self._kept = (group, self._read(group, self._name))
             except (OSError, ArrowException) as error:
-                raise UsageError(f"the pictures of {self._path.name} cannot be read: {error}") from error
+                raise UsageError(f"the images of {self._path.name} cannot be read: {error}") from error
         given = self._kept[1][at].as_py()
         if isinstance(given, Mapping):
             path = given.get("path")
@@ -70,7 +70,7 @@ class HeldColumn:
         if isinstance(given, str):
             here = self._path.parent / given if len(given) < 500 else None
             return {"bytes": None, "path": here if here is not None and here.is_file() else given}
-        raise UsageError(f"{self._name} is a {type(given).__name__}; a picture is needed")
+        raise UsageError(f"{self._name} is a {type(given).__name__}; an image is needed")
 
 
 class HeldCell(Held):
@@ -86,7 +86,7 @@ class HeldCell(Held):
         try:
             return {"bytes": base64.b64decode(content, validate=True), "path": None}
         except binascii.Error as error:
-            raise UsageError(f"the picture is no base64: {error}") from error
+            raise UsageError(f"the image is no base64: {error}") from error
 
 
 def records(path: Path, delimiter: str, *, start: int = 0) -> Iterator[tuple[int, list[str]]]:

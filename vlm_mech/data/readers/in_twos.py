@@ -28,7 +28,7 @@ def in_twos(
             continue
         given = (written(row.fields.get(column)) or "").strip()
         if not given.isdecimal() or int(given) < 1:
-            found.refuse(given, f"{row.place}: {column} is {given!r:.40}; a whole number from 1 on is needed")
+            found.refuse(given, f"{row.place}: {column} is {given!r:.40}; it must be a whole number of at least 1")
         elif int(given) in numbered:
             places = f"{numbered[int(given)].place} and {row.place}"
             raise UsageError(f"{column} {given} occurs twice, in {places}")

@@ -32,7 +32,7 @@ def keep_parts(found: Collector, objects: Sequence[ShownObject], seed: int) -> N
     """Puts an item for each part of each object into `found`.
 
     Args:
-        seed: draws the part that is named beside it, and their order.
+        seed: draws the part that is named next to it, and their order.
     """
     known = dict[str, set[str]]()
     for each in objects:

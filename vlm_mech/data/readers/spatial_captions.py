@@ -64,7 +64,7 @@ def _fields(row: Row, table: Table, seed: int, picture: Callable[[Table, int], A
 
 
 def _read(caption: str, row: Row) -> tuple[str, str, str]:
-    """The object, its side, and the object beside it, if there is one."""
+    """The object, its side, and the object next to it, if there is one."""
     said = ONE.fullmatch(caption.strip()) or TWO.fullmatch(caption.strip())
     if said is None:
         raise UsageError(f"{row.place}: caption {caption!r:.80} tells no side such as left of, above or on the left")

@@ -14,7 +14,7 @@ PIECE = 1 << 20
 """Bytes that are read at once."""
 SPACE = " \t\n\r"
 LARGEST = 1 << 28
-"""Characters of one value; what has more is no list of rows."""
+"""Characters of one value; what has more is not a list of rows."""
 
 
 def values(path: Path, *, piece: int = PIECE) -> Iterator[tuple[str, Any]]:

@@ -103,7 +103,7 @@ def _table(path: Path, root: Path) -> Table | None:
         head = list(itertools.islice(records(path, KINDS[kind]), 2))
         columns = _unlike([cell.strip() for cell in head[0][1]]) if head else ()
         if len(columns) == 1 and (other := next((each for each in ";\t," if each in columns[0]), "")):
-            raise UsageError(f"its first line is parted by {other!r}; cells of a {kind} are parted by {KINDS[kind]!r}")
+            raise UsageError(f"its first line is split by {other!r}; cells of a {kind} are split by {KINDS[kind]!r}")
         return Table(path, root, columns, dict(zip(columns, head[1][1], strict=False)) if head[1:] else {})
     with opened_text(path) as file:
         first = _first(file, kind)

@@ -45,7 +45,7 @@ def names_beside(tables: Sequence[Table]) -> tuple[str, ...]:
         raise UsageError(f"classes {str(found[0])!r} cannot be read: {error}") from error
     names = list(names.values()) if isinstance(names, dict) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UsageError(f"classes {str(found[0])!r} is no list of names")
+        raise UsageError(f"classes {str(found[0])!r} is not a list of names")
     return tuple(names)
 
 
@@ -74,7 +74,7 @@ def _pictured(row: Row, table: Table, names: tuple[str, ...], numbered: list[str
             raise UsageError(f"{row.place}: label is {label}; the list of classes has {len(names)} names")
         label = numbered[label]
     elif not isinstance(label, str) or not label.strip() or (names and label not in names):
-        raise UsageError(f"{row.place}: label is {label!r:.60}, which is no name of a class")
+        raise UsageError(f"{row.place}: label is {label!r:.60}, which is not a name of a class")
     if split not in PARTS:
         raise UsageError(f"{row.place}: split is {split!r:.60}; train, valid or test is needed")
     name = f"{table.path.stem}/{row.id}" if several else row.id

@@ -125,7 +125,7 @@ def _pairs(
     by_relation: dict[str, Shown] = {}
     for each in group:
         if each.relation in by_relation:
-            found.refuse(each.name, f"{each.row.place}: its group has another picture of {each.relation!r}")
+            found.refuse(each.name, f"{each.row.place}: its group has another image of {each.relation!r}")
         else:
             by_relation[each.relation] = each
     for first, second in OPPOSITE.items():
@@ -135,7 +135,7 @@ def _pairs(
             _keep(found, part, asked, *sides)
         elif sides:
             lacking = second if sides[0].relation == first else first
-            found.refuse(sides[0].name, f"{sides[0].row.place}: its group has no picture of {lacking!r}")
+            found.refuse(sides[0].name, f"{sides[0].row.place}: its group has no image of {lacking!r}")
 
 
 def _keep(

@@ -1,4 +1,4 @@
-"""What is claimed: that taking a part away brings the shown answer back, and of which kind the arbiter is."""
+"""What is claimed: that ablating a part restores the shown answer, and of which kind the arbiter is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vlm_mech.data.pairs import Pairs
     from vlm_mech.models.vlm import VLM
 
-RESTORES, EASES = "brings the shown answer back", "helps the shown answer"
+RESTORES, EASES = "restores the shown answer", "favours the shown answer"
 """Kinds of claims about a part alone; the others are called by the kind of the arbiter. That a part helps, which is
 less, is asked where none brings the answer back."""
 HALF = 0.5
@@ -41,20 +41,20 @@ ENOUGH_TURNED = 0.1
 """Share of their attention that must move in the heads which then bring the shown answer."""
 N_EXAMINED = 8
 """Parts of which it is asked what other heads do without them."""
-CONTROL = {HEAD: "other heads of the layer", MLP: "the MLPs of other layers", TOKEN: "other tokens cut off"}
+CONTROL = {HEAD: "other heads of the layer", MLP: "the MLPs of other layers", TOKEN: "cutting off other tokens"}
 DOES = {
-    ROUTE: "turns the heads away that would bring the shown answer",
-    LATE_HEAD: "writes the usual answer over the shown one",
-    MLP_WRITES: "writes the usual answer over the shown one",
-    SINK: "draws the attention of the last token from what is shown",
+    ROUTE: "diverts the heads that would carry the shown answer",
+    LATE_HEAD: "overwrites the shown answer with the usual one",
+    MLP_WRITES: "overwrites the shown answer with the usual one",
+    SINK: "draws the last token's attention away from what is shown",
 }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the declaring half chooses: a part, the kind of arbiter that it would be, and the best part of other kinds.
+    """What the selection half chooses: a part, the kind of arbiter that it would be, and the best part of other kinds.
 
-    `restoring` are all parts that bring the shown answer back there, those that move the difference most first;
+    `restoring` are all parts that restore the shown answer there, those that move the difference most first;
     `kinds` what the evidence there makes of each of them. `easing` are those that only help it, where none restores.
     """
 
@@ -89,32 +89,32 @@ class _Measured:
 
 def _base(known: _Measured, part: Part) -> tuple[Condition, ...]:
     """The difference rises, the shown answer is said in half of the pictures, and in more than what matches brings."""
-    said = "the shown answer is then said in a share of"
+    said = "share of images then answered with what is shown:"
     found = [
         Condition(DIFF.name, part.cell, "above", known.enough, less="baseline"),
         Condition(RESTORED.name, part.cell, "above", bound=HALF, says=said),
     ]
     matched = {**part.cell, "what": MATCHED}
     if known.has(matched):
-        says = f"more than with {CONTROL[part.what]} by"
+        says = f"minus the effect of {CONTROL[part.what]}:"
         found.append(Condition(RESTORED.name, part.cell, "above", SHARE, less=matched, says=says))
     return tuple(found)
 
 
 def restores(result: Result, parts: Sequence[Part]) -> list[Claim]:
-    """Of each part that taking it away brings the shown answer back."""
+    """Of each part that ablating it restores the shown answer."""
     known = _Measured.of(result)
     return [Claim(RESTORES, part.place, f"{_taken(part)} {RESTORES}", _base(known, part), DIFF.unit) for part in parts]
 
 
 def eases(result: Result, parts: Sequence[Part]) -> list[Claim]:
-    """Of each part that taking it away raises the lead of the shown answer, by more than what matches it."""
+    """Of each part that ablating it raises the lead of the shown answer, by more than what matches it."""
     known, found = _Measured.of(result), []
     for part in parts:
         conditions = [Condition(DIFF.name, part.cell, "above", known.enough, less="baseline")]
         matched = {**part.cell, "what": MATCHED}
         if known.has(matched):
-            says = f"more than with {CONTROL[part.what]} by"
+            says = f"minus the effect of {CONTROL[part.what]}:"
             conditions.append(Condition(DIFF.name, part.cell, "above", known.enough, less=matched, says=says))
         says = f"{_taken(part)} {EASES}"
         found.append(Claim(EASES, part.place, says, tuple(conditions), DIFF.unit))
@@ -129,33 +129,33 @@ def arbiter(result: Result, choice: Choice) -> Claim:
     writes = kind in (LATE_HEAD, MLP_WRITES)
     conditions = [*_base(known, part)]
     if writes:
-        says = "the usual answer falls by more than the shown one rises:"
+        says = "fall of the usual answer beyond the rise of the shown one:"
         conditions.append(Condition(WITHHELD.name, part.cell, "below", enough, says=says))
-        says = "what it writes itself, less half of that rise:"
+        says = "what it writes itself, minus half of that rise:"
         conditions.append(Condition(BEYOND.name, part.cell, "above", says=says))
     else:
-        says = "the shown answer rises by more than the usual one falls:"
+        says = "rise of the shown answer beyond the fall of the usual one:"
         conditions.append(Condition(WITHHELD.name, part.cell, "above", enough, says=says))
     if kind == ROUTE:
-        says = "what it writes itself, less half of that rise:"
+        says = "what it writes itself, minus half of that rise:"
         conditions.append(Condition(BEYOND.name, part.cell, "below", says=says))
-        says = "what other heads write more of the shown answer, less half of that rise:"
+        says = "what other heads add to the shown answer, minus half of that rise:"
         conditions.append(Condition(BROUGHT.name, part.cell, "above", says=says))
-        says = "share of their attention that moves:"
+        says = "share of their attention that shifts:"
         conditions.append(Condition(TURNED.name, part.cell, "above", ENOUGH_TURNED, says=says))
     for rival in choice.rivals:
-        says = f"more than {_taken(rival)} by"
+        says = f"minus the effect of {_taken(rival)}:"
         conditions.append(Condition(DIFF.name, part.cell, "above", enough, less=rival.cell, says=says))
     says = f"the arbiter is of the kind {kind}: {part} {DOES[kind]}; {_taken(part)} {RESTORES}"
     return Claim(kind, {**part.place, "kind": kind}, says, tuple(conditions), DIFF.unit)
 
 
 def pool(result: Result, *, parts: Sequence[Part], choice: Choice) -> tuple[Claim, ...]:
-    """That each part brings the shown answer back, and the arbiter that was chosen; or that each helps.
+    """That each part restores the shown answer, and the arbiter that was chosen; or that each helps.
 
     Args:
-        parts: all that are taken away.
-        choice: made on the half that declares.
+        parts: all that are ablated.
+        choice: made on the selection half.
     """
     if not choice.restoring:
         return tuple(eases(result, parts))
@@ -216,7 +216,7 @@ def kind_of(part: Part, means: dict[str, float]) -> str | None:
 
 
 def chosen(half: Result, found: Sequence[Part]) -> Choice:
-    """The arbiter that the declaring half chooses, among parts that bring the shown answer back there.
+    """The arbiter that the selection half chooses, among parts that restore the shown answer there.
 
     Of every kind the part counts that moves the difference most, and of the kinds the one whose part does. A head that
     turns others away comes before a sink that moves it by less than twice as much: its removal leaves the sink where

@@ -28,9 +28,9 @@ NONE = "none"
 Kind = Literal["route", "late head", "mlp", "sink", "none"]
 
 HEAD, MLP, TOKEN = "head", "mlp", "token"
-"""Parts that are taken away: the output of a head or an MLP at the last token, or a sink that the last token reads."""
+"""Parts that are ablated: the output of a head or an MLP at the last token, or a sink that the last token reads."""
 REMOVED, MATCHED, UNEDITED = "removed", "matched", "unedited"
-"""What a row is about: a part taken away, what matches it (the mean over the other heads of its layer, over the MLPs
+"""What a row is about: a part ablated, what matches it (the mean over the other heads of its layer, over the MLPs
 of the other layers, or over other tokens), or nothing."""
 N_TOKENS, N_DRAWS = 8, 4
 """Sinks that are asked about at most, and draws of other tokens that match one."""
@@ -86,9 +86,7 @@ def in_conflict(vlm: "VLM", pairs: Pairs, variants: Variety = "likeliest") -> Pa
         UsageError: single items, or none that says which picture is in conflict, or that fits.
     """
     if pairs.made is not None:
-        raise UsageError(
-            f"{pairs.name} has single items; find_arbiter needs pairs, one picture of which is in conflict"
-        )
+        raise UsageError(f"{pairs.name} has single items; find_arbiter needs pairs, one image of which is in conflict")
     return fitting(vlm, conflict_first(with_conflict(pairs)), variants=variants, by_first_token=True)
 
 

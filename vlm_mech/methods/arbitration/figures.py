@@ -35,7 +35,7 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
     found: dict[str, Any] = {
         "restored_by_head": figures.heatmap(
             result, x="head", y="layer", metric="restored", where=where,
-            title="Share of lost pictures of which the shown answer is said without a head",
+            title="Share of lost images answered with what is shown, by ablated head",
         )
     }  # fmt: skip
     return found | {"kinds_of_evidence": kinds_of_evidence(result)}
@@ -77,10 +77,10 @@ def kinds_of_evidence(result: Result, *, title: str | None = None) -> "go.Figure
     figure.add_hline(y=0, line={"color": "#999999", "width": 1})
     figure.update_layout(
         template="plotly_white", width=720, height=520,
-        title={"text": title or "Parts taken away: which answer moves, and what they write (size: share restored)",
+        title={"text": title or "Ablated parts: which answer changes, and what they write (size: share restored)",
                "x": 0.01},
-        xaxis={"title": "rise of the shown answer less fall of the usual one (logits)"},
-        yaxis={"title": "written for the usual answer by the part itself (logits)"},
+        xaxis={"title": "rise of the shown answer minus fall of the usual one (logits)"},
+        yaxis={"title": "written for the usual answer by the part (logits)"},
         font={"family": "Helvetica, Arial, sans-serif", "size": 12}, meta=drawn_by(kinds_of_evidence, title=title),
     )  # fmt: skip
     return figure

@@ -1,4 +1,4 @@
-"""Where the prior wins over what is shown, in one call: parts taken away, the rule, claims and their gates."""
+"""Where the prior wins over what is shown, in one call: parts ablated, the rule, claims and their gates."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from vlm_mech.methods.arbitration.data import (
     sink_tokens,
     some_of,
 )
+from vlm_mech.methods.arbitration.figures import drawn
 from vlm_mech.methods.arbitration.findings import findings
 from vlm_mech.methods.arbitration.study import (
     AXES,
@@ -46,6 +47,8 @@ from vlm_mech.methods.arbitration.study import (
 from vlm_mech.methods.gates.gated import Options, through_gates
 from vlm_mech.results.claim import FEWEST_GROUPS, LEVEL, Claim
 from vlm_mech.results.claiming import claimed, enough_of, halves
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT
 from vlm_mech.results.result import N_RESAMPLES, N_SIGN_FLIPS, Found, Result
 from vlm_mech.results.statistics import percentile_interval, ratio_estimate, share_interval, sign_flip_p
 from vlm_mech.runs.provenance import about, remarks
@@ -55,22 +58,22 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "Where the picture shows one thing and the usual answer is another: what lets the usual answer win? Heads and MLPs "
-    "are taken away at the last token, and sinks cut off from it, where the model says the usual answer."
+    "Where the image shows one thing and the usual answer is another, what makes the usual answer win? Heads and MLPs "
+    "are ablated at the last token, and sinks cut off from it, on images that get the usual answer."
 )
-WINS, FEW = "the picture wins", "too few pictures are lost to the usual answer"
-UNREAD = "nothing restores, and the picture isn't read at the last token"
-READ = "the picture is read at the last token, but no single part brings the shown answer back"
-NO_KIND = "what brings the shown answer back is of no single kind"
-NOT_HELD = "what was declared on half of the lost pictures did not hold on the other half"
+WINS, FEW = "the image wins", "too few images get the usual answer"
+UNREAD = "no ablation restores the shown answer, and the image is not read at the last token"
+READ = "the image is read at the last token, but no single ablation restores the shown answer"
+NO_KIND = "the parts that restore the shown answer are of no single kind"
+NOT_HELD = "the claim selected on half of these images was not confirmed on the other half"
 Why = Literal[
     "",
-    "the picture wins",
-    "too few pictures are lost to the usual answer",
-    "nothing restores, and the picture isn't read at the last token",
-    "the picture is read at the last token, but no single part brings the shown answer back",
-    "what brings the shown answer back is of no single kind",
-    "what was declared on half of the lost pictures did not hold on the other half",
+    "the image wins",
+    "too few images get the usual answer",
+    "no ablation restores the shown answer, and the image is not read at the last token",
+    "the image is read at the last token, but no single ablation restores the shown answer",
+    "the parts that restore the shown answer are of no single kind",
+    "the claim selected on half of these images was not confirmed on the other half",
 ]
 
 
@@ -79,7 +82,7 @@ class Arbitration(Found):
     """What `find_arbiter` gives.
 
     `kind` is the verdict, `part` what was found to be the arbiter (None without one), and `why` the reason where `kind`
-    is `none`. `evidence` has a row for every part that brings the shown answer back on the half of the lost pictures
+    is `none`. `evidence` has a row for every part that restores the shown answer on the half of the lost pictures
     that declares, told of the other half. `result` has every part's numbers on all lost pictures, claims and findings.
     """
 
@@ -109,20 +112,21 @@ def find_arbiter(
 ) -> Arbitration:
     """What lets the usual answer win where a picture shows another: a route, a late head, an MLP, a sink, or nothing.
 
-    Of each pair the picture in conflict is asked about. Lost are those of which greedy search says the usual answer. On
-    one half of them every head and every MLP of the decoder is set to zero at the last token, and every sink outside
-    the image (the rule of `find_sinks`) cut off from it; those that bring the shown answer back are declared, and the
-    kind is chosen by what each writes itself, which of both answers moves, and what other heads write and look at
-    without it. The other half tests: p is corrected over all that was declared. See docs/methods.md for the rule.
+    Of each pair the picture in conflict is asked about. Lost are those of which greedy decoding gives the usual
+    answer. On one half of them every head and every MLP of the decoder is set to zero at the last token, and every
+    sink outside the image (the rule of `find_sinks`) cut off from it; those that restore the shown answer are
+    declared, and the kind is chosen by what each writes itself, which of both answers moves, and what other heads
+    write and look at without it. The other half tests: p is corrected over all that was declared. See docs/methods.md
+    for the rule.
 
     Args:
         vlm: the model.
         pairs: two pictures each, one of which is in conflict with the usual answer, such as `scenes/colour-conflict`.
         variants: spellings of the answers, as for `layer_swap`.
-        batch: examples a forward pass.
+        batch: examples per forward pass.
         engine: `fast`, or `trace` for the reference.
         memory: bytes it may take beyond the model, such as "2GiB".
-        gates: ways in which claims could be lost, as for `layer_swap`.
+        gates: robustness checks of claims, as for `layer_swap`.
         null: models with shuffled weights, and shuffles of the answers, that "all" compares with.
         seed: parts the examples, and draws tokens.
 
@@ -170,7 +174,7 @@ def _finished(result: Result, part: Part | None, rows: pd.DataFrame) -> Arbitrat
     """The verdict that a result's provenance has, with shares, evidence and findings."""
     n = result.provenance["n"]
     shares = {name: [n[name] / n["n"], *share_interval(n[name], n["n"])] for name in ("lost", "won")}
-    told = result.provenance | {"shares": shares, "evidence": _as_json(rows)}
+    told = result.provenance | {"shares": shares, "evidence": _as_json(rows), PLOT: drawn_by(drawn)}
     result = dataclasses.replace(result, provenance=told)
     result = dataclasses.replace(result, findings=(*findings(result), *remarks(told)))
     return Arbitration(told["kind"], part, told["why"], rows, result)
@@ -236,11 +240,11 @@ _NO_EVIDENCE = pd.DataFrame(columns=list(COLUMNS))
 
 
 def evidence(half: Result, choice: Choice, claims: tuple[Claim, ...]) -> pd.DataFrame:
-    """A row for each part that restores on the declaring half, strongest first, with numbers of the other half.
+    """A row for each part that restores on the selection half, strongest first, with numbers of the other half.
 
     Where none restores there, those that help the shown answer.
 
-    Columns: `kind` that the declaring half's evidence makes of it; `restored`, the share of which the shown answer is
+    Columns: `kind` that the selection half's evidence makes of it; `restored`, the share of which the shown answer is
     then said, and `matched`, that of what matches the part; in logits `rise` of logit_diff, `withheld`, `written` and
     `brought` (what other heads write more of the shown answer); `turned`, `image` (see the metrics of the result); and
     the corrected p of the claim that it restores.

@@ -20,10 +20,10 @@ def _counts(result: Result) -> str:
     """How many pictures in conflict are lost, and won, with intervals."""
     n, shares = result.provenance["n"], result.provenance["shares"]
     (lost, low, high), (won, least, most) = shares["lost"], shares["won"]
-    text = f"Of {n['n']} pictures in conflict {n['lost']} are lost to the usual answer ({lost:.2f}, {low:.2f} to "
-    text += f"{high:.2f}), and of {n['won']} the shown one is said ({won:.2f}, {least:.2f} to {most:.2f})"
+    text = f"Of {n['n']} images in conflict, {n['lost']} get the usual answer ({lost:.2f}, {low:.2f} to "
+    text += f"{high:.2f}) and {n['won']} the shown one ({won:.2f}, {least:.2f} to {most:.2f})"
     if "declaring" in n:
-        text += f"; {n['declaring']} of those lost declare what is claimed, the other {n['testing']} test it"
+        text += f"; of the first, {n['declaring']} select the claims and {n['testing']} test them"
     return f"{text}."
 
 
@@ -34,7 +34,7 @@ def _verdict(result: Result) -> str:
         return f"No arbiter is claimed: {told['why']}."
     lost = next(claim for claim in result.claims if claim.kind == told["kind"]).lost
     return f"The arbiter is of the kind {told['kind']}." + (
-        f" Its claim is lost at: {', '.join(lost)}." if lost else ""
+        f" Its claim fails the gates: {', '.join(lost)}." if lost else ""
     )
 
 
@@ -46,6 +46,6 @@ def _read(result: Result) -> tuple[str, ...]:
     numbers = f"{read['effect']:+.2f} ({read['low']:+.2f} to {read['high']:+.2f}) logits, p = {read['p']:.2g}"
     does = "is read" if read["read"] else "is not read"
     return (
-        f"Where the lens shows it most, the picture in conflict raises the lead of what it shows at the last token by "
-        f"{numbers}, against the other picture (lost pictures that did not choose the depth): it {does} there.",
+        "On held-out images, at the depth where the lens shows it most, the image raises the shown answer's lead "
+        f"by {numbers}, compared with the other image. The image {does} at the last token.",
     )

@@ -1,4 +1,4 @@
-"""What taking parts away does to lost pictures, what parts write themselves, and whether the picture is read."""
+"""What ablating parts does to lost pictures, what parts write themselves, and whether the picture is read."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 AXES = ("what", "part", "layer", "head")
-RESTORED = Metric("restored", "share", "share of lost pictures of which greedy search says what is shown")
-DIFF = Metric("logit_diff", "logits", "logit of the answer that is shown less that of the usual one", signed=True)
+RESTORED = Metric("restored", "share", "share of lost images for which greedy decoding gives what is shown")
+DIFF = Metric("logit_diff", "logits", "logit of the shown answer minus that of the usual one", signed=True)
 WITHHELD = Metric(
-    "withheld", "logits", "rise of the shown answer's logit less the fall of the usual one's, both beside the mean of "
-    "all words: above 0 the part kept the shown answer back, below 0 it let the usual one be written", signed=True,
+    "withheld", "logits", "rise of the shown answer's logit minus the fall of the usual one's, relative to the mean of "
+    "all words: above 0 the part suppressed the shown answer, below 0 it supported the usual one", signed=True,
 )  # fmt: skip
 WRITTEN = Metric(
     "written", "logits", "what the part itself writes at the last token for the usual answer over the shown one: "
     "fall of logit_diff by it, read off the last residual stream", signed=True,
 )  # fmt: skip
-BEYOND = Metric("written_less_half", "logits", "what it writes, less half of what taking it away does", signed=True)
+BEYOND = Metric("written_less_half", "logits", "what it writes, minus half of the effect of its ablation", signed=True)
 BROUGHT = Metric(
-    "brought_less_half", "logits", "rise in what heads write for the shown answer, less half of what taking the part "
-    "away does", signed=True,
+    "brought_less_half", "logits", "rise in what heads write for the shown answer, minus half of the effect of the "
+    "ablation", signed=True,
 )  # fmt: skip
-TURNED = Metric("turned", "share", "attention of the last token that moves, in the heads that then bring more of it")
+TURNED = Metric("turned", "share", "attention of the last token that shifts, in heads that then carry the shown answer")
 IMAGE = Metric("image", "heads", "rise of the last token's attention to the image, summed over all heads", signed=True)
 OF_OTHERS = (BROUGHT, TURNED, IMAGE)
 METRICS = (DIFF, RESTORED, WITHHELD, WRITTEN, BEYOND, *OF_OTHERS)
@@ -52,8 +52,8 @@ ROWS = 2**22
 
 
 def _centred(answer: Sequence[str], other: Sequence[str], name: str) -> Measure:
-    """Logit of an answer's first token less the mean over all words."""
-    metric = Metric(name, "logits", "logit less the mean over all words", signed=True)
+    """Logit of an answer's first token minus the mean over all words."""
+    metric = Metric(name, "logits", "logit minus the mean over all words", signed=True)
     number = 0 if name == "shown" else 1
 
     def of(logits: Tensor, *ids: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def take_away(
     check: int = 1,
     seed: int = 0,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Every part taken away in the run on each pair's first picture, and what matches it.
+    """Every part ablated in the run on each pair's first picture, and what matches it.
 
     Args:
         parts: heads, MLPs and tokens.
@@ -126,7 +126,7 @@ Values = dict[str, Float[np.ndarray, "example"]]
 
 
 def _numbers(after: Values, before: Values, written: Float[np.ndarray, "example"] | None) -> Values:
-    """The metrics of a part taken away.
+    """The metrics of a part ablated.
 
     Args:
         after, before: what the sweep measured.
@@ -159,12 +159,12 @@ def _table(pairs: Pairs, cells: Mapping[Part, Values], before: Values) -> pd.Dat
 def looked_at(
     vlm: "VLM", pairs: Pairs, table: pd.DataFrame, examined: Sequence[Part], *, batch: int = 32, seed: int = 0
 ) -> pd.DataFrame:
-    """The table with what other heads then write and look at, of parts that are taken away in passes of their own.
+    """The table with what other heads then write and look at, of parts that are ablated in passes of their own.
 
     Args:
         table: as `take_away` gives it.
         examined: some of its parts.
-        batch: examples a forward pass.
+        batch: examples per forward pass.
         seed: that of the table.
     """
     edits = edits_of(vlm, pairs, examined, seed=seed)
@@ -258,7 +258,7 @@ def _written_by(vlm: "VLM", pairs: Pairs, batch: int) -> dict[Part, Float[np.nda
 def _looked(
     vlm: "VLM", pairs: Pairs, edits: Mapping[Part, Intervention], batch: int
 ) -> dict[Part, Float[np.ndarray, "3 example"]]:
-    """Of parts taken away: what other heads write more of the shown answer, how far their attention moves, and how
+    """Of parts ablated: what other heads write more of the shown answer, how far their attention moves, and how
     much more all look at the image."""
     found = {part: np.zeros((3, len(pairs))) for part in edits}
     for rows, encoded, ids in _batches(vlm, pairs, batch) if edits else ():

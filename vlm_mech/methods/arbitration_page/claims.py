@@ -11,7 +11,7 @@ from vlm_mech.results.result import Result
 LEAST = 0.05
 """Share of examples, the twentieth that counts elsewhere too."""
 WORDS = {"image": "the image tokens", "text": "all other tokens", "last": "the last token"}
-FLIPS, RESTORES, TAKES = "flips the answer", "restores what is shown", "takes what is shown"
+FLIPS, RESTORES, TAKES = "flips the answer", "restores what is shown", "removes what is shown"
 
 
 def pool(result: Result) -> tuple[Claim, ...]:
@@ -19,7 +19,7 @@ def pool(result: Result) -> tuple[Claim, ...]:
 
     States of the other picture flip the preferred answer in a share of the examples, and in as much more than states of
     a picture with the same answer do, where the run has these. A head set to zero at the last token restores the shown
-    answer, or takes it away, in a share of the examples, and in as much more than other heads of its layer do in the
+    answer, or removes it, in a share of the examples, and in as much more than other heads of its layer do in the
     mean. All tokens at once give the donor's run at any layer, as do the last token or all text after the last block.
     """
     cells = result.cells
@@ -38,10 +38,13 @@ def _patch(cell: dict[str, Any], control: dict[str, Any], known: set[tuple[Any, 
     conditions = [Condition("flip", cell, "above", LEAST, less="baseline")]
     if tuple(control.values()) in known:
         conditions.append(
-            Condition("flip", cell, "above", LEAST, less=control, says="less what states with the same answer do:")
+            Condition(
+                "flip", cell, "above", LEAST, less=control, says="minus the effect of states with the same answer:"
+            )
         )
-    run = "in conflict" if cell["run"] == CONFLICT else "on the usual picture"
-    says = f"in the run {run}, the other picture's states at {WORDS[cell['span']]} after layer {cell['layer']} flip it"
+    run = "in conflict" if cell["run"] == CONFLICT else "on the usual image"
+    says = f"in the run {run}, the other image's states at {WORDS[cell['span']]} after layer {cell['layer']} flip"
+    says += " the answer"
     about = {name: cell[name] for name in ("run", "span", "layer")}
     return Claim(f"{cell['span']}, run {run}: {FLIPS}", about, says, tuple(conditions), "of the examples")
 
@@ -54,7 +57,7 @@ def _head(cell: dict[str, Any], others: dict[str, Any], known: set[tuple[Any, ..
     ):
         conditions = [Condition(metric, cell, "above", LEAST, less="baseline")]
         if tuple(others.values()) in known:
-            less = "less what other heads of the layer do, in the mean:"
+            less = "minus the mean effect of the layer's other heads:"
             conditions.append(Condition(metric, cell, "above", LEAST, less=others, says=less))
         says = f"zeroing layer {cell['layer']} head {cell['head']} at the last token {what}"
         about = {"layer": cell["layer"], "head": cell["head"]}

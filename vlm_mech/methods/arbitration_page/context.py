@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 TOP = 5
-SHOWN, PRIOR, OTHERS = "what is shown", "the prior", "what another picture shows"
+SHOWN, PRIOR, OTHERS = "what is shown", "the prior", "what another image shows"
 """Whose name is looked for; the last is what is named by chance."""
-NAMED = Metric("named", "share", f"share of pictures of which an image token has the answer among its {TOP} words")
+NAMED = Metric("named", "share", f"share of images with the answer among an image token's {TOP} words")
 
 
 def bank_of(vlm: "VLM", given: str, *, folder: Path, seed: int = 0) -> ContextBank:
@@ -46,7 +46,7 @@ def names_of(vlm: "VLM", cases: Cases, bank: ContextBank, *, batch: int = 8, see
 
     Args:
         bank: of this model.
-        batch: prompts a forward pass.
+        batch: prompts per forward pass.
         seed: draws the other pictures.
 
     Returns:

@@ -64,7 +64,7 @@ def token_sets(vlm: "VLM", shown: Sequence[str], prior: Sequence[str]) -> list[t
 def leads(
     logits: Float[Tensor, "example vocab"], sets: Sequence[tuple[list[int], list[int]] | None]
 ) -> Float[np.ndarray, "example"]:
-    """The largest logit of the answer shown less that of the prior; NaN where they cannot be told apart."""
+    """The largest logit of the answer shown minus that of the prior; NaN where they cannot be distinguished."""
     found = np.full(len(sets), np.nan)
     for at, each in enumerate(sets):
         if each is not None:

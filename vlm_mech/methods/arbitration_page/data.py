@@ -15,8 +15,8 @@ from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Prompt
 from vlm_mech.inputs.span_kinds import Each, Span, Tokens
+from vlm_mech.methods.gates.parts import chosen_parts
 from vlm_mech.methods.layer_swap.controls import COUNTERFACTUAL, Donors, donors_of
-from vlm_mech.sweeps.asked import check_once
 
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
@@ -40,16 +40,8 @@ QUESTION_IN = "{question}"
 
 
 def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
-    """The parts asked for, in the order of the page; `DEFAULT` where none is named.
-
-    Raises:
-        UsageError: one that is not known, or one twice.
-    """
-    check_once(list(parts), "the part")
-    for part in parts:
-        if part not in PARTS:
-            raise UsageError(f"part {part!r} is not known; of {', '.join(PARTS)} some are needed")
-    return tuple(part for part in PARTS if part in (parts or DEFAULT))
+    """The parts asked for, in the order of the page (`chosen_parts`)."""
+    return chosen_parts(parts, PARTS, DEFAULT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +77,9 @@ def conflicts_of(pairs: Pairs) -> Pairs:
     """
     if pairs.made is not None:
         raise UsageError(
-            f"{pairs.name} holds single items; pairs are needed: a picture in conflict and one that shows what is usual"
+            f"{pairs.name} holds single items; pairs are needed: an image in conflict and one that shows what is usual"
         )
-    faced = checked(conflict_first(with_conflict(pairs)), _check_prior, "has a prior that its usual picture shows")
+    faced = checked(conflict_first(with_conflict(pairs)), _check_prior, "has a prior that its usual image shows")
     known = tuple(dataclasses.replace(pair, prior=pair.counterfactual_answer) for pair in faced)
     return dataclasses.replace(faced, pairs=known)
 
@@ -95,7 +87,7 @@ def conflicts_of(pairs: Pairs) -> Pairs:
 def _check_prior(pair: Pair) -> None:
     if pair.prior is not None and pair.prior.strip() != pair.counterfactual_answer.strip():
         raise UsageError(
-            f"its prior is {pair.prior!r:.60}, and the picture that is not in conflict shows "
+            f"its prior is {pair.prior!r:.60}, and the image that is not in conflict shows "
             f"{pair.counterfactual_answer!r:.60}; they must be the same"
         )
 

@@ -65,9 +65,10 @@ def equal_text(seen: Seen) -> str:
     if WHOLE not in seen.rows:
         return ""
     return (
-        "All tokens at once: the text is equal, so that states of the other picture give its run at every layer "
-        f"(largest difference of logits {seen.furthest:.1g}). What flips, {seen.rows[WHOLE].value:.2f}, is the share "
-        f"of pairs whose two runs prefer different answers ({seen.n - seen.n_lost} of {seen.n} are won): no place."
+        "All tokens together: the text is equal, so the other image's states give its run at every layer "
+        f"(largest logit difference {seen.furthest:.1g}). The share that flips, {seen.rows[WHOLE].value:.2f}, is the "
+        f"share of pairs whose two runs prefer different answers ({seen.n - seen.n_lost} of {seen.n} are won). It "
+        "locates nothing."
     )
 
 
@@ -78,9 +79,9 @@ def lost_pairs(seen: Seen) -> str:
         return ""
     by = ", ".join(f"{span} {seen.rows[lost_by(span)].value:.2f}" for span in ("image", "text", "last"))
     return (
-        f"In the {seen.n_lost} pairs lost the usual picture's states at all tokens can restore nothing, where that "
-        f"run is answered with the prior too; at some tokens alone they restore {by}. That the prior stays is no "
-        f"evidence that these tokens do not carry what is shown.{_brought(seen)}"
+        f"In the {seen.n_lost} lost pairs the usual image's states at all tokens can restore nothing, because that "
+        f"run gives the prior too. At some tokens only they restore {by}. That the prior remains is no "
+        f"evidence that these tokens do not carry the shown answer.{_brought(seen)}"
     )
 
 
@@ -88,7 +89,7 @@ def _brought(seen: Seen) -> str:
     """What states of other pairs with the same answer do there."""
     held = [(span, seen.rows.get(carried_by(span))) for span in ("image", "text", "last")]
     texts = [f"at {span} {row.value:.2f} ({row.concludes})" for span, row in held if row and row.value == row.value]
-    return f" States of another pair whose picture shows the same restore {', '.join(texts)}." if texts else ""
+    return f" States of another pair whose image shows the same restore {', '.join(texts)}." if texts else ""
 
 
 def exchange_or_removal(seen: Seen) -> str:
@@ -97,9 +98,9 @@ def exchange_or_removal(seen: Seen) -> str:
     if zeroed is None or last is None or not seen.n_lost or not zeroed.value > max(LITTLE, last.value):
         return ""
     return (
-        f"At the last token of pairs lost the usual picture's states restore {last.value:.2f}, a head set to zero "
-        f"{zeroed.value:.2f}: such an exchange asks which states hold what is said, a removal what keeps the other "
-        "answer from being said."
+        f"At the last token of lost pairs the usual image's states restore {last.value:.2f}, a zeroed head "
+        f"{zeroed.value:.2f}. Patching asks which states carry the answer; ablation asks what suppresses the "
+        "other one."
     )
 
 
@@ -108,10 +109,11 @@ def other_pairs(seen: Seen) -> str:
     if ROLES not in seen.rows:
         return ""
     facts = seen.facts[HEADS]
-    what = "question about what is usual" if facts["asks_prior"] else "usual picture"
+    what = "question about what is usual" if facts["asks_prior"] else "usual image"
     return (
-        f"Heads both ways are chosen on {facts['n']} of {seen.n} pairs, right in both runs, which are pairs won. They "
-        f"say how the {what} is answered, which is the arbiter of pairs lost only where both are one{_overlap(seen)}."
+        f"Heads in both directions are chosen on {facts['n']} of {seen.n} pairs: those correct in both runs, which "
+        f"are won. They show how the {what} is answered. That is the arbiter of lost pairs only if both are the "
+        f"same{_overlap(seen)}."
     )
 
 
@@ -125,7 +127,7 @@ def _overlap(seen: Seen) -> str:
     means: Any = some.groupby(["layer", "head"])["restored"].mean()
     back = {(int(layer), int(head)) for layer, head in means[means >= HALF].index.tolist()}
     return (
-        f" (alone set to zero, {len(back)} heads restore half of the pairs lost; "
+        f" (zeroed alone, {len(back)} heads restore half of the lost pairs; "
         f"{len(chosen & back)} of the {len(chosen)} classified are among them)"
     )
 
@@ -136,8 +138,8 @@ def chance_of_signs(seen: Seen) -> str:
     if lens.concludes == strict.concludes:
         return ""
     return (
-        f"The rule of two layers is met in {lens.value:.2f} of the pairs lost, by {MARGIN:g} logit in "
-        f"{strict.value:.2f}: where neither answer is written yet, the sign of their difference is chance."
+        f"The two-layer rule is met in {lens.value:.2f} of the lost pairs, by {MARGIN:g} logit in "
+        f"{strict.value:.2f}. Before either answer is written, the sign of their difference is chance."
     )
 
 
@@ -146,8 +148,8 @@ def read_not_preferred(seen: Seen) -> str:
     if not seen.facts.get(ENCODING, {}).get("readable_last") or seen.rows[STRICT].concludes != NEVER:
         return ""
     return (
-        f"A probe reads what is shown at the last token, and in most pairs the lens does not prefer it there "
-        f"by {MARGIN:g} logit: it stands there in another form than the head's, or too weakly; what can "
+        f"A probe reads the shown answer at the last token, but in most pairs the lens does not prefer it there "
+        f"by {MARGIN:g} logit. It is there in another form than the unembedding's, or too weak; what can "
         "be read need not be used."
     )
 
@@ -161,10 +163,10 @@ def probe_or_picture(seen: Seen) -> str:
     mean, low, high, _ = probe["last"]
     numbers = f"{picture['effect']:+.2f} ({picture['low']:+.2f} to {picture['high']:+.2f}) logits"
     return (
-        f"The probe does not name what is shown at the last token often enough for a claim ({mean:.2f}, {low:.2f} to "
-        f"{high:.2f}, after the last layer), and find_arbiter says that the picture is read there: its lens asks only "
-        f"whether the lead of what is shown is higher with this picture than with the usual one (by {numbers}, at the "
-        "depth where it shows most). A lead can rise so far and stay below the prior, which the probe names in "
+        f"After the last layer the probe names the shown answer too rarely for a claim ({mean:.2f}, {low:.2f} "
+        f"to {high:.2f}), but find_arbiter says that the last token reads the image. Its lens asks only "
+        f"whether the shown answer leads by more than with the usual image (by {numbers}, at the "
+        "depth where it is largest). Such a lead can stay below the prior, which the probe names in "
         f"{probe['prior']:.2f}."
     )
 
@@ -180,14 +182,14 @@ def answers_or_logits(seen: Seen) -> str:
         return ""
     texts = [
         f"{each['slope']:+.2f} ({each['low']:+.2f} to {each['high']:+.2f}, p = {each['beaten_by']:.2g} among "
-        f"{facts['n_random']} random ones, n = {each['n']:.0f}) with {SHOWN[each['picture']]}"
+        f"{facts['n_random']} random ones, n = {each['n']:.0f}) for {SHOWN[each['picture']]}"
         for each in held
     ]
     return (
-        f"The direction moves the difference of the answers, in logits a dose of one state norm: {'; '.join(texts)}. "
-        "The verdict counts what greedy search says at one dose, and there random directions do as much: a mean can "
-        "move without answers that turn. None of both is a claim; p is not corrected, and random directions can "
-        f"give none below {1 / (1 + facts['n_random']):.2g}."
+        "The direction changes the difference of the answers, in logits per dose of one state norm: "
+        f"{'; '.join(texts)}. The verdict counts greedy answers at one dose, and there random directions do as much. "
+        "A mean can shift without flipping answers. Neither is a claim; p is not corrected, and random directions can "
+        f"give no p below {1 / (1 + facts['n_random']):.2g}."
     )
 
 
@@ -195,7 +197,7 @@ def gap_is_outcome(seen: Seen) -> str:
     """The final gap is the outcome."""
     if "gap" not in seen.rows[OUTCOME].concludes or "neither" in seen.rows[OUTCOME].concludes:
         return ""
-    return "That the final gap foretells the outcome is no finding: its sign is the outcome."
+    return "That the final gap predicts the outcome is no finding: its sign is the outcome."
 
 
 def lens_or_removal(seen: Seen) -> str:
@@ -205,14 +207,14 @@ def lens_or_removal(seen: Seen) -> str:
     kind, lens = seen.facts[ARBITER]["kind"], seen.rows[STRICT].concludes
     if kind in (LATE_HEAD, MLP_WRITES) and lens == NEVER:
         return (
-            f"By removal a part writes the prior over what is shown ({kind}), while in most pairs the lens does not "
-            "prefer what is shown in two layers running: it is overridden in the layer after it is brought, or with "
-            "less than the rule's two layers between."
+            f"By ablation a part overwrites the shown answer with the prior ({kind}). In most pairs the lens "
+            "does not prefer the shown answer in two consecutive layers. It is overridden in the next layer, or with "
+            "fewer than the rule's two layers between."
         )
     if kind in (ROUTE, SINK) and lens == WRITTEN:
         return (
-            f"By removal what is shown is kept from the last token ({kind}), while the lens calls it overridden: part "
-            "of it still arrives, and a weak prior is written above that."
+            f"By ablation the shown answer is kept from the last token ({kind}), while the lens calls it overridden: "
+            "part of it still arrives, and a weak prior is written above that."
         )
     return ""
 
@@ -223,8 +225,8 @@ def woken(seen: Seen) -> str:
     if ZEROED not in seen.rows or kind in (NONE, LATE_HEAD) or seen.rows[ZEROED].value < HALF:
         return ""
     return (
-        f"A head set to zero restores what is shown, and the finder names a {kind}: something must wake an arbiter of "
-        "any kind, and what wakes it is often a head. Which part is the arbiter is told by what it writes and what "
+        f"A zeroed head restores the shown answer, and the finder names a {kind}: something must trigger an arbiter of "
+        "any kind, and that is often a head. Which part is the arbiter shows in what it writes and what "
         "others do without it."
     )
 

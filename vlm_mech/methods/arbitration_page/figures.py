@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["crossover", "curves", "drawn"]
 
 TITLES = {
-    "encoding": ("What probes read of pictures in conflict", "share", "place (V tower, P projector, L decoder)"),
-    "arbiter": ("Pairs lost of which what is shown is said without a part", "share restored", "part taken away"),
+    "encoding": ("What probes read from images in conflict", "share", "site (V vision, P projector, L decoder)"),
+    "arbiter": ("Lost pairs answered with what is shown, by ablated part", "share restored", "ablated part"),
     "heads": ("Groups of heads set to zero at the last token", "share flipped (two logits)", "group of heads"),
-    "steering": ("A direction added: pictures in conflict answered with what is shown", "share", "dose (state norms)"),
-    "context": ("Image tokens that name an answer in the contextual lens", "share of pictures", "layer (-1: input)"),
-    "horizon": ("The image from each layer on", "KL to the unedited run (nats)", "from layer"),
+    "steering": ("Steering: images in conflict answered with what is shown", "share", "dose (state norms)"),
+    "context": ("Image tokens that name an answer in the contextual lens", "share of images", "layer (-1: input)"),
+    "horizon": ("Image tokens edited from each layer on", "KL to the unedited run (nats)", "from layer"),
 }  # fmt: skip
 BARS = ("heads", "arbiter")
 LINEAR = ("steering",)
@@ -47,7 +47,7 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
         where: dict[str, Any] = {"head": NO_HEAD, "donor": COUNTERFACTUAL, "run": [CONFLICT, USUAL]}
         found[PATCHING] = figures.lines(
             result, x="layer", colour="span", facet="run", metric="flip", where=where,
-            title="Share of pairs flipped by the other picture's states, by span",
+            title="Share of pairs flipped by the other image's states, by span",
         )  # fmt: skip
         controls = where | {"span": ["image", "last"], "run": CONFLICT}
         del controls["donor"]
@@ -55,11 +55,11 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
         if len(donors) > 1:
             found["patching_controls"] = figures.lines(
                 result, x="layer", colour="donor", facet="span", metric="flip", where=controls | {"donor": donors},
-                title="The same in the run in conflict, beside states of controls",
+                title="The same in the run in conflict, with control states",
             )  # fmt: skip
     if HEADS in parts:
         at = {"donor": ZERO, "run": CONFLICT, "span": "last"}
-        title = "Pairs lost restored without a head"
+        title = "Lost pairs restored, by ablated head"
         found["heads_zeroed"] = figures.heatmap(result, x="head", y="layer", metric="restored", where=at, title=title)
     told = pd.DataFrame(result.provenance["curves"])
     for part in () if told.empty else dict.fromkeys(told["part"]):
@@ -82,13 +82,13 @@ def crossover(result: Result) -> "go.Figure":
     from plotly.subplots import make_subplots
 
     won = outcomes(result)
-    titles = ("lens at the last token: shown answer less prior", "distance of last-token states, both pictures")
+    titles = ("lens at the last token: shown answer minus prior", "distance between the two images' last-token states")
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.1)
     lens = result.table[result.table["donor"] == LENS]
     groups = {
         f"in conflict, won (n = {int(won.sum())})": (CONFLICT, won[won].index),
         f"in conflict, lost (n = {int((~won).sum())})": (CONFLICT, won[~won].index),
-        f"usual picture (n = {len(won)})": (USUAL, won.index),
+        f"usual image (n = {len(won)})": (USUAL, won.index),
     }
     for number, (name, (run, some)) in enumerate(groups.items()):
         rows = lens[(lens["run"] == run) & lens["example"].isin(set(some))]

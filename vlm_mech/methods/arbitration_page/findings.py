@@ -33,8 +33,8 @@ def won(result: Result) -> str:
     low, high = share_interval(hits, n)
     groups = result.table.drop_duplicates("example")["group"].nunique()
     return (
-        f"In {hits} of {n} pairs in conflict ({groups} groups) what is shown is preferred to the prior (pairs won: "
-        f"{hits / n:.2f}, {low:.2f} to {high:.2f}); in the others the prior is (pairs lost)."
+        f"In {hits} of {n} pairs in conflict ({groups} groups) the shown answer beats the prior (pairs won: "
+        f"{hits / n:.2f}, {low:.2f} to {high:.2f}); in the others the prior wins (pairs lost)."
     )
 
 
@@ -47,7 +47,7 @@ def crossed(result: Result) -> str:
             with_it = 1 - row["without"]
             text = f"of {row['n']} {'pair' if row['n'] == 1 else 'pairs'} {items} {with_it:.2f} have one{by}"
             texts.append(text + (f" (median at {row['depth_median']:.2f} of the depth)" if with_it else ""))
-    return f"Crossover, the lens preferring what is shown in two layers running: {'; '.join(texts)}."
+    return f"Crossover (the lens prefers what is shown in two consecutive layers): {'; '.join(texts)}."
 
 
 def concluded(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -74,16 +74,16 @@ def patched(result: Result, made: Sequence[Claim]) -> tuple[str, ...]:
     for run, span in dict.fromkeys((claim.about["run"], claim.about["span"]) for claim in made):
         some = [claim for claim in made if (claim.about["run"], claim.about["span"]) == (run, span)]
         at = placed(runs([claim.about["layer"] for claim in some], every), first=every[0], last=every[-1])
-        where = "in conflict" if run == CONFLICT else "on the usual picture"
+        where = "in conflict" if run == CONFLICT else "on the usual image"
         found.append(
-            f"In the run {where} the other picture's states at {WORDS[span]} flip the preferred answer, and more often "
-            f"than states with the same answer do, {at} ({numbers(some, 'share')})."
+            f"In the run {where} the other image's states at {WORDS[span]} flip the answer, more often "
+            f"than states with the same answer, {at} ({numbers(some, 'share')})."
         )
     return tuple(found)
 
 
 def not_asked(result: Result) -> tuple[str, ...]:
     """Which parts could not be asked, and why."""
-    missing = [f"The part {name} could not be asked: {why}." for name, why in result.provenance["not asked"].items()]
+    missing = [f"The part {name} could not be run: {why}." for name, why in result.provenance["not asked"].items()]
     control = result.provenance["controls"]["missing"]
     return (*missing, *((f"A control of patching is missing: {control}.",) if control else ()))

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "Pictures that contradict what is usual, and the usual ones, with the same question: where does what is shown lose "
-    "to the prior? Several methods are asked about the same {units}, and it is told what each published protocol would "
-    "conclude of them, and why two of them can disagree."
+    "Where does an image lose to a language prior, and what would each published protocol conclude? Images that "
+    "contradict what is usual and usual images get the same question. Several methods run on the same {units}; a table "
+    "says what each published protocol would conclude, and why two of them can disagree."
 )
 Step = slice | str
 """Pairs that are measured, or a part that is a whole method."""
@@ -57,7 +57,7 @@ def done(
 def told(
     vlm: "VLM", cases: Cases, scan: Scan, table: pd.DataFrame, notes: Sequence[Mapping[str, Any]], how: How
 ) -> tuple[Result, dict[str, pd.DataFrame]]:
-    """What the steps left, as a result with claims and findings, and the tables beside it.
+    """What the steps left, as a result with claims and findings, and the tables next to it.
 
     Claims of all parts are corrected together. Those of the page itself meet the gates here, the others met them in
     their part.
@@ -66,7 +66,7 @@ def told(
         table, notes: of all steps, as `Workspace.collect` gives them.
 
     Returns:
-        The result; and `protocols` (a row a protocol), `crossover`, `outcome` (what foretells it), and `told` (the
+        The result; and `protocols` (a row a protocol), `crossover`, `outcome` (what predicts it), and `told` (the
         sentences of every part).
     """
     parts = {str(each["part"]): each for each in notes if "part" in each}

@@ -19,7 +19,7 @@ from vlm_mech.methods.arbitration.data import HEAD
 from vlm_mech.methods.arbitration.find import find_arbiter
 from vlm_mech.methods.arbitration_page.context import AUTO, TOP, bank_of, names_of
 from vlm_mech.methods.arbitration_page.data import ARBITER, CONTEXT, ENCODING, HEADS, HORIZON, STEERING, Cases
-from vlm_mech.methods.gates.gated import Asked
+from vlm_mech.methods.gates.parts import CallOptions
 from vlm_mech.methods.head_roles.data import FIRST, SECOND
 from vlm_mech.methods.head_roles.head_roles import HeadRoles, head_roles
 from vlm_mech.methods.horizon.data import EXCHANGED
@@ -62,26 +62,12 @@ class Told:
 
 
 @dataclass(frozen=True)
-class How:
-    """How whole methods are called: gates, nulls, seed and batch of the run, and the random heads and directions."""
+class How(CallOptions):
+    """How whole methods are called, and the random heads and directions."""
 
-    asked: Asked
     n_random: int = 20
-    engine: str = "fast"
-    memory: str | None = None
     bank: str = AUTO
     """Bank of text states, of the contextual lens."""
-
-    @property
-    def gates(self) -> dict[str, Any]:
-        """Options of all methods that make claims."""
-        asked = self.asked
-        return {"gates": asked.gates, "null": asked.null, "seed": asked.seed, "batch": asked.batch}
-
-    @property
-    def sweeps(self) -> dict[str, Any]:
-        """Options of those that sweep."""
-        return {"engine": self.engine, "memory": self.memory}
 
 
 def told_by(part: str, vlm: "VLM", cases: Cases, how: How) -> Told:
@@ -119,7 +105,7 @@ def encoding(vlm: "VLM", cases: Cases, how: How) -> Told:
     own = result.table[names.isin(set(priors))].reset_index(drop=True)
     tested = of_test(dataclasses.replace(result, table=own, known={}))
     possible = pool(tested)
-    claims = tuple(dataclasses.replace(each, says=f"{each.says} of pictures in conflict") for each in possible)
+    claims = tuple(dataclasses.replace(each, says=f"{each.says} of images in conflict") for each in possible)
     claims = claimed(claims, tested, seed=asked.seed)
     made = tuple(claim for claim in claims if claim.made)
     if asked.gates != "none" and made:
@@ -182,7 +168,7 @@ def _of_roles(found: HeadRoles, cases: Cases) -> dict[str, Any]:
 
 
 def arbiter(vlm: "VLM", cases: Cases, how: How) -> Told:
-    """What lets the prior win, by parts taken away where it does (`find_arbiter`)."""
+    """What lets the prior win, by parts ablated where it does (`find_arbiter`)."""
     found = find_arbiter(vlm, cases.pairs, **how.gates, **how.sweeps)
     rows, lines = found.evidence, []
     for row in rows.to_dict("records"):
@@ -237,8 +223,8 @@ def said_of(vlm: "VLM", cases: Cases, *, batch: int = 32) -> tuple[Pairs, dict[s
     """The pairs with the answer that the unedited model gives as their own, be it what is shown or the prior.
 
     Returns:
-        The pairs of which greedy search says one of both, and how many are said to show what they show (`shown`), what
-        is usual (`prior`), and neither (those are left out).
+        The pairs of which greedy decoding gives one of both, and how many are said to show what they show (`shown`),
+        what is usual (`prior`), and neither (those are left out).
     """
     kept, counts = [], {"shown": 0, "prior": 0, "neither": 0}
     for start in range(0, len(cases), batch):
@@ -269,7 +255,7 @@ def image_horizon(vlm: "VLM", cases: Cases, how: How) -> Told:
     facts = {"horizons": result.provenance["horizons"], "said": counts}
     of = (
         f"The answer here is the one that the unedited model gives, right or wrong: what is shown in {counts['shown']} "
-        f"of {len(cases)} pictures in conflict, the prior in {counts['prior']}; {counts['neither']} are left out, as "
+        f"of {len(cases)} images in conflict, the prior in {counts['prior']}; {counts['neither']} are left out, as "
         "greedy search says neither."
     )
     return Told(HORIZON, pd.concat(lines, ignore_index=True), (of, *result.findings), result.claims, facts)
@@ -284,9 +270,7 @@ def context(vlm: "VLM", cases: Cases, how: How) -> Told:
     lines = [curve(CONTEXT, "named", str(whose), rows, rows["layer"]) for whose, rows in _by(summary, "whose")]
     for whose, rows in _by(summary, "whose"):
         means = rows["mean"]
-        texts.append(
-            f"{whose} in {means.iloc[0]:.2f} of the pictures at the decoder's input, {means.iloc[-1]:.2f} last"
-        )
+        texts.append(f"{whose} in {means.iloc[0]:.2f} of the images at the decoder's input, {means.iloc[-1]:.2f} last")
     facts = {"n": len(cases), "named": {str(whose): rows["mean"].tolist() for whose, rows in _by(summary, "whose")}}
     text = f"Some image token names, among {TOP} words of the bank: {'; '.join(texts)} (n = {len(cases)})."
     return Told(CONTEXT, pd.concat(lines, ignore_index=True), (text,), (), facts)

@@ -73,7 +73,7 @@ class _Run:
         return self.engine.reads
 
     def told(self, logits: Tensor) -> Tensor:
-        """By example: shown answer less prior, whether greedy search says either, and the first token said."""
+        """By example: shown answer less prior, whether greedy decoding gives either, and the first token said."""
         lead, shown, prior = (self.read.value(number, logits).double() for number in range(3))
         return torch.stack([lead, shown, prior, logits[:, 0].argmax(-1).to(lead)], 1)
 
@@ -93,7 +93,7 @@ def outcomes_of(before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
     and with one.
 
     `flip` compares two answers alone; a tie is for the prior. `restored` is NaN but of examples that preferred the
-    prior, `taken` but of those that preferred the shown answer: whether greedy search over all words then says the
+    prior, `taken` but of those that preferred the shown answer: whether greedy decoding over all words then says the
     other one.
     """
     won, now = before[:, 0] > 0, after[:, 0] > 0

@@ -35,27 +35,27 @@ FEWEST = 4
 TOO_FEW = "too few pairs"
 MAC, VD, OURS = "after MAC (2604.09364)", "after VD (2606.28273)", "ours"
 WRITTEN, NEVER = (
-    "what is shown is written, then overridden",
-    "in most pairs what is shown is not above the prior in two layers running",
+    "the shown answer is written, then overridden",
+    "in most pairs the shown answer is not above the prior in two consecutive layers",
 )
-NO_LOST, NO_WON = "cannot be asked, no pair is lost", "cannot be asked, no pair is won"
-COUNTS = "counts pairs whose two runs differ, no place"
+NO_LOST, NO_WON = "not applicable, no pair is lost", "not applicable, no pair is won"
+COUNTS = "counts pairs whose two runs differ; locates nothing"
 CARRY, NOT_CARRY, NO_FLIP = "these tokens carry what flips", "these tokens do not carry it", "nothing flips"
-BACK, NOT_BACK = "what is shown is brought back", "what is shown is not brought back"
+BACK, NOT_BACK = "the shown answer is restored", "the shown answer is not restored"
 BRINGS, NO_MORE = (
-    "these states can bring what is shown into a pair lost",
-    "nothing more than by the usual picture's states",
+    "these states can bring the shown answer into a lost pair",
+    "no more than the usual image's states",
 )
-FOREIGN = "more than by the usual picture's states, not surely more than by those of another object"
+FOREIGN = "more than the usual image's states, but not surely more than those of another object"
 HEAD, NO_SINGLE = "a head at the last token lets the prior win", "no single head lets the prior win"
-HOLD, NOT_HOLD = "heads at the last token hold the answer", "no group of heads does more than random ones"
-NO_TEST = "a group does more than every random one, of which there are too few for a test"
+HOLD, NOT_HOLD = "heads at the last token carry the answer", "no group of heads does more than random ones"
+NO_TEST = "a group does more than every random one, but these are too few for a test"
 DECIDES, ELSEWHERE = "the question decides at the last token", "the question does not decide at the last token"
-READ, NOT_READ = "what is shown can be read at the last token", "that it can be read there is not claimed"
-STEERS, NO_STEER = "a direction brings it back", "what is shown is said no more often than with random directions"
+READ, NOT_READ = "the shown answer can be read at the last token", "no claim that it can be read there"
+STEERS, NO_STEER = "a direction restores the shown answer", "a direction does no more than random ones"
 
 LENS, STRICT, OUTCOME, WHOLE, ZEROED = "lens", "lens by a logit", "outcome", "all tokens", "one head zeroed"
-ROLES, PROBE, STEERED, FINDER = "heads both ways", "probe", "steering", "find_arbiter"
+ROLES, PROBE, STEERED, FINDER = "heads in both directions", "probe", "steering", "find_arbiter"
 COLUMNS = ("key", "protocol", "source", "asked of", "found", "concludes", "rule")
 
 
@@ -141,7 +141,7 @@ def _lens(result: Result) -> list[Row]:
             share = Share(1 - row["without"], 1 - row["without_high"], 1 - row["without_low"], int(row["n"]))
         by = f" by {margin:g} logit" if margin else ""
         verdict = judged(share, WRITTEN, NEVER, NO_LOST)
-        what = f"lens at the last token prefers what is shown{by} in two layers running"
+        what = f"lens at the last token prefers what is shown{by} in two consecutive layers"
         rule = f"in half or more: {WRITTEN} (rule ours)"
         rows.append(Row(key, what, source, "pairs lost", f"a crossover in {share}", verdict, rule, share.value))
     return rows
@@ -155,9 +155,9 @@ def _outcome(result: Result) -> Row:
     found += ", ".join(_rho(row) for _, row in apart.iterrows())
     tried = {"the gap": final["rho_low"], "the distance": apart["rho_low"].max()}
     by = [name for name, low in tried.items() if low > 0]
-    verdict = f"foretold by {' and by '.join(by)}" if by else "foretold by neither gap nor distance"
-    verdict = "cannot be asked, one outcome is too rare" if np.isnan(final["rho"]) else verdict
-    what, rule = "which number foretells that what is shown wins", "its interval lies above 0"
+    verdict = f"predicted by {' and by '.join(by)}" if by else "predicted by neither gap nor distance"
+    verdict = "not applicable, one outcome is too rare" if np.isnan(final["rho"]) else verdict
+    what, rule = "which number predicts that the shown answer wins", "its interval lies above 0"
     return Row(OUTCOME, what, MAC, "all pairs", found, verdict, rule, float(final["rho"]))
 
 
@@ -168,15 +168,15 @@ def _rho(row: Any) -> str:
 def _patches(result: Result, seed: int) -> list[Row]:
     cell, last = {"run": CONFLICT, "donor": COUNTERFACTUAL}, int(result.table["layer"].max())
     whole, same = (share_in(result, name, span="all", layer=last, **cell) for name in ("flip", "as_donor"))
-    found = f"flips {whole}, the same at every layer; says the first token of the donor's run in {same}"
+    found = f"flips {whole}, the same at every layer; gives the first token of the donor's run in {same}"
     rule = "equal text: the donor's run, by construction"
-    rows = [Row(WHOLE, "usual picture's states at all tokens", MAC, "all pairs", found, COUNTS, rule, whole.value)]
+    rows = [Row(WHOLE, "usual image's states at all tokens", MAC, "all pairs", found, COUNTS, rule, whole.value)]
     for span in ("image", "text", "last"):
         kept = retention(result, CONFLICT, span, seed=seed)
         took, back = (best_in(result, name, seed=seed, span=span, **cell) for name in ("taken", "restored"))
-        what = f"usual picture's states at {_named(span)} alone"
+        what = f"usual image's states at {_named(span)} alone"
         verdict = judged(kept, CARRY, NOT_CARRY, NO_FLIP)
-        found, rule = f"flip({span})/flip(all) {kept}", "half or more, at the layer that the other half of pairs chose"
+        found, rule = f"flip({span})/flip(all) {kept}", "half or more, at the layer chosen on the other half of pairs"
         rows.append(Row(retained_by(span), what, MAC, "pairs flipped by all", found, verdict, rule, kept.value))
         verdict = judged(back, BACK, NOT_BACK, NO_LOST)
         found = f"restored {back}; of pairs won taken {took}"
@@ -191,15 +191,15 @@ def carried_rows(result: Result, span: str, seed: int) -> list[Row]:
         return []
     found = f"restored {of.same}"
     if of.same.n:
-        found += f"; by the usual picture's states {of.usual}, by those of another object "
-        found += f"{of.other if of.other.n else 'not asked'}; more than these by {of.than_usual.signed} and "
+        found += f"; with the usual image's states {of.usual}, with those of another object "
+        found += f"{of.other if of.other.n else 'not run'}; differences {of.than_usual.signed} and "
         found += of.than_other.signed
     least = [each.low for each in (of.than_usual, of.than_other)]
     verdict = BRINGS if least[0] > 0 and least[1] > 0 else FOREIGN if least[0] > 0 else NO_MORE
     if of.same.n < FEWEST:
         verdict = TOO_FEW if of.same.n or of.same.asked else NO_LOST
-    rule = "its difference to both has an interval above 0, at the layer that the other half of pairs chose (rule ours)"
-    what = f"states at {_named(span)} of another pair whose picture shows the same answer"
+    rule = "both differences have intervals above 0, at the layer chosen on the other half of pairs (rule ours)"
+    what = f"states at {_named(span)} of another pair whose image shows the same answer"
     return [Row(carried_by(span), what, OURS, "pairs lost", found, verdict, rule, of.same.value)]
 
 
@@ -213,11 +213,11 @@ def _questions(result: Result, seed: int) -> list[Row]:
     rows = []
     for run, metric, whose, asked in (
         (CONFLICT, "taken", "usual", "pairs won"),
-        (PRIOR_QUESTION, "restored", "visual", "pairs with the prior under the usual question"),
+        (PRIOR_QUESTION, "restored", "visual", "pairs that give the prior to the usual question"),
     ):
         found = best_in(result, metric, seed=seed, run=run, donor=OTHER_QUESTION, span="last")
-        what = f"last token's state of the {whose} question put into the other question's run"
-        rule = "half or more, at the layer that the other half of pairs chose (rule ours)"
+        what = f"last token's state of the {whose} question patched into the other question's run"
+        rule = "half or more, at the layer chosen on the other half of pairs (rule ours)"
         verdict = judged(found, DECIDES, ELSEWHERE, NO_WON)
         rows.append(Row(f"{whose} question", what, VD, asked, f"turned {found}", verdict, rule, found.value))
     return rows
@@ -226,7 +226,7 @@ def _questions(result: Result, seed: int) -> list[Row]:
 def _zeroed(result: Result, seed: int) -> Row:
     found = best_in(result, "restored", seed=seed, run=CONFLICT, donor=ZERO)
     verdict = judged(found, HEAD, NO_SINGLE, NO_LOST)
-    told = f"the head chosen by one half of pairs restores {found} of the other half"
+    told = f"the head chosen on one half of pairs restores {found} of the other half"
     what = "one head set to zero at the last token"
     return Row(ZEROED, what, OURS, "pairs lost", told, verdict, "half or more (rule ours)", found.value)
 
@@ -241,10 +241,10 @@ def _roles(facts: Mapping[str, Any]) -> Row:
     more = [row for row in zeroed if row["flip"] > max(row["flip_draws"], default=0.0)]
     holds = any(row["flip_p"] < LEVEL for row in more)
     verdict = HOLD if holds else NO_TEST if more else NOT_HOLD
-    second = "question about what is usual" if facts["asks_prior"] else "usual picture"
-    what = f"heads that stand out in both directions of patching, as a group set to zero; second run: {second}"
-    asked, found = f"{facts['n']} pairs right in both runs", "; ".join(texts) or "no head is classified"
-    rule = f"flips more than matched random heads do, p < {LEVEL} (rule ours)"
+    second = "question about what is usual" if facts["asks_prior"] else "usual image"
+    what = f"heads that stand out in both patching directions, zeroed as a group; second run: {second}"
+    asked, found = f"{facts['n']} pairs correct in both runs", "; ".join(texts) or "no head is classified"
+    rule = f"flips more than matched random heads, p < {LEVEL} (rule ours)"
     few = facts["n_testing"] < FEWEST
     return Row(ROLES, what, VD, asked, found, TOO_FEW if few else verdict, rule)
 
@@ -254,34 +254,30 @@ def _probe(facts: Mapping[str, Any]) -> Row:
     verdict = READ if facts["readable_last"] else NOT_READ
     what, rule = "probe of what is shown, last token after the last layer", "a tested claim (ours; there AUC)"
     found = f"accuracy {Share(mean, low, high, n)}; names the prior in {facts['prior']:.2f}"
-    return Row(PROBE, what, MAC, "pictures in conflict", found, verdict, rule, mean)
+    return Row(PROBE, what, MAC, "images in conflict", found, verdict, rule, mean)
 
 
 def _steering(facts: Mapping[str, Any]) -> Row:
     mean, low, high, n = facts["shown"]
     beats = mean > facts["random_most"] and mean > facts["before"]
-    found = f"what is shown is said in {Share(mean, low, high, n)}, before in {facts['before']:.2f}; with random "
-    found += f"directions in {facts['random_most']:.2f} at most"
-    what, rule = "direction of what is shown over what is usual added", "more than before and every random one (ours)"
+    found = f"the shown answer is given in {Share(mean, low, high, n)}, before in {facts['before']:.2f}; with random "
+    found += f"directions in at most {facts['random_most']:.2f}"
+    what, rule = "steering from the usual towards the shown answer", "more than before and every random one (ours)"
     verdict = NO_LOST if facts["before"] >= 1 else TOO_FEW if n < FEWEST else STEERS if beats else NO_STEER
-    return Row(STEERED, what, MAC, "pictures in conflict", found, verdict, rule, mean)
+    return Row(STEERED, what, MAC, "images in conflict", found, verdict, rule, mean)
 
 
 def _finder(facts: Mapping[str, Any]) -> Row:
     kind, n, restored = facts["kind"], facts["n"], facts["restored"]
     many = facts["restoring"]
-    parts = "1 part brings what is shown back or helps it"
-    parts = parts if many == 1 else f"{many} parts bring what is shown back or help it"
+    parts = "ablating 1 part restores or favours the shown answer"
+    parts = parts if many == 1 else f"ablating {many} parts restores or favours the shown answer"
     found = f"{parts} (raises its logits)"
-    found += (
-        f"; it is then said in {restored[0]:.2f} of {restored[1]} pairs that did not choose them, at most"
-        if restored
-        else ""
-    )
-    lost = f" (its claim is lost at {', '.join(facts['lost'])})" if facts["lost"] else ""
+    found += f"; it is then given in at most {restored[0]:.2f} of {restored[1]} held-out pairs" if restored else ""
+    lost = f" (its claim fails the gates {', '.join(facts['lost'])})" if facts["lost"] else ""
     verdict = f"no arbiter is claimed: {facts['why']}" if kind == NONE else f"the arbiter is of the kind {kind}{lost}"
-    what = "parts taken away where the prior wins: what each writes, and what others do without it"
-    rule = "as the method says (docs/methods.md)"
+    what = "parts ablated where the prior wins: what each writes, and what others do without it"
+    rule = "that of the method (docs/methods.md)"
     return Row(
         FINDER, what, OURS, f"{n['lost']} pairs lost", found, verdict, rule, float(restored[0]) if restored else 0
     )

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 AXES = ("run", "donor", "span", "layer", "head")
 METRICS = (
-    Metric("flip", "share", "share in which the preferred one of shown answer and prior is the other with the edit"),
-    Metric("restored", "share", "of examples that prefer the prior without it: share that then says what is shown"),
-    Metric("taken", "share", "of examples that prefer the shown answer without it: share that then says the prior"),
-    Metric("turned", "share", "share in which another first token is said than without the edit (whole vocabulary)"),
-    Metric("as_donor", "share", "share that says the first token of the run that the states come from"),
-    Metric("lead", "logits", "shown answer less prior, of the lens or after the edit; baseline: in the decoder's "
+    Metric("flip", "share", "share whose preference between shown answer and prior is reversed by the edit"),
+    Metric("restored", "share", "of examples that prefer the prior unedited: share that then gives what is shown"),
+    Metric("taken", "share", "of examples that prefer the shown answer unedited: share that then gives the prior"),
+    Metric("turned", "share", "share whose first token changes (whole vocabulary)"),
+    Metric("as_donor", "share", "share that gives the first token of the source run"),
+    Metric("lead", "logits", "shown answer minus prior, by the lens or after the edit; baseline: in the decoder's "
            "input, or without the edit", signed=True),
-    Metric("distance", "norm", "Euclidean distance of the last token's states between both pictures"),
+    Metric("distance", "norm", "Euclidean distance of the last token's states between the two images"),
 )  # fmt: skip
 MEASURED = (CROSSOVER, PATCHING, HEADS)
 """Parts that are measured here, a row an example; the others are calls of other methods."""
@@ -92,7 +92,7 @@ class Share:
 
     def __str__(self) -> str:
         if not self.n:
-            return f"not told of {self.asked}, too few" if self.asked else "not asked, no such pair"
+            return f"not given for {self.asked}, too few" if self.asked else "not applicable, no such pair"
         ends = "no interval" if np.isnan(self.low) else f"{self.low:.2f} to {self.high:.2f}"
         return f"{self.value:.2f} ({ends}, n = {self.n})"
 

@@ -1,4 +1,4 @@
-"""What an attribution could say: exchanging the states of a cell lowers the measure, or raises it, in truth.
+"""What an attribution could say: exchanging the states of a cell lowers the measure, or raises it.
 
 Estimates choose cells and are never claimed. A cell that is asked about must not be chosen on the pairs that test it:
 those of the largest estimates on one half of the pairs are, their true effects on that half declare, and those on the
@@ -51,7 +51,7 @@ def pool(checked: Result) -> tuple[Claim, ...]:
         about: dict[str, Any] = {str(axis): value for axis, value in cell.items()}
         for kind, side, does in WAYS:
             condition = Condition(EFFECT, about, side, enough[about["direction"]])
-            says = f"{about['direction']}: exchanging {_named(about)} {does} {name}"
+            says = f"{about['direction']}: patching {_named(about)} {does} {name}"
             found.append(Claim(kind, about, says, (condition,), unit))
     return tuple(found)
 
@@ -93,9 +93,9 @@ def _spot(spots: Sequence[Cell], claim: Claim) -> Cell | str:
     """The cell of a claim about noising in the decoder, of tokens that prompts have; why another is not asked about."""
     here = next(spot for spot in spots if spot.axes.items() <= claim.about.items())
     if claim.about["direction"] != "noising":
-        return "the exchange is made in the run on the other picture"
+        return "the patch is made in the run on the other image"
     if here.site.stream != "llm" or here.site.layer is None:
-        return "the exchange is not in the decoder"
+        return "the patch is not in the decoder"
     return "the tokens of answers are in no prompt" if _of_answer(here.span) else here
 
 

@@ -86,7 +86,7 @@ def check(pairs: Pairs, measure: Measure, directions: Sequence[str], numbers: di
             raise UsageError(f"{name} is {number}; at least 1 is needed")
     for direction in directions:
         if direction not in DIRECTIONS:
-            raise UsageError(f"direction {direction!r} is not known; one of {', '.join(DIRECTIONS)} is")
+            raise UsageError(f"direction {direction!r} is not known; use one of {', '.join(DIRECTIONS)}")
     if not directions or len(set(directions)) < len(directions):
         raise UsageError(
             f"directions are {', '.join(directions) or 'none'}; each of {', '.join(DIRECTIONS)} at most once"
@@ -121,7 +121,7 @@ def top_cells(table: pd.DataFrame, top_k: int | None = None) -> list[int]:
 
 
 def chosen_cells(table: pd.DataFrame, top_k: int, n_random: int, seed: int) -> dict[int, str]:
-    """Cells to patch in truth: those of the largest mean estimate, and a sample of the rest."""
+    """Cells to patch: those of the largest mean estimate, and a sample of the rest."""
     order = top_cells(table)
     rest = order[top_k:]
     drawn = random.Random(seed).sample(rest, min(n_random, len(rest)))

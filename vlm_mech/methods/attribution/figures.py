@@ -62,7 +62,7 @@ def estimate_against_effect(checked: Result, *, title: str | None = None) -> "go
     n = sorted(set(effect["n"]))
     count = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
     figure.add_annotation(
-        text=f"a dot a cell, mean over {count} pairs; bars: 95 % interval of the true change; line: estimate = truth",
+        text=f"one dot per cell, mean over {count} pairs; bars: 95 % interval of the true change; line: identity",
         xref="paper", yref="paper", x=0, y=0, yshift=-72, showarrow=False, xanchor="left", font={"size": 11},
         name="caption",
     )  # fmt: skip

@@ -33,13 +33,11 @@ def agreement_told(result: Result, agreement: pd.DataFrame) -> tuple[str, ...]:
         kinds = {row["chosen"]: row for row in rows.to_dict("records")}
         parts = []
         if "random" in kinds:
-            parts.append(
-                f"over {kinds['random']['n']} cells drawn at random from the rest, {_sentence(kinds['random'])}"
-            )
+            parts.append(f"over {kinds['random']['n']} randomly drawn other cells, {_sentence(kinds['random'])}")
         else:
-            parts.append("every cell was patched in truth")
+            parts.append("every cell was patched")
         top = kinds["top"]
-        parts.append(f"over the {top['n']} cells of the largest estimate (a selected set), {_sentence(top)}")
+        parts.append(f"over the {top['n']} cells with the largest estimates (a selected set), {_sentence(top)}")
         if "random" in kinds:
             parts.append(_missed(result, str(direction), top["median_effect"]))
         found.append(f"{direction}, {n_pairs} pairs: " + "; ".join(parts) + ".")
@@ -47,12 +45,12 @@ def agreement_told(result: Result, agreement: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _sentence(row: dict[str, Any]) -> str:
-    signs = f"the sign agrees in {row['n_same_sign']} of {row['n_signed']} with an effect"
-    signs += "" if np.isnan(row["slope"]) else f", estimates are {row['slope']:.2g} times as large (slope)"
+    signs = f"the sign agrees in {row['n_same_sign']} of {row['n_signed']} cells with an effect"
+    signs += "" if np.isnan(row["slope"]) else f", slope of estimate on effect {row['slope']:.2g}"
     if np.isnan(row["correlation"]):
-        return f"no rank correlation can be given, {signs}"
+        return f"rank correlation undefined, {signs}"
     interval = "" if np.isnan(row["ci_low"]) else f" (95 % interval {row['ci_low']:.2f} to {row['ci_high']:.2f})"
-    return f"estimate and true effect have rank correlation {row['correlation']:.2f}{interval}, {signs}"
+    return f"rank correlation of estimate and true effect {row['correlation']:.2f}{interval}, {signs}"
 
 
 def _missed(checked: Result, direction: str, median: float) -> str:

@@ -41,12 +41,15 @@ from vlm_mech.methods.attribution.data import (
     exchanged,
     top_cells,
 )
+from vlm_mech.methods.attribution.figures import drawn
 from vlm_mech.methods.attribution.findings import agreement_told, findings
 from vlm_mech.methods.attribution.gradient import Pass, forward, gradient
 from vlm_mech.methods.gates.gated import Measured, Options, gated
 from vlm_mech.methods.gates.shuffled import following
 from vlm_mech.results.claim import Claim
 from vlm_mech.results.claiming import halves, parted_like
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT, Plotted
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.measures import Measure
 from vlm_mech.sweeps.readings import Readings, readings_of
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution:
+class Attribution(Plotted):
     """A screen of all cells, the cells that were patched in truth, and how well the two agree.
 
     `screen` has an `estimate` and the `distance` of the two runs' states for each pair and cell. `checked` has the true
@@ -75,6 +78,9 @@ class Attribution:
     screen: Result
     checked: Result
     agreement: pd.DataFrame
+
+    def _drawn(self) -> Result:
+        return self.checked
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -159,7 +165,8 @@ def attribute(
         checked = dataclasses.replace(checked, claims=claims)
     agreement = agreement_of(checked)
     screen = dataclasses.replace(screen, provenance=about, findings=agreement_told(checked, agreement))
-    checked = dataclasses.replace(checked, findings=findings(checked, agreement))
+    told = checked.provenance | {PLOT: drawn_by(drawn)}
+    checked = dataclasses.replace(checked, findings=findings(checked, agreement), provenance=told)
     return Attribution(screen, checked, agreement)
 
 

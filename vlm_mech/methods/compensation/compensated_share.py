@@ -75,14 +75,14 @@ def compensation(
     free, blocked = (estimate(float(means @ each), draws @ each, n_groups=n_groups) for each in signs)
     share, reason = None, ""
     if site == BEFORE_DECODER:
-        reason = "the site lies before the decoder, where no cut in it can change anything"
+        reason = "the site precedes the decoder, so no knockout there can change it"
     elif blocked.low > 0:
         tail = expanded_tail(n_groups, 0.95)
         share = _share(free.value / blocked.value, draws @ signs[0], draws @ signs[1], tail)
     elif blocked.high >= 0:
-        reason = "the damage with a blocked decoder is not told from 0"
+        reason = "the damage with a blocked decoder is not distinguishable from 0"
     else:
-        reason = "with a blocked decoder the cut does good, not damage"
+        reason = "with a blocked decoder the knockout helps instead of damaging"
     return Compensation(
         cut=cut,
         layers=layers,
@@ -98,7 +98,7 @@ def compensation(
 
 
 def _share(ratio: float, free: Float[np.ndarray, "draw"], blocked: Float[np.ndarray, "draw"], tail: float) -> Estimate:
-    """One less the ratio; the few draws in which nothing is damaged say nothing and so widen both ends.
+    """One minus the ratio; the few draws in which nothing is damaged say nothing and so widen both ends.
 
     Args:
         tail: share of the draws to leave out at each end.

@@ -190,7 +190,7 @@ def _folder_parts(pairs: Pairs) -> dict[str, Shown]:
     for pair in pairs:
         lacking = _lacking(told[pair.id])
         if lacking:
-            raise UsageError(f"pair {pair.id} of {pairs.name!r} names no {lacking}, a picture of the part's pixels")
+            raise UsageError(f"pair {pair.id} of {pairs.name!r} names no {lacking}, an image of the part's pixels")
         shown[pair.id] = _shown(told[pair.id], folder)
     return shown
 
@@ -221,7 +221,7 @@ def about_one_picture(
     def check(pair: Pair) -> None:
         lacking = _lacking(fields[pair.id])
         if lacking:
-            raise UsageError(f"it names no {lacking}, a picture of the part's pixels")
+            raise UsageError(f"it names no {lacking}, an image of the part's pixels")
         if not pair.counterfactual_answer.strip():
             raise UsageError("it has no options, and no other part is known to compare its part with")
         shown[pair.id] = _shown(fields[pair.id], found.folder)

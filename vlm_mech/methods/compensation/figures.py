@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def drawn(result: Result) -> "dict[str, go.Figure]":
     """What each variant changes at each site as heatmaps, and reciprocal ranks as lines, tower and decoder apart.
 
-    The lines show the first range of layers only: all thirds in one figure could not be told apart.
+    The lines show the first range of layers only: all thirds in one figure could not be distinguished.
     """
     axes = {"x": "site", "facet": "layers"}
     found = {
@@ -35,7 +35,7 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
         if variants:
             found[f"reciprocal_rank_{name}"] = figures.lines(
                 result, colour="variant", metric=chosen.name, where={"variant": variants, "layers": first}, **axes,
-                title=f"compensation, cuts in {name}: {chosen.name} ({chosen.unit})",
+                title=f"compensation, knockout in {name}: {chosen.name} ({chosen.unit})",
             )  # fmt: skip
     return found
 
@@ -46,6 +46,6 @@ def pictures(maps: Sequence[PartMap]) -> tuple[tuple[str, Image.Image], ...]:
     for each in maps:
         levels = np.where(each.object, 1.0, np.where(each.background, 0.5, 0.0))
         picture = laid_over(load_image(each.pair.images[0]), each.boxes, levels, most=1.0, outlined=each.part)
-        caption = f"{each.pair.question} {each.pair.answer}: its patches framed, its object's bright, the control's dim"
+        caption = f"{each.pair.question} {each.pair.answer}: part framed, object bright, control dim"
         shown.append((caption, picture))
     return tuple(shown)

@@ -37,7 +37,7 @@ def used(examples: Examples) -> str:
     """How many examples count."""
     n, n_held_out = len(examples.examples), examples.n_held_out
     every = n + n_held_out + len(examples.refused)
-    kept = f"; {n_held_out} others, of other pictures, choose the site and count nowhere else" if n_held_out else ""
+    kept = f"; {n_held_out} others, of other images, were used only to choose the site" if n_held_out else ""
     return f"{n} of {every} examples of {examples.name} are used{kept}."
 
 
@@ -45,8 +45,8 @@ def named(result: Result, summary: pd.DataFrame, site: str, chosen_on: str) -> t
     """Whether the unedited run names parts at their patches, against all controls; and how it answers."""
     row, hit = (_row(summary, metric, site) for metric in (RECIPROCAL.name, "hit@1"))
     text = (
-        f"unedited, parts are named at {site} ({chosen_on}) with a mean reciprocal rank of {_interval(row)}, at rank 1 "
-        f"in {_interval(hit)} of {row['n']} examples"
+        f"Unedited, the logit lens names parts at {site} ({chosen_on}) with mean reciprocal rank {_interval(row)}, at "
+        f"rank 1 in {_interval(hit)} of {row['n']} examples"
     )
     beside = differences(result, site)
     against = [
@@ -54,11 +54,11 @@ def named(result: Result, summary: pd.DataFrame, site: str, chosen_on: str) -> t
         for name, difference in beside.items()
     ]
     better = all(difference.low > 0 for difference in beside.values())
-    verdict = "parts are named better than every control" if better else "parts are not named better than every control"
+    verdict = "Better than every control" if better else "Not better than every control"
     answer = _row(summary, "hit@1", ANSWER)
     return (
-        f"{text}; controls: {'; '.join(against)}; {verdict}.",
-        f"unedited, {_interval(answer)} of {answer['n']} questions about parts are answered right.",
+        f"{text}. Controls: {'; '.join(against)}. {verdict}.",
+        f"Unedited, {_interval(answer)} of {answer['n']} questions about parts are answered correctly.",
     )
 
 
@@ -79,7 +79,10 @@ def _damage(summary: pd.DataFrame, site: str, metric: str, layers: str) -> tuple
     what = f"the answer's {DIFFERENCES[metric]}" if site == ANSWER else f"the reciprocal rank at {site}"
     controls = here["variant"].str.endswith(BACKGROUND)
     found = []
-    for rows, edges in ((here.loc[~controls], "cut"), (here.loc[controls], "cut at background patches instead")):
+    for rows, edges in (
+        (here.loc[~controls], "Knockout"),
+        (here.loc[controls], "Control, knockout at background patches"),
+    ):
         if len(rows):
             each = [
                 f"{row['variant'].removesuffix(BACKGROUND)} {row['effect']:+.3f} ({row['effect_low']:+.3f} to "
@@ -87,9 +90,7 @@ def _damage(summary: pd.DataFrame, site: str, metric: str, layers: str) -> tuple
                 for _, row in rows.iterrows()
             ]
             n = int(rows["n"].min())
-            found.append(
-                f"{edges} in layers {layers!r}, {what} changes by (95 % interval, n = {n}): {', '.join(each)}."
-            )
+            found.append(f"{edges}, layers {layers!r}: {what} changes by {', '.join(each)} (95 % intervals, n = {n}).")
     return tuple(found)
 
 
@@ -97,9 +98,9 @@ def sentence(each: Compensation) -> str:
     """A share with what it is made of, or why there is none."""
     where = "the answer" if each.site == ANSWER else each.site
     text = (
-        f"{each.cut}, {each.metric} at {where}, layers {each.layers!r}, n = {each.n}: the cut in the tower costs "
-        f"{each.free} with a free decoder and {each.blocked} with a blocked one"
+        f"{each.cut}, {each.metric} at {where}, layers {each.layers!r}, n = {each.n}: knockout in the vision encoder "
+        f"costs {each.free} with a free decoder and {each.blocked} with the same knockout there"
     )
     if each.share is None:
-        return f"{text}; no compensated share is given, because {each.reason}."
-    return f"{text}; compensated share {each.share}."
+        return f"{text}. No compensated share: {each.reason}."
+    return f"{text}. Compensated share: {each.share}."

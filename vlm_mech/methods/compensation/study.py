@@ -51,7 +51,7 @@ RECIPROCAL = Metric(
     "one over the best rank of the part's word at its patches, or over that of the answer: of its tokens the worst",
 )
 LOGIT_DIFF = Metric(
-    "logit_diff", "logits", "logit of the part's word less that of another part, each at its best patch", signed=True
+    "logit_diff", "logits", "logit of the part's word minus that of another part, each at its best patch", signed=True
 )
 METRICS = (
     RECIPROCAL,
@@ -261,7 +261,7 @@ def _of_rank(metric: Metric, of: Callable[[Int[Tensor, "batch"]], Tensor], answe
 
 
 def _worst_rank(answer: AnswerLogits) -> Int[Tensor, "batch"]:
-    """The worst rank of an answer's tokens, each after those before it: 1 where greedy search says the answer."""
+    """The worst rank of an answer's tokens, each after those before it: 1 where greedy decoding gives the answer."""
     ids = answer.ids.clamp(min=0)
     ranks = [metrics.rank(answer.logits[:, at], ids[:, at]) for at in range(ids.shape[1])]
     return torch.stack(ranks, 1).where(answer.present, 1).amax(1)
@@ -288,7 +288,7 @@ def plan_answers(
     batch: int,
     memory: int | str | None = None,
 ) -> str:
-    """What the sweep behind the answers will need, in words; the parts are read in whole passes beside it.
+    """What the sweep behind the answers will need, in words; the parts are read in whole passes next to it.
 
     Raises:
         TooLargeError: a single cell of a single example does not fit into the memory.
@@ -301,14 +301,14 @@ def plan_answers(
     pairs, how = _asked(some), {"batch": len(some), "memory": memory}
     planned = plan_sweep(vlm, pairs, tuple(edits), lambda point: edits[point], _measures(pairs, compared), **how)
     n_passes = len(batches) * (1 + len(cells))
-    return f"{planned.over(len(examples.examples))}\nbeside it, {n_passes} whole passes of {len(some)} read the parts"
+    return f"{planned.over(len(examples.examples))}\nin addition, {n_passes} whole passes of {len(some)} read the parts"
 
 
 # Where it is read
 
 
 def best_site(vlm: "VLM", examples: Examples, readout: Readout, *, batch: int, seed: int = 0) -> str:
-    """The site at which the unedited run names parts best by mean reciprocal rank, the earliest of equals.
+    """The site at which the unedited run names parts best by mean reciprocal rank, the earliest among equals.
 
     To be found on other examples than those that are reported.
     """
@@ -336,7 +336,7 @@ def check_site(vlm: "VLM", examples: Examples, site: str) -> str:
 
 
 def differences(result: Result, site: str) -> dict[str, Estimate]:
-    """Reciprocal rank of the parts less that of each control in the unedited run at a site, paired by example."""
+    """Reciprocal rank of the parts minus that of each control in the unedited run at a site, paired by example."""
     cells = result.cells
     column = cells[(cells["variant"] == NONE.name) & (cells["site"] == site)].index[0]
     found = {}

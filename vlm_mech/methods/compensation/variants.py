@@ -80,7 +80,7 @@ def variants_of(vlm: "VLM", encoded: Encoded, names: Sequence[str] = ()) -> tupl
         lacking["L-text"] = "no text stands before its image tokens"
     for name in names:
         if name not in VARIANTS:
-            raise UsageError(f"variant {name!r} is not known; one of {', '.join(VARIANTS)} is")
+            raise UsageError(f"variant {name!r} is not known; use one of {', '.join(VARIANTS)}")
         if name in lacking:
             raise UsageError(f"variant {name} does not exist in {vlm.name}: {lacking[name]}")
     if len(set(names)) < len(names):

@@ -19,10 +19,13 @@ from vlm_mech.inputs.span import Span
 from vlm_mech.interventions.receipt import add_up
 from vlm_mech.interventions.specification import Replace, Source
 from vlm_mech.methods.das.data import Parts, answered, check_site, parts_of
+from vlm_mech.methods.das.figures import drawn
 from vlm_mech.methods.das.findings import findings
 from vlm_mech.methods.das.study import AXES, METRICS, TRAINED, Design, fitted, of_twin, study
 from vlm_mech.methods.das.training import DasRecipe, Trained
 from vlm_mech.models.twin import twin_of
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT, Plotted
 from vlm_mech.results.result import Result
 from vlm_mech.runs.provenance import about, remarks
 from vlm_mech.sweeps.asked import check_whole
@@ -34,15 +37,15 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "Do a few directions of the states at one place carry the answer from one picture to another? A few directions of "
-    "the states at one place are trained so that putting another picture's states in their place, within these "
-    "directions alone, gives that picture's answer. It is told on objects that had no part in it, beside random "
-    "directions, directions trained on shuffled answers, and those of a model with shuffled weights."
+    "Do a few directions of the states at one site carry the answer from one image to another? Directions are trained "
+    "so that an interchange intervention within them gives the other image's answer. They are tested on unseen "
+    "objects, and compared with random directions, directions trained on shuffled answers, and those of a model with "
+    "shuffled weights."
 )
 
 
 @dataclass(frozen=True, eq=False)
-class SubspaceTraining:
+class SubspaceTraining(Plotted):
     """Subspaces of each number of dimensions, the one that validation chose, and what all of them do on the test part.
 
     `bases` are orthonormal rows, k x width, in float32 on the CPU. `result` has a row per test interchange and cell of
@@ -56,6 +59,9 @@ class SubspaceTraining:
     chosen: int
     parts: Parts
     result: Result
+
+    def _drawn(self) -> Result:
+        return self.result
 
     @property
     def basis(self) -> "torch.Tensor":
@@ -126,7 +132,7 @@ def train_das(
 
     Raises:
         UsageError: a site before the decoder, a span with no tokens, unlike numbers of them, k beyond the width, too
-            few objects for three parts, or no pair that is answered rightly.
+            few objects for three parts, or no pair that is answered correctly.
     """
     check_decoder(vlm, "train_das")
     check_gradients("train_das")
@@ -148,7 +154,7 @@ def train_das(
         table, found = pd.concat([table, more], ignore_index=True), found | others
         told["receipts"] = add_up([told["receipts"], proofs])
     chosen = max(ks, key=lambda each: (found[TRAINED][each].validation_iia, -each))
-    provenance = about(QUESTION, vlm, used, told.pop("receipts")) | told
+    provenance = about(QUESTION, vlm, used, told.pop("receipts")) | told | {PLOT: drawn_by(drawn)}
     provenance |= {"chosen_k": chosen, "pairs": parts.counts, "training": _notes(found)}
     config = {"site": str(site), "span": str(span), "k": list(ks), "n_random": n_random, "seed": seed}
     result = Result("das", table, AXES, METRICS, config, provenance)

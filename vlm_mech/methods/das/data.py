@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PARTS = ("train", "validation", "test")
 SHARES = (0.5, 0.25)
 """Shares of the objects in the first two parts."""
-WRONG = "the model answers one of its two pictures wrongly"
+WRONG = "the model answers one of its two images wrongly"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def answered(vlm: "VLM", pairs: Pairs, *, only_correct: bool, batch: int) -> Pai
         ]
     if not kept:
         raise UsageError(
-            f"{vlm.name} answers no pair of {pairs.name} rightly on both pictures; only_correct=False takes all"
+            f"{vlm.name} answers no pair of {pairs.name} rightly on both images; only_correct=False takes all"
         )
     return dataclasses.replace(pairs, pairs=tuple(kept), refused=tuple(refused))
 

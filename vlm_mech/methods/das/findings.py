@@ -10,7 +10,7 @@ NOTHING = 0.2
 
 
 def findings(result: Result) -> tuple[str, ...]:
-    """The chosen subspace on the test part, its ceiling and floor, and each control beside it.
+    """The chosen subspace on the test part, its ceiling and floor, and each control next to it.
 
     Args:
         result: of `das.train_das`.
@@ -21,24 +21,24 @@ def findings(result: Result) -> tuple[str, ...]:
     own, whole = rows.loc[(TRAINED, k)], rows.xs(WHOLE).iloc[0]
     reached = sum(each >= own["mean"] for each in draws)
     told = [
-        f"trained on {counts['train']} pairs, stopped and chosen on {counts['validation']}, told of {counts['test']}, "
-        "each part of other objects.",
-        f"interchanged in {_dimensions(k)} (the number that validation chose), the other picture's answer is given in "
-        f"{_share(own)} of {own['n']} interchanges; in all dimensions in {_share(whole)}, without an edit in "
+        f"Trained on {counts['train']} pairs, selected on {counts['validation']}, tested on {counts['test']}, "
+        "with disjoint objects.",
+        f"Interchange in {_dimensions(k)} (chosen on validation) gives the other image's answer in "
+        f"{_share(own)} of {own['n']} cases; in all dimensions in {_share(whole)}, unedited in "
         f"{own['baseline']:.2f}.",
-        f"{len(draws)} random subspaces of as many dimensions give it in {sum(draws) / len(draws):.2f} in the mean and "
-        f"{max(draws):.2f} at most; {reached} reach the trained one (p = {(1 + reached) / (1 + len(draws)):.3f}).",
+        f"{len(draws)} random subspaces of equal dimension give it in {sum(draws) / len(draws):.2f} on average and "
+        f"at most {max(draws):.2f}; {reached} reach the trained one (p = {(1 + reached) / (1 + len(draws)):.3f}).",
     ]
     for name, what in ((SHUFFLED, "trained on shuffled answers"), (TWIN, "trained in a model with shuffled weights")):
         if (name, k) in rows.index:
             apart = result.contrast({"subspace": TRAINED, "k": k}, {"subspace": name, "k": k}, IIA)
             told.append(
-                f"a subspace of as many dimensions {what} gives it in {_share(rows.loc[(name, k)])}: "
-                f"{apart['mean']:.2f} less ({apart['ci_low']:.2f} to {apart['ci_high']:.2f})."
+                f"A subspace of equal dimension {what} gives it in {_share(rows.loc[(name, k)])}: "
+                f"lower by {apart['mean']:.2f} ({apart['ci_low']:.2f} to {apart['ci_high']:.2f})."
             )
     if whole["mean"] < NOTHING:
         told.append(
-            "not even all dimensions give it: what tells the pictures apart is not read from here any more, or not yet."
+            "Not even all dimensions give it: at this site the model does not read what distinguishes the images."
         )
     return (*told, _by_k(rows, k))
 
@@ -47,7 +47,7 @@ def _by_k(rows: pd.DataFrame, chosen: int) -> str:
     each = [
         f"{k}: {row['mean']:.2f} (random {rows.loc[(RANDOM, k), 'mean']:.2f})" for k, row in rows.xs(TRAINED).iterrows()
     ]
-    return f"by number of dimensions: {', '.join(each)}; {chosen} was chosen before these numbers were there."
+    return f"By number of dimensions: {', '.join(each)}; {chosen} was chosen on validation pairs, before these numbers."
 
 
 def _dimensions(k: int) -> str:

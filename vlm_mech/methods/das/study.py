@@ -32,7 +32,7 @@ METRICS = (
         IIA,
         SHARE,
         "interchange accuracy: share of interchanges after which the token with the largest logit is the first of the "
-        "answer right for the lender's picture; baseline: without an edit",
+        "answer right for the lender's image; baseline: without an edit",
     ),
     Metric(
         LEAD,

@@ -10,8 +10,8 @@ from vlm_mech.data.facts import fact_pairs, is_facts, questions_of
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import TooFewError, UsageError
 from vlm_mech.inputs.wording import Wording
+from vlm_mech.methods.gates.parts import chosen_parts
 from vlm_mech.results.claiming import FEWEST
-from vlm_mech.sweeps.asked import check_once
 from vlm_mech.sweeps.measures import said
 from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.recorded_pass import record
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 KNOCKOUT, SWAP, HEADS, ATTRIBUTION, LENS, PATHS = "knockout", "swap", "heads", "attribution", "lens", "paths"
-PARTS = (KNOCKOUT, SWAP, HEADS, ATTRIBUTION, LENS, PATHS)
+TUNED = "tuned"
+PARTS = (KNOCKOUT, SWAP, HEADS, ATTRIBUTION, LENS, PATHS, TUNED)
 """The parts of a page; each is a whole method, asked about the same pairs."""
+DEFAULT = PARTS[:-1]
+"""Those asked for where none is named: without the tuned lens, which must be trained first."""
 WINDOW = 5
 """Layers that a knockout cuts around each."""
 SUBJECT, LAST = "subject_last", "last"
@@ -33,6 +36,7 @@ EXPECTED = {
     ATTRIBUTION: "Geva et al. 2023: attention of the upper layers brings the answer to the last position",
     LENS: "Geva et al. 2023: the answer rises at the last position in the upper layers",
     PATHS: "Wang et al. 2023, of another task: few late heads write the answer",
+    TUNED: "Belrose et al. 2023: read earlier than by the logit lens; no layer is named for facts",
 }
 """What each method is expected to say, of other models than these."""
 LATE = 0.5
@@ -40,23 +44,15 @@ LATE = 0.5
 
 
 def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
-    """The parts asked for, in the order of the page; all where none is named.
-
-    Raises:
-        UsageError: one that is not known, or one twice.
-    """
-    check_once(list(parts), "the part")
-    for part in parts:
-        if part not in PARTS:
-            raise UsageError(f"part {part!r} is not known; of {', '.join(PARTS)} some are needed")
-    return tuple(part for part in PARTS if part in (parts or PARTS))
+    """The parts asked for, in the order of the page (`chosen_parts`)."""
+    return chosen_parts(parts, PARTS, DEFAULT)
 
 
 def check_facts(name: str) -> None:
-    """Raises `UsageError` for data that are no facts of this library."""
+    """Raises `UsageError` for data that are not facts of this library."""
     if not is_facts(name):
         raise UsageError(
-            f"data {name!r} are no facts; facts (all relations) or one, such as facts/capitals, is needed (knockout, "
+            f"data {name!r} are not facts; facts (all relations) or one, such as facts/capitals, is needed (knockout, "
             "layer_swap and others take pairs of texts of your own)"
         )
 
@@ -74,7 +70,7 @@ class Known:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Questions, those answered right, subjects, those known in some wording."""
+        """Questions, those answered correctly, subjects, those known in some wording."""
         right = self.answers[self.answers["right"]]
         keys = ["relation", "subject"]
         return {
@@ -96,7 +92,7 @@ def known_facts(
     everything: bool = False,
     batch: int = 32,
 ) -> Known:
-    """Asks every question of a relation, or of all, and pairs those that are answered right.
+    """Asks every question of a relation, or of all, and pairs those that are answered correctly.
 
     Args:
         n: number of pairs; by default each two subjects in one wording.
@@ -125,7 +121,7 @@ def known_facts(
 
 
 def _answered(vlm: "VLM", asked: dict[str, tuple[str, str, str]], wording: Wording) -> list[dict[str, Any]]:
-    """What the model says first to some questions, and whether greedy search says the answer."""
+    """What the model says first to some questions, and whether greedy decoding gives the answer."""
     prompts = [wording.text(text, subject=subject) for text, (_, subject, _) in asked.items()]
     answers = [answer for *_, answer in asked.values()]
     reads = readings_of(vlm, vlm.encode(prompts), [said(answers)])

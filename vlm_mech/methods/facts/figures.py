@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_mech.methods.facts.data import ATTRIBUTION, HEADS, KNOCKOUT, LATE, LENS, PATHS, SWAP
+from vlm_mech.methods.facts.data import ATTRIBUTION, HEADS, KNOCKOUT, LATE, LENS, PATHS, SWAP, TUNED
 from vlm_mech.results.figures import COLOURS, drawn_by
 from vlm_mech.results.result import Result
 
@@ -15,13 +15,14 @@ __all__ = ["curves", "drawn", "reading"]
 
 TITLES = {
     KNOCKOUT: "knockout: windows of 5 layers around",
-    SWAP: "swap: states of the other text after",
+    SWAP: "patching: states of the other text after",
     HEADS: "heads: last<-subject cut at",
-    ATTRIBUTION: "attribution: heads' outputs exchanged",
+    ATTRIBUTION: "attribution patching: heads' outputs",
     LENS: "lens: change across",
     PATHS: "paths: from a head to the end",
+    TUNED: "tuned lens: change across",
 }
-LEGENDS = {SWAP: ("middle", 0.5), LENS: ("top", 0.98)}
+LEGENDS = {SWAP: ("middle", 0.5), LENS: ("top", 0.98), TUNED: ("top", 0.98)}
 """Where in its panel the legend of a part stands, if not at the bottom: lines leave room there."""
 LINES = ("all heads", "step")
 """Lines without a head that are drawn as bars."""
@@ -49,7 +50,7 @@ def reading(result: Result) -> "go.Figure":
     figure = go.Figure()
     for number, row in enumerate(rows):
         if row["layer"] is None:
-            figure.add_annotation(x=0.5, xref="paper", y=names[number], text="nothing claimed", showarrow=False)
+            figure.add_annotation(x=0.5, xref="paper", y=names[number], text="no claim", showarrow=False)
             continue
         spans = {"array": [row["high"] - row["layer"]], "arrayminus": [row["layer"] - row["low"]]}
         told = f"claimed layers {row['claimed layers']}, heads {row['claimed heads']}"
@@ -66,7 +67,7 @@ def reading(result: Result) -> "go.Figure":
     )  # fmt: skip
     figure.update_xaxes(title_text="layer", range=[-0.7, n_layers - 0.3], dtick=max(1, n_layers // 10))
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
-    title = f"Where the last token reads the answer: layer and 95 % of resamples (n = {_n(result)} pairs)"
+    title = f"Where the last token reads the answer: layer and 95 % bootstrap interval (n = {_n(result)} pairs)"
     return _laid_out(figure, title, drawn_by(reading), height=130 + 62 * len(rows), left=330)
 
 

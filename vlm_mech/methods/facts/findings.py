@@ -23,13 +23,13 @@ def of_known(result: Result, known: Known) -> str:
     """How much the model knows, and of how many pairs that is told, in a sentence."""
     counts = known.counts
     text = (
-        f"The model answers {counts['right']} of {counts['questions']} questions of {known.pairs.name} right "
+        f"The model answers {counts['right']} of {counts['questions']} questions of {known.pairs.name} correctly "
         f"({counts['known']} of {counts['subjects']} subjects in some wording; answers.csv)"
     )
     n = result.table["example"].nunique()
     groups = result.table.drop_duplicates("example")["group"].nunique()
-    asked = "whatever it answers" if known.everything else "both of whose answers it knows"
-    return f"{text}; {n} pairs of two subjects are asked about, {asked} (n = {groups} groups of other subjects)."
+    asked = "whatever its answers" if known.everything else "with both answers known"
+    return f"{text}; {n} pairs of subjects are used, {asked} (n = {groups} groups with disjoint subjects)."
 
 
 def where(found: Sequence[Reading]) -> tuple[str, ...]:
@@ -39,13 +39,11 @@ def where(found: Sequence[Reading]) -> tuple[str, ...]:
         if each.layer is None or each.layer not in each.claimed:
             continue
         text = f"{each.rule.part}: {each.rule.what} layer {each.layer} (95 % of resamples: {each.low} to {each.high})"
-        late = "as the literature on other models has it" if each.late else "lower than the literature on others has it"
+        late = "as reported for other models" if each.late else "earlier than reported for other models"
         half = "the upper half" if each.late else "the lower half"
         texts.append(f"{text}, in {half} of the decoder, {late}.")
     silent = [f"{each.rule.part} ({each.rule.line})" for each in found if not each.claimed]
-    return (
-        (*texts, f"Of where the answer is read nothing is claimed by {', '.join(silent)}.") if silent else tuple(texts)
-    )
+    return (*texts, f"No claim about where the answer is read: {', '.join(silent)}.") if silent else tuple(texts)
 
 
 def agreement(found: Sequence[Reading]) -> str:
@@ -53,16 +51,16 @@ def agreement(found: Sequence[Reading]) -> str:
     asked = [each for each in found if each.rule.part in AGREEING]
     names = list(dict.fromkeys(each.rule.part for each in asked))
     if len(names) < 2:
-        return "Agreement is told of at least two of knockout, swap, heads and attribution."
+        return "Agreement needs at least two of knockout, swap, heads and attribution."
     if not any(each.claimed for each in asked):
-        return f"Of {', '.join(names)} none claims where the answer is read."
+        return f"None of {', '.join(names)} claims where the answer is read."
     layers = agreed(found)
     if layers:
         told = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
         return f"Agreement: the intervals of {', '.join(names)} have {told} in common."
     silent = list(dict.fromkeys(each.rule.part for each in asked if not each.claimed))
     if silent:
-        return f"No agreement of all: {', '.join(silent)} claims nothing of where the answer is read."
+        return f"No full agreement: {', '.join(silent)} makes no claim about where the answer is read."
     return f"No agreement: the intervals of {', '.join(names)} have no layer in common."
 
 
@@ -73,14 +71,14 @@ def claimed(claims: Mapping[str, Sequence[Claim]]) -> tuple[str, ...]:
         made = [claim for claim in some if claim.made]
         text = f"{part}: {len(made)} of {len(some)}"
         if any(claim.gates for claim in made):
-            text += f" ({sum(not claim.lost for claim in made)} pass all gates that were tried)"
+            text += f" ({sum(not claim.lost for claim in made)} pass every gate that was run)"
         texts.append(text)
     return (
-        "Claims that hold on the half of the pairs that did not choose them, of those declared (sign-flip test, p < "
-        f"{LEVEL}, Holm within each method): {', '.join(texts)}; claims.json has them.",
+        "Claims confirmed on held-out pairs, of those selected (sign-flip test, p < "
+        f"{LEVEL}, Holm within each method): {', '.join(texts)} (claims.json).",
     )
 
 
 def not_asked(result: Result) -> tuple[str, ...]:
     """Which parts could not be asked, and why."""
-    return tuple(f"The part {name} could not be asked: {why}." for name, why in result.provenance["not asked"].items())
+    return tuple(f"The part {name} could not be run: {why}." for name, why in result.provenance["not asked"].items())

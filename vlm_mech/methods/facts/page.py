@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "In which layers does the last token read the answer of a known fact from its subject? Several methods are asked "
-    "about the same {units} of texts, each about a subject and another, with the same gates, and it is told whether "
-    "they agree, and what the literature leads one to expect of other models."
+    "In which layers does the last token read the answer of a known fact from its subject? Several methods run on the "
+    "same {units} of texts, each about one subject and another, with the same gates. Do they agree, and do they match "
+    "what the literature reports for other models?"
 )
 
 
@@ -38,7 +38,7 @@ def done(vlm: "VLM", known: Known, part: str, how: How) -> tuple[pd.DataFrame, d
 def told(
     vlm: "VLM", known: Known, table: pd.DataFrame, notes: Sequence[Mapping[str, Any]], *, seed: int = 0
 ) -> tuple[Result, dict[str, pd.DataFrame]]:
-    """What the steps left, as a result with claims and findings, and the tables beside it.
+    """What the steps left, as a result with claims and findings, and the tables next to it.
 
     Claims are corrected within their part, as in a run of that method alone: what is told of several methods, their
     agreement, needs claims of each, which is no easier for their number.
@@ -56,7 +56,7 @@ def told(
     parts = {str(each["part"]): each for each in notes}
     missing = {part: str(each["why_not"]) for part, each in parts.items() if each["why_not"]}
     if len(missing) == len(parts):
-        raise TooFewError(f"no part could be asked: {next(iter(missing.values()))}")
+        raise TooFewError(f"no part could be run: {next(iter(missing.values()))}")
     claims = {part: of_dicts(list(each["claims"])) for part, each in parts.items()}
     provenance = about(QUESTION, vlm, known.pairs, {}) | {"known": known.counts, "not asked": missing}
     result = result_of(table[list(COLUMNS)], provenance, tuple(each for some in claims.values() for each in some))

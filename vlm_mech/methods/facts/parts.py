@@ -1,6 +1,6 @@
 """The parts of a page: each is a whole method, called on the same pairs, and told in rows, sentences and claims.
 
-Cells that a part cannot all ask (single heads) are chosen on the half of the pairs that declares its claims.
+Cells that a part cannot all ask (single heads) are chosen on the selection half of the pairs.
 """
 
 import dataclasses
@@ -13,11 +13,25 @@ import numpy as np
 import pandas as pd
 
 from vlm_mech.architectures.site import Site
+from vlm_mech.data.facts import NAME, questions_of
 from vlm_mech.data.pairs import Pairs
 from vlm_mech.errors import UsageError, WorkError
+from vlm_mech.inputs.wording import BARE
 from vlm_mech.methods.attribution.study import Attribution, attribute
-from vlm_mech.methods.facts.data import ATTRIBUTION, HEADS, KNOCKOUT, LAST, LENS, PATHS, SUBJECT, SWAP, WINDOW
-from vlm_mech.methods.gates.gated import Asked, gated
+from vlm_mech.methods.facts.data import (
+    ATTRIBUTION,
+    HEADS,
+    KNOCKOUT,
+    LAST,
+    LENS,
+    PATHS,
+    SUBJECT,
+    SWAP,
+    TUNED,
+    WINDOW,
+)
+from vlm_mech.methods.gates.gated import gated
+from vlm_mech.methods.gates.parts import CallOptions
 from vlm_mech.methods.knockout.claims import pool_of, ways_of
 from vlm_mech.methods.knockout.data import EDGE, Scan, scan_of
 from vlm_mech.methods.knockout.layers import Layers
@@ -25,7 +39,9 @@ from vlm_mech.methods.knockout.study import knock_out
 from vlm_mech.methods.knockout.study import metrics_of as knockout_metrics
 from vlm_mech.methods.layer_swap.layer_swap import layer_swap
 from vlm_mech.methods.lens.claims import STEP
+from vlm_mech.methods.lens.leads import depth_sites
 from vlm_mech.methods.lens.study import lens_lead
+from vlm_mech.methods.lens.tuned_lens import LensTraining, train_tuned_lens
 from vlm_mech.methods.path_patching.data import Sender
 from vlm_mech.methods.path_patching.study import LEAD, path_patching
 from vlm_mech.results.claim import Claim, Condition, as_dicts
@@ -43,32 +59,20 @@ NO_HEAD = -1
 N_LAYERS = 3
 """Layers whose heads are cut one by one: those whose single cuts lower the lead most."""
 N_TOP, N_RANDOM = 8, 8
-"""Heads that are patched in truth: of the largest estimates, and drawn from the rest."""
+"""Heads that are patched: of the largest estimates, and drawn from the rest."""
+TUNED_STEPS, TUNED_TOKENS = 60, 64
+"""Steps of each of the tuned lens's translators, and tokens of each step."""
 COLUMNS = ("example", "group", "part", "line", "layer", "head", "change", "change_baseline")
 """Of the rows that a part leaves."""
 
 
 @dataclass(frozen=True)
-class How:
-    """How methods are called: gates, nulls, seed and batch of the run, the engine, and its memory."""
+class How(CallOptions):
+    """How methods are called."""
 
-    asked: Asked
-    engine: str = "fast"
-    memory: str | None = None
     check: int = 1
     """Cells of each sweep of cuts that are run by the reference too. Shuffled weights amplify rounding: none of theirs.
     """
-
-    @property
-    def gates(self) -> dict[str, Any]:
-        """Options of calls that make claims."""
-        asked = self.asked
-        return {"gates": asked.gates, "null": asked.null, "seed": asked.seed, "batch": asked.batch}
-
-    @property
-    def sweeps(self) -> dict[str, Any]:
-        """Options of those that sweep."""
-        return {"engine": self.engine, "memory": self.memory}
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def knocked_out(vlm: "VLM", pairs: Pairs, how: How) -> Told:
 
 
 def single_heads(vlm: "VLM", pairs: Pairs, how: How) -> Told:
-    """The same edge is cut in single layers; then head by head in those that matter most on the declaring half."""
+    """The same edge is cut in single layers; then head by head in those that matter most on the selection half."""
     single = scan_of(vlm, pairs, {}, (READ,), size=1, controls=())
     first = _as_result(_cut(vlm, pairs, single, how, check=how.check), single)
     parts = halves(first, seed=how.asked.seed)
@@ -175,7 +179,7 @@ def swapped(vlm: "VLM", pairs: Pairs, how: How) -> Told:
 
 
 def _attribution(vlm: "VLM", pairs: Pairs, how: How, **options: Any) -> Attribution:
-    """Every head's output at the last token, exchanged for that of the other text: estimates, and some in truth."""
+    """Every head's output at the last token, exchanged for that of the other text: estimates, and some patched."""
     sites = [Site("llm.head_out", layer) for layer in vlm.llm_layers]
     measure = logit_diff(pairs.answer, pairs.counterfactual_answer)
     given = {"heads": True, "directions": "noising", "top_k": N_TOP, "n_random": N_RANDOM, "engine": how.engine}
@@ -183,7 +187,7 @@ def _attribution(vlm: "VLM", pairs: Pairs, how: How, **options: Any) -> Attribut
 
 
 def attributed(vlm: "VLM", pairs: Pairs, how: How) -> Told:
-    """What the exchange of each head's output at the last token would do, by one gradient; the largest in truth."""
+    """What the exchange of each head's output at the last token would do, by one gradient; the largest are patched."""
     found = _attribution(vlm, pairs, how)
     screen, checked = found.screen.table, found.checked.table
     lines = [
@@ -196,7 +200,7 @@ def attributed(vlm: "VLM", pairs: Pairs, how: How) -> Told:
 def paths(vlm: "VLM", pairs: Pairs, how: How) -> Told:
     """What single heads tell the end of the last block at the last token, all other heads held (path patching).
 
-    Senders are the heads of the largest estimates on the half that declares, and as many others.
+    Senders are the heads of the largest estimates on the selection half, and as many others.
     """
     found = _attribution(vlm, pairs, how, gates="none")
     table = found.checked.table[["layer", "head"]].drop_duplicates().to_numpy().tolist()
@@ -242,9 +246,24 @@ def path_pool(result: Result) -> tuple[Claim, ...]:
 
 def lens(vlm: "VLM", pairs: Pairs, how: How) -> Told:
     """By how much each layer raises the answer's lead at the last token, as the logit lens reads it."""
-    result = lens_lead(vlm, pairs, **how.gates)
+    return _lens(vlm, pairs, LENS, how)
+
+
+def _lens(vlm: "VLM", pairs: Pairs, part: str, how: How, **lenses: Any) -> Told:
+    result = lens_lead(vlm, pairs, **how.gates, **lenses)
     some = result.table[result.table[STEP].notna()]
-    return Told(LENS, _rows(some, LENS, "step", some[STEP]), result.claims)
+    return Told(part, _rows(some, part, "step", some[STEP]), result.claims)
+
+
+def tuned_lens(vlm: "VLM", pairs: Pairs, how: How) -> Told:
+    """The same through a tuned lens, trained on texts of all relations in the other two splits.
+
+    Translators are stopped by the validation split. The texts are short and few, so that they are trained briefly.
+    """
+    train, held_out = ([BARE.text(text) for text in questions_of(NAME, split)] for split in ("train", "validation"))
+    training = LensTraining(n_steps=TUNED_STEPS, batch_tokens=TUNED_TOKENS, check_every=20, patience=1)
+    made = train_tuned_lens(vlm, train, held_out, depth_sites(vlm)[:-1], "all", training=training, batch_size=32)
+    return _lens(vlm, pairs, TUNED, how, tuned=made)
 
 
 CALLS: dict[str, Callable[["VLM", Pairs, How], Told]] = {
@@ -254,5 +273,6 @@ CALLS: dict[str, Callable[["VLM", Pairs, How], Told]] = {
     ATTRIBUTION: attributed,
     LENS: lens,
     PATHS: paths,
+    TUNED: tuned_lens,
 }
 """The parts by their names."""

@@ -21,6 +21,7 @@ from vlm_mech.methods.facts.data import (
     PATHS,
     SUBJECT,
     SWAP,
+    TUNED,
     WINDOW,
 )
 from vlm_mech.methods.facts.parts import READ, TELLS
@@ -35,7 +36,7 @@ AXES = ("part", "line", "head", "layer")
 CHANGE = Metric(
     "change", "logits", "change of the answer's lead over the other subject's answer", signed=True, against="no change"
 )
-ELSEWHERE = "not asked of this pair"
+ELSEWHERE = "not run on this pair"
 N_RESAMPLES = 2000
 """Resamples of the pairs' groups, in each of which the layer is found anew."""
 AGREEING = (KNOCKOUT, SWAP, HEADS, ATTRIBUTION)
@@ -62,13 +63,14 @@ class Rule:
 
 
 RULES = (
-    Rule(KNOCKOUT, READ, f"cut in {WINDOW} layers: most lost around", -1, NEEDED, {"edge": READ}, spread=WINDOW // 2),
-    Rule(SWAP, SUBJECT, "the subject's state: its effect ends at", 1, kind_of(SUBJECT, NO_LONGER), {}, step=True),
-    Rule(SWAP, LAST, "the last token's state: its effect begins at", -1, kind_of(LAST, TURNS), {}, step=True),
-    Rule(HEADS, "all heads", "cut in one layer, then head by head: most lost at", -1, NEEDED, {}),
-    Rule(ATTRIBUTION, "estimate", "heads' outputs exchanged: most lost at", -1, LOWERS, {}),
-    Rule(LENS, "step", "the lead in the lens rises most across", 1, RISE, {}),
-    Rule(PATHS, "path", "told the end directly: most lost from", -1, TELLS, {}),
+    Rule(KNOCKOUT, READ, f"cut in {WINDOW} layers: largest loss near", -1, NEEDED, {"edge": READ}, spread=WINDOW // 2),
+    Rule(SWAP, SUBJECT, "the subject's state: effect ends at", 1, kind_of(SUBJECT, NO_LONGER), {}, step=True),
+    Rule(SWAP, LAST, "the last token's state: effect begins at", -1, kind_of(LAST, TURNS), {}, step=True),
+    Rule(HEADS, "all heads", "cut in one layer, then head by head: largest loss at", -1, NEEDED, {}),
+    Rule(ATTRIBUTION, "estimate", "patching of heads' outputs: largest loss at", -1, LOWERS, {}),
+    Rule(LENS, "step", "logit lens: largest rise of the lead across", 1, RISE, {}),
+    Rule(TUNED, "step", "tuned lens: largest rise of the lead across", 1, RISE, {}),
+    Rule(PATHS, "path", "direct path to the output: largest loss from", -1, TELLS, {}),
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ N_EXAMPLES = 32
 """Examples of a null, at most."""
 
 Measured = Callable[["VLM", "Pairs"], pd.DataFrame]
-"""The table of a result for some pairs, all of which count, whether they are answered right or wrong."""
+"""The table of a result for some pairs, all of which count, whether they are answered correctly or wrong."""
 
 
 @runtime_checkable
@@ -51,7 +51,7 @@ class Asked(Protocol):
 
     @property
     def batch(self) -> int:
-        """Examples a forward pass."""
+        """Examples per forward pass."""
         ...
 
 
@@ -68,9 +68,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.gates not in ("none", "quick", "all"):
-            raise UsageError(f"gates {self.gates!r} are not known; none, quick or all are")
+            raise UsageError(f"gates {self.gates!r} are not known; use none, quick or all")
         if self.null < 0 or self.seed < 0:
-            raise UsageError(f"null is {self.null} and seed {self.seed}; numbers from 0 on are needed")
+            raise UsageError(f"null is {self.null} and seed {self.seed}; they must be 0 or more")
 
 
 def gated(
@@ -94,7 +94,7 @@ def gated(
         measured: does the same analysis again, of another model or other pairs; or says why that cannot be done.
         edit_of: makes the edit of a claim, of which it is asked whether it leaves natural states; None where none does.
         removed_of: the states that a claim says are needed, which are then removed in other ways.
-        parts: the result on the half that declares and on the half that tests, where the pool was chosen on the former.
+        parts: the result on the selection half and on the held-out half, where the pool was chosen on the former.
         at_once: `measured` takes all pairs of a null in one call, as it must where it chooses among them.
     """
     parts = parts or halves(result, seed=config.seed)
@@ -183,11 +183,11 @@ class _Again:
         Raises:
             UsageError: none is asked for, or the analysis cannot be done again, of these or of any pairs.
         """
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         measure, first = self.measure, self.config.seed + 1
         if not self.config.null:
-            raise UsageError("no null is asked for")
+            raise UsageError("no null was requested")
         own, results = self.pairs[:N_EXAMPLES], []
         for seed in tqdm(range(first, first + self.config.null), desc=kind, disable=None):
             twin = kind == TWIN

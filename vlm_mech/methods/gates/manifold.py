@@ -82,7 +82,7 @@ def on_manifold(
     Args:
         pairs: some examples; about thirty are enough.
         edit_of: makes the edit of a claim.
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
 
     Raises:
         UsageError: the edit, or an answer, does not fit the pairs.
@@ -260,13 +260,13 @@ def _gate(model: _Model, edit: Edit, asked: ClaimEdit) -> Gate:
         site: moved_when_projected(model, edit, site, states[site]) for site in dict.fromkeys((strange[0], strangest))
     }
     if any(map(math.isnan, moved.values())):
-        return Gate(MANIFOLD, None, f"{says}; the answers begin alike, so that what is left is not known", kept)
+        return Gate(MANIFOLD, None, f"{says}; the answers share a token, so the remaining effect is unknown", kept)
     whole = model.way if asked.denied else model.lead(edit) - model.unedited
     each = {str(site.layer): value / whole if abs(whole) > 0 else float("inf") for site, value in moved.items()}
     at, share = (max if asked.denied else min)(each.items(), key=lambda one: one[1])
     says += f"; put among their natural neighbours after block {at}, "
     if asked.denied:
-        says += f"the edit goes {100 * share:.0f} % of the way to the other picture's answer"
+        says += f"the edit goes {100 * share:.0f} % of the way to the other image's answer"
         return Gate(MANIFOLD, share < HALF, says, kept | {"way_gone_when_projected": each})
     says += f"{100 * share:.0f} % of the effect is left"
     return Gate(MANIFOLD, share >= KEPT, says, kept | {"effect_left_when_projected": each})
@@ -276,7 +276,8 @@ def moved_when_projected(model: _Model, edit: Edit, site: Site, states: Any) -> 
     """The edit's effect on the difference of the answers' first tokens, in logits, with projected states at a site.
 
     A projected state is a mixture of other examples' and lowers the lead by itself, so that the effect left is counted
-    from a run whose unedited states are projected as well. NaN where the answers begin alike in all pairs.
+    from a run whose unedited states are projected as well. NaN where the answers begin with the same tokens in all
+    pairs.
 
     Args:
         states: of the last tokens at the site under the edit.

@@ -79,13 +79,13 @@ def in_other_ways(
         pool: all that could have been claimed, for the ranks.
         pairs: some examples; about thirty are enough.
         removed_of: what a claim is about.
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
 
     Raises:
         UsageError: pairs without a counterfactual picture.
     """
     if any(pair.made == "none" for pair in pairs or ()):
-        raise UsageError("there are no counterfactual pictures")
+        raise UsageError("there are no counterfactual images")
     kinds = {(claim.kind, _rest(claim)) for claim in claims}
     each = {_place(claim): removed_of(claim) for claim in [*pool, *claims]}
     states = {place: _settled(one, pairs) for place, one in each.items() if isinstance(one, Removed)}
@@ -210,7 +210,7 @@ def _gate(
     )
     left_out = f"zero{' and counterfactual, the edit itself,' * removed.exchanged} not counted"
     if removed.denied:
-        listed += f"; the other picture {whole:+.2f}, of which none may do half"
+        listed += f"; the other image {whole:+.2f}, of which none may do half"
         told[WHOLE] = {"effect": whole}
     return Gate(OTHER_WAYS, same, f"change of logit_diff by way of removal: {listed}; {left_out}", told)
 

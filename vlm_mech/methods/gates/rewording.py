@@ -39,7 +39,7 @@ NEUTRAL_TEXTS = (
 )
 """The same for texts that the answer goes on with."""
 LEAST_RIGHT = 0.5
-"""Share of what is answered right in the own wording below which another one does not count: it says little."""
+"""Share of what is answered correctly in the own wording below which another one does not count: it says little."""
 
 
 def other_wordings(vlm: "VLM", pairs: "Pairs", given: Sequence[str] = ()) -> tuple[list[Wording], dict[str, str]]:
@@ -72,10 +72,10 @@ def other_wordings(vlm: "VLM", pairs: "Pairs", given: Sequence[str] = ()) -> tup
 
 
 def share_right(vlm: "VLM", pairs: "Pairs", *, batch: int = 32) -> float:
-    """The share of pairs whose first question the model answers right, as greedy search would say it.
+    """The share of pairs whose first question the model answers right, as greedy decoding would say it.
 
     Args:
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
     """
     right: list[bool] = []
     for start in range(0, len(pairs), batch):
@@ -107,7 +107,7 @@ def in_other_wordings(
         pairs: some of those that the result is about.
         measured: does the analysis again, of other pairs.
         given: templates of the user's own.
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
 
     Raises:
         UsageError: a template that is none, or pairs that cannot be asked.
@@ -122,7 +122,7 @@ def in_other_wordings(
         try:
             right = share_right(vlm, asked, batch=batch)
             if right < LEAST_RIGHT * usual:
-                left_out[wording.template] = f"{100 * right:.0f} % are answered right, {100 * usual:.0f} % in the own"
+                left_out[wording.template] = f"{100 * right:.0f} % are correct, {100 * usual:.0f} % in the own wording"
                 continue
             tables = [measured(vlm, asked[start : start + batch]) for start in range(0, len(asked), batch)]
         except (UsageError, WorkError) as error:

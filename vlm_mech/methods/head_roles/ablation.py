@@ -17,8 +17,8 @@ from vlm_mech.sweeps.sweep import grid, sweep
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-FLIP = Metric("flip", "share", "share of examples in which the other answer has the higher logit, and had not before")
-LOST = Metric("lost", "share", "share of examples in which greedy search no longer says what it said")
+FLIP = Metric("flip", "share", "share of examples in which the other answer newly has the higher logit")
+LOST = Metric("lost", "share", "share of examples in which greedy decoding no longer gives its answer")
 METRICS = (logit_diff((), ()).metric, FLIP, LOST)
 AXES = ("run", "way", "heads")
 RANDOM, ALONE = "random heads for ", "one of "
@@ -62,7 +62,7 @@ def ablate_groups(
         testing: names of the examples that did not choose the groups, over which draws are told.
         ways: ways of ablation, as `Ablate` has them; `mean` and `resample` over all the examples of a run.
         n_random: random groups at most for each group; fewer where there are no more.
-        batch: examples a forward pass.
+        batch: examples per forward pass.
         engine, memory: as for `sweep`.
         seed: draws random heads, and the examples of `resample`.
     """
@@ -168,7 +168,7 @@ class _Values:
         return name, run, way, draw, float(some[:, 1].mean()), float(some[:, 2].mean()), len(some)
 
     def redundancy(self, name: str, run: str, way: str, whole: np.ndarray, best: np.ndarray) -> tuple[Any, ...]:
-        """The share of items that the group flips and no single head does, of the testing half."""
+        """The share of items that the group flips and no single head does, of the held-out half."""
         flipped = (whole[:, 1] > 0) & self.tests
         n = int(flipped.sum())
         return name, run, way, float((best[flipped] == 0).mean()) if n else float("nan"), n

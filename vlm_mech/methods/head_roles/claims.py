@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 HOLDS, HOLDS_AGAINST, NEEDED = "holds", "holds against", "needed"
 """Kinds of claims: a head carries the answer of the run that it comes from, or the other one's; a group is needed."""
-LESS_OTHERS = "less what other heads of the layer do, in the mean:"
-BACK = "the other way:"
+LESS_OTHERS = "minus the mean effect of the layer's other heads:"
+BACK = "in the opposite direction:"
 
 
 def pool(result: Result) -> tuple[Claim, ...]:
     """That a head's output, put from either run into the other, brings the answer of the run that it comes from.
 
     Every head is asked. The difference of answers must move by `claiming.least` in both directions, and by as much more
-    than in the mean over the other heads of the layer, which is what a random head of that layer does.
+    than averaged over the other heads of the layer, which is what a random head of that layer does.
 
     Args:
         result: of `patch_heads`.
@@ -41,8 +41,8 @@ def pool(result: Result) -> tuple[Claim, ...]:
             continue
         place = {"layer": row["layer"], "head": row["head"]}
         for kind, sides, word in (
-            (HOLDS, ("below", "above"), "brings its own run's answer"),
-            (HOLDS_AGAINST, ("above", "below"), "brings the answer of the run that it is put into"),
+            (HOLDS, ("below", "above"), "carries the answer of its source run"),
+            (HOLDS_AGAINST, ("above", "below"), "carries the answer of the run it is patched into"),
         ):
             conditions = []
             for direction, side in zip((INTO_FIRST, INTO_SECOND), sides, strict=True):
@@ -52,8 +52,10 @@ def pool(result: Result) -> tuple[Claim, ...]:
                 if several:
                     others = {**cell, "of": OTHERS}
                     conditions.append(Condition(name, cell, _side(side), enough, less=others, says=LESS_OTHERS))
-            says = f"the output of layer {row['layer']} head {row['head']} at the last token {word}, both ways,"
-            says += f" moving {name} in the first run"
+            says = (
+                f"the output of layer {row['layer']} head {row['head']} at the last token {word}, in both directions,"
+            )
+            says += f" changing {name} in the first run"
             found.append(Claim(kind, place, says, tuple(conditions), result.metric(name).unit))
     return tuple(found)
 
@@ -86,13 +88,13 @@ def pool_of_groups(groups: Mapping[str, Group]) -> Pool:
     """What can be said of ablated groups.
 
     Args:
-        groups: heads by name, chosen on the half of the examples that declares.
+        groups: heads by name, chosen on the selection half of the examples.
     """
     return partial(_of_groups, groups=groups)
 
 
 def _of_groups(result: Result, *, groups: Mapping[str, Group]) -> tuple[Claim, ...]:
-    """That ablating a group moves the difference away from a run's answer, by more than random heads in the mean."""
+    """That ablating a group moves the difference away from a run's answer, by more than random heads on average."""
     enough, found, cells = least(result, "logit_diff"), [], result.cells
     first = {heads: name for name, heads in reversed(list(groups.items()))}
     held = set(cells.itertuples(index=False, name=None))
@@ -105,7 +107,7 @@ def _of_groups(result: Result, *, groups: Mapping[str, Group]) -> tuple[Claim, .
         conditions = [Condition("logit_diff", cell, _side(side), enough, less="baseline")]
         if (run, way, RANDOM + name) in held:
             less = {**cell, "heads": RANDOM + name}
-            says = "less what random heads of the same layers do, in the mean:"
+            says = "minus the mean effect of random heads in the same layers:"
             conditions.append(Condition("logit_diff", cell, _side(side), enough, less=less, says=says))
         members = [{"layer": layer, "head": head} for layer, head in groups[name]]
         about = {**cell, "members": members}

@@ -23,8 +23,8 @@ PROMOTING, SUPPRESSING, VISUAL, ROUTING, WRITING = "promoting", "suppressing", "
 GROUPS = {
     PROMOTING: "more than two standard deviations up the first component of recovered fractions",
     SUPPRESSING: "more than two standard deviations down that component",
-    VISUAL: "of the largest attention to the picture, times its concentration",
-    ROUTING: "of the largest difference between the runs in attention to the picture",
+    VISUAL: "of the largest attention to the image, times its concentration",
+    ROUTING: "of the largest difference between the runs in attention to the image",
     WRITING: "that write the answer's token most often",
 }
 WAYS = ("zero", "mean", "resample")

@@ -91,7 +91,7 @@ def _line(heads: list[dict[str, Any]], end: str, sign: int) -> "go.Scatter":
 
 
 def ablated_groups(result: Result, *, title: str | None = None) -> "go.Figure":
-    """The share of examples that each ablated group flips, as bars, with dots for the random groups beside it.
+    """The share of examples that each ablated group flips, as bars, with dots for the random groups next to it.
 
     Args:
         result: that of `head_roles`.

@@ -22,9 +22,9 @@ def _usable(result: Result) -> str:
     first = result.table.drop_duplicates("example")
     n, told = len(first), result.provenance["n"]
     why = Counter(first.loc[first["skipped"] != "", "skipped"])
-    text = f"{told['choosing'] + told['testing']} of {n} examples count"
+    text = f"{told['choosing'] + told['testing']} of {n} examples are used"
     text += f"; the second run: {result.provenance['second run']}"
-    return text + "".join(f"; of {count} no fraction is told: {each}" for each, count in why.items()) + "."
+    return text + "".join(f"; {count} have no recovered fraction: {each}" for each, count in why.items()) + "."
 
 
 def _rule(result: Result) -> str:
@@ -32,12 +32,13 @@ def _rule(result: Result) -> str:
     heads, told = result.provenance["heads"], result.provenance
     counts = Counter(each["role"] for each in heads)
     if heads[0]["axis_first"] is None:
-        return "No head is classified: there are no recovered fractions to choose by."
+        return "No head is classified: no example has a recovered fraction."
     axis = f"({heads[0]['axis_first']:+.2f}, {heads[0]['axis_second']:+.2f})"
     means = "means of ratios" if told["by"] == "ratios" else "ratios of means"
     return (
-        f"Of {len(heads)} heads the first component of the recovered fractions ({means}, direction {axis}, "
-        f"{told['n']['choosing']} examples) calls {counts[PROMOTING]} promoting and {counts[SUPPRESSING]} suppressing."
+        f"{counts[PROMOTING]} of {len(heads)} heads are classified as promoting and {counts[SUPPRESSING]} as "
+        f"suppressing. The rule is the first component of the recovered fractions ({means}, direction {axis}, "
+        f"{told['n']['choosing']} examples)."
     )
 
 
@@ -49,14 +50,14 @@ def _ablated(result: Result) -> tuple[str, ...]:
     for group, run in dict.fromkeys((row["group"], row["run"]) for row in rows):
         if alike[group][0] != group:
             continue
-        also = f"; they are the {' and the '.join(alike[group][1:])} heads too" if len(alike[group]) > 1 else ""
+        also = f"; the same heads as {' and '.join(alike[group][1:])}" if len(alike[group]) > 1 else ""
         some = [row for row in rows if (row["group"], row["run"]) == (group, run)]
         n_heads = len(result.provenance["groups"][group])
         texts = "; ".join(f"{row['way']} {_numbers(row)}" for row in some)
         which = "first" if run == FIRST else "second"
         found.append(
             f"Ablating the {n_heads} {group} head(s) ({GROUPS[group]}{also}) in the {which} run, on {some[0]['n']} "
-            f"examples that did not choose them: {texts}.{_redundant(result, group, run)}"
+            f"held-out examples: {texts}.{_redundant(result, group, run)}"
         )
     return tuple(found)
 
@@ -64,9 +65,9 @@ def _ablated(result: Result) -> tuple[str, ...]:
 def _numbers(row: dict[str, Any]) -> str:
     """Flips of one way, by two logits and by what is said, beside the random groups."""
     texts = []
-    for name, word in (("flip", "flips"), ("lost", "loses what is said in")):
+    for name, word in (("flip", "flips"), ("lost", "changes the answer given in")):
         draws = row[f"{name}_draws"]
-        beside = "no random heads to compare with"
+        beside = "no random heads for comparison"
         if draws:
             beside = (
                 f"random heads {min(draws):.2f} to {max(draws):.2f}, p = {row[f'{name}_p']:.2g} of {len(draws)} draws"
@@ -81,4 +82,4 @@ def _redundant(result: Result, group: str, run: str) -> str:
     if not rows:
         return ""
     texts = ", ".join(f"{row['share']:.2f} of {row['n']} ({row['way']})" for row in rows)
-    return f" Of what the group flips no single head flips {texts}."
+    return f" Of the flipped examples, no single head alone flips {texts}."

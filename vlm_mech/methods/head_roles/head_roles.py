@@ -25,6 +25,7 @@ from vlm_mech.methods.head_roles.data import (
     runs_of,
     with_prior,
 )
+from vlm_mech.methods.head_roles.figures import drawn
 from vlm_mech.methods.head_roles.findings import findings
 from vlm_mech.methods.head_roles.study import (
     AXES,
@@ -38,6 +39,8 @@ from vlm_mech.methods.head_roles.study import (
 )
 from vlm_mech.results.claim import Claim
 from vlm_mech.results.claiming import claimed, corrected_together, halves, parted_like
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT
 from vlm_mech.results.result import Found, Result
 from vlm_mech.runs.provenance import about, remarks
 from vlm_mech.sweeps.asked import check_call
@@ -46,9 +49,9 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "Which heads at the last token hold the answer of one of two runs? Each head's output is put from either run into "
-    "the other; heads that stand out in both directions are ablated on other examples, beside random heads of the same "
-    "layers."
+    "Which heads at the last token carry the answer of one of two runs? Each head's output is patched from either run "
+    "into the other. Heads that stand out in both directions are ablated on other examples, compared with random "
+    "heads of the same layers."
 )
 
 
@@ -108,16 +111,16 @@ def head_roles(
         n_top: heads of each group chosen by a score; by default a twentieth of all heads, one at least.
         n_random: random groups at most, beside each group.
         variants: spellings of the answers, as for `layer_swap`.
-        batch: examples a forward pass.
+        batch: examples per forward pass.
         engine: `fast`, or `trace` for the reference.
         memory: bytes it may take beyond the model, such as "2GiB".
-        gates: ways in which claims could be lost, as for `layer_swap`.
+        gates: robustness checks of claims, as for `layer_swap`.
         null: models with shuffled weights, and shuffles of the answers, that "all" compares with.
         seed: parts the examples, and draws what is random.
 
     Returns:
         The patching with what is claimed, a row a head, the scores, and what ablations did. Flips are told twice: by
-        the logits of the two answers, and by whether greedy search still says what it said.
+        the logits of the two answers, and by whether greedy decoding still says what it said.
 
     Raises:
         UsageError: a way of ablation that is not known, numbers that cannot be, prior answers without a question, a
@@ -132,7 +135,7 @@ def head_roles(
     how: dict[str, Any] = {"batch": batch, "engine": engine, "memory": memory}
     every, receipts = patch_heads(vlm, runs, **how)
     table = counted(every, only_correct=only_correct)
-    provenance = about(QUESTION, vlm, runs.pairs, receipts) | {"second run": _told(runs)}
+    provenance = about(QUESTION, vlm, runs.pairs, receipts) | {"second run": _told(runs), PLOT: drawn_by(drawn)}
     result = Result("head roles", table, AXES, METRICS, {}, provenance)
     parts = halves(result, seed=seed)
     if parts is None:
@@ -174,7 +177,7 @@ def _fitted(vlm: "VLM", pairs: Pairs, question: Any, answers: Sequence[str] | No
 
 
 def _told(runs: Runs) -> str:
-    return "the same picture, asked what is usual" if runs.asks_prior else "the other picture, asked the same"
+    return "the same image, asked what is usual" if runs.asks_prior else "the other image, asked the same"
 
 
 def _told_of(groups: dict[str, Group], done: Ablated | None) -> dict[str, Any]:
@@ -253,7 +256,7 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _ablations(done: Ablated) -> list[dict[str, Any]]:
-    """Each group with the draws beside it, as JSON values."""
+    """Each group with the draws next to it, as JSON values."""
     found = []
     for row in done.groups.to_dict("records"):
         same = (done.draws[["group", "run", "way"]] == pd.Series({k: row[k] for k in ("group", "run", "way")})).all(

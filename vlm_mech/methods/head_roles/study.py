@@ -53,7 +53,7 @@ SCORES = (
     Metric("visual", "score", "attention of the last token to image tokens, times its concentration"),
     Metric("image_mass", "share", "attention of the last token to image tokens"),
     Metric("concentration", "share", "1 - H / log n of that attention over the n image tokens: 1 if all is on one"),
-    Metric("routing", "share", "attention of the last token to image tokens, first run less second", signed=True),
+    Metric("routing", "share", "attention of the last token to image tokens, first run minus second", signed=True),
     Metric("writes_answer", "share", "examples in which the first run's answer is at the top of what the head writes"),
     Metric("writes_against", "share", "examples in which the second run's answer is at the bottom of it"),
 )
@@ -67,12 +67,12 @@ def patch_heads(
     Args:
         vlm: the model.
         runs: both runs of each example.
-        batch: examples a forward pass.
+        batch: examples per forward pass.
         engine, memory, check: as for `sweep`.
 
     Returns:
-        A row an example, head and direction, with `logit_diff` (the first run's answer less the second's, in both
-        runs), `recovered`, `right` (whether greedy search says what it should in both runs) and `gap`; and rows `of`
+        A row an example, head and direction, with `logit_diff` (the first run's answer minus the second's, in both
+        runs), `recovered`, `right` (whether greedy decoding gives what it should in both runs) and `gap`; and rows `of`
         `OTHERS` with the mean over the other heads of the layer. And the summary of all receipts.
     """
     tables, receipts = [], []
@@ -228,14 +228,14 @@ def score_heads(vlm: "VLM", runs: Runs, *, batch: int = 32) -> Result:
 
     Visual score (ours, after the outline of arXiv 2412.18108, whose formula was not found): with w the attention to
     image tokens and a its shares, w (1 - H(a) / log n). Routing and writing are those of arXiv 2606.28273: w of the
-    first run less that of the second; and (z_first - z_second) W_O W_U, without the final norm (nor a norm after
+    first run minus that of the second; and (z_first - z_second) W_O W_U, without the final norm (nor a norm after
     attention, in the families that have one): is the first run's answer among its top 20 tokens, the second's among the
     bottom 20? Of vocabularies of fewer than 400 tokens within a twentieth of them.
 
     Args:
         vlm: the model.
         runs: both runs of each example.
-        batch: examples a forward pass.
+        batch: examples per forward pass.
 
     Returns:
         A row an example and head; baselines are what chance gives, or 0.

@@ -1,7 +1,7 @@
 """What can be said of an image that is removed, frozen or exchanged: from where on nothing is lost, and where it costs.
 
 That something costs nothing is a claim of no effect: means must lie below a tolerance, at the layer and at all above,
-and be surely below. It is asked of one layer an arm, the horizon that the declaring half has, and from `fewest` groups
+and be surely below. It is asked of one layer an arm, the horizon that the selection half has, and from `fewest` groups
 on. That it costs is asked of every layer.
 """
 
@@ -44,9 +44,9 @@ FREE, COSTS, LOSES = "not needed", "costs", "loses answers"
 """What is claimed: nothing is lost from a layer on; the answer becomes less probable; answers are lost."""
 FEWEST = 128
 """Groups that must count, whatever the tolerance, where it is claimed that nothing is lost (see docs/claims.md)."""
-BY_DESIGN = "not tried: where the image says nothing, nothing is lost by design"
-STAYS = "the image's states stay in place, or are of the same run"
-LESS_PROBABLE = "log-probability of the answer changes by"
+BY_DESIGN = "not tried: a model that ignores the image loses nothing by design"
+STAYS = "the image's states stay, or come from the same run"
+LESS_PROBABLE = "change of the answer's log-probability:"
 
 
 def kind_of(arm: str, what: str) -> str:
@@ -89,9 +89,9 @@ def pool(result: Result, *, scan: Scan, tolerance: Tolerance, horizons: Mapping[
             cell = {"arm": arm, "layer": layer}
             where = f"at the input of layer {layer}" if arm.startswith(EXCHANGED) else f"from layer {layer} on"
             place = f"{done_to(arm)} {where}"
-            diverges = Condition(KL.name, cell, "above", bound=tolerance.kl, says="divergence in nats:")
+            diverges = Condition(KL.name, cell, "above", bound=tolerance.kl, says="KL divergence in nats:")
             falls = Condition(LOGPROB.name, cell, "below", SMALLEST, less="baseline")
-            says = f"{place} makes the answer less probable"
+            says = f"{place} makes the answer less likely"
             found.append(Claim(kind_of(arm, COSTS), cell, says, (falls, diverges), LOGPROB.unit))
             gone = Condition(LOST.name, cell, "above", bound=tolerance.lost)
             says = f"{place} loses more than {100 * tolerance.lost:g} % of the answers"
@@ -119,7 +119,7 @@ def declared_and_tested(
     """What half of the examples declares and the other half tests, the horizon of each arm, and all that could be said.
 
     A claim that nothing is lost has the largest p of its conditions' and of the exact test of how few answers are lost
-    on the testing half; and it needs that the rule of the horizon holds there too. Holm's correction is over all that
+    on the held-out half; and it needs that the rule of the horizon holds there too. Holm's correction is over all that
     was declared.
 
     Args:
@@ -141,7 +141,7 @@ def declared_and_tested(
 
 
 def _within(claim: Claim, result: Result, scan: Scan, tolerance: Tolerance, seed: int) -> Claim:
-    """A claim of no loss with p of its conditions also by the rule on the testing half.
+    """A claim of no loss with p of its conditions also by the rule on the held-out half.
 
     That of lost answers is the exact one of so few, where larger; it is 1 of what has its upper bound beyond the
     tolerance.
@@ -223,6 +223,6 @@ def as_table(horizons: Sequence[Horizon], claims: Sequence[Claim]) -> pd.DataFra
     rows = []
     for each in horizons:
         claim = said.get(each.arm)
-        held = "not asked" if claim is None else "holds" if claim.made else "does not hold"
+        held = "not tested" if claim is None else "holds" if claim.made else "does not hold"
         rows.append(each.as_row() | {"claim": held, "p": float("nan") if claim is None else claim.p})
     return pd.DataFrame(rows)

@@ -54,7 +54,7 @@ def sources_of(grid: Grid, n_layers: int) -> tuple[int, ...]:
     """
     known = {"few": (0, n_layers // 2, n_layers - 1), "all": tuple(range(n_layers)), "none": ()}
     if grid not in known:
-        raise UsageError(f"exchange {grid!r} is not known; {', '.join(known)} are")
+        raise UsageError(f"exchange {grid!r} is not known; use one of {', '.join(known)}")
     return tuple(dict.fromkeys(known[grid]))
 
 

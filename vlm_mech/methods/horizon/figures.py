@@ -43,8 +43,8 @@ def drawn(result: Result) -> "dict[str, go.Figure]":
 def curves(result: Result, *, arm: str) -> "go.Figure":
     """Accuracy, probability and divergence of an arm over depth with 95 % bands, floors, and the horizon.
 
-    The removal of the image has its two controls beside it. The horizon is a line with its interval as a strip behind
-    it: that of the half of the examples that declares.
+    The removal of the image has its two controls next to it. The horizon is a line with its interval as a strip behind
+    it: that of the selection half of the examples.
 
     Args:
         arm: of the result.
@@ -123,15 +123,15 @@ def _mark(figure: "go.Figure", horizon: dict[str, Any]) -> str:
     """Draws the horizon in each panel and says what was drawn; what is no layer is told in words alone."""
     end = horizon.get("none")
     if end is not None and horizon["declared"] == end:
-        return "half of the examples declares no horizon"  # a result of an earlier version, where this stood for none
+        return "the selection half has no horizon"  # a result of an earlier version, where this stood for none
     low, high, declared = horizon["low"], horizon["high"], horizon["declared"]
     if low == "":
         return horizon["horizon"]
     if isinstance(declared, int):
         figure.add_vline(x=declared, line_color="#444444", line_width=1.5)
-        said = "vertical: the horizon that half of the examples declares, strip: its 95 % interval"
+        said = "vertical: horizon on the selection half of the examples; strip: its 95 % interval"
     else:
-        said = f"horizon that half of the examples declares: {declared}"
+        said = f"horizon on the selection half of the examples: {declared}"
     if isinstance(low, int):
         strip = {"line_width": 0, "fillcolor": "#888888", "opacity": 0.15, "layer": "below"}
         shut = isinstance(high, int) and high != end

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 WORDS = {
     REMOVED: "without the image",
-    HALF: "without a random half of it",
-    TEXT: "without random other tokens",
-    OTHER: "with the other picture's",
+    HALF: "without a random half of the image tokens",
+    TEXT: "without random text tokens",
+    OTHER: "with the other image's tokens",
 }
 
 
@@ -57,10 +57,10 @@ def used(result: Result, pairs: "Pairs") -> str:
     n = len(first) - wrong
     if n < 2:
         raise TooFewError(
-            f"{n} of {len(first)} {what} of {pairs.name} are answered right; at least two are needed "
+            f"{n} of {len(first)} {what} of {pairs.name} are answered correctly; at least two are needed "
             "(only_correct=False, or --all of the command, keeps the others too)"
         )
-    left = f"; {wrong} are left out because they are {WRONG}" if wrong else ""
+    left = f"; {wrong} are excluded because they are {WRONG}" if wrong else ""
     return f"{n} of {len(first)} {what} of {pairs.name} are used{left}."
 
 
@@ -72,9 +72,9 @@ def of_floors(result: Result) -> str:
         if (arm, 0) in summary[SAID.name].index:
             share, apart = summary[SAID.name].loc[(arm, 0)], summary[KL.name].loc[(arm, 0)]
             interval = f"{100 * share['ci_low']:.0f} to {100 * share['ci_high']:.0f}"
-            texts.append(f"{words} in {100 * share['mean']:.0f} % ({interval}; {apart['mean']:.2f} nats)")
+            texts.append(f"{words} {100 * share['mean']:.0f} % ({interval}; KL {apart['mean']:.2f} nats)")
     before = 100 * float(summary[SAID.name]["baseline"].iloc[0])
-    return f"From the start on the answer is said {', '.join(texts)}; unedited in {before:.0f} %."
+    return f"Share with the answer, edited from the first layer: {', '.join(texts)}; unedited {before:.0f} %."
 
 
 def few(result: Result, scan: Scan, tolerance: Tolerance, horizons: Sequence[Horizon]) -> tuple[str, ...]:
@@ -83,11 +83,11 @@ def few(result: Result, scan: Scan, tolerance: Tolerance, horizons: Sequence[Hor
     n, needed = len(set(held["group"])), fewest(scan, tolerance)
     if n >= needed:
         return ()
-    text = f"That no more than {tolerance} are lost is claimed from {needed} groups of examples on; {n} count here"
+    text = f"A claim that at most {tolerance} are lost needs {needed} groups of examples; this run has {n}"
     short = next((each for each in horizons if not each.told), None)
     if short is not None:
-        return (f"{text}. Half of them declares a horizon, but {short} in that half.",)
-    return (f"{text} (by the rule, fewer find a horizon later or none).",)
+        return (f"{text}. The selection half has a horizon, but {short} in that half.",)
+    return (f"{text} (with fewer, the rule finds a later horizon or none).",)
 
 
 def of_arm(result: Result, scan: Scan, arm: str, horizons: Sequence[Horizon]) -> tuple[str, ...]:
@@ -98,22 +98,22 @@ def of_arm(result: Result, scan: Scan, arm: str, horizons: Sequence[Horizon]) ->
         some = [claim for claim in made if what_of(claim) == what]
         if some:
             layers, every = [claim.about["layer"] for claim in some], list(scan.layers(arm))
-            does = "this loses answers" if what == LOSES else "this makes the answer less probable"
+            does = "this loses answers" if what == LOSES else "this makes the answer less likely"
             at = placed(runs(layers, every), first=every[0], last=every[-1])
             begun = "done" if arm.startswith(EXCHANGED) else "begun"
             found.append(f"{arm}: {begun} {at}, {does} ({numbers(some, label)}).")
-    return tuple(found) or (f"Of {arm} nothing is claimed.",)
+    return tuple(found) or (f"No claim is made about {arm}.",)
 
 
 def free(claim: Claim, horizons: Sequence[Horizon]) -> str:
-    """From where on nothing is lost, with the bounds of the testing half and the horizons of both, in a sentence."""
+    """From where on nothing is lost, with the bounds of the held-out half and the horizons of both, in a sentence."""
     own = next(each for each in horizons if each.arm == claim.about["arm"])
     sure = f"{own.kl_below:.2g} nats and {100 * own.lost_below:.1f} %"
     other = own.word(own.other_half, own.n_other)
-    of_halves = f"{own.declared}, 95 % interval {own.low} to {own.word(own.high)}; of the other half {other}"
-    lost = f"; lost at {', '.join(claim.lost)}" if claim.lost else ""
-    text = f"{claim.says} (upper 95 % bounds on the other half: {sure}; p = {claim.p:.2g}{lost}). Horizon of the "
-    return f"{text[0].upper()}{text[1:]}declaring half {of_halves}."
+    of_halves = f"{own.declared}, 95 % interval {own.low} to {own.word(own.high)}; on the held-out half {other}"
+    lost = f"; fails {', '.join(claim.lost)}" if claim.lost else ""
+    text = f"{claim.says} (upper 95 % bounds on the held-out half: {sure}; p = {claim.p:.2g}{lost}). Horizon on the "
+    return f"{text[0].upper()}{text[1:]}selection half {of_halves}."
 
 
 def same(result: Result) -> tuple[str, ...]:
@@ -123,4 +123,4 @@ def same(result: Result) -> tuple[str, ...]:
         return ()
     row = pd.Series({"low": table["same text"].min(), "high": table["same text"].max()})
     ends = f"{100 * row['low']:.0f} to {100 * row['high']:.0f} %"
-    return (f"Generated answers are those of the unedited run to the letter in {ends}, by cell (generated.csv).",)
+    return (f"Generated answers are identical to the unedited ones in {ends}, depending on the cell (generated.csv).",)

@@ -11,9 +11,12 @@ from vlm_mech.interventions.receipt import add_up
 from vlm_mech.methods.gates.gated import Asked, Measured, Options
 from vlm_mech.methods.horizon.claims import as_table, gated
 from vlm_mech.methods.horizon.data import Grid, Scan, scan_of
+from vlm_mech.methods.horizon.figures import drawn
 from vlm_mech.methods.horizon.findings import findings
 from vlm_mech.methods.horizon.horizons import Tolerance
 from vlm_mech.methods.horizon.study import horizon_rows, metrics_of, same_texts
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT
 from vlm_mech.results.result import Result
 from vlm_mech.runs.provenance import about, remarks
 from vlm_mech.sweeps.asked import check_call
@@ -24,11 +27,11 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "From which layer on may the image tokens be removed, frozen, or exchanged with those of another layer? From each "
-    "layer of the decoder on the image tokens are removed (nobody reads them any more), frozen (they stop changing and "
-    "are still read), or given the states of another layer of the same run. Where the answer's distribution stays, "
-    "what they would do there is not needed: the horizon is the first layer from which it stays. Exchanged (i) are "
-    "image states that entered block i, put at the input of one layer; the blocks above compute on."
+    "From which layer on can the image tokens be removed, frozen, or replaced by those of another layer? Removed: no "
+    "token attends to them from a layer on. Frozen: they stop changing but are still read. Exchanged (i): the image "
+    "states that entered block i replace those at the input of one layer; the blocks above compute on. Where the "
+    "answer's distribution is unchanged, later processing of the image tokens is not needed. The horizon is the first "
+    "such layer."
 )
 
 
@@ -65,10 +68,10 @@ def horizon(
             `logprob_diff` as a whole, `logprob_diff_per_token` by the means over their tokens.
         variants: spellings of the answers: "likeliest" takes the one that the model finds most probable on some of the
             pairs, "the" also tries that word before, "max" counts the likeliest each time, "as-written" tries none.
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
         memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
-        gates: ways in which claims could be lost: "none" but the half of the pairs that did not choose them; "quick":
+        gates: robustness checks of claims: "none" but the half of the pairs that did not choose them; "quick":
             resamples of the pairs too; "all": models with shuffled weights, shuffled answers, and others.
         null: models with shuffled weights, and shuffles of the answers, that "all" compares with.
         seed: parts the pairs in halves, and draws tokens of the controls and what is random in the gates.
@@ -104,7 +107,7 @@ def told(
     tolerance: Tolerance,
     how: dict[str, Any],
 ) -> tuple[Result, dict[str, pd.DataFrame]]:
-    """The rows of `horizon_rows` as a result with its claims and findings, and the tables beside it.
+    """The rows of `horizon_rows` as a result with its claims and findings, and the tables next to it.
 
     Args:
         asked: how claims are tested.
@@ -115,6 +118,7 @@ def told(
         The result; and `horizons` (a row an arm), with generated answers `generated` (a row a cell).
     """
     provenance = about(QUESTION, vlm, pairs, add_up(receipts)) | {"tolerance": dataclasses.asdict(tolerance)}
+    provenance |= {PLOT: drawn_by(drawn)}
     metrics = metrics_of(how["measure"])
     table = without_trivial_places(table, [each.name for each in metrics])
     result = Result("horizon of the image", table, scan.axes, metrics, {}, provenance)

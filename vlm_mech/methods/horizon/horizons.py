@@ -164,24 +164,24 @@ class Horizon:
 
     @property
     def told(self) -> bool:
-        """Whether the half that declares has groups enough for a horizon."""
+        """Whether the selection half has groups enough for a horizon."""
         return self.n_groups >= self.needed
 
     def word(self, layer: int, n: int | None = None) -> int | str:
         """A layer as tables have it: in words where it stands for none, or where so few groups can tell none.
 
         Args:
-            n: groups that tell it; those of the half that declares by default.
+            n: groups that tell it; those of the selection half by default.
         """
         n = self.n_groups if n is None else n
         if n < self.needed:
-            return f"cannot be told of {n}"
+            return f"not determined from {n}"
         return layer if layer < self.end else AT_NONE
 
     def __str__(self) -> str:
         if not self.told:
-            return f"no horizon can be told of n = {self.n_groups}; {self.needed} are needed"
-        return f"from layer {self.declared} on" if self.found else f"{AT_NONE}: something is lost at the last layer too"
+            return f"no horizon can be determined from n = {self.n_groups}; {self.needed} are needed"
+        return f"from layer {self.declared} on" if self.found else f"{AT_NONE}: even the last layer loses something"
 
     def as_row(self) -> dict[str, Any]:
         """What a table has: the horizon in words, and the numbers, with words where they stand for no layer."""
@@ -197,12 +197,12 @@ class Horizon:
 def horizon_of(
     result: Result, parts: tuple[Result, Result], scan: Scan, arm: str, tolerance: Tolerance, *, seed: int = 0
 ) -> Horizon:
-    """The horizon of an arm by the rule: of the half that declares, with the interval of its resamples, and others.
+    """The horizon of an arm by the rule: of the selection half, with the interval of its resamples, and others.
 
-    The interval is the expanded 95 % percentile one of the horizons of resampled groups of the declaring half.
+    The interval is the expanded 95 % percentile one of the horizons of resampled groups of the selection half.
 
     Args:
-        parts: the result on the half that declares, and on the other one.
+        parts: the result on the selection half, and on the other one.
         seed: draws the resamples.
     """
     layers = scan.layers(arm)

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 KL = kl().metric
-SAID = Metric("said", "share", "share of examples in which the answer is the likeliest text of all (greedy search)")
+SAID = Metric("said", "share", "share of examples in which the answer is the most likely text (greedy decoding)")
 CHOSEN = Metric("chosen", "share", "share of examples in which the answer is preferred to the other one")
-LOST = Metric("lost", "share", "share of examples whose answer is said without an edit and is not with it")
+LOST = Metric("lost", "share", "share of examples whose answer is given unedited and not when edited")
 PROB, LOGPROB = prob(()).metric, logprob(()).metric
-WRONG = "not answered right"
+WRONG = "not answered correctly"
 FLIP = "flip"
 """1 where the other answer is preferred: what generated answers are held against."""
 

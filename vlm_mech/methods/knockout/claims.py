@@ -33,13 +33,13 @@ NEEDED, HOLDS_BACK = "needed", "holds back"
 """Kinds of claims: the answer's lead over the other one is lower without it, or higher."""
 NAMED = ("system", "image", "question", "last", "subject", "subject_last")
 """Groups of an edge that are spans by name."""
-UNNAMED = "its tokens have no name, and may differ from example to example"
-NO_LAYER = "the edge is in none of these layers in some example"
+UNNAMED = "its tokens are no named span and may differ between examples"
+NO_LAYER = "some example has the edge in none of these layers"
 OF_ANSWERS = "tokens of answers are in no prompt"
 RANDOM = {
-    CONTROL: "as many edges between random tokens",
-    MASS: "random edges of as much attention",
-    DISTANCE: "random edges as far apart",
+    CONTROL: "the same number of random edges",
+    MASS: "random edges of equal attention mass",
+    DISTANCE: "random edges of equal distance",
 }
 WAYS: tuple[tuple[str, Side, str], ...] = ((NEEDED, "below", "lowers"), (HOLDS_BACK, "above", "raises"))
 
@@ -161,7 +161,7 @@ def pool(result: Result, *, where: str = "at") -> tuple[Claim, ...]:
         for kind, side, does in WAYS:
             conditions = [Condition(metric.name, cell, side, least=enough, less="baseline")]
             for each in others:
-                says = f"less what {_called(each['cut'])} do there:"
+                says = f"minus the effect of {_called(each['cut'])}:"
                 conditions.append(Condition(metric.name, cell, side, least=enough, less=each, says=says))
             says = f"cutting {cell['edge']} {place} {does} {metric.name}"
             found.append(Claim(kind, about, says, tuple(conditions), metric.unit))
@@ -170,4 +170,4 @@ def pool(result: Result, *, where: str = "at") -> tuple[Claim, ...]:
 
 def _called(cut: str) -> str:
     """A control in the words of a sentence."""
-    return RANDOM[kind_of_control(cut)] + (f"{ending_of(cut)}," if ending_of(cut) else "")
+    return RANDOM[kind_of_control(cut)] + ending_of(cut)

@@ -35,7 +35,7 @@ from vlm_mech.methods.knockout.edges import (
     parse_edge,
     visible_edges,
 )
-from vlm_mech.methods.knockout.layers import Layers, layer_sets
+from vlm_mech.methods.knockout.layers import Layers, layer_sets, usual_layers
 from vlm_mech.sweeps.measures import said
 from vlm_mech.sweeps.readings import readings_of
 from vlm_mech.sweeps.recorded_pass import record
@@ -54,7 +54,7 @@ SPARED = ", sinks spared"
 MATCHED = ", as many sinks"
 """Ends the names of controls that cut as many sinks as their edge."""
 Sinks = Literal["include", "exclude", "match"]
-WRONG = "not answered right"
+WRONG = "not answered correctly"
 
 Place = tuple[Any, ...]
 """Layers that are cut together, by their value of the axis `layer`, and a head where heads are cut apart."""
@@ -124,7 +124,7 @@ def cuts_of(controls: Sequence[str], *, sinks: Sinks = "include") -> tuple[str, 
     """
     for each in controls:
         if each not in CONTROLS:
-            raise UsageError(f"control {each!r} is not known; {', '.join(CONTROLS)} are")
+            raise UsageError(f"control {each!r} is not known; use one of {', '.join(CONTROLS)}")
         if sinks == "match" and CONTROLS[each] != CONTROL:
             raise UsageError(f"controls of equal {each} cut sinks as they come; sinks are matched by equal size alone")
     ending = {"include": "", "exclude": SPARED, "match": MATCHED}[sinks]
@@ -147,7 +147,7 @@ def scan_of(
     masks: Masks,
     edges: Sequence[str] = (),
     *,
-    layers: str = "each",
+    layers: str | None = "each",
     size: int | None = None,
     heads: bool = False,
     during: Literal["prompt", "answer"] = "prompt",
@@ -158,7 +158,7 @@ def scan_of(
 
     Args:
         edges: as `parse_edge` takes them; by default those of `edges_where_none_is_named`.
-        layers, size: see `layer_sets`.
+        layers, size: see `layer_sets`; `usual_layers` where `layers` is none.
         heads: all heads one by one, at single layers, for one edge.
         during: `answer` adds the answer's own tokens to the queries of edges from `last`, or `after`, which holds it.
         controls, sinks: see `cuts_of`.
@@ -166,7 +166,7 @@ def scan_of(
     Raises:
         UsageError: an edge, a control or layers that are not known, an edge twice, several edges or windows for heads.
     """
-    if heads and (len(edges) > 1 or layers != "each" or size not in (None, 1)):
+    if heads and (len(edges) > 1 or layers not in ("each", None) or size not in (None, 1)):
         raise UsageError("heads are cut one by one, for one edge and at single layers")
     n_layers, cuts = vlm.n_layers("llm"), cuts_of(controls, sinks=sinks)
     if heads:
@@ -177,7 +177,7 @@ def scan_of(
     parsed = tuple(with_answers(parse_edge(each), during) for each in edges)
     if len(set(parsed)) < len(parsed):
         raise UsageError(f"edge {next(each for each in parsed if parsed.count(each) > 1)} is named twice")
-    return Scan(parsed, layer_sets(n_layers, layers, size), cuts=cuts)
+    return Scan(parsed, layer_sets(n_layers, layers or usual_layers(n_layers, size), size), cuts=cuts)
 
 
 Reason = str

@@ -386,7 +386,7 @@ def _mask_of_boxes(name: str, boxes: Any, size: tuple[int, int]) -> Bool[np.ndar
         fits = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, int | float) for edge in box)
         if not fits or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
             raise UsageError(
-                f"pair {name}: object {box!r} is no box [left, top, right, bottom] within {width} x {height} pixels"
+                f"pair {name}: object {box!r} is not a box [left, top, right, bottom] within {width} x {height} pixels"
             )
         left, top, right, bottom = (round(edge) for edge in box)
         shows[top:bottom, left:right] = True

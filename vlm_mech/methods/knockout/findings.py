@@ -42,12 +42,12 @@ def used(result: Result, pairs: Pairs) -> str:
     n_low = int(reasons.agg(lambda each: (each == NO_PROB).any()).sum())
     if n_examples - n_wrong < 2:
         raise TooFewError(
-            f"{n_examples - n_wrong} of {n_examples} examples of {pairs.name} are answered right; at least two are "
+            f"{n_examples - n_wrong} of {n_examples} examples of {pairs.name} are answered correctly; at least two are "
             "needed (--all keeps the others too)"
         )
     text = f"{n_examples - n_wrong} of {n_examples} examples of {pairs.name} are used"
-    text += f"; {n_wrong} are left out because they are {WRONG}" if n_wrong else ""
-    text += f"; in {n_low} {NO_PROB}, so that they have no relative change" if n_low else ""
+    text += f"; {n_wrong} are excluded because they are {WRONG}" if n_wrong else ""
+    text += f"; {n_low} have no relative change because {NO_PROB}" if n_low else ""
     return f"{text}."
 
 
@@ -57,7 +57,7 @@ def of_the_prompt(result: Result, scan: Scan) -> tuple[str, ...]:
     if not alone or not result.provenance.get("answers", {}).get("tokens"):
         return ()
     edges = ", ".join(alone)
-    return (f"Answers have several tokens; {edges} is cut for the prompt's tokens alone (--during answer: for both).",)
+    return (f"Answers have several tokens; {edges} is cut for prompt tokens only (--during answer cuts both).",)
 
 
 def missing(result: Result) -> tuple[str, ...]:
@@ -89,28 +89,30 @@ def weighed(result: Result) -> tuple[str, ...]:
         f"{cut} {rows[MASS_RATIO].min():.2f} to {rows[MASS_RATIO].max():.2f}"
         for cut, rows in means.groupby("cut", sort=False)
     ]
-    found = [f"Unedited attention on what controls cut, over that on the edge (means of cells): {', '.join(ranges)}."]
+    found = [
+        f"Attention mass on the control edges relative to the edge, unedited (means of cells): {', '.join(ranges)}."
+    ]
     equal = means[means["cut"].map(kind_of_control) == MASS]
     for edge, cut in equal[["edge", "cut"]].drop_duplicates().to_numpy().tolist():
         reached = equal[(equal["edge"] == edge) & (equal["cut"] == cut)][MASS_RATIO]
         if n_less := int((reached < ENOUGH).sum()):
-            less = f"The {cut} of {edge} has less than {100 * ENOUGH:.0f} % of it in {n_less} of {len(reached)} cell(s)"
-            found.append(f"{less}: the edges that it may cut have no more attention.")
+            less = f"The {cut} of {edge} reaches less than {100 * ENOUGH:.0f} % in {n_less} of {len(reached)} cell(s)"
+            found.append(f"{less}: the eligible edges carry no more attention.")
     return tuple(found)
 
 
 def unclaimed(result: Result, edges: Sequence[Edge]) -> tuple[str, ...]:
-    """The edges of which nothing is claimed."""
+    """The edges of which no claim is made."""
     made = {claim.about["edge"] for claim in result.claims if claim.made}
     none = [str(edge) for edge in edges if str(edge) not in made]
-    return (f"Of {', '.join(none)} nothing is claimed.",) if none else ()
+    return (f"No claim is made about {', '.join(none)}.",) if none else ()
 
 
 def attended(edge: Edge, head: HeadAttention) -> str:
     """How much of a head's attention the image gets, and the object where it is known."""
     text = f"{head.head}: {100 * head.on_image:.0f} % of the attention of {edge.query} is on the image"
     if head.object_known:
-        share = f"which {100 * head.object_share:.0f} % of the image tokens show"
+        share = f"which covers {100 * head.object_share:.0f} % of the image tokens"
         text += f", {100 * head.on_object:.0f} % on the object, {share}"
     return f"{text} (means, n = {head.n})."
 
@@ -121,4 +123,4 @@ def continued(texts: pd.DataFrame) -> str:
     for edge in texts["edge"].drop_duplicates():
         rows = texts[texts["edge"] == edge]
         found.append(f"{edge} {(rows['clean'] != rows['cut']).sum()} of {len(rows)}")
-    return f"generated answers that change when an edge is cut at all layers: {', '.join(found)}."
+    return f"Generated answers that change when an edge is cut at all layers: {', '.join(found)}."

@@ -1,6 +1,6 @@
 """Cuts of several heads, or layers, at once, where one stands in for another so that no single cut tells anything.
 
-A set is chosen on the half of the examples that declares claims, and tested on the other half.
+A set is chosen on the selection half of the examples, and tested on the other half.
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ def joint_cuts(
 ) -> Joint:
     """The claims of a result with those of cuts of several places at once, one an edge at most.
 
-    On the half that declares, the fewest places are looked for whose cut does what that of all does. Where these are
+    On the selection half, the fewest places are looked for whose cut does what that of all does. Where these are
     more than `size`, the place is added to the set whose cut lowers the answer's lead most, `size` times. Places
     without which the lead is as low, up to `claiming.least`, are taken out. What is left is declared and tested as any
     claim: it lowers the lead, by more than each of its members alone, than all but one of them, and
@@ -137,7 +137,7 @@ def joint_cuts(
         masks: pixels of the object by pair, for the groups `object` and `rest`.
         size: places of a set at most; 0 for no joint cuts.
         seed: parts the examples as for the claims of single cuts, and draws controls.
-        batch: examples a forward pass.
+        batch: examples per forward pass.
         gates: which are tried, as for claims of single cuts; the set stays as it was chosen.
         null: models with shuffled weights, and shuffles of the answers, that `all` compares with.
         other_wordings: in which claims are made again first.
@@ -216,7 +216,7 @@ class Asked(Protocol):
 
     @property
     def batch(self) -> int:
-        """Examples a forward pass."""
+        """Examples per forward pass."""
         ...
 
     @property
@@ -366,14 +366,14 @@ def _claim(result: Result, scan: Scan, edge: Edge, chosen: Set, table: pd.DataFr
     conditions = [Condition(metric.name, cell, "below", least=enough, less="baseline")]
     for each in _smaller(chosen):
         one = {**cell, "layer": label(each)}
-        does = "does alone" if len(each) == 1 else "do together"
-        says = "" if len(each) < len(chosen) - 1 else f"less what {_told(each, scan)} {does}:"
+        does = "alone" if len(each) == 1 else "together"
+        says = "" if len(each) < len(chosen) - 1 else f"minus the effect of {_told(each, scan)} {does}:"
         conditions.append(Condition(metric.name, cell, "below", least=enough, less=one, says=says))
     rows = table[(table["layer"] == label(chosen)) & table[metric.name].notna()]
     for cut, n in rows["cut"].value_counts(sort=False).items():
         if cut != EDGE and n > 1:
-            named = RANDOM[CONTROL] + (f"{ending_of(str(cut))}," if ending_of(str(cut)) else "")
-            says = f"less what {named} do there:"
+            named = RANDOM[CONTROL] + ending_of(str(cut))
+            says = f"minus the effect of {named}:"
             conditions.append(Condition(metric.name, cell, "below", less={**cell, "cut": cut}, says=says))
     about = {"edge": str(edge), "members": [dict(zip(axes, place, strict=True)) for place in chosen]}
     says = f"cutting {edge} {scan.layers.where} {_told(chosen, scan)} together lowers {metric.name}"

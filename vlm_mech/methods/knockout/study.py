@@ -46,8 +46,8 @@ RELATIVE = Metric(
     "relative_change", "%", "change of the answer's probability in percent of that of the unedited run", signed=True
 )
 LOGIT = Metric("logit", "logits", "logit of the answer's first token", signed=True)
-FLIP = Metric("flip", "share", "share of examples in which the other answer is preferred to the own")
-LOST = Metric("lost", "share", "share of examples in which greedy search does not say the answer")
+FLIP = Metric("flip", "share", "share of examples in which the other answer is preferred to its own")
+LOST = Metric("lost", "share", "share of examples in which greedy decoding does not give the answer")
 
 
 def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
@@ -129,7 +129,7 @@ def plan_knockout(
     seed: int = 0,
     memory: int | str | None = None,
 ) -> SweepPlan:
-    """What `knock_out` over all pairs, `batch` at a time, will need; all examples are taken to be answered right.
+    """What `knock_out` over all pairs, `batch` at a time, will need; all examples are taken to be answered correctly.
 
     One unedited pass over the first batch is run, to see which edges there are; for controls of equal mass or distance,
     and those that spare sinks, its examples are run one by one too.

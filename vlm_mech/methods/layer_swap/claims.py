@@ -1,7 +1,7 @@
-"""What a layer swap could say: where a swap of some tokens turns the answer, and where it does not.
+"""What a layer swap could say: where patching some tokens flips the answer, and where it does not.
 
-Every layer is asked, none is chosen: Holm's correction over all that is declared holds for all claims at once, and so
-for whatever is read off several of them, such as the last layer up to which all turn the answer.
+Every layer is asked, none is selected: Holm's correction over all that is declared holds for all claims at once, and so
+for whatever is read off several of them, such as the last layer up to which all flip the answer.
 """
 
 from collections.abc import Collection, Sequence
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 TURNS, NO_LONGER, NOT_YET, MOVES, CARRIES = "turns", "no longer", "not yet", "moves", "carries"
 DOES = {
-    NOT_YET: "does not yet turn the answer",
-    TURNS: "turns the answer",
-    NO_LONGER: "no longer turns the answer",
-    MOVES: "moves the answer",
-    CARRIES: "turns the answer too",
+    NOT_YET: "does not yet flip the answer",
+    TURNS: "flips the answer",
+    NO_LONGER: "no longer flips the answer",
+    MOVES: "shifts the answer",
+    CARRIES: "also flips the answer",
 }
 """What is claimed: that it goes more than half of the way to the other one; less; or that it moves. The last is claimed
 of states of another object, which so carry the answer from one question to another."""
 RECOVERED, HALF = "recovered", 0.5
 ENDS = {"image": NO_LONGER, "subject_last": NO_LONGER, "last": NOT_YET, "last+answer": NOT_YET}
-"""Spans of which it is claimed too where they do not turn the answer: below others that do, or above."""
+"""Spans for which claims also say where they do not flip the answer: below others that do, or above."""
 WORDS = {
     "image": "the image tokens",
     "question": "the question tokens",
@@ -44,9 +44,9 @@ WORDS = {
     "subject_last": "the last token of the subject",
     "class": "the class token",
     "last": "the last token alone",
-    "last+answer": "the last token and those of the answer",
+    "last+answer": "the last token and the answer's tokens",
 }
-THERE = "less what states with the same answer do there:"
+THERE = "minus the effect of states with the same answer:"
 """What is told of a swap beside the same one with the states of another pair that has the run's own answer."""
 
 
@@ -73,7 +73,7 @@ def does_of(claim: Claim) -> str:
 def words_of(span: str, donor: str = COUNTERFACTUAL) -> str:
     """What is swapped, in words, and for whose states where these are of no counterfactual."""
     words = WORDS.get(span, f"the tokens of {span}")
-    return words if donor == COUNTERFACTUAL else f"{words} for another object's"
+    return words if donor == COUNTERFACTUAL else f"{words} from another object's run"
 
 
 def edit_of(sites: Sequence[Site]) -> EditOf:
@@ -99,7 +99,7 @@ def _swapped(sites: Sequence[Site], claim: Claim) -> Removed | str:
     known = {site.layer: site for site in sites if site.stream == "llm"}
     does, about = claim.kind.removeprefix(f"{claim.about['span']} "), claim.about
     if about["layer"] not in known:
-        return "the swap is not in the decoder"
+        return "the patch is not in the decoder"
     if "answer" in about["span"].split("+"):
         return "tokens of answers are in no prompt"
     how = {"turned": about["direction"] == "denoising", "denied": does in (NO_LONGER, NOT_YET)}
@@ -109,13 +109,13 @@ def _swapped(sites: Sequence[Site], claim: Claim) -> Removed | str:
 def pool(result: Result, *, layers: Sequence[int] | None = None) -> tuple[Claim, ...]:
     """Every direction, span and layer.
 
-    A swap turns the answer where the mean recovered fraction is above a half, and the difference of the answers falls
+    Patching flips the answer where the mean recovered fraction is above a half, and the difference of the answers falls
     by more than `claiming.least`: fractions of a gap that has no meaning, as in a random model, can be large. It does
     not where the fraction is below a half, and the difference falls less, by as much, than at the layer where it should
-    fall most: the first for the image, the last for the last token. Other spans may move the answer without turning it,
-    as may all of pairs that have no recovered fraction. With a control of the same answer in the run, what turns or
-    moves the answer must do so by more than the same swap with the states of the control, by `claiming.least` too. With
-    a control of another object, it is also asked where that object's states turn the answer.
+    fall most: the first for the image, the last for the last token. Other spans may shift the answer without flipping
+    it, as may all of pairs that have no recovered fraction. With a control of the same answer in the run, what flips or
+    shifts the answer must do so by more than the same swap with the states of the control, by `claiming.least` too.
+    With a control of another object, it is also asked where that object's states flip the answer.
 
     Args:
         layers: those of which something can be said; by default all.
@@ -158,13 +158,13 @@ def _claim(
     """A claim about a cell.
 
     Args:
-        end: the layer that a cell is compared with, in which a swap of its span turns the answer most.
+        end: the layer that a cell is compared with, in which a swap of its span flips the answer most.
         held: the cells that a cell can be compared with.
     """
     metric = result.metrics[1]
     cell = {axis: about[axis] for axis in result.axes}
     words = words_of(about["span"], about.get(DONOR, COUNTERFACTUAL))
-    says = f"{about['direction']}: swapping {words} at layer {about['layer']} {DOES[kind]}"
+    says = f"{about['direction']}: patching {words} at layer {about['layer']} {DOES[kind]}"
     lowers = Condition(metric.name, cell, "below", enough, less="baseline", says=f"{metric.name} changes by")
     half = Condition(RECOVERED, cell, "above" if kind in (TURNS, CARRIES) else "below", bound=HALF)
     if end is None:
@@ -173,7 +173,7 @@ def _claim(
         if DONOR in cell and tuple(control[axis] for axis in result.axes) in held:
             conditions = (*conditions, Condition(metric.name, cell, "below", enough, less=control, says=THERE))
     else:
-        less = f"{metric.name} less that after a swap at layer {end}:"
+        less = f"{metric.name} minus that after patching layer {end}:"
         conditions = (half, Condition(metric.name, cell, "above", enough, less=cell | {"layer": end}, says=less))
     unit = metric.unit if kind == MOVES else result.metric(RECOVERED).unit
     return Claim(kind_of(about["span"], kind), about, says, conditions, unit)

@@ -27,9 +27,9 @@ COUNTERFACTUAL, SAME, OTHER = "counterfactual", "same answer", "other object"
 """Whose states a swap takes, as the axis `donor` has it."""
 NAMES: dict[Control, str] = {"same-answer": SAME, "other-object": OTHER}
 DONOR = "donor"
-NO_DONOR = "there is no other example with such an answer whose tokens are laid out alike"
-WRONG_DONOR = "the control's donor is not answered right"
-WANTED = {SAME: "the run's own answer", OTHER: "the other picture's answer to another question"}
+NO_DONOR = "no other example with such an answer has the same token layout"
+WRONG_DONOR = "the control's donor is not answered correctly"
+WANTED = {SAME: "the run's own answer", OTHER: "the other image's answer to another question"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +104,10 @@ def donors_of(
         return None
     for control in controls:
         if control not in CONTROLS:
-            raise UsageError(f"control {control!r} of a layer swap is not known; {' or '.join(CONTROLS)} is")
+            raise UsageError(f"control {control!r} of a layer swap is not known; use {' or '.join(CONTROLS)}")
     check_once(controls, "the control")
     if pairs.made is not None:
-        raise UsageError("controls of a swap need pairs: of the picture made for a single item no answer is known")
+        raise UsageError("controls of a swap need pairs: of the image made for a single item no answer is known")
     search, names = _Search(vlm, pairs, seed), tuple(NAMES[control] for control in CONTROLS if control in controls)
     chosen: dict[tuple[str, str, str], Donor] = {}
     told: dict[str, dict[str, dict[str, int]]] = {name: {} for name in names}
@@ -115,7 +115,7 @@ def donors_of(
         for direction in directions:
             found = dict(search.each(name, DIRECTIONS.index(direction)))
             if len(found) < 2:
-                what = f"have another pair, of another group, with {WANTED[name]} and tokens laid out alike"
+                what = f"have another pair, of another group, with {WANTED[name]} and the same token layout"
                 raise UsageError(
                     f"--control {name.replace(' ', '-')}: {len(found)} of {len(pairs)} pairs of {pairs.name} {what}; "
                     f"at least two are needed ({direction})"

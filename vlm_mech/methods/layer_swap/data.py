@@ -57,9 +57,9 @@ def swap_sites(vlm: "VLM", stream: str, point: str) -> list[Site]:
         UsageError: another stream, or a point that blocks do not have.
     """
     if stream not in STREAMS:
-        raise UsageError(f"site {stream!r} of a layer swap is not known; {', '.join(STREAMS)} are")
+        raise UsageError(f"site {stream!r} of a layer swap is not known; use one of {', '.join(STREAMS)}")
     if stream != "projector" and point not in BLOCK_POINTS:
-        raise UsageError(f"point {point!r} of a block is not known; {', '.join(BLOCK_POINTS)} are")
+        raise UsageError(f"point {point!r} of a block is not known; use one of {', '.join(BLOCK_POINTS)}")
     if stream == "projector":
         return [Site(f"projector.{name}") for name in PROJECTOR_POINTS]
     return [Site(f"{stream}.{point}", layer) for layer in range(vlm.n_layers(stream))]

@@ -35,7 +35,7 @@ def _controls(result: Result, depth: str, difference: str) -> "dict[str, go.Figu
     found = {}
     for span in claimable(result.table["span"].drop_duplicates().tolist()):
         how: dict[str, Any] = {"x": depth, "colour": DONOR, "facet": "direction", "where": {"span": span}}
-        title = f"{result.name}, {words_of(span)}: recovered (fraction) by whose states are swapped in"
+        title = f"{result.name}, {words_of(span)}: recovered (fraction) by donor of the patched states"
         found[f"controls_{span}"] = figures.lines(result, metric="recovered", title=title, **how)
     for donor in result.provenance["controls"]:
         how = {"x": depth, "y": "span", "facet": "direction", "value": "effect", "where": {DONOR: donor}}

@@ -15,7 +15,7 @@ from vlm_mech.results.claimed_layers import numbers, placed, runs
 from vlm_mech.results.generated_answers import told
 from vlm_mech.results.result import Result
 
-WHOSE = {SAME: "with the run's own answer", OTHER: "of another object with the other picture's answer"}
+WHOSE = {SAME: "with the same answer", OTHER: "of another object with the counterfactual answer"}
 
 
 def findings(result: Result, pairs: Pairs) -> tuple[str, ...]:
@@ -46,15 +46,15 @@ def usable_share(result: Result, pairs: Pairs) -> str:
     n_close = int(table[close]["example"].nunique())
     if n_examples - n_wrong < 2:
         raise TooFewError(
-            f"{n_examples - n_wrong} of {n_examples} {what} of {pairs.name} are answered right{asked}; "
+            f"{n_examples - n_wrong} of {n_examples} {what} of {pairs.name} are answered correctly{asked}; "
             "at least two are needed (only_correct=False, or --all of the command, keeps the others too)"
         )
     text = f"{n_examples - n_wrong} of {n_examples} {what} of {pairs.name} are used"
-    text += f"; {n_wrong} are left out because they are {wrong}" if n_wrong else ""
+    text += f"; {n_wrong} are excluded because they are {wrong}" if n_wrong else ""
     why = table[close]["skipped"].iloc[0] if n_close else ""
-    text += f"; in {n_close} the {why}, so that they have no recovered fraction" if n_close else ""
+    text += f"; {n_close} have no recovered fraction because the {why}" if n_close else ""
     bare = table.loc[table["skipped"] == NOTHING_BEFORE, "example"].nunique()
-    text += f"; in {bare} {NOTHING_BEFORE}, so that swaps of these tokens alone have no value" if bare else ""
+    text += f"; {bare} have no value for patching these tokens alone because {NOTHING_BEFORE}" if bare else ""
     return f"{text}."
 
 
@@ -72,13 +72,13 @@ def takeover(result: Result) -> tuple[str, ...]:
             found.append(_sentence(result, some, words))
         else:
             silent.append(f"{words} ({about['direction']})")
-    return (*found, f"Of a swap of {', '.join(silent)} nothing is claimed.") if silent else tuple(found)
+    return (*found, f"No claim is made about patching {', '.join(silent)}.") if silent else tuple(found)
 
 
 def controlled(result: Result) -> tuple[str, ...]:
     """How many pairs have a donor of each control, and between what its swaps move the difference of the answers.
 
-    Means over the pairs that have one; the counterfactual's stand beside them.
+    Means over the pairs that have one; the counterfactual's are given next to them.
     """
     if DONOR not in result.axes:
         return ()
@@ -91,13 +91,13 @@ def controlled(result: Result) -> tuple[str, ...]:
             text = f"Control, {direction}: {counts['with donor']} of {counts['pairs']} pairs have a donor "
             text += WHOSE[donor]
             others = counts["with donor"] - counts["same question"]
-            text += f" ({others} of these to another question)" if donor == SAME and others else ""
+            text += f" ({others} of these for another question)" if donor == SAME and others else ""
             wrong = rows.loc[rows["skipped"] == WRONG_DONOR, "example"].nunique()
-            text += f"; {wrong} do not count because it is not answered right" if wrong else ""
+            text += f"; {wrong} are excluded because the donor is answered wrongly" if wrong else ""
             cells = summary[summary["direction"] == direction]
             spans = [_range(cells[cells["span"] == span], donor) for span in claimable(cells["span"].unique().tolist())]
             told = "; ".join(each for each in spans if each)
-            found.append(f"{text}. Mean changes of {name} over all swaps: {told}." if told else f"{text}.")
+            found.append(f"{text}. Range of the mean change of {name} over layers: {told}." if told else f"{text}.")
     return tuple(found)
 
 
@@ -109,26 +109,26 @@ def _range(cells: pd.DataFrame, donor: str) -> str:
         if effects.isna().all():
             return ""
         texts.append(f"{effects.min():+.2f} to {effects.max():+.2f}")
-    return f"{words_of(cells['span'].iloc[0])} {texts[0]} (the counterfactual's {texts[1]})"
+    return f"{words_of(cells['span'].iloc[0])} {texts[0]} (counterfactual: {texts[1]})"
 
 
 def _sentence(result: Result, claims: Sequence[Claim], words: str) -> str:
-    """Where a swap of a span turns the answer, and where it does not.
+    """Where a swap of a span flips the answer, and where it does not.
 
     Args:
         claims: made claims of one direction, span and donor.
         words: what is swapped.
     """
     does = what_it_does(claims, result.table["layer"].unique().tolist(), result.metrics[1].name)
-    return f"{claims[0].about['direction']}: swapping {words} {does}."
+    return f"{claims[0].about['direction']}: patching {words} {does}."
 
 
 def what_it_does(claims: Sequence[Claim], layers: Sequence[int], moved: str) -> str:
-    """Where swaps turn the answer and where they do not, as verbs with numbers, from claims about one span.
+    """Where swaps flip the answer and where they do not, as verbs with numbers, from claims about one span.
 
     Args:
         layers: all at which there is a swap.
-        moved: the name of what is told where a swap moves the answer without turning it.
+        moved: the name of what is told where a swap shifts the answer without flipping it.
     """
     by_kind = {does: [claim for claim in claims if does_of(claim) == does] for does in DOES}
     if by_kind[TURNS]:

@@ -16,8 +16,11 @@ from vlm_mech.methods.gates.gated import Asked, Options, gated
 from vlm_mech.methods.layer_swap.claims import claimable, edit_of, pool_of, removed_of
 from vlm_mech.methods.layer_swap.controls import DONOR, Donors, donors_of
 from vlm_mech.methods.layer_swap.data import default_spans, open_layers, swap_sites
+from vlm_mech.methods.layer_swap.figures import drawn
 from vlm_mech.methods.layer_swap.findings import findings
 from vlm_mech.methods.layer_swap.study import check_asked, metrics_of, swap_states
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT
 from vlm_mech.results.result import Result
 from vlm_mech.runs.provenance import about, remarks
 from vlm_mech.sweeps.asked import check_call
@@ -29,20 +32,21 @@ if TYPE_CHECKING:
 
 QUESTION = (
     "At which layer, and through which tokens, does the answer come to depend on the image? Each question is asked "
-    "about an image and about its counterfactual, which differs in one attribute and so has another answer. One run's "
-    "hidden states replace the other's at one layer and one span of tokens; the recovered fraction says how far the "
-    "answer moves, 0 (its own) to 1 (the other image's)."
+    "about an image and its counterfactual, which differs in one attribute and so has another answer. Hidden states "
+    "are patched from one run into the other at one layer and one token span. The recovered fraction is how far the "
+    "answer shifts: 0 (unchanged) to 1 (the other image's answer)."
 )
 OF_ITEMS = (
     "At which layer, and through which tokens, does the answer come to depend on the image? Each question is asked "
-    "about an image and about a picture made in its place. One run's hidden states replace the other's at one layer "
-    "and one span of tokens; the recovered fraction says how far the preference for the right answer over a wrong one "
-    "moves, 0 (the run that is patched) to 1 (that which the states come from)."
+    "about an image and a substitute image. Hidden states are patched from one run into the other at one layer and "
+    "one token span. The recovered fraction is how far the preference for the correct over a wrong answer shifts: 0 "
+    "(as in the patched run) to 1 (as in the source run)."
 )
 OF_TEXTS = (
-    "Each text is to be continued, beside another one about another subject, which so has another answer. One run's "
-    "hidden states replace the other's at one layer and one token: the last one of the subject, or of the text. The "
-    "recovered fraction says how far the answer moves, 0 (its own) to 1 (the other text's)."
+    "At which layer, and through which tokens, does the answer come to depend on the subject? Each text is paired "
+    "with one about another subject, which has another answer. Hidden states are patched from one run into the other "
+    "at one layer and one token: the subject's last, or the text's last. The recovered fraction is how far the answer "
+    "shifts: 0 (unchanged) to 1 (the other text's answer)."
 )
 
 
@@ -86,10 +90,10 @@ def layer_swap(
             with the run's own answer, "other-object" those of another question to which the other answer is right; one
             or several. Donors are of another group, with their tokens laid out alike. By default none: each costs as
             many swaps again.
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
         engine: `fast` computes only what can change; `trace` runs a whole forward pass for each cell (the reference).
         memory: bytes it may take beyond the model, such as "2GiB"; the pairs are halved where they do not fit.
-        gates: ways in which claims could be lost: "none" but the half of the pairs that did not choose them; "quick":
+        gates: robustness checks of claims: "none" but the half of the pairs that did not choose them; "quick":
             resamples of the pairs too; "all", as the command has it by default: the same analysis of models with
             shuffled weights, and of shuffled answers.
         null: models with shuffled weights, and shuffles of the answers, that "all" compares with.
@@ -141,9 +145,9 @@ def swap_result(
     """The rows of `swap_states` as a result; with controls an axis says whose states a swap took."""
     depth = "point" if site == "projector" else "layer"
     table, metrics = without_trivial_places(table, [measure]), metrics_of(measure, nouns_in(provenance))
-    axes, told = ("direction", "span", depth), provenance
+    axes, told = ("direction", "span", depth), provenance | {PLOT: drawn_by(drawn)}
     if controls is not None:
-        axes, told = ("direction", "span", DONOR, depth), provenance | {"controls": controls.told}
+        axes, told = ("direction", "span", DONOR, depth), told | {"controls": controls.told}
     return Result(f"layer swap ({site})", table, axes, metrics, {}, told)
 
 

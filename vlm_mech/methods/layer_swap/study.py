@@ -35,17 +35,17 @@ from vlm_mech.sweeps.shares import Bytes, budget_of
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-OF_THE_PATCHED = "of the patched run's own answer less that of the other image's"
+OF_THE_PATCHED = "of the patched run's own answer minus that of the other image's"
 LOGIT_DIFF = Metric("logit_diff", "logits", f"logit {OF_THE_PATCHED}", signed=True)
 FLIP = Metric("flip", "share", "share of examples in which the other image's answer is preferred")
-OF_ITEMS = "of the right answer less that of a wrong one (in denoising the reverse)"
+OF_ITEMS = "of the correct answer minus that of a wrong one (in denoising the reverse)"
 """What is compared of single items: of the picture that was made for one no answer is known to be right."""
-OF_TEXTS = "of the patched run's own answer less that of the other question's"
+OF_TEXTS = "of the patched run's own answer minus that of the other question's"
 FLIP_OF_TEXTS = dataclasses.replace(FLIP, description="share of examples in which the other question's is preferred")
 FLIP_OF_ITEMS = dataclasses.replace(FLIP, description="share of examples in which the second of these is preferred")
 
-WRONG, WRONG_ALONE = "not answered right on both images", "not answered right"
-WRONG_TEXTS = "not answered right on both questions"
+WRONG, WRONG_ALONE = "not answered correctly on both images", "not answered correctly"
+WRONG_TEXTS = "not answered correctly on both questions"
 """Why a pair is left out, and a single item, whose counterfactual picture has no answer known to be right."""
 
 
@@ -150,7 +150,7 @@ def check_asked(spans: Sequence[str], directions: Sequence[str]) -> None:
     check_once(directions, "the direction")
     for direction in directions:
         if direction not in DIRECTIONS:
-            raise UsageError(f"direction {direction!r} is not known; one of {', '.join(DIRECTIONS)} is")
+            raise UsageError(f"direction {direction!r} is not known; use one of {', '.join(DIRECTIONS)}")
 
 
 def plan_swap(

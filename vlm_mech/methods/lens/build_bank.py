@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import trange
+from tqdm.auto import trange
 
 from vlm_mech.architectures.site import Site
 from vlm_mech.architectures.traced_model import check_decoder
@@ -110,7 +110,7 @@ def _check_folder(out: Path) -> None:
 
 def _check_alone(vlm: "VLM") -> None:
     """Raise `UsageError` for a family that takes no prompt without a picture."""
-    said = f"{vlm.family.name} reads no text without a picture, so that no bank can be built with it"
+    said = f"{vlm.family.name} reads no text without an image, so that no bank can be built with it"
     if vlm.family.queries_first:
         raise UsageError(said)
     try:
@@ -159,7 +159,7 @@ class _Texts:
         """Each with its text as the model gets it and its token ids; why it cannot be used, where it cannot."""
         for each in self._each():
             if not isinstance(each, str | Prompt) or (isinstance(each, Prompt) and each.images):
-                raise UsageError(f"{each!r:.60} is no text; strings or prompts without an image are needed")
+                raise UsageError(f"{each!r:.60} is not text; strings or prompts without an image are needed")
             try:
                 yield self._made(each)
             except UsageError as error:

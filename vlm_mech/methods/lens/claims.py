@@ -1,6 +1,6 @@
 """What the lens could say of an answer and its rival: across which layers the lead rises or falls, and who leads where.
 
-Every layer is asked, none is chosen. The map of the visual flow asks the same of its own table.
+Every layer is asked, none is selected. The map of the visual flow asks the same of its own table.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,13 +86,13 @@ def lead_claims(
         falls, step = f"{lead} falls across", on(CHANGED, layer, "below", enough, "")
         each[PUSH] = f"{falls} layer {layer}", (step,)
         if layer > layers[0]:
-            before = on(RISEN, layer - 1, "above", enough, "before it, its rise since the decoder's input:")
-            each[SUPPRESS] = f"layer {layer} suppresses: {falls} it after it had risen", (step, before)
+            before = on(RISEN, layer - 1, "above", enough, "its rise from the decoder's input to there:")
+            each[SUPPRESS] = f"layer {layer} suppresses: {falls} it after rising", (step, before)
         # However sure a tie is at the end, nobody leads by it.
         ends = [(depth, SMALLEST if depth == layers[-1] else 0.0) for depth in layers if depth >= layer]
         sides: tuple[tuple[str, Side, str], ...] = ((AHEAD, "above", "positive"), (OVERTAKEN, "below", "negative"))
         for kind, side, sign in sides:
-            says = f"{lead} is {sign} at every depth from {depth_named(layer)} on"
+            says = f"{lead} is {sign} at every depth from {depth_named(layer)} onwards"
             each[kind] = says, tuple(on(LED, depth, side, least, "") for depth, least in ends)
         place = {"layer": layer} | (about or {})
         found += [Claim(kind, place, *each[kind], unit) for kind in kinds if kind in each]

@@ -73,7 +73,7 @@ class ContextBank:
         folder = Path(folder)
         lacking = [name for name in (RECORD, STATES, CONTEXTS) if not (folder / name).is_file()]
         if lacking:
-            begun = "holds a bank that is not finished; call build_bank again" if folder.is_dir() else "is no folder"
+            begun = "holds a bank that is not finished; call build_bank again" if folder.is_dir() else "is not a folder"
             raise UsageError(f"there is no finished context bank in {str(folder)!r}: it lacks {lacking[0]} ({begun})")
         return cls(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")))
 

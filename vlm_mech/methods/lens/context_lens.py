@@ -93,7 +93,7 @@ def context_words(
         span: tokens that are read.
         top: how many of the nearest contexts are kept.
         bank_layers: layers of the bank that are searched; all by default.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
 
     Raises:
         UsageError: a bank of another model, no prompt, a layer out of range or that the bank does not have, an empty

@@ -49,7 +49,7 @@ def label_of(vlm: "VLM", word: str, *, first_token: bool = False) -> Label:
     """
     bare = word.strip()
     if not bare:
-        raise UsageError(f"word {word!r} is no token")
+        raise UsageError(f"word {word!r} is not a token")
     unknown = vlm.tokenizer.unk_token_id
     running = _continued(vlm, bare)
     written = [running, _ids(vlm, bare), _continued(vlm, bare[:1].upper() + bare[1:]), _ids(vlm, bare + "s")]
@@ -65,7 +65,8 @@ def label_of(vlm: "VLM", word: str, *, first_token: bool = False) -> Label:
 
 
 def labels_apart(vlm: "VLM", one: str, other: str) -> tuple[Label, Label]:
-    """Two words as they are told apart: each as `label_of` has it, of such that begin alike the token where they part.
+    """Two words as they are distinguished: each as `label_of` has it, of such that begin with the same tokens the
+    token where they part.
 
     Raises:
         UsageError: as for `label_of` with first tokens, or words one of which begins the other.

@@ -17,7 +17,7 @@ def findings(result: Result) -> tuple[str, ...]:
     rows = result.summary(LEAD).set_index("layer")
     first, last = (_number(rows.loc[layer]) for layer in (INPUT, max(rows.index)))
     lens, over, unit = result.config["lens"], result.table["rival"].iloc[0], result.metric(LEAD).unit
-    told = f"in the {lens} the answer leads {over} by {first} {unit} in the decoder's input and by {last} at the end."
+    told = f"In the {lens} the answer leads {over} by {first} {unit} at the decoder's input and by {last} at the end."
     return (told, *sentences_told(result.claims))
 
 

@@ -56,7 +56,7 @@ def _alike(answer: AnswerLogits, rival: AnswerLogits) -> Bool[Tensor, "batch"]:
 
 
 def _where_they_part(answer: AnswerLogits, rival: AnswerLogits) -> Float[Tensor, "batch"]:
-    """Logit of one answer less that of another at the first token in which they differ."""
+    """Logit of one answer minus that of another at the first token in which they differ."""
     n_both = min(answer.ids.shape[1], rival.ids.shape[1])
     one, other = answer.ids[:, :n_both], rival.ids[:, :n_both]
     # Of equal values the first is taken.
@@ -74,7 +74,7 @@ def leads_of(
 ) -> list[Float[np.ndarray, "example"]]:
     """What the lens makes of an answer against its rival in the decoder's input and after each block.
 
-    The logits are those that the lens reads of the states where the tokens of both are foretold, in one clean pass.
+    The logits are those that the lens reads of the states where the tokens of both are predicted, in one clean pass.
 
     Args:
         rivals: one for each pair.

@@ -60,7 +60,7 @@ class Lens:
         """Number of a word that was asked for."""
         words = [label.word for label in self.labels]
         if word not in words:
-            raise UsageError(f"word {word!r} was not asked for; this lens has {', '.join(words) or 'no words'}")
+            raise UsageError(f"word {word!r} was not requested; this lens has {', '.join(words) or 'no words'}")
         return words.index(word)
 
     def rank(self, word: str) -> Int[Tensor, "site token"]:
@@ -135,7 +135,7 @@ def lens(
         normed: whether the final norm is applied, once.
         tuned: translators to apply before the norm.
         whole_vocabulary: whether all logits are kept.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
 
     Raises:
         UsageError: another site, a layer out of range, an empty span, tokens of a span that `projector.out` does not
@@ -191,7 +191,7 @@ def _check(vlm: "VLM", prompts: tuple[Prompt, ...], sites: tuple[Site, ...], top
     for site in sites:
         vlm.check_site(site)
         if site.name not in SITES:
-            raise UsageError(f"{site} is no state that the head could read; sites: {', '.join(SITES)}")
+            raise UsageError(f"{site} is not a state that the head could read; sites: {', '.join(SITES)}")
 
 
 # Numbers

@@ -12,9 +12,12 @@ from vlm_mech.errors import UsageError
 from vlm_mech.methods.gates.gated import Measured, Options, gated
 from vlm_mech.methods.gates.shuffled import following
 from vlm_mech.methods.lens.claims import LEAD, STEP, pool
+from vlm_mech.methods.lens.figures import drawn
 from vlm_mech.methods.lens.findings import findings
 from vlm_mech.methods.lens.leads import INPUT, depth_sites, leads_of
 from vlm_mech.methods.lens.tuned_lens import TunedLens, retrained
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.asked import check_call
 
@@ -47,8 +50,8 @@ def lens_lead(
             answer; a rival that is the answer itself has a lead of 0.
         tuned: translators of `llm.resid_pre` 0 and of each `llm.resid_post` but the last (`train_tuned_lens`), by which
             states are read; by default the logit lens.
-        batch: pairs a forward pass.
-        gates: ways in which claims could be lost: "none" but the half of the pairs that did not choose them; "quick":
+        batch: pairs per forward pass.
+        gates: robustness checks of claims: "none" but the half of the pairs that did not choose them; "quick":
             resamples of the pairs too; "all": the same of models with shuffled weights, and of shuffled answers.
         null: models with shuffled weights, and shuffles of the answers, that "all" compares with. A tuned lens is
             trained anew for each of these models, on its own training prompts; a file of one keeps none, so that the
@@ -62,7 +65,7 @@ def lens_lead(
         `claims` has what holds of layers, `findings` says it.
 
     Raises:
-        UsageError: no pair, two of one id, another number of rivals than pairs, answers that cannot be told apart, a
+        UsageError: no pair, two of one id, another number of rivals than pairs, answers that cannot be distinguished, a
             tuned lens that lacks a site or was made with these pictures or for another model, unknown gates, or a batch
             below 1.
     """
@@ -74,7 +77,7 @@ def lens_lead(
     starts = range(0, len(pairs), batch)
     over = (OTHER_TEXT if pairs.is_text else OTHER_IMAGE) if isinstance(against, str) else GIVEN
     tables = [_table(vlm, pairs[at : at + batch], rivals[at : at + batch], over, tuned) for at in starts]
-    about: dict[str, Any] = {"model": vlm.identity(), "data": pairs.described}
+    about: dict[str, Any] = {"model": vlm.identity(), "data": pairs.described, PLOT: drawn_by(drawn)}
     if tuned is not None:
         about["tuned_lens"] = {name: told for name, told in tuned.record.items() if name != "used"}
     config = {"lens": "logit lens" if tuned is None else "tuned lens"}
@@ -96,7 +99,7 @@ def _rivals(pairs: Pairs, against: Literal["counterfactual"] | Sequence[str]) ->
 
 
 def _metrics(over: str) -> tuple[Metric, Metric]:
-    lead = f"logit of the answer less that of {over}, as the lens reads them"
+    lead = f"logit of the answer minus that of {over}, as the lens reads them"
     return (
         Metric(LEAD, "logits", f"{lead}; baseline: in the decoder's input", signed=True, against="decoder's input"),
         Metric(STEP, "logits", "change of the lead across the layer", signed=True, against="no change"),

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from vlm_mech.architectures.site import Site, listed_sites
 from vlm_mech.architectures.traced_model import check_decoder, check_gradients
@@ -63,7 +63,7 @@ class LensTraining:
 
     def __post_init__(self) -> None:
         if self.optimiser not in ("adam", "sgd"):
-            raise UsageError(f"optimiser {self.optimiser!r} is not known; adam or sgd is")
+            raise UsageError(f"optimiser {self.optimiser!r} is not known; use adam or sgd")
         for name in ("learning_rate", "n_steps", "batch_tokens", "check_every", "patience"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above zero")
@@ -200,7 +200,7 @@ def train_tuned_lens(
     Args:
         span: `all` for every token, or for instance `question`, `image`.
         training: optimiser, steps and when to stop; `LensTraining()` by default.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
 
     Raises:
         UsageError: an image (or text without image) is in both sets of prompts, a site that the head cannot read, the
@@ -332,7 +332,7 @@ def compare_lenses(
     One row per prompt and site, the mean over the tokens of the span.
 
     Args:
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
 
     Raises:
         UsageError: a prompt had a part in training the lens, or the lens belongs to another model.

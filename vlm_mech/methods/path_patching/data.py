@@ -98,7 +98,7 @@ def path_edit(
         span: positions at which senders are replaced.
     """
     if mlps not in MLPS:
-        raise UsageError(f"mlps={mlps!r} is not known; recompute or freeze is")
+        raise UsageError(f"mlps={mlps!r} is not known; use recompute or freeze")
     first = min(each.layer for each in senders)
     parts: list[Intervention] = []
     for layer in range(first, stop):

@@ -15,6 +15,6 @@ def findings(result: Result) -> tuple[str, ...]:
     to = ", ".join(result.provenance.get("receivers", ()))
     held = "held" if result.provenance.get("mlps") == "freeze" else "recomputed"
     return (
-        f"{len(summary)} paths to {to}, MLPs between {held}, over {n_pairs} pairs: the largest change of the "
-        f"answer's lead in the mean over pairs is {most:+.3g} logits; the median one is {effects.median():+.3g}.",
+        f"{len(summary)} paths to {to}, MLPs between {held}, over {n_pairs} pairs: the largest mean change of the "
+        f"answer's lead is {most:+.3g} logits; the median over paths is {effects.median():+.3g}.",
     )

@@ -31,8 +31,11 @@ from vlm_mech.methods.path_patching.data import (
     n_blocks_before,
     path_edit,
 )
+from vlm_mech.methods.path_patching.figures import drawn
 from vlm_mech.methods.path_patching.findings import findings
 from vlm_mech.results import metrics
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.sweeps.engine import engine_of
 
@@ -169,12 +172,12 @@ def path_patching(
         receivers: as for `path_patch`.
         senders: heads, one path each; all heads before the receivers by default.
         mlps, span, at: as for `path_patch`.
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
         engine: `fast`, or `trace` for one whole pass a sender; for residual streams.
 
     Returns:
         A row per pair, `layer` and `head` of the sender, with `logit_diff` between the two answers' first tokens and
-        that of the unedited run beside it.
+        that of the unedited run next to it.
 
     Raises:
         UsageError: as for `path_patch`, or both answers of a pair begin with the same token.
@@ -192,7 +195,7 @@ def path_patching(
     done = [_of_batch(vlm, some, listed, chosen, how, engine) for some in parts]
     table = pd.concat([rows for rows, _ in done], ignore_index=True)
     provenance = {"model": vlm.identity(), "engine": engine, "receipts": add_up([notes for _, notes in done])}
-    provenance |= {"receivers": [str(each) for each in chosen], "mlps": mlps}
+    provenance |= {"receivers": [str(each) for each in chosen], "mlps": mlps, PLOT: drawn_by(drawn)}
     result = Result("path_patching", table, ("layer", "head"), (LEAD,), provenance=provenance)
     return dataclasses.replace(result, findings=findings(result))
 

@@ -1,6 +1,6 @@
 """What probes could say: where the answer can be read, and where it cannot.
 
-Every model, probe, span and place is asked, none is chosen: Holm's correction over all that is declared holds for all
+Every model, probe, span and place is asked, none is selected: Holm's correction over all that is declared holds for all
 claims at once, and so for what is read off several of them, such as the layer from which on the last token has it.
 """
 
@@ -27,15 +27,15 @@ FEWEST_TO_DENY = 128
 """Groups of examples from which on it is asked whether something cannot be read: a probe that always names the
 commonest label differs from it in no example, and the sign-flip test of so few numbers that are all alike says little.
 """
-STREAMS = {"vision": "tower", "projector": "projector", "llm": "decoder"}
+STREAMS = {"vision": "vision encoder", "projector": "projector", "llm": "decoder"}
 """What claims call the streams."""
 LESS = {
-    SHUFFLED: "less that for shuffled labels",
-    TASK: "less that for the control task",
-    NO_IMAGE: "less that without the image",
-    RANDOM: "less that with random weights",
+    SHUFFLED: "minus the accuracy with shuffled labels",
+    TASK: "minus the accuracy on the control task",
+    NO_IMAGE: "minus the accuracy without the image",
+    RANDOM: "minus the accuracy with random weights",
 }
-ABOVE = "of accuracy above that of the commonest label"
+ABOVE = "accuracy above the majority-label baseline"
 _PLACE = re.compile(r"(\w+)\.(\w+)(?:\[(\d+)\])?")
 
 

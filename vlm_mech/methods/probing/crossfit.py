@@ -35,10 +35,10 @@ P_TRUE = Metric("p_true", "probability", "the probe's probability of what the im
 P_PRIOR = Metric(
     "p_prior",
     "probability",
-    "its probability of the usual answer, where pictures show another; baseline: 1 / classes",
+    "the probe's probability of the usual answer, where images show another; baseline: 1 / classes",
 )
 P_OTHER = Metric(
-    "p_other", "probability", "its mean probability of each other answer, in the same pictures; baseline: 1 / classes"
+    "p_other", "probability", "its mean probability of each other answer, in the same images; baseline: 1 / classes"
 )
 METRICS = (ACCURACY, P_TRUE, P_PRIOR, P_OTHER)
 
@@ -187,7 +187,7 @@ def _check_classes(
             lacking = f"class {names[missing[0]]!r}" if names else f"class number {missing[0]}"
             raise UsageError(
                 f"{lacking} is in no training example of split {number}; give more examples, fewer folds (at least 3), "
-                'or, if it is another, the grouping "scene", which may tear apart those with the same question'
+                'or, if it is another, the grouping "scene", which may separate those with the same question'
             )
 
 

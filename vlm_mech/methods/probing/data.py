@@ -209,7 +209,7 @@ def probe_sites(vlm: "VLM", *, every: int = 1) -> tuple[Site, ...]:
     """The output of the tower's blocks up to the last one read, of the projector, and of the decoder's blocks.
 
     Args:
-        every: take every so-many-th block, counted back from the last.
+        every: take every Nth block, counted back from the last.
     """
     if every < 1:
         raise UsageError(f"every is {every}; 1 takes all blocks, 2 every other one")

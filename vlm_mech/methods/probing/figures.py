@@ -28,7 +28,7 @@ CONTROL_LINES = {
     "random weights": {"dash": "solid"},
 }
 GREY = "#666666"
-STREAMS = {"vision": "vision tower", "projector": "", "llm": "language model"}
+STREAMS = {"vision": "vision encoder", "projector": "", "llm": "language model"}
 WIDTH_A_PLACE, MOST_TICKS = 34, 40
 
 
@@ -72,7 +72,7 @@ def depth_lines(result: Result, *, probe: str, title: str | None = None) -> "go.
         where = _cell(number, 1 if len(models) > 2 else len(models))
         panel = summary[summary["model"] == model]
         baseline = panel[panel["control"] == "none"].groupby("place", sort=False)["baseline"].mean()
-        _flat(figure, where, baseline, "commonest label")
+        _flat(figure, where, baseline, "majority label")
         for control, span in panel[["control", "span"]].drop_duplicates().itertuples(index=False):
             rows = panel[(panel["control"] == control) & (panel["span"] == span)]
             style = {"color": COLOURS[spans.index(span) % len(COLOURS)], "width": 2.5}
@@ -88,7 +88,7 @@ def depth_lines(result: Result, *, probe: str, title: str | None = None) -> "go.
     units = nouns_in(result.provenance).units
     note = f"n = {int(summary['n'].min())} examples; bands: 95 % interval over {units}, of the mean over seeds"
     figure.update_layout(meta=drawn_by(depth_lines, probe=probe, title=title))
-    return _finished(figure, places, title or f"what probes ({probe}) read at every depth", note)
+    return _finished(figure, places, title or f"probe accuracy by depth ({probe})", note)
 
 
 def conflict_lines(result: Result, *, probe: str, title: str | None = None) -> "go.Figure":
@@ -117,7 +117,9 @@ def conflict_lines(result: Result, *, probe: str, title: str | None = None) -> "
     units = _units_in_conflict(result)
     note = f"n = {int(summary['n'].max())} {units}; bands: 95 % interval over {units}"
     figure.update_layout(meta=drawn_by(conflict_lines, probe=probe, title=title))
-    return _finished(figure, _order(result), title or f"seen or usual? probes ({probe}) in conflict", note)
+    return _finished(
+        figure, _order(result), title or f"shown or usual answer? probes ({probe}) on images in conflict", note
+    )
 
 
 def _units_in_conflict(result: Result) -> str:

@@ -27,7 +27,9 @@ def findings(result: Result, notes: list[Notes]) -> tuple[str, ...]:
             found += readable(result, model, probe)
             found += _in_conflict(both, model, probe) if CONFLICT in set(accuracy["read_on"]) else []
     if CONFLICT not in set(accuracy["read_on"]):
-        found.append("no pictures in conflict were given (conflict), so no probability of a usual answer is told.")
+        found.append(
+            "No images in conflict were given (option conflict), so the usual answer's probability is not measured."
+        )
     return tuple(found)
 
 
@@ -35,14 +37,14 @@ def _asked(result: Result, accuracy: pd.DataFrame, model: str) -> str:
     """How many examples were read, and what counts as reading."""
     rows = accuracy[(accuracy["model"] == model) & (accuracy["read_on"] == TEST) & (accuracy["control"] == NONE)]
     fair, held = fair_controls(result, model), set(accuracy.loc[accuracy["model"] == model, "control"])
-    beyond = f", and as much above each control ({', '.join(fair)})" if fair else ""
+    beyond = f" and above each control ({', '.join(fair)})" if fair else ""
     text = (
-        f"{model}: probes are tested on {rows['n'].max():.0f} examples, of which the commonest label is right in "
-        f"{rows['baseline'].iloc[0]:.2f}; the answer counts as readable from {LEAST} of "
-        f"accuracy above that{beyond}; below is told by how much it lies above that, on the half that was tested"
+        f"{model}: probes are tested on {rows['n'].max():.0f} examples, the majority label is correct in "
+        f"{rows['baseline'].iloc[0]:.2f}. The answer counts as decodable if accuracy is at least {LEAST} "
+        f"above that{beyond}. Numbers below are accuracy minus that baseline, on the held-out half"
     )
     if TASK in held and TASK not in fair:
-        text += f"; the {TASK} is left out, since its labels follow from the answers"
+        text += f". The {TASK} is not used: its labels follow from the answers"
     return f"{text}."
 
 
@@ -57,10 +59,10 @@ def readable(result: Result, model: str, probe: str) -> list[str]:
         some = [claim for claim in made if span_kind(claim.about["span"]) == kind]
         if len(spans) > 1:
             read = {claim.about["span"] for claim in some if does_of(claim) == READS}
-            text = f"the answer can be read at {len(read)} of {len(spans)} spans {kind}, somewhere (claims.json)"
+            text = f"the answer can be read in some layer at {len(read)} of {len(spans)} spans {kind} (claims.json)"
         else:
             every = asked.loc[asked["span"] == spans.iloc[0], "place"].drop_duplicates()
-            text = _of_span(some, every) or "nothing is claimed"
+            text = _of_span(some, every) or "no claim"
         found.append(f"{model}, {probe} probe, {kind}: {text}.")
     return found
 
@@ -96,7 +98,7 @@ def _in_conflict(both: Sequence[pd.DataFrame], model: str, probe: str) -> list[s
             continue
         true, prior = rows.iloc[-1], others.iloc[-1]
         found.append(
-            f"{model}, {probe} probe, {span}, in conflict (n = {true['n']:.0f}), at the last place of all: "
+            f"{model}, {probe} probe, {span}, in conflict (n = {true['n']:.0f}), at the last site: "
             f"P(shown) {_with_interval(true)}, P(usual) {_with_interval(prior)}."
         )
     return found

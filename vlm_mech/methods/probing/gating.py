@@ -87,7 +87,7 @@ def _null(asked: Asked, claims: tuple[Claim, ...], kind: str, tested: Result, mo
         UsageError: none is asked for.
     """
     if not asked.null:
-        raise UsageError("no null is asked for")
+        raise UsageError("no null was requested")
     control = OWN_NULLS[kind]
     rows = tested.table[(tested.table["model"] == model.vlm.name) & (tested.table["control"] == control)]
     tables = [] if rows.empty else [rows.assign(control=NONE)]
@@ -117,7 +117,7 @@ def _design_of_nulls(design: Design, claims: Sequence[Claim]) -> Design:
 
 def _twins(model: Probed, design: Design, seeds: Sequence[int]) -> list[pd.DataFrame]:
     """Probes of models with shuffled weights, by the seed that shuffles them."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     tables = []
     for seed in tqdm(seeds, desc=TWIN, disable=None):

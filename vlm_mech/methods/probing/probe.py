@@ -26,9 +26,12 @@ from vlm_mech.methods.probing.data import (
     with_objects,
 )
 from vlm_mech.methods.probing.descent import LINEAR, ProbeRecipe, small_mlp
+from vlm_mech.methods.probing.figures import drawn
 from vlm_mech.methods.probing.findings import findings
 from vlm_mech.methods.probing.gating import Probed, gated
 from vlm_mech.methods.probing.study import AXES, ELSEWHERE, Design, completed, study
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT
 from vlm_mech.results.result import Result
 from vlm_mech.runs.provenance import remarks
 
@@ -36,10 +39,10 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 QUESTION = (
-    "What can be read off the hidden states at every depth, and is it what the image shows or what is usual? Probes "
-    "are fitted on hidden states of some {units} and tested on others. Accuracy says what could be read there, not "
-    "what the model uses: compare it with the controls. In pictures that show what is unusual, if any are read, the "
-    "probabilities say whether a place holds what is shown or what is usual."
+    "What can be decoded from the hidden states at each layer, and is it what the image shows or what is usual? "
+    "Probes are fitted on hidden states of some {units} and tested on others. Accuracy says what can be read there, "
+    "not what the model uses: compare it with the controls. On images in conflict with a prior, the probabilities say "
+    "whether a site encodes what is shown or what is usual."
 )
 
 
@@ -75,14 +78,14 @@ def probe(
         probes: `linear`, `mlp`, or recipes of one's own.
         controls: what a probe finds where there is nothing to find; any of `shuffled`, `control task`, `no image`,
             `random weights`.
-        every: of the layers only each so many.
+        every: of the layers only every Nth.
         grouping: what never stands on both sides of a split: `scene`, `template`, or `both`.
         n_folds: parts into which the examples are cut, at least 3; in turn one is for testing, the next for stopping.
         n_seeds: times that the folds are drawn and the probes fitted anew.
         seed: of the first of these, and of controls; parts the examples in halves, and draws what is random in gates.
-        batch: prompts a forward pass.
+        batch: prompts per forward pass.
         device: where the probes are fitted.
-        gates: ways in which claims could be lost: "none" but the half of the examples that did not choose them;
+        gates: robustness checks of claims: "none" but the half of the examples that did not choose them;
             "quick": resamples of the examples too; "all", as the command has it by default: probes of models with
             shuffled weights, and of shuffled labels.
         null: models with shuffled weights, and shuffles of the labels, that "all" compares with.
@@ -122,7 +125,7 @@ def probe_result(table: pd.DataFrame, provenance: dict[str, Any], asked: Asked, 
         asked: how claims are tested.
         models: those that were probed, in the order of the rows.
     """
-    about = provenance | {"question": nouns_in(provenance).put(QUESTION)}
+    about = provenance | {"question": nouns_in(provenance).put(QUESTION), PLOT: drawn_by(drawn)}
     result = Result("probes", completed(table), AXES, metrics_of(table), {}, about, elsewhere=ELSEWHERE)
     return dataclasses.replace(result, claims=gated(asked, result, models))
 
@@ -144,5 +147,5 @@ def recipe_of(name: str | ProbeRecipe, *, hidden: Sequence[int] = (64, 32)) -> P
     if isinstance(name, ProbeRecipe):
         return name
     if name not in ("linear", "mlp"):
-        raise UsageError(f"probe {name!r} is not known; linear, mlp or a ProbeRecipe is")
+        raise UsageError(f"probe {name!r} is not known; use linear, mlp or a ProbeRecipe")
     return LINEAR if name == "linear" else small_mlp(tuple(hidden))

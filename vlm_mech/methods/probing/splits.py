@@ -39,7 +39,7 @@ def grouped(examples: "Examples", grouping: str) -> Int[np.ndarray, "example"]:
         UsageError: the grouping is not known.
     """
     if grouping not in GROUPINGS:
-        raise UsageError(f"grouping {grouping!r} is not known; one of {', '.join(GROUPINGS)} is")
+        raise UsageError(f"grouping {grouping!r} is not known; use one of {', '.join(GROUPINGS)}")
     keys = {"scene": (examples.groups,), "template": (examples.templates,)}
     # A scene is never torn, whatever else is.
     return components(*keys["scene"], *(() if grouping == "scene" else keys["template"]))

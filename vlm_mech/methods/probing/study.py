@@ -66,7 +66,7 @@ class Design:
     def __post_init__(self) -> None:
         for control in self.controls:
             if control not in CONTROLS:
-                raise UsageError(f"control {control!r} is not known; {', '.join(CONTROLS)} are")
+                raise UsageError(f"control {control!r} is not known; use one of {', '.join(CONTROLS)}")
         if not self.recipes:
             raise UsageError("no probe is given; linear or mlp is needed")
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.span import Each, Tokens
-from vlm_mech.results.result import Result
+from vlm_mech.results.result import Found, Result
 from vlm_mech.results.statistics import Estimate
 
 DECODER, TOWER = "L", "V"
@@ -57,7 +57,7 @@ class Verified:
 
 
 @dataclass(frozen=True, eq=False)
-class Sinks:
+class Sinks(Found):
     """What `find_sinks` gives: the dimensions, whether they are verified, and the label of every image token.
 
     `layers` are those of the decoder that are asked. `marked` has, for each example, what the rules label whether it is
@@ -86,7 +86,7 @@ class Sinks:
             UsageError: there is no such example.
         """
         if not 0 <= example < len(self.marked):
-            raise UsageError(f"example {example} is asked for; sinks were looked for in {len(self.marked)}")
+            raise UsageError(f"example {example} was requested; sinks were looked for in {len(self.marked)}")
         here = self.marked[example]
         both = [here.of(kind) if kind in self.claimed else np.zeros(len(here.tokens), bool) for kind in KINDS]
         names: dict[tuple[bool, bool], Label] = {(True, True): "both", (True, False): "L", (False, True): "V"}
@@ -120,7 +120,7 @@ def matched_tokens(sinks: Sinks, by: Literal["random", "attention"] = "random", 
 
     Args:
         sinks: what `find_sinks` gave.
-        by: `random`, or `attention` for those that get most attention in the decoder, in the mean over layers.
+        by: `random`, or `attention` for those that get most attention in the decoder, averaged over layers.
         seed: draws them.
 
     Returns:

@@ -51,7 +51,7 @@ def sink_maps(result: Result, *, title: str | None = None) -> "go.Figure":
 
     pages = result.provenance.get("pages")
     if not pages:
-        raise UsageError(f"{result.name} holds no pictures; image tokens of this model are no patches")
+        raise UsageError(f"{result.name} holds no images; this model's image tokens are not patches")
     titles = [html.escape(page["title"], quote=False) for page in pages]
     figure = make_subplots(1, len(pages), subplot_titles=titles, horizontal_spacing=0.03)
     named: set[str] = set()

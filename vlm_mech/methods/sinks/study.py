@@ -19,8 +19,11 @@ from vlm_mech.extraction.sink_rule import N_DIMS, SinkStates, Threshold, leading
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.interventions.attention_weights import attention_from, tower_attention
 from vlm_mech.methods.sinks.data import DECODER, KINDS, TOWER, Marked, Sinks, Verified
+from vlm_mech.methods.sinks.figures import drawn
 from vlm_mech.methods.sinks.findings import findings
 from vlm_mech.methods.sinks.pictures import shown
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.results.statistics import Estimate, ratio_estimate
 from vlm_mech.runs.provenance import about
@@ -41,13 +44,13 @@ TOKENS = Metric(
 ATTENTION = Metric(
     "attention",
     "share",
-    "attention to image tokens, from the tokens after them, that goes to those labelled; beside it what these would "
+    "attention to image tokens, from the tokens after them, that goes to those labelled; baseline: what these would "
     "get if all image tokens got the same",
     against="equal attention",
 )
 QUESTION = (
-    "Which image tokens gather attention whatever they show? They are labelled by their states alone, in the decoder "
-    "and in the tower, and it is verified on other pictures that they get attention."
+    "Which image tokens attract attention whatever they show (attention sinks)? They are labelled by their states "
+    "alone, in the decoder and in the vision encoder. That they get attention is verified on other images."
 )
 
 
@@ -77,7 +80,7 @@ def find_sinks(
         threshold: "relative" to the width and the other tokens (docs/methods.md), or a number that |RMSNorm(h)|
             exceeds, such as the 20 of VAR, which labels ordinary tokens where residual norms grow.
         n_dims: how many dimensions are looked for at most.
-        batch: prompts a forward pass.
+        batch: prompts per forward pass.
         seed: parts the pictures in halves.
 
     Returns:
@@ -113,7 +116,12 @@ def find_sinks(
     provenance = {"question": QUESTION, "model": vlm.identity()}
     if isinstance(data, Pairs):
         provenance = about(QUESTION, vlm, data, {})
-    provenance |= {"dims": list(known), "threshold": threshold, "verified": {k: told(v) for k, v in verified.items()}}
+    provenance |= {
+        PLOT: drawn_by(drawn),
+        "dims": list(known),
+        "threshold": threshold,
+        "verified": {k: told(v) for k, v in verified.items()},
+    }
     result = Result(
         "sinks", _table(read.marked, layers, names, groups), ("kind", "layer"), (TOKENS, ATTENTION), {}, provenance
     )
@@ -144,7 +152,7 @@ def _prompts(vlm: "VLM", data: Any, dims: Sequence[int] | None, threshold: Thres
     given = data.base if isinstance(data, Pairs) else data
     prompts = [given] if isinstance(given, Prompt) else list(given) if isinstance(given, list | tuple) else []
     if not prompts or not all(isinstance(each, Prompt) and each.images for each in prompts):
-        raise UsageError("find_sinks takes Pairs, or prompts with a picture each, such as pairs.base")
+        raise UsageError("find_sinks takes Pairs, or prompts with an image each, such as pairs.base")
     if threshold != "relative" and (isinstance(threshold, str | bool) or not float(threshold) > 0):
         raise UsageError(f"threshold is {threshold!r}; 'relative', or a number above 0 such as 20, is needed")
     width = vlm.width(Site("llm.resid_pre", 0))
@@ -239,7 +247,7 @@ def _of_decoder(dims: tuple[int, ...], same: bool | None, marked: Sequence[Marke
             parts.append((attention[sinks].mean(), attention[~sinks].mean()))
     n, factor, holds, says = _judged(parts)
     if same is False:
-        holds, says = False, "other dimensions lead at the first token of the pictures that did not choose them"
+        holds, says = False, "other dimensions lead at the first token of the images that did not choose them"
     return Verified(n, factor, same, holds=holds, says=says)
 
 

@@ -1,4 +1,4 @@
-"""What steering could say: a direction moves the answer, by more than every other one as long; or nothing does."""
+"""What steering could say: a direction shifts the answer, by more than every other one as long; or nothing does."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from vlm_mech.results.result import Result
 if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
-RAISES, LOWERS, NOTHING = "raises", "lowers", "does not move"
+RAISES, LOWERS, NOTHING = "raises", "lowers", "does not change"
 """Kinds of claims: a dose raises the difference of answers, one the other way lowers it, or neither moves it."""
 WAYS = ((AGAINST, RAISES, 1), (TOWARD, LOWERS, -1))
 """Each way is asked about the pictures whose answers it leads away from."""
@@ -30,7 +30,7 @@ docs/claims.md)."""
 N_RANDOM = 5
 """Random directions that a null and another wording have: with fewer than the run has they are beaten more easily."""
 WORDS = {"last": "the last token", "image": "the image tokens", "question": "the question tokens"}
-SHOWS = {AGAINST: "pictures that show another answer", TOWARD: "pictures that show its answer"}
+SHOWS = {AGAINST: "images that show the other answer", TOWARD: "images that show its answer"}
 
 
 def pool_of(steering: Steering, n_layers: int) -> Pool:
@@ -91,7 +91,7 @@ def _nothing(result: Result, cells: pd.DataFrame, dose: float, enough: float, la
                 way: dict[str, Any] = {"less": "baseline"}
                 conditions.append(Condition(metric.name, cell, "below", 0.0, enough, **way))
                 conditions.append(Condition(metric.name, cell, "above", 0.0, -enough, **way))
-            says = f"steering {_words(here['span'])} at layer {here['layer']} by {dose:g} state norms either way"
+            says = f"steering {_words(here['span'])} at layer {here['layer']} by {dose:g} state norms, either sign,"
             says += f" {NOTHING} {metric.name} by {enough:.2g} for {SHOWS[picture]}"
             about = {**here, "picture": picture}
             found.append(Claim(NOTHING, about, says, tuple(conditions), metric.unit))
@@ -107,7 +107,7 @@ def edit_of(steering: Steering) -> EditOf:
 
     def made(claim: Claim, pairs: Pairs) -> ClaimEdit | str:
         if claim.kind == NOTHING:
-            return "it denies an effect of two edits"
+            return "it is about the absence of an effect, of two edits"
         point = next(
             each for each in steering.alone().points() if each.direction == FOUND and each.dose == claim.about["dose"]
         )
@@ -130,7 +130,7 @@ def again(
         train: pairs that the direction was found on.
         test: pairs that the result is about.
         how: further options of `study.steered`.
-        batch: prompts a forward pass.
+        batch: prompts per forward pass.
         seed: draws directions.
     """
     own, drawn = {pair.id: pair for pair in test}, iter(range(seed + 1, seed + 10_000))

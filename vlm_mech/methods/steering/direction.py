@@ -119,7 +119,7 @@ class Direction:
         except FileNotFoundError:
             raise UsageError(f"there is no file {str(path)!r}; Direction.save writes one") from None
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{str(path)!r} is no file of a direction: {error}") from None
+            raise UsageError(f"{str(path)!r} is not a file of a direction: {error}") from None
         told |= {"site": Site(*told["site"]), "parts": {name: tuple(ids) for name, ids in told["parts"].items()}}
         return cls(vector, **told)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["by_dose", "drawn"]
 
 SHADES = {FOUND: COLOURS[0], **dict(zip(OTHERS, ("#999999", COLOURS[1], COLOURS[2]), strict=True))}
-ASKED = {AGAINST: "pictures that show another answer", TOWARD: "pictures that show its answer"}
+ASKED = {AGAINST: "images that show the other answer", TOWARD: "images that show its answer"}
 
 
 def __dir__() -> list[str]:
@@ -63,7 +63,7 @@ def by_dose(result: Result, *, metric: str, title: str | None = None) -> "go.Fig
         xref="paper", yref="paper", x=0, y=0, yshift=-78, showarrow=False, xanchor="left", font={"size": 11},
         name="caption",
     )  # fmt: skip
-    figure.update_xaxes(title_text="dose (shares of the norm of a state)")
+    figure.update_xaxes(title_text="dose (fraction of the mean state norm)")
     figure.update_yaxes(title_text=f"{chosen.name} ({chosen.unit})", col=1)
     if not chosen.signed:
         figure.update_yaxes(range=[-0.05, 1.05])

@@ -49,10 +49,9 @@ if TYPE_CHECKING:
 
 SPANS = ("last", "image")
 QUESTION = (
-    "Does a direction among the states move the answers, by how much a dose, and what else does it change? States are "
-    "moved along a direction, the difference of mean states of two kinds of pictures. It was found on some pairs; "
-    "span, layer and dose were chosen on others. The answers to the rest are told by dose, beside random directions as "
-    "long."
+    "Does a steering direction change the answers, by how much per dose, and what else does it change? The direction "
+    "is the difference of mean states between two kinds of images, computed on training pairs. Span, layer and dose "
+    "are chosen on validation pairs. Test answers are given by dose, compared with random directions of equal norm."
 )
 
 
@@ -112,10 +111,10 @@ def steering_of(
     Args:
         spans, layers, point: the places.
         doses: among those above 0 one is chosen.
-        n_random: random directions as long; below 20 nothing is claimed.
+        n_random: random directions of equal norm; below 20 no claim is made.
         n_others: of shuffled labels, and as many orthogonal to the one found.
         measure, engine, memory: as for `study.steered`.
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
         seed: draws the controls.
 
     Raises:
@@ -189,10 +188,10 @@ def find_direction(
     """The difference of mean states between pictures with one answer and pictures with another, where it steers best.
 
     Groups of pairs are parted in three. On the first part the direction is found at every layer and span: the mean over
-    pairs of the state (its mean over the span's tokens) of the picture that the direction is for, less that of the
-    other picture. On the second, layer, span and dose are chosen: those with which greedy search says the direction's
-    answer most often about pictures that show another one (of equal ones the smallest dose). What that does to the
-    third, which chose nothing, is in `told`.
+    pairs of the state (its mean over the span's tokens) of the picture that the direction is for, minus that of the
+    other picture. On the second, layer, span and dose are chosen: those with which greedy decoding gives the
+    direction's answer most often about pictures that show another one (of equal ones the smallest dose). What that
+    does to the third, which chose nothing, is in `told`.
 
     Args:
         contrast: "shown" for what pictures in conflict show, over the usual answer; "left/right" for one answer over
@@ -205,7 +204,7 @@ def find_direction(
         shares: of the groups, for finding and for choosing.
         measure: how the two answers of a pair are compared: `logit_diff`, `logprob_diff` or `logprob_diff_per_token`.
         variants: spellings of the answers, as for `layer_swap`.
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
         engine: `fast`, or `trace` for the reference.
         memory: bytes it may take beyond the model, such as "2GiB".
         seed: parts the groups.
@@ -239,17 +238,17 @@ def dose_response(
     memory: int | str | None = None,
     seed: int = 0,
 ) -> Result:
-    """How answers follow the dose of a direction, beside random directions as long.
+    """How answers follow the dose of a direction, beside random directions of equal norm.
 
     Args:
         direction: such as `find_direction` gives; its contrast says which pairs are asked, and which answer is its own.
         pairs: none of those that it was found or chosen on.
         doses: in shares of the mean norm of states there; 0 and both signs.
-        n_random: random directions as long; all of the sphere. Below 20 no p is told, and the findings say so.
-        n_orthogonal: random directions as long without what they have of the direction.
+        n_random: random directions of equal norm; all of the sphere. Below 20 no p is told, and the findings say so.
+        n_orthogonal: random directions of equal norm without what they have of the direction.
         measure: how the two answers of a pair are compared.
         variants: spellings of the answers.
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
         engine: `fast`, or `trace` for the reference.
         memory: bytes it may take beyond the model, such as "2GiB".
         seed: draws the random directions.

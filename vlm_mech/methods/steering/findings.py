@@ -8,10 +8,10 @@ from vlm_mech.methods.steering.study import ENOUGH_RANDOM
 from vlm_mech.results.claim import sentences
 from vlm_mech.results.result import Result
 
-SHOWN = {"against": "pictures that show another answer", "toward": "pictures that show its answer"}
+SHOWN = {"against": "images that show the other answer", "toward": "images that show its answer"}
 CONTROLS = {
-    "random": "random directions as long",
-    "shuffled": "directions of shuffled labels",
+    "random": "random directions of equal norm",
+    "shuffled": "directions from shuffled labels",
     "orthogonal": "orthogonal directions",
 }
 
@@ -27,14 +27,13 @@ def findings(result: Result, slopes: pd.DataFrame, effects: pd.DataFrame, *, cla
     told = result.provenance["direction"]
     parts = told["n_pairs"]
     found = [
-        f"The direction for {told['contrast']} was found on {parts['train']} pairs; span, layer and dose were chosen "
-        f"on {parts['validation']}, and what follows is about the other {parts['test']}."
+        f"The direction for {told['contrast']} was computed on {parts['train']} pairs; span, layer and dose were "
+        f"chosen on {parts['validation']} validation pairs. All results are on {parts['test']} test pairs."
     ]
     n_random = slopes.loc[slopes["direction"].astype(str).str.startswith("random"), "direction"].nunique()
     if n_random < ENOUGH_RANDOM:
         found.append(
-            f"Random directions that stand beside it: {n_random}; below {ENOUGH_RANDOM} nothing is claimed and no p "
-            "told."
+            f"Only {n_random} random directions were run; below {ENOUGH_RANDOM} no claim is made and no p is given."
         )
     elif claiming:
         found += sentences(result.claims)
@@ -47,12 +46,12 @@ def sloped(slopes: pd.DataFrame, unit: str) -> tuple[str, ...]:
     for picture in slopes["picture"].drop_duplicates() if len(slopes) else ():
         rows = slopes[slopes["picture"] == picture]
         (own,) = rows[rows["direction"] == "found"].to_dict("records")
-        text = f"{SHOWN[picture].capitalize()}: a dose of one state norm moves the difference by {own['slope']:+.2f} "
-        text += f"({own['low']:+.2f} to {own['high']:+.2f}) {unit} in the mean over doses; the slope is negative in "
-        text += f"{100 * own['anti_steerable']:.0f} % of {own['n']} examples; Spearman's correlation of dose and "
-        text += f"difference is {own['spearman']:.2f} in the mean"
+        text = f"{SHOWN[picture].capitalize()}: a dose of one state norm changes the difference by {own['slope']:+.2f} "
+        text += f"({own['low']:+.2f} to {own['high']:+.2f}) {unit} on average over doses. The slope is negative in "
+        text += f"{100 * own['anti_steerable']:.0f} % of {own['n']} examples. Mean Spearman correlation of dose and "
+        text += f"difference: {own['spearman']:.2f}"
         beside = [_beside(rows, kind, own) for kind in CONTROLS if rows["direction"].str.startswith(kind).any()]
-        found.append(f"{text}{'; slopes as large have ' if beside else ''}{', '.join(beside)}.")
+        found.append(f"{text}{'. Controls with a slope as large: ' if beside else ''}{', '.join(beside)}.")
     return tuple(found)
 
 
@@ -74,8 +73,8 @@ def accuracies(result: Result) -> tuple[str, ...]:
         says, right = (f"{100 * rows[name].mean():.0f} %" for name in ("says_toward", "right"))
         before, known = (f"{100 * rows[f'{name}_baseline'].mean():.0f} %" for name in ("says_toward", "right"))
         found.append(
-            f"{SHOWN[str(picture)].capitalize()}, dose {dose:+g}: the direction's answer is said in {says} (unsteered "
-            f"{before}), the right one in {right} ({known}), n = {rows['example'].nunique()}."
+            f"{SHOWN[str(picture)].capitalize()}, dose {dose:+g}: the model gives the direction's answer in {says} "
+            f"(unsteered {before}) and the correct one in {right} ({known}), n = {rows['example'].nunique()}."
         )
     return tuple(found)
 
@@ -92,8 +91,8 @@ def besides(effects: pd.DataFrame) -> tuple[str, ...]:
             f"{row['direction']} {row['change']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
             for row in rows.to_dict("records")
         ]
-        name = {"accuracy": "change of accuracy", "kl": "divergence of the next token (nats)"}.get(
-            str(what), "change of repetition in what is written"
+        name = {"accuracy": "change of accuracy", "kl": "KL divergence of the next token (nats)"}.get(
+            str(what), "change of repetition in generated text"
         )
         found.append(f"Side effects, {questions}, dose {dose:+g}: {name} {', '.join(each)}, n = {rows['n'].iloc[0]}.")
     return tuple(found)

@@ -59,12 +59,12 @@ def side_effects(
 
     Args:
         others: what is asked, about their first pictures.
-        batch: prompts a forward pass.
+        batch: prompts per forward pass.
         engine, memory: as for `sweep`.
         seed: draws the bootstrap.
 
     Returns:
-        Rows of `COLUMNS`: the change of accuracy (greedy search says the right answer), and the Kullback-Leibler
+        Rows of `COLUMNS`: the change of accuracy (greedy decoding gives the right answer), and the Kullback-Leibler
         divergence of the next token from that of the unedited run (nats), with 95 % intervals over examples. Of random
         directions (`random`) each example has its mean over them.
     """
@@ -159,7 +159,7 @@ def tables_of(
     memory: int | str | None = None,
     seed: int = 0,
 ) -> dict[str, pd.DataFrame]:
-    """What stands beside a result: `slopes` by direction, `side_effects`, and texts `written` under the dose chosen.
+    """What is given next to a result: `slopes` by direction, `side_effects`, and texts `written` under the dose chosen.
 
     Args:
         pairs: that the result is about; n_written of them are written about, of max_new_tokens at most.

@@ -114,7 +114,7 @@ def differences(vlm: "VLM", pairs: Pairs, places: Sequence[Place], *, batch: int
     Places at which no two pictures differ (such as the last token before any attention) are left out.
 
     Args:
-        batch: prompts a forward pass.
+        batch: prompts per forward pass.
 
     Raises:
         UsageError: a span that a prompt does not have, or no place is left.
@@ -135,7 +135,7 @@ def differences(vlm: "VLM", pairs: Pairs, places: Sequence[Place], *, batch: int
         if each.mean(0).norm() > 0:
             found[place] = Differences(place, each, norms[place])
     if not found:
-        raise UsageError(f"the pictures of {pairs.name} make no difference to any of these states; name later layers")
+        raise UsageError(f"the images of {pairs.name} make no difference to any of these states; name later layers")
     return found
 
 

@@ -20,7 +20,10 @@ from vlm_mech.interventions.receipt import add_up
 from vlm_mech.interventions.specification import Steer
 from vlm_mech.methods.steering.data import AGAINST, TOWARD
 from vlm_mech.methods.steering.direction import steer
+from vlm_mech.methods.steering.figures import drawn
 from vlm_mech.methods.steering.states import FOUND, Differences, Place
+from vlm_mech.results.figures import drawn_by
+from vlm_mech.results.plotted import PLOT
 from vlm_mech.results.result import Metric, Result
 from vlm_mech.results.statistics import percentile_interval, share_interval
 from vlm_mech.sweeps.measures import Comparison, Measure, comparison, said
@@ -31,8 +34,8 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 AXES = ("direction", "picture", "span", "layer", "dose")
-SAYS = Metric("says_toward", "share", "share of examples in which greedy search says the answer the direction is for")
-RIGHT = Metric("right", "share", "share of examples in which greedy search says what the picture shows")
+SAYS = Metric("says_toward", "share", "share of examples in which greedy decoding gives the direction's answer")
+RIGHT = Metric("right", "share", "share of examples in which greedy decoding gives what the image shows")
 SLOPES = (
     *("direction", "picture", "n", "slope", "low", "high"),
     *("anti_steerable", "anti_low", "anti_high", "spearman"),
@@ -40,7 +43,7 @@ SLOPES = (
 """Columns of `slopes`, before the rank among random directions."""
 N_RESAMPLES = 2000
 ENOUGH_RANDOM = 20
-"""Random directions below which nothing is claimed and no rank among them is told: 1/21 is the least p that 20 give."""
+"""Random directions below which no claim is made and no rank among them is told: 1/21 is the least p that 20 give."""
 
 
 def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
@@ -162,7 +165,7 @@ def plan_steering(
 
     Args:
         measure, memory: as for `steered`.
-        batch: pairs a forward pass.
+        batch: pairs per forward pass.
 
     Raises:
         TooLargeError: a single cell of a single example does not fit into the memory.
@@ -176,7 +179,7 @@ def plan_steering(
 def chosen(table: pd.DataFrame, measure: str, found: Mapping[Place, Differences]) -> tuple[Place, float]:
     """Place and dose with which answers are said most often that the direction is for, where the picture shows others.
 
-    What greedy search says counts, out of all words, so that a dose that drives a model to say neither is none. Of
+    What greedy decoding gives counts, out of all words, so that a dose that drives a model to say neither is none. Of
     equal ones the smallest dose is taken, of these the one that moves the difference of the answers most.
 
     Args:
@@ -193,7 +196,7 @@ def chosen(table: pd.DataFrame, measure: str, found: Mapping[Place, Differences]
 
 def result_of(table: pd.DataFrame, measure: Comparison, provenance: dict[str, Any]) -> Result:
     """The rows of `steered` as a result."""
-    return Result("steering", table, AXES, metrics_of(measure), {}, provenance)
+    return Result("steering", table, AXES, metrics_of(measure), {}, provenance | {PLOT: drawn_by(drawn)})
 
 
 def slopes(result: Result, place: Mapping[str, Any], *, seed: int = 0) -> pd.DataFrame:

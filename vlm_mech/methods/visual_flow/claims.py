@@ -1,5 +1,5 @@
 """What a map of the visual flow could say of a layer: that it reads, writes, carries, pushes or suppresses, and where
-a swap turns the answer, where the rival leads, and where a probe finds the answer.
+a swap flips the answer, where the rival leads, and where a probe finds the answer.
 
 Each is a claim with one or several conditions on the cells of `effects.flow_effects`; one half of the examples declares
 and the other half tests (`results.claiming`), so that a layer is never named on the examples that chose it.
@@ -50,26 +50,26 @@ TURNS, FOUND = "swap turns", "decoded"
 """Kinds of claims, beside those of knockouts, `NEEDED` and `HOLDS_BACK`, and of the lens (`OF_THE_LENS`)."""
 OF_THE_LENS = (PUSH, SUPPRESS, OVERTAKEN)
 WHY_NOT = {
-    READ: "it compares swaps at two depths, and edits no one place",
-    WRITE: "it compares swaps at two depths, and edits no one place",
-    PUSH: "it reads states, and edits none",
-    SUPPRESS: "it reads states, and edits none",
-    OVERTAKEN: "it reads states, and edits none",
-    FOUND: "it reads states, and edits none",
+    READ: "it compares patches at two depths and edits no single site",
+    WRITE: "it compares patches at two depths and edits no single site",
+    PUSH: "it reads states and edits none",
+    SUPPRESS: "it reads states and edits none",
+    OVERTAKEN: "it reads states and edits none",
+    FOUND: "it reads states and edits none",
 }
 """Why claims that rest on no cut and no single swap have no edit."""
 NAMES_OF = {
     READ: "layers that read the image's answer",
     WRITE: "layers that write it",
-    CARRY: "layers that carry it from the question",
+    CARRY: "layers that move it from the question",
     NEEDED: "cuts that lower the answer's lead",
     SUPPRESS: "layers that suppress the answer",
-    OVERTAKEN: "depths from which on the rival leads",
+    OVERTAKEN: "depths from which the rival leads",
 }
 """What findings tell of, where there is no such claim."""
 TOKENS = {LAST: "the last token", WHOLE: "the last token and the answers' tokens"}
 PLACES = {"object": "the object's patches", "last": "the last token"}
-AT_RANDOM = "less what as many edges between random tokens do there:"
+AT_RANDOM = "minus the effect of the same number of random edges:"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class FlowClaims:
 
 
 def edit_of(scan: Scan, sites: Sequence[Site]) -> EditOf:
-    """The edit of a claim: the cut that it is about, or the swap that turns the answer; others edit nothing by name.
+    """The edit of a claim: the cut that it is about, or the swap that flips the answer; others edit nothing by name.
 
     Args:
         scan: what is cut.
@@ -247,7 +247,7 @@ def _layers(asked: _Asked) -> list[Claim]:
     """Layers that read, write and carry."""
     found, said = [], asked.said
     of_last, of_question, taken_over = edges(said)
-    does = "what a swap of {} does to the answer's lead {} across it"
+    does = "the effect of patching {} on the answer's lead {} across it"
     lost, grows = does.format("the image", "is lost"), does.format(TOKENS[said], "grows")
     for layer in asked.layers[READS, "image"]:
         reads, about = _condition(READS, "image", layer, "above", asked.enough), {"layer": layer}
@@ -259,9 +259,9 @@ def _layers(asked: _Asked) -> list[Claim]:
         writes = _condition(WRITES, said, layer, "below", asked.enough)
         found.append(Claim(WRITE, about, f"layer {layer} writes: {grows}", (writes,), asked.unit))
         if cut := asked.cut(taken_over, layer, "below"):
-            held = "a swap of the question before it:"
+            held = "patching the question before it:"
             holds = _condition(SWAPPED, "question", layer - 1, "below", asked.enough, says=held)
-            says = f"layer {layer} carries from the question: {grows}"
+            says = f"layer {layer} moves it from the question: {grows}"
             found.append(Claim(CARRY, about, says, (writes, *cut, holds), asked.unit))
     return found
 
@@ -279,7 +279,7 @@ def _cuts(asked: _Asked) -> list[Claim]:
 
 
 def _turning(asked: _Asked) -> list[Claim]:
-    """Depths at which a swap turns the answer: it does more than half of what the other image changes.
+    """Depths at which a swap flips the answer: it does more than half of what the other image changes.
 
     Left out are those at which it must, whatever the model does: the image in the decoder's input, and the last output.
     """
@@ -296,12 +296,15 @@ def _turning(asked: _Asked) -> list[Claim]:
             elif span == "question":
                 depths, at = [layer], f"at {depth_named(layer)}"
             else:
-                depths, at = [each for each in layers if each >= layer], f"at every depth from {depth_named(layer)} on"
+                depths, at = (
+                    [each for each in layers if each >= layer],
+                    f"at every depth from {depth_named(layer)} onwards",
+                )
             conditions = tuple(_condition(TURNED, span, each, "below", asked.enough) for each in depths)
             what = TOKENS[said] if span == said else f"the {span}"
-            says = f"a swap of {what} turns the answer (more than half of what the other image changes) {at}"
+            says = f"patching {what} flips the answer (more than half of the other image's effect) {at}"
             about = {"layer": layer, "span": span}
-            found.append(Claim(TURNS, about, says, conditions, f"{asked.unit} beyond half there"))
+            found.append(Claim(TURNS, about, says, conditions, f"{asked.unit} beyond half"))
     return found
 
 
@@ -322,12 +325,12 @@ def _decoded(asked: _Asked) -> list[Claim]:
     found = []
     for span in asked.spans(DECODED):
         layers = asked.layers[DECODED, span]
-        likelier = f"decodable: at {PLACES.get(span, span)} P(answer) of a probe is above P(rival) at every depth"
+        likelier = f"decodable: at {PLACES.get(span, span)} a probe's P(answer) exceeds P(rival) at every depth"
         for layer in layers:
             if span == "object":
                 depths, run = [each for each in layers if each <= layer][::-1], f"up to {depth_named(layer)}"
             else:
-                depths, run = [each for each in layers if each >= layer], f"from {depth_named(layer)} on"
+                depths, run = [each for each in layers if each >= layer], f"from {depth_named(layer)} onwards"
             conditions = tuple(_condition(DECODED, span, each, "above") for each in depths)
             found.append(Claim(FOUND, {"layer": layer, "span": span}, f"{likelier} {run}", conditions, "there"))
     return found

@@ -62,8 +62,8 @@ def columns_of(result: Result) -> Columns:
 
     A block reads what a swap of the image loses across it, and writes what a swap of the last token gains; both are
     differences of neighbouring places, so a layer here is a block. The lead is risen over that in the decoder's input.
-    A swap turns the answer where it does more than half of what that of the image does in the decoder's input, which is
-    all that the other image changes. What probes decode is the probability of the answer less that of its rival.
+    A swap flips the answer where it does more than half of what that of the image does in the decoder's input, which is
+    all that the other image changes. What probes decode is the probability of the answer minus that of its rival.
     """
     found, place = {}, said_in(result)
     swaps = {span: changes_of(result, SWAP, span) for span in spans(place)}

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 READING, SUPPRESSING, GREY = "#009E73", "#D55E00", "#888888"
 STREAMS = {"vision": "vision tower", "projector": "projector", "llm": "language model"}
 ROWS = {
-    "decodable here": "probability",
-    "used here": "fraction recovered",
-    "must flow here": "change of {what}<br>difference ({unit})",
-    "preferred here": "lead over the<br>rival ({unit})",
+    "decodable (probe)": "probability",
+    "used (patching)": "recovered fraction",
+    "needed (knockout)": "change of {what}<br>difference ({unit})",
+    "preferred (lens)": "lead over the<br>rival ({unit})",
 }
 MOST_TICKS = 40
 Place = tuple[str, int]
@@ -60,9 +60,9 @@ def flow_map(result: Result, *, title: str | None = None) -> "go.Figure":
     summary, places = result.summary(), _places(result)
     at = {place: number for number, place in enumerate(places)}
     place = said_in(result)
-    drawn = {"decodable here": _probes, "used here": partial(_swaps, place=place)}
-    drawn |= {"preferred here": partial(_lead, place=place)}
-    drawn["must flow here"] = partial(_cuts, metric=difference_of(result), place=place)
+    drawn = {"decodable (probe)": _probes, "used (patching)": partial(_swaps, place=place)}
+    drawn |= {"preferred (lens)": partial(_lead, place=place)}
+    drawn["needed (knockout)"] = partial(_cuts, metric=difference_of(result), place=place)
     how = {"what": compared_by(difference_of(result)), "unit": result.metric("lead").unit}
     for number, name in enumerate(names, 1):
         drawn[name](figure, number, summary, at, str(rival))
@@ -101,7 +101,7 @@ def _swaps(
     figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str, *, place: str
 ) -> None:
     for span, colour in zip(spans(place), COLOURS, strict=False):
-        _line(figure, row, _rows(summary, SWAP, span, "recovered"), at, f"swap of {span}", colour)
+        _line(figure, row, _rows(summary, SWAP, span, "recovered"), at, f"patch {span}", colour)
 
 
 def _cuts(
@@ -112,7 +112,9 @@ def _cuts(
         _line(figure, row, _rows(summary, KNOCKOUT, edge, metric), at, f"cut {name}", colour, of="effect")
     for edge, colour in zip(edges(place), COLOURS, strict=False):
         control = _rows(summary, CONTROL, edge, metric)
-        _line(figure, row, control, at, "dotted: as many<br>random edges", colour, of="effect", dash="dot", thin=True)
+        _line(
+            figure, row, control, at, "dotted: equally many<br>random edges", colour, of="effect", dash="dot", thin=True
+        )
     figure.add_hline(y=0, line={"color": GREY, "width": 1}, row=row, col=1)
 
 
@@ -120,7 +122,7 @@ def _lead(
     figure: "go.Figure", row: int, summary: pd.DataFrame, at: dict[Place, int], rival: str, *, place: str
 ) -> None:
     where = "last" if place == LAST else "last and<br>answer's tokens"
-    name = f"lens at {where}: answer<br>less {html.escape(rival, quote=False)}"
+    name = f"lens at {where}: answer<br>minus {html.escape(rival, quote=False)}"
     _line(figure, row, _rows(summary, LENS, place, "lead"), at, name, COLOURS[0])
     figure.add_hline(y=0, line={"color": GREY, "width": 1}, row=row, col=1)
 
@@ -230,12 +232,11 @@ def _dressed(figure: "go.Figure", result: Result, title: str | None, height: int
     n = result.table["example"].nunique()
     about = result.provenance.get("model", {})
     model = about.get("name", "") if isinstance(about, dict) else str(about)
-    words = title or f"what is seen on its way to the answer: {model}"
+    words = title or f"from image to answer: {model}"
     note = (
-        f"n = {n} examples; bands: 95 % interval over examples. Probe, swap and lens are after a block,"
-        " cuts in it; in: what the decoder receives.<br>Shaded: layers claimed to read (green) and to suppress (orange)"
-        " on examples that did not choose them; bold: no gate lost;<br>dashed: the rival is claimed to lead from"
-        " there on."
+        f"n = {n} examples; bands: 95 % interval over examples. Probe, patching, lens: after a block; knockout: in "
+        "it; in: the decoder's input.<br>Shaded: layers claimed to read (green) and to suppress (orange), tested on "
+        "held-out examples; bold: passes all gates;<br>dashed: from here on the rival is claimed to lead."
     )
     figure.add_annotation(
         text=note, xref="paper", yref="paper", x=0, y=0, yshift=-98, xanchor="left", align="left", showarrow=False,

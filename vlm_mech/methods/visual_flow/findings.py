@@ -33,18 +33,18 @@ def _named(result: Result) -> tuple[str, ...]:
         own = each[PATCHES]
         floors = "; ".join(f"{each[floor]['baseline']:.2f} by words of {FLOORS[floor]}" for floor in FLOORS)
         found.append(
-            f"The {each['lens']} names kind or colour of what a patch shows in {own['mean']:.2f} of the patches of "
-            f"{own['n']} generated scenes, at the depth that other scenes chose; {floors}. The difference from the "
-            f"first of these is {own['effect_low']:+.2f} to {own['effect_high']:+.2f}."
+            f"The {each['lens']} names the kind or colour shown in {own['mean']:.2f} of the patches of "
+            f"{own['n']} generated scenes, at a depth chosen on other scenes. Floors: {floors}. The difference from "
+            f"the first floor is {own['effect_low']:+.2f} to {own['effect_high']:+.2f}."
         )
     return tuple(found)
 
 
 def _examples(result: Result, cases: Cases) -> str:
-    text = f"{len(cases)} examples of {cases.pairs.name}, those answered wrongly included; the rival is {cases.rival}"
+    text = f"{len(cases)} examples of {cases.pairs.name}, including wrongly answered ones; the rival is {cases.rival}"
     why = no_gap(compared_by(difference_of(result)))
     close = len(set(result.table.loc[result.table["skipped"] == why, "example"]))
-    text += f"; in {close} the {why}, so that they have no recovered fraction" if close else ""
+    text += f"; {close} have no recovered fraction because the {why}" if close else ""
     return f"{text}."
 
 
@@ -67,16 +67,16 @@ def _decodable(summary: pd.DataFrame) -> tuple[str, ...]:
                 ends[method, metric] = _rows(summary, method, metric, span)
         accuracy, control = ends[PROBE, "accuracy"], ends[SHUFFLED, "accuracy"]
         places = [number for number, layer in enumerate(accuracy["layer"]) if span == "object" or layer != INPUT]
-        first = "in the decoder's input" if span == "object" else "after the first block that is read"
-        chosen = ((places[0], first), (places[-1], "after the last"))
+        first = "at the decoder's input" if span == "object" else "after the first probed block"
+        chosen = ((places[0], first), (places[-1], "after the last block"))
         true, rival = (ends[PROBE, metric]["mean"].tolist() for metric in ("p_true", "p_rival"))
         each = [
             f"{at} {_number(accuracy.iloc[place])}, P(answer) {true[place]:.2f}, P(rival) {rival[place]:.2f}"
             for place, at in chosen
         ]
-        text = f"decodable: at {where} a linear probe finds the answer in these shares of examples: {'; '.join(each)}"
+        text = f"decodable: at {where}, accuracy of a linear probe: {'; '.join(each)}"
         controls = " and ".join(f"{control.iloc[place]['mean']:.2f}" for place, _ in chosen)
-        found.append(f"{text}; probes of shuffled labels there {controls}.")
+        found.append(f"{text}; with shuffled labels {controls}.")
     return tuple(found)
 
 
@@ -84,7 +84,7 @@ def _preferred(result: Result, summary: pd.DataFrame, cases: Cases) -> str:
     rows = _rows(summary, LENS, "lead", cases.said)
     text = f"preferred: at {TOKENS[cases.said]} the lens gives the answer a lead over {cases.rival} of"
     unit = result.metric("lead").unit
-    return f"{text} {_number(rows.iloc[0])} {unit} in the decoder's input and of {_number(rows.iloc[-1])} at the end."
+    return f"{text} {_number(rows.iloc[0])} {unit} at the decoder's input and of {_number(rows.iloc[-1])} at the end."
 
 
 def _few(result: Result, summary: pd.DataFrame, cases: Cases) -> tuple[str, ...]:
@@ -96,13 +96,13 @@ def _few(result: Result, summary: pd.DataFrame, cases: Cases) -> tuple[str, ...]
     for edge in edges(cases.said):
         rows = _rows(summary, KNOCKOUT, name, edge)
         if len(rows) and (most := int(rows["n"].max())) < 2:
-            found.append(f"must flow: too few examples have the edge {edge} ({most}).")
+            found.append(f"needed: too few examples have the edge {edge} ({most}).")
     return tuple(found)
 
 
 def _claimed(result: Result) -> tuple[str, ...]:
-    """How claims came about, those that follow from no other one, and of what nothing is claimed."""
+    """How claims came about, those that follow from no other one, and of what no claim is made."""
     held = {claim.kind for claim in result.claims if claim.made}
     none = [name for kind, name in NAMES_OF.items() if kind not in held]
-    unclaimed = [f"Nothing is claimed of: {'; '.join(none)}."] if none else []
+    unclaimed = [f"No claim is made about: {'; '.join(none)}."] if none else []
     return (*sentences_told(result.claims), *unclaimed)

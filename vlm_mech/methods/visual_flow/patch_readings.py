@@ -75,7 +75,7 @@ def patch_readings(
     encoded = vlm.encode(shown.pairs.base)
     if not all(row.images[0].layout.views for row in encoded.rows):
         raise UsageError(
-            f"image tokens of {vlm.name} are no patches, so that there is nothing to lay over a picture; --pages 0"
+            f"image tokens of {vlm.name} are not patches, so that there is nothing to lay over an image; --pages 0"
         )
     sites = _some(depth_sites(vlm))
     words = lens(vlm, shown.pairs.base, sites, "image", top=1)
@@ -202,7 +202,7 @@ def _named(cases: Cases, part: Result) -> Cases:
 def _cut_alone(
     vlm: "VLM", cases: Cases, edge: tuple[int, str, str], heads: Sequence[int], name: Comparison
 ) -> dict[int, float]:
-    """By how much the answer changes, in the mean, when single heads of a layer are cut from query to key."""
+    """By how much the answer changes, on average, when single heads of a layer are cut from query to key."""
     (layer, query, key), pairs = edge, cases.pairs
     measure = comparison(name, pairs.answer, pairs.counterfactual_answer)
     points = grid(head=heads)

@@ -69,7 +69,7 @@ def check_apart(read: Pairs, fitted_on: Pairs | None) -> None:
         fitted_on: None where they are fitted on the pairs that are read, by folds.
     """
     for pair in apart(fitted_on, read).refused[len(fitted_on.refused) :] if fitted_on else ():
-        raise UsageError(f"probes are read on other pictures than they are fitted on; pair {pair.id}: {pair.reason}")
+        raise UsageError(f"probes are read on other images than they are fitted on; pair {pair.id}: {pair.reason}")
 
 
 def places_of(vlm: "VLM", *, every: int = 1) -> tuple[Site, ...]:
@@ -89,7 +89,7 @@ def probe_examples(
 
     Args:
         others: pairs of another data set; without them both images of every pair of the map.
-        every: read every so-many-th block.
+        every: read every Nth block.
 
     Raises:
         UsageError: an answer that too few examples have, one of the map that no example has, or image tokens that are
@@ -97,7 +97,7 @@ def probe_examples(
     """
     if not vlm.encode(cases.pairs[:1].base).rows[0].images[0].layout.views:
         raise UsageError(
-            f"image tokens of {vlm.name} are no patches, so that no probe can read the object's; --no-probe"
+            f"image tokens of {vlm.name} are not patches, so that no probe can read the object's; --no-probe"
         )
     examples = examples_of(vlm, cases.pairs if others is None else others)
     _check_answers(cases, examples)

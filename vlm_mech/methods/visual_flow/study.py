@@ -41,10 +41,10 @@ def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
     """The metrics of a map whose answers are compared so; the second is that of the two images' answers."""
     what, unit = compared_by(name), comparison(name, (), ()).metric.unit
     ends = "0 = own run, 1 = the run the states come from"
-    of = f"{what} of the answer less that of the other image's"
-    lens = f"{what} of the answer less that of its rival; baseline: in the decoder's input"
+    of = f"{what} of the answer minus that of the other image's"
+    lens = f"{what} of the answer minus that of its rival; baseline: in the decoder's input"
     return (
-        Metric("recovered", "fraction", f"swap: how far the {what} difference goes to that of the other image; {ends}"),
+        Metric("recovered", "fraction", f"patching: shift of the {what} difference towards the other image's; {ends}"),
         Metric(name, unit, f"swap and knockout: {of}, after the edit; baseline: without it", signed=True),
         Metric("lead", unit, f"lens where the answer is foretold: {lens}", signed=True),
         ACCURACY,
@@ -125,7 +125,7 @@ def _of_knockout(table: pd.DataFrame, measure: Comparison) -> pd.DataFrame:
 
 
 def _of_lens(vlm: "VLM", cases: Cases, measure: Comparison) -> pd.DataFrame:
-    """The lead of the answer where its tokens are foretold, read from one clean pass."""
+    """The lead of the answer where its tokens are predicted, read from one clean pass."""
     leads = leads_of(vlm, cases.pairs, cases.rivals, measure)
     names = [pair.id for pair in cases.pairs]
     tables = [

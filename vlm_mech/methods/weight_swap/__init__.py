@@ -1,1 +1,1 @@
-"""Decoder blocks exchanged between a model and its tune (counterfactual blocks)."""
+"""Decoder blocks exchanged between a model and its fine-tuned version (counterfactual blocks)."""

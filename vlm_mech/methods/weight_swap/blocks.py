@@ -115,7 +115,7 @@ def adapted(vlm: "VLM", folder: str) -> tuple[Checkpoint, Checkpoint]:
     inside = {id(module) for block in blocks for module in block.modules()}
     for name, module in vlm.model.named_modules():
         if _is_adapter(module) and id(module) not in inside:
-            raise UsageError(f"{folder!r} adapts {name}, which is no part of a decoder block")
+            raise UsageError(f"{folder!r} adapts {name}, which is not a part of a decoder block")
         if _is_adapter(module):
             module.enable_adapters(False)  # pyright: ignore[reportCallIssue]
     return Checkpoint("base", blocks, False), Checkpoint("tuned", blocks, True)

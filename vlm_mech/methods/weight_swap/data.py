@@ -35,5 +35,5 @@ def exchanges(schedule: str, n_layers: int, *, size: int = 3) -> list[Exchange]:
         "window": lambda layer: window(layer, size, n_layers=n_layers),
     }
     if schedule not in ranges:
-        raise UsageError(f"schedule {schedule!r} is not known; one of {', '.join(ranges)} is")
+        raise UsageError(f"schedule {schedule!r} is not known; use one of {', '.join(ranges)}")
     return [Exchange(schedule, layer, tuple(ranges[schedule](layer))) for layer in range(n_layers)]

@@ -10,26 +10,28 @@ from vlm_mech.results.result import Result
 
 
 def findings(result: Result) -> tuple[str, ...]:
-    """What the two models answer, what is claimed, and what a second tune and the rest of the model do."""
+    """What the two models answer, what is claimed, and what a second fine-tuned model and the rest of the model do."""
     summary = result.summary("lead")
     found, unit = [], result.metric("lead").unit
-    for direction, who in ((REVERT, "the tune"), (GRAFT, "the base")):
+    for direction, who in ((REVERT, "the fine-tuned model"), (GRAFT, "the base model")):
         rows = result.table[(result.table["direction"] == direction) & (result.table["donor"] == PARENT)]
         first = rows.drop_duplicates("example")
         true, prior, n = first["true_baseline"].mean(), first["prior_baseline"].mean(), len(first)
-        found.append(f"{who} itself says the true answer in {true:.3f} and the prior's in {prior:.3f} (n = {n}).")
+        found.append(
+            f"{who} unpatched gives the true answer in {true:.3f} and the prior answer in {prior:.3f} (n = {n})."
+        )
         second = summary[(summary["direction"] == direction) & (summary["donor"] == SECOND)]
         if len(second):
             low, high, own = second["mean"].min(), second["mean"].max(), second["baseline"].iloc[0]
             found.append(
-                f"{direction}, but from {SECOND}: the mean leads of the exchanges lie between {low:+.2f} and "
-                f"{high:+.2f}; without an exchange {own:+.2f}."
+                f"{direction}, with blocks from {SECOND}: mean leads range from {low:+.2f} to "
+                f"{high:+.2f}; unpatched {own:+.2f}."
             )
         rest = summary[(summary["direction"] == direction) & (summary["schedule"] == OUTSIDE)]
         for _, row in rest.iterrows():
             found.append(
-                f"{direction}: everything but the blocks exchanged moves the lead by {row['effect']:+.2f} {unit} "
-                f"({row['effect_low']:+.2f} to {row['effect_high']:+.2f})."
+                f"{direction}: patching everything except the decoder blocks changes the lead by {row['effect']:+.2f} "
+                f"{unit} ({row['effect_low']:+.2f} to {row['effect_high']:+.2f})."
             )
     return (*found, *turning(result))
 
@@ -46,7 +48,7 @@ def turning(result: Result) -> tuple[str, ...]:
             found.append(_sentence(some, sorted(result.table["layer"].unique().tolist())))
         else:
             silent.append(exchanged({str(name): value for name, value in about.items()}))
-    return (*found, f"Nothing is claimed of these exchanges: {'; '.join(silent)}.") if silent else tuple(found)
+    return (*found, f"No claim is made about: {'; '.join(silent)}.") if silent else tuple(found)
 
 
 def _sentence(claims: Sequence[Claim], every: Sequence[int]) -> str:

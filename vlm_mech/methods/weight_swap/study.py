@@ -1,4 +1,4 @@
-"""Which decoder blocks carry what a tuning changed: blocks exchanged between a checkpoint and its tune.
+"""Which decoder blocks carry what a tuning changed: blocks exchanged between a checkpoint and its fine-tuned version.
 
 After the layer replacement of arXiv 2606.06890, as far as it is known: the metric, the direction and the schedules
 are ours. A hybrid is foreign to both its parents, so every exchange has a control of equal size in a random direction.
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from vlm_mech.models.vlm import VLM
 
 AXES = ("direction", "schedule", "donor", "layer")
-REVERT, GRAFT = "base's blocks in the tune", "the tune's blocks in the base"
-PARENT, RANDOM, SECOND = "the other checkpoint", "random change of equal size", "a second tune"
+REVERT, GRAFT = "base blocks in the fine-tuned model", "fine-tuned blocks in the base model"
+PARENT, RANDOM, SECOND = "the other checkpoint", "random change of equal size", "a second fine-tuned model"
 """Donors; of several random changes those after the first have their number behind the name (`random_name`)."""
 OUTSIDE = "all but the blocks"
 
-TRUE = Metric("true", "share", "share of examples in which greedy search says the true answer; ties are wrong")
-PRIOR = Metric("prior", "share", "share of examples in which greedy search says the prior's answer; ties are not")
+TRUE = Metric("true", "share", "share of examples in which greedy decoding gives the true answer; ties are wrong")
+PRIOR = Metric("prior", "share", "share of examples in which greedy decoding gives the prior answer; ties are not")
 
 
 def metrics_of(name: Comparison = "logit_diff") -> tuple[Metric, ...]:
@@ -99,7 +99,8 @@ def two_sides(
 
     Args:
         tuned: the tuned model, or the folder of a peft adapter of the base.
-        second: another tune of the base, or its blocks, which are put into the tune as a further control.
+        second: another fine-tuned version of the base, or its blocks, which are put into the fine-tuned model as a
+            further control.
         n_random: random changes of equal size, each drawn anew, with blocks of its own in memory in both directions.
         seed: of the first random change; further ones have seeds of their own.
 
@@ -118,7 +119,7 @@ def two_sides(
     recipients = {REVERT: Hybrids(whole, two, part), GRAFT: Hybrids(base, one, part)}
     if not any(recipients[GRAFT].moved(two)):
         what = "decoder blocks" if part == "block" else f"{part} parts of the decoder blocks"
-        raise UsageError(f"the {what} of {base.name} and its tune are equal; there is nothing to exchange")
+        raise UsageError(f"the {what} of {base.name} and its fine-tuned version are equal; there is nothing to patch")
     donors = {REVERT: {PARENT: one}, GRAFT: {PARENT: two}}
     for number in range(n_random):
         first, name = seed + 2 * number, random_name(number)

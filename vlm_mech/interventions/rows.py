@@ -3,28 +3,26 @@
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from vlm_mech.architectures.traced_model import TracedModel
 from vlm_mech.errors import UsageError
 from vlm_mech.inputs.prompt import Encoded, Prompt
 from vlm_mech.inputs.span import Each, Span, settled
-from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Replace, Together
-
-if TYPE_CHECKING:
-    from vlm_mech.models.vlm import VLM
+from vlm_mech.interventions.specification import Ablate, Activations, Intervention, Replace, Steer, Together
 
 
 @dataclass(eq=False)
 class Rows:
     """Some rows of the data; the same source stays the same object."""
 
-    vlm: "VLM"
+    vlm: TracedModel
     rows: slice
     prompts: list[Prompt]
     taken: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
-    """What was made of each source, beside it, so that its identity stays its own."""
+    """What was made of each source, next to it, so that its identity stays its own."""
 
     def of(self, intervention: Intervention) -> Intervention:
         """The intervention on these rows, each part with its spans and sources."""
@@ -44,18 +42,27 @@ class Rows:
         }
         if isinstance(part, Replace):
             changes["source"] = self._source(part.source)
+        elif isinstance(part, Steer) and part.vector.ndim == 2:
+            changes["vector"] = self._vectors(part)
         elif isinstance(part, Ablate) and part.to == "resample" and not self.whole:
             return self._drawn(part)
         elif isinstance(part, Ablate) and part.to != "zero":
             changes["reference"] = self._reference(part)
         return dataclasses.replace(part, **changes) if changes else part
 
+    def _vectors(self, part: Steer) -> torch.Tensor:
+        if len(part.vector) != len(self.prompts):
+            raise UsageError(
+                f"Steer has {len(part.vector)} vectors for {len(self.prompts)} examples; one each is needed"
+            )
+        return part.vector[self.rows]
+
     def _source(self, source: Any) -> Any:
         if source is None:
             return None
         if not isinstance(source, list | tuple):
             if not self.whole:
-                raise UsageError("in a sweep of several batches a source is given as prompts, one for each example")
+                raise UsageError("in several batches a source is given as prompts, one for each example")
             return source
         if len(source) != len(self.prompts):
             raise UsageError(f"a source has {len(source)} prompts for {len(self.prompts)} examples")
@@ -66,7 +73,7 @@ class Rows:
         reference = self.prompts if part.reference is None else part.reference
         n = len(self.prompts)
         if isinstance(reference, Activations | Encoded) or not isinstance(reference, list | tuple):
-            raise UsageError("in a sweep of several batches a reference to draw from is given as prompts")
+            raise UsageError("in several batches a reference to draw from is given as prompts")
         if len(reference) != n:
             raise UsageError(f"a reference to draw from has {len(reference)} prompts for {n} examples")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(part.seed))
