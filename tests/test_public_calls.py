@@ -268,9 +268,9 @@ def test_layers_and_heads_are_told_by_what_they_are(organism, pairs):
 
 def test_a_swap_knows_its_places(organism, pairs):
     message = refused(lambda: layer_swap(organism, pairs, site="decoder"))
-    assert message == "site 'decoder' of a layer swap is not known; use llm, projector, vision"
+    assert message == "site 'decoder' of a layer swap is not known; use one of llm, projector, vision"
     message = refused(lambda: layer_swap(organism, pairs, site=LAST))
-    assert message.startswith("site Site(") and message.endswith("use llm, projector, vision")
+    assert message.startswith("site Site(") and message.endswith("use one of llm, projector, vision")
     assert "resid_pre" in refused(lambda: layer_swap(organism, pairs, point="output"))
 
 
