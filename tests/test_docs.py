@@ -21,7 +21,7 @@ REAL = "organism-smol"
 """The model that needs the package of a real language model."""
 CARDS = sorted((ROOT / "vlm_mech" / "organism" / "weights").glob("*/README.md"))
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-LONG = ("03_patching_and_knockout", "05_directions")
+LONG = ("03_patching_and_knockout", "04_lens_and_attention", "05_directions", "06_own_data")
 """Notebooks that cost more than ten seconds of a core; they run in `make test-all`."""
 MADE = ROOT / "docs" / "generated"
 """What a build of the site writes; git ignores it."""

@@ -55,6 +55,7 @@ def test_an_error_keeps_its_code_through_a_process_and_a_kind_has_its_own():
     assert TooFewError("one").code == "too-few"
 
 
+@pytest.mark.long
 def test_examples_on_the_pages_of_errors_are_true():
     """The wrong call fails with the message that is there, the right one runs; without the checks of types."""
     done = subprocess.run(
