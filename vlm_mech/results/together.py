@@ -39,7 +39,7 @@ def together(results: Mapping[str, Result], *, axis: str = "model") -> Result:
         rows = each.table[each.table["example"].isin(common)]
         tables.append(rows.assign(**{axis: name}))
     table, axes = pd.concat(tables, ignore_index=True), (axis, *first.axes)
-    left = max(each.table["example"].nunique() for each in results.values()) - len(common)
+    left = max(len(set(each.table["example"])) for each in results.values()) - len(common)
     findings = (f"{left} examples that not all results have are left out.",) if left else ()
     about: dict[str, Any] = {axis: {name: each.provenance.get("model") for name, each in results.items()}}
     return Result(first.name, table, axes, first.metrics, {}, about, findings, first.elsewhere)
