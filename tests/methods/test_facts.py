@@ -113,9 +113,12 @@ def test_a_model_of_random_weights_makes_a_page_that_claims_nothing(tmp_path, mo
     write_gguf(tmp_path / "tiny.gguf")
     asked = ("--model", tmp_path / "tiny.gguf", "--data", "facts/opposites", "--n", "14", "--gates", "none")
     out = tmp_path / "out"
-    assert command(experiment, *asked, "--all", "--parts", "swap", "lens", "--out", out) == 0
+    assert command(experiment, *asked, "--all", "--parts", "swap", "lens", "tuned", "--out", out) == 0
     result = Result.load(out)
-    assert not any(claim.made for claim in result.claims) and set(result.table["part"]) == {"swap", "lens"}
+    assert not any(claim.made for claim in result.claims) and set(result.table["part"]) == {"swap", "lens", "tuned"}
+    # The tuned lens is one: it reads other steps than the logit lens, but for the whole way from input to output.
+    lenses = result.table[result.table["skipped"] == ""].pivot_table(index="layer", columns="part", values="change")
+    assert not np.allclose(lenses["lens"], lenses["tuned"], atol=1e-4)
     assert any("Agreement needs at least two" in text for text in result.findings)
     assert (
         pd.read_csv(out / "reading.csv")["layer"].isna().all() and not pd.read_csv(out / "answers.csv")["right"].any()

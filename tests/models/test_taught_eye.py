@@ -93,3 +93,54 @@ def test_the_colour_of_what_has_a_usual_one_is_never_asked():
     # Usual colours come no more often than others.
     shown = [thing.colour == PRIORS[thing.kind] for scene in scenes for thing in scene.things if thing.kind in PRIORS]
     assert abs(sum(shown) / len(shown) - 1 / 8) < 0.06
+
+
+def test_texts_that_hold_the_decoder_name_no_kind_with_a_usual_colour(decoder):
+    from transformers import AutoProcessor
+
+    from vlm_mech.data.facts import questions_of
+    from vlm_mech.organism.text_anchor import anchor_texts
+
+    texts = anchor_texts(AutoProcessor.from_pretrained(decoder))
+    assert not [text for text in texts for kind in PRIORS if kind in text] and len(texts) > 50
+    assert any("what colour is" in text for text in texts)
+    # None is asked when facts are judged.
+    assert not {*texts} & {*questions_of("facts", "test")}
+
+
+def test_what_holds_the_decoder_is_nothing_until_it_differs(decoder):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from vlm_mech.organism.text_anchor import Lora, divergence
+    from vlm_mech.organism.train_smol import with_lora
+
+    processor = AutoProcessor.from_pretrained(decoder)
+    model = LlavaForConditionalGeneration.from_pretrained(decoder, dtype=torch.float32)
+    texts = ["the capital of France is", "what"]
+
+    def apart():
+        return divergence(model, processor.tokenizer, texts, random.Random(0), 3)
+
+    with_lora(model, seed=0)
+    assert apart().item() == pytest.approx(0, abs=1e-6)
+    some = [part for part in model.modules() if isinstance(part, Lora)]
+    with torch.no_grad():
+        for part in some:
+            part.lora_B.normal_()
+    found = apart()
+    found.backward()
+    assert found.item() > 1e-3 and all(part.scale and part.lora_B.grad is not None for part in some)
+
+
+def test_the_side_of_a_patch_runs_from_left_to_right(decoder):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from vlm_mech.organism.train_smol import side_of
+
+    model = LlavaForConditionalGeneration.from_pretrained(decoder)
+    tokenizer = AutoProcessor.from_pretrained(decoder).tokenizer
+    side = side_of(model, tokenizer).reshape(6, 6, -1)
+    assert torch.equal(side[0], side[5]) and torch.allclose(side[:, 0], -side[:, 5])
+    table = model.get_input_embeddings().weight
+    left, right = (table[tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0]] for word in ("left", "right"))
+    assert torch.allclose(side[2, 5], (right - left) / 2)

@@ -34,6 +34,7 @@ class Lora(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, RANK))
 
     def forward(self, states: Tensor) -> Tensor:
+        """The frozen map's output plus the scaled low-rank one's, without the latter where the scale is 0."""
         if not self.scale:
             return self.linear(states)
         low = functional.linear(states, self.lora_A.to(states.dtype))
