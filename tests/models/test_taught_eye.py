@@ -133,14 +133,12 @@ def test_what_holds_the_decoder_is_nothing_until_it_differs(decoder):
 
 
 def test_the_side_of_a_patch_runs_from_left_to_right(decoder):
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
     from vlm_mech.organism.train_smol import side_of
 
     model = LlavaForConditionalGeneration.from_pretrained(decoder)
-    tokenizer = AutoProcessor.from_pretrained(decoder).tokenizer
-    side = side_of(model, tokenizer).reshape(6, 6, -1)
+    side = side_of(model, lambda word, **_: {"input_ids": [{" left": 3, " right": 5}[word]]}).reshape(6, 6, -1)
     assert torch.equal(side[0], side[5]) and torch.allclose(side[:, 0], -side[:, 5])
     table = model.get_input_embeddings().weight
-    left, right = (table[tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0]] for word in ("left", "right"))
-    assert torch.allclose(side[2, 5], (right - left) / 2)
+    assert torch.allclose(side[2, 5], (table[5] - table[3]) / 2) and side[2, 5].abs().max() > 1e-3
