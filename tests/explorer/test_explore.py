@@ -3,6 +3,7 @@
 import base64
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,3 +173,9 @@ def test_a_given_probe_is_asked_at_every_place(vlm):
     assert np.abs(found.array("probe")[3] - expected.numpy()).max() < 1e-3
     with pytest.raises(UsageError, match="numbers are needed"):
         explore(vlm, pair, span="last", every=4, probe=lambda site, states: states)
+
+
+def test_the_page_in_the_docs_has_the_module_of_today():
+    root = Path(__file__).parents[2]
+    module = (root / "vlm_mech" / "explorer" / "page" / "explorer.js").read_text()
+    assert module in (root / "docs" / "explorer.html").read_text(), "python docs/draw_explorer.py makes it anew"
